@@ -1,0 +1,234 @@
+"""The small world of the demo model: 72 things on 8 backgrounds in 2 sizes, and its captions.
+
+A scene is one thing, centred on a flat background. A fifth of the (thing, background) pairs is
+held out of training, so that the model can be asked for pictures it has never seen.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing that can be asked for; `icon` names its drawing, `bare` drops the article."""
+
+    name: str
+    icon: str
+    words: tuple[str, ...] = ()
+    bare: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and its synonyms."""
+        return (self.name, *self.words)
+
+
+# The order is part of the trained model: `held_out` counts by position.
+THINGS: tuple[Thing, ...] = (
+    # fruit
+    Thing("red apple", "red-apple", ("apple",)),
+    Thing("banana", "banana"),
+    Thing("strawberry", "strawberry"),
+    Thing("lemon", "lemon"),
+    Thing("grapes", "grapes", bare=True),
+    Thing("watermelon", "watermelon", ("slice of watermelon", "watermelon slice")),
+    Thing("cherries", "cherries", bare=True),
+    Thing("pineapple", "pineapple"),
+    Thing("pear", "pear"),
+    # vegetables and other food
+    Thing("carrot", "carrot"),
+    Thing("broccoli", "broccoli", bare=True),
+    Thing("eggplant", "eggplant", ("aubergine",)),
+    Thing("corn", "ear-of-corn", ("maize", "sweetcorn"), bare=True),
+    Thing("mushroom", "mushroom", ("toadstool",)),
+    Thing("avocado", "avocado"),
+    Thing("hamburger", "hamburger", ("burger", "cheeseburger")),
+    Thing("pizza", "pizza", ("slice of pizza", "pizza slice")),
+    Thing("french fries", "french-fries", ("fries",), bare=True),
+    Thing("doughnut", "doughnut", ("donut",)),
+    Thing("cupcake", "cupcake", ("muffin",)),
+    Thing("ice cream", "soft-ice-cream", ("ice cream cone",)),
+    Thing("lollipop", "lollipop", ("lolly",)),
+    Thing("pretzel", "pretzel"),
+    # animals
+    Thing("cat", "cat-face", ("kitten", "kitty")),
+    Thing("dog", "dog-face", ("puppy",)),
+    Thing("panda", "panda"),
+    Thing("frog", "frog"),
+    Thing("pig", "pig-face", ("piglet", "piggy")),
+    Thing("fox", "fox"),
+    Thing("rabbit", "rabbit-face", ("bunny",)),
+    Thing("penguin", "penguin"),
+    Thing("owl", "owl"),
+    Thing("flamingo", "flamingo"),
+    Thing("parrot", "parrot"),
+    Thing("elephant", "elephant"),
+    Thing("turtle", "turtle", ("tortoise",)),
+    Thing("dinosaur", "sauropod", ("dino", "brontosaurus")),
+    Thing("octopus", "octopus"),
+    Thing("crab", "crab"),
+    Thing("fish", "fish"),
+    Thing("butterfly", "butterfly"),
+    Thing("ladybug", "lady-beetle", ("ladybird",)),
+    Thing("bee", "honeybee", ("honeybee", "bumblebee")),
+    # vehicles
+    Thing("red car", "automobile", ("car", "automobile")),
+    Thing("tractor", "tractor"),
+    Thing("train", "locomotive", ("steam train", "locomotive")),
+    Thing("rocket", "rocket", ("spaceship",)),
+    Thing("airplane", "airplane", ("plane", "aeroplane")),
+    Thing("helicopter", "helicopter"),
+    Thing("sailboat", "sailboat", ("sailing boat", "boat")),
+    # objects
+    Thing("umbrella", "umbrella"),
+    Thing("key", "key"),
+    Thing("house", "house"),
+    Thing("light bulb", "light-bulb", ("lightbulb", "bulb")),
+    Thing("alarm clock", "alarm-clock", ("clock",)),
+    Thing("guitar", "guitar", ("electric guitar",)),
+    Thing("soccer ball", "soccer-ball", ("football",)),
+    Thing("basketball", "basketball"),
+    Thing("crown", "crown"),
+    Thing("gift", "wrapped-gift", ("present", "gift box")),
+    Thing("teddy bear", "teddy-bear", ("teddy",)),
+    # nature
+    Thing("tree", "deciduous-tree"),
+    Thing("cactus", "cactus"),
+    Thing("sunflower", "sunflower"),
+    Thing("sun", "sun", ("sunshine",)),
+    Thing("moon", "crescent-moon", ("crescent moon",)),
+    Thing("star", "star"),
+    Thing("rainbow", "rainbow"),
+    Thing("snowman", "snowman-without-snow"),
+    Thing("heart", "red-heart", ("red heart",)),
+    # faces
+    Thing("robot", "robot", ("robot face",)),
+    Thing("pumpkin", "jack-o-lantern", ("halloween pumpkin",)),
+)
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (196, 32, 52),
+    "orange": (252, 150, 58),
+    "yellow": (255, 238, 130),
+    "green": (96, 196, 140),
+    "blue": (50, 98, 205),
+    "purple": (176, 128, 226),
+    "pink": (250, 172, 204),
+    "gray": (134, 140, 146),
+}
+
+SIZES: dict[str, int] = {"large": 196, "small": 120}  # edge in pixels on a canvas of 256
+
+_COLOUR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "violet")}
+_SIZE_WORDS = {"large": ("big", "large", "huge"), "small": ("small", "little", "tiny")}
+_GROUND_WORDS = ("background", "backdrop")
+_DEPICTIONS = ("picture", "image", "drawing", "emoji", "icon", "illustration")
+_DEPICTED = "{depiction} of {subject}"
+_TEMPLATES = (
+    "{subject} on {ground}",
+    "{subject} against {ground}",
+    "{subject} with {ground}",
+    "{subject} in front of {ground}",
+    "{subject} and {ground} behind",
+    "on {ground}, {subject}",
+    "{subject}, {ground}",
+    "{ground}, {subject}",
+    "{ground} behind {subject}",
+    "{subject} on {colour}",
+)
+_TEMPLATE_WEIGHTS = (10, 2, 2, 2, 1, 4, 4, 3, 2, 3)
+_CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
+
+
+class Scene(NamedTuple):
+    """Positions in `THINGS`, `COLOURS` and `SIZES`."""
+
+    thing: int
+    colour: int
+    size: int
+
+
+def scenes() -> list[Scene]:
+    """Every scene, in a fixed order: things slowest, sizes fastest."""
+    counts = (range(len(THINGS)), range(len(COLOURS)), range(len(SIZES)))
+    return [Scene(*indices) for indices in product(*counts)]
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether training never sees this (thing, colour) pair, at either size."""
+    return (3 * scene.thing + scene.colour) % 5 == 0
+
+
+def _with_article(phrase: str, article: str = "a") -> str:
+    """Put `article` in front: "a" (or "an", by sound), "the", or none when empty."""
+    if article != "a":
+        return f"{article} {phrase}".strip()
+    vowel = phrase[0] in "aeiou" and not phrase.startswith(_CONSONANT_SOUNDS)
+    return f"{'an' if vowel else 'a'} {phrase}"
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """A sentence for a scene: the plain one, or with `rng` one of many wordings.
+
+    Small things are always called small; large ones mostly go without a word for it.
+    """
+    thing = THINGS[scene.thing]
+    colour, size = list(COLOURS)[scene.colour], list(SIZES)[scene.size]
+    if rng is None:
+        phrase = f"small {thing.name}" if size == "small" else thing.name
+        subject = phrase if thing.bare else _with_article(phrase)
+        return f"{subject} on {_with_article(colour)} background"
+    return _finish(_random_wording(thing, colour, size, rng), rng)
+
+
+def _random_wording(thing: Thing, colour: str, size: str, rng: random.Random) -> str:
+    article = rng.choices(("a", "the", ""), (6, 1, 3))[0]
+    subject = rng.choice((thing.name, rng.choice(thing.names)))
+    if size == "small" or rng.random() < 0.2:
+        subject = f"{rng.choice(_SIZE_WORDS[size])} {subject}"
+    if not thing.bare:
+        subject = _with_article(subject, article)
+    if rng.random() < 0.2:
+        depiction = _with_article(rng.choice(_DEPICTIONS), article)
+        subject = _DEPICTED.format(depiction=depiction, subject=subject)
+    colour = rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
+    ground = _with_article(f"{colour} {rng.choices(_GROUND_WORDS, (4, 1))[0]}", article)
+    template = rng.choices(_TEMPLATES, _TEMPLATE_WEIGHTS)[0]
+    return template.format(subject=subject, ground=ground, colour=colour)
+
+
+def _finish(text: str, rng: random.Random) -> str:
+    """Vary the case of a caption, and end it with a full stop now and then."""
+    draw = rng.random()
+    if draw < 0.2:
+        text = text[0].upper() + text[1:]
+    elif draw < 0.23:
+        text = text.upper()
+    return f"{text}." if rng.random() < 0.2 else text
+
+
+def _letters(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.casefold())
+
+
+@cache
+def known_words() -> tuple[str, ...]:
+    """Every lower-case word that a caption can contain, sorted."""
+    phrases = [name for thing in THINGS for name in thing.names]
+    phrases += [*COLOURS, *_GROUND_WORDS, *_DEPICTIONS, "a", "an", "the"]
+    phrases += [word for words in _COLOUR_WORDS.values() for word in words]
+    phrases += [word for words in _SIZE_WORDS.values() for word in words]
+    phrases += [re.sub(r"\{\w+\}", " ", template) for template in (*_TEMPLATES, _DEPICTED)]
+    return tuple(sorted({word for phrase in phrases for word in _letters(phrase)}))
+
+
+def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
+    """The words of a prompt that are not in `known`, once each, in order, lower-case."""
+    return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
