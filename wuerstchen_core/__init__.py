@@ -1,0 +1,1 @@
+"""Würstchen in plain PyTorch: three stages from text to picture (arXiv 2306.00637)."""

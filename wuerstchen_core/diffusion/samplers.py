@@ -1,0 +1,109 @@
+"""Samplers as free functions over one protocol: `denoiser(x, t)` gives the noise in x [B, ...] at times t [B]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .schedule import alpha_bar, diffuse, expand
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+NoiseSource = Callable[[Tensor], Tensor]  # noise of the shape, dtype and device of its argument
+
+
+class Step(Protocol):
+    """One step of a sampler: from x at times t [B] to the times t_next [B], given the predicted noise."""
+
+    def __call__(self, x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSource) -> Tensor: ...
+
+
+class Progress(Protocol):
+    """Called after each step with its index, the number of steps, x, and the denoised x; may raise to stop."""
+
+    def __call__(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None: ...
+
+
+def predict_x0(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The picture that x would be without its noise (arXiv 2006.11239, equation 15)."""
+    signal = expand(alpha_bar(t), x)
+    return (x - (1 - signal).sqrt() * noise) / signal.sqrt()
+
+
+def ddpm_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSource) -> Tensor:
+    """Ancestral step (arXiv 2006.11239, algorithm 2); no noise is added where t_next is 0."""
+    signal, signal_next = expand(alpha_bar(t), x), expand(alpha_bar(t_next), x)
+    alpha = signal / signal_next
+    mean = (1.0 / alpha).sqrt() * (x - (1 - alpha) * noise / (1 - signal).sqrt())
+    std = ((1 - alpha) * (1.0 - signal_next) / (1.0 - signal)).sqrt()
+    return mean + std * draw(x) * expand(t_next != 0, x)
+
+
+def ddim_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSource) -> Tensor:
+    """Deterministic step (arXiv 2010.02502, equation 12 with sigma 0)."""
+    signal_next = expand(alpha_bar(t_next), x)
+    return signal_next.sqrt() * predict_x0(x, noise, t) + (1 - signal_next).sqrt() * noise
+
+
+STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
+
+
+def guided(
+    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float
+) -> Denoiser:
+    """Classifier-free guidance (arXiv 2207.12598): both predictions in one batch, extrapolated by `scale`.
+
+    The model is called as model(x, t, *cond); where `scale` is 1 the unconditional half is left out.
+    """
+    if scale == 1.0:
+        return lambda x, t: model(x, t, *cond)
+    both = tuple(torch.cat(pair) for pair in zip(cond, uncond, strict=True))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        noise, noise_uncond = model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+        return torch.lerp(noise_uncond, noise, scale)
+
+    return denoise
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    *,
+    draw: NoiseSource,
+    step: Step = ddpm_step,
+    init: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Progress | None = None,
+) -> Tensor:
+    """Walk x [B, ...] along times [N + 1], each step by `step`; the noise of the steps comes from `draw`.
+
+    For image to image give x = diffuse(picture, times[0], noise). With `init` (a clean x) and `mask` (1: paint,
+    0: keep), the kept part is `init`, noised to the time of each step.
+    """
+    if (init is None) != (mask is None):
+        raise ValueError("init and mask belong together: give both, or neither")
+    steps = len(times) - 1
+    for i in range(steps):
+        t, t_next = (times[j].to(x.device).expand(x.shape[0]) for j in (i, i + 1))
+        if init is not None and mask is not None:
+            x = x * mask + diffuse(init, t, draw(x)) * (1 - mask)
+        noise = denoiser(x, t)
+        previous, x = x, step(x, noise, t, t_next, draw)
+        if callback is not None:
+            callback(i, steps, x, predict_x0(previous, noise, t))
+    return x
+
+
+def seeded_noise(seed: int, count: int) -> NoiseSource:
+    """Noise from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+    def draw(like: Tensor) -> Tensor:
+        rows = [torch.randn(like.shape[1:], generator=g, dtype=torch.float32) for g in generators]
+        return torch.stack(rows).to(like)
+
+    return draw

@@ -1,0 +1,36 @@
+"""Which picture sizes are legal, and how large the latents of each stage are."""
+
+from __future__ import annotations
+
+MULTIPLE = 64  # Stage B halves its latents (4 pixels each) until 64 pixels are one token
+LARGEST = 2048
+
+
+def nearest_legal(side: int) -> int:
+    """The legal side, in pixels, nearest to `side`."""
+    return min(max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE), LARGEST)
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError, naming the nearest legal size, unless both sides are multiples of 64 up to 2048 pixels."""
+    legal = nearest_legal(width), nearest_legal(height)
+    if (width, height) != legal:
+        raise ValueError(
+            f"{width}x{height} pixels cannot be painted: both sides must be multiples of {MULTIPLE} "
+            f"from {MULTIPLE} to {LARGEST}; the nearest legal size is {legal[0]}x{legal[1]}"
+        )
+
+
+def prior_side(pixels: int) -> int:
+    """Side of Stage C latents: pixels / 42.67, rounded up (128 pixels are exactly 3)."""
+    return -(-pixels * 3 // 128)
+
+
+def decoder_side(pixels: int) -> int:
+    """Side of Stage A and B latents: pixels / 4."""
+    return pixels // 4
+
+
+def semantic_view_size(pixels: int) -> int:
+    """Side of the picture that the semantic compressor (32x) is shown, so that its latents have `prior_side`."""
+    return prior_side(pixels) * 32

@@ -1,0 +1,193 @@
+"""Blocks that the networks share: one implementation of each, named as in the released weights.
+
+Tensors are NCHW; in memory they are channels-last, so that every permute below is a view.
+Layers come from a namespace (`operations`, default `torch.nn`), which lets ComfyUI cast and offload them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6  # of every LayerNorm in Würstchen
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Put an NCHW tensor into channels-last memory order (nothing to do if it is already)."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: int = 10_000) -> Tensor:
+    """Sinusoidal embedding [B, dim] of times in [0, 1], [B]; computed in fp32.
+
+    The order of the products is part of the model: t * 10000 first, then the frequency, else phases move by 5e-4.
+    """
+    half = dim // 2
+    step = math.log(max_period) / (half - 1)
+    frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-step).exp()
+    angles = (t.float() * max_period)[:, None] * frequencies[None, :]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of an NCHW tensor, without affine parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808, section 3) over [B, H, W, C]."""
+
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
+
+    def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gamma and beta, ready to be used with `x`."""
+        return self.gamma, self.beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma, beta = self.affine(x)
+        wide = x.float() if x.dtype == torch.float16 else x  # squares leave fp16's range
+        # The plain sum of squares is several times faster than a vector norm on a CPU; the tiny term keeps the
+        # gradient finite where a channel is zero everywhere.
+        energy = (wide.square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
+        response = (energy / (energy.mean(dim=-1, keepdim=True) + EPS)).to(x.dtype)
+        return torch.addcmul(beta, x, gamma * response + 1)
+
+
+def grn(operations: Any) -> type[GlobalResponseNorm]:
+    """The namespace's own GlobalResponseNorm, if it has one that casts its bare parameters."""
+    return getattr(operations, "GlobalResponseNorm", GlobalResponseNorm)
+
+
+def channelwise_mlp(c_in: int, c: int, dropout: float, operations: Any, **factory: Any) -> nn.Sequential:
+    """Pointwise MLP with global response normalisation; dropout keeps its slot, since keys depend on it."""
+    return nn.Sequential(
+        operations.Linear(c_in, c * 4, **factory),
+        nn.GELU(),
+        grn(operations)(c * 4, **factory),
+        nn.Dropout(dropout),
+        operations.Linear(c * 4, c, **factory),
+    )
+
+
+class ResBlock(nn.Module):
+    """ConvNeXt block; `skip` channels join after the depthwise convolution."""
+
+    def __init__(
+        self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0, operations: Any = nn, **factory: Any
+    ):
+        super().__init__()
+        self.depthwise = operations.Conv2d(
+            c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c, **factory
+        )
+        self.norm = ChannelNorm()
+        self.channelwise = channelwise_mlp(c + c_skip, c, dropout, operations, **factory)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = self.norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        return x + self.channelwise(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FeedForwardBlock(nn.Module):
+    """The pointwise half of a ResBlock."""
+
+    def __init__(self, c: int, dropout: float = 0.0, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.norm = ChannelNorm()
+        self.channelwise = channelwise_mlp(c, c, dropout, operations, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.channelwise(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift by the time embedding."""
+
+    def __init__(self, c: int, c_timestep: int, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.mapper = operations.Linear(c_timestep, c * 2, **factory)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.mapper(t)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with diffusers' parameter names, which LoRA files address."""
+
+    def __init__(self, c: int, nhead: int, dropout: float = 0.0, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.nhead = nhead
+        self.dropout = dropout
+        self.to_q = operations.Linear(c, c, **factory)
+        self.to_k = operations.Linear(c, c, **factory)
+        self.to_v = operations.Linear(c, c, **factory)
+        self.to_out = nn.ModuleList([operations.Linear(c, c, **factory)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Attend from x [B, N, c] to context [B, M, c]."""
+        q, k, v = (
+            y.unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # [B, heads, tokens, c / heads]
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class AttnBlock(nn.Module):
+    """Joint self- and cross-attention: image tokens attend to [image tokens, conditioning tokens]."""
+
+    def __init__(
+        self,
+        c: int,
+        c_cond: int,
+        nhead: int,
+        self_attn: bool = True,
+        dropout: float = 0.0,
+        operations: Any = nn,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.norm = ChannelNorm()
+        self.attention = Attention(c, nhead, dropout, operations, **factory)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(c_cond, c, **factory))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Add to x [B, c, H, W] what it reads from cond [B, M, c_cond]."""
+        tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        context = self.kv_mapper(cond)
+        if self.self_attn:
+            context = torch.cat([tokens, context], dim=1)
+        out = self.attention(tokens, context)
+        return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def xavier_init(module: nn.Module) -> None:
+    """The original's general initialisation: Xavier-uniform weights, zero biases (use with `Module.apply`)."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def init_blocks(blocks: nn.Module, depth: int) -> None:
+    """The original's initialisation of residual branches (shrunk by sqrt(1 / depth)) and time mappers (zero)."""
+    for block in blocks.modules():
+        if isinstance(block, ResBlock | FeedForwardBlock):
+            block.channelwise[-1].weight.mul_(math.sqrt(1 / depth))
+        elif isinstance(block, TimestepBlock):
+            nn.init.zeros_(block.mapper.weight)

@@ -1,0 +1,81 @@
+"""Stage C: the text-conditional prior over 42.67x compressed latents (Würstchen, arXiv 2306.00637, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import (
+    AttnBlock,
+    ChannelNorm,
+    ResBlock,
+    TimestepBlock,
+    channels_last,
+    init_blocks,
+    timestep_embedding,
+    xavier_init,
+)
+
+
+@dataclass(frozen=True)
+class PriorParams:
+    """Sizes of a Prior; the defaults are v2's."""
+
+    c_in: int = 16
+    c: int = 1536
+    c_cond: int = 1280  # width of the text states: CLIP-bigG in v2, 1024 (CLIP-H) in v1
+    c_r: int = 64
+    depth: int = 32
+    nhead: int = 24
+    dropout: float = 0.0  # the original trains with 0.1
+
+
+class Prior(nn.Module):
+    """Predicts the noise in Stage C latents from text states."""
+
+    def __init__(self, params: PriorParams, *, operations: Any = nn, device: Any = None, dtype: Any = None):
+        super().__init__()
+        p, factory = params, {"device": device, "dtype": dtype}
+        self.params = params
+        self.projection = operations.Conv2d(p.c_in, p.c, kernel_size=1, **factory)
+        self.cond_mapper = nn.Sequential(
+            operations.Linear(p.c_cond, p.c, **factory),
+            nn.LeakyReLU(0.2),
+            operations.Linear(p.c, p.c, **factory),
+        )
+        self.blocks = nn.ModuleList()
+        for _ in range(p.depth):
+            self.blocks.append(ResBlock(p.c, dropout=p.dropout, operations=operations, **factory))
+            self.blocks.append(TimestepBlock(p.c, p.c_r, operations, **factory))
+            self.blocks.append(
+                AttnBlock(p.c, p.c, p.nhead, dropout=p.dropout, operations=operations, **factory)
+            )
+        self.out = nn.Sequential(ChannelNorm(), operations.Conv2d(p.c, p.c_in * 2, kernel_size=1, **factory))
+
+    def init_weights(self) -> None:
+        """Initialise as the original does before training."""
+        self.apply(xavier_init)
+        for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.out[1].weight)
+        init_blocks(self.blocks, self.params.depth)
+
+    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Noise [B, 16, h, w] in latents [B, 16, h, w] at times t [B] in [0, 1], given text [B, 77, c_cond]."""
+        x = self.projection(channels_last(latents))
+        cond = self.cond_mapper(text)
+        time = timestep_embedding(t, self.params.c_r).to(x.dtype)
+        for block in self.blocks:
+            if isinstance(block, AttnBlock):
+                x = block(x, cond)
+            elif isinstance(block, TimestepBlock):
+                x = block(x, time)
+            else:
+                x = block(x)
+        # The last step divides by a difference: fp16 and bf16 have too few digits for it.
+        a, b = self.out(x).float().chunk(2, dim=1)
+        noise = (latents.float() - a) / ((1 - b).abs() + 1e-5)
+        return noise.to(latents.dtype).contiguous(memory_format=torch.contiguous_format)

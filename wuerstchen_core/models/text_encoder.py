@@ -1,0 +1,87 @@
+"""CLIP's text tower (arXiv 2103.00020), read as Würstchen reads it: 77 last hidden states after the final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# open_clip is imported where a tower or the tokenizer is built: it takes seconds to import.
+
+START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>; the latter also pads
+
+
+@dataclass(frozen=True)
+class TextEncoderParams:
+    """Sizes of a text tower."""
+
+    width: int
+    heads: int
+    layers: int
+    vocab_size: int = 49408
+    context_length: int = 77
+    mlp_ratio: float = 4.0
+
+
+CLIP_H = TextEncoderParams(width=1024, heads=16, layers=24)
+CLIP_BIGG = TextEncoderParams(width=1280, heads=20, layers=32)
+
+
+class TextEncoder(nn.Module):
+    """open_clip's text transformer with the causal and the padding mask combined."""
+
+    def __init__(self, params: TextEncoderParams, *, device: Any = None, dtype: Any = None):
+        from open_clip.transformer import Transformer
+
+        super().__init__()
+        self.params = params
+        self.token_embedding = nn.Embedding(params.vocab_size, params.width)
+        self.positional_embedding = nn.Parameter(torch.zeros(params.context_length, params.width))
+        self.transformer = Transformer(params.width, params.layers, params.heads, params.mlp_ratio)
+        self.ln_final = nn.LayerNorm(params.width)
+        self.to(device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Initialise as CLIP does before training."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        width, layers = self.params.width, self.params.layers
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids [B, L] and their mask [B, L] (True: a token, False: padding) to states [B, L, width]."""
+        length = ids.shape[1]
+        x = self.token_embedding(ids) + self.positional_embedding[:length]
+        allowed = mask.bool()[:, None, :] & causal_mask(length, ids.device)  # [B, L, L]
+        blocked = torch.zeros(allowed.shape, dtype=x.dtype, device=ids.device)
+        blocked = blocked.masked_fill(~allowed, torch.finfo(x.dtype).min)
+        x = self.transformer(x, attn_mask=blocked.repeat_interleave(self.params.heads, dim=0))
+        return self.ln_final(x)
+
+
+def causal_mask(length: int, device: Any) -> Tensor:
+    """[L, L], True where a token may look."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+@cache
+def _tokenizer() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, Tensor]:
+    """Prompts to token ids [B, 77], cut or padded with <|endoftext|>, and their mask [B, 77] (True: a token)."""
+    rows = [[START, *_tokenizer().encode(prompt)[: context_length - 2], END] for prompt in prompts]
+    ids = torch.tensor([row + [END] * (context_length - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (context_length - len(row)) for row in rows])
+    return ids, mask

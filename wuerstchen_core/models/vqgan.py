@@ -1,0 +1,148 @@
+"""Stage A: the f4 VQGAN between pixels and latents ("Paella VQ"; Würstchen, arXiv 2306.00637, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import EPS, channels_last, xavier_init
+
+
+@dataclass(frozen=True)
+class VQGANParams:
+    """Sizes of a VQGAN; the defaults are the released model's."""
+
+    levels: int = 2
+    bottleneck_blocks: int = 12
+    c_hidden: int = 384
+    c_latent: int = 4
+    codebook_size: int = 8192
+    scale_factor: float = 0.3764  # Stage B works on latents divided by this
+
+
+class Quantized(NamedTuple):
+    """Latents snapped to the codebook, the code of each, and the losses that train them (scalars)."""
+
+    latents: Tensor  # [B, 4, h, w]; gradients pass straight through
+    indices: Tensor  # [B, h, w]
+    codebook_loss: Tensor
+    commit_loss: Tensor
+
+
+class Codebook(nn.Module):
+    """Vector quantiser (arXiv 1711.00937, section 3) over the channels of NCHW latents."""
+
+    def __init__(self, size: int, c_latent: int, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.codebook = operations.Embedding(size, c_latent, **factory)
+
+    def forward(self, x: Tensor) -> Quantized:
+        rows = x.permute(0, 2, 3, 1)
+        indices = nearest_codes(rows.flatten(0, 2).detach(), self.codebook.weight.detach()).view(rows.shape[:3])
+        codes = self.codebook(indices).permute(0, 3, 1, 2)
+        codebook_loss = F.mse_loss(codes, x.detach())
+        commit_loss = F.mse_loss(x, codes.detach())
+        return Quantized(x + (codes - x).detach(), indices, codebook_loss, commit_loss)
+
+
+def nearest_codes(rows: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
+    """Index of the codebook row [K, c] nearest to each of rows [N, c]; in chunks, so N x K is never held whole."""
+    return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in rows.split(chunk)])
+
+
+class VQResBlock(nn.Module):
+    """Depthwise and pointwise residual branches, each modulated by three scalars of `gammas`."""
+
+    def __init__(self, c: int, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.depthwise = nn.Sequential(
+            nn.ReplicationPad2d(1), operations.Conv2d(c, c, kernel_size=3, groups=c, **factory)
+        )
+        self.channelwise = nn.Sequential(
+            operations.Linear(c, c * 4, **factory), nn.GELU(), operations.Linear(c * 4, c, **factory)
+        )
+        self.gammas = nn.Parameter(torch.zeros(6, device=factory.get("device"), dtype=factory.get("dtype")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.gammas.to(x.dtype)
+        h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + g[0]) + g[1]
+        x = x + self.depthwise(h.permute(0, 3, 1, 2)) * g[2]
+        h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPS) * (1 + g[3]) + g[4]
+        return x + self.channelwise(h).permute(0, 3, 1, 2) * g[5]
+
+
+class VQGAN(nn.Module):
+    """Pixels in [0, 1] to latents in codebook units and back."""
+
+    def __init__(self, params: VQGANParams, *, operations: Any = nn, device: Any = None, dtype: Any = None):
+        super().__init__()
+        p, factory = params, {"device": device, "dtype": dtype}
+        self.params = params
+        widths = [p.c_hidden >> i for i in reversed(range(p.levels))]  # fine to coarse
+
+        self.in_block = nn.Sequential(
+            nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], kernel_size=1, **factory)
+        )
+        down: list[nn.Module] = []
+        for i, c in enumerate(widths):
+            if i > 0:
+                down.append(
+                    operations.Conv2d(widths[i - 1], c, kernel_size=4, stride=2, padding=1, **factory)
+                )
+            down.append(VQResBlock(c, operations, **factory))
+        down.append(
+            nn.Sequential(
+                operations.Conv2d(widths[-1], p.c_latent, kernel_size=1, bias=False, **factory),
+                nn.BatchNorm2d(p.c_latent, **factory),
+            )
+        )
+        self.down_blocks = nn.Sequential(*down)
+        self.vquantizer = Codebook(p.codebook_size, p.c_latent, operations, **factory)
+        up: list[nn.Module] = [
+            nn.Sequential(operations.Conv2d(p.c_latent, widths[-1], kernel_size=1, **factory))
+        ]
+        for i, c in enumerate(reversed(widths)):
+            up.extend(VQResBlock(c, operations, **factory) for _ in range(p.bottleneck_blocks if i == 0 else 1))
+            if i < p.levels - 1:
+                up.append(
+                    operations.ConvTranspose2d(c, c // 2, kernel_size=4, stride=2, padding=1, **factory)
+                )
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(
+            operations.Conv2d(widths[0], 3 * 4, kernel_size=1, **factory), nn.PixelShuffle(2)
+        )
+
+    def init_weights(self) -> None:
+        """Initialise as the original does before training."""
+        for block in self.modules():
+            if isinstance(block, VQResBlock):
+                block.apply(xavier_init)
+                nn.init.zeros_(block.gammas)
+        bound = 1 / self.params.codebook_size
+        nn.init.uniform_(self.vquantizer.codebook.weight, -bound, bound)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to latents [B, 4, H/4, W/4] in codebook units, not quantised."""
+        multiple = 2**self.params.levels
+        if images.shape[-1] % multiple or images.shape[-2] % multiple:
+            raise ValueError(
+                f"an image of {images.shape[-1]}x{images.shape[-2]} pixels cannot be encoded: "
+                f"both sides must be multiples of {multiple}"
+            )
+        return self.down_blocks(channels_last(self.in_block(images))).contiguous()
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Snap latents [B, 4, h, w] in codebook units to the nearest codes."""
+        return self.vquantizer(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], about [0, 1], not clamped."""
+        return self.out_block(self.up_blocks(channels_last(latents))).contiguous()
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Codes [B, h, w] to images [B, 3, 4h, 4w]."""
+        return self.decode(self.vquantizer.codebook(indices).permute(0, 3, 1, 2))
