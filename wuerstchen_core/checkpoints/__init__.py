@@ -1,0 +1,27 @@
+"""Weights in every published layout, to and from our networks."""
+
+from __future__ import annotations
+
+from .bundle import save_bundle
+from .inspect import Description, PartInfo, describe
+from .load import build_part, load_decoder, load_image_encoder, load_prior, load_text_encoder, load_vqgan
+from .parts import PARTS, Part
+from .read import demo_path, read_metadata, read_part
+
+__all__ = [
+    "PARTS",
+    "Description",
+    "Part",
+    "PartInfo",
+    "build_part",
+    "demo_path",
+    "describe",
+    "load_decoder",
+    "load_image_encoder",
+    "load_prior",
+    "load_text_encoder",
+    "load_vqgan",
+    "read_metadata",
+    "read_part",
+    "save_bundle",
+]

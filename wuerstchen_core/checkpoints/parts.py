@@ -1,0 +1,76 @@
+"""The parts a model is made of: their names, their networks, and their sizes as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ..models.decoder import Decoder, DecoderParams
+from ..models.image_encoder import ImageEncoder, ImageEncoderParams
+from ..models.prior import Prior, PriorParams
+from ..models.text_encoder import TextEncoder, TextEncoderParams
+from ..models.vqgan import VQGAN, VQGANParams
+
+PARTS = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
+TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
+
+State: TypeAlias = dict[str, Tensor]
+Params: TypeAlias = PriorParams | DecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
+
+PARAMS: dict[str, type[Params]] = {
+    "prior": PriorParams,
+    "decoder": DecoderParams,
+    "vqgan": VQGANParams,
+    "image_encoder": ImageEncoderParams,
+    TEXT_ENCODER: TextEncoderParams,
+}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "prior": Prior,
+    "decoder": Decoder,
+    "vqgan": VQGAN,
+    "image_encoder": ImageEncoder,
+    TEXT_ENCODER: TextEncoder,
+}
+
+
+@dataclass
+class Part:
+    """One network's sizes (its params dataclass) and weights under our names, as in the file, mapped if possible."""
+
+    name: str
+    params: Any
+    state_dict: State
+
+
+def kind_of(name: str) -> str:
+    """The kind of network that a part is: its name, but `text_encoder` for either stage's tower."""
+    kind = TEXT_ENCODER if name.endswith(TEXT_ENCODER) else name
+    if name not in PARTS and name != TEXT_ENCODER:
+        raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
+    return kind
+
+
+def params_to_json(params: Params) -> dict[str, Any]:
+    """Sizes as plain JSON values."""
+    return asdict(params)
+
+
+def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
+    """Sizes of part `name` from the values that `params_to_json` gave."""
+    kind = PARAMS[kind_of(name)]
+    known = {field.name for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    wrong = sorted(set(values) - known) + sorted(needed - set(values))
+    if wrong:
+        raise ValueError(
+            f"the sizes of {name} in the file's metadata do not fit this version ({', '.join(wrong)}): "
+            f"expected {', '.join(sorted(known))}"
+        )
+    return kind(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

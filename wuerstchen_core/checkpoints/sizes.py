@@ -1,0 +1,163 @@
+"""Sizes of a network, read off the shapes of its tensors (our key names)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isqrt
+
+from torch import Tensor
+
+from ..models.decoder import DecoderParams
+from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
+from ..models.prior import PriorParams
+from ..models.text_encoder import TextEncoderParams
+from ..models.vqgan import VQGANParams
+from .parts import TEXT_ENCODER, Params
+
+HEAD_WIDTH = 64  # of every attention in the released networks and in ours
+
+# What a block of a decoder's level is, by the tensor that only it has; the first that fits wins.
+_BLOCK_MARKS = (
+    ("depthwise.weight", "C"),
+    ("mapper.weight", "T"),
+    ("attention.to_q.weight", "A"),
+    ("channelwise.0.weight", "F"),
+)
+
+Tensors = Mapping[str, Tensor]
+
+
+def _shape(state: Tensors, key: str) -> tuple[int, ...]:
+    if key not in state:
+        raise ValueError(f"the weights are incomplete: {key} is missing")
+    return tuple(state[key].shape)
+
+
+def _heads(width: int) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(
+            f"the number of heads of a network {width} wide is unknown: heads are {HEAD_WIDTH} wide "
+            "unless the file's metadata or a config.json beside it says otherwise"
+        )
+    return width // HEAD_WIDTH
+
+
+def _count(state: Tensors, prefix: str) -> int:
+    """How many entries the list under `prefix` has."""
+    entries = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
+    return 1 + max((int(entry) for entry in entries if entry.isdecimal()), default=-1)
+
+
+def prior_params(state: Tensors, nhead: int | None = None) -> PriorParams:
+    """Sizes of a Prior; `nhead` where the heads are not 64 wide."""
+    c, c_in = _shape(state, "projection.weight")[:2]
+    return PriorParams(
+        c_in=c_in,
+        c=c,
+        c_cond=_shape(state, "cond_mapper.0.weight")[1],
+        c_r=_shape(state, "blocks.1.mapper.weight")[1],
+        depth=_count(state, "blocks.") // 3,
+        nhead=_heads(c) if nhead is None else nhead,
+    )
+
+
+def _pattern(kinds: str) -> tuple[str, int]:
+    """The shortest pattern that repeated gives `kinds`, and how often."""
+    for length in range(1, len(kinds) + 1):
+        repeats, rest = divmod(len(kinds), length)
+        if not rest and kinds[:length] * repeats == kinds:
+            return kinds[:length], repeats
+    return "", 0
+
+
+def _level(state: Tensors, level: int) -> str:
+    """The kinds of a level's blocks on the way down, such as CTACTA."""
+    kinds = ""
+    for i in range(1 if level else 0, _count(state, f"down_blocks.{level}.")):
+        block = f"down_blocks.{level}.{i}."
+        kind = next((kind for mark, kind in _BLOCK_MARKS if block + mark in state), None)
+        if kind is None:
+            raise ValueError(f"the weights are incomplete: {block}* is no block of a decoder")
+        kinds += kind
+    return kinds
+
+
+def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> DecoderParams:
+    """Sizes of a Decoder; `nhead` where the heads are not 64 wide."""
+    base = DecoderParams()
+    levels = range(_count(state, "down_blocks."))
+    first, c_patches = _shape(state, "embedding.1.weight")[:2]
+    patch_size = isqrt(c_patches // base.c_in)
+    c_hidden = (first, *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels[1:]))
+    patterns = [_pattern(_level(state, i)) for i in levels]
+    c_cond, clip_embd = _shape(state, "clip_mapper.weight")
+    inject = tuple(f"effnet_mappers.{i}.weight" in state for i in levels)
+    effnet = next((state[f"effnet_mappers.{i}.weight"].shape[1] for i in levels if inject[i]), base.effnet_embd)
+    times = (key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
+    c_r = next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), base.c_r)
+    if nhead is None:
+        nhead = tuple(_heads(c) if "A" in kinds else -1 for c, (kinds, _) in zip(c_hidden, patterns, strict=True))
+    return DecoderParams(
+        c_in=c_patches // patch_size**2,
+        c_out=_shape(state, "clf.1.weight")[0] // (2 * patch_size**2),
+        c_r=c_r,
+        patch_size=patch_size,
+        c_cond=c_cond,
+        c_hidden=c_hidden,
+        nhead=nhead,
+        blocks=tuple(repeats for _, repeats in patterns),
+        level_config=tuple(kinds for kinds, _ in patterns),
+        inject_effnet=inject,
+        effnet_embd=effnet,
+        clip_embd=clip_embd,
+        kernel_size=_shape(state, "down_blocks.0.0.depthwise.weight")[-1],
+    )
+
+
+def vqgan_params(state: Tensors) -> VQGANParams:
+    """Sizes of a VQGAN; the scale factor is in no tensor and stays the released model's."""
+    levels = sum(key.startswith("down_blocks.") and key.endswith(".gammas") for key in state)
+    blocks_up = sum(key.startswith("up_blocks.") and key.endswith(".gammas") for key in state)
+    codebook_size, c_latent = _shape(state, "vquantizer.codebook.weight")
+    return VQGANParams(
+        levels=levels,
+        bottleneck_blocks=blocks_up - levels + 1,
+        c_hidden=_shape(state, "in_block.1.weight")[0] << max(levels - 1, 0),
+        c_latent=c_latent,
+        codebook_size=codebook_size,
+    )
+
+
+def image_encoder_params(state: Tensors) -> ImageEncoderParams:
+    """Sizes of an ImageEncoder with EfficientNetV2's S or L stage table: others can't be read off tensors."""
+    c_latent, last_channel = _shape(state, "mapper.0.weight")[:2]
+    for stages in (EFFICIENTNET_V2_S, EFFICIENTNET_V2_L):
+        head = state.get(f"backbone.{len(stages) + 1}.0.weight")
+        if head is not None and tuple(head.shape) == (last_channel, stages[-1][5], 1, 1):
+            return ImageEncoderParams(stages, last_channel, c_latent)
+    raise ValueError(
+        "the image encoder is neither EfficientNetV2-S nor L, and the file's metadata, which should hold its stage "
+        "table, is lost: take the file as it was published"
+    )
+
+
+def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoderParams:
+    """Sizes of a TextEncoder; `heads` where they are not 64 wide."""
+    vocab_size, width = _shape(state, "token_embedding.weight")
+    return TextEncoderParams(
+        width=width,
+        heads=_heads(width) if heads is None else heads,
+        layers=_count(state, "transformer.resblocks."),
+        vocab_size=vocab_size,
+        context_length=_shape(state, "positional_embedding")[0],
+        mlp_ratio=_shape(state, "transformer.resblocks.0.mlp.c_fc.weight")[0] / width,
+    )
+
+
+READERS: dict[str, Callable[..., Params]] = {
+    "prior": prior_params,
+    "decoder": decoder_params,
+    "vqgan": vqgan_params,
+    "image_encoder": image_encoder_params,
+    TEXT_ENCODER: text_encoder_params,
+}
