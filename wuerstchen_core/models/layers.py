@@ -50,8 +50,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
 
     def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gamma and beta, ready to be used with `x`."""
-        return self.gamma, self.beta
+        """Gamma and beta as `x` needs them (under autocast, fp32 parameters would pull the product up to fp32)."""
+        return self.gamma.to(x.dtype), self.beta.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gamma, beta = self.affine(x)
@@ -181,6 +181,9 @@ def xavier_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):  # the original's are one matrix [3c, c], whose Xavier bound is smaller
+        for layer in (module.to_q, module.to_k, module.to_v):
+            nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(0.5))
 
 
 @torch.no_grad()
