@@ -1,0 +1,85 @@
+"""Every network in a tiny size, with inputs for it: what the tests of all networks run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.image_encoder import FUSED, MB, ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+
+PRIOR = PriorParams(c=64, c_cond=32, depth=2, nhead=1)
+DECODER = DecoderParams(
+    c_cond=32,
+    c_hidden=(32, 64, 64),
+    nhead=(-1, 1, 1),
+    blocks=(1, 2, 2),
+    level_config=("CT", "CTA", "CTFA"),
+    inject_effnet=(False, True, True),
+    clip_embd=24,
+)
+VQ = VQGANParams(bottleneck_blocks=2, c_hidden=32, codebook_size=64)
+IMAGE = ImageEncoderParams(
+    stages=((FUSED, 1, 3, 2, 8, 8, 1), (FUSED, 4, 3, 2, 8, 16, 2), (MB, 4, 3, 2, 16, 24, 2), (MB, 4, 3, 2, 24, 32, 1)),
+    last_channel=64,
+)
+TEXT = TextEncoderParams(width=32, heads=2, layers=2)
+PROMPTS = ("a red apple on a blue background", "a cat", "")
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to build a network, to call it, and what to call it with; `inputs` are (x, other tensors...) for 3 samples."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    shape: tuple[int, ...]  # of the result
+    call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs)  # noqa: E731
+
+    def perturbed(self) -> nn.Module:
+        """The network as it starts its training, moved off the zeros it starts from, in eval mode."""
+        torch.manual_seed(0)
+        network = self.build()
+        if not isinstance(network, ImageEncoder):  # torchvision initialises that one
+            network.init_weights()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        return network.eval()
+
+
+def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+TIMES = torch.tensor([1.0, 0.5, 0.01])
+
+
+def _prior_inputs() -> tuple[Tensor, ...]:
+    latents, text = _random((3, 16, 5, 7), (3, 9, PRIOR.c_cond))
+    return latents, TIMES, text
+
+
+def _decoder_inputs() -> tuple[Tensor, ...]:
+    latents, prior_latents, text = _random((3, 4, 16, 24), (3, 16, 2, 3), (3, 7, DECODER.clip_embd))
+    return latents, TIMES, prior_latents, text
+
+
+def _autoencode(network: VQGAN, images: Tensor) -> Tensor:
+    return network.decode(network.encode(images))
+
+
+NETWORKS = {
+    "prior": Network(lambda: Prior(PRIOR), _prior_inputs, (3, 16, 5, 7)),
+    "decoder": Network(lambda: Decoder(DECODER), _decoder_inputs, (3, 4, 16, 24)),
+    "vqgan": Network(lambda: VQGAN(VQ), lambda: _random((3, 3, 16, 24)), (3, 3, 16, 24), _autoencode),
+    "image_encoder": Network(lambda: ImageEncoder(IMAGE), lambda: _random((3, 3, 64, 96)), (3, 16, 2, 3)),
+    "text_encoder": Network(lambda: TextEncoder(TEXT), lambda: tokenize(PROMPTS), (3, 77, 32)),
+}

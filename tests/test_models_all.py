@@ -1,0 +1,109 @@
+"""What holds for every network: shapes, gradients, compilation, precision, saving, independence of a batch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from golden_data import assert_near
+from networks import NETWORKS, VQ, Network
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wuerstchen_core.models.vqgan import VQGAN
+
+
+@pytest.fixture(params=list(NETWORKS))
+def network(request: pytest.FixtureRequest) -> Network:
+    return NETWORKS[request.param]
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """Root mean square error in units of the expected tensor's root mean square."""
+    return float((value.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def test_gives_finite_values_of_the_promised_shape(network: Network) -> None:
+    with torch.no_grad():
+        out = network.call(network.perturbed(), *network.inputs())
+    assert tuple(out.shape) == network.shape
+    assert out.isfinite().all() and out.std() > 0
+    assert out.is_contiguous()
+
+
+def test_every_parameter_gets_a_gradient(network: Network) -> None:
+    module = network.perturbed()
+    if isinstance(module, VQGAN):
+        images = network.inputs()[0]
+        quantized = module.quantize(module.encode(images))
+        out = module.decode(quantized.latents)
+        extra = quantized.codebook_loss + quantized.commit_loss
+    else:
+        out, extra = network.call(module, *network.inputs()), torch.zeros(())
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    ((out - target).square().mean() + extra).backward()
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None and gradient.isfinite().all(), name
+        if name.endswith("to_k.bias"):  # shifts every score of a query alike, which the softmax takes out
+            assert gradient.abs().max() < 1e-6, name
+        else:
+            assert gradient.any(), name
+
+
+def test_compiles_into_one_graph(network: Network) -> None:
+    module, inputs = network.perturbed(), network.inputs()
+    torch.compiler.reset()
+    compiled = torch.compile(network.call, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_near(compiled(module, *inputs), network.call(module, *inputs), 1e-6)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_agrees() -> None:
+    network = NETWORKS["vqgan"]  # the quickest to compile
+    module, inputs = network.perturbed(), network.inputs()
+    torch.compiler.reset()
+    compiled = torch.compile(network.call, fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(module, *inputs), network.call(module, *inputs)) < 1e-5
+
+
+def test_bfloat16_stays_close(network: Network) -> None:
+    module, inputs = network.perturbed(), network.inputs()
+    with torch.no_grad():
+        expected = network.call(module, *inputs)
+        # Times and token ids keep their types, as in every caller.
+        half = [x.bfloat16() if x.is_floating_point() and x.dim() > 1 else x for x in inputs]
+        out = network.call(module.bfloat16(), *half)
+    assert out.dtype == torch.bfloat16
+    assert relative(out, expected) < 0.03
+
+
+def test_saves_and_loads(network: Network, tmp_path: Path) -> None:
+    module, inputs = network.perturbed(), network.inputs()
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    other = network.build().eval()
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(network.call(other, *inputs), network.call(module, *inputs))
+
+
+def test_a_batch_equals_its_singles(network: Network) -> None:
+    module, inputs = network.perturbed(), network.inputs()
+    with torch.no_grad():
+        singles = [network.call(module, *(x[i : i + 1] for x in inputs)) for i in range(len(inputs[0]))]
+        assert_near(network.call(module, *inputs), torch.cat(singles), 1e-5)
+
+
+def test_quantised_latents_are_codes() -> None:
+    module = NETWORKS["vqgan"].perturbed()
+    assert isinstance(module, VQGAN)
+    with torch.no_grad():
+        quantized = module.quantize(module.encode(NETWORKS["vqgan"].inputs()[0]))
+        codes = module.vquantizer.codebook(quantized.indices).permute(0, 3, 1, 2)
+        assert_near(quantized.latents, codes, 1e-6)
+        assert_near(module.decode(codes), module.decode_indices(quantized.indices), 0)
+    assert quantized.indices.unique().numel() > 1 and int(quantized.indices.max()) < VQ.codebook_size

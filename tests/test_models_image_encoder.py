@@ -1,0 +1,71 @@
+"""The semantic compressor against the original's numbers, with weights that follow from their names."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from golden_data import Golden, assert_near
+from networks import IMAGE
+from torch import Tensor
+
+from wuerstchen_core.diffusion.sizes import prior_side
+from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
+
+TOLERANCE = 1e-5  # observed 1e-6
+
+
+def hashed(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Numbers in [-1, 1) that depend on the key and the position alone (the golden data's recipe)."""
+    x = np.arange(int(np.prod(shape)), dtype=np.uint32) + np.uint32(zlib.crc32(key.encode()))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    return torch.from_numpy((x / 2**31 - 1).astype(np.float32)).view(shape)
+
+
+def hashed_weight(key: str, shape: tuple[int, ...]) -> Tensor:
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.long)
+    u = hashed(key, shape)
+    if key.endswith("running_mean"):
+        return 0.2 * u
+    if key.endswith("running_var"):
+        return 1 + 0.5 * u
+    if len(shape) == 1:
+        return 0.1 * u if key.endswith("bias") else 1 + 0.2 * u
+    return u * (3 / np.prod(shape[1:])) ** 0.5
+
+
+@torch.no_grad()
+def test_latents() -> None:
+    golden = Golden("effnet_procedural")
+    encoder = ImageEncoder(ImageEncoderParams(), device="meta").eval()
+    state = {key: hashed_weight(key, tuple(value.shape)) for key, value in encoder.state_dict().items()}
+    encoder.load_state_dict(state, assign=True)
+    images = 2 * hashed("input", (2, 3, 64, 96))
+    assert_near(state["mapper.0.weight"].flatten()[:8], golden["check/s_mapper_weight_first8"], 1e-7)
+    assert_near(images, golden["in/x"], 1e-7)
+    assert_near(encoder.backbone(images[:1]), golden["out/s_backbone"], TOLERANCE)
+    latents = encoder(images)
+    assert_near(latents, golden["out/s_latent_raw"], TOLERANCE)
+    assert_near((latents + 1) / 42, golden["out/s_latent_scaled"], TOLERANCE)  # the prior's units
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 128), (192, 320), (1024, 1536)])
+def test_view_gives_latents_of_the_prior_size(size: tuple[int, int]) -> None:
+    view = semantic_view(torch.rand(1, 3, *size))
+    assert tuple(view.shape[-2:]) == (32 * prior_side(size[0]), 32 * prior_side(size[1]))
+
+
+def test_view_has_imagenet_scale() -> None:
+    white, black = semantic_view(torch.ones(1, 3, 64, 64)), semantic_view(torch.zeros(1, 3, 64, 64))
+    assert_near(white[0, :, 5, 5], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]), 1e-5)
+    assert_near(black[0, :, 5, 5], -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225]), 1e-5)
+
+
+def test_a_small_table_compresses_by_32() -> None:
+    with torch.no_grad():
+        assert ImageEncoder(IMAGE).eval()(torch.zeros(1, 3, 96, 64)).shape == (1, 16, 3, 2)
