@@ -52,21 +52,26 @@ def save_bundle(
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are); one tower that serves both
-    stages is stored once. The file appears complete or not at all."""
+    """Write parts as one file, floating-point tensors in `dtype` (None: as they are).
+
+    Two equal text towers are stored as one. The file appears complete or not at all.
+    """
     path = Path(path)
     tensors: State = {}
     sizes: dict[str, dict[str, Any]] = {}
     for name, part in _merge_towers(parts).items():
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
-        state = part.state_dict if isinstance(part, Part) else part.state_dict()
-        for key, x in state.items():
+        for key, x in _state(part).items():
             tensors[f"{name}.{key}"] = _stored(x, dtype)
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
     content = {"version": "v2", **metadata, "format": FORMAT, "parts": sizes}
     _write(path, tensors, {METADATA_KEY: json.dumps(content)})
+
+
+def _state(part: nn.Module | Part) -> State:
+    return part.state_dict if isinstance(part, Part) else part.state_dict()
 
 
 def _params(name: str, part: nn.Module | Part) -> Params:
@@ -79,9 +84,20 @@ def _params(name: str, part: nn.Module | Part) -> Params:
 def _merge_towers(parts: Mapping[str, nn.Module | Part]) -> dict[str, nn.Module | Part]:
     merged = dict(parts)
     prior, decoder = (merged.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
-    if prior is not None and prior is decoder:
-        merged = {name: part for name, part in merged.items() if part is not prior} | {TEXT_ENCODER: prior}
+    if prior is not None and decoder is not None and _equal(prior, decoder):
+        merged = {name: part for name, part in merged.items() if not name.endswith(TEXT_ENCODER)}
+        merged[TEXT_ENCODER] = prior
     return merged
+
+
+def _equal(one: nn.Module | Part, other: nn.Module | Part) -> bool:
+    if one is other:
+        return True
+    mine, theirs = _state(one), _state(other)
+    return one.params == other.params and all(
+        x.dtype == theirs[key].dtype and x.device == theirs[key].device and torch.equal(x, theirs[key])
+        for key, x in mine.items()
+    )
 
 
 def _stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:

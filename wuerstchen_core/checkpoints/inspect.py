@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
-from .parts import PARTS, Params, Part, params_to_json
+from .parts import PARTS, TEXT_ENCODER, Params, Part, params_to_json
 from .read import Source, open_source
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -53,7 +53,7 @@ class Description:
         for part in self.parts:
             sizes = ", ".join(f"{key} {value}" for key, value in part.sizes.items() if key not in ("dropout", "stages"))
             out.append(f"  {part.name}: {part.parameters:,} parameters, {part.dtype} ({sizes})")
-        out += [f"  the {name} needs {tower} as its text tower" for name, tower in self.text_towers.items()]
+        out += [f"  the {name} reads the text through {tower}" for name, tower in self.text_towers.items()]
         out += [f"  it also holds {other}" for other in self.refused]
         if self.vocabulary is not None:
             out.append(f"  it knows {self.vocabulary} words")
@@ -68,6 +68,11 @@ def describe(source: str | os.PathLike[str]) -> Description:
     """Tell what a source holds; ValueError (as `read_part`) if it holds nothing of Würstchen."""
     content = open_source(source, headers_only=True)
     parts = {name: content.part(name) for name in PARTS if name in content.networks}
+    missing = tuple(name for name in PARTS if name not in parts)
+    prior, decoder = (parts.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
+    if prior is not None and decoder is not None and prior.state_dict is decoder.state_dict:
+        parts = {name: part for name, part in parts.items() if not name.endswith(TEXT_ENCODER)}
+        parts[TEXT_ENCODER] = replace(prior, name=TEXT_ENCODER)
     words = content.metadata.get("vocabulary", {}).get("words")
     return Description(
         source=str(source),
@@ -75,7 +80,7 @@ def describe(source: str | os.PathLike[str]) -> Description:
         version=_version(content, parts),
         parts=tuple(_part_info(part) for part in parts.values()),
         text_towers={name: _tower(part.params) for name, part in parts.items() if name in ("prior", "decoder")},
-        missing=tuple(name for name in PARTS if name not in parts),
+        missing=missing,
         refused=content.refused,
         vocabulary=None if words is None else len(words),
         licence=content.metadata.get("licence"),
@@ -99,7 +104,7 @@ def _part_info(part: Part) -> PartInfo:
 
 def _tower(params: Params) -> str:
     width = params.c_cond if isinstance(params, PriorParams) else params.clip_embd  # type: ignore[union-attr]
-    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"one {width} wide"
+    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
 
 
 def _version(content: Source, parts: dict[str, Part]) -> str:

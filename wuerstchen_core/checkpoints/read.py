@@ -174,9 +174,8 @@ def _component(root: Path, name: str) -> Path | None:
 
 
 def _open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
-    file = _weights_of(root)
-    if file is not None:
-        return _open_component(root, file, headers_only)
+    if _weights_of(root) is not None:
+        return _open_component(root, headers_only)
     found = {name: folder for name in PARTS if (folder := _component(root, name)) is not None}
     if not found:
         folders = ", ".join((*(name for names in _FOLDERS.values() for name in names), TEXT_ENCODER))
@@ -186,19 +185,19 @@ def _open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
         )
     if wanted is not None and wanted not in found:
         raise _absent(root, wanted, list(found))
-    networks: dict[str, Network] = {}
-    for name, folder in found.items():
-        file = _weights_of(folder)
-        if file is not None and wanted in (None, name):
-            component = _open_component(folder, file, headers_only)
-            if name not in component.networks:
-                raise _absent(folder, name, list(component.networks))
-            networks[name] = component.networks[name]
-    return Source(root, "diffusers folder", networks)
+    names = {name: folder for name, folder in found.items() if wanted in (None, name)}
+    opened = {folder: _open_component(folder, headers_only) for folder in set(names.values())}
+    for name, folder in names.items():
+        if name not in opened[folder].networks:
+            raise _absent(folder, name, list(opened[folder].networks))
+    return Source(root, "diffusers folder", {name: opened[folder].networks[name] for name, folder in names.items()})
 
 
-def _open_component(folder: Path, file: Path, headers_only: bool) -> Source:
+def _open_component(folder: Path, headers_only: bool) -> Source:
     """Open a component's folder: its weights, in one file or divided, and its config.json."""
+    file = _weights_of(folder)
+    if file is None:
+        raise ValueError(f"{folder} holds no weights: expected {_STEMS[0]}.safetensors or .bin in it")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if file.suffix != ".json":
         content = read_weight_file(file, headers_only)
