@@ -1,1 +1,19 @@
-"""Würstchen in plain PyTorch: three stages from text to picture (arXiv 2306.00637)."""
+"""Würstchen (arXiv 2306.00637) in plain PyTorch: text to image in three stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import WuerstchenPipeline
+
+__all__ = ["WuerstchenPipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline, and torch with it, when it is first asked for."""
+    if name == "WuerstchenPipeline":
+        from .pipeline import WuerstchenPipeline
+
+        return WuerstchenPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

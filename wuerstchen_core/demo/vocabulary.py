@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -232,3 +232,21 @@ def known_words() -> tuple[str, ...]:
 def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
     """The words of a prompt that are not in `known`, once each, in order, lower-case."""
     return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
+
+
+def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str | None:
+    """One line that names the words a model never learned and what it can paint; None if there are none.
+
+    `metadata` is a bundle's; a model without a "vocabulary" there is not limited to one.
+    """
+    vocabulary = metadata.get("vocabulary")
+    if vocabulary is None:
+        return None
+    unknown = unknown_words(" ".join(prompts), frozenset(vocabulary["words"]))
+    if not unknown:
+        return None
+    things, colours, sizes = (", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes"))
+    return (
+        f"this small model never learned {', '.join(map(repr, unknown))}; "
+        f"it paints these things: {things}; on a background of: {colours}; in sizes: {sizes}"
+    )

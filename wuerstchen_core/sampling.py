@@ -1,0 +1,102 @@
+"""What a run of the pipeline is told: size, steps and guidance, checked before any work, and who watches it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .diffusion.samplers import Progress
+from .diffusion.schedule import linear_times, named_times
+from .diffusion.sizes import check_size
+
+LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
+
+
+class Callback(Protocol):
+    """Called with the stage ("text", "prior", "decoder" or "picture"), how many of its steps are done and what the
+    picture's latents look like so far, in their public units (None outside sampling). May raise to stop."""
+
+    def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One run's numbers; the defaults are those published for v2. Raises ValueError where one cannot be used."""
+
+    width: int = 1024  # pixels
+    height: int = 1024
+    schedule: str = "original"  # of Stage C: original, diffusers or linear
+    prior_steps: int = 30
+    prior_guidance: float = 4.0  # 1 and less: none
+    decoder_steps: int = 12
+    decoder_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_size(self.width, self.height)
+        steps = len(self.prior_times()) - 1
+        if steps != self.prior_steps:
+            raise ValueError(
+                f"the {self.schedule} schedule has {steps} steps, not {self.prior_steps}: "
+                "leave the prior's steps out, or choose the linear schedule"
+            )
+        self.decoder_times()
+        for scale in (self.prior_guidance, self.decoder_guidance):
+            if not math.isfinite(scale):
+                raise ValueError(
+                    f"a guidance of {scale} cannot be used: choose a number, such as {Sampling.prior_guidance}"
+                )
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Sampling:
+        """The defaults of the model whose metadata this is."""
+        given = metadata.get("sampling", {})
+        own = cls()
+        known = {name: type(value)(given[name]) for name, value in asdict(own).items() if name in given}
+        return own.changed(**known)
+
+    def changed(self, **given: Any) -> Sampling:
+        """These numbers with `given` in their place; None means unchanged.
+
+        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps.
+        """
+        asked = {name: value for name, value in given.items() if value is not None}
+        if "prior_steps" in asked:
+            asked.setdefault("schedule", "linear")
+        elif "schedule" in asked:
+            asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
+        return replace(self, **asked)
+
+    def prior_times(self) -> Tensor:
+        """Times of Stage C, [prior_steps + 1]."""
+        return named_times(self.schedule, self.prior_steps)
+
+    def decoder_times(self) -> Tensor:
+        """Times of Stage B, [decoder_steps + 1]."""
+        return linear_times(self.decoder_steps)
+
+
+def check_count(count: int, seed: int) -> None:
+    """Raise ValueError unless there is something to paint, and a seed for each picture."""
+    if count < 1:
+        raise ValueError(f"{count} pictures were asked for: give at least one prompt, and a count of at least 1")
+    if not 0 <= seed <= LARGEST_SEED - count:
+        raise ValueError(f"seed {seed} cannot be used: choose a number from 0 to {LARGEST_SEED - count}")
+
+
+def sampler_progress(callback: Callback | None, stage: str, public: Callable[[Tensor], Tensor]) -> Progress | None:
+    """A sampler's callback that passes on the stage and the denoised latents in their public units."""
+    if callback is None:
+        return None
+
+    def progress(step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        callback(stage, step + 1, steps, public(denoised))
+
+    return progress
+
+
+def ignore(stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+    """What is called when nobody watches."""
