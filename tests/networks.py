@@ -35,7 +35,7 @@ PROMPTS = ("a red apple on a blue background", "a cat", "")
 
 @dataclass(frozen=True)
 class Network:
-    """How to build a network, to call it, and what to call it with; `inputs` are (x, other tensors...) for 3 samples."""
+    """How to build a network and to call it; `inputs` are x and other tensors, for 3 samples."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]

@@ -36,7 +36,13 @@ FLOORS = {
     "": 6,  # what ComfyUI imports
 }
 # What the nodes stand on: in ComfyUI the graph is the pipeline.
-NODES_MAY = ("nodes", "wuerstchen_core.models", "wuerstchen_core.diffusion", "wuerstchen_core.checkpoints", "wuerstchen_core.demo")
+NODES_MAY = (
+    "nodes",
+    "wuerstchen_core.models",
+    "wuerstchen_core.diffusion",
+    "wuerstchen_core.checkpoints",
+    "wuerstchen_core.demo",
+)
 HOST = ("comfy", "folder_paths", "execution", "server", "latent_preview", "node_helpers")
 SLOW = ("torchvision", "open_clip", "transformers", "diffusers", "resvg_py")
 TRAINERS = ("accelerate", "tqdm", "tomli")  # of requirements-train.txt
@@ -48,9 +54,7 @@ def module_name(file: Path) -> str:
 
 
 FILES = {
-    module_name(file): file
-    for folder in ("wuerstchen_core", "nodes")
-    for file in sorted((ROOT / folder).rglob("*.py"))
+    module_name(file): file for folder in ("wuerstchen_core", "nodes") for file in sorted((ROOT / folder).rglob("*.py"))
 } | {"": ROOT / "__init__.py"}
 
 

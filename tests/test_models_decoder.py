@@ -99,7 +99,9 @@ def test_initial_weights() -> None:
     decoder.init_weights()
     # The original leaves the transposed convolutions, the ways up, at torch's own defaults.
     ups = {f"{name}.bias" for name, layer in decoder.named_modules() if isinstance(layer, nn.ConvTranspose2d)}
-    zeros = [p for name, p in decoder.named_parameters() if name.endswith((".bias", ".gamma", ".beta")) and name not in ups]
+    zeros = [
+        p for name, p in decoder.named_parameters() if name.endswith((".bias", ".gamma", ".beta")) and name not in ups
+    ]
     assert len(ups) == 2 and not any(p.any() for p in zeros)
     assert not decoder.clf[1].weight.any()
     for layer in (decoder.clip_mapper, *filter(None, decoder.effnet_mappers)):

@@ -62,8 +62,9 @@ def test_view_gives_latents_of_the_prior_size(size: tuple[int, int]) -> None:
 
 def test_view_has_imagenet_scale() -> None:
     white, black = semantic_view(torch.ones(1, 3, 64, 64)), semantic_view(torch.zeros(1, 3, 64, 64))
-    assert_near(white[0, :, 5, 5], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]), 1e-5)
-    assert_near(black[0, :, 5, 5], -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225]), 1e-5)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert_near(white[0, :, 5, 5], (1 - mean) / std, 1e-5)
+    assert_near(black[0, :, 5, 5], -mean / std, 1e-5)
 
 
 def test_a_small_table_compresses_by_32() -> None:
