@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: schemas and short executes over the core and `host`."""

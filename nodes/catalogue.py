@@ -1,0 +1,33 @@
+"""The list of all nodes, in the order of the menu."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .latents import WuerstchenEmptyLatents
+from .loaders import WuerstchenBundleLoader
+from .pictures import WuerstchenVAEDecode
+from .sampling import WuerstchenDecoderConditioning, WuerstchenDecoderSample, WuerstchenPriorSample
+from .text import WuerstchenTextEncode
+
+NODES: list[type[io.ComfyNode]] = [
+    WuerstchenBundleLoader,
+    WuerstchenTextEncode,
+    WuerstchenEmptyLatents,
+    WuerstchenPriorSample,
+    WuerstchenDecoderConditioning,
+    WuerstchenDecoderSample,
+    WuerstchenVAEDecode,
+]
+
+
+class WuerstchenExtension(ComfyExtension):
+    """What ComfyUI registers."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """Called by ComfyUI once, at its start."""
+    return WuerstchenExtension()

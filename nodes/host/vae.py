@@ -1,0 +1,95 @@
+"""VAE objects: Stage A, and the semantic compressor as an encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.models.image_encoder import semantic_view
+
+
+class SemanticCompressor(nn.Module):
+    """The image encoder with the two methods that the host calls."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(semantic_view(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise ValueError(
+            "the semantic compressor only encodes: connect Stage A's VAE (the loader's fifth output) to decode"
+        )
+
+
+class WuerstchenVAE(comfy.sd.VAE):
+    """A VAE around one of the core's networks, built from plain layers and hence loaded whole."""
+
+    def __init__(self, network: nn.Module, *, latent_channels: int, ratio: float, dtypes: list[torch.dtype]):
+        management = comfy.model_management
+        with _without_warning():  # only for this version's defaults: without weights it builds nothing
+            super().__init__(sd={})
+        self.latent_channels = latent_channels
+        self.upscale_ratio = self.downscale_ratio = ratio
+        self.process_input = lambda images: images
+        # In place: one host throws away what this returns.
+        self.process_output = lambda images: images.clamp_(0.0, 1.0)
+        self.working_dtypes = dtypes
+        self.disable_offload = True
+        self.device = management.vae_device()
+        self.output_device = management.intermediate_device()
+        self.vae_dtype = management.vae_dtype(self.device, dtypes)
+        self.first_stage_model = network.to(self.vae_dtype).eval().requires_grad_(False)
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
+        )
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Keep the host from warning that a VAE without weights is being made."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "No VAE weights" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def load_stage_a(part: Part) -> WuerstchenVAE:
+    """Stage A as a VAE between pictures and latents in codebook units."""
+    network = build_part(part)
+    vae = WuerstchenVAE(network, latent_channels=4, ratio=4, dtypes=[torch.float32])
+    # Bytes, measured at full width; both scale with it.
+    width = part.params.c_hidden / 384
+    vae.memory_used_decode = lambda shape, dtype: 12_500 * shape[2] * shape[3] * _size(dtype) * width
+    vae.memory_used_encode = lambda shape, dtype: 900 * shape[2] * shape[3] * _size(dtype) * width
+    return vae
+
+
+def load_image_encoder(part: Part) -> WuerstchenVAE:
+    """The semantic compressor as a VAE that only encodes: pictures of any size to Stage C latents."""
+    network = SemanticCompressor(build_part(part))
+    vae = WuerstchenVAE(network, latent_channels=16, ratio=128 / 3, dtypes=[torch.float32])
+    vae.crop_input = False  # every size is resized to the view it needs
+    vae.memory_used_encode = lambda shape, dtype: 900 * shape[2] * shape[3] * _size(dtype)
+    return vae
+
+
+def _size(dtype: Any) -> int:
+    return comfy.model_management.dtype_size(dtype)

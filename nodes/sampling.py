@@ -1,0 +1,186 @@
+"""Nodes that sample, and what connects the two stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..wuerstchen_core.diffusion.schedule import linear_times, named_times
+from ..wuerstchen_core.sampling import LARGEST_SEED
+from .host.models import PRIOR_KEY, DecoderModel, PriorModel
+from .host.sampling import sample_stage
+from .latents import STAGE_B, STAGE_C, check_latent, tagged
+
+SCHEDULES = ["original", "diffusers", "linear"]
+SEED_MAX = LARGEST_SEED - 4096  # leaves room for the seeds of a batch
+
+
+def _seed_input() -> io.Int.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=SEED_MAX,
+        control_after_generate=True,
+        tooltip="The same seed gives the same picture here and on Würstchen's command line.",
+    )
+
+
+def _cfg_input(default: float) -> io.Float.Input:
+    return io.Float.Input(
+        "cfg",
+        default=default,
+        min=1.0,
+        max=30.0,
+        step=0.1,
+        tooltip="Classifier-free guidance: how much more the positive counts than the negative. 1 is none, and faster.",
+    )
+
+
+def _check_model(model: Any, wanted: type, node: str, output: str) -> None:
+    if not isinstance(model.model, wanted):
+        given = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
+        kind = given.get(type(model.model), f"another model ({type(model.model).__name__})")
+        raise ValueError(f"{node} was given {kind}: connect the {output} output of a Würstchen loader")
+
+
+class WuerstchenPriorSample(io.ComfyNode):
+    """Stage C."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenPriorSample",
+            display_name="Würstchen Prior Sample",
+            category="Würstchen/sampling",
+            description="Stage C: decides what the picture shows, with the original's DDPM sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The prior of a Würstchen loader."),
+                io.Conditioning.Input("positive", tooltip="The prior output of Würstchen Text Encode."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The prior output of a second Würstchen Text Encode; its text may be empty."
+                ),
+                io.Latent.Input("stage_c", tooltip="The stage_c output of Würstchen Empty Latents."),
+                io.Combo.Input(
+                    "schedule",
+                    options=SCHEDULES,
+                    default=SCHEDULES[0],
+                    tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the linear schedule; the other schedules have their own number.",
+                ),
+                _cfg_input(4.0),
+                _seed_input(),
+            ],
+            outputs=[io.Latent.Output("stage_c_out", display_name="stage_c", tooltip="What the picture shows.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        stage_c: dict[str, Any],
+        schedule: str,
+        steps: int,
+        cfg: float,
+        seed: int,
+    ) -> io.NodeOutput:
+        node = "Würstchen Prior Sample"
+        _check_model(model, PriorModel, node, "prior")
+        check_latent(stage_c, STAGE_C, node)
+        if any(PRIOR_KEY in entry[1] for entry in positive):
+            raise ValueError(
+                f"{node} was given the conditioning of a decoder: connect the prior output of Würstchen Text Encode"
+            )
+        samples = sample_stage(model, positive, negative, stage_c, named_times(schedule, steps), cfg, seed)
+        return io.NodeOutput(tagged(samples, STAGE_C))
+
+
+class WuerstchenDecoderConditioning(io.ComfyNode):
+    """From Stage C to Stage B."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenDecoderConditioning",
+            display_name="Würstchen Decoder Conditioning",
+            category="Würstchen/conditioning",
+            description="Gives Stage B what Stage C decided, beside the text.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The decoder output of Würstchen Text Encode."),
+                io.Latent.Input("stage_c", tooltip="The latents that Würstchen Prior Sample painted."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning_out", display_name="conditioning", tooltip="The positive of Würstchen Decoder Sample."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: Any, stage_c: dict[str, Any]) -> io.NodeOutput:
+        prior = check_latent(stage_c, STAGE_C, "Würstchen Decoder Conditioning")
+        return io.NodeOutput([[states, {**options, PRIOR_KEY: prior}] for states, options in conditioning])
+
+
+class WuerstchenDecoderSample(io.ComfyNode):
+    """Stage B."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenDecoderSample",
+            display_name="Würstchen Decoder Sample",
+            category="Würstchen/sampling",
+            description="Stage B: paints what Stage C decided, with the original's DDPM sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The decoder of a Würstchen loader."),
+                io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
+                io.Latent.Input("stage_b", tooltip="The stage_b output of Würstchen Empty Latents."),
+                io.Int.Input("steps", default=12, min=1, max=1000, tooltip="Equal steps from noise to the picture."),
+                _cfg_input(1.0),
+                _seed_input(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The decoder output of a second Würstchen Text Encode; needed only where cfg is not 1.",
+                ),
+            ],
+            outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        stage_b: dict[str, Any],
+        steps: int,
+        cfg: float,
+        seed: int,
+        negative: Any = None,
+    ) -> io.NodeOutput:
+        node = "Würstchen Decoder Sample"
+        _check_model(model, DecoderModel, node, "decoder")
+        count = len(check_latent(stage_b, STAGE_B, node))
+        for _, options in positive:
+            if PRIOR_KEY not in options:
+                raise ValueError(f"{node} has no Stage C latents to paint: connect Würstchen Decoder Conditioning")
+            if len(options[PRIOR_KEY]) not in (1, count):
+                raise ValueError(
+                    f"{node} was given {count} empty latents for {len(options[PRIOR_KEY])} pictures of Stage C: "
+                    "use the same batch size for both stages"
+                )
+        if negative is None and cfg != 1.0:
+            raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
+        times = linear_times(steps)
+        samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
+        return io.NodeOutput(tagged(samples, STAGE_B))

@@ -1,0 +1,49 @@
+"""Nodes for text."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..wuerstchen_core.demo.vocabulary import vocabulary_note
+from .host.clip import metadata_of
+
+logger = logging.getLogger(__name__)
+
+
+class WuerstchenTextEncode(io.ComfyNode):
+    """One prompt for both stages."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenTextEncode",
+            display_name="Würstchen Text Encode",
+            category="Würstchen/conditioning",
+            description="Encodes a prompt with both text towers: Stage C and Stage B each read their own.",
+            inputs=[
+                io.Clip.Input("prior_clip", tooltip="The text tower of Stage C (CLIP-bigG in the released v2)."),
+                io.Clip.Input("decoder_clip", tooltip="The text tower of Stage B (CLIP-H in the released models)."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="a red apple on a blue background",
+                    tooltip="The prompt, or what the picture should not show when it is used as the negative.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("prior", display_name="prior", tooltip="For Würstchen Prior Sample."),
+                io.Conditioning.Output("decoder", display_name="decoder", tooltip="For the decoder's conditioning."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior_clip: Any, decoder_clip: Any, text: str) -> io.NodeOutput:
+        note = vocabulary_note([text], metadata_of(prior_clip))
+        if note:
+            logger.warning(note)
+        states = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for clip in (prior_clip, decoder_clip))
+        return io.NodeOutput(*states)
