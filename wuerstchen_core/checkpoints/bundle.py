@@ -94,7 +94,7 @@ def _equal(one: nn.Module | Part, other: nn.Module | Part) -> bool:
     if one is other:
         return True
     mine, theirs = _state(one), _state(other)
-    return one.params == other.params and all(
+    return mine.keys() == theirs.keys() and one.params == other.params and all(
         x.dtype == theirs[key].dtype and x.device == theirs[key].device and torch.equal(x, theirs[key])
         for key, x in mine.items()
     )
