@@ -1,0 +1,96 @@
+"""Train the semantic encoder through a throw-away regression decoder, before Stage B exists.
+
+The original trained it together with Stage B. Apart, both later stages can train at once on cached latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..diffusion.schedule import expand
+from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
+from .config import from_table
+from .loop import Stage
+from .objectives import FEATURE_SCALE, FEATURE_SHIFT, to_prior_space
+from .pictures import DemoPictures, sheet
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The `[encoder]` table."""
+
+    noise: float = 0.3  # largest standard deviation of the noise on the latents (which have 1)
+    widths: tuple[int, ...] = (256, 192, 128)  # of the regression decoder, coarse to fine
+    patch: int = 4  # pixels on a side that each of its last tokens becomes
+
+
+def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn.Sequential:
+    """Latents [B, 16, h, w] to pictures [B, 3, H, W]: dense convolutions, twice as fine at each width."""
+    layers: list[nn.Module] = [nn.Conv2d(c_latent, widths[0], 3, padding=1)]
+    for c_in, c_out in zip(widths, (*widths[1:], 3 * patch**2), strict=True):
+        layers += [
+            nn.Sequential(nn.GroupNorm(8, c_in), nn.SiLU(), nn.Conv2d(c_in, c_in, 3, padding=1)),
+            nn.Sequential(nn.GroupNorm(8, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+        ]
+    layers[-1] = nn.PixelShuffle(patch)
+    return nn.Sequential(*layers)
+
+
+class Compressor(nn.Module):
+    """The encoder and its throw-away decoder."""
+
+    def __init__(self, params: ImageEncoderParams, options: EncoderConfig):
+        super().__init__()
+        self.image_encoder = ImageEncoder(params)
+        # Fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1.
+        norm = self.image_encoder.mapper[1]
+        norm.weight.data.fill_(FEATURE_SCALE)
+        norm.bias.data.fill_(-FEATURE_SHIFT)
+        norm.requires_grad_(False)
+        self.decoder = regression_decoder(params.c_latent, options.widths, options.patch)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] as they come through latents with `noise` on them."""
+        latents = to_prior_space(self.image_encoder(semantic_view(images))) + noise
+        return self.decoder(latents)
+
+
+class EncoderStage(Stage):
+    """Whole pictures through 42.67x compression and back."""
+
+    name = "encoder"
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
+        params = from_table(ImageEncoderParams, config["model"], "model")
+        self.net = Compressor(params, self.options)
+        self.pictures = DemoPictures()
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        images = self.pictures.view(self.pictures.pick(size, rng))
+        side = semantic_view(images[:1]).shape[-1] // 32
+        noise = torch.randn(size, self.net.image_encoder.params.c_latent, side, side, generator=rng)
+        return images, noise * expand(torch.rand(size, generator=rng) * self.options.noise, noise)
+
+    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+        images, noise = batch
+        out = net(images, noise).float()
+        target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
+        return F.mse_loss(out, target)
+
+    def sheet(self, net: nn.Module) -> Image.Image:
+        truth = DemoPictures(held=True).view(slice(None, None, 12))[:24]
+        out = torch.cat([net(part, torch.zeros(())) for part in truth.split(12)])
+        return sheet([truth[:12], out[:12], truth[12:], out[12:]])
+
+    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+        assert isinstance(net, Compressor)
+        return {"image_encoder": net.image_encoder}

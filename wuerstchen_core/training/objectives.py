@@ -1,0 +1,81 @@
+"""Losses, and the noise that training adds (sources: the original's training scripts, unless said)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
+
+FEATURE_SCALE, FEATURE_SHIFT = 42.0, 1.0  # v2's prior works on (features + 1) / 42
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """The `[noise]` table: which times are weighed how.
+
+    `p2` is the original's weight (1 - alpha_bar), which leaves almost nothing for times near the picture.
+    `v` weighs the error of the noise by min(1 / alpha_bar, cap): up to the cap, v-prediction's loss
+    (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
+    """
+
+    weight: str = "p2"
+    cap: float = 40.0
+    stratified: bool = False  # spread the times of a batch evenly
+
+
+def draw_times(config: NoiseConfig, count: int, rng: torch.Generator) -> Tensor:
+    """Training times [count]; 7.5 % of them are exactly 1."""
+    uniform = torch.rand(count, generator=rng)
+    if config.stratified:
+        uniform = (torch.randperm(count, generator=rng) + uniform) / count
+    return training_times(uniform)
+
+
+def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
+    """Weight of the squared noise error at times t."""
+    if config.weight == "p2":
+        return p2_weight(t)
+    if config.weight == "v":
+        return (1 / alpha_bar(t)).clamp(max=config.cap)
+    raise ValueError(f"[noise] weight {config.weight!r} is unknown: choose p2 or v")
+
+
+def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Weighted squared error of the predicted noise, averaged (scalar)."""
+    per_sample = F.mse_loss(predicted.float(), noise, reduction="none").flatten(1).mean(1)
+    return (per_sample * noise_weight(config, t)).mean()
+
+
+def to_prior_space(features: Tensor) -> Tensor:
+    """Stage C features as the encoder gives them to the latents that the prior works on."""
+    return (features + FEATURE_SHIFT) / FEATURE_SCALE
+
+
+def from_prior_space(latents: Tensor) -> Tensor:
+    """The inverse of `to_prior_space`."""
+    return latents * FEATURE_SCALE - FEATURE_SHIFT
+
+
+def corrupt_features(features: Tensor, rng: torch.Generator, drop: float = 0.05, noised: float = 0.3) -> Tensor:
+    """What Stage B sees of the features [B, 16, h, w] in training: some dropped (0), some noised up to t = 0.5.
+
+    The original draws once a batch; here each sample draws for itself.
+    """
+    count = len(features)
+    t = torch.rand(count, generator=rng) * 0.5
+    noise = torch.randn(features.shape, generator=rng)
+    noisy = from_prior_space(diffuse(to_prior_space(features), t, noise))
+    draw = torch.rand(count, generator=rng)
+    features = torch.where(expand(draw < drop + noised * (1 - drop), features), noisy, features)
+    return torch.where(expand(draw < drop, features), torch.zeros_like(features), features)
+
+
+def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss (arXiv 2103.00020, figure 3) over pairs of unit vectors [B, c]."""
+    logits = scale * texts @ pictures.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,55 @@
+"""The pictures that the demo is trained on, and sheets of pictures to look at."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..demo.artwork import draw_all
+from ..demo.vocabulary import Scene, caption, held_out, scenes
+
+
+class DemoPictures:
+    """The demo's scenes as pictures [N, 3, canvas, canvas] uint8, without the held-out ones (or only these)."""
+
+    def __init__(self, canvas: int = 256, held: bool = False):
+        self.scenes: list[Scene] = [scene for scene in scenes() if held_out(scene) == held]
+        self.images = torch.from_numpy(draw_all(self.scenes, canvas)).permute(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pick(self, count: int, rng: torch.Generator) -> Tensor:
+        """Indices [count] of random pictures, without repetition where there are enough."""
+        if count <= len(self):
+            return torch.randperm(len(self), generator=rng)[:count]
+        return torch.randint(len(self), (count,), generator=rng)
+
+    def captions(self, indices: Tensor, rng: torch.Generator, drop: float = 0.0) -> list[str]:
+        """A wording for each picture; a share of `drop` is empty."""
+        words = random.Random(int(torch.randint(2**31, (1,), generator=rng)))
+        return ["" if words.random() < drop else caption(self.scenes[i], words) for i in indices.tolist()]
+
+    def view(self, indices: Tensor | slice) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1]."""
+        return self.images[indices].float() / 255
+
+
+def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
+    """Pictures [B, 3, H, W] in [0, 1], one row of the sheet (or more, if they are many) each."""
+    lines = []
+    for images in rows:
+        for part in images.clamp(0, 1).split(columns):
+            tiles = [np.asarray(_tile(image, width)) for image in part]
+            tiles += [np.zeros_like(tiles[0])] * (columns - len(tiles))
+            lines.append(np.concatenate(tiles, axis=1))
+    return Image.fromarray(np.concatenate(lines, axis=0))
+
+
+def _tile(image: Tensor, width: int) -> Image.Image:
+    array = (image.float().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(array).resize((width, width * array.shape[0] // array.shape[1]), Image.Resampling.LANCZOS)

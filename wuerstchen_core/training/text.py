@@ -1,0 +1,90 @@
+"""Train a text tower against the semantic features of the pictures, by CLIP's contrastive loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models.image_encoder import ImageEncoder
+from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
+from .config import from_table
+from .inputs import features_of, frozen
+from .loop import Stage
+from .objectives import contrastive_loss, to_prior_space
+from .pictures import DemoPictures, sheet
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The `[text]` table."""
+
+    joint: int = 128  # width of the space that texts and pictures meet in
+
+
+class Contrast(nn.Module):
+    """The tower, and two throw-away projections into the joint space."""
+
+    def __init__(self, params: TextEncoderParams, features: int, joint: int):
+        super().__init__()
+        self.tower = TextEncoder(params)
+        self.tower.init_weights()
+        self.text_projection = nn.Linear(params.width, joint, bias=False)
+        self.picture_projection = nn.Sequential(nn.Linear(features, 2 * joint), nn.GELU(), nn.Linear(2 * joint, joint))
+        self.scale = nn.Parameter(torch.tensor(14.3).log())  # CLIP's first temperature, 0.07
+
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors [B, joint] of token ids [B, L]: the state of the end token speaks for the whole."""
+        states = self.tower(ids, mask)
+        last = mask.sum(1) - 1
+        return F.normalize(self.text_projection(states[torch.arange(len(ids)), last]).float(), dim=-1)
+
+    def pictures(self, features: Tensor) -> Tensor:
+        """Unit vectors [B, joint] of features [B, 16, h, w] in the prior's space."""
+        return F.normalize(self.picture_projection(features.flatten(1)).float(), dim=-1)
+
+    def forward(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        """The contrastive loss of pairs."""
+        return contrastive_loss(self.texts(ids, mask), self.pictures(features), self.scale.exp().clamp(max=100))
+
+
+class TextStage(Stage):
+    """Captions in many wordings against the pictures that they name."""
+
+    name = "text"
+
+    def __init__(self, config: Mapping[str, Any]):
+        options = from_table(TextConfig, config.get("text", {}), "text")
+        self.pictures = DemoPictures()
+        encoder = frozen(config, "encoder", "image_encoder")
+        assert isinstance(encoder, ImageEncoder)
+        self.features = to_prior_space(features_of(encoder, self.pictures))
+        self.held = DemoPictures(held=True)
+        self.held_features = to_prior_space(features_of(encoder, self.held))
+        params = from_table(TextEncoderParams, config["model"], "model")
+        self.net = Contrast(params, self.features[0].numel(), options.joint)
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        picked = self.pictures.pick(size, rng)
+        features = self.features[picked] + 0.3 * torch.randn(self.features[picked].shape, generator=rng)
+        return (*tokenize(self.pictures.captions(picked, rng)), features)
+
+    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+        return net(*batch)
+
+    def sheet(self, net: nn.Module) -> Image.Image:
+        """Held-out pictures, and under each the one that its caption finds among them."""
+        assert isinstance(net, Contrast)
+        picked = torch.arange(0, len(self.held), 12)
+        captions = self.held.captions(picked, torch.Generator().manual_seed(0))
+        found = (net.texts(*tokenize(captions)) @ net.pictures(self.held_features).T).argmax(1)
+        return sheet([self.held.view(picked)[:12], self.held.view(found)[:12]])
+
+    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+        assert isinstance(net, Contrast)
+        return {"text_encoder": net.tower}

@@ -1,0 +1,102 @@
+"""Train Stage A: squared error, and the codebook loss once the latents have settled.
+
+The original's script was never published. Würstchen's Stage B reads latents that were not quantised, so most of the
+training is without the codebook; no discriminator is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models.vqgan import VQGAN, VQGANParams
+from .config import from_table
+from .loop import Stage
+from .pictures import DemoPictures, sheet
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """The `[vqgan]` table."""
+
+    crop: int = 96  # pixels
+    margin: int = 24  # pixels of the picture's border that crops leave out
+    quantized: float = 0.5  # share of a batch that is decoded from its codes
+    quantize_from: int = 200  # steps without the codebook, which is then seeded with latents
+
+
+class Autoencoder(nn.Module):
+    """A VQGAN that takes pictures through its codes, or past them."""
+
+    def __init__(self, params: VQGANParams):
+        super().__init__()
+        self.vqgan = VQGAN(params)
+        self.vqgan.init_weights()
+        # A fixed scale leaves the latents at unit variance once divided by the scale factor.
+        scale = self.vqgan.down_blocks[-1][1].weight
+        scale.data.fill_(params.scale_factor)
+        scale.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images: Tensor, through_codes: int, quantize_from: int) -> Tensor:
+        """The loss of pictures [B, 3, H, W], the first `through_codes` of which go through the codebook."""
+        latents = self.vqgan.encode(images).float()
+        loss = latents.new_zeros(())
+        if self.training:
+            self.steps += 1
+            if self.steps == quantize_from:
+                self.seed_codebook(latents.detach())
+        if self.steps > quantize_from:
+            codes = self.vqgan.quantize(latents)
+            loss = codes.codebook_loss + 0.25 * codes.commit_loss
+            latents = torch.cat([codes.latents[:through_codes], latents[through_codes:]])
+        return loss + F.mse_loss(self.vqgan.decode(latents), images)
+
+    @torch.no_grad()
+    def seed_codebook(self, latents: Tensor) -> None:
+        """Start the codes from latents of a batch, spread a little."""
+        book = self.vqgan.vquantizer.codebook.weight
+        rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        picked = rows[torch.randint(len(rows), (len(book),), device=rows.device)]
+        book.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
+
+
+class VQGANStage(Stage):
+    """Random crops of the pictures, encoded and decoded."""
+
+    name = "vqgan"
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
+        self.net = Autoencoder(from_table(VQGANParams, config["model"], "model"))
+        self.pictures = DemoPictures()
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        crop, margin = self.options.crop, self.options.margin
+        images = self.pictures.view(self.pictures.pick(size, rng))
+        room = images.shape[-1] - 2 * margin - crop
+        corners = margin + torch.randint(room + 1, (size, 2), generator=rng)
+        crops = [
+            image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)
+        ]
+        return (torch.stack(crops),)
+
+    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+        (images,) = batch
+        return net(images, int(len(images) * self.options.quantized), self.options.quantize_from)
+
+    def sheet(self, net: nn.Module) -> Image.Image:
+        assert isinstance(net, Autoencoder)
+        truth = DemoPictures(held=True).view(slice(None, None, 24))[:12]
+        latents = net.vqgan.encode(truth)
+        return sheet([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
+
+    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+        assert isinstance(net, Autoencoder)
+        return {"vqgan": net.vqgan}
