@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,20 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# What torch.load raises, besides UnpicklingError, on damaged bytes; found by cutting files and changing bytes.
+_DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ def read_file_metadata(path: Path) -> dict[str, str]:
 
 
 def _broken(path: Path, reason: object) -> ValueError:
-    return ValueError(f"{path} is cut short or damaged ({str(reason).splitlines()[0]}): fetch it again")
+    first_line = (str(reason) or type(reason).__name__).splitlines()[0]
+    return ValueError(f"{path} is cut short or damaged ({first_line}): fetch it again")
 
 
 def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:
@@ -90,17 +106,17 @@ def _header(tensor: Any) -> Tensor:
 
 
 def _read_torch(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)  # PyTorch's older format is not, and can't be mapped
+    is_zip = zipfile.is_zipfile(path)  # PyTorch's older format is none, and can't be mapped
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "was not an allowed global" in str(error):
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise ValueError(
                 f"{path} holds Python objects besides weights and is not opened, since they could run any code: "
                 "take a safetensors file, or a PyTorch file of weights alone"
             ) from error
-        raise _broken(path, error) from error
-    except (RuntimeError, EOFError, OSError) as error:
+        raise _broken(path, "no PyTorch file") from error
+    except _DAMAGE as error:
         raise _broken(path, error) from error
 
 

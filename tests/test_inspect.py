@@ -1,0 +1,108 @@
+"""`describe` tells what a source holds without reading its weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS
+from safetensors.torch import save_file
+
+from wuerstchen_core.checkpoints import PARTS, describe, save_bundle
+
+MANIFESTS = Path(__file__).parent / "golden" / "manifests"
+
+
+def manifest(name: str) -> Any:
+    return json.loads((MANIFESTS / f"{name}.json").read_text())
+
+
+def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
+    """A safetensors file of the published size whose data is one hole, which takes no room on the disk."""
+    header, offset = {}, 0
+    for key, (shape, dtype) in tensors.items():
+        size = int(torch.Size(shape).numel()) * {"F32": 4, "I64": 8}[dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + offset)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "version", "tower"),
+    [
+        ("orig_v2_stage_c_prior", "prior", "v2", "CLIP-bigG (1280 wide)"),
+        ("orig_v1_stage_c_prior", "prior", "v1 (or v2's first file, of June 2023)", "CLIP-H (1024 wide)"),
+        ("diffusers_diffnext", "decoder", "v2", "CLIP-H (1024 wide)"),
+        ("orig_stage_a_vqmodel", "vqgan", "v1 and v2 alike", None),
+        ("orig_v2_effnet_s", "image_encoder", "v2", None),
+        ("orig_v1_effnet_l", "image_encoder", "v1", None),
+    ],
+)
+def test_published_files(tmp_path: Path, name: str, part: str, version: str, tower: str | None) -> None:
+    published = manifest(name)
+    description = describe(full_size_file(tmp_path / "file.safetensors", published["tensors"]))
+    assert description.kind == "weights alone"
+    assert description.version == version
+    [info] = description.parts
+    assert (info.name, info.dtype, info.parameters) == (part, "fp32", published["parameters"])
+    assert description.text_towers == ({part: tower} if tower else {})
+    assert description.missing == tuple(other for other in PARTS if other != part)
+
+
+def test_bundle(tmp_path: Path) -> None:
+    parts = {name: NETWORKS["text_encoder" if "text" in name else name].perturbed() for name in PARTS}
+    metadata = {"licence": "Apache-2.0", "vocabulary": {"words": ["a", "cat"]}}
+    path = tmp_path / "bundle.safetensors"
+    save_bundle(path, parts, metadata, dtype=torch.bfloat16)
+    description = describe(path)
+    assert (description.kind, description.version, description.missing) == ("bundle", "v2", ())
+    assert [part.name for part in description.parts] == ["prior", "decoder", "vqgan", "image_encoder", "text_encoder"]
+    assert {part.dtype for part in description.parts} == {"bf16"}
+    for info in description.parts:
+        network = parts.get(info.name, parts["prior_text_encoder"])
+        assert info.parameters == sum(x.numel() for x in network.parameters())
+    assert (description.vocabulary, description.licence) == (2, "Apache-2.0")
+    lines = description.lines()
+    assert lines[0] == f"{path}: bundle, v2"
+    assert lines[1].startswith("  prior: ") and "bf16" in lines[1] and "c_cond 32" in lines[1]
+    assert lines[-1] == "  complete"
+    assert json.loads(json.dumps(description.as_dict()))["parts"][0]["sizes"]["c"] == 64
+
+
+def test_original_stage_b_of_v1(tmp_path: Path) -> None:
+    tensors = manifest("orig_v2_effnet_s")["tensors"]
+    encoder = {key: torch.zeros(()).expand(shape) for key, (shape, _) in tensors.items()}
+    decoder = {"byt5_mapper.weight": torch.zeros(1)}
+    torch.save({"state_dict": decoder, "effnet_state_dict": encoder}, tmp_path / "model_stage_b.pt")
+    description = describe(tmp_path / "model_stage_b.pt")
+    assert description.kind == "state_dict + effnet_state_dict"
+    assert [part.name for part in description.parts] == ["image_encoder"]
+    assert any("also holds v1's token decoder" in line for line in description.lines())
+    assert "decoder" in description.missing
+    assert description.lines()[-1].startswith("  missing for a complete model: prior, decoder, vqgan")
+
+
+def test_diffusers_folder(tmp_path: Path) -> None:
+    for name, kind in (("prior", "prior"), ("text_encoder", "text_encoder")):
+        (tmp_path / name).mkdir()
+        save_file(NETWORKS[kind].perturbed().state_dict(), tmp_path / name / "model.safetensors")
+    (tmp_path / "text_encoder" / "config.json").write_text('{"num_attention_heads": 2, "hidden_act": "gelu"}')
+    description = describe(tmp_path)
+    assert description.kind == "diffusers folder"
+    assert [part.name for part in description.parts] == ["prior", "prior_text_encoder"]
+    assert description.missing == ("decoder", "vqgan", "image_encoder", "decoder_text_encoder")
+
+
+def test_another_projects_file_is_refused(tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
+    with pytest.raises(ValueError, match="Stable Diffusion"):
+        describe(tmp_path / "sd.safetensors")
