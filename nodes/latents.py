@@ -20,9 +20,9 @@ _CHANNELS = {STAGE_C: 16, STAGE_B: 4}
 _NAMES = {STAGE_C: "Stage C", STAGE_B: "Stage B"}
 
 
-def tagged(samples: Tensor, stage: str, **more: Any) -> dict[str, Any]:
-    """A LATENT that says which stage it belongs to."""
-    return {**more, "samples": samples, TAG: stage}
+def tagged(samples: Tensor, stage: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A LATENT that says which stage it belongs to, with all else (masks) that `like` has."""
+    return {**(like or {}), "samples": samples, TAG: stage}
 
 
 def check_latent(latent: Mapping[str, Any], stage: str, node: str) -> Tensor:

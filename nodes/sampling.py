@@ -101,7 +101,7 @@ class WuerstchenPriorSample(io.ComfyNode):
                 f"{node} was given the conditioning of a decoder: connect the prior output of Würstchen Text Encode"
             )
         samples = sample_stage(model, positive, negative, stage_c, named_times(schedule, steps), cfg, seed)
-        return io.NodeOutput(tagged(samples, STAGE_C))
+        return io.NodeOutput(tagged(samples, STAGE_C, stage_c))
 
 
 class WuerstchenDecoderConditioning(io.ComfyNode):
@@ -183,4 +183,4 @@ class WuerstchenDecoderSample(io.ComfyNode):
             raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
         times = linear_times(steps)
         samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
-        return io.NodeOutput(tagged(samples, STAGE_B))
+        return io.NodeOutput(tagged(samples, STAGE_B, stage_b))

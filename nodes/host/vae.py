@@ -42,7 +42,7 @@ class WuerstchenVAE(comfy.sd.VAE):
             super().__init__(sd={})
         self.latent_channels = latent_channels
         self.upscale_ratio = self.downscale_ratio = ratio
-        self.process_input = lambda images: images
+        self.process_input = lambda images: images[:, :3]  # without opacity
         # In place: one host throws away what this returns.
         self.process_output = lambda images: images.clamp_(0.0, 1.0)
         self.working_dtypes = dtypes

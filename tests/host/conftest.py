@@ -1,0 +1,116 @@
+"""Fixtures of the host tests: every ComfyUI found is started once, with an untrained model among its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import Install, Outcome, Server, installs
+from graphs import api_form, workflow
+from networks import NETWORKS
+from safetensors.torch import save_file
+
+from wuerstchen_core.checkpoints import read_part, save_bundle
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
+
+TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
+VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.host)
+
+
+def _name(install: Install | None) -> str:
+    return install.version if install else "none"
+
+
+@pytest.fixture(scope="session", params=installs() or [None], ids=_name)
+def install(request: pytest.FixtureRequest) -> Install:
+    """Each ComfyUI of this machine."""
+    if request.param is None:
+        pytest.skip("no ComfyUI found: set COMFYUI_PATH to its folder")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def host_version(install: Install, record_property: Callable[[str, Any], None]) -> None:
+    record_property("host_version", install.version)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that a user might choose: a whole untrained model (its towers differ in width), one part of a
+    model, a model of the first version, and a file of another model."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    parts = {name: NETWORKS[name].perturbed() for name in ("prior", "decoder", "vqgan", "image_encoder")}
+    torch.nn.init.constant_(parts["vqgan"].out_block[0].bias, 0.5)  # pictures that are grey, not clipped to black
+    for stage, width in (("prior", parts["prior"].params.c_cond), ("decoder", parts["decoder"].params.clip_embd)):
+        tower = TextEncoder(TextEncoderParams(width=width, heads=2, layers=2))
+        tower.init_weights()
+        parts[f"{stage}_text_encoder"] = tower
+    sampling = {"schedule": "linear", "prior_steps": 4, "decoder_steps": 3, "width": 256, "height": 192}
+    save_bundle(folder / TINY, parts, {"sampling": sampling, "vocabulary": VOCABULARY})
+    save_bundle(folder / HALF, {"vqgan": parts["vqgan"]}, {})
+    save_bundle(folder / V1, {"vqgan": parts["vqgan"]}, {"version": "v1"})
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, folder / FOREIGN)
+    assert read_part(folder / TINY, "prior").params == parts["prior"].params
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The ComfyUI, running."""
+    server = Server(install, tmp_path_factory.mktemp("comfyui") / "base")
+    for file in checkpoints.iterdir():
+        (server.folder / "models" / "checkpoints" / file.name).symlink_to(file)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Server) -> dict[str, Any]:
+    """What the ComfyUI says of its nodes."""
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def shipped(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The text-to-image workflow as it ships, ready to run."""
+    return api_form(workflow("text_to_image"), object_info)
+
+
+@pytest.fixture
+def graph(shipped: dict[str, Any]) -> dict[str, Any]:
+    """The same workflow on the untrained model, with few steps; nodes are found by `find`."""
+    find(shipped, "WuerstchenBundleLoader")["bundle"] = TINY
+    find(shipped, "WuerstchenEmptyLatents").update(width=256, height=192)
+    find(shipped, "WuerstchenPriorSample").update(schedule="linear", steps=4)
+    find(shipped, "WuerstchenDecoderSample").update(steps=3)
+    return shipped
+
+
+def find(graph: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The inputs of the first node of a kind."""
+    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
+
+
+@pytest.fixture
+def paint(server: Server) -> Callable[[dict[str, Any]], Outcome]:
+    """Run a prompt that has to succeed."""
+
+    def run(graph: dict[str, Any]) -> Outcome:
+        outcome = server.run(graph)
+        assert outcome.status == "execution_success", outcome.error + outcome.log
+        return outcome
+
+    return run

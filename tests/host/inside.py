@@ -1,0 +1,102 @@
+"""Run by a ComfyUI's own Python, `inside.py COMFYUI BUNDLE OUTPUT`: computes with the host's objects what
+test_host_inside.py compares with the core."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+PROMPTS = ("a red apple", "", "a very small cat on a yellow background, and behind it the sun!")
+
+
+def load_pack() -> ModuleType:
+    """This repository as ComfyUI imports it: a package of any name."""
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("pack", root / "__init__.py", submodule_search_locations=[str(root)])
+    assert spec is not None and spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["pack"] = pack
+    spec.loader.exec_module(pack)
+    return pack
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
+    """What each stage's network is called with: x, t, text, and for Stage B the prior's latents."""
+    t = torch.tensor([1.0, 0.37])
+    return {
+        "prior": (seeded(2, 16, 5, 6), t, seeded(2, 77, width_c)),
+        "decoder": (seeded(2, 4, 16, 24), t, seeded(2, 77, width_b), seeded(2, 16, 2, 3)),
+    }
+
+
+def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    load_pack()
+    from pack.nodes.host import clip, models, time
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for stage in ("prior", "decoder"):
+        tower = clip.load_clip(read_part(bundle, f"{stage}_text_encoder"))
+        for i, prompt in enumerate(PROMPTS):
+            [[states, _]] = tower.encode_from_tokens_scheduled(tower.tokenize(prompt))
+            tensors[f"text/{stage}/{i}"] = states
+
+    schedule = time.WuerstchenSampling()
+    tensors["times"] = torch.linspace(0, 1, 10_001)
+    tensors["sigmas"] = schedule.sigma(tensors["times"])
+    tensors["times_again"] = schedule.timestep(tensors["sigmas"])
+    tensors["table"] = schedule.sigmas
+
+    parts = {stage: read_part(bundle, stage) for stage in ("prior", "decoder")}
+    inputs = calls(parts["prior"].params.c_cond, parts["decoder"].params.clip_embd)
+    for stage, part in parts.items():
+        patcher = models.load_model(part)
+        network = patcher.model.diffusion_model
+        extra = dict(zip(("stable_cascade_prior",), inputs[stage][3:], strict=False))
+        tensors[f"network/{stage}"] = network(*inputs[stage][:3], **extra)
+        facts[f"{stage} training"] = network.training or any(p.requires_grad for p in network.parameters())
+        facts[f"{stage} host layers"] = sum(hasattr(layer, "comfy_cast_weights") for layer in network.modules())
+
+        # A partial load: most layers stay on the offload device and are brought over for each call. The device of the
+        # computation is "meta", which fails at once on a tensor that was left behind.
+        meta = torch.device("meta")
+        partial = comfy.model_patcher.ModelPatcher(patcher.model, load_device=meta, offload_device=torch.device("cpu"))
+        partial.patch_model(meta, lowvram_model_memory=60_000)
+        facts[f"{stage} left behind"] = sum(not p.is_meta for p in network.parameters())
+        out = network(*(x.to(meta) for x in inputs[stage][:3]), **{key: x.to(meta) for key, x in extra.items()})
+        facts[f"{stage} partial"] = list(out.shape)
+
+        management.unet_dtype, chosen = (lambda **_: torch.bfloat16), management.unet_dtype
+        half = models.load_model(part).model
+        management.unet_dtype = chosen
+        facts[f"{stage} half"] = [str(half.get_dtype()), str(half.manual_cast_dtype)]
+        tensors[f"half/{stage}"] = half.diffusion_model(*inputs[stage][:3], **extra)
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    comfyui, bundle, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(bundle)
+    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})

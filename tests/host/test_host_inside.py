@@ -1,0 +1,95 @@
+"""The host's objects compute what the core computes: text towers, time, and networks in three ways of loading."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import Install
+from conftest import TINY
+from inside import PROMPTS, calls
+from safetensors import safe_open
+from torch import Tensor
+
+from wuerstchen_core.checkpoints import build_part, load_text_encoder, read_part
+from wuerstchen_core.diffusion.schedule import alpha_bar
+from wuerstchen_core.models.text_encoder import tokenize
+
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+STAGES = ("prior", "decoder")
+
+
+@pytest.fixture(scope="module")
+def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
+    """What inside.py computed in this ComfyUI."""
+    output = tmp_path_factory.mktemp("inside") / "tensors.safetensors"
+    script = str(Path(__file__).with_name("inside.py"))
+    command = [install.python, script, str(install.root), str(checkpoints / TINY), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=output.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+@pytest.fixture(scope="module")
+def wanted(checkpoints: Path) -> dict[str, Tensor]:
+    """The core's predictions for the same inputs."""
+    parts = {stage: read_part(checkpoints / TINY, stage) for stage in STAGES}
+    inputs = calls(parts["prior"].params.c_cond, parts["decoder"].params.clip_embd)
+    x, t, text, prior_latents = inputs["decoder"]
+    with torch.inference_mode():
+        return {
+            "prior": build_part(parts["prior"])(*inputs["prior"]),
+            "decoder": build_part(parts["decoder"])(x, t, prior_latents, text),
+        }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_text_states_equal_the_cores(inside: Inside, checkpoints: Path, stage: Any) -> None:
+    tower = load_text_encoder(checkpoints / TINY, which=stage)
+    with torch.inference_mode():
+        states = tower(*tokenize(PROMPTS))
+    for i in range(len(PROMPTS)):
+        torch.testing.assert_close(inside[0][f"text/{stage}/{i}"][0], states[i], rtol=0, atol=1e-5)
+    assert (states[0] - states[1]).abs().max() > 0.1
+
+
+def test_time_and_noise_level_are_inverse_and_exact_at_the_start(inside: Inside) -> None:
+    tensors, _ = inside
+    times, sigmas, again = tensors["times"], tensors["sigmas"], tensors["times_again"]
+    signal = alpha_bar(times.double())
+    torch.testing.assert_close(sigmas.double(), ((1 - signal) / signal).sqrt(), rtol=1e-5, atol=0)
+    inner = (times > 0.0023) & (times < 0.9935)  # outside, the schedule is clamped
+    torch.testing.assert_close(again[inner], times[inner], rtol=0, atol=2.5e-7)
+    assert (again[times > 0.9936] == 1).all()
+    assert tensors["table"][-1] == sigmas.max() and (tensors["table"].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_networks_equal_the_cores(inside: Inside, wanted: dict[str, Tensor], stage: str) -> None:
+    tensors, facts = inside
+    torch.testing.assert_close(tensors[f"network/{stage}"], wanted[stage], rtol=1e-5, atol=1e-5)
+    assert not facts[f"{stage} training"]
+    assert facts[f"{stage} host layers"] > 10
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_partial_load_computes_on_the_device(inside: Inside, wanted: dict[str, Tensor], stage: str) -> None:
+    _, facts = inside
+    assert facts[f"{stage} left behind"] > 0
+    assert facts[f"{stage} partial"] == list(wanted[stage].shape)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_in_half_precision_are_cast_by_the_host(
+    inside: Inside, wanted: dict[str, Tensor], stage: str
+) -> None:
+    tensors, facts = inside
+    assert facts[f"{stage} half"] == ["torch.bfloat16", "torch.float32"]
+    error = (tensors[f"half/{stage}"] - wanted[stage]).std() / wanted[stage].std()
+    assert 0 < error < 0.02
