@@ -1,0 +1,321 @@
+"""The command line: what it writes, what it prints, and that a failure is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import write_tiny_bundle
+
+from wuerstchen_core import WuerstchenPipeline, cli
+from wuerstchen_core.checkpoints import demo_path
+
+PROMPT = "A red apple, on blue!"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:  # argparse's
+        return int(stop.code or 0)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command fails with."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# generate
+
+
+def test_generate(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", PROMPT, "--model", bundle, "--seed", "7", "--device", "cpu", "--negative", "small") == 0
+    out, err = capsys.readouterr()
+    assert out == "a-red-apple-on-blue.png\n" and err == ""
+    with Image.open(here / out.strip()) as image:
+        made = json.loads(image.text[cli.METADATA_KEY])
+        painted = np.asarray(image).astype(int)
+    assert made == {
+        "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
+        "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2, "decoder_guidance": 1.0,
+    }  # fmt: skip
+    [expected] = WuerstchenPipeline.load(bundle, device="cpu").generate(PROMPT, negative="small", seed=7)
+    assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
+
+
+def test_every_option_reaches_the_pipeline(
+    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        WuerstchenPipeline,
+        "generate",
+        lambda self, prompt, **options: given.update(options) or [Image.new("RGB", (64, 64))],
+    )
+    command = (
+        "--width 64 --height 128 --schedule linear --prior-steps 5 --prior-guidance 3.5 "
+        "--decoder-steps 4 --decoder-guidance 1.5 --seed 3 --negative fog --dtype bf16 --device cpu"
+    )
+    assert run("generate", PROMPT, "--model", bundle, *command.split()) == 0
+    del given["callback"]
+    assert given == {
+        "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear", "prior_steps": 5,
+        "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5,
+    }  # fmt: skip
+
+
+def test_a_picture_is_never_overwritten_unless_named(
+    bundle: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("generate", PROMPT, "--model", bundle)
+    assert run(*command) == run(*command) == 0
+    assert capsys.readouterr().out.split() == ["a-red-apple-on-blue.png", "a-red-apple-on-blue-2.png"]
+    (here / "mine.png").write_bytes(b"old")
+    assert run(*command, "--output", "mine.png") == 0
+    assert Image.open(here / "mine.png").size == (128, 64)
+    assert sorted(path.name for path in here.iterdir()) == [
+        "a-red-apple-on-blue-2.png", "a-red-apple-on-blue.png", "mine.png",
+    ]  # fmt: skip
+
+
+def test_count_output_and_json(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "out").mkdir()
+    command = ("generate", PROMPT, "--model", bundle, "--count", "2", "--seed", "4", "--json")
+    assert run(*command, "--output", "out/p.jpg") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [image["path"] for image in report["images"]] == [str(Path("out/p-1.jpg")), str(Path("out/p-2.jpg"))]
+    assert [image["seed"] for image in report["images"]] == [4, 5]
+    assert report["prompt"] == PROMPT and report["load_seconds"] > 0 and report["device"]
+    for image in report["images"]:
+        assert set(image["seconds"]) == {"text", "prior", "decoder", "picture"}
+        assert all(seconds >= 0 for seconds in image["seconds"].values()) and image["seconds"]["prior"] > 0
+        assert Image.open(image["path"]).format == "JPEG"
+    assert run(*command, "--output", "out") == 0
+    assert json.loads(capsys.readouterr().out)["images"][1]["path"] == str(Path("out/a-red-apple-on-blue-2.png"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("../../etc/passwd", "etc-passwd"), ("", "picture"), ("?!", "picture"), ("Über Äpfel", "über-äpfel")],
+)
+def test_slug(prompt: str, name: str) -> None:
+    assert cli.slug(prompt) == name
+    assert len(cli.slug("word " * 100)) <= cli.SLUG_LENGTH
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("generate", PROMPT, "--model", bundle) == 0
+    err = capsys.readouterr().err
+    assert "] 2/3" in err and "decoder [" in err and err.endswith("\x1b[K")
+
+
+def test_unknown_words_are_named_in_one_line(bundle: str, here: Path) -> None:
+    process = shell("generate", "a red zebra", "--model", bundle, cwd=here)
+    assert process.returncode == 0 and process.stdout == "a-red-zebra.png\n"
+    assert process.stderr.count("\n") == 1 and "never learned 'zebra'; it paints" in process.stderr
+
+
+# failures
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--width 100", "the nearest legal size is 128x64"),
+        ("--width 4096", "the nearest legal size is 2048x64"),
+        ("--model nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("--model broken.safetensors", "broken.safetensors holds no weights"),
+        ("--model cut.safetensors", "cut.safetensors is cut short or damaged"),
+        ("--model empty", "empty is no diffusers folder"),
+        ("--device abacus", "device 'abacus' is unknown: choose auto"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--seed -1", "choose a number from 0 to"),
+        ("--seed x", "invalid int value: 'x'"),
+        ("--count 0", "a count of at least 1"),
+        ("--prior-steps 0", "at least 1 is needed"),
+        ("--schedule original --prior-steps 7", "has 30 steps, not 7"),
+        ("--output nowhere/x.png", "the folder nowhere does not exist"),
+        ("--output x.txt", "let it end in one of .png"),
+        ("--output x", "let it end in one of .png"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_a_failure_is_one_line(
+    bundle: str, here: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    (here / "broken.safetensors").write_text("version https://git-lfs.example/spec/v1\n")
+    (here / "cut.safetensors").write_bytes(Path(bundle).read_bytes()[:-1000])
+    (here / "empty").mkdir()
+    before = sorted(here.iterdir())
+    model = () if "--model" in options else ("--model", bundle)
+    assert message in failure(capsys, "generate", PROMPT, *model, *options.split())
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["reconstruct", "x.png"], "invalid choice: 'reconstruct'"),
+        (["generate"], "PROMPT"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+        (["train", "everything", "--config", "x.toml"], "invalid choice: 'everything'"),
+        (["train", "prior"], "--config"),
+        (["train", "prior", "--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_other_failures(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in failure(capsys, *arguments)
+
+
+def test_only_what_works_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert [word for word in listed if word.isalpha() and word != "COMMAND"] == ["generate", "inspect", "train"]
+
+
+def raising(error: BaseException) -> Any:
+    def raises(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_interrupted(
+    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "decode", raising(KeyboardInterrupt()))
+    assert run("generate", PROMPT, "--model", bundle) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and not list(here.iterdir())
+
+
+def test_interrupted_while_writing(
+    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(self: Image.Image, path: Path, **options: Any) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert run("generate", PROMPT, "--model", bundle, "--output", "x.png") == 130
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory(
+    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError(message)))
+    assert "choose a smaller --width" in failure(capsys, "generate", PROMPT, "--model", bundle)
+
+
+def test_a_bug_keeps_its_traceback(bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("generate", PROMPT, "--model", bundle)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "file"),
+    [
+        ("accelerate", ["train", "prior", "--config", "x.toml"], "requirements-train.txt"),
+        ("open_clip", ["generate", PROMPT], "requirements.txt"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_file(
+    bundle: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    arguments: list[str],
+    file: str,
+) -> None:
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    name = "_train" if arguments[0] == "train" else "_generate"
+    monkeypatch.setattr(cli, name, raising(error))
+    line = failure(capsys, *arguments)
+    assert line == f"{module} is not installed: python -m pip install -r {file}\n"
+
+
+# train and inspect
+
+
+def test_train_hands_over(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    trainer = pytest.importorskip("wuerstchen_core.training.run")
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(trainer, "run", lambda *arguments: calls.append(arguments))
+    assert run("train", "prior", "--config", "c.toml", "--set", "train.steps=3", "--set", "run='x'") == 0
+    assert calls == [("prior", Path("c.toml"), ["train.steps=3", "run='x'"])]
+
+
+def test_inspect(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", bundle) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{bundle}: ") and any(line.strip().startswith("prior:") for line in lines)
+    assert run("inspect", bundle, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [part["name"] for part in report["parts"]][:2] == ["prior", "decoder"] and report["vocabulary"] == 6
+
+
+# as a process
+
+
+def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wuerstchen_core", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_failing_process(here: Path) -> None:
+    process = shell("generate", PROMPT, "--model", "nowhere", cwd=here)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.count("\n") == 1 and "nowhere does not exist" in process.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, wuerstchen_core, wuerstchen_core.cli; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
+def test_the_first_command(here: Path) -> None:
+    from wuerstchen_core.demo.judge import Judge
+    from wuerstchen_core.demo.vocabulary import COLOURS
+
+    process = shell("generate", "a red apple on a blue background", cwd=here)
+    assert process.returncode == 0 and process.stderr == ""
+    with Image.open(here / "a-red-apple-on-a-blue-background.png") as image:
+        assert Judge().background(np.asarray(image)) == list(COLOURS).index("blue")
