@@ -53,6 +53,13 @@ def test_every_parameter_gets_a_gradient(network: Network) -> None:
             assert gradient.any(), name
 
 
+def test_training_computes_the_same(network: Network) -> None:
+    module, inputs = network.perturbed(), network.inputs()
+    with torch.no_grad():
+        expected = network.call(module, *inputs)
+    assert_near(network.call(module, *inputs).detach(), expected, 1e-5)
+
+
 def test_compiles_into_one_graph(network: Network) -> None:
     module, inputs = network.perturbed(), network.inputs()
     torch.compiler.reset()

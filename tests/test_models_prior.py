@@ -7,8 +7,11 @@ import torch
 from golden_data import Golden, assert_near
 from torch import Tensor
 
+from wuerstchen_core.checkpoints.formats import split_attention
+from wuerstchen_core.diffusion.schedule import diffuse, training_times
 from wuerstchen_core.models.layers import timestep_embedding
 from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.training.objectives import NoiseConfig, noise_loss, to_prior_space
 
 TOLERANCE = 1e-5  # observed 1e-6
 
@@ -49,6 +52,28 @@ def test_every_block(golden: Golden, prior: Prior) -> None:
     assert len(seen) == 7
     for name, out in seen.items():
         assert_near(out, golden[f"out/{name}"], TOLERANCE)
+
+
+def test_a_training_step(golden: Golden) -> None:
+    """The original's loss and gradients, which also take the attention's own way through a backward pass."""
+    step = Golden("prior_train_step")
+    prior = Prior(PriorParams(**golden.sizes())).eval()  # as the golden run: without dropout
+    prior.load_state_dict(golden.weights())
+    t = training_times(step["in/uniform"])
+    assert_near(t, step["out/t"], 1e-6)
+    noised = diffuse(to_prior_space(step["in/features"]), t, step["in/noise"])
+    assert_near(noised, step["out/noised"], TOLERANCE)
+    predicted = prior(noised, t, step["in/c"])
+    assert_near(predicted, step["out/pred"], TOLERANCE)
+    loss = noise_loss(NoiseConfig(weight="p2"), predicted, step["in/noise"], t)
+    assert_near(loss, step["out/loss_adjusted"], 1e-6)
+    loss.backward()
+    gradients = split_attention(step.under("grad/"))
+    assert len(gradients) == 12
+    for name, expected in gradients.items():
+        gradient = prior.get_parameter(name).grad
+        assert gradient is not None
+        assert_near(gradient, expected, 2e-7)  # observed 2e-8
 
 
 @pytest.mark.parametrize("width", [64, 16, 9])
