@@ -19,7 +19,7 @@ from .diffusion.samplers import guided, sample, seeded_noise
 from .diffusion.sizes import decoder_side, prior_side
 from .models.decoder import Decoder
 from .models.image_encoder import ImageEncoder, semantic_view
-from .models.prior import Prior
+from .models.prior import Prior, features_from_latents
 from .models.text_encoder import TextEncoder, tokenize
 from .models.vqgan import VQGAN
 from .pictures import read_pixels, to_pictures
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 Source = str | PathLike[str]
 T = TypeVar("T")
 
-LATENT_STD, LATENT_MEAN = 42.0, 1.0  # the prior of v2 works on (features + 1) / 42
 PAINTING_PARTS = tuple(name for name in PARTS if name != "image_encoder")
 # 8 bits of mantissa do not give 8 bits of colour, and these two networks are small: they always run in fp32.
 FP32_PARTS = ("vqgan", "image_encoder")
@@ -203,9 +202,9 @@ class WuerstchenPipeline:
             draw(torch.empty(shape, device=self.device)),
             sampling.prior_times(),
             draw=draw,
-            callback=sampler_progress(callback, "prior", features_from_prior),
+            callback=sampler_progress(callback, "prior", features_from_latents),
         )
-        return features_from_prior(x)
+        return features_from_latents(x)
 
     @torch.inference_mode()
     def sample_decoder(
@@ -266,11 +265,6 @@ def _read(source: Source | Mapping[str, Source]) -> tuple[dict[str, Part], dict[
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     main = source.get("prior", next(iter(source.values())))
     return {name: read_part(where, name) for name, where in source.items()}, read_metadata(main)
-
-
-def features_from_prior(latents: Tensor) -> Tensor:
-    """What the prior works on to features as the image encoder gives them and the decoder takes them."""
-    return latents * LATENT_STD - LATENT_MEAN
 
 
 def _weight(network: nn.Module) -> Tensor:

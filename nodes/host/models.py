@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.diffusion.sizes import prior_side
+from ...wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from ...wuerstchen_core.models.vqgan import VQGANParams
 from .networks import HostDecoder, HostPrior
 from .time import WuerstchenSampling
@@ -33,10 +34,10 @@ class PriorLatents(comfy.latent_formats.LatentFormat):
     spacial_downscale_ratio = 128 / 3
 
     def process_in(self, latent: Tensor) -> Tensor:
-        return (latent + 1.0) / 42.0
+        return latents_from_features(latent)
 
     def process_out(self, latent: Tensor) -> Tensor:
-        return latent * 42.0 - 1.0
+        return features_from_latents(latent)
 
 
 class DecoderLatents(comfy.latent_formats.LatentFormat):

@@ -90,9 +90,7 @@ class Decoder(nn.Module):
         for i in reversed(levels):
             level = self._blocks(i, c_skip=p.c_hidden[i] if i < levels[-1] else 0)
             if i > 0:
-                up = operations.ConvTranspose2d(
-                    p.c_hidden[i], p.c_hidden[i - 1], kernel_size=2, stride=2, **factory
-                )
+                up = operations.ConvTranspose2d(p.c_hidden[i], p.c_hidden[i - 1], kernel_size=2, stride=2, **factory)
                 level.append(nn.Sequential(ChannelNorm(), up))
             self.up_blocks.append(level)
         self.clf = nn.Sequential(

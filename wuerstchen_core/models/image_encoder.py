@@ -75,11 +75,9 @@ class ImageEncoder(nn.Module):
 
 
 def semantic_view(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as the encoder sees them: 3/4 of the size, made a multiple of 32, ImageNet scale."""
+    """Images [B, 3, H, W] in [0, 1] as the encoder sees them: 3/4 of the size, in multiples of 32, ImageNet scale."""
     height, width = semantic_view_size(images.shape[-2]), semantic_view_size(images.shape[-1])
-    images = F.interpolate(
-        images, size=(height, width), mode="bilinear", antialias=True, align_corners=False
-    )
+    images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
     std = images.new_tensor(IMAGENET_STD)[:, None, None]
     return (images - mean) / std

@@ -19,6 +19,19 @@ from .layers import (
     xavier_init,
 )
 
+# v2's prior works on (features + 1) / 42, where features are what the image encoder gives and Stage B takes.
+FEATURE_SCALE, FEATURE_SHIFT = 42.0, 1.0
+
+
+def latents_from_features(features: Tensor) -> Tensor:
+    """Features of the image encoder to the latents that v2's prior works on."""
+    return (features + FEATURE_SHIFT) / FEATURE_SCALE
+
+
+def features_from_latents(latents: Tensor) -> Tensor:
+    """What v2's prior works on to features as the image encoder gives them and the decoder takes them."""
+    return latents * FEATURE_SCALE - FEATURE_SHIFT
+
 
 @dataclass(frozen=True)
 class PriorParams:
@@ -50,9 +63,7 @@ class Prior(nn.Module):
         for _ in range(p.depth):
             self.blocks.append(ResBlock(p.c, dropout=p.dropout, operations=operations, **factory))
             self.blocks.append(TimestepBlock(p.c, p.c_r, operations, **factory))
-            self.blocks.append(
-                AttnBlock(p.c, p.c, p.nhead, dropout=p.dropout, operations=operations, **factory)
-            )
+            self.blocks.append(AttnBlock(p.c, p.c, p.nhead, dropout=p.dropout, operations=operations, **factory))
         self.out = nn.Sequential(ChannelNorm(), operations.Conv2d(p.c, p.c_in * 2, kernel_size=1, **factory))
 
     def init_weights(self) -> None:

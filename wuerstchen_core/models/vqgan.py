@@ -90,9 +90,7 @@ class VQGAN(nn.Module):
         down: list[nn.Module] = []
         for i, c in enumerate(widths):
             if i > 0:
-                down.append(
-                    operations.Conv2d(widths[i - 1], c, kernel_size=4, stride=2, padding=1, **factory)
-                )
+                down.append(operations.Conv2d(widths[i - 1], c, kernel_size=4, stride=2, padding=1, **factory))
             down.append(VQResBlock(c, operations, **factory))
         down.append(
             nn.Sequential(
@@ -102,15 +100,11 @@ class VQGAN(nn.Module):
         )
         self.down_blocks = nn.Sequential(*down)
         self.vquantizer = Codebook(p.codebook_size, p.c_latent, operations, **factory)
-        up: list[nn.Module] = [
-            nn.Sequential(operations.Conv2d(p.c_latent, widths[-1], kernel_size=1, **factory))
-        ]
+        up: list[nn.Module] = [nn.Sequential(operations.Conv2d(p.c_latent, widths[-1], kernel_size=1, **factory))]
         for i, c in enumerate(reversed(widths)):
             up.extend(VQResBlock(c, operations, **factory) for _ in range(p.bottleneck_blocks if i == 0 else 1))
             if i < p.levels - 1:
-                up.append(
-                    operations.ConvTranspose2d(c, c // 2, kernel_size=4, stride=2, padding=1, **factory)
-                )
+                up.append(operations.ConvTranspose2d(c, c // 2, kernel_size=4, stride=2, padding=1, **factory))
         self.up_blocks = nn.Sequential(*up)
         self.out_block = nn.Sequential(
             operations.Conv2d(widths[0], 3 * 4, kernel_size=1, **factory), nn.PixelShuffle(2)

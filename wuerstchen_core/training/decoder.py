@@ -61,9 +61,7 @@ class DecoderStage(Stage):
         text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
         draw = seeded_noise(0, len(picked))
         start = draw(torch.empty(len(picked), *self.latents.shape[1:]))
-        latents = sample(
-            lambda x, t: net(x, t, features, text), start, linear_times(12), draw=draw, step=ddim_step
-        )
+        latents = sample(lambda x, t: net(x, t, features, text), start, linear_times(12), draw=draw, step=ddim_step)
         out = self.vqgan.decode(latents * self.vqgan.params.scale_factor)
         truth = self.held.view(picked)
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])

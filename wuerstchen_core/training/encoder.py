@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..diffusion.schedule import expand
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
+from ..models.prior import FEATURE_SCALE, FEATURE_SHIFT, latents_from_features
 from .config import from_table
 from .loop import Stage
-from .objectives import FEATURE_SCALE, FEATURE_SHIFT, to_prior_space
 from .pictures import DemoPictures, sheet
 
 
@@ -59,7 +59,7 @@ class Compressor(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] as they come through latents with `noise` on them."""
-        latents = to_prior_space(self.image_encoder(semantic_view(images))) + noise
+        latents = latents_from_features(self.image_encoder(semantic_view(images))) + noise
         return self.decoder(latents)
 
 

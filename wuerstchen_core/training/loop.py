@@ -65,16 +65,15 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> Path:
     """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision)
-    optimizer = torch.optim.AdamW(
-        [p for p in stage.net.parameters() if p.requires_grad],
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
+    settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW([p for p in stage.net.parameters() if p.requires_grad], **settings)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(config, step))
     ema = AveragedModel(stage.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
     state = {"net": stage.net, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     start = _resume(folder, state)
+    for group in optimizer.param_groups:  # a configuration that was changed meanwhile wins over the checkpoint
+        group.update(settings, lr=group["lr"], initial_lr=config.lr)
+    schedule.base_lrs = [config.lr] * len(optimizer.param_groups)
     net, optimizer, schedule = accelerator.prepare(stage.net, optimizer, schedule)
     net.train()
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=stage.name, mininterval=2)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
-
-FEATURE_SCALE, FEATURE_SHIFT = 42.0, 1.0  # v2's prior works on (features + 1) / 42
+from ..models.prior import features_from_latents, latents_from_features
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,6 @@ def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor)
     return (per_sample * noise_weight(config, t)).mean()
 
 
-def to_prior_space(features: Tensor) -> Tensor:
-    """Stage C features as the encoder gives them to the latents that the prior works on."""
-    return (features + FEATURE_SHIFT) / FEATURE_SCALE
-
-
-def from_prior_space(latents: Tensor) -> Tensor:
-    """The inverse of `to_prior_space`."""
-    return latents * FEATURE_SCALE - FEATURE_SHIFT
-
-
 def corrupt_features(features: Tensor, rng: torch.Generator, drop: float = 0.05, noised: float = 0.3) -> Tensor:
     """What Stage B sees of the features [B, 16, h, w] in training: some dropped (0), some noised up to t = 0.5.
 
@@ -68,7 +57,7 @@ def corrupt_features(features: Tensor, rng: torch.Generator, drop: float = 0.05,
     count = len(features)
     t = torch.rand(count, generator=rng) * 0.5
     noise = torch.randn(features.shape, generator=rng)
-    noisy = from_prior_space(diffuse(to_prior_space(features), t, noise))
+    noisy = features_from_latents(diffuse(latents_from_features(features), t, noise))
     draw = torch.rand(count, generator=rng)
     features = torch.where(expand(draw < drop + noised * (1 - drop), features), noisy, features)
     return torch.where(expand(draw < drop, features), torch.zeros_like(features), features)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..diffusion.samplers import ddpm_step, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, linear_times
 from ..models.image_encoder import ImageEncoder
-from ..models.prior import Prior, PriorParams
+from ..models.prior import Prior, PriorParams, features_from_latents, latents_from_features
 from ..models.text_encoder import TextEncoder
 from .config import from_table
 from .inputs import features_of, frozen, text_states
 from .loop import Stage
-from .objectives import NoiseConfig, draw_times, from_prior_space, noise_loss, to_prior_space
+from .objectives import NoiseConfig, draw_times, noise_loss
 from .pictures import DemoPictures, sheet
 
 
@@ -38,7 +38,7 @@ class PriorStage(Stage):
         encoder, tower = frozen(config, "encoder", "image_encoder"), frozen(config, "text", "prior_text_encoder")
         assert isinstance(encoder, ImageEncoder) and isinstance(tower, TextEncoder)
         self.tower = tower
-        self.latents = to_prior_space(features_of(encoder, self.pictures))
+        self.latents = latents_from_features(features_of(encoder, self.pictures))
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         picked = self.pictures.pick(size, rng)
@@ -62,7 +62,7 @@ class PriorStage(Stage):
         draw = seeded_noise(0, len(picked))
         start = draw(torch.empty(len(picked), *self.latents.shape[1:]))
         model = guided(net, (text,), (uncond,), 3.0)
-        features = from_prior_space(sample(model, start, linear_times(20), draw=draw, step=ddpm_step))
+        features = features_from_latents(sample(model, start, linear_times(20), draw=draw, step=ddpm_step))
         truth = self.held.view(picked)
         start = draw(torch.empty(len(picked), 4, truth.shape[-2] // 4, truth.shape[-1] // 4))
         latents = sample(lambda x, t: decoder(x, t, features, text), start, linear_times(12), draw=draw)

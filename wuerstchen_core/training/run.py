@@ -24,7 +24,7 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     """
     config = read_config(config_path, overrides)
     if "run" not in config:
-        raise ValueError(f"{config_path} names no run folder: add run = \"runs/mine\" at its top")
+        raise ValueError(f'{config_path} names no run folder: add run = "runs/mine" at its top')
     folder = Path(config["run"])
     loop = from_table(LoopConfig, config.get("train", {}), "train")
     module = importlib.import_module(f".{stage}", __package__)

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.image_encoder import ImageEncoder
+from ..models.prior import latents_from_features
 from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from .config import from_table
 from .inputs import features_of, frozen
 from .loop import Stage
-from .objectives import contrastive_loss, to_prior_space
+from .objectives import contrastive_loss
 from .pictures import DemoPictures, sheet
 
 
@@ -63,9 +64,9 @@ class TextStage(Stage):
         self.pictures = DemoPictures()
         encoder = frozen(config, "encoder", "image_encoder")
         assert isinstance(encoder, ImageEncoder)
-        self.features = to_prior_space(features_of(encoder, self.pictures))
+        self.features = latents_from_features(features_of(encoder, self.pictures))
         self.held = DemoPictures(held=True)
-        self.held_features = to_prior_space(features_of(encoder, self.held))
+        self.held_features = latents_from_features(features_of(encoder, self.held))
         params = from_table(TextEncoderParams, config["model"], "model")
         self.net = Contrast(params, self.features[0].numel(), options.joint)
 

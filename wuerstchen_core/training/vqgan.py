@@ -82,9 +82,7 @@ class VQGANStage(Stage):
         images = self.pictures.view(self.pictures.pick(size, rng))
         room = images.shape[-1] - 2 * margin - crop
         corners = margin + torch.randint(room + 1, (size, 2), generator=rng)
-        crops = [
-            image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)
-        ]
+        crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         return (torch.stack(crops),)
 
     def loss(self, net: nn.Module, *batch: Any) -> Tensor:
