@@ -13,6 +13,7 @@ from networks import NETWORKS
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import PARTS, describe, save_bundle
+from wuerstchen_core.checkpoints.read import open_source
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 
@@ -56,6 +57,15 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
     assert (info.name, info.dtype, info.parameters) == (part, "fp32", published["parameters"])
     assert description.text_towers == ({part: tower} if tower else {})
     assert description.missing == tuple(other for other in PARTS if other != part)
+
+
+def test_only_headers_are_read(tmp_path: Path) -> None:
+    tensors = {"embeddings.token_embedding.weight": torch.zeros(9, 64)}
+    tensors |= {f"encoder.layers.0.self_attn.{name}_proj.bias": torch.zeros(64) for name in "qkv"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tower = open_source(tmp_path / "model.safetensors", headers_only=True).networks["prior_text_encoder"].state
+    assert tower["transformer.resblocks.0.attn.in_proj_bias"].shape == (192,)
+    assert all(x.is_meta for x in tower.values())
 
 
 def test_bundle(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def _transformers_layer(key: str, state: State, out: State) -> None:
 
 def to_ours(state: State) -> tuple[str, State]:
     """The kind of network that weights are, and the weights under our names; a ValueError says what else they are."""
-    if any(key.startswith(COMFYUI_PREFIX) for key in state) and foreign(state) is None:
+    if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = strip_comfyui(state)
     other = foreign(state)
     if other is not None:
