@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped; nothing was left half-written", INTERRUPTED)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("wuerstchen_core"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("", __package__):
             raise
-        return _fail(f"{error.name} is not installed: python -m pip install -r {options.requirements}")
+        return _fail(f"{package} is not installed: python -m pip install -r {options.requirements}")
     except (ValueError, OSError) as error:
         return _fail(_one_line(error))
     except RuntimeError as error:

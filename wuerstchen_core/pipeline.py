@@ -57,6 +57,7 @@ class WuerstchenPipeline:
         self.decoder_text_encoder = decoder_text_encoder
         self.metadata = dict(metadata or {})
         self.sampling = Sampling.of(self.metadata)
+        self._noted: set[str] = set()  # what the log was told already
 
     @classmethod
     def load(
@@ -122,8 +123,9 @@ class WuerstchenPipeline:
         for name in PAINTING_PARTS:
             _need(getattr(self, name), name)
         note = vocabulary_note([*prompts, negative], self.metadata)
-        if note:
+        if note and note not in self._noted:
             logger.warning(note)
+            self._noted.add(note)
         report = callback or ignore
         wanted = [states.repeat_interleave(count, dim=0) for states in self.encode_text(prompts)]
         unwanted = self.encode_text([negative])
