@@ -69,10 +69,11 @@ class Decoder(nn.Module):
         levels = range(len(p.c_hidden))
 
         self.clip_mapper = operations.Linear(p.clip_embd, p.c_cond, **factory)
-        self.effnet_mappers = nn.ModuleList(
+        mappers: list[Any] = [
             operations.Conv2d(p.effnet_embd, p.c_cond, kernel_size=1, **factory) if inject else None
             for inject in (*p.inject_effnet, *reversed(p.inject_effnet))
-        )
+        ]
+        self.effnet_mappers = nn.ModuleList(mappers)
         self.embedding = nn.Sequential(
             nn.PixelUnshuffle(p.patch_size),
             operations.Conv2d(p.c_in * p.patch_size**2, p.c_hidden[0], kernel_size=1, **factory),
@@ -126,13 +127,13 @@ class Decoder(nn.Module):
         for layer in (*self.effnet_mappers, self.clip_mapper):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].weight, 0.02)
-        nn.init.zeros_(self.clf[1].weight)
+        nn.init.xavier_uniform_(self.embedding[1].get_parameter("weight"), 0.02)
+        nn.init.zeros_(self.clf[1].get_parameter("weight"))
         for level in (*self.down_blocks, *self.up_blocks):
             init_blocks(level, sum(self.params.blocks))
 
     def _level(
-        self, blocks: nn.ModuleList, x: Tensor, time: Tensor, text: Tensor, injected: Tensor | None, skip: Tensor | None
+        self, blocks: Any, x: Tensor, time: Tensor, text: Tensor, injected: Tensor | None, skip: Tensor | None
     ) -> Tensor:
         """Run one level; `injected` joins every ResBlock, `skip` (from the way down) only the first."""
         for block in blocks:

@@ -200,6 +200,6 @@ def init_blocks(blocks: nn.Module, depth: int) -> None:
     """The original's initialisation of residual branches (shrunk by sqrt(1 / depth)) and time mappers (zero)."""
     for block in blocks.modules():
         if isinstance(block, ResBlock | FeedForwardBlock):
-            block.channelwise[-1].weight.mul_(math.sqrt(1 / depth))
+            block.channelwise[-1].get_parameter("weight").mul_(math.sqrt(1 / depth))
         elif isinstance(block, TimestepBlock):
             nn.init.zeros_(block.mapper.weight)

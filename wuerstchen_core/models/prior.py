@@ -70,8 +70,8 @@ class Prior(nn.Module):
         """Initialise as the original does before training."""
         self.apply(xavier_init)
         for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.out[1].weight)
+            nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+        nn.init.zeros_(self.out[1].get_parameter("weight"))
         init_blocks(self.blocks, self.params.depth)
 
     def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:

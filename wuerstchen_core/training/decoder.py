@@ -22,7 +22,7 @@ from .objectives import NoiseConfig, corrupt_features, draw_times, noise_loss
 from .pictures import DemoPictures, sheet
 
 
-class DecoderStage(Stage):
+class DecoderStage(Stage[Decoder]):
     """v2's Stage B; no script of it was ever published, so noise, drops and weights are those of v1's and Stage C's."""
 
     name = "decoder"
@@ -34,12 +34,11 @@ class DecoderStage(Stage):
         self.net.init_weights()
         self.pictures = DemoPictures()
         self.held = DemoPictures(held=True)
-        encoder, vqgan = frozen(config, "encoder", "image_encoder"), frozen(config, "vqgan", "vqgan")
-        tower = frozen(config, "text", "prior_text_encoder")
-        assert isinstance(encoder, ImageEncoder) and isinstance(vqgan, VQGAN) and isinstance(tower, TextEncoder)
-        self.vqgan, self.tower = vqgan, tower
+        encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
+        self.vqgan = frozen(config, "vqgan", "vqgan", VQGAN)
+        self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
         self.features = features_of(encoder, self.pictures)
-        self.latents = latents_of(vqgan, self.pictures)
+        self.latents = latents_of(self.vqgan, self.pictures)
         self.held_features = features_of(encoder, self.held)
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
@@ -50,11 +49,11 @@ class DecoderStage(Stage):
         noise = torch.randn(self.latents[picked].shape, generator=rng)
         return diffuse(self.latents[picked], t, noise), t, features, text, noise
 
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: Decoder, *batch: Any) -> Tensor:
         latents, t, features, text, noise = batch
         return noise_loss(self.noise, net(latents, t, features, text), noise, t)
 
-    def sheet(self, net: nn.Module) -> Image.Image:
+    def sheet(self, net: Decoder) -> Image.Image:
         """Held-out pictures, and under each what is left of it after 42.67x compression."""
         picked = torch.arange(0, len(self.held), len(self.held) // 24)[:24]
         features = self.held_features[picked]
@@ -66,5 +65,5 @@ class DecoderStage(Stage):
         truth = self.held.view(picked)
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+    def parts(self, net: Decoder) -> dict[str, nn.Module]:
         return {"decoder": net}

@@ -52,8 +52,8 @@ class Compressor(nn.Module):
         self.image_encoder = ImageEncoder(params)
         # Fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1.
         norm = self.image_encoder.mapper[1]
-        norm.weight.data.fill_(FEATURE_SCALE)
-        norm.bias.data.fill_(-FEATURE_SHIFT)
+        norm.get_parameter("weight").data.fill_(FEATURE_SCALE)
+        norm.get_parameter("bias").data.fill_(-FEATURE_SHIFT)
         norm.requires_grad_(False)
         self.decoder = regression_decoder(params.c_latent, options.widths, options.patch)
 
@@ -63,7 +63,7 @@ class Compressor(nn.Module):
         return self.decoder(latents)
 
 
-class EncoderStage(Stage):
+class EncoderStage(Stage[Compressor]):
     """Whole pictures through 42.67x compression and back."""
 
     name = "encoder"
@@ -80,17 +80,16 @@ class EncoderStage(Stage):
         noise = torch.randn(size, self.net.image_encoder.params.c_latent, side, side, generator=rng)
         return images, noise * expand(torch.rand(size, generator=rng) * self.options.noise, noise)
 
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: Compressor, *batch: Any) -> Tensor:
         images, noise = batch
         out = net(images, noise).float()
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return F.mse_loss(out, target)
 
-    def sheet(self, net: nn.Module) -> Image.Image:
+    def sheet(self, net: Compressor) -> Image.Image:
         truth = DemoPictures(held=True).view(slice(None, None, 12))[:24]
         out = torch.cat([net(part, torch.zeros(())) for part in truth.split(12)])
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
-        assert isinstance(net, Compressor)
+    def parts(self, net: Compressor) -> dict[str, nn.Module]:
         return {"image_encoder": net.image_encoder}

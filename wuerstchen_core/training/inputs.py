@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,18 @@ from ..models.text_encoder import TextEncoder, tokenize
 from ..models.vqgan import VQGAN
 from .pictures import DemoPictures
 
+N = TypeVar("N", bound=nn.Module)
 
-def frozen(config: Mapping[str, Any], stage: str, part: str) -> nn.Module:
-    """A part that an earlier stage of the same run trained, or that `[inputs]` names a file for."""
+
+def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
+    """A network that an earlier stage of the same run trained, or that `[inputs]` names a file for."""
     own = Path(config["run"]) / stage / f"{stage}.safetensors"
     source = Path(config.get("inputs", {}).get(stage, own))
     if not source.exists():
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
-    return build_part(read_part(source, part))
+    network = build_part(read_part(source, part))
+    assert isinstance(network, kind)
+    return network
 
 
 @torch.no_grad()

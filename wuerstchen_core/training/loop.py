@@ -8,7 +8,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,26 +24,29 @@ from .config import LoopConfig
 log = logging.getLogger(__name__)
 
 
-class Stage(ABC):
+N = TypeVar("N", bound=nn.Module)
+
+
+class Stage(ABC, Generic[N]):
     """What the loop needs to know of what it trains."""
 
     name: str
-    net: nn.Module  # everything that learns
+    net: N  # everything that learns
 
     @abstractmethod
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         """One batch; all chance comes from `rng`, so that a resumed run sees what it would have seen."""
 
     @abstractmethod
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: N, *batch: Any) -> Tensor:
         """The loss of a batch (scalar); `net` is `self.net`, perhaps wrapped."""
 
     @abstractmethod
-    def sheet(self, net: nn.Module) -> Image.Image | None:
+    def sheet(self, net: N) -> Image.Image | None:
         """A picture of what `net` (the EMA) can do by now; None if it can't be shown yet."""
 
     @abstractmethod
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+    def parts(self, net: N) -> dict[str, nn.Module]:
         """The parts of a bundle that `net` (the EMA) holds."""
 
 
@@ -61,11 +64,11 @@ def replace_file(path: Path, write: Any) -> None:
     os.replace(temporary, path)
 
 
-def train(stage: Stage, config: LoopConfig, folder: Path) -> Path:
+def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision)
-    settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW([p for p in stage.net.parameters() if p.requires_grad], **settings)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(config, step))
     ema = AveragedModel(stage.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -118,7 +121,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(stage: Stage, state: dict[str, Any], ema: AveragedModel, folder: Path, step: int) -> None:
+def _save(stage: Stage[Any], state: dict[str, Any], ema: AveragedModel, folder: Path, step: int) -> None:
     contents = {"step": step, **{name: item.state_dict() for name, item in state.items()}}
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(contents, path))
     parts = stage.parts(ema.module)
@@ -141,7 +144,7 @@ def _resume(folder: Path, state: dict[str, Any]) -> int:
     return step
 
 
-def _draw_sheet(stage: Stage, ema: AveragedModel, folder: Path, step: int) -> None:
+def _draw_sheet(stage: Stage[Any], ema: AveragedModel, folder: Path, step: int) -> None:
     was_training = ema.module.training
     ema.module.eval()
     with torch.no_grad():

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..diffusion.samplers import ddpm_step, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, linear_times
+from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior, PriorParams, features_from_latents, latents_from_features
 from ..models.text_encoder import TextEncoder
+from ..models.vqgan import VQGAN
 from .config import from_table
 from .inputs import features_of, frozen, text_states
 from .loop import Stage
@@ -22,7 +24,7 @@ from .objectives import NoiseConfig, draw_times, noise_loss
 from .pictures import DemoPictures, sheet
 
 
-class PriorStage(Stage):
+class PriorStage(Stage[Prior]):
     """Stage C as the original trains it, on cached features."""
 
     name = "prior"
@@ -35,9 +37,8 @@ class PriorStage(Stage):
         self.net.init_weights()
         self.pictures = DemoPictures()
         self.held = DemoPictures(held=True)
-        encoder, tower = frozen(config, "encoder", "image_encoder"), frozen(config, "text", "prior_text_encoder")
-        assert isinstance(encoder, ImageEncoder) and isinstance(tower, TextEncoder)
-        self.tower = tower
+        encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
+        self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
         self.latents = latents_from_features(features_of(encoder, self.pictures))
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
@@ -47,15 +48,16 @@ class PriorStage(Stage):
         noise = torch.randn(self.latents[picked].shape, generator=rng)
         return diffuse(self.latents[picked], t, noise), t, text, noise
 
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: Prior, *batch: Any) -> Tensor:
         latents, t, text, noise = batch
         return noise_loss(self.noise, net(latents, t, text), noise, t)
 
-    def sheet(self, net: nn.Module) -> Image.Image | None:
+    def sheet(self, net: Prior) -> Image.Image | None:
         """Held-out prompts painted, truth above; only once the run has a decoder to paint with."""
         if not (Path(self.config["run"]) / "decoder" / "decoder.safetensors").exists():
             return None
-        decoder, vqgan = frozen(self.config, "decoder", "decoder"), frozen(self.config, "vqgan", "vqgan")
+        decoder = frozen(self.config, "decoder", "decoder", Decoder)
+        vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)
         picked = torch.arange(5, len(self.held), len(self.held) // 24)[:24]
         text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
         uncond = text_states(self.tower, [""] * len(picked))
@@ -69,5 +71,5 @@ class PriorStage(Stage):
         out = vqgan.decode(latents * vqgan.params.scale_factor)
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+    def parts(self, net: Prior) -> dict[str, nn.Module]:
         return {"prior": net}

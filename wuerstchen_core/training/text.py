@@ -54,7 +54,7 @@ class Contrast(nn.Module):
         return contrastive_loss(self.texts(ids, mask), self.pictures(features), self.scale.exp().clamp(max=100))
 
 
-class TextStage(Stage):
+class TextStage(Stage[Contrast]):
     """Captions in many wordings against the pictures that they name."""
 
     name = "text"
@@ -62,8 +62,7 @@ class TextStage(Stage):
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
         self.pictures = DemoPictures()
-        encoder = frozen(config, "encoder", "image_encoder")
-        assert isinstance(encoder, ImageEncoder)
+        encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.features = latents_from_features(features_of(encoder, self.pictures))
         self.held = DemoPictures(held=True)
         self.held_features = latents_from_features(features_of(encoder, self.held))
@@ -75,17 +74,15 @@ class TextStage(Stage):
         features = self.features[picked] + 0.3 * torch.randn(self.features[picked].shape, generator=rng)
         return (*tokenize(self.pictures.captions(picked, rng)), features)
 
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
 
-    def sheet(self, net: nn.Module) -> Image.Image:
+    def sheet(self, net: Contrast) -> Image.Image:
         """Held-out pictures, and under each the one that its caption finds among them."""
-        assert isinstance(net, Contrast)
         picked = torch.arange(0, len(self.held), 12)
         captions = self.held.captions(picked, torch.Generator().manual_seed(0))
         found = (net.texts(*tokenize(captions)) @ net.pictures(self.held_features).T).argmax(1)
         return sheet([self.held.view(picked)[:12], self.held.view(found)[:12]])
 
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
-        assert isinstance(net, Contrast)
+    def parts(self, net: Contrast) -> dict[str, nn.Module]:
         return {"text_encoder": net.tower}

@@ -39,9 +39,10 @@ class Autoencoder(nn.Module):
         self.vqgan = VQGAN(params)
         self.vqgan.init_weights()
         # A fixed scale leaves the latents at unit variance once divided by the scale factor.
-        scale = self.vqgan.down_blocks[-1][1].weight
+        scale = self.vqgan.down_blocks[-1].get_parameter("1.weight")
         scale.data.fill_(params.scale_factor)
         scale.requires_grad_(False)
+        self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, images: Tensor, through_codes: int, quantize_from: int) -> Tensor:
@@ -67,7 +68,7 @@ class Autoencoder(nn.Module):
         book.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
 
 
-class VQGANStage(Stage):
+class VQGANStage(Stage[Autoencoder]):
     """Random crops of the pictures, encoded and decoded."""
 
     name = "vqgan"
@@ -85,16 +86,14 @@ class VQGANStage(Stage):
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         return (torch.stack(crops),)
 
-    def loss(self, net: nn.Module, *batch: Any) -> Tensor:
+    def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
         (images,) = batch
         return net(images, int(len(images) * self.options.quantized), self.options.quantize_from)
 
-    def sheet(self, net: nn.Module) -> Image.Image:
-        assert isinstance(net, Autoencoder)
+    def sheet(self, net: Autoencoder) -> Image.Image:
         truth = DemoPictures(held=True).view(slice(None, None, 24))[:12]
         latents = net.vqgan.encode(truth)
         return sheet([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
 
-    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
-        assert isinstance(net, Autoencoder)
+    def parts(self, net: Autoencoder) -> dict[str, nn.Module]:
         return {"vqgan": net.vqgan}

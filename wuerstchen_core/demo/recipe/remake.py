@@ -1,0 +1,114 @@
+"""Remake what is derived from the shipped weights: `python -m wuerstchen_core.demo.recipe.remake`.
+
+The evaluation's numbers (`evaluation.json` here, and the table in the README), the reference sheet, the picture beside
+each workflow, and the factors that turn latents into previews.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...models.prior import latents_from_features
+from ...pipeline import WuerstchenPipeline
+from ...training.inputs import features_of, latents_of
+from ...training.pictures import DemoPictures
+from .evaluate import evaluate, held_out_scenes, paint
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[3]
+DEMO = Path(__file__).parents[1]
+SHEET = ROOT / "docs" / "held_out.jpg"
+MARKS = "<!-- demo numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of demo numbers -->"
+COLUMNS, ROWS, TILE = 8, 4, 128  # of the sheet; pixels a tile
+
+
+def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
+    """Held-out prompts, painted: never seen in training."""
+    wanted = held_out_scenes()[:: len(held_out_scenes()) // (COLUMNS * ROWS)][: COLUMNS * ROWS]
+    sheet = Image.new("RGB", (COLUMNS * TILE, ROWS * TILE))
+    for index, image in enumerate(paint(pipe, wanted, seed=1)):
+        sheet.paste(
+            image.resize((TILE, TILE), Image.Resampling.LANCZOS), (index % COLUMNS * TILE, index // COLUMNS * TILE)
+        )
+    return sheet
+
+
+def workflow_picture(pipe: WuerstchenPipeline, workflow: dict[str, Any]) -> Image.Image:
+    """What a text-to-image workflow paints, from the values of its nodes."""
+    values = {node["type"]: node.get("widgets_values", []) for node in workflow["nodes"]}
+    prompt = values["WuerstchenTextEncode"][0]
+    width, height = values["WuerstchenEmptyLatents"][:2]
+    seed = values["WuerstchenPriorSample"][0]
+    return pipe.generate(prompt, width=width, height=height, seed=seed)[0]
+
+
+def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
+    """Least-squares factors [c, 3] and bias [3] from latents [N, c, h, w] to images [N, 3, H, W] in -1..1."""
+    colours = torch.nn.functional.interpolate(images, size=latents.shape[-2:], mode="area") * 2 - 1
+    rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    solution = torch.linalg.lstsq(rows, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution
+    rounded = [[round(value, 4) for value in row] for row in solution.tolist()]
+    return {"factors": rounded[:-1], "bias": rounded[-1]}
+
+
+def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
+    """Factors for the latents that the samplers of Stage C and B work on."""
+    assert pipe.image_encoder is not None and pipe.vqgan is not None
+    pictures = DemoPictures(held=True)
+    images = pictures.view(slice(None))
+    features = latents_from_features(features_of(pipe.image_encoder, pictures))
+    return {"prior": fit_factors(features, images), "decoder": fit_factors(latents_of(pipe.vqgan, pictures), images)}
+
+
+def number_table(numbers: dict[str, Any]) -> str:
+    """The README's table."""
+
+    def line(name: str, share: dict[str, Any]) -> str:
+        low, high = share["interval"]
+        return f"| {name} | {share['percent']} % | {low} to {high} % | {share['count']} |"
+
+    psnr = numbers["psnr"]
+    return "\n".join(
+        [
+            "| On held-out prompts | | 95 % interval | pictures |",
+            "|---|---|---|---|",
+            line("the right thing", numbers["thing"]),
+            *(line(f"the right thing, {size}", share) for size, share in numbers["by_size"].items()),
+            line("the right background", numbers["background"]),
+            f"| the picture after 42.67x compression | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
+        ]
+    )
+
+
+def main() -> None:
+    """Remake it all."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    pipe = WuerstchenPipeline.load("demo")
+    SHEET.parent.mkdir(exist_ok=True)
+    reference_sheet(pipe).save(SHEET, quality=90)
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        workflow_picture(pipe, workflow).save(path.with_suffix(".jpg"), quality=92)
+        logger.info("painted %s", path.with_suffix(".jpg").name)
+    (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
+    numbers = evaluate(pipe)
+    (Path(__file__).parent / "evaluation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = f"{MARKS[0]}\n{number_table(numbers)}\n{MARKS[1]}"
+    between = re.compile(re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1]), re.DOTALL)
+    (ROOT / "README.md").write_text(between.sub(lambda _: table, readme), encoding="utf-8")
+    logger.info("%s", number_table(numbers))
+
+
+if __name__ == "__main__":
+    main()
