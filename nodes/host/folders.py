@@ -21,7 +21,10 @@ def bundle_path(name: str) -> Path:
     """The file behind one of `bundle_names`."""
     if name == DEMO:
         return demo_path()
-    return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+    path = folder_paths.get_full_path("checkpoints", name)
+    if path is None:  # a workflow was saved before the file went away
+        raise ValueError(f"there is no {name!r} in the checkpoints folder: put it there, or choose another bundle")
+    return Path(path)
 
 
 def embeddings() -> list[str]:

@@ -88,10 +88,11 @@ def test_the_prior_refuses_the_decoders_conditioning(server: Server, graph: Grap
     assert "connect the prior output" in server.run(graph).error
 
 
-def test_a_file_that_went_away_is_refused_before_the_run(server: Server, graph: Graph) -> None:
+def test_a_file_that_went_away_is_named(server: Server, graph: Graph) -> None:
     find(graph, LOADER)["bundle"] = "gone.safetensors"
     outcome = server.run(graph)
-    assert outcome.status == "invalid" and "gone.safetensors" in outcome.error
+    # The newer host refuses it before the run, the older one leaves it to the node.
+    assert outcome.status in ("invalid", "execution_error") and "gone.safetensors" in outcome.error
 
 
 def test_after_all_mistakes_the_next_prompt_runs(

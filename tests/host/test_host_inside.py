@@ -86,9 +86,7 @@ def test_a_partial_load_computes_on_the_device(inside: Inside, wanted: dict[str,
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_in_half_precision_are_cast_by_the_host(
-    inside: Inside, wanted: dict[str, Tensor], stage: str
-) -> None:
+def test_weights_in_half_precision_are_cast_by_the_host(inside: Inside, wanted: dict[str, Tensor], stage: str) -> None:
     tensors, facts = inside
     assert facts[f"{stage} half"] == ["torch.bfloat16", "torch.float32"]
     error = (tensors[f"half/{stage}"] - wanted[stage]).std() / wanted[stage].std()
