@@ -44,10 +44,11 @@ def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
 
 def workflow_picture(pipe: WuerstchenPipeline, workflow: dict[str, Any]) -> Image.Image:
     """What a text-to-image workflow paints, from the values of its nodes."""
-    values = {node["type"]: node.get("widgets_values", []) for node in workflow["nodes"]}
+    # The prompt stands before the negative prompt.
+    values = {node["type"]: node.get("widgets_values", []) for node in reversed(workflow["nodes"])}
     prompt = values["WuerstchenTextEncode"][0]
     width, height = values["WuerstchenEmptyLatents"][:2]
-    seed = values["WuerstchenPriorSample"][0]
+    seed = values["PrimitiveInt"][0]  # which feeds both stages
     return pipe.generate(prompt, width=width, height=height, seed=seed)[0]
 
 
