@@ -10,8 +10,8 @@ from torch import Tensor
 from wuerstchen_core.checkpoints.formats import split_attention
 from wuerstchen_core.diffusion.schedule import diffuse, training_times
 from wuerstchen_core.models.layers import timestep_embedding
-from wuerstchen_core.models.prior import Prior, PriorParams
-from wuerstchen_core.training.objectives import NoiseConfig, noise_loss, to_prior_space
+from wuerstchen_core.models.prior import Prior, PriorParams, latents_from_features
+from wuerstchen_core.training.objectives import NoiseConfig, noise_loss
 
 TOLERANCE = 1e-5  # observed 1e-6
 
@@ -61,7 +61,7 @@ def test_a_training_step(golden: Golden) -> None:
     prior.load_state_dict(golden.weights())
     t = training_times(step["in/uniform"])
     assert_near(t, step["out/t"], 1e-6)
-    noised = diffuse(to_prior_space(step["in/features"]), t, step["in/noise"])
+    noised = diffuse(latents_from_features(step["in/features"]), t, step["in/noise"])
     assert_near(noised, step["out/noised"], TOLERANCE)
     predicted = prior(noised, t, step["in/c"])
     assert_near(predicted, step["out/pred"], TOLERANCE)
