@@ -17,6 +17,14 @@ from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 
 TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
+SAMPLING = {
+    "width": 256,
+    "height": 192,
+    "schedule": "linear",
+    "prior_steps": 4,
+    "prior_guidance": 5.0,
+    "decoder_steps": 3,
+}
 VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
 
 
@@ -55,8 +63,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tower = TextEncoder(TextEncoderParams(width=width, heads=2, layers=2))
         tower.init_weights()
         parts[f"{stage}_text_encoder"] = tower
-    sampling = {"schedule": "linear", "prior_steps": 4, "decoder_steps": 3, "width": 256, "height": 192}
-    save_bundle(folder / TINY, parts, {"sampling": sampling, "vocabulary": VOCABULARY})
+    save_bundle(folder / TINY, parts, {"sampling": SAMPLING, "vocabulary": VOCABULARY})
     save_bundle(folder / HALF, {"vqgan": parts["vqgan"]}, {})
     save_bundle(folder / V1, {"vqgan": parts["vqgan"]}, {"version": "v1"})
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, folder / FOREIGN)
@@ -93,9 +100,11 @@ def shipped(object_info: dict[str, Any]) -> dict[str, Any]:
 def graph(shipped: dict[str, Any]) -> dict[str, Any]:
     """The same workflow on the untrained model, with few steps; nodes are found by `find`."""
     find(shipped, "WuerstchenBundleLoader")["bundle"] = TINY
-    find(shipped, "WuerstchenEmptyLatents").update(width=256, height=192)
-    find(shipped, "WuerstchenPriorSample").update(schedule="linear", steps=4)
-    find(shipped, "WuerstchenDecoderSample").update(steps=3)
+    find(shipped, "WuerstchenEmptyLatents").update(width=SAMPLING["width"], height=SAMPLING["height"])
+    find(shipped, "WuerstchenPriorSample").update(
+        schedule=SAMPLING["schedule"], steps=SAMPLING["prior_steps"], cfg=SAMPLING["prior_guidance"]
+    )
+    find(shipped, "WuerstchenDecoderSample").update(steps=SAMPLING["decoder_steps"])
     return shipped
 
 

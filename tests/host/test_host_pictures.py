@@ -25,7 +25,15 @@ RED_APPLE, SMALL_CAT = Scene(0, 4, 0), Scene(23, 2, 1)
 
 Paint = Callable[[dict[str, Any]], Outcome]
 
-LIMIT = 1.0  # of 255: ComfyUI cuts decimals off where PIL's pictures are rounded, 0.5 on average; 0.15 to 0.6 observed
+LIMIT = 0.01  # of 255, on average and beyond rounding; less than 0.00005 observed
+
+
+def deviation(host: Image.Image, core: Image.Image) -> float:
+    """Mean deviation of ComfyUI's picture from ours, of 255, beyond rounding: ComfyUI cuts decimals off, we round."""
+    theirs, ours = (np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in (host, core))
+    assert theirs.shape == ours.shape
+    more = ours - theirs  # 0 or 1 where the colours are equal
+    return float(np.maximum(np.maximum(more - 1, -more), 0).mean())
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
@@ -62,7 +70,7 @@ def test_the_workflow_paints_its_prompt(shipped: dict[str, Any], paint: Paint, j
     assert judge.identify(pixels, scene.colour, scene.size) == scene.thing
     assert "never learned" not in outcome.log
     # The command line is given nothing but the prompt and the seed: one truth, one set of defaults.
-    assert difference(picture, command_line(caption(scene), seed)) <= LIMIT
+    assert deviation(picture, command_line(caption(scene), seed)) <= LIMIT
 
 
 def test_the_workflow_starts_with_a_prompt_of_the_models_words(shipped: dict[str, Any]) -> None:
@@ -75,9 +83,9 @@ def test_the_seed_means_the_same_here_and_on_the_command_line(
     find(graph, "WuerstchenTextEncode")["text"] = "a red apple"
     find(graph, "PrimitiveInt")["value"] = 3
     [picture] = paint(graph).pictures
-    assert difference(picture, command_line("a red apple", 3, str(checkpoints / TINY))) <= LIMIT
+    assert deviation(picture, command_line("a red apple", 3, str(checkpoints / TINY))) <= LIMIT
     [other] = WuerstchenPipeline.load(checkpoints / TINY, device="cpu", dtype="fp32").generate("a red apple", seed=4)
-    assert difference(picture, other) > 5 * LIMIT
+    assert deviation(picture, other) > 5
 
 
 def test_a_negative_prompt_and_guidance_mean_the_same(graph: dict[str, Any], paint: Paint, checkpoints: Path) -> None:
@@ -94,8 +102,8 @@ def test_a_negative_prompt_and_guidance_mean_the_same(graph: dict[str, Any], pai
     wanted = {"schedule": "diffusers", "prior_guidance": 2.5, "decoder_guidance": 2.0, "seed": 1}
     [same] = pipeline.generate("a red apple", negative="a blue car", **wanted)
     [other] = pipeline.generate("a red apple", **wanted)
-    assert difference(picture, same) <= LIMIT
-    assert difference(picture, other) > 2 * difference(picture, same)
+    assert deviation(picture, same) <= LIMIT
+    assert deviation(picture, other) > 1
 
 
 def test_a_batch_equals_its_singles(graph: dict[str, Any], paint: Paint) -> None:
@@ -161,7 +169,7 @@ def test_the_image_encoder_is_a_vae_that_encodes_any_size(
     [picture] = paint(graph).pictures
     pipeline = WuerstchenPipeline.load(checkpoints / TINY, device="cpu", dtype="fp32")
     [same] = pipeline.reconstruct(server.folder / "input" / "source.png", seed=1)
-    assert difference(picture, same) <= LIMIT
+    assert deviation(picture, same) <= LIMIT
 
 
 def test_cancel_works_within_a_step_and_leaves_the_host_alive(
