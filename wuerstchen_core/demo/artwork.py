@@ -35,8 +35,9 @@ def _sprite(thing: int, edge: int) -> np.ndarray:
     """One drawing as float32 [edge, edge, 4]: colour 0..255 and opacity 0..1."""
     try:
         import resvg_py
-    except ImportError as error:
-        raise ImportError("drawing the demo's pictures needs `pip install resvg-py`") from error
+    except ModuleNotFoundError as error:
+        reason = "drawing the demo's pictures needs `pip install resvg-py`"
+        raise ModuleNotFoundError(reason, name="resvg_py") from error
     art = _artwork()
     body = art["icons"][THINGS[thing].icon]
     svg = _SVG.format(width=art["width"], height=art["height"], body=body)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -15,6 +15,8 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+
+COMMON = ("run", "inputs", "data", "model", "train")  # what every stage's configuration may hold
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,16 @@ class LoopConfig:
     save_every: int = 250
     sheet_every: int = 500
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr", "log_every", "save_every", "sheet_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"[train] {name} must be more than 0, got {getattr(self, name)}")
+
 
 def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a TOML table (lists become tuples); ValueError names unknown and missing keys."""
+    """A dataclass from a TOML table (lists become tuples); ValueError names unknown, missing and mistyped keys."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} is a table of keys, not {table!r}: write [{where}] and its keys below")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(table) - set(fields))
     if unknown:
@@ -50,7 +59,34 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     ]
     if missing:
         raise ValueError(f"[{where}] lacks {', '.join(missing)}: add it to the configuration")
-    return kind(**{key: as_tuple(value) for key, value in table.items()})
+    hints = get_type_hints(kind)
+    values = {key: as_tuple(value) for key, value in table.items()}
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            raise ValueError(f"[{where}] {key} must be {_NAMES[get_origin(hints[key]) or hints[key]]}, got {value!r}")
+    return kind(**values)
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    expected = get_origin(hint) or hint
+    if isinstance(value, bool):  # which Python takes for a number
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)
+
+
+def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Raise ValueError unless a configuration names its run folder and a model, and no table that nothing reads."""
+    known = (*COMMON, *own)
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
+    if not isinstance(config.get("run"), str):
+        raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
+    if "model" not in config:
+        raise ValueError("the configuration has no [model] table: add one with the sizes of the network")
 
 
 def as_tuple(value: Any) -> Any:
@@ -60,8 +96,10 @@ def as_tuple(value: Any) -> Any:
 
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """A TOML file with `table.key=value` overrides (values in TOML; a bare word is a string)."""
-    with path.open("rb") as file:
-        config = tomllib.load(file)
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no TOML file: {error}") from error
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -74,5 +112,7 @@ def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
         table = config
         for part in tables:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"--set {override!r} names a key inside {part}, which is no table")
         table[name] = value
     return config

@@ -26,14 +26,15 @@ class DecoderStage(Stage[Decoder]):
     """v2's Stage B; no script of it was ever published, so noise, drops and weights are those of v1's and Stage C's."""
 
     name = "decoder"
+    tables = ("noise",)
     text_drop = 0.05
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
         self.net = Decoder(from_table(DecoderParams, config["model"], "model"))
         self.net.init_weights()
-        self.pictures = DemoPictures()
-        self.held = DemoPictures(held=True)
+        self.pictures = DemoPictures(config)
+        self.held = DemoPictures(config, held=True)
         encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.vqgan = frozen(config, "vqgan", "vqgan", VQGAN)
         self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
@@ -55,7 +56,7 @@ class DecoderStage(Stage[Decoder]):
 
     def sheet(self, net: Decoder) -> Image.Image:
         """Held-out pictures, and under each what is left of it after 42.67x compression."""
-        picked = torch.arange(0, len(self.held), len(self.held) // 24)[:24]
+        picked = self.held.spread(24)
         features = self.held_features[picked]
         text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
         draw = seeded_noise(0, len(picked))

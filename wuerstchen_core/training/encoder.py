@@ -67,12 +67,14 @@ class EncoderStage(Stage[Compressor]):
     """Whole pictures through 42.67x compression and back."""
 
     name = "encoder"
+    tables = ("encoder",)
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
         params = from_table(ImageEncoderParams, config["model"], "model")
         self.net = Compressor(params, self.options)
-        self.pictures = DemoPictures()
+        self.pictures = DemoPictures(config)
+        self.held = DemoPictures(config, held=True)
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         images = self.pictures.view(self.pictures.pick(size, rng))
@@ -87,7 +89,7 @@ class EncoderStage(Stage[Compressor]):
         return F.mse_loss(out, target)
 
     def sheet(self, net: Compressor) -> Image.Image:
-        truth = DemoPictures(held=True).view(slice(None, None, 12))[:24]
+        truth = self.held.view(self.held.spread(24))
         out = torch.cat([net(part, torch.zeros(())) for part in truth.split(12)])
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import pickle
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +35,7 @@ class Stage(ABC, Generic[N]):
     """What the loop needs to know of what it trains."""
 
     name: str
+    tables: tuple[str, ...]  # of the configuration, that only this stage reads
     net: N  # everything that learns
 
     @abstractmethod
@@ -57,15 +62,23 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return min(warmup, max(0.0, (config.steps - step) / decay_steps), 1.0)
 
 
-def replace_file(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place of `path` in one move."""
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
-    """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights."""
+    """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights.
+
+    What is stopped at any moment goes on from its last checkpoint as if it had never been: same weights, same log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
@@ -73,15 +86,15 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     schedule = LambdaLR(optimizer, lambda step: learning_rate(config, step))
     ema = AveragedModel(stage.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
     state = {"net": stage.net, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    start = _resume(folder, state)
+    start, losses, seconds = _resume(folder, state)
     for group in optimizer.param_groups:  # a configuration that was changed meanwhile wins over the checkpoint
-        group.update(settings, lr=group["lr"], initial_lr=config.lr)
+        group.update(settings, lr=config.lr * learning_rate(config, start), initial_lr=config.lr)
     schedule.base_lrs = [config.lr] * len(optimizer.param_groups)
     net, optimizer, schedule = accelerator.prepare(stage.net, optimizer, schedule)
     net.train()
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=stage.name, mininterval=2)
-    recent: list[Tensor] = []
-    began = time.monotonic()
+    recent = list(torch.tensor(losses, device=accelerator.device))  # since the last row of the log
+    began = time.monotonic() - seconds
     for step in progress:
         torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
         rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -94,21 +107,29 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
         schedule.step()
         optimizer.zero_grad()
         ema.update_parameters(accelerator.unwrap_model(net))
-        recent.append(loss.detach())
+        recent.append(loss.detach().float())
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        log_now, save_now, draw_now = (
+            done == config.steps or done % every == 0
+            for every in (config.log_every, config.save_every, config.sheet_every)
+        )
+        if log_now or save_now:
             mean = torch.stack(recent).mean().item()
-            if mean != mean:
-                raise ValueError(f"the loss of {stage.name} is not a number at step {done}: lower the learning rate")
+            if not math.isfinite(mean):  # nor may such weights replace the last good checkpoint
+                raise ValueError(f"the loss of {stage.name} is {mean} at step {done}: lower the learning rate")
+        if log_now:
             recent.clear()
             rate = schedule.get_last_lr()[0]
             progress.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.1e}")
             seconds = round(time.monotonic() - began, 1)
             _append(folder / "log.jsonl", {"step": done, "loss": mean, "lr": rate, "seconds": seconds})
-        if done % config.save_every == 0 or done == config.steps:
-            _save(stage, state, ema, folder, done)
-        if done % config.sheet_every == 0 or done == config.steps:
+        if draw_now:
             _draw_sheet(stage, ema, folder, done)
+        if save_now:  # last: what an interrupt leaves undone before it is done again
+            save_bundle(folder / f"{stage.name}.safetensors", stage.parts(ema.module), {"training": {"step": done}})
+            contents = {"step": done, "losses": [value.item() for value in recent]}
+            contents |= {name: item.state_dict() for name, item in state.items()}
+            replace_file(folder / "checkpoint.pt", partial(torch.save, contents))
     return folder / f"{stage.name}.safetensors"
 
 
@@ -121,27 +142,33 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(stage: Stage[Any], state: dict[str, Any], ema: AveragedModel, folder: Path, step: int) -> None:
-    contents = {"step": step, **{name: item.state_dict() for name, item in state.items()}}
-    replace_file(folder / "checkpoint.pt", lambda path: torch.save(contents, path))
-    parts = stage.parts(ema.module)
-    save_bundle(folder / f"{stage.name}.safetensors", parts, {"training": {"step": step}}, dtype=None)
+def _resume(folder: Path, state: dict[str, Any]) -> tuple[int, list[float], float]:
+    """Load the checkpoint, if there is one, and drop what the log says beyond it.
+
+    Returns its step, the losses since the last row of the log, and the seconds that training has taken.
+    """
+    path, step, losses = folder / "checkpoint.pt", 0, []
+    if path.exists():
+        try:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+            for name, item in state.items():
+                item.load_state_dict(contents[name])
+        except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} is damaged or of a network of other sizes: restore [model], or choose another run folder"
+            ) from error
+        step, losses = contents["step"], contents.get("losses", [])
+        log.info("going on from step %d of %s", step, path)
+    kept = [row for row in _rows(folder / "log.jsonl") if row["step"] <= step]
+    text = "".join(f"{json.dumps(row)}\n" for row in kept)
+    replace_file(folder / "log.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
+    return step, losses, kept[-1]["seconds"] if kept else 0.0
 
 
-def _resume(folder: Path, state: dict[str, Any]) -> int:
-    """Load the checkpoint, if there is one, drop what the log says beyond it, and return its step."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    contents = torch.load(path, weights_only=True)
-    for name, item in state.items():
-        item.load_state_dict(contents[name])
-    step: int = contents["step"]
-    rows = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else []
-    kept = [row for row in rows if json.loads(row)["step"] <= step]
-    replace_file(folder / "log.jsonl", lambda part: part.write_text("".join(f"{row}\n" for row in kept)))
-    log.info("going on from step %d of %s", step, path)
-    return step
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without a last one that an interrupt cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _draw_sheet(stage: Stage[Any], ema: AveragedModel, folder: Path, step: int) -> None:
@@ -151,4 +178,4 @@ def _draw_sheet(stage: Stage[Any], ema: AveragedModel, folder: Path, step: int) 
         sheet = stage.sheet(ema.module)
     ema.module.train(was_training)
     if sheet is not None:
-        sheet.save(folder / f"sheet-{step:06d}.png")
+        replace_file(folder / f"sheet-{step:06d}.png", partial(sheet.save, format="PNG"))

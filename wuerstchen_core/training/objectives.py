@@ -25,6 +25,10 @@ class NoiseConfig:
     cap: float = 40.0
     stratified: bool = False  # spread the times of a batch evenly
 
+    def __post_init__(self) -> None:
+        if self.weight not in ("p2", "v"):
+            raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2 or v")
+
 
 def draw_times(config: NoiseConfig, count: int, rng: torch.Generator) -> Tensor:
     """Training times [count]; 7.5 % of them are exactly 1."""
@@ -38,9 +42,7 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
     """Weight of the squared noise error at times t."""
     if config.weight == "p2":
         return p2_weight(t)
-    if config.weight == "v":
-        return (1 / alpha_bar(t)).clamp(max=config.cap)
-    raise ValueError(f"[noise] weight {config.weight!r} is unknown: choose p2 or v")
+    return (1 / alpha_bar(t)).clamp(max=config.cap)
 
 
 def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..demo.artwork import draw_all
-from ..demo.vocabulary import Scene, caption, held_out, scenes
+from ..demo.artwork import CANVAS, draw_all
+from ..demo.vocabulary import THINGS, Scene, caption, held_out, scenes
+from .config import from_table
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `[data]` table, for a trial that need not take hours."""
+
+    canvas: int = CANVAS  # pixels, a multiple of 64
+    things: int = len(THINGS)  # only the first so many
+
+    def __post_init__(self) -> None:
+        if self.canvas < 64 or self.canvas % 64:
+            raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
+        if not 0 < self.things <= len(THINGS):
+            raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
 
 
 class DemoPictures:
     """The demo's scenes as pictures [N, 3, canvas, canvas] uint8, without the held-out ones (or only these)."""
 
-    def __init__(self, canvas: int = 256, held: bool = False):
-        self.scenes: list[Scene] = [scene for scene in scenes() if held_out(scene) == held]
-        self.images = torch.from_numpy(draw_all(self.scenes, canvas)).permute(0, 3, 1, 2)
+    def __init__(self, config: Mapping[str, Any] | None = None, held: bool = False):
+        data = from_table(DataConfig, (config or {}).get("data", {}), "data")
+        shown = [scene for scene in scenes() if scene.thing < data.things]
+        self.scenes: list[Scene] = [scene for scene in shown if held_out(scene) == held]
+        self.images = torch.from_numpy(draw_all(self.scenes, data.canvas)).permute(0, 3, 1, 2)
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -28,6 +48,10 @@ class DemoPictures:
         if count <= len(self):
             return torch.randperm(len(self), generator=rng)[:count]
         return torch.randint(len(self), (count,), generator=rng)
+
+    def spread(self, count: int) -> Tensor:
+        """Indices of up to `count` pictures from all over, for a sheet."""
+        return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
     def captions(self, indices: Tensor, rng: torch.Generator, drop: float = 0.0) -> list[str]:
         """A wording for each picture; a share of `drop` is empty."""
@@ -42,7 +66,7 @@ class DemoPictures:
 def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
     """Pictures [B, 3, H, W] in [0, 1], one row of the sheet (or more, if they are many) each."""
     lines = []
-    for images in rows:
+    for images in filter(len, rows):
         for part in images.clamp(0, 1).split(columns):
             tiles = [np.asarray(_tile(image, width)) for image in part]
             tiles += [np.zeros_like(tiles[0])] * (columns - len(tiles))

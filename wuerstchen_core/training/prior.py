@@ -28,6 +28,7 @@ class PriorStage(Stage[Prior]):
     """Stage C as the original trains it, on cached features."""
 
     name = "prior"
+    tables = ("noise",)
     text_drop = 0.05
 
     def __init__(self, config: Mapping[str, Any]):
@@ -35,8 +36,8 @@ class PriorStage(Stage[Prior]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
         self.net = Prior(from_table(PriorParams, config["model"], "model"))
         self.net.init_weights()
-        self.pictures = DemoPictures()
-        self.held = DemoPictures(held=True)
+        self.pictures = DemoPictures(config)
+        self.held = DemoPictures(config, held=True)
         encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
         self.latents = latents_from_features(features_of(encoder, self.pictures))
@@ -58,7 +59,7 @@ class PriorStage(Stage[Prior]):
             return None
         decoder = frozen(self.config, "decoder", "decoder", Decoder)
         vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)
-        picked = torch.arange(5, len(self.held), len(self.held) // 24)[:24]
+        picked = self.held.spread(24)
         text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
         uncond = text_states(self.tower, [""] * len(picked))
         draw = seeded_noise(0, len(picked))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from .config import LoopConfig, from_table, read_config
+import torch
+
+from .config import LoopConfig, check_tables, from_table, read_config
 from .loop import train
 
 STAGES = {
@@ -23,9 +25,11 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     `run` in the file is the folder that all stages of a model share; each works in a folder of its own name there.
     """
     config = read_config(config_path, overrides)
-    if "run" not in config:
-        raise ValueError(f'{config_path} names no run folder: add run = "runs/mine" at its top')
-    folder = Path(config["run"])
+    kind = getattr(importlib.import_module(f".{stage}", __package__), STAGES[stage])
+    check_tables(config, kind.tables)
+    unknown = sorted(set(config.get("inputs", {})) - set(STAGES))
+    if unknown:
+        raise ValueError(f"[inputs] has no key {', '.join(unknown)}: it takes {', '.join(STAGES)}")
     loop = from_table(LoopConfig, config.get("train", {}), "train")
-    module = importlib.import_module(f".{stage}", __package__)
-    return train(getattr(module, STAGES[stage])(config), loop, folder / stage)
+    torch.manual_seed(loop.seed)  # of the first weights
+    return train(kind(config), loop, Path(config["run"]) / stage)

@@ -58,13 +58,14 @@ class TextStage(Stage[Contrast]):
     """Captions in many wordings against the pictures that they name."""
 
     name = "text"
+    tables = ("text",)
 
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
-        self.pictures = DemoPictures()
+        self.pictures = DemoPictures(config)
         encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.features = latents_from_features(features_of(encoder, self.pictures))
-        self.held = DemoPictures(held=True)
+        self.held = DemoPictures(config, held=True)
         self.held_features = latents_from_features(features_of(encoder, self.held))
         params = from_table(TextEncoderParams, config["model"], "model")
         self.net = Contrast(params, self.features[0].numel(), options.joint)
@@ -79,10 +80,10 @@ class TextStage(Stage[Contrast]):
 
     def sheet(self, net: Contrast) -> Image.Image:
         """Held-out pictures, and under each the one that its caption finds among them."""
-        picked = torch.arange(0, len(self.held), 12)
+        picked = self.held.spread(12)
         captions = self.held.captions(picked, torch.Generator().manual_seed(0))
         found = (net.texts(*tokenize(captions)) @ net.pictures(self.held_features).T).argmax(1)
-        return sheet([self.held.view(picked)[:12], self.held.view(found)[:12]])
+        return sheet([self.held.view(picked), self.held.view(found)])
 
     def parts(self, net: Contrast) -> dict[str, nn.Module]:
         return {"text_encoder": net.tower}

@@ -72,11 +72,16 @@ class VQGANStage(Stage[Autoencoder]):
     """Random crops of the pictures, encoded and decoded."""
 
     name = "vqgan"
+    tables = ("vqgan",)
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.net = Autoencoder(from_table(VQGANParams, config["model"], "model"))
-        self.pictures = DemoPictures()
+        self.pictures = DemoPictures(config)
+        self.held = DemoPictures(config, held=True)
+        crop, room = self.options.crop, self.pictures.images.shape[-1] - 2 * self.options.margin
+        if not 0 < crop <= room:
+            raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
@@ -91,7 +96,7 @@ class VQGANStage(Stage[Autoencoder]):
         return net(images, int(len(images) * self.options.quantized), self.options.quantize_from)
 
     def sheet(self, net: Autoencoder) -> Image.Image:
-        truth = DemoPictures(held=True).view(slice(None, None, 24))[:12]
+        truth = self.held.view(self.held.spread(12))
         latents = net.vqgan.encode(truth)
         return sheet([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
 

@@ -48,7 +48,10 @@ def assemble(run: Path, target: Path) -> None:
     parts: dict[str, Part] = {}
     for part in PARTS:
         stage = STAGE_OF_PART.get(part, "text")
-        parts[part] = read_part(run / stage / f"{stage}.safetensors", part)
+        weights = run / stage / f"{stage}.safetensors"
+        if not weights.exists():
+            raise ValueError(f"{weights} is missing: train the {stage} first")
+        parts[part] = read_part(weights, part)
     metadata = {
         "vocabulary": vocabulary(),
         "sampling": SAMPLING,
@@ -59,8 +62,12 @@ def assemble(run: Path, target: Path) -> None:
 
 
 def last_step(folder: Path) -> dict[str, Any]:
-    """The last line of a stage's log."""
-    row: dict[str, Any] = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    """The last row of a stage's log."""
+    path = folder / "log.jsonl"
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not rows:
+        raise ValueError(f"{path} is missing or empty: train the {folder.name} first")
+    row: dict[str, Any] = json.loads(rows[-1])
     return row
 
 

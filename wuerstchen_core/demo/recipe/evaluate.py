@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from ...models.image_encoder import semantic_view
 from ...pipeline import WuerstchenPipeline
-from ..artwork import draw_all
+from ..artwork import CANVAS, draw_all
 from ..judge import Judge, psnr, wilson_interval
 from ..vocabulary import SIZES, THINGS, Scene, caption, held_out, scenes
 
@@ -58,7 +57,7 @@ def judge_pictures(judge: Judge, wanted: Sequence[Scene], images: Sequence[Image
 def reconstruct(pipe: WuerstchenPipeline, wanted: Sequence[Scene], decoder_steps: int | None = None) -> list[float]:
     """PSNR in dB of each true picture after the 42.67x bottleneck (no text)."""
     assert pipe.image_encoder is not None
-    sampling = replace(pipe.sampling, decoder_steps=decoder_steps or pipe.sampling.decoder_steps)
+    sampling = pipe.sampling.changed(width=CANVAS, height=CANVAS, decoder_steps=decoder_steps)
     values: list[float] = []
     for start in range(0, len(wanted), BATCH):
         truth = draw_all(wanted[start : start + BATCH])
@@ -87,6 +86,7 @@ def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str
         "by_size": {
             size: share([row["thing"] == row["scene"].thing for row in rows if row["scene"].size == index])
             for index, size in enumerate(SIZES)
+            if any(row["scene"].size == index for row in rows)
         },
         "psnr": {"mean": round(statistics.mean(values), 2), "min": round(min(values), 2), "count": len(values)},
         "mistakes": [
@@ -97,8 +97,8 @@ def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str
 
 
 def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes: Any) -> dict[str, Any]:
-    """All numbers of a model, over every `every`-th held-out scene; `changes` go to `generate`."""
-    wanted = held_out_scenes()[::every]
+    """All numbers of a model, over every `every`-th held-out (thing, background) pair; `changes` go to `generate`."""
+    wanted = [scene for index, scene in enumerate(held_out_scenes()) if index // len(SIZES) % every == 0]
     judge, rows = Judge(), []
     for seed in tqdm(range(seeds), desc="seeds"):
         rows += judge_pictures(judge, wanted, paint(pipe, wanted, 1000 * (seed + 1), **changes))
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m wuerstchen_core.demo.recipe.evaluate", description=__doc__)
     parser.add_argument("--model", default="demo", help="bundle to measure")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=1, help="take only every N-th held-out scene")
+    parser.add_argument("--every", type=int, default=1, help="take only every N-th held-out (thing, background) pair")
     parser.add_argument("--prior-steps", type=int)
     parser.add_argument("--prior-guidance", type=float)
     parser.add_argument("--decoder-steps", type=int)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]
 DEMO = Path(__file__).parents[1]
 SHEET = ROOT / "docs" / "held_out.jpg"
+EVALUATION = Path(__file__).with_name("evaluation.json")
 MARKS = "<!-- demo numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of demo numbers -->"
 COLUMNS, ROWS, TILE = 8, 4, 128  # of the sheet; pixels a tile
 
@@ -53,7 +53,10 @@ def workflow_picture(pipe: WuerstchenPipeline, workflow: dict[str, Any]) -> Imag
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
-    """Least-squares factors [c, 3] and bias [3] from latents [N, c, h, w] to images [N, 3, H, W] in -1..1."""
+    """Least-squares factors [c, 3] and bias [3] from latents [N, c, h, w] to colours in -1..1.
+
+    `images` [N, 3, H, W] are in 0..1, as the trainers have them.
+    """
     colours = torch.nn.functional.interpolate(images, size=latents.shape[-2:], mode="area") * 2 - 1
     rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
@@ -91,9 +94,19 @@ def number_table(numbers: dict[str, Any]) -> str:
     )
 
 
+def with_table(text: str, table: str) -> str:
+    """A README with `table` between its two marks."""
+    start, end = MARKS
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"the README has no place for the numbers: put {start} and {end} into it, once each")
+    return text[: text.index(start)] + f"{start}\n{table}\n" + text[text.index(end) :]
+
+
 def main() -> None:
     """Remake it all."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    readme = ROOT / "README.md"
+    with_table(readme.read_text(encoding="utf-8"), "")  # before the hours of painting
     pipe = WuerstchenPipeline.load("demo")
     SHEET.parent.mkdir(exist_ok=True)
     reference_sheet(pipe).save(SHEET, quality=90)
@@ -103,11 +116,9 @@ def main() -> None:
         logger.info("painted %s", path.with_suffix(".jpg").name)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     numbers = evaluate(pipe)
-    (Path(__file__).parent / "evaluation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = f"{MARKS[0]}\n{number_table(numbers)}\n{MARKS[1]}"
-    between = re.compile(re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1]), re.DOTALL)
-    (ROOT / "README.md").write_text(between.sub(lambda _: table, readme), encoding="utf-8")
+    EVALUATION.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    text = with_table(readme.read_text(encoding="utf-8"), number_table(numbers))
+    readme.write_text(text, encoding="utf-8")
     logger.info("%s", number_table(numbers))
 
 
