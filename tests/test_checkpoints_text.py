@@ -105,9 +105,7 @@ def test_transformers_file_of_a_whole_clip(
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_open_clip(
-    reference: Any, example: tuple[Tensor, Tensor, Tensor], tmp_path: Path, custom_text: bool
-) -> None:
+def test_open_clip(reference: Any, example: tuple[Tensor, Tensor, Tensor], tmp_path: Path, custom_text: bool) -> None:
     state = as_open_clip(reference)
     if custom_text:  # CustomTextCLIP keeps its text tower in a module of its own
         others = ("visual.", "logit_scale")

@@ -94,9 +94,13 @@ def _equal(one: nn.Module | Part, other: nn.Module | Part) -> bool:
     if one is other:
         return True
     mine, theirs = _state(one), _state(other)
-    return mine.keys() == theirs.keys() and one.params == other.params and all(
-        x.dtype == theirs[key].dtype and x.device == theirs[key].device and torch.equal(x, theirs[key])
-        for key, x in mine.items()
+    return (
+        mine.keys() == theirs.keys()
+        and one.params == other.params
+        and all(
+            x.dtype == theirs[key].dtype and x.device == theirs[key].device and torch.equal(x, theirs[key])
+            for key, x in mine.items()
+        )
     )
 
 

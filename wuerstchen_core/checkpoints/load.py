@@ -29,9 +29,7 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     with torch.device("meta"):
         network = NETWORKS[kind_of(part.name)](part.params)
     _compare(part.name, network.state_dict(), part.state_dict)
-    state = {
-        key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()
-    }
+    state = {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()}
     network.load_state_dict(state, assign=True)
     left = [key for key, x in (*network.named_parameters(), *network.named_buffers()) if x.is_meta]
     if left:
