@@ -1,0 +1,159 @@
+"""A trainer's configuration: overrides, and mistakes named in one sentence; the recipe's files fit their networks."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_stages import STAGES, write_configs
+
+from wuerstchen_core.checkpoints.parts import PARAMS, Params
+from wuerstchen_core.checkpoints.sizes import HEAD_WIDTH
+from wuerstchen_core.cli import main
+from wuerstchen_core.demo.recipe import build
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+from wuerstchen_core.training.config import LoopConfig, check_tables, from_table, read_config
+from wuerstchen_core.training.pictures import DataConfig
+from wuerstchen_core.training.run import STAGES as TRAINERS
+from wuerstchen_core.training.run import run
+
+PART = {"encoder": "image_encoder", "text": "text_encoder"}  # where it is not the stage's own name
+NETWORKS: dict[type, Any] = {
+    PriorParams: Prior,
+    DecoderParams: Decoder,
+    VQGANParams: VQGAN,
+    ImageEncoderParams: ImageEncoder,
+    TextEncoderParams: TextEncoder,
+}
+LARGEST_BUNDLE = 24 * 2**20  # bytes
+
+
+def recipe(stage: str) -> tuple[dict[str, Any], Params]:
+    config = read_config(build.RECIPE / f"{stage}.toml", [])
+    return config, from_table(PARAMS[PART.get(stage, stage)], config["model"], "model")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_configs(tmp_path, tmp_path / "run")["prior"]
+
+
+@pytest.fixture
+def whole_bundle() -> dict[str, int]:
+    """Bytes of each part of the recipe in bf16."""
+    sizes = {}
+    for stage in STAGES:
+        params = recipe(stage)[1]
+        state = NETWORKS[type(params)](params, device="meta").state_dict()
+        sizes[stage] = sum(x.numel() * (2 if x.is_floating_point() else 8) for x in state.values())
+    return sizes
+
+
+def test_overrides_are_toml_and_bare_words_are_text(file: Path) -> None:
+    changes = [
+        "train.lr=3e-4",
+        "run=elsewhere",
+        "train.betas=[0.5, 0.9]",
+        "noise.stratified=false",
+        "inputs.text='a b'",
+    ]
+    config = read_config(file, changes)
+    assert config["train"]["lr"] == 3e-4 and config["run"] == "elsewhere" and config["inputs"] == {"text": "a b"}
+    assert config["noise"]["stratified"] is False and config["model"]["depth"] == 1
+    assert from_table(LoopConfig, config["train"], "train") == replace(
+        from_table(LoopConfig, read_config(file, [])["train"], "train"), lr=3e-4, betas=(0.5, 0.9)
+    )
+
+
+MISTAKES = {
+    "train.stepz=3": r"^\[train\] has no key stepz: it takes steps, batch, lr, ",
+    "train.steps=many": r"^\[train\] steps must be a whole number, got 'many'$",
+    "train.steps=4.5": r"^\[train\] steps must be a whole number, got 4.5$",
+    "train.steps=true": r"^\[train\] steps must be a whole number, got True$",
+    "train.lr=.001": r"^\[train\] lr must be a number, got '.001'$",
+    "train.betas=0.9": r"^\[train\] betas must be a list, got 0.9$",
+    "train.log_every=0": r"^\[train\] log_every must be more than 0, got 0$",
+    "train=5": r"^train is a table of keys, not 5: ",
+    "train": r"^--set 'train' is not of the form table.key=value$",
+    "train.steps.more=1": r"^--set 'train.steps.more=1' names a key inside steps, which is no table$",
+    "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, dropout$",
+    "modle.depth=2": r"^the configuration has no place for modle: it takes run, inputs, data, model, train, noise$",
+    "vqgan.crop=32": r"^the configuration has no place for vqgan: ",
+    "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2 or v$",
+    "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, prior$",
+    "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
+    "data.things=73": r"^\[data\] things must be 1 to 72, got 73$",
+    "run=3": r"^the configuration names no run folder: ",
+    "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+def test_a_mistake_is_named_in_one_sentence(file: Path, change: str) -> None:
+    with pytest.raises(ValueError, match=MISTAKES[change]) as error:
+        run("prior", file, [change])
+    assert "\n" not in str(error.value)
+    assert not (file.parent / "run").exists()
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^\[train\] lacks steps, batch: add it to the configuration$"):
+        from_table(LoopConfig, {"lr": 1}, "train")
+    with pytest.raises(ValueError, match=r"^the configuration has no \[model\] table: "):
+        check_tables({"run": "x"}, ())
+
+
+def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text("[model\n", encoding="utf-8")
+    for path, reason in ((file, "is no TOML file: "), (tmp_path / "none.toml", "No such file")):
+        assert main(["train", "prior", "--config", str(path)]) == 2
+        line = capsys.readouterr().err
+        assert reason in line and str(path) in line and line.count("\n") == 1
+
+
+def test_a_missing_drawing_package_is_named(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wuerstchen_core.demo import artwork
+
+    artwork._sprite.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
+    assert main(["train", "prior", "--config", str(file)]) == 2
+    assert capsys.readouterr().err == "resvg_py is not installed: python -m pip install -r requirements-train.txt\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_recipe_fits_its_tables(stage: str) -> None:
+    config, _ = recipe(stage)
+    trainer = importlib.import_module(f"wuerstchen_core.training.{stage}")
+    kind = getattr(trainer, TRAINERS[stage])
+    check_tables(config, kind.tables)
+    loop = from_table(LoopConfig, config["train"], "train")
+    assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
+    assert from_table(DataConfig, config.get("data", {}), "data") == DataConfig()
+    tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig"}
+    for table in kind.tables:
+        from_table(getattr(trainer, tables.get(table, "NoiseConfig")), config.get(table, {}), table)
+
+
+def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
+    prior, decoder, text = (recipe(stage)[1] for stage in ("prior", "decoder", "text"))
+    assert isinstance(prior, PriorParams) and isinstance(decoder, DecoderParams) and isinstance(text, TextEncoderParams)
+    assert prior.c == prior.nhead * HEAD_WIDTH and text.width == text.heads * HEAD_WIDTH
+    for c, heads, blocks in zip(decoder.c_hidden, decoder.nhead, decoder.level_config, strict=True):
+        assert c == heads * HEAD_WIDTH if "A" in blocks else heads == -1
+    assert prior.c_cond == decoder.clip_embd == text.width  # one tower serves both stages
+    assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
+
+
+def test_the_parts_fit_into_the_bundle(whole_bundle: dict[str, int]) -> None:
+    assert min(whole_bundle.values()) > 1e5
+    assert sum(whole_bundle.values()) < LARGEST_BUNDLE

@@ -1,0 +1,114 @@
+"""Losses and training noise against what they are by definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden_data import Golden, assert_near
+
+from wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from wuerstchen_core.training.objectives import (
+    NoiseConfig,
+    contrastive_loss,
+    corrupt_features,
+    draw_times,
+    noise_loss,
+    noise_weight,
+)
+
+TOLERANCE = 1e-5  # the golden tables were observed equal to 1e-6
+DRAWS = 20_000
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_p2_is_the_schedules_own_weight() -> None:
+    golden = Golden("schedule_tables")
+    assert_near(noise_weight(NoiseConfig(), golden["in/t"]), golden["out/p2_weight_scaler1"], TOLERANCE)
+
+
+def test_v_is_one_over_the_signal_up_to_the_cap() -> None:
+    golden = Golden("schedule_tables")
+    t, signal = golden["in/t"], golden["out/alpha_cumprod_scaler1"]
+    weights = noise_weight(NoiseConfig(weight="v", cap=9.0), t)
+    below = 1 / signal < 8.9
+    torch.testing.assert_close(weights[below], 1 / signal[below], rtol=1e-4, atol=0)
+    assert below.any() and (1 / signal > 9.1).any() and weights[1 / signal > 9.1].eq(9).all()
+
+
+def test_v_is_the_loss_of_v_prediction() -> None:
+    """v = sqrt(a) noise - sqrt(1-a) x0: an error e of the noise moves x0 by sqrt((1-a)/a) e, so v by e / sqrt(a)."""
+    t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    x0, noise, error = (torch.randn(3, 5, dtype=torch.float64, generator=rng(i)) for i in range(3))
+    signal = (1 / noise_weight(NoiseConfig(weight="v"), t))[:, None]
+    noised = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+    guess = noise + error
+    guess_x0 = (noised - (1 - signal).sqrt() * guess) / signal.sqrt()
+    v, guess_v = (signal.sqrt() * e - (1 - signal).sqrt() * x for e, x in ((noise, x0), (guess, guess_x0)))
+    loss = noise_loss(NoiseConfig(weight="v"), guess.float(), noise.float(), t.float())
+    assert loss.item() == pytest.approx((guess_v - v).square().mean().item(), rel=1e-4)
+
+
+def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:
+    t = torch.tensor([0.2, 0.9])
+    noise = torch.zeros(2, 1, 2, 2)
+    predicted = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 3.0)])
+    config = NoiseConfig()
+    expected = (4 * noise_weight(config, t)[0] + 9 * noise_weight(config, t)[1]) / 2
+    assert_near(noise_loss(config, predicted, noise, t), expected, 1e-6)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_times_cover_all_with_a_share_of_exactly_one(stratified: bool) -> None:
+    t = draw_times(NoiseConfig(stratified=stratified), DRAWS, rng())
+    assert 0.001 <= t.min() < 0.002 and t.max() == 1
+    share = t.eq(1).float().mean().item()
+    spread = 1e-4 if stratified else 4 * math.sqrt(0.075 * 0.925 / DRAWS)
+    assert abs(share - 0.075) < spread
+
+
+def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
+    count = 16
+    t = draw_times(NoiseConfig(stratified=True), count, rng())
+    uniform = 1 - (t[t < 1] - 0.001) / 1.08
+    strata = (uniform * count).floor().long()
+    assert len(strata.unique()) == len(strata) >= count - 2
+    assert not torch.equal(strata, strata.sort().values)
+
+
+def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
+    features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
+    out = corrupt_features(features, rng())
+    dropped = out.flatten(1).eq(0).all(1)
+    kept = out.flatten(1).eq(features.flatten(1)).all(1)
+    noised = ~(dropped | kept)
+    for share, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (kept, 0.7 * 0.95)):
+        assert abs(share.float().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
+    # Noise is added in the prior's space, up to t = 0.5, where half the variance is left (cosine schedule).
+    before, after = (latents_from_features(x[noised]).flatten(1) for x in (features, out))
+    assert after.std().item() == pytest.approx(1, abs=0.02)
+    alike = torch.nn.functional.cosine_similarity(before, after).mean().item()
+    assert math.sqrt(0.5) + 0.05 < alike < 0.97
+
+
+def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
+    features = torch.randn(64, 4, 2, 2, generator=rng(1))
+    assert torch.equal(corrupt_features(features, rng(), drop=0, noised=0), features)
+    assert corrupt_features(features, rng(), drop=1).eq(0).all()
+    noised = corrupt_features(features, rng(), drop=0, noised=1)
+    assert not noised.flatten(1).eq(features.flatten(1)).any(1).any()
+
+
+def test_the_contrastive_loss_against_a_double_loop() -> None:
+    texts, pictures = (torch.nn.functional.normalize(torch.randn(5, 8, generator=rng(i)), dim=-1) for i in range(2))
+    scale = 7.0
+    total = 0.0
+    for i in range(5):
+        rows = [math.exp(scale * float(texts[i] @ pictures[j])) for j in range(5)]
+        columns = [math.exp(scale * float(texts[j] @ pictures[i])) for j in range(5)]
+        total -= math.log(rows[i] / sum(rows)) + math.log(columns[i] / sum(columns))
+    assert contrastive_loss(texts, pictures, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)

@@ -1,0 +1,227 @@
+"""All five trainers in a tiny size, one after the other, until the bundle paints."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_stages import (
+    STAGES,
+    assert_equal_states,
+    checkpoint,
+    ema_of,
+    read_log,
+    shown,
+    write_configs,
+)
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS, read_metadata
+from wuerstchen_core.cli import main
+from wuerstchen_core.demo.recipe import build
+from wuerstchen_core.training.pictures import DemoPictures, sheet
+from wuerstchen_core.training.run import STAGES as TRAINERS
+from wuerstchen_core.training.run import run
+
+pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+ROOT = Path(__file__).parents[1]
+DATA = {"data": {"canvas": 64, "things": 2}}
+TILE = 128  # pixels of a sheet
+ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "prior": 2}  # of a sheet of 8 pictures
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe's one command over tiny configurations; `bundle.safetensors` beside the stages."""
+    folder = tmp_path_factory.mktemp("run")
+    write_configs(folder, Path("overridden"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "RECIPE", folder)
+        build.main(["--run", str(folder), "--output", str(folder / "bundle.safetensors")])
+    return folder
+
+
+@pytest.fixture
+def inputs(run_folder: Path) -> list[str]:
+    """Overrides with which a stage in another folder takes the first run's networks."""
+    return [f"inputs.{stage}='{run_folder / stage / stage}.safetensors'" for stage in STAGES]
+
+
+def stage_class(stage: str) -> Any:
+    return getattr(importlib.import_module(f"wuerstchen_core.training.{stage}"), TRAINERS[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> None:
+    folder = run_folder / stage
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint.pt", "log.jsonl", f"{stage}.safetensors", "sheet-000004.png",
+    }  # fmt: skip
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(np.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
+    weights = load_file(folder / f"{stage}.safetensors")
+    assert weights and all(x.isfinite().all() for x in weights.values())
+    assert read_metadata(folder / f"{stage}.safetensors")["training"] == {"step": 4}
+    averaged = ema_of(folder)
+    for key, value in weights.items():  # what is shipped is the moving average
+        assert any(torch.equal(value, x) for k, x in averaged.items() if k.endswith(key.partition(".")[2]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: str) -> None:
+    with Image.open(run_folder / stage / "sheet-000004.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
+    held = DemoPictures(DATA, held=True)
+    truth = np.asarray(sheet([held.view(held.spread(12))]))
+    assert np.array_equal(pixels[:TILE], truth)
+    columns = len(held) * TILE
+    assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()
+    others = pixels[TILE:, :columns].reshape(ROWS[stage] - 1, TILE, -1)
+    assert all(row.std() > 0 for row in others)
+    if stage == "text":  # which shows true pictures, found by their captions
+        tiles = {pixels[:TILE, i : i + TILE].tobytes() for i in range(0, columns, TILE)}
+        assert all(pixels[TILE:, i : i + TILE].tobytes() in tiles for i in range(0, columns, TILE))
+    else:
+        assert not np.array_equal(others[0], truth[:, :columns].reshape(TILE, -1))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
+    run_folder: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Same log, same averages bit for bit; the prior has dropout, the VQGAN seeds its codes from chance at step 2."""
+    kind, calls = stage_class(stage), []
+
+    def stopped(self: Any, net: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(self, net, *batch)
+
+    loss = kind.loss
+    overrides = [f"run='{tmp_path}'", *inputs]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, "loss", stopped)
+        run(stage, run_folder / f"{stage}.toml", overrides)
+    assert checkpoint(tmp_path / stage)["step"] == 2
+    torch.manual_seed(5)
+    assert run(stage, run_folder / f"{stage}.toml", overrides) == tmp_path / stage / f"{stage}.safetensors"
+    assert shown(read_log(tmp_path / stage)) == shown(read_log(run_folder / stage))
+    assert_equal_states(ema_of(tmp_path / stage), ema_of(run_folder / stage))
+
+
+def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.seed=1"])
+    assert shown(read_log(tmp_path / "prior")) != shown(read_log(run_folder / "prior"))
+
+
+LEARNING = {  # steps, and the share of the first loss that may be left; the text tower takes longer than a test may
+    "vqgan": (16, 0.5),
+    "encoder": (16, 0.7),
+    "decoder": (16, 0.9),
+    "prior": (24, 0.9),
+}
+
+
+@pytest.mark.parametrize("stage", LEARNING)
+def test_the_loss_goes_down(run_folder: Path, inputs: list[str], tmp_path: Path, stage: str) -> None:
+    steps, share = LEARNING[stage]
+    rows = 4
+    changes = [f"train.steps={steps}", f"train.log_every={steps // rows}", "train.lr=5e-3", "train.batch=8"]
+    changes += ["train.save_every=1000", "train.sheet_every=1000", "train.warmup=4"]
+    run(stage, run_folder / f"{stage}.toml", [f"run='{tmp_path}'", *inputs, *changes])
+    losses = [row["loss"] for row in read_log(tmp_path / stage)]
+    assert len(losses) == rows and losses[-1] < share * losses[0], losses
+
+
+def test_the_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == set(STAGES) and metadata["training"]["prior"]["step"] == 4
+    assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert all(getattr(pipe, part) is not None for part in PARTS)
+    assert pipe.prior_text_encoder is pipe.decoder_text_encoder
+    assert (pipe.sampling.width, pipe.sampling.prior_steps) == (256, 20)
+    trained = ema_of(run_folder / "prior")["module.projection.weight"]
+    assert torch.equal(pipe.prior.projection.weight, trained.bfloat16().float())
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prior.safetensors is missing: train the prior first$"):
+        build.assemble(tmp_path, tmp_path / "bundle.safetensors")
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ValueError, match=r"log.jsonl is missing or empty: train the "):
+        build.last_step(tmp_path)
+
+
+def test_assembling_alone_trains_nothing(run_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "again.safetensors"
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
+
+
+def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs])
+    assert not list((tmp_path / "prior").glob("*.png")) and (tmp_path / "prior" / "prior.safetensors").exists()
+
+
+def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """`python -m wuerstchen_core train`, killed without warning, and started again: as one run."""
+    changes = [*inputs, "train.steps=8", "train.log_every=4", "train.sheet_every=1000"]
+    arguments = ["train", "text", "--config", str(run_folder / "text.toml")]
+    whole, killed = ([f"run='{tmp_path / name}'", *changes] for name in ("whole", "killed"))
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "wuerstchen_core",
+            *arguments,
+            *(word for change in killed for word in ("--set", change)),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "killed" / "text" / "checkpoint.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    assert "text:" in process.communicate()[1]  # the progress bar
+    assert main([*arguments, *(word for change in killed for word in ("--set", change))]) == 0
+    run("text", run_folder / "text.toml", whole)
+    assert shown(read_log(tmp_path / "killed" / "text")) == shown(read_log(tmp_path / "whole" / "text"))
+    assert_equal_states(ema_of(tmp_path / "killed" / "text"), ema_of(tmp_path / "whole" / "text"))
+
+
+def test_pictures_of_a_trial(run_folder: Path) -> None:
+    trained, held = DemoPictures(DATA), DemoPictures(DATA, held=True)
+    assert len(trained) == 24 and len(held) == 8 and trained.images.shape[1:] == (3, 64, 64)
+    assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
+    rng = torch.Generator().manual_seed(0)
+    assert len(set(trained.pick(24, rng).tolist())) == 24 and trained.pick(30, rng).shape == (30,)
+    assert trained.captions(torch.arange(4), rng, drop=1.0) == [""] * 4
+    words = trained.captions(torch.zeros(200, dtype=torch.long), rng, drop=0.25)
+    assert 25 < words.count("") < 75 and len(set(words)) > 20
+    assert held.spread(3).tolist() == [0, 2, 4] and held.spread(100).tolist() == list(range(8))
+
+
+def test_crops_must_fit_the_pictures(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^\[vqgan\] crop must be at most 48 pixels, which the margin leaves, got 52$"
+    ):
+        run("vqgan", run_folder / "vqgan.toml", [f"run='{tmp_path}'", "vqgan.crop=52"])

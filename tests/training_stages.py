@@ -1,0 +1,114 @@
+"""The five trainers in a tiny size: two things at 64 pixels, a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in the order in which they need each other
+
+COMMON = """
+run = {run}
+
+[data]
+canvas = 64
+things = 2
+
+[train]
+steps = 4
+batch = 4
+lr = 1e-3
+warmup = 1
+ema = 0.5
+log_every = 2
+save_every = 2
+sheet_every = 4
+"""
+TABLES = {
+    "vqgan": """
+[model]
+bottleneck_blocks = 1
+c_hidden = 16
+codebook_size = 16
+[vqgan]
+crop = 32
+margin = 8
+quantize_from = 2
+""",
+    "encoder": """
+[model]
+stages = [
+    ["fused", 1, 3, 2, 8, 8, 1], ["fused", 1, 3, 2, 8, 8, 1],
+    ["fused", 1, 3, 2, 8, 16, 1], ["fused", 1, 3, 2, 16, 16, 1],
+]
+last_channel = 16
+[encoder]
+widths = [16, 8, 8]
+""",
+    "text": """
+[model]
+width = 64
+heads = 1
+layers = 1
+[text]
+joint = 16
+""",
+    "decoder": """
+[model]
+c_hidden = [8, 64]
+nhead = [-1, 1]
+blocks = [1, 1]
+level_config = ["CT", "CTA"]
+inject_effnet = [false, true]
+c_cond = 16
+clip_embd = 64
+[noise]
+weight = "v"
+""",
+    "prior": """
+[model]
+c = 64
+c_cond = 64
+depth = 1
+nhead = 1
+dropout = 0.1
+[noise]
+stratified = true
+""",
+}
+
+
+def write_configs(folder: Path, run: Path) -> dict[str, Path]:
+    """A TOML file for each stage."""
+    files = {stage: folder / f"{stage}.toml" for stage in STAGES}
+    for stage, file in files.items():
+        file.write_text(COMMON.format(run=json.dumps(str(run))) + TABLES[stage], encoding="utf-8")
+    return files
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def shown(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What must be equal in the logs of equal trainings: all but the time."""
+    return [(row["step"], row["loss"], row["lr"]) for row in rows]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def ema_of(folder: Path) -> dict[str, Tensor]:
+    return {k: x for k, x in checkpoint(folder)["ema"].items() if k.startswith("module.")}
+
+
+def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Equal bit for bit."""
+    assert one.keys() == other.keys()
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different
