@@ -43,7 +43,9 @@ class WuerstchenBundleLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, bundle: str) -> Any:
+    def fingerprint_inputs(cls, bundle: str | None) -> Any:
+        if bundle is None:  # another node gives the name, and the host knows when that changes
+            return None
         status = folders.bundle_path(bundle).stat()
         return bundle, status.st_mtime_ns, status.st_size
 

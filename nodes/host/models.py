@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.diffusion.sizes import prior_side
+from ...wuerstchen_core.models.decoder import resize_prior_latents
 from ...wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from ...wuerstchen_core.models.vqgan import VQGANParams
 from .networks import HostDecoder, HostPrior
+from .previews import preview_factors
 from .time import WuerstchenSampling
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
@@ -32,6 +34,9 @@ class PriorLatents(comfy.latent_formats.LatentFormat):
 
     latent_channels = 16
     spacial_downscale_ratio = 128 / 3
+
+    def __init__(self) -> None:
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("prior")
 
     def process_in(self, latent: Tensor) -> Tensor:
         return latents_from_features(latent)
@@ -47,6 +52,9 @@ class DecoderLatents(comfy.latent_formats.LatentFormat):
     spacial_downscale_ratio = 4
     scale_factor = 1 / VQGANParams.scale_factor
 
+    def __init__(self) -> None:
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("decoder")
+
 
 def text_cond(stage: str, width: int, states: Tensor | None) -> dict[str, comfy.conds.CONDRegular]:
     """Text states as the host batches them: never repeated to a common length, since every token is attended."""
@@ -59,6 +67,24 @@ def text_cond(stage: str, width: int, states: Tensor | None) -> dict[str, comfy.
             "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
         )
     return {"c_crossattn": comfy.conds.CONDRegular(states)}
+
+
+class PriorCond(comfy.conds.CONDRegular):
+    """Stage C latents of the whole picture: where the host crops Stage B's latents to an area, so it does these."""
+
+    def __init__(self, cond: Tensor, whole: tuple[int, int]):
+        super().__init__(cond)
+        self.whole = whole  # h, w
+
+    def _copy_with(self, cond: Tensor) -> PriorCond:
+        return type(self)(cond, self.whole)
+
+    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> PriorCond:
+        prior = self.cond
+        if area is not None:
+            height, width, top, left = area
+            prior = resize_prior_latents(prior, self.whole)[..., top : top + height, left : left + width]
+        return self._copy_with(comfy.utils.repeat_to_batch_size(prior, batch_size))
 
 
 class StageModel(comfy.model_base.BaseModel):
@@ -90,11 +116,11 @@ class DecoderModel(StageModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         params = self.diffusion_model.params
         conds = text_cond("Stage B", params.clip_embd, kwargs.get("cross_attn"))
-        prior = kwargs.get(PRIOR_KEY)
+        prior, noise = kwargs.get(PRIOR_KEY), kwargs["noise"]
+        height, width = noise.shape[-2:]
         if prior is None:  # the unconditional half: zeros of the size that the picture's prior has
-            size = [prior_side(side * 4) for side in kwargs["noise"].shape[-2:]]
-            prior = torch.zeros(1, params.effnet_embd, *size)
-        return {**conds, PRIOR_KEY: comfy.conds.CONDRegular(prior)}
+            prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
+        return {**conds, PRIOR_KEY: PriorCond(prior.to(noise.device), (height, width))}
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """Bytes of one call: 12 KB a latent pixel were measured at full width in fp32."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,16 +42,32 @@ def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
+AREA = (16, 8, 0, 16)  # of Stage B's latents in `calls`: height, width, top, left
+
+
+def preview(latent_format: Any, x: Tensor) -> Tensor:
+    """The host's live preview of latents as a sampler works on them, [h, w, 3] in 0..255; empty if it has none."""
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    args.preview_method = LatentPreviewMethod.Latent2RGB
+    previewer = latent_preview.get_previewer(torch.device("cpu"), latent_format)
+    if previewer is None:
+        return torch.empty(0)
+    return torch.from_numpy(np.array(previewer.decode_latent_to_preview_image("JPEG", x)[1]))
+
+
 def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import comfy.model_management as management
     import comfy.model_patcher
 
     load_pack()
-    from pack.nodes.host import clip, models, time
+    from pack.nodes.host import clip, models, previews, time
+    from pack.nodes.loaders import WuerstchenBundleLoader
     from pack.wuerstchen_core.checkpoints import read_part
 
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"fingerprint of a name from another node": WuerstchenBundleLoader.fingerprint_inputs(None)}
     for stage in ("prior", "decoder"):
         tower = clip.load_clip(read_part(bundle, f"{stage}_text_encoder"))
         for i, prompt in enumerate(PROMPTS):
@@ -87,6 +104,22 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         management.unet_dtype = chosen
         facts[f"{stage} half"] = [str(half.get_dtype()), str(half.manual_cast_dtype)]
         tensors[f"half/{stage}"] = half.diffusion_model(*inputs[stage][:3], **extra)
+
+        x = inputs[stage][0]
+        facts[f"{stage} shipped factors"] = previews.preview_factors(stage)
+        for name, bias in (("no preview", None), ("preview", [0.0, 0.0, 0.5])):
+            fitted = {stage: {"factors": torch.eye(x.shape[1], 3).mul(0.1).tolist(), "bias": bias}} if bias else {}
+            previews._read = lambda fitted=fitted: fitted
+            tensors[f"{name}/{stage}"] = preview(models.load_model(part).model.latent_format, x)
+
+    x, _, text, prior_latents = inputs["decoder"]
+    conds = models.load_model(parts["decoder"]).model.extra_conds(
+        noise=x, cross_attn=text, stable_cascade_prior=prior_latents
+    )
+    cond = conds["stable_cascade_prior"]
+    tensors["prior of all"], tensors["prior of area"] = (
+        cond.process_cond(batch_size=2, area=area).cond for area in (None, AREA)
+    )
     return tensors, facts
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from comfyui import Install
 from conftest import TINY
-from inside import PROMPTS, calls
+from inside import AREA, PROMPTS, calls
 from safetensors import safe_open
 from torch import Tensor
 
-from wuerstchen_core.checkpoints import build_part, load_text_encoder, read_part
+from wuerstchen_core.checkpoints import build_part, demo_path, load_text_encoder, read_part
 from wuerstchen_core.diffusion.schedule import alpha_bar
+from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import tokenize
 
 Inside = tuple[dict[str, Tensor], dict[str, Any]]
@@ -91,3 +92,29 @@ def test_weights_in_half_precision_are_cast_by_the_host(inside: Inside, wanted: 
     assert facts[f"{stage} half"] == ["torch.bfloat16", "torch.float32"]
     error = (tensors[f"half/{stage}"] - wanted[stage]).std() / wanted[stage].std()
     assert 0 < error < 0.02
+
+
+def test_a_bundles_name_may_come_from_another_node(inside: Inside) -> None:
+    """The host asks for the fingerprint before it has the name; an error there would load the model for each run."""
+    assert inside[1]["fingerprint of a name from another node"] is None
+
+
+def test_an_area_of_the_picture_reads_the_same_area_of_stage_c(inside: Inside) -> None:
+    x, _, _, prior_latents = calls(1, 1)["decoder"]
+    height, width, top, left = AREA
+    whole = resize_prior_latents(prior_latents, x.shape[-2:])
+    assert torch.equal(inside[0]["prior of all"], prior_latents)
+    assert torch.equal(inside[0]["prior of area"], whole[..., top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_previews_show_the_latents_inside_the_sampler(inside: Inside, stage: str) -> None:
+    tensors, facts = inside
+    x = calls(1, 1)[stage][0]
+    wanted = (x[0, :3].movedim(0, -1) * 0.1 + torch.tensor([0.0, 0.0, 0.5]) + 1) / 2 * 255
+    torch.testing.assert_close(tensors[f"preview/{stage}"].float(), wanted.clamp(0, 255), rtol=0, atol=1.01)
+    assert not tensors[f"no preview/{stage}"].numel()  # the file is absent: no error
+    # What ships is read as it was written, once it is there.
+    file = demo_path().with_name("preview_factors.json")
+    shipped = json.loads(file.read_text(encoding="utf-8"))[stage] if file.is_file() else {}
+    assert facts[f"{stage} shipped factors"] == [shipped.get("factors"), shipped.get("bias")]

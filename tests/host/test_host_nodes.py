@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -68,6 +69,17 @@ def test_the_shipped_model_is_the_first_choice_and_the_users_files_follow(object
 def test_the_template_browser_offers_the_workflow(server: Server) -> None:
     assert "text_to_image" in server.get("/api/workflow_templates")[PACK]
     assert server.get(f"/api/workflow_templates/{PACK}/text_to_image.json") == workflow("text_to_image")
+
+
+def test_the_workflows_nodes_lie_apart_and_in_groups() -> None:
+    graph, title_bar = workflow("text_to_image"), 30  # above a node's position
+    places = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
+    boxes = [(x, y - title_bar, x + width, y + height) for x, y, width, height in places]
+    for a, b in combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+    groups = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in graph["groups"])]
+    for box in boxes:
+        assert any(g[0] < box[0] and g[1] < box[1] and box[2] < g[2] and box[3] < g[3] for g in groups), box
 
 
 def test_the_workflow_names_each_socket_as_the_nodes_do(object_info: dict[str, Any]) -> None:
