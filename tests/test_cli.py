@@ -233,6 +233,9 @@ def test_out_of_memory(
 ) -> None:
     monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError(message)))
     assert "choose a smaller --width" in failure(capsys, "generate", PROMPT, "--model", bundle)
+    trainer = pytest.importorskip("wuerstchen_core.training.run")
+    monkeypatch.setattr(trainer, "run", raising(RuntimeError(message)))
+    assert "choose a smaller batch" in failure(capsys, "train", "prior", "--config", "c.toml")
 
 
 def test_a_bug_keeps_its_traceback(bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

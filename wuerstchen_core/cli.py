@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail("not enough memory: choose a smaller --width and --height, --dtype bf16, or --device cpu")
+        return _fail(f"not enough memory: {options.smaller}")
     return 0
 
 
@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="paint a picture of a prompt")
-    generate.set_defaults(run=_generate, requirements="requirements.txt")
+    smaller = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
+    generate.set_defaults(run=_generate, requirements="requirements.txt", smaller=smaller)
     add = generate.add_argument
     add("prompt", metavar="PROMPT", help='what to paint, such as "a red apple on a blue background"')
     add("--output", type=Path, help="file or folder to write to (default: a name made of the prompt, in this folder)")
@@ -83,12 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
     inspect = commands.add_parser("inspect", help="say what a weight file holds")
-    inspect.set_defaults(run=_inspect, requirements="requirements.txt")
+    inspect.set_defaults(run=_inspect, requirements="requirements.txt", smaller="close other programs")
     inspect.add_argument("file", metavar="FILE", help='weight file, diffusers folder, or "demo"')
     inspect.add_argument("--json", action="store_true")
 
     train = commands.add_parser("train", help="train one stage")
-    train.set_defaults(run=_train, requirements="requirements-train.txt")
+    smaller = "choose a smaller batch, such as --set train.batch=8"
+    train.set_defaults(run=_train, requirements="requirements-train.txt", smaller=smaller)
     train.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
     train.add_argument("--config", type=Path, required=True, metavar="FILE.toml")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the file")
