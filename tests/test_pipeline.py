@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from wuerstchen_core.devices import pick_dtype
 from wuerstchen_core.diffusion.samplers import NoiseSource
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.pictures import legal_size, open_picture
 from wuerstchen_core.sampling import Sampling
@@ -135,7 +137,7 @@ def test_no_guidance_means_no_negative_prompt(pipe: WuerstchenPipeline) -> None:
 # sizes and numbers
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 192), (192, 128)])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 128), (2048, 64), (64, 2048)])
 def test_sizes(pipe: WuerstchenPipeline, width: int, height: int) -> None:
     [image] = pipe.generate(PROMPT, width=width, height=height)
     assert image.size == (width, height) and image.mode == "RGB"
@@ -274,12 +276,42 @@ def test_a_model_without_its_prior_still_reconstructs(tmp_path: Path) -> None:
         (None, {"dtype": "int8"}, "dtype 'int8' is unknown: choose auto, fp32, bf16, fp16"),
         (None, {"dtype": torch.int8}, "dtype 'torch.int8' is unknown"),
         (None, {"device": "abacus"}, "device 'abacus' is unknown: choose auto, .*cpu"),
+        (None, {"device": "vulkan"}, "device 'vulkan' is not on this machine: choose auto, .*cpu"),
+        (None, {"device": "cuda:99"}, "device 'cuda:99' is not on this machine: choose auto, .*cpu"),
     ],
     ids=str,
 )
 def test_what_cannot_be_loaded(bundle: Path, source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WuerstchenPipeline.load(bundle if source is None else source, **options)
+
+
+def test_a_tower_of_another_width_is_named(bundle: Path, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "wide.safetensors", {"text_encoder": TextEncoder(replace(TEXT, width=64))}, {})
+    sources = {"prior": bundle, "prior_text_encoder": tmp_path / "wide.safetensors"}
+    with pytest.raises(ValueError, match="the prior reads .* a tower 32 wide, but its text encoder is a tower 64 wide"):
+        WuerstchenPipeline.load(sources, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"sampling": [1]}, "damaged \\(sampling is no JSON object\\)"),
+        ({"vocabulary": ["a"]}, "damaged \\(vocabulary is no JSON object\\)"),
+        ({"sampling": {"width": None}}, "unusable sampling defaults .*'width': None"),
+        ({"sampling": {"decoder_steps": "many"}}, "unusable sampling defaults .*'decoder_steps': 'many'"),
+    ],
+    ids=str,
+)
+def test_metadata_that_does_not_fit(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    save_bundle(tmp_path / "odd.safetensors", {"vqgan": VQGAN(VQ)}, metadata)
+    with pytest.raises(ValueError, match=message):
+        WuerstchenPipeline.load(tmp_path / "odd.safetensors", device="cpu")
+
+
+def test_a_pipeline_without_networks_says_so() -> None:
+    with pytest.raises(ValueError, match="this model has no network"):
+        _ = WuerstchenPipeline().device
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

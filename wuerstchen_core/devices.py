@@ -12,15 +12,20 @@ LARGE_MODEL = 100_000_000  # parameters
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """The device asked for; "auto" is the GPU (CUDA or ROCm, XPU, MPS) if there is one, else the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "xpu": _has_xpu(), "mps": torch.backends.mps.is_available()}
-    present = [*(kind for kind, there in available.items() if there), "cpu"]
+    counts = {
+        "cuda": torch.cuda.device_count(),
+        "xpu": _count_xpus(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    present = [kind for kind, count in counts.items() if count]
     if device == "auto":
         return torch.device(present[0])
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {str(device)!r} is unknown: choose auto, {', '.join(present)}") from None
-    if chosen.type in available and not available[chosen.type]:
+    if (chosen.index or 0) >= counts.get(chosen.type, 0):
         raise ValueError(f"device {str(device)!r} is not on this machine: choose auto, {', '.join(present)}")
     return chosen
 
@@ -47,6 +52,6 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-def _has_xpu() -> bool:
+def _count_xpus() -> int:
     xpu = getattr(torch, "xpu", None)  # torch 2.4
-    return xpu is not None and xpu.is_available()
+    return 0 if xpu is None else xpu.device_count()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import PARTS, Part, build_part, read_metadata, read_part
+from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
 from .demo.vocabulary import vocabulary_note
 from .devices import pick_device, pick_dtype
@@ -73,6 +74,7 @@ class WuerstchenPipeline:
         """
         target = pick_device(device)
         parts, metadata = _read(source)
+        check_towers(parts)
         chosen = pick_dtype(dtype, target, sum(x.numel() for part in parts.values() for x in part.state_dict.values()))
         networks: dict[str, Any] = {}
         for name, part in parts.items():
@@ -86,7 +88,7 @@ class WuerstchenPipeline:
     def device(self) -> torch.device:
         """Where the networks are."""
         networks = (getattr(self, name) for name in PARTS)
-        return next(_weight(network).device for network in networks if network is not None)
+        return _weight(_need(next((x for x in networks if x is not None), None), "network")).device
 
     @torch.inference_mode()
     def generate(

@@ -53,9 +53,12 @@ class Sampling:
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Sampling:
         """The defaults of the model whose metadata this is."""
-        given = metadata.get("sampling", {})
-        own = cls()
-        known = {name: type(value)(given[name]) for name, value in asdict(own).items() if name in given}
+        given, own = metadata.get("sampling", {}), cls()
+        known = {name: value for name, value in asdict(own).items() if name in given}
+        try:
+            known = {name: type(value)(given[name]) for name, value in known.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the model's metadata holds unusable sampling defaults ({given}): {error}") from error
         return own.changed(**known)
 
     def changed(self, **given: Any) -> Sampling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_to_
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
+FP8 = torch.float8_e4m3fn
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -26,12 +27,15 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         content = json.loads(metadata[METADATA_KEY])
     except ValueError as error:
         raise ValueError(f"the metadata of {path} is damaged ({error}): fetch the file again") from error
-    if not isinstance(content, dict) or not isinstance(content.get("parts", {}), dict):
+    if not isinstance(content, dict):
         raise ValueError(f"the metadata of {path} is damaged (no JSON object): fetch the file again")
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is a bundle of format {content.get('format')!r}, and this version reads format {FORMAT}: update it"
         )
+    for name in ("parts", "sampling", "vocabulary"):
+        if not isinstance(content.get(name, {}), dict):
+            raise ValueError(f"the metadata of {path} is damaged ({name} is no JSON object): fetch the file again")
     return content
 
 
@@ -46,13 +50,19 @@ def split_bundle(state: State) -> dict[str, State] | None:
     return parts or None
 
 
+def widened(state: State) -> State:
+    """Weights with bf16 in place of fp8, which is for storage alone: torch does not add in it."""
+    return {key: x.to(torch.bfloat16) if x.dtype == FP8 else x for key, x in state.items()}
+
+
 def save_bundle(
     path: str | os.PathLike[str],
     parts: Mapping[str, nn.Module | Part],
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None = None,
+    fp8: Collection[str] = (),
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are).
+    """Write parts as one file, floating-point tensors in `dtype` (None: as they are), those named in `fp8` in e4m3.
 
     Two equal text towers are stored as one. The file appears complete or not at all.
     """
@@ -63,7 +73,8 @@ def save_bundle(
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
         for key, x in _state(part).items():
-            tensors[f"{name}.{key}"] = _stored(x, dtype)
+            full = f"{name}.{key}"
+            tensors[full] = _stored(x, FP8 if full in fp8 else dtype)
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
     content = {"version": "v2", **metadata, "format": FORMAT, "parts": sizes}

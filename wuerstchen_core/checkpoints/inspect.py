@@ -11,11 +11,10 @@ import torch
 from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
-from .parts import PARTS, TEXT_ENCODER, Params, Part, params_to_json
+from .parts import PARTS, TEXT_ENCODER, Params, Part, params_to_json, text_width, tower_name
 from .read import Source, open_source
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-_TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
 _WHY = {"image_encoder": "only pictures as input need it"}
 
 
@@ -74,12 +73,13 @@ def describe(source: str | os.PathLike[str]) -> Description:
         parts = {name: part for name, part in parts.items() if not name.endswith(TEXT_ENCODER)}
         parts[TEXT_ENCODER] = replace(prior, name=TEXT_ENCODER)
     words = content.metadata.get("vocabulary", {}).get("words")
+    widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
     return Description(
         source=str(source),
         kind=_kind(content),
         version=_version(content, parts),
         parts=tuple(_part_info(part) for part in parts.values()),
-        text_towers={name: _tower(part.params) for name, part in parts.items() if name in ("prior", "decoder")},
+        text_towers={name: tower_name(width) for name, width in widths.items()},
         missing=missing,
         refused=content.refused,
         vocabulary=None if words is None else len(words),
@@ -102,11 +102,6 @@ def _part_info(part: Part) -> PartInfo:
     return PartInfo(part.name, count, " and ".join(names), params_to_json(part.params))
 
 
-def _tower(params: Params) -> str:
-    width = params.c_cond if isinstance(params, PriorParams) else params.clip_embd  # type: ignore[union-attr]
-    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
-
-
 def _version(content: Source, parts: dict[str, Part]) -> str:
     """The release that the parts belong to, as far as their sizes tell."""
     if "version" in content.metadata:
@@ -118,8 +113,8 @@ def _version(content: Source, parts: dict[str, Part]) -> str:
 def _version_of(params: Params) -> str | None:
     if isinstance(params, DecoderParams):
         return "v2"
-    if isinstance(params, PriorParams) and params.c_cond in _TOWERS:
-        return "v2" if params.c_cond == 1280 else "v1 (or v2's first file, of June 2023)"
+    if isinstance(params, PriorParams):
+        return {1280: "v2", 1024: "v1 (or v2's first file, of June 2023)"}.get(params.c_cond)
     if isinstance(params, ImageEncoderParams):
         return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
     return None

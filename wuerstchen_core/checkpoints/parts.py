@@ -17,6 +17,8 @@ from ..models.vqgan import VQGAN, VQGANParams
 PARTS = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
 TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
 
+_TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
+
 State: TypeAlias = dict[str, Tensor]
 Params: TypeAlias = PriorParams | DecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
 
@@ -51,6 +53,30 @@ def kind_of(name: str) -> str:
     if name not in PARTS and name != TEXT_ENCODER:
         raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
     return kind
+
+
+def text_width(params: Params) -> int | None:
+    """How wide the text states are that a stage reads; None if it reads none."""
+    if isinstance(params, PriorParams):
+        return params.c_cond
+    return params.clip_embd if isinstance(params, DecoderParams) else None
+
+
+def tower_name(width: int) -> str:
+    """The text tower that gives states of this width."""
+    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
+
+
+def check_towers(parts: Mapping[str, Part]) -> None:
+    """Raise ValueError unless each text tower is as wide as the stage that reads it needs."""
+    for stage in ("prior", "decoder"):
+        tower = parts.get(f"{stage}_{TEXT_ENCODER}")
+        needed = text_width(parts[stage].params) if stage in parts else None
+        if tower is not None and needed is not None and tower.params.width != needed:
+            raise ValueError(
+                f"the {stage} reads the text through {tower_name(needed)}, but its text encoder is "
+                f"{tower_name(tower.params.width)}: give the {stage} its own"
+            )
 
 
 def params_to_json(params: Params) -> dict[str, Any]:

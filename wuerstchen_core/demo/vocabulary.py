@@ -237,10 +237,10 @@ def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
 def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str | None:
     """One line that names the words a model never learned and what it can paint; None if there are none.
 
-    `metadata` is a bundle's; a model without a "vocabulary" there is not limited to one.
+    `metadata` is a bundle's; a model without "words" in a "vocabulary" there is not limited to one.
     """
-    vocabulary = metadata.get("vocabulary")
-    if vocabulary is None:
+    vocabulary = metadata.get("vocabulary", {})
+    if "words" not in vocabulary:
         return None
     unknown = unknown_words(" ".join(prompts), frozenset(vocabulary["words"]))
     if not unknown:
