@@ -17,7 +17,7 @@ from training_stages import assert_equal_states, checkpoint, ema_of, read_log, s
 
 from wuerstchen_core.training import loop
 from wuerstchen_core.training.config import LoopConfig
-from wuerstchen_core.training.loop import Stage, learning_rate, replace_file, train
+from wuerstchen_core.training.loop import Stage, build_optimizers, learning_rate, replace_file, train
 
 CONFIG = LoopConfig(steps=8, batch=4, lr=0.05, warmup=2, ema=0.8, log_every=3, save_every=4, sheet_every=4)
 
@@ -111,6 +111,44 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path, w
     train(stage, CONFIG, tmp_path)
     assert stage.losses == (8 if stop <= 4 else 4)  # from the last checkpoint, at step 4
     assert_same_training(tmp_path, whole)
+
+
+class DeepLine(Line):
+    """A line with a block before it, whose matrix Muon can train."""
+
+    def __init__(self, params: LineParams):
+        super().__init__(params)
+        self.blocks = nn.ModuleList([nn.Linear(params.width, params.width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.blocks[0](x))
+
+
+class DeepLineStage(LineStage):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.net = DeepLine(LineParams())
+
+    def parts(self, net: Line) -> dict[str, nn.Module]:
+        part = Line(net.params)  # a bundle's prior is one of ours: the block is left out
+        part.load_state_dict(net.state_dict(), strict=False)
+        return {"prior": part}
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path: Path) -> None:
+    config = replace(CONFIG, muon_lr=0.05)
+    optimizers = build_optimizers(DeepLineStage().net, config)
+    assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
+    assert len(optimizers["adamw"].param_groups[0]["params"]) == 3
+    assert set(build_optimizers(DeepLineStage().net, CONFIG)) == {"adamw"}
+    train(DeepLineStage(), config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(DeepLineStage(stop=6), config, tmp_path / "stopped")
+    train(DeepLineStage(), config, tmp_path / "stopped")
+    assert_same_training(tmp_path / "stopped", tmp_path / "whole")
+    train(DeepLineStage(), CONFIG, tmp_path / "adamw")
+    weights = [checkpoint(tmp_path / name)["net"]["blocks.0.weight"] for name in ("whole", "adamw")]
+    assert not torch.equal(*weights)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, whole: Path) -> None:
@@ -289,4 +327,8 @@ def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytes
     shown_values: list[dict[str, str]] = []
     monkeypatch.setattr(loop.tqdm, "set_postfix", lambda self, **values: shown_values.append(values))
     train(LineStage(), CONFIG, tmp_path)
-    assert len(shown_values) == 3 and shown_values[-1]["lr"] == "0.0e+00" and float(shown_values[-1]["loss"]) > 0
+    assert (
+        len(shown_values) == 3
+        and shown_values[-1]["lr"] == f"{learning_rate(CONFIG, 7) * CONFIG.lr:.1e}"
+        and float(shown_values[-1]["loss"]) > 0
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_data import Golden, assert_near
 
+from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.training.objectives import (
     NoiseConfig,
@@ -51,6 +52,16 @@ def test_v_is_the_loss_of_v_prediction() -> None:
     v, guess_v = (signal.sqrt() * e - (1 - signal).sqrt() * x for e, x in ((noise, x0), (guess, guess_x0)))
     loss = noise_loss(NoiseConfig(weight="v"), guess.float(), noise.float(), t.float())
     assert loss.item() == pytest.approx((guess_v - v).square().mean().item(), rel=1e-4)
+
+
+def test_x0_is_the_squared_error_of_the_picture() -> None:
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    x0, noise, error = (torch.randn(3, 5, dtype=torch.float64, generator=rng(i)) for i in range(3))
+    signal = alpha_bar(t)[:, None]
+    noised = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+    guess_x0 = (noised - (1 - signal).sqrt() * (noise + error)) / signal.sqrt()
+    loss = noise_loss(NoiseConfig(weight="x0"), (noise + error).float(), noise.float(), t.float())
+    assert loss.item() == pytest.approx((guess_x0 - x0).square().mean().item(), rel=1e-4)
 
 
 def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:

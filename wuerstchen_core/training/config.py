@@ -26,6 +26,7 @@ class LoopConfig:
     steps: int
     batch: int
     lr: float
+    muon_lr: float = 0.0  # of Muon, which then trains the matrices of the blocks in AdamW's place; 0: AdamW alone
     warmup: int = 100  # steps of linear warmup
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls linearly to zero
     betas: tuple[float, float] = (0.9, 0.999)

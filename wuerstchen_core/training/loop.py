@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -62,6 +61,30 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return min(warmup, max(0.0, (config.steps - step) / decay_steps), 1.0)
 
 
+def build_optimizers(net: nn.Module, config: LoopConfig) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and for the matrices of the blocks Muon (kellerjordan.github.io/posts/muon), if `muon_lr` is set."""
+    learning = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in learning.items() if config.muon_lr and "blocks." in name and p.ndim == 2}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW([p for name, p in learning.items() if name not in matrices])
+    }
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")
+    return optimizers
+
+
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: LoopConfig, step: int) -> None:
+    """Give every optimizer what the configuration says for a step, whatever a checkpoint said before."""
+    share, common = learning_rate(config, step), {"weight_decay": config.weight_decay}
+    settings: dict[str, dict[str, Any]] = {
+        "adamw": {"lr": config.lr * share, "betas": config.betas, **common},
+        "muon": {"lr": config.muon_lr * share, **common},
+    }
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group.update(settings[name])
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place of `path` in one move."""
     temporary = path.with_name(path.name + ".part")
@@ -81,21 +104,17 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW([p for p in stage.net.parameters() if p.requires_grad], **settings)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate(config, step))
+    optimizers = build_optimizers(stage.net, config)
     ema = AveragedModel(stage.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    state = {"net": stage.net, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    state = {"net": stage.net, "ema": ema, **optimizers}
     start, losses, seconds = _resume(folder, state)
-    for group in optimizer.param_groups:  # a configuration that was changed meanwhile wins over the checkpoint
-        group.update(settings, lr=config.lr * learning_rate(config, start), initial_lr=config.lr)
-    schedule.base_lrs = [config.lr] * len(optimizer.param_groups)
-    net, optimizer, schedule = accelerator.prepare(stage.net, optimizer, schedule)
+    net, *steppers = accelerator.prepare(stage.net, *optimizers.values())
     net.train()
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=stage.name, mininterval=2)
     recent = list(torch.tensor(losses, device=accelerator.device))  # since the last row of the log
     began = time.monotonic() - seconds
     for step in progress:
+        set_rates(optimizers, config, step)
         torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
         rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batch = [_to(item, accelerator.device) for item in stage.batch(config.batch, rng)]
@@ -103,9 +122,9 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
             loss = stage.loss(net, *batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(net.parameters(), config.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer in steppers:
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update_parameters(accelerator.unwrap_model(net))
         recent.append(loss.detach().float())
         done = step + 1
@@ -119,7 +138,7 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
                 raise ValueError(f"the loss of {stage.name} is {mean} at step {done}: lower the learning rate")
         if log_now:
             recent.clear()
-            rate = schedule.get_last_lr()[0]
+            rate = optimizers["adamw"].param_groups[0]["lr"]
             progress.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.1e}")
             seconds = round(time.monotonic() - began, 1)
             _append(folder / "log.jsonl", {"step": done, "loss": mean, "lr": rate, "seconds": seconds})

@@ -19,6 +19,7 @@ class NoiseConfig:
     `p2` is the original's weight (1 - alpha_bar), which leaves almost nothing for times near the picture.
     `v` weighs the error of the noise by min(1 / alpha_bar, cap): up to the cap, v-prediction's loss
     (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
+    `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
     """
 
     weight: str = "p2"
@@ -26,8 +27,8 @@ class NoiseConfig:
     stratified: bool = False  # spread the times of a batch evenly
 
     def __post_init__(self) -> None:
-        if self.weight not in ("p2", "v"):
-            raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2 or v")
+        if self.weight not in ("p2", "v", "x0"):
+            raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2, v or x0")
 
 
 def draw_times(config: NoiseConfig, count: int, rng: torch.Generator) -> Tensor:
@@ -42,7 +43,8 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
     """Weight of the squared noise error at times t."""
     if config.weight == "p2":
         return p2_weight(t)
-    return (1 / alpha_bar(t)).clamp(max=config.cap)
+    v_weight = (1 / alpha_bar(t)).clamp(max=config.cap)
+    return v_weight * p2_weight(t) if config.weight == "x0" else v_weight
 
 
 def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ SAMPLING = {
     "prior_guidance": 3.0,
     "decoder_steps": 12,
 }
+# A quarter of all weights, of which a few hundred rows are ever read: fp8 moves the text states by 2 %.
+EMBEDDINGS = ("text_encoder.token_embedding.weight",)
 LICENCE = "Weights: MIT. Trained on drawings of Google's Noto Emoji (Apache License 2.0), see ARTWORK-LICENSE.txt."
 
 
@@ -58,7 +60,7 @@ def assemble(run: Path, target: Path) -> None:
         "licence": LICENCE,
         "training": {stage: last_step(run / stage) for stage in STAGES},
     }
-    save_bundle(target, parts, metadata, dtype=torch.bfloat16)
+    save_bundle(target, parts, metadata, dtype=torch.bfloat16, fp8=EMBEDDINGS)
 
 
 def last_step(folder: Path) -> dict[str, Any]:
