@@ -12,6 +12,7 @@ from networks import NETWORKS, VQ, Network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wuerstchen_core.models.layers import GlobalResponseNorm
 from wuerstchen_core.models.vqgan import VQGAN
 
 
@@ -78,15 +79,24 @@ def test_inductor_agrees() -> None:
         assert relative(compiled(module, *inputs), network.call(module, *inputs)) < 1e-5
 
 
-def test_bfloat16_stays_close(network: Network) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
+def test_half_precision_stays_close(network: Network, dtype: torch.dtype, tolerance: float) -> None:
     module, inputs = network.perturbed(), network.inputs()
     with torch.no_grad():
         expected = network.call(module, *inputs)
         # Times and token ids keep their types, as in every caller.
-        half = [x.bfloat16() if x.is_floating_point() and x.dim() > 1 else x for x in inputs]
-        out = network.call(module.bfloat16(), *half)
-    assert out.dtype == torch.bfloat16
-    assert relative(out, expected) < 0.03
+        half = [x.to(dtype) if x.is_floating_point() and x.dim() > 1 else x for x in inputs]
+        out = network.call(module.to(dtype), *half)
+    assert out.dtype == dtype
+    assert relative(out, expected) < tolerance
+
+
+def test_response_norm_in_half_precision_sums_squares_beyond_its_range() -> None:
+    norm = GlobalResponseNorm(2)
+    with torch.no_grad():
+        norm.gamma.fill_(1)
+        x = torch.full((1, 16, 16, 2), 40.0)  # 256 * 1600 is more than fp16 holds
+        assert relative(norm.half()(x.half()), norm.float()(x)) < 0.005
 
 
 def test_saves_and_loads(network: Network, tmp_path: Path) -> None:

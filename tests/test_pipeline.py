@@ -134,6 +134,14 @@ def test_no_guidance_means_no_negative_prompt(pipe: WuerstchenPipeline) -> None:
     assert np.abs(plain - pixels(pipe.generate(PROMPT, prior_guidance=0.0, negative="blue"))).max() <= ROUNDING
 
 
+def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPipeline) -> None:
+    """With the prompt itself as the negative one, features are all that the two halves differ in."""
+    [features, plain], (_, text) = latents(pipe, [PROMPT], seed=0), pipe.encode_text([PROMPT])
+    guided = pipe.sampling.changed(decoder_guidance=3.0)
+    made = pipe.sample_decoder(features, text, guided, negative=text)
+    assert float((made - plain).std() / plain.std()) > 0.01
+
+
 # sizes and numbers
 
 
