@@ -12,7 +12,7 @@ from networks import NETWORKS, VQ, Network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wuerstchen_core.models.layers import GlobalResponseNorm
+from wuerstchen_core.models.layers import Attention, FeedForwardBlock, GlobalResponseNorm
 from wuerstchen_core.models.vqgan import VQGAN
 
 
@@ -124,3 +124,16 @@ def test_quantised_latents_are_codes() -> None:
         assert_near(quantized.latents, codes, 1e-6)
         assert_near(module.decode(codes), module.decode_indices(quantized.indices), 0)
     assert quantized.indices.unique().numel() > 1 and int(quantized.indices.max()) < VQ.codebook_size
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [Attention, FeedForwardBlock])
+def test_dropout_is_live_in_training_only(kind: type[Attention | FeedForwardBlock], grad: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 8) if kind is Attention else torch.randn(1, 8, 3, 2)
+    inputs = (x, x) if kind is Attention else (x,)
+    block = Attention(8, 2, dropout=0.5) if kind is Attention else FeedForwardBlock(8, dropout=0.5)
+    with torch.set_grad_enabled(grad):
+        assert not torch.equal(block(*inputs), block(*inputs))
+        block.eval()
+        assert torch.equal(block(*inputs), block(*inputs))
