@@ -85,6 +85,18 @@ def test_bf16_halves_the_file_and_rounds_once(networks: dict[str, nn.Module], sa
         assert state[key].equal(x.bfloat16().to(x.dtype) if x.is_floating_point() else x)
 
 
+def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
+    key = "token_embedding.weight"
+    save_bundle(tmp_path / "small", networks, {}, dtype=torch.bfloat16, fp8=(f"text_encoder.{key}",))
+    stored = load_file(tmp_path / "small")
+    assert stored[f"text_encoder.{key}"].dtype == torch.float8_e4m3fn
+    assert all(x.dtype != torch.float8_e4m3fn for name, x in stored.items() if name != f"text_encoder.{key}")
+    tower = build_part(read_part(tmp_path / "small", "prior_text_encoder"))
+    table = networks["prior_text_encoder"].state_dict()[key]
+    assert tower.state_dict()[key].equal(table.to(torch.float8_e4m3fn).bfloat16())
+    assert tower(torch.tensor([[1, 2]]), torch.ones(1, 2)).isfinite().all()
+
+
 def test_some_parts_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     save_bundle(tmp_path / "prior.safetensors", {"prior": networks["prior"]}, {})
     assert load_prior(tmp_path / "prior.safetensors").params == networks["prior"].params

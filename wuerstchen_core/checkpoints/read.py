@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .bundle import parse_metadata, split_bundle
+from .bundle import parse_metadata, split_bundle, widened
 from .files import WeightFile, read_file_metadata, read_json, read_weight_file
 from .formats import to_ours
 from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_from_json
@@ -128,7 +128,8 @@ def _open_file(path: Path, headers_only: bool) -> Source:
     if bundled is None:
         return _recognise(path, content, {}, metadata)
     networks: dict[str, Network] = {}
-    for name, state in bundled.items():
+    for name, stored in bundled.items():
+        state = stored if headers_only else widened(stored)
         networks |= _named(name, Network(kind_of(name), state, metadata.get("parts", {}).get(name)))
     return Source(path, "bundle", networks, metadata)
 
