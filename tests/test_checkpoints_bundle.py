@@ -85,6 +85,11 @@ def test_bf16_halves_the_file_and_rounds_once(networks: dict[str, nn.Module], sa
         assert state[key].equal(x.bfloat16().to(x.dtype) if x.is_floating_point() else x)
 
 
+def test_others_may_read_a_bundle_as_any_file(saved: Path) -> None:
+    (saved.parent / "other").touch()
+    assert saved.stat().st_mode == (saved.parent / "other").stat().st_mode
+
+
 def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     key = "token_embedding.weight"
     save_bundle(tmp_path / "small", networks, {}, dtype=torch.bfloat16, fp8=(f"text_encoder.{key}",))

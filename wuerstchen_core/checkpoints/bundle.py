@@ -124,7 +124,10 @@ def _write(path: Path, tensors: State, metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # what the user's files have; safetensors makes a file that only its owner reads
         save_file(tensors, draft, metadata=metadata)
+        draft.chmod(mode)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
