@@ -22,6 +22,7 @@ things = 2
 steps = 4
 batch = 4
 lr = 1e-3
+muon_lr = 1e-3
 warmup = 1
 ema = 0.5
 log_every = 2
