@@ -73,7 +73,8 @@ def test_mistakes_are_counted_and_named(judge: Judge) -> None:
     nothing = Image.new("RGB", (256, 256), (0, 255, 255))
     other, last = pictures(WANTED[2:])
     numbers = evaluate.summary(evaluate.judge_pictures(judge, WANTED, [last, other, nothing, last]), RECONSTRUCTED)
-    assert numbers["thing"]["percent"] == 25.0 and numbers["background"]["percent"] == 75.0
+    assert numbers["thing"]["percent"] == 25.0 and numbers["another_thing"]["percent"] == 50.0
+    assert numbers["background"]["percent"] == 75.0
     assert numbers["thing"]["interval"] == [round(100 * bound, 1) for bound in wilson_interval(1, 4)]
     assert numbers["by_size"]["large"]["percent"] == 50.0 and numbers["by_size"]["small"]["percent"] == 0.0
     names = [THINGS[5].name, THINGS[9].name, "nothing"]
@@ -145,6 +146,7 @@ def test_factors_of_a_linear_map_are_found() -> None:
 
 NUMBERS = {
     "thing": {"percent": 96.5, "interval": [95.0, 97.6], "count": 696},
+    "another_thing": {"percent": 1.0, "interval": [0.5, 2.1], "count": 696},
     "background": {"percent": 99.9, "interval": [99.2, 100.0], "count": 696},
     "by_size": {"large": {"percent": 97.0, "interval": [94.6, 98.3], "count": 348}},
     "psnr": {"mean": 26.1, "min": 21.3, "count": 232},
@@ -157,6 +159,7 @@ def test_the_table_holds_the_numbers() -> None:
     assert rows[2:] == [
         ["the right thing", "96.5 %", "95.0 to 97.6 %", "696"],
         ["the right thing, large", "97.0 %", "94.6 to 98.3 %", "348"],
+        ["another thing (the rest: too soft to count)", "1.0 %", "0.5 to 2.1 %", "696"],
         ["the right background", "99.9 %", "99.2 to 100.0 %", "696"],
         ["the picture after 42.67x compression", "26.1 dB", "worst 21.3 dB", "232"],
     ]

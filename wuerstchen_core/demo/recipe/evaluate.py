@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ...models.image_encoder import semantic_view
 from ...pipeline import WuerstchenPipeline
 from ..artwork import CANVAS, draw_all
-from ..judge import Judge, psnr, wilson_interval
+from ..judge import NOTHING, Judge, psnr, wilson_interval
 from ..vocabulary import SIZES, THINGS, Scene, caption, held_out, scenes
 
 BATCH = 16
@@ -82,6 +82,7 @@ def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str
     names = [thing.name for thing in THINGS]
     return {
         "thing": share([row["thing"] == row["scene"].thing for row in rows]),
+        "another_thing": share([row["thing"] not in (row["scene"].thing, NOTHING) for row in rows]),
         "background": share([row["background"] == row["scene"].colour for row in rows]),
         "by_size": {
             size: share([row["thing"] == row["scene"].thing for row in rows if row["scene"].size == index])
