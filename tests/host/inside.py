@@ -82,6 +82,8 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     parts = {stage: read_part(bundle, stage) for stage in ("prior", "decoder")}
     inputs = calls(parts["prior"].params.c_cond, parts["decoder"].params.clip_embd)
+    # Before the loop below puts other factors in their place.
+    facts |= {f"{stage} shipped factors": previews.preview_factors(stage) for stage in parts}
     for stage, part in parts.items():
         patcher = models.load_model(part)
         network = patcher.model.diffusion_model
@@ -106,7 +108,6 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"half/{stage}"] = half.diffusion_model(*inputs[stage][:3], **extra)
 
         x = inputs[stage][0]
-        facts[f"{stage} shipped factors"] = previews.preview_factors(stage)
         for name, bias in (("no preview", None), ("preview", [0.0, 0.0, 0.5])):
             fitted = {stage: {"factors": torch.eye(x.shape[1], 3).mul(0.1).tolist(), "bias": bias}} if bias else {}
             previews._read = lambda fitted=fitted: fitted
