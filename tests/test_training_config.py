@@ -142,8 +142,9 @@ def test_the_recipe_fits_its_tables(stage: str) -> None:
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
     assert from_table(DataConfig, config.get("data", {}), "data") == DataConfig()
     tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig"}
+    tables["noise"] = "DecoderNoiseConfig" if stage == "decoder" else "NoiseConfig"
     for table in kind.tables:
-        from_table(getattr(trainer, tables.get(table, "NoiseConfig")), config.get(table, {}), table)
+        from_table(getattr(trainer, tables[table]), config.get(table, {}), table)
 
 
 def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:

@@ -11,6 +11,7 @@ from golden_data import Golden, assert_near
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.training.objectives import (
+    DecoderNoiseConfig,
     NoiseConfig,
     contrastive_loss,
     corrupt_features,
@@ -91,9 +92,16 @@ def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
     assert not torch.equal(strata, strata.sort().values)
 
 
+def test_focus_draws_times_near_1_but_no_more_that_are_1() -> None:
+    t, even = (draw_times(NoiseConfig(focus=focus), DRAWS, rng()) for focus in (2.0, 1.0))
+    torch.testing.assert_close(1 - t, (1 - even).square())
+    assert torch.equal(t == 1, even == 1)
+    assert (t > 0.75).float().mean().item() > 0.5 > (even > 0.75).float().mean().item()
+
+
 def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
     features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
-    out = corrupt_features(features, rng())
+    out = corrupt_features(DecoderNoiseConfig(), features, rng())
     dropped = out.flatten(1).eq(0).all(1)
     kept = out.flatten(1).eq(features.flatten(1)).all(1)
     noised = ~(dropped | kept)
@@ -108,9 +116,9 @@ def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
 
 def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
     features = torch.randn(64, 4, 2, 2, generator=rng(1))
-    assert torch.equal(corrupt_features(features, rng(), drop=0, noised=0), features)
-    assert corrupt_features(features, rng(), drop=1).eq(0).all()
-    noised = corrupt_features(features, rng(), drop=0, noised=1)
+    assert torch.equal(corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, rng()), features)
+    assert corrupt_features(DecoderNoiseConfig(drop=1), features, rng()).eq(0).all()
+    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, rng())
     assert not noised.flatten(1).eq(features.flatten(1)).any(1).any()
 
 

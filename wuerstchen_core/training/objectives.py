@@ -20,23 +20,41 @@ class NoiseConfig:
     `v` weighs the error of the noise by min(1 / alpha_bar, cap): up to the cap, v-prediction's loss
     (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
     `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
+    `focus` above 1 draws more times near 1, where what the picture shows is decided: 1 - (1 - t)**focus instead of t.
     """
 
     weight: str = "p2"
     cap: float = 40.0
     stratified: bool = False  # spread the times of a batch evenly
+    focus: float = 1.0
 
     def __post_init__(self) -> None:
         if self.weight not in ("p2", "v", "x0"):
             raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2, v or x0")
+        if self.focus <= 0:
+            raise ValueError(f"[noise] focus must be above 0, got {self.focus}")
+
+
+@dataclass(frozen=True)
+class DecoderNoiseConfig(NoiseConfig):
+    """Stage B's `[noise]` table, which also says how often its features are spoilt, and how."""
+
+    drop: float = 0.05  # share of features that are dropped
+    noised: float = 0.3  # share of the others that are noised
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("drop", "noised"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"[noise] {name} is a share from 0 to 1, got {getattr(self, name)}")
 
 
 def draw_times(config: NoiseConfig, count: int, rng: torch.Generator) -> Tensor:
-    """Training times [count]; 7.5 % of them are exactly 1."""
+    """Training times [count]; 7.5 % of them are exactly 1, whatever the focus."""
     uniform = torch.rand(count, generator=rng)
     if config.stratified:
         uniform = (torch.randperm(count, generator=rng) + uniform) / count
-    return training_times(uniform)
+    return 1 - (1 - training_times(uniform)) ** config.focus
 
 
 def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
@@ -53,18 +71,19 @@ def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor)
     return (per_sample * noise_weight(config, t)).mean()
 
 
-def corrupt_features(features: Tensor, rng: torch.Generator, drop: float = 0.05, noised: float = 0.3) -> Tensor:
+def corrupt_features(config: DecoderNoiseConfig, features: Tensor, rng: torch.Generator) -> Tensor:
     """What Stage B sees of the features [B, 16, h, w] in training: some dropped (0), some noised up to t = 0.5.
 
-    The original draws once a batch; here each sample draws for itself.
+    The default shares are the original's, which draws once a batch; here each sample draws for itself.
     """
     count = len(features)
     t = torch.rand(count, generator=rng) * 0.5
     noise = torch.randn(features.shape, generator=rng)
     noisy = features_from_latents(diffuse(latents_from_features(features), t, noise))
     draw = torch.rand(count, generator=rng)
-    features = torch.where(expand(draw < drop + noised * (1 - drop), features), noisy, features)
-    return torch.where(expand(draw < drop, features), torch.zeros_like(features), features)
+    spoilt = config.drop + config.noised * (1 - config.drop)
+    features = torch.where(expand(draw < spoilt, features), noisy, features)
+    return torch.where(expand(draw < config.drop, features), torch.zeros_like(features), features)
 
 
 def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""What the trainers of Stages B and C share: noise prediction on cached latents, given text."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..diffusion.schedule import diffuse
+from ..models.image_encoder import ImageEncoder
+from ..models.text_encoder import TextEncoder
+from ..models.vqgan import VQGAN
+from ..sampling import Sampling
+from .inputs import frozen, text_states
+from .loop import N, Stage
+from .objectives import NoiseConfig, draw_times, noise_loss
+from .pictures import DemoPictures, sheet
+
+
+class DiffusionStage(Stage[N]):
+    """A network that predicts the noise in `latents`; `text_drop` of the captions are empty, as in the original."""
+
+    tables = ("noise",)
+    text_drop = 0.05
+    noise: NoiseConfig
+    latents: Tensor  # of all pictures
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+        self.pictures = DemoPictures(config)
+        self.held = DemoPictures(config, held=True)
+        self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
+        self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
+
+    @abstractmethod
+    def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """What the network is given of the pictures `picked`, beside their text."""
+
+    @abstractmethod
+    def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
+        """Stage A latents, in codebook units, of what `net` makes of held-out pictures; None if it can't yet."""
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        picked = self.pictures.pick(size, rng)
+        text = text_states(self.tower, self.pictures.captions(picked, rng, self.text_drop))
+        given = self.given(picked, rng)
+        t = draw_times(self.noise, size, rng)
+        noise = torch.randn(self.latents[picked].shape, generator=rng)
+        return diffuse(self.latents[picked], t, noise), t, noise, *given, text
+
+    def loss(self, net: N, *batch: Any) -> Tensor:
+        latents, t, noise, *given = batch
+        return noise_loss(self.noise, net(latents, t, *given), noise, t)
+
+    def sheet(self, net: N) -> Image.Image | None:
+        """Held-out pictures, and under each what the network makes of it."""
+        picked = self.held.spread(24)
+        text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
+        truth = self.held.view(picked)
+        height, width = truth.shape[-2:]
+        steps = {"schedule": "linear", "prior_steps": 20, "prior_guidance": 3.0, "decoder_steps": 12}
+        latents = self.reconstruct(net, picked, text, Sampling(width=width, height=height, **steps))
+        if latents is None:
+            return None
+        out = frozen(self.config, "vqgan", "vqgan", VQGAN).decode(latents)
+        return sheet([truth[:12], out[:12], truth[12:], out[12:]])
