@@ -70,8 +70,11 @@ def test_compiles_into_one_graph(network: Network) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_agrees() -> None:
-    network = NETWORKS["vqgan"]  # the quickest to compile
+@pytest.mark.parametrize(
+    "name", ["vqgan", *(pytest.param(name, marks=pytest.mark.long) for name in NETWORKS if name != "vqgan")]
+)
+def test_inductor_agrees(name: str) -> None:
+    network = NETWORKS[name]  # the VQGAN is the quickest to compile
     module, inputs = network.perturbed(), network.inputs()
     torch.compiler.reset()
     compiled = torch.compile(network.call, fullgraph=True)

@@ -52,7 +52,7 @@ class LineStage(Stage[Line]):
         self.net, self.stop, self.spoil, self.width, self.losses = Line(LineParams(width)), stop, spoil, width, 0
         self.trained_in_train_mode: list[bool] = []
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         return (torch.randn(size, self.width, generator=rng),)
 
     def loss(self, net: Line, *batch: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -170,10 +171,20 @@ def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Pa
         build.last_step(tmp_path)
 
 
-def test_assembling_alone_trains_nothing(run_folder: Path, tmp_path: Path) -> None:
+def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "again.safetensors"
+    monkeypatch.setattr(build, "RECIPE", tmp_path)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
     assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
+    assert not (tmp_path / "logs").exists()
+    monkeypatch.setattr(build, "demo_path", lambda: target)
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    for stage in STAGES:
+        assert read_log(run_folder / stage) == [
+            json.loads(line) for line in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
+        ]
 
 
 def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6  # of every LayerNorm in Würstchen
+TIME_SCALE = 10_000  # radians that the quickest frequency of a time embedding turns from t = 0 to 1
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -21,15 +22,19 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: int = 10_000) -> Tensor:
+def time_frequencies(dim: int, device: Any = None) -> Tensor:
+    """The frequencies [dim // 2] of a time embedding, from 1 to 1 / TIME_SCALE; fp32."""
+    half = dim // 2
+    step = math.log(TIME_SCALE) / (half - 1)
+    return torch.arange(half, device=device, dtype=torch.float32).mul(-step).exp()
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding [B, dim] of times in [0, 1], [B]; computed in fp32.
 
-    The order of the products is part of the model: t * 10000 first, then the frequency, else phases move by 5e-4.
+    The order of the products is part of the model: t * TIME_SCALE first, then the frequency, else phases move by 5e-4.
     """
-    half = dim // 2
-    step = math.log(max_period) / (half - 1)
-    frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-step).exp()
-    angles = (t.float() * max_period)[:, None] * frequencies[None, :]
+    angles = (t.float() * TIME_SCALE)[:, None] * time_frequencies(dim, t.device)[None, :]
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return F.pad(embedding, (0, dim % 2))
 

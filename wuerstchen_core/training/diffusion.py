@@ -17,7 +17,7 @@ from ..models.vqgan import VQGAN
 from ..sampling import Sampling
 from .inputs import frozen, text_states
 from .loop import N, Stage
-from .objectives import NoiseConfig, draw_times, noise_loss
+from .objectives import NoiseConfig, draw_times, freeze_quick_times, noise_loss
 from .pictures import DemoPictures, sheet
 
 
@@ -30,6 +30,8 @@ class DiffusionStage(Stage[N]):
     latents: Tensor  # of all pictures
 
     def __init__(self, config: Mapping[str, Any]):
+        if self.noise.slow_times:
+            freeze_quick_times(self.net)
         self.config = config
         self.pictures = DemoPictures(config)
         self.held = DemoPictures(config, held=True)
@@ -44,11 +46,11 @@ class DiffusionStage(Stage[N]):
     def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
         """Stage A latents, in codebook units, of what `net` makes of held-out pictures; None if it can't yet."""
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         picked = self.pictures.pick(size, rng)
         text = text_states(self.tower, self.pictures.captions(picked, rng, self.text_drop))
         given = self.given(picked, rng)
-        t = draw_times(self.noise, size, rng)
+        t = draw_times(self.noise, step, size, rng)
         noise = torch.randn(self.latents[picked].shape, generator=rng)
         return diffuse(self.latents[picked], t, noise), t, noise, *given, text
 

@@ -76,7 +76,7 @@ class EncoderStage(Stage[Compressor]):
         self.pictures = DemoPictures(config)
         self.held = DemoPictures(config, held=True)
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         images = self.pictures.view(self.pictures.pick(size, rng))
         side = semantic_view(images[:1]).shape[-1] // 32
         noise = torch.randn(size, self.net.image_encoder.params.c_latent, side, side, generator=rng)

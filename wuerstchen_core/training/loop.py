@@ -38,8 +38,8 @@ class Stage(ABC, Generic[N]):
     net: N  # everything that learns
 
     @abstractmethod
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        """One batch; all chance comes from `rng`, so that a resumed run sees what it would have seen."""
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        """The batch of a step; all chance comes from `rng`, so that a resumed run sees what it would have seen."""
 
     @abstractmethod
     def loss(self, net: N, *batch: Any) -> Tensor:
@@ -117,7 +117,7 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
         set_rates(optimizers, config, step)
         torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
         rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        batch = [_to(item, accelerator.device) for item in stage.batch(config.batch, rng)]
+        batch = [_to(item, accelerator.device) for item in stage.batch(step, config.batch, rng)]
         with accelerator.autocast():
             loss = stage.loss(net, *batch)
         accelerator.backward(loss)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
+from ..models.layers import TIME_SCALE, TimestepBlock, time_frequencies
 from ..models.prior import features_from_latents, latents_from_features
+
+REGRESSION_TIME = 0.95  # 0.6 % of the variance is the picture's
+QUICKEST_TURNS = 16.0  # of a frequency, from t = 0 to 1
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,18 @@ class NoiseConfig:
     (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
     `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
     `focus` above 1 draws more times near 1, where what the picture shows is decided: 1 - (1 - t)**focus instead of t.
+    `regression` steps at the start know one time alone, at which there is little but noise to see: the network first
+    learns what its conditioning says. A small Stage B then knows after 1300 steps what it does not after 7000 others.
+    `slow_times` leaves the time mappers blind to the frequencies that turn more than 16 times from t = 0 to 1: to a
+    training of a few thousand steps they are noise.
     """
 
     weight: str = "p2"
     cap: float = 40.0
     stratified: bool = False  # spread the times of a batch evenly
     focus: float = 1.0
+    regression: int = 0
+    slow_times: bool = False
 
     def __post_init__(self) -> None:
         if self.weight not in ("p2", "v", "x0"):
@@ -49,12 +61,23 @@ class DecoderNoiseConfig(NoiseConfig):
                 raise ValueError(f"[noise] {name} is a share from 0 to 1, got {getattr(self, name)}")
 
 
-def draw_times(config: NoiseConfig, count: int, rng: torch.Generator) -> Tensor:
-    """Training times [count]; 7.5 % of them are exactly 1, whatever the focus."""
+def draw_times(config: NoiseConfig, step: int, count: int, rng: torch.Generator) -> Tensor:
+    """Training times [count] of a step; after the regression 7.5 % are exactly 1, whatever the focus."""
+    if step < config.regression:
+        return torch.full((count,), REGRESSION_TIME)
     uniform = torch.rand(count, generator=rng)
     if config.stratified:
         uniform = (torch.randperm(count, generator=rng) + uniform) / count
     return 1 - (1 - training_times(uniform)) ** config.focus
+
+
+def freeze_quick_times(net: nn.Module) -> None:
+    """Let nothing change what the time mappers make of quick frequencies (nothing at all, in a new network)."""
+    for block in net.modules():
+        if isinstance(block, TimestepBlock):
+            weight = block.mapper.get_parameter("weight")
+            slow = time_frequencies(weight.shape[1]) * TIME_SCALE <= QUICKEST_TURNS * 2 * math.pi
+            weight.register_hook(partial(torch.mul, slow.repeat(2).to(weight)))
 
 
 def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:

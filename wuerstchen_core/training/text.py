@@ -70,7 +70,7 @@ class TextStage(Stage[Contrast]):
         params = from_table(TextEncoderParams, config["model"], "model")
         self.net = Contrast(params, self.features[0].numel(), options.joint)
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         picked = self.pictures.pick(size, rng)
         features = self.features[picked] + 0.3 * torch.randn(self.features[picked].shape, generator=rng)
         return (*tokenize(self.pictures.captions(picked, rng)), features)

@@ -83,7 +83,7 @@ class VQGANStage(Stage[Autoencoder]):
         if not 0 < crop <= room:
             raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
         images = self.pictures.view(self.pictures.pick(size, rng))
         room = images.shape[-1] - 2 * margin - crop

@@ -1,7 +1,8 @@
 """Retrain the shipped model from nothing: `python -m wuerstchen_core.demo.recipe.build [--run DIR]`.
 
 The five stages train one after the other as the TOML files in this folder say, each going on where it was stopped,
-and their weights become the bundle. What depends on the weights is then remade by `remake`.
+and their weights become the bundle; the logs of what ships are kept in `logs`. What depends on the weights is then
+remade by `remake`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,13 @@ def last_step(folder: Path) -> dict[str, Any]:
     return row
 
 
+def keep_logs(run: Path, folder: Path) -> None:
+    """Copy the stages' logs: what the weights came from."""
+    folder.mkdir(exist_ok=True)
+    for stage in STAGES:
+        shutil.copyfile(run / stage / "log.jsonl", folder / f"{stage}.jsonl")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is not trained yet, then write the bundle."""
     from ...training.run import run
@@ -87,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stage in STAGES:
             run(stage, RECIPE / f"{stage}.toml", [f"run='{options.run}'"])
     assemble(options.run, options.output)
+    if options.output == demo_path():
+        keep_logs(options.run, RECIPE / "logs")
 
 
 if __name__ == "__main__":
