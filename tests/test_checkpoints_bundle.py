@@ -124,6 +124,8 @@ def test_bundle_without_metadata_loads_by_its_tensors(networks: dict[str, nn.Mod
         ({"format": 2}, "format 2"),
         ({"parts": []}, "damaged"),
         ({"parts": {"prior": {"colour": 1}}}, "colour"),
+        ({"parts": {"prior": {"c": "wide"}}}, r"\[prior\] c must be a whole number, got 'wide'"),
+        ({"parts": {"prior": 5}}, "prior is a table of keys, not 5"),
         ({"parts": {"prior": {"c": 128, "nhead": 2}}}, "another shape"),
     ],
 )

@@ -21,6 +21,7 @@ FLOORS = {
     "wuerstchen_core.demo": 0,  # its vocabulary, drawings and judge
     "wuerstchen_core.demo.recipe": 5,  # how the model is made: trains and paints
     "wuerstchen_core.devices": 0,
+    "wuerstchen_core.tables": 0,
     "wuerstchen_core.models": 1,
     "wuerstchen_core.diffusion": 1,
     "wuerstchen_core.sampling": 2,

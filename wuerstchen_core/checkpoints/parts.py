@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..models.image_encoder import ImageEncoder, ImageEncoderParams
 from ..models.prior import Prior, PriorParams
 from ..models.text_encoder import TextEncoder, TextEncoderParams
 from ..models.vqgan import VQGAN, VQGANParams
+from ..tables import from_table
 
 PARTS = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
 TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
@@ -86,17 +87,7 @@ def params_to_json(params: Params) -> dict[str, Any]:
 
 def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
     """Sizes of part `name` from the values that `params_to_json` gave."""
-    kind = PARAMS[kind_of(name)]
-    known = {field.name for field in fields(kind)}
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    wrong = sorted(set(values) - known) + sorted(needed - set(values))
-    if wrong:
-        raise ValueError(
-            f"the sizes of {name} in the file's metadata do not fit this version ({', '.join(wrong)}): "
-            f"expected {', '.join(sorted(known))}"
-        )
-    return kind(**{key: _tuples(value) for key, value in values.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+    try:
+        return from_table(PARAMS[kind_of(name)], values, name)
+    except ValueError as error:
+        raise ValueError(f"the sizes in the file's metadata do not fit this version: {error}") from error

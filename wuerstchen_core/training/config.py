@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-T = TypeVar("T")
 
 COMMON = ("run", "inputs", "data", "model", "train")  # what every stage's configuration may hold
 
@@ -45,39 +42,6 @@ class LoopConfig:
                 raise ValueError(f"[train] {name} must be more than 0, got {getattr(self, name)}")
 
 
-def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a TOML table (lists become tuples); ValueError names unknown, missing and mistyped keys."""
-    if not isinstance(table, Mapping):
-        raise ValueError(f"{where} is a table of keys, not {table!r}: write [{where}] and its keys below")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        raise ValueError(f"[{where}] has no key {', '.join(unknown)}: it takes {', '.join(fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"[{where}] lacks {', '.join(missing)}: add it to the configuration")
-    hints = get_type_hints(kind)
-    values = {key: as_tuple(value) for key, value in table.items()}
-    for key, value in values.items():
-        if not _fits(value, hints[key]):
-            raise ValueError(f"[{where}] {key} must be {_NAMES[get_origin(hints[key]) or hints[key]]}, got {value!r}")
-    return kind(**values)
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list"}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    expected = get_origin(hint) or hint
-    if isinstance(value, bool):  # which Python takes for a number
-        return expected is bool
-    return isinstance(value, (int, float) if expected is float else expected)
-
-
 def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
     """Raise ValueError unless a configuration names its run folder and a model, and no table that nothing reads."""
     known = (*COMMON, *own)
@@ -88,11 +52,6 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
     if "model" not in config:
         raise ValueError("the configuration has no [model] table: add one with the sizes of the network")
-
-
-def as_tuple(value: Any) -> Any:
-    """Lists to tuples, at every depth."""
-    return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:

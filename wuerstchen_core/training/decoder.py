@@ -12,7 +12,7 @@ from ..models.decoder import Decoder, DecoderParams
 from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
-from .config import from_table
+from ..tables import from_table
 from .diffusion import DiffusionStage
 from .inputs import features_of, frozen, latents_of
 from .objectives import DecoderNoiseConfig, corrupt_features

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..diffusion.schedule import expand
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ..models.prior import FEATURE_SCALE, FEATURE_SHIFT, latents_from_features
-from .config import from_table
+from ..tables import from_table
 from .loop import Stage
 from .pictures import DemoPictures, sheet
 

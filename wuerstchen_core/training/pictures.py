@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..demo.artwork import CANVAS, draw_all
 from ..demo.vocabulary import THINGS, Scene, caption, held_out, scenes
-from .config import from_table
+from ..tables import from_table
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..models.prior import Prior, PriorParams, latents_from_features
 from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
-from .config import from_table
+from ..tables import from_table
 from .diffusion import DiffusionStage
 from .inputs import features_of, frozen
 from .objectives import NoiseConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .config import LoopConfig, check_tables, from_table, read_config
+from ..tables import from_table
+from .config import LoopConfig, check_tables, read_config
 from .loop import train
 
 STAGES = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import latents_from_features
 from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
-from .config import from_table
+from ..tables import from_table
 from .inputs import features_of, frozen
 from .loop import Stage
 from .objectives import contrastive_loss

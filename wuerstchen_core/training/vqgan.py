@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.vqgan import VQGAN, VQGANParams
-from .config import from_table
+from ..tables import from_table
 from .loop import Stage
 from .pictures import DemoPictures, sheet
 
