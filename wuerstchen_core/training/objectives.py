@@ -28,7 +28,8 @@ class NoiseConfig:
     `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
     `focus` above 1 draws more times near 1, where what the picture shows is decided: 1 - (1 - t)**focus instead of t.
     `regression` steps at the start know one time alone, at which there is little but noise to see: the network first
-    learns what its conditioning says. A small Stage B then knows after 1300 steps what it does not after 7000 others.
+    learns what its conditioning says. (Measured on the demo's Stage B, the error of the picture at t = 0.95: 0.013
+    after 1100 such steps, 0.054 after 6100 of all times.)
     `slow_times` leaves the time mappers blind to the frequencies that turn more than 16 times from t = 0 to 1: to a
     training of a few thousand steps they are noise.
     """
@@ -77,7 +78,11 @@ def freeze_quick_times(net: nn.Module) -> None:
         if isinstance(block, TimestepBlock):
             weight = block.mapper.get_parameter("weight")
             slow = time_frequencies(weight.shape[1]) * TIME_SCALE <= QUICKEST_TURNS * 2 * math.pi
-            weight.register_hook(partial(torch.mul, slow.repeat(2).to(weight)))
+            weight.register_hook(partial(_masked, slow.repeat(2)))
+
+
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * mask.to(gradient.device)
 
 
 def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:

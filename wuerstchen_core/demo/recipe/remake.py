@@ -88,7 +88,7 @@ def number_table(numbers: dict[str, Any]) -> str:
             "|---|---|---|---|",
             line("the right thing", numbers["thing"]),
             *(line(f"the right thing, {size}", share) for size, share in numbers["by_size"].items()),
-            line("another thing (the rest: too soft to count)", numbers["another_thing"]),
+            line("another thing", numbers["another_thing"]),
             line("the right background", numbers["background"]),
             f"| the picture after 42.67x compression | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
         ]
