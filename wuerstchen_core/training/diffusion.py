@@ -64,8 +64,8 @@ class DiffusionStage(Stage[N]):
         text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
         truth = self.held.view(picked)
         height, width = truth.shape[-2:]
-        steps = {"schedule": "linear", "prior_steps": 20, "prior_guidance": 3.0, "decoder_steps": 12}
-        latents = self.reconstruct(net, picked, text, Sampling(width=width, height=height, **steps))
+        sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
+        latents = self.reconstruct(net, picked, text, sampling)
         if latents is None:
             return None
         out = frozen(self.config, "vqgan", "vqgan", VQGAN).decode(latents)
