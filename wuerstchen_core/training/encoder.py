@@ -1,6 +1,8 @@
 """Train the semantic encoder through a throw-away regression decoder, before Stage B exists.
 
-The original trained it together with Stage B. Apart, both later stages can train at once on cached latents.
+The original trained it together with Stage B. Measured on the demo (one core, error of the picture at t = 0.95 on
+held-out pictures): together 0.020 after 940 s; apart 0.013 after 1590 s of encoder and 700 s of Stage B. Apart was
+chosen all the same: the prior, which takes longest, then trains on cached latents beside Stage B instead of after it.
 """
 
 from __future__ import annotations
