@@ -7,7 +7,13 @@ from comfy_api.latest import ComfyExtension, io
 from .latents import WuerstchenEmptyLatents
 from .loaders import WuerstchenBundleLoader
 from .pictures import WuerstchenVAEDecode
-from .sampling import WuerstchenDecoderConditioning, WuerstchenDecoderSample, WuerstchenPriorSample
+from .sampling import (
+    WuerstchenDecoderConditioning,
+    WuerstchenDecoderSample,
+    WuerstchenPriorSample,
+    WuerstchenSampler,
+    WuerstchenScheduler,
+)
 from .text import WuerstchenTextEncode
 
 NODES: list[type[io.ComfyNode]] = [
@@ -18,6 +24,8 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenDecoderConditioning,
     WuerstchenDecoderSample,
     WuerstchenVAEDecode,
+    WuerstchenScheduler,
+    WuerstchenSampler,
 ]
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..wuerstchen_core.diffusion.schedule import linear_times, named_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
 from .host.models import PRIOR_KEY, DecoderModel, PriorModel
-from .host.sampling import sample_stage
+from .host.sampling import sample_stage, sampler, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
 
 SCHEDULES = ["original", "diffusers", "linear"]
@@ -38,6 +38,25 @@ def _cfg_input(default: float) -> io.Float.Input:
     )
 
 
+def _schedule_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "schedule",
+        options=SCHEDULES,
+        default=SCHEDULES[0],
+        tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says.",
+    )
+
+
+def _steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=20,
+        min=1,
+        max=1000,
+        tooltip="Steps of the linear schedule; the other schedules have their own number.",
+    )
+
+
 def _check_model(model: Any, wanted: type, node: str, output: str) -> None:
     if not isinstance(model.model, wanted):
         given = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
@@ -62,19 +81,8 @@ class WuerstchenPriorSample(io.ComfyNode):
                     "negative", tooltip="The prior output of a second Würstchen Text Encode; its text may be empty."
                 ),
                 io.Latent.Input("stage_c", tooltip="The stage_c output of Würstchen Empty Latents."),
-                io.Combo.Input(
-                    "schedule",
-                    options=SCHEDULES,
-                    default=SCHEDULES[0],
-                    tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of the linear schedule; the other schedules have their own number.",
-                ),
+                _schedule_input(),
+                _steps_input(),
                 _cfg_input(4.0),
                 _seed_input(),
             ],
@@ -184,3 +192,45 @@ class WuerstchenDecoderSample(io.ComfyNode):
         times = linear_times(steps)
         samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
+
+
+class WuerstchenScheduler(io.ComfyNode):
+    """The published schedules, for the host's own samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenScheduler",
+            display_name="Würstchen Scheduler",
+            category="Würstchen/sampling",
+            description="The noise levels of Würstchen's published schedules, for SamplerCustom.",
+            inputs=[
+                io.Model.Input("model", tooltip="The prior or decoder of a Würstchen loader."),
+                _schedule_input(),
+                _steps_input(),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="The sigmas of SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, schedule: str, steps: int) -> io.NodeOutput:
+        return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps), "Würstchen Scheduler"))
+
+
+class WuerstchenSampler(io.ComfyNode):
+    """The original's sampler, for the host's own nodes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WuerstchenSampler",
+            display_name="Würstchen Sampler",
+            category="Würstchen/sampling",
+            description="The original's DDPM sampler, last step included, for SamplerCustom.",
+            inputs=[],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler of SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(sampler())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...wuerstchen_core.diffusion.samplers import NoiseSource, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
+from .time import WuerstchenSampling
 
 
 def sample_ddpm(
@@ -25,10 +26,15 @@ def sample_ddpm(
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
     *,
-    draw: NoiseSource,
+    draw: NoiseSource | None = None,
 ) -> Tensor:
-    """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it."""
+    """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it.
+
+    Without `draw` the steps' noise comes from the seeds behind the run's own, which the first noise was drawn with.
+    """
     schedule = model.inner_model.inner_model.model_sampling
+    check_schedule(schedule, "Würstchen Sampler")
+    draw = draw or seeded_noise(extra_args["seed"] + 1, len(x))
     times = torch.where(sigmas > 0, schedule.timestep(sigmas), torch.zeros_like(sigmas))
 
     def noise_in(x: Tensor, t: Tensor) -> Tensor:
@@ -44,20 +50,41 @@ def sample_ddpm(
     return sample(noise_in, x / (1 + sigmas[0] ** 2).sqrt(), times, draw=draw, callback=progress)
 
 
+def check_schedule(schedule: Any, node: str) -> None:
+    """Raise ValueError unless a model's `model_sampling` is Würstchen's."""
+    if not isinstance(schedule, WuerstchenSampling):
+        raise ValueError(
+            f"{node} was given a model whose times are not Würstchen's ({type(schedule).__name__}): connect the prior "
+            "or decoder output of a Würstchen loader, without a node between that changes its sampling"
+        )
+
+
+def stage_sigmas(model: Any, times: Tensor, node: str) -> Tensor:
+    """Noise levels [N + 1] of a MODEL at times [N + 1], the last of them 0. Raises ValueError for other families."""
+    schedule = model.get_model_object("model_sampling")
+    check_schedule(schedule, node)
+    sigmas = schedule.sigma(times)
+    sigmas[-1] = 0.0
+    return sigmas
+
+
+def sampler() -> Any:
+    """The core's DDPM as a SAMPLER."""
+    return comfy.samplers.KSAMPLER(sample_ddpm)
+
+
 def sample_stage(
     model: Any, positive: Any, negative: Any, latent: dict[str, Any], times: Tensor, cfg: float, seed: int
 ) -> Tensor:
     """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives."""
     samples = latent["samples"]
     draw = seeded_noise(seed, samples.shape[0])
-    sigmas = model.get_model_object("model_sampling").sigma(times)
-    sigmas[-1] = 0.0
     return comfy.sample.sample_custom(
         model,
         draw(samples),
         cfg,
         comfy.samplers.KSAMPLER(partial(sample_ddpm, draw=draw)),
-        sigmas,
+        stage_sigmas(model, times, "Würstchen's sampling"),
         positive,
         negative,
         samples,

@@ -31,6 +31,12 @@ def _foreign_latent(graph: Graph) -> None:
     find(graph, "WuerstchenPriorSample")["stage_c"] = ["sd", 0]
 
 
+def _other_times(graph: Graph) -> None:
+    source = {"model": [_key(graph, LOADER), 0], "sampling": "eps", "zsnr": False}
+    graph["other"] = {"class_type": "ModelSamplingDiscrete", "inputs": source}
+    find(graph, PRIOR)["model"] = ["other", 0]
+
+
 def _more_pictures_than_latents(graph: Graph) -> None:
     size = {"width": 128, "height": 128}
     graph["other"] = {"class_type": "WuerstchenEmptyLatents", "inputs": {**size, "batch_size": 3}}
@@ -57,6 +63,7 @@ MISTAKES: dict[str, tuple[Callable[[Graph], None], tuple[str, ...]]] = {
     "stage c to decoder": (_sockets(DECODER, stage_b=(EMPTY, 0)), ("needs Stage B", "given Stage C", "stage_b output")),
     "stage c to decode": (_sockets(DECODE, stage_b=(PRIOR, 0)), ("VAE Decode", "needs Stage B", "stage_b output")),
     "stage b to conditioning": (_sockets(COND, stage_c=(EMPTY, 1)), ("Conditioning", "needs Stage C")),
+    "another family's times": (_other_times, ("times are not Würstchen's", "connect the prior or decoder output")),
     "another family's latents": (_foreign_latent, ("needs Stage C", "[1, 4, 8, 8]", "Empty Latents")),
     "decoder's text to prior": (_sockets(PRIOR, positive=(TEXT, 1)), ("Stage C reads", "32 wide", "is 24 wide")),
     "prior's text to decoder": (_sockets(COND, conditioning=(TEXT, 0)), ("Stage B reads", "24 wide", "is 32 wide")),

@@ -21,6 +21,8 @@ NODES = {
     "WuerstchenDecoderConditioning": ("conditioning stage_c", "conditioning:CONDITIONING"),
     "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative", "stage_b:LATENT"),
     "WuerstchenVAEDecode": ("vae stage_b", "image:IMAGE"),
+    "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
+    "WuerstchenSampler": ("", "sampler:SAMPLER"),
 }
 
 

@@ -74,6 +74,32 @@ def test_the_workflow_paints_its_prompt(shipped: dict[str, Any], paint: Paint, j
     assert deviation(picture, command_line(caption(scene), seed)) <= LIMIT
 
 
+def test_the_hosts_own_sampling_nodes_paint_with_our_schedule_and_sampler(
+    shipped: dict[str, Any], paint: Paint, judge: Judge
+) -> None:
+    """SamplerCustom in place of both of our sampling nodes; its noise is the host's, so the picture is another one."""
+    for kind, latent, cfg, steps in (
+        ("WuerstchenPriorSample", "stage_c", 3.0, 20),
+        ("WuerstchenDecoderSample", "stage_b", 1.0, 12),
+    ):
+        [key] = [key for key, node in shipped.items() if node["class_type"] == kind]
+        given = shipped[key]["inputs"]
+        model, positive = given["model"], given["positive"]
+        shipped[f"{key} sigmas"] = {
+            "class_type": "WuerstchenScheduler",
+            "inputs": {"model": model, "schedule": "linear", "steps": steps},
+        }
+        shipped[f"{key} sampler"] = {"class_type": "WuerstchenSampler", "inputs": {}}
+        inputs = {"model": model, "positive": positive, "negative": given.get("negative", positive), "cfg": cfg}
+        inputs |= {"add_noise": True, "noise_seed": 5, "latent_image": given[latent]}
+        inputs |= {"sampler": [f"{key} sampler", 0], "sigmas": [f"{key} sigmas", 0]}
+        shipped[key] = {"class_type": "SamplerCustom", "inputs": inputs}
+    [picture] = paint(shipped).pictures
+    pixels = np.asarray(picture.convert("RGB"))
+    assert judge.background(pixels) == RED_APPLE.colour
+    assert judge.identify(pixels, RED_APPLE.colour, RED_APPLE.size) == RED_APPLE.thing
+
+
 def test_the_workflow_starts_with_a_prompt_of_the_models_words(shipped: dict[str, Any]) -> None:
     assert find(shipped, "WuerstchenTextEncode")["text"] == caption(RED_APPLE)
 
