@@ -68,12 +68,11 @@ class Outcome:
 
 
 class Server:
-    """A running ComfyUI with this repository as its only custom node and a folder of its own for all else."""
+    """A running ComfyUI with this repository as its only custom node and a folder of its own for all but its models."""
 
     def __init__(self, install: Install, folder: Path):
         self.install, self.version, self.folder = install, install.version, folder
         (folder / "custom_nodes").mkdir(parents=True)
-        (folder / "models" / "checkpoints").mkdir(parents=True)
         (folder / "custom_nodes" / PACK).symlink_to(REPOSITORY, target_is_directory=True)
         self.address = f"127.0.0.1:{_free_port()}"
         self.log_file = folder / "log.txt"

@@ -53,10 +53,19 @@ def host_version(install: Install, record_property: Callable[[str, Any], None]) 
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models folder of every ComfyUI here; a test may put files of its own into the folders in it."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings"):
+        (folder / name).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(models: Path) -> Path:
     """A folder of files that a user might choose: a whole untrained model (its towers differ in width), one part of a
     model, a model of the first version, and a file of another model."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+    folder = models / "checkpoints"
     parts = {name: NETWORKS[name].perturbed() for name in ("prior", "decoder", "vqgan", "image_encoder")}
     torch.nn.init.constant_(parts["vqgan"].out_block[0].bias, 0.5)  # pictures that are grey, not clipped to black
     for stage, width in (("prior", parts["prior"].params.c_cond), ("decoder", parts["decoder"].params.clip_embd)):
@@ -72,11 +81,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    install: Install, models: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """The ComfyUI, running."""
     server = Server(install, tmp_path_factory.mktemp("comfyui") / "base")
-    for file in checkpoints.iterdir():
-        (server.folder / "models" / "checkpoints" / file.name).symlink_to(file)
+    (server.folder / "models").symlink_to(models, target_is_directory=True)
     try:
         server.start()
         yield server
