@@ -28,7 +28,7 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     if missing:
         raise ValueError(f"[{where}] lacks {', '.join(missing)}")
     hints = get_type_hints(kind)
-    values = {key: as_tuple(value) for key, value in table.items()}
+    values = {key: _as_tuple(value) for key, value in table.items()}
     for key, value in values.items():
         if not _fits(value, hints[key]):
             raise ValueError(f"[{where}] {key} must be {_name(hints[key])}, got {value!r}")
@@ -57,6 +57,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if expected is float else expected)
 
 
-def as_tuple(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     """Lists to tuples, at every depth."""
-    return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

@@ -40,7 +40,7 @@ class DecoderStage(DiffusionStage[Decoder]):
     def reconstruct(self, net: Decoder, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
         """What is left of the pictures after 42.67x compression."""
         pipeline = WuerstchenPipeline(decoder=net, vqgan=self.vqgan)
-        return pipeline.sample_decoder(self.held_features[picked], text, sampling)
+        return self.vqgan.decode(pipeline.sample_decoder(self.held_features[picked], text, sampling))
 
     def parts(self, net: Decoder) -> dict[str, nn.Module]:
         return {"decoder": net}

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..diffusion.schedule import diffuse
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import TextEncoder
-from ..models.vqgan import VQGAN
 from ..sampling import Sampling
 from .inputs import frozen, text_states
 from .loop import N, Stage
@@ -44,7 +43,7 @@ class DiffusionStage(Stage[N]):
 
     @abstractmethod
     def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
-        """Stage A latents, in codebook units, of what `net` makes of held-out pictures; None if it can't yet."""
+        """What `net` makes of held-out pictures [B, 3, H, W] in 0..1; None if it can't yet."""
 
     def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         picked = self.pictures.pick(size, rng)
@@ -65,8 +64,5 @@ class DiffusionStage(Stage[N]):
         truth = self.held.view(picked)
         height, width = truth.shape[-2:]
         sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
-        latents = self.reconstruct(net, picked, text, sampling)
-        if latents is None:
-            return None
-        out = frozen(self.config, "vqgan", "vqgan", VQGAN).decode(latents)
-        return sheet([truth[:12], out[:12], truth[12:], out[12:]])
+        out = self.reconstruct(net, picked, text, sampling)
+        return None if out is None else sheet([truth[:12], out[:12], truth[12:], out[12:]])

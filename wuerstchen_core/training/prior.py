@@ -39,13 +39,10 @@ class PriorStage(DiffusionStage[Prior]):
         """The captions painted; only once the run has a decoder to paint with."""
         if not (Path(self.config["run"]) / "decoder" / "decoder.safetensors").exists():
             return None
-        pipeline = WuerstchenPipeline(
-            prior=net,
-            decoder=frozen(self.config, "decoder", "decoder", Decoder),
-            vqgan=frozen(self.config, "vqgan", "vqgan", VQGAN),
-            prior_text_encoder=self.tower,
-        )
-        return pipeline.sample_decoder(pipeline.sample_prior(text, sampling), text, sampling)
+        decoder = frozen(self.config, "decoder", "decoder", Decoder)
+        vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)
+        pipeline = WuerstchenPipeline(prior=net, decoder=decoder, vqgan=vqgan, prior_text_encoder=self.tower)
+        return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), text, sampling))
 
     def parts(self, net: Prior) -> dict[str, nn.Module]:
         return {"prior": net}
