@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .latents import WuerstchenEmptyLatents
 from .loaders import WuerstchenBundleLoader
 from .pictures import WuerstchenVAEDecode
+from .quicklook import WuerstchenQuickLook
 from .sampling import (
     WuerstchenDecoderConditioning,
     WuerstchenDecoderSample,
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenVAEDecode,
     WuerstchenScheduler,
     WuerstchenSampler,
+    WuerstchenQuickLook,
 ]
 
 

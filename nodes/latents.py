@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..wuerstchen_core.diffusion.sizes import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
+from .schema import schema
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,12 @@ class WuerstchenEmptyLatents(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         legal = f"made a multiple of {MULTIPLE}, up to {LARGEST}"
-        return io.Schema(
+        return schema(
             node_id="WuerstchenEmptyLatents",
             display_name="Würstchen Empty Latents",
             category="Würstchen/latent",
             description="Empty latents of one picture size for both stages.",
+            search_aliases=["empty latent image", "size", "resolution", "width", "height", "batch"],
             inputs=[
                 *(
                     io.Int.Input(

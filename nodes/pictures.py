@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .latents import STAGE_B, check_latent
+from .schema import schema
 
 STRIP = 128  # rows of latents that are decoded at once
 HALO = 16  # rows around them that they depend on: 12 blocks of radius 1, the upsampling, and a finer block
@@ -35,11 +36,12 @@ class WuerstchenVAEDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenVAEDecode",
             display_name="Würstchen VAE Decode",
             category="Würstchen/latent",
             description="Stage A: turns Stage B's latents into a picture.",
+            search_aliases=["stage a", "vqgan", "latent to image"],
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A: the vae output of a Würstchen loader."),
                 io.Latent.Input("stage_b", tooltip="The latents that Würstchen Decoder Sample painted."),

@@ -8,9 +8,11 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.diffusion.schedule import linear_times, named_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
-from .host.models import PRIOR_KEY, DecoderModel, PriorModel
+from .host.conditioning import PRIOR_KEY
+from .host.models import DecoderModel, PriorModel
 from .host.sampling import sample_stage, sampler, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
+from .schema import schema
 
 SCHEDULES = ["original", "diffusers", "linear"]
 SEED_MAX = LARGEST_SEED - 4096  # leaves room for the seeds of a batch
@@ -69,11 +71,12 @@ class WuerstchenPriorSample(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenPriorSample",
             display_name="Würstchen Prior Sample",
             category="Würstchen/sampling",
             description="Stage C: decides what the picture shows, with the original's DDPM sampler.",
+            search_aliases=["ksampler", "stage c", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior of a Würstchen loader."),
                 io.Conditioning.Input("positive", tooltip="The prior output of Würstchen Text Encode."),
@@ -104,10 +107,6 @@ class WuerstchenPriorSample(io.ComfyNode):
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
         check_latent(stage_c, STAGE_C, node)
-        if any(PRIOR_KEY in entry[1] for entry in positive):
-            raise ValueError(
-                f"{node} was given the conditioning of a decoder: connect the prior output of Würstchen Text Encode"
-            )
         samples = sample_stage(model, positive, negative, stage_c, named_times(schedule, steps), cfg, seed)
         return io.NodeOutput(tagged(samples, STAGE_C, stage_c))
 
@@ -117,11 +116,13 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenDecoderConditioning",
             display_name="Würstchen Decoder Conditioning",
             category="Würstchen/conditioning",
-            description="Gives Stage B what Stage C decided, beside the text.",
+            description="Gives Stage B what Stage C decided, beside the text. Masks, areas and step ranges may be set "
+            "before it or after it.",
+            search_aliases=["stage b conditioning", "stage c to stage b"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The decoder output of Würstchen Text Encode."),
                 io.Latent.Input("stage_c", tooltip="The latents that Würstchen Prior Sample painted."),
@@ -144,11 +145,12 @@ class WuerstchenDecoderSample(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenDecoderSample",
             display_name="Würstchen Decoder Sample",
             category="Würstchen/sampling",
             description="Stage B: paints what Stage C decided, with the original's DDPM sampler.",
+            search_aliases=["ksampler", "stage b", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The decoder of a Würstchen loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
@@ -178,15 +180,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Decoder Sample"
         _check_model(model, DecoderModel, node, "decoder")
-        count = len(check_latent(stage_b, STAGE_B, node))
-        for _, options in positive:
-            if PRIOR_KEY not in options:
-                raise ValueError(f"{node} has no Stage C latents to paint: connect Würstchen Decoder Conditioning")
-            if len(options[PRIOR_KEY]) not in (1, count):
-                raise ValueError(
-                    f"{node} was given {count} empty latents for {len(options[PRIOR_KEY])} pictures of Stage C: "
-                    "use the same batch size for both stages"
-                )
+        check_latent(stage_b, STAGE_B, node)
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
         times = linear_times(steps)
@@ -199,11 +193,12 @@ class WuerstchenScheduler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenScheduler",
             display_name="Würstchen Scheduler",
             category="Würstchen/sampling",
             description="The noise levels of Würstchen's published schedules, for SamplerCustom.",
+            search_aliases=["sigmas", "schedule", "steps", "noise levels"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior or decoder of a Würstchen loader."),
                 _schedule_input(),
@@ -222,11 +217,12 @@ class WuerstchenSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenSampler",
             display_name="Würstchen Sampler",
             category="Würstchen/sampling",
             description="The original's DDPM sampler, last step included, for SamplerCustom.",
+            search_aliases=["ddpm", "ksampler select", "sampler custom"],
             inputs=[],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler of SamplerCustom.")],
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..wuerstchen_core.demo.vocabulary import vocabulary_note
 from .host.clip import metadata_of
+from .schema import schema
 
 logger = logging.getLogger(__name__)
+
+_EMBEDDING = re.compile(r"embedding:\S+")  # names a file, and is no word of the prompt
 
 
 class WuerstchenTextEncode(io.ComfyNode):
@@ -18,11 +22,12 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="WuerstchenTextEncode",
             display_name="Würstchen Text Encode",
             category="Würstchen/conditioning",
             description="Encodes a prompt with both text towers: Stage C and Stage B each read their own.",
+            search_aliases=["prompt", "clip text encode", "conditioning", "negative"],
             inputs=[
                 io.Clip.Input("prior_clip", tooltip="The text tower of Stage C (CLIP-bigG in the released v2)."),
                 io.Clip.Input("decoder_clip", tooltip="The text tower of Stage B (CLIP-H in the released models)."),
@@ -31,7 +36,9 @@ class WuerstchenTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="a red apple on a blue background",
-                    tooltip="The prompt, or what the picture should not show when it is used as the negative.",
+                    tooltip="The prompt, or what the picture should not show when it is used as the negative. "
+                    "(word:1.3) weighs a word, embedding:name inserts a file of models/embeddings. Of long text, every "
+                    "75 tokens (about 50 words) are encoded for themselves, and both stages read all of them.",
                 ),
             ],
             outputs=[
@@ -42,7 +49,7 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior_clip: Any, decoder_clip: Any, text: str) -> io.NodeOutput:
-        note = vocabulary_note([text], metadata_of(prior_clip))
+        note = vocabulary_note([_EMBEDDING.sub(" ", text)], metadata_of(prior_clip))
         if note:
             logger.warning(note)
         states = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for clip in (prior_clip, decoder_clip))

@@ -23,6 +23,7 @@ NODES = {
     "WuerstchenVAEDecode": ("vae stage_b", "image:IMAGE"),
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
     "WuerstchenSampler": ("", "sampler:SAMPLER"),
+    "WuerstchenQuickLook": ("stage_c scale", "image:IMAGE"),
 }
 
 
