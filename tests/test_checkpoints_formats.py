@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import clip_of_open_clip, clip_of_transformers
 from networks import DECODER, PRIOR, VQ
 from torch import Tensor
 
@@ -81,12 +82,15 @@ def test_other_networks_of_wuerstchen_are_named(name: str, said: str) -> None:
         ("model.diffusion_model.clip_txt_pooled_mapper.weight", "Stable Cascade"),
         ("pixels_mapper.0.weight", "Stable Cascade"),
         ("prior.blocks.2.attention.to_q.lora_A.weight", "LoRA"),
+        ("decoder.conv_in.weight encoder.down.0.block.0.norm1.weight", "a VAE"),
+        ("encoder.down_blocks.0.resnets.0.norm1.weight", "a VAE"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
         ("something.else", "something.else"),
     ],
 )
 def test_other_models_are_named(key: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        to_ours({key: torch.zeros(1)})
+        to_ours(dict.fromkeys(key.split(), torch.zeros(1)))
 
 
 def test_image_encoder_of_stable_cascade_is_told_apart_by_its_norm() -> None:
@@ -129,24 +133,33 @@ def test_comfyui_prefix_goes_and_so_does_what_is_not_the_network() -> None:
 def test_published_text_towers(params: TextEncoderParams) -> None:
     from open_clip import get_model_config
     from open_clip.model import CLIP
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(
-        hidden_size=params.width,
-        intermediate_size=params.width * 4,
-        num_hidden_layers=params.layers,
-        num_attention_heads=params.heads,
-    )
     name = {1024: "ViT-H-14", 1280: "ViT-bigG-14"}[params.width]
     with torch.device("meta"):
         ours = TextEncoder(params).state_dict()
-        theirs = CLIPTextModel(config).state_dict()
+        bare, theirs = (
+            clip_of_transformers(params.width, params.layers, prefix=prefix) for prefix in ("", "text_model.")
+        )
         open_clip = CLIP(**get_model_config(name)).state_dict()
-    for state in (theirs, {f"text_model.{key}": x for key, x in theirs.items()}, open_clip):
+    without_projection = {key: x for key, x in theirs.items() if "projection" not in key}
+    for state in (bare, theirs, without_projection, open_clip):
         kind, remapped = to_ours(dict(state))
         assert kind == "text_encoder"
         assert shapes(remapped) == shapes(ours)
         assert text_encoder_params(remapped) == params
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "said"),
+    [(1024, 23, "last layer was left out.*take .*warp-ai/wuerstchen "), (768, 12, "CLIP-L.*quick_gelu.*take ")],
+)
+@pytest.mark.parametrize("layout", [clip_of_transformers, clip_of_open_clip])
+def test_towers_of_other_models_are_refused(layout: Any, width: int, layers: int, said: str) -> None:
+    with torch.device("meta"):
+        _, state = to_ours(layout(width, layers))
+    with pytest.raises(ValueError, match=said) as refusal:
+        text_encoder_params(state)
+    assert len(str(refusal.value)) < 250
 
 
 def test_text_tower_of_a_custom_text_model_has_a_prefix() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import State, comfyui, encoder_state, original, vqgan_of_diffusers
 from networks import DECODER, PRIOR, VQ
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from wuerstchen_core.checkpoints import (
     build_part,
@@ -24,14 +25,13 @@ from wuerstchen_core.checkpoints import (
     read_metadata,
     read_part,
 )
+from wuerstchen_core.checkpoints.read import ForeignFile
 from wuerstchen_core.models.decoder import Decoder
-from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 from wuerstchen_core.models.vqgan import VQGAN
 
 TEXT = TextEncoderParams(width=64, heads=1, layers=1, vocab_size=20)
-State = dict[str, Tensor]
 
 
 def random_state(network: nn.Module, seed: int = 0) -> State:
@@ -41,13 +41,6 @@ def random_state(network: nn.Module, seed: int = 0) -> State:
         key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
         for key, x in network.state_dict().items()
     }
-
-
-def encoder_state() -> State:
-    """The image encoder of v2, each tensor one number repeated, which a PyTorch file stores but once."""
-    with torch.device("meta"):
-        shapes = {key: (x.shape, x.dtype) for key, x in ImageEncoder(ImageEncoderParams()).state_dict().items()}
-    return {key: torch.tensor(i, dtype=dtype).expand(shape) for i, (key, (shape, dtype)) in enumerate(shapes.items())}
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +56,6 @@ def decoder() -> State:
 @pytest.fixture(scope="module")
 def vqgan() -> State:
     return random_state(VQGAN(VQ))
-
-
-def original(state: State) -> State:
-    """Our Prior or Decoder in the original's names: one projection for query, key and value."""
-    out: State = {}
-    for key, x in state.items():
-        if ".attention.to_q." in key:
-            trio = [state[key.replace("to_q", name)] for name in ("to_q", "to_k", "to_v")]
-            out[key.replace("attention.to_q.", "attention.attn.in_proj_")] = torch.cat(trio)
-        elif ".attention.to_out.0." in key:
-            out[key.replace("attention.to_out.0.", "attention.attn.out_proj.")] = x
-        elif ".attention." not in key:
-            out[key] = x
-    return out
 
 
 def assert_holds(network: nn.Module, state: State) -> None:
@@ -158,11 +137,10 @@ def towers() -> dict[str, State]:
 def test_diffusers_pipelines(
     prior: State, decoder: State, vqgan: State, towers: dict[str, State], tmp_path: Path
 ) -> None:
-    vq = {key.replace("codebook", "embedding"): x for key, x in vqgan.items()}
     write_folder(tmp_path / "prior" / "prior", prior, {"nhead": 1, "_class_name": "WuerstchenPrior"})
     write_folder(tmp_path / "prior" / "text_encoder", towers["prior"], {}, "model")
     write_folder(tmp_path / "main" / "decoder", decoder, {"nhead": [-1, 1, 1]})
-    write_folder(tmp_path / "main" / "vqgan", vq, {"scale_factor": 0.5})
+    write_folder(tmp_path / "main" / "vqgan", vqgan_of_diffusers(vqgan), {"scale_factor": 0.5})
     write_folder(tmp_path / "main" / "text_encoder", towers["decoder"], {}, "model")
     assert_holds(load_prior(tmp_path / "prior"), prior)
     assert_holds(load_prior(tmp_path / "prior" / "prior"), prior)
@@ -206,8 +184,7 @@ def test_component_in_pytorch_format(vqgan: State, tmp_path: Path) -> None:
 
 
 def test_model_saved_by_comfyui(prior: State, tmp_path: Path) -> None:
-    state = {f"model.diffusion_model.{key}": x for key, x in prior.items()}
-    save_file(state | {"model_sampling.sigmas": torch.zeros(3)}, tmp_path / "saved.safetensors")
+    save_file(comfyui(prior) | {"model_sampling.sigmas": torch.zeros(3)}, tmp_path / "saved.safetensors")
     assert_holds(load_prior(tmp_path / "saved.safetensors"), prior)
 
 
@@ -339,6 +316,13 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
         read_part(tmp_path / "prior.safetensors", "unet")
     assert read_metadata(tmp_path / "prior.safetensors") == {}
     assert read_metadata(tmp_path) == {}
+
+
+def test_foreign_file_says_what_it_holds(tmp_path: Path) -> None:
+    save_file({"double_blocks.0.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ForeignFile, match="it holds a Flux model$") as refusal:
+        load_prior(tmp_path / "flux.safetensors")
+    assert refusal.value.held == ("a Flux model",)
 
 
 def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:

@@ -22,21 +22,25 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("text_model.embeddings.token_embedding.weight", TEXT_ENCODER),
 )
 
+LORA = "a LoRA, which changes a model and is none by itself"
 TOKEN_DECODER = "v1's token decoder (Paella), and this loader takes v2's decoder (DiffNeXt)"
 _CASCADE = "a Stable Cascade model, whose latents are not Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
+_VAE = "a VAE of Stable Diffusion's kind"
 
 # What part of a key gives away that the weights are somebody else's.
 FOREIGN: tuple[tuple[str, str], ...] = (
-    ("lora_", "a LoRA, which changes a model and is none by itself"),
+    ("lora_", LORA),
     ("byt5_mapper.", TOKEN_DECODER),
     ("clip_txt_", _CASCADE),
     ("pixels_mapper.", _CASCADE),
     ("input_blocks.", _DIFFUSION),
+    ("encoder.down.0.block.", _VAE),
+    ("encoder.down_blocks.", _VAE),
     ("blocks.0.resnets.", _DIFFUSION),
-    ("encoder.down.0.block.", _DIFFUSION),
     ("joint_blocks.", _DIFFUSION),
     ("double_blocks.", "a Flux model"),
+    ("encoder.block.0.layer.", "a T5 text encoder"),
 )
 
 _TRANSFORMERS_LAYER = {

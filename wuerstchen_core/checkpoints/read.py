@@ -11,7 +11,7 @@ from .bundle import parse_metadata, split_bundle, widened
 from .files import WeightFile, read_file_metadata, read_json, read_weight_file
 from .formats import to_ours
 from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_from_json
-from .sizes import READERS
+from .sizes import READERS, WHOLE_TOWERS
 
 DEMO = "demo"
 TOWERS = tuple(f"{stage}_{TEXT_ENCODER}" for stage in ("prior", "decoder"))
@@ -35,6 +35,14 @@ _CONFIG_NAMES = {
 }
 
 
+class ForeignFile(ValueError):
+    """A file that holds weights, but none of v2's; `held` says what they are."""
+
+    def __init__(self, path: Path, held: tuple[str, ...]):
+        super().__init__(f"{path} is no file for this loader: it holds {', '.join(held)}")
+        self.held = held
+
+
 @dataclass(frozen=True)
 class Network:
     """One network's weights under our names, with what the source says of its sizes."""
@@ -51,8 +59,7 @@ class Network:
         config = self.config.get("text_config", self.config)  # of a whole CLIPModel
         if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(
-                f"this text tower computes with {config['hidden_act']}, Würstchen's with gelu: "
-                "take LAION's CLIP-H (decoder) or CLIP-bigG (prior)"
+                f"this text tower computes with {config['hidden_act']}, Würstchen's with gelu: {WHOLE_TOWERS}"
             )
         names = _CONFIG_NAMES.get(self.kind, {})
         stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -146,7 +153,7 @@ def _recognise(path: Path, content: WeightFile, config: dict[str, Any], metadata
         else:
             networks |= _named(kind, Network(kind, ours, config=config))
     if not networks:
-        raise ValueError(f"{path} is no file for this loader: it holds {', '.join(refused)}")
+        raise ForeignFile(path, tuple(refused))
     layout = " + ".join(key for key in content.states if key) or "bare"
     return Source(path, layout, networks, metadata, tuple(refused))
 

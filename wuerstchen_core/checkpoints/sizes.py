@@ -24,6 +24,15 @@ _BLOCK_MARKS = (
     ("channelwise.0.weight", "F"),
 )
 
+# Towers that other models read, by width and layers: like enough to load, and wrong.
+_QUICK = "computes with quick_gelu and is not the tower of any Würstchen"
+_OTHER_TOWERS = {
+    (1024, 23): "is Stable Diffusion 2's CLIP-H, whose last layer was left out, and Würstchen reads the last",
+    (768, 12): f"is CLIP-L, which {_QUICK}",
+    (512, 12): f"is CLIP-B, which {_QUICK}",
+}
+WHOLE_TOWERS = "take the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -144,10 +153,13 @@ def image_encoder_params(state: Tensors) -> ImageEncoderParams:
 def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoderParams:
     """Sizes of a TextEncoder; `heads` where they are not 64 wide."""
     vocab_size, width = _shape(state, "token_embedding.weight")
+    layers = _count(state, "transformer.resblocks.")
+    if (width, layers) in _OTHER_TOWERS:
+        raise ValueError(f"this text tower {_OTHER_TOWERS[width, layers]}: {WHOLE_TOWERS}")
     return TextEncoderParams(
         width=width,
         heads=_heads(width) if heads is None else heads,
-        layers=_count(state, "transformer.resblocks."),
+        layers=layers,
         vocab_size=vocab_size,
         context_length=_shape(state, "positional_embedding")[0],
         mlp_ratio=_shape(state, "transformer.resblocks.0.mlp.c_fc.weight")[0] / width,

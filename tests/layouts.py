@@ -1,0 +1,69 @@
+"""Our networks' weights in the layouts of other programs, as the published files have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+
+State = dict[str, Tensor]
+
+
+def original(state: State) -> State:
+    """Our Prior or Decoder in the original's names: one projection for query, key and value."""
+    out: State = {}
+    for key, x in state.items():
+        if ".attention.to_q." in key:
+            trio = [state[key.replace("to_q", name)] for name in ("to_q", "to_k", "to_v")]
+            out[key.replace("attention.to_q.", "attention.attn.in_proj_")] = torch.cat(trio)
+        elif ".attention.to_out.0." in key:
+            out[key.replace("attention.to_out.0.", "attention.attn.out_proj.")] = x
+        elif ".attention." not in key:
+            out[key] = x
+    return out
+
+
+def comfyui(state: State) -> State:
+    """Our Prior or Decoder as ComfyUI's ModelSave writes it."""
+    return {f"model.diffusion_model.{key}": x for key, x in state.items()}
+
+
+def vqgan_of_diffusers(state: State) -> State:
+    """Our VQGAN in the names of diffusers' PaellaVQModel."""
+    return {key.replace("codebook", "embedding"): x for key, x in state.items()}
+
+
+def encoder_state(params: ImageEncoderParams | None = None) -> State:
+    """An image encoder (v2's), each tensor one number repeated, which a PyTorch file stores but once."""
+    with torch.device("meta"):
+        network = ImageEncoder(params or ImageEncoderParams())
+    shapes = {key: (x.shape, x.dtype) for key, x in network.state_dict().items()}
+    return {key: torch.tensor(i, dtype=dtype).expand(shape) for i, (key, (shape, dtype)) in enumerate(shapes.items())}
+
+
+def clip_of_transformers(width: int, layers: int, vocab_size: int = 49408, prefix: str = "text_model.") -> State:
+    """A random CLIPTextModelWithProjection, whose text model's keys begin with `prefix`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=width * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=width,
+        hidden_act="gelu",
+    )
+    state = CLIPTextModelWithProjection(config).state_dict()
+    return {
+        prefix + key.removeprefix("text_model.") if "text_projection" not in key else key: x for key, x in state.items()
+    }
+
+
+def clip_of_open_clip(width: int, layers: int) -> State:
+    """A random whole CLIP of open_clip, visual tower and all."""
+    from open_clip.model import CLIP
+
+    vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+    return CLIP(width, vision, {"width": width, "heads": width // 64, "layers": layers}).state_dict()
