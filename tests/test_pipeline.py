@@ -142,6 +142,31 @@ def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPip
     assert float((made - plain).std() / plain.std()) > 0.01
 
 
+# text
+
+
+def test_text_of_any_length_is_read_whole(pipe: WuerstchenPipeline) -> None:
+    """The states of a long prompt are those of its pieces of 75 tokens; "a" is one of them."""
+    words = ["a"] * 80 + ["small"] * 80
+    [states], _ = pipe.encode_text([" ".join(words)])
+    pieces, _ = pipe.encode_text([" ".join(words[i : i + 75]) for i in range(0, 160, 75)])
+    assert_near(states, pieces.flatten(0, 1), 1e-5)
+    full, more = (pipe.encode_text([" ".join(words[:n])])[0] for n in (75, 76))
+    assert full.shape[1] == 77 and more.shape[1] == 154
+
+
+def test_texts_of_different_lengths_paint_as_they_do_alone(pipe: WuerstchenPipeline) -> None:
+    long = "a red apple on " * 30
+    images = pixels(pipe.generate([PROMPT, long, PROMPT], seed=3, negative="blue " * 80))
+    for i, prompt in enumerate([PROMPT, long, PROMPT]):
+        [alone] = pixels(pipe.generate(prompt, seed=3 + i, negative="blue " * 80))
+        assert np.abs(images[i] - alone).max() <= ROUNDING
+    cut = pixels(pipe.generate(long[: 15 * 15], seed=4, negative="blue " * 80))[0]
+    assert np.abs(images[1] - cut).max() > ROUNDING
+    with pytest.raises(ValueError, match="encode them one by one"):
+        pipe.encode_text([PROMPT, long])
+
+
 # sizes and numbers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from .diffusion.sizes import decoder_side, prior_side
 from .models.decoder import Decoder
 from .models.image_encoder import ImageEncoder, semantic_view
 from .models.prior import Prior, features_from_latents
-from .models.text_encoder import TextEncoder, tokenize
+from .models.text_encoder import TextEncoder
 from .models.vqgan import VQGAN
 from .pictures import read_pixels, to_pictures
 from .sampling import Callback, Sampling, check_count, ignore, sampler_progress
@@ -110,6 +111,7 @@ class WuerstchenPipeline:
         """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i.
 
         None stands for the model's own default. Raises ValueError, before any work, where a value cannot be used.
+        Of a text above 75 tokens (about 50 words) each 75 are encoded for themselves; both stages read all of them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = self.sampling.changed(
@@ -129,12 +131,15 @@ class WuerstchenPipeline:
             logger.warning(note)
             self._noted.add(note)
         report = callback or ignore
-        wanted = [states.repeat_interleave(count, dim=0) for states in self.encode_text(prompts)]
+        wanted = [self.encode_text([text]) for text in prompts]
         unwanted = self.encode_text([negative])
         report("text", 1, 1, None)
-        features = self.sample_prior(wanted[0], sampling, negative=unwanted[0], seed=seed, callback=report)
-        latents = self.sample_decoder(features, wanted[1], sampling, negative=unwanted[1], seed=seed, callback=report)
-        images = self.decode(latents)
+        images: list[Image.Image] = []
+        for _, alike in groupby(wanted, lambda states: states[0].shape):  # only texts of one length share a batch
+            texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*alike, strict=True)]
+            told: dict[str, Any] = {"seed": seed + len(images), "callback": report}
+            features = self.sample_prior(texts[0], sampling, negative=unwanted[0], **told)
+            images += self.decode(self.sample_decoder(features, texts[1], sampling, negative=unwanted[1], **told))
         report("picture", 1, 1, None)
         return images
 
@@ -175,7 +180,7 @@ class WuerstchenPipeline:
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts to the text states [B, 77, c] that the prior reads, and those that the decoder reads."""
+        """Prompts of one n to text states [B, 77 n, c]: what the prior reads, and what the decoder reads."""
         prior = self._states(self.prior_text_encoder, "prior_text_encoder", prompts)
         if self.prior_text_encoder is self.decoder_text_encoder:
             return prior, prior
@@ -191,14 +196,14 @@ class WuerstchenPipeline:
         seed: int = 0,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Stage C: text states [B, 77, c] to features [B, 16, h, w]; guided away from `negative` (default: "")."""
+        """Stage C: text states [B, 77 n, c] to features [B, 16, h, w]; guided away from `negative` (default: "")."""
         prior = _need(self.prior, "prior")
         text = text.to(_weight(prior))
         scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
         if scale > 1:
             if negative is None:
                 negative = self._states(self.prior_text_encoder, "prior_text_encoder", [""])
-            uncond = (negative.to(text).expand_as(text),)
+            uncond = (negative.to(text).expand(len(text), -1, -1),)
         draw = seeded_noise(seed, len(text))
         shape = (len(text), prior.params.c_in, prior_side(sampling.height), prior_side(sampling.width))
         x = sample(
@@ -221,7 +226,7 @@ class WuerstchenPipeline:
         seed: int = 0,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Stage B: features [B, 16, h, w] and text states [B, 77, c] to Stage A latents [B, 4, H/4, W/4].
+        """Stage B: features [B, 16, h, w] and text states [B, 77 n, c] to Stage A latents [B, 4, H/4, W/4].
 
         Guided, if it is, away from `negative` (default: "") without features. Latents are in codebook units.
         """
@@ -231,7 +236,7 @@ class WuerstchenPipeline:
         if scale > 1:
             if negative is None:
                 negative = self._states(self.decoder_text_encoder, "decoder_text_encoder", [""])
-            uncond = (torch.zeros_like(features), negative.to(text).expand_as(text))
+            uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
         draw = seeded_noise(seed, len(text))
         shape = (len(text), decoder.params.c_in, decoder_side(sampling.height), decoder_side(sampling.width))
         x = sample(
@@ -255,9 +260,7 @@ class WuerstchenPipeline:
         return encoder(semantic_view(pixels.to(_weight(encoder)))).float()
 
     def _states(self, encoder: TextEncoder | None, name: str, prompts: Sequence[str]) -> Tensor:
-        encoder = _need(encoder, name)
-        ids, mask = tokenize(prompts, encoder.params.context_length)
-        return encoder(ids.to(self.device), mask.to(self.device))
+        return _need(encoder, name).encode(prompts)
 
 
 def _read(source: Source | Mapping[str, Source]) -> tuple[dict[str, Part], dict[str, Any]]:

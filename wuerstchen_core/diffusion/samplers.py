@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -53,16 +53,22 @@ STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
 def guided(
     model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float
 ) -> Denoiser:
-    """Classifier-free guidance (arXiv 2207.12598): both predictions in one batch, extrapolated by `scale`.
+    """Classifier-free guidance (arXiv 2207.12598): both predictions, extrapolated by `scale`.
 
-    The model is called as model(x, t, *cond); where `scale` is 1 the unconditional half is left out.
+    The model is called as model(x, t, *cond): once for both, or twice where their conditions differ in shape (texts of
+    different lengths); where `scale` is 1 the unconditional half is left out.
     """
     if scale == 1.0:
         return lambda x, t: model(x, t, *cond)
-    both = tuple(torch.cat(pair) for pair in zip(cond, uncond, strict=True))
+    pairs = list(zip(cond, uncond, strict=True))
+    alike = all(c.shape == u.shape for c, u in pairs)
+    both = tuple(torch.cat(pair) for pair in pairs) if alike else ()
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        noise, noise_uncond = model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+        if alike:
+            noise, noise_uncond = model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+        else:
+            noise, noise_uncond = model(x, t, *cond), model(x, t, *uncond)
         return torch.lerp(noise_uncond, noise, scale)
 
     return denoise
@@ -98,9 +104,13 @@ def sample(
     return x
 
 
-def seeded_noise(seed: int, count: int) -> NoiseSource:
-    """Noise from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+def seeded_noise(seed: int, pictures: int | Sequence[int]) -> NoiseSource:
+    """Noise from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles.
+
+    `pictures` is how many there are, or the places that they had in the batch that they were taken from.
+    """
+    places = range(pictures) if isinstance(pictures, int) else pictures
+    generators = [torch.Generator().manual_seed(seed + i) for i in places]
 
     def draw(like: Tensor) -> Tensor:
         rows = [torch.randn(like.shape[1:], generator=g, dtype=torch.float32) for g in generators]

@@ -66,6 +66,18 @@ class TextEncoder(nn.Module):
         x = self.transformer(x, attn_mask=blocked.repeat_interleave(self.params.heads, dim=0))
         return self.ln_final(x)
 
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts of any length to states [B, 77 n, width]: n pieces of 75 tokens, each read as a text of its own.
+
+        Raises ValueError where the prompts differ in n.
+        """
+        ids, mask = zip(*(tokenize_whole(prompt, self.params.context_length) for prompt in prompts), strict=True)
+        if len({len(pieces) for pieces in ids}) > 1:
+            raise ValueError("these prompts differ in their number of 75-token pieces: encode them one by one")
+        device = self.token_embedding.weight.device
+        states = self(torch.cat(ids).to(device), torch.cat(mask).to(device))
+        return states.unflatten(0, (len(prompts), -1)).flatten(1, 2)
+
 
 def causal_mask(length: int, device: Any) -> Tensor:
     """[L, L], True where a token may look."""
@@ -81,7 +93,20 @@ def _tokenizer() -> Any:
 
 def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, Tensor]:
     """Prompts to token ids [B, 77], cut or padded with <|endoftext|>, and their mask [B, 77] (True: a token)."""
-    rows = [[START, *_tokenizer().encode(prompt)[: context_length - 2], END] for prompt in prompts]
+    return _framed([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
+
+
+def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
+    """A prompt of any length to ids and mask [n, 77], as `tokenize` makes them, of n pieces of 75 tokens each.
+
+    It is cut where ComfyUI cuts it: after 75 tokens, whether or not a word ends there.
+    """
+    tokens, room = _tokenizer().encode(prompt), context_length - 2
+    return _framed([tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)], context_length)
+
+
+def _framed(texts: Sequence[Sequence[int]], context_length: int) -> tuple[Tensor, Tensor]:
+    rows = [[START, *tokens, END] for tokens in texts]
     ids = torch.tensor([row + [END] * (context_length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (context_length - len(row)) for row in rows])
     return ids, mask

@@ -1,0 +1,129 @@
+"""What a CONDITIONING means to the two stages: text states, Stage C's latents, and areas of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.conds
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...wuerstchen_core.diffusion.sizes import prior_side
+from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
+
+PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
+
+CLIP_NAMES = {1024: "CLIP-H", 1280: "CLIP-bigG"}
+
+AREA_PIXELS = 8  # the host's Set Area node counts pixels by so many, whatever the model
+
+
+def _check_batch(stage: str, count: int, given: int, things: str) -> None:
+    """The host repeats a, b as a, b, a, b; it would also cut off what is too much, without a word."""
+    if count % given:
+        raise ValueError(
+            f"{stage} was given {count} empty latents for {given} {things}: use the same batch size for both"
+        )
+
+
+def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.CONDRegular:
+    """Text states as the host batches them: never repeated to a common length, since every token is attended."""
+    states = given.get("cross_attn")
+    if states is None:
+        raise ValueError(f"{stage} was given a conditioning without text: connect Würstchen Text Encode")
+    if states.shape[-1] != width:
+        clip = CLIP_NAMES.get(width, "its own text tower")
+        raise ValueError(
+            f"{stage} reads text states {width} wide ({clip}), but this conditioning is {states.shape[-1]} wide: "
+            "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
+        )
+    _check_batch(stage, len(given["noise"]), len(states), "texts")
+    return comfy.conds.CONDRegular(states)
+
+
+def check_no_prior(given: Mapping[str, Any]) -> None:
+    """Raise ValueError where Stage C was given what is for Stage B."""
+    if given.get(PRIOR_KEY) is not None:
+        raise ValueError(
+            "Stage C was given the conditioning of a decoder: connect the prior output of Würstchen Text Encode"
+        )
+
+
+class PriorCond(comfy.conds.CONDRegular):
+    """Stage C latents of the whole picture: where the host crops Stage B's latents to an area, so it does these."""
+
+    def __init__(self, cond: Tensor, whole: tuple[int, int]):
+        super().__init__(cond)
+        self.whole = whole  # h, w
+
+    def _copy_with(self, cond: Tensor) -> PriorCond:
+        return type(self)(cond, self.whole)
+
+    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> PriorCond:
+        prior = self.cond
+        if area is not None:
+            height, width, top, left = area
+            prior = resize_prior_latents(prior, self.whole)[..., top : top + height, left : left + width]
+        return self._copy_with(comfy.utils.repeat_to_batch_size(prior, batch_size))
+
+
+def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:
+    """Stage C latents of a conditioning; where a negative has none, zeros of the size that the picture's have."""
+    prior, noise = given.get(PRIOR_KEY), given["noise"]
+    height, width = noise.shape[-2:]
+    if prior is None:
+        if given.get("prompt_type") == "positive":
+            raise ValueError(
+                "Stage B has no Stage C latents to paint: connect Würstchen Decoder Conditioning "
+                "between its text and its positive input"
+            )
+        prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
+    _check_batch("Stage B", len(noise), len(prior), "pictures of Stage C")
+    return PriorCond(prior.to(noise.device), (height, width))
+
+
+def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tuple[int, ...]:
+    """An area (height, width, top, left) inside `sides`, widened to whole multiples where the network needs them."""
+    sizes, starts = [], []
+    for side, size, start in zip(sides, area[:2], area[2:], strict=True):
+        first = min(start, side - 1) // multiple * multiple
+        last = min(-(-max(start + size, first + 1) // multiple) * multiple, side)
+        sizes.append(last - first)
+        starts.append(first)
+    return (*sizes, *starts)
+
+
+def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
+    """Conditionings whose areas, of whatever node, are in latents of this stage."""
+    sides = noise.shape[2:]
+    conds = [dict(cond) for cond in conds]
+    for cond in conds:
+        if "area" in cond and cond["area"][0] != "percentage":
+            cond["area"] = tuple(round(edge * AREA_PIXELS / pixels) for edge in cond["area"])
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, bounds of masks
+    for cond in conds:
+        cond.pop("set_area_to_bounds", None)  # done
+        if "area" in cond:
+            cond["area"] = fit_area(cond["area"], sides, multiple)
+    return conds
+
+
+def fit_areas_of(patcher: Any) -> None:
+    """Have a MODEL of ours read areas in its own latents.
+
+    The host takes 8 pixels for a latent where it is told pixels, and cuts out areas that Stage B cannot halve.
+    """
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen areas", _outer_sample)
+
+
+def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    guider: Any = sample.class_obj  # type: ignore[attr-defined]
+    patcher = guider.model_patcher
+    pixels, multiple = patcher.get_model_object("latent_format").spacial_downscale_ratio, patcher.model.area_multiple
+    for name, conds in guider.conds.items():
+        guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
+    return sample(noise, *args, **kwargs)
