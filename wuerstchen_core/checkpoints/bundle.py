@@ -78,7 +78,7 @@ def save_bundle(
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
     content = {"version": "v2", **metadata, "format": FORMAT, "parts": sizes}
-    _write(path, tensors, {METADATA_KEY: json.dumps(content)})
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(content)})
 
 
 def _state(part: nn.Module | Part) -> State:
@@ -120,7 +120,8 @@ def _stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to("cpu", dtype if x.is_floating_point() else None).contiguous()
 
 
-def _write(path: Path, tensors: State, metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
