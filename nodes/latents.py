@@ -11,14 +11,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..wuerstchen_core.diffusion.sizes import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
+from .host.latents import CHANNELS, NAMES, PIXELS, STAGE_B, STAGE_C, check_shape
 from .schema import schema
 
 logger = logging.getLogger(__name__)
 
 TAG = "wuerstchen"
-STAGE_C, STAGE_B = "stage_c", "stage_b"
-_CHANNELS = {STAGE_C: 16, STAGE_B: 4}
-_NAMES = {STAGE_C: "Stage C", STAGE_B: "Stage B"}
 
 
 def tagged(samples: Tensor, stage: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -29,17 +27,19 @@ def tagged(samples: Tensor, stage: str, like: Mapping[str, Any] | None = None) -
 def check_latent(latent: Mapping[str, Any], stage: str, node: str) -> Tensor:
     """The samples of a LATENT, or a ValueError that says what was connected instead of the stage's latents.
 
-    Latents without our tag are judged by their channels, so that those of Stable Cascade's nodes pass.
+    Latents without our tag are judged by their shape, so that those of Stable Cascade's nodes pass, and by the pixels
+    that the newer host's nodes for other families say one latent stands for.
     """
-    samples, tag = latent["samples"], latent.get(TAG)
+    samples, tag, pixels = latent["samples"], latent.get(TAG), latent.get("downscale_ratio_spacial")
     if tag is not None and tag != stage:
         raise ValueError(
-            f"{node} needs {_NAMES[stage]} latents, but was given {_NAMES[tag]} latents: connect the {stage} output"
+            f"{node} needs {NAMES[stage]} latents, but was given {NAMES[tag]} latents: connect the {stage} output"
         )
-    if samples.ndim != 4 or samples.shape[1] != _CHANNELS[stage]:
+    check_shape(samples.shape, stage, node)
+    if pixels is not None and pixels != PIXELS[stage]:
         raise ValueError(
-            f"{node} needs {_NAMES[stage]} latents [batch, {_CHANNELS[stage]}, height, width], but was given "
-            f"{list(samples.shape)}, another model's: connect the {stage} output of Würstchen Empty Latents"
+            f"{node} needs {NAMES[stage]} latents, but was given another model's of {pixels} pixels each: "
+            f"connect the {stage} output of Würstchen Empty Latents"
         )
     return samples
 
@@ -92,6 +92,6 @@ class WuerstchenEmptyLatents(io.ComfyNode):
             )
         c, b = ((side(legal[1]), side(legal[0])) for side in (prior_side, decoder_side))
         return io.NodeOutput(
-            tagged(torch.zeros(batch_size, _CHANNELS[STAGE_C], *c), STAGE_C),
-            tagged(torch.zeros(batch_size, _CHANNELS[STAGE_B], *b), STAGE_B),
+            tagged(torch.zeros(batch_size, CHANNELS[STAGE_C], *c), STAGE_C),
+            tagged(torch.zeros(batch_size, CHANNELS[STAGE_B], *b), STAGE_B),
         )

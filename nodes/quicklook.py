@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..wuerstchen_core.models.prior import latents_from_features
+from .host.latents import PIXELS
 from .host.previews import preview_factors
 from .latents import STAGE_C, check_latent
 from .schema import schema
-
-PIXELS = 128 / 3  # of the picture, for each latent
 
 
 def quick_look(features: Tensor, scale: float) -> Tensor:
@@ -24,7 +23,7 @@ def quick_look(features: Tensor, scale: float) -> Tensor:
         raise ValueError("Würstchen Quick Look has no preview_factors.json: install these nodes again")
     latents = latents_from_features(features.float()).movedim(1, -1)
     colours = (latents @ latents.new_tensor(factors) + latents.new_tensor(bias) + 1) / 2
-    size = [max(1, round(side * PIXELS * scale)) for side in features.shape[-2:]]
+    size = [max(1, round(side * PIXELS[STAGE_C] * scale)) for side in features.shape[-2:]]
     picture = interpolate(colours.movedim(-1, 1), size, mode="bicubic", antialias=True)
     return torch.clamp(picture, 0, 1).movedim(1, -1)
 

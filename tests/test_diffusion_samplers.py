@@ -151,6 +151,13 @@ def test_noise_of_a_batch_equals_its_singles() -> None:
     assert not torch.equal(batch(like)[0], batch(like)[0])
 
 
+def test_pictures_taken_from_a_batch_keep_their_noise() -> None:
+    like = torch.empty(3, 4, 2, 5)
+    batch, taken = seeded_noise(7, 3), seeded_noise(7, [2, 0])
+    for _ in range(2):
+        assert torch.equal(taken(like[:2]), batch(like)[[2, 0]])
+
+
 def test_pictures_of_a_batch_equal_their_singles() -> None:
     network = NETWORKS["prior"]
     prior, (latents, _, text) = network.perturbed(), network.inputs()

@@ -5,98 +5,46 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.diffusion.sizes import prior_side
-from ...wuerstchen_core.models.decoder import resize_prior_latents
-from ...wuerstchen_core.models.prior import features_from_latents, latents_from_features
-from ...wuerstchen_core.models.vqgan import VQGANParams
+from .conditioning import PRIOR_KEY, check_no_prior, fit_areas_of, prior_cond, text_cond
+from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .networks import HostDecoder, HostPrior
-from .previews import preview_factors
 from .time import WuerstchenSampling
-
-PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
-
-CLIP_NAMES = {1024: "CLIP-H", 1280: "CLIP-bigG"}
-
-
-class PriorLatents(comfy.latent_formats.LatentFormat):
-    """Features as Stage B takes them outside, (features + 1) / 42 inside the prior."""
-
-    latent_channels = 16
-    spacial_downscale_ratio = 128 / 3
-
-    def __init__(self) -> None:
-        self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("prior")
-
-    def process_in(self, latent: Tensor) -> Tensor:
-        return latents_from_features(latent)
-
-    def process_out(self, latent: Tensor) -> Tensor:
-        return features_from_latents(latent)
-
-
-class DecoderLatents(comfy.latent_formats.LatentFormat):
-    """Stage A's codebook units outside, about unit variance inside the decoder."""
-
-    latent_channels = 4
-    spacial_downscale_ratio = 4
-    scale_factor = 1 / VQGANParams.scale_factor
-
-    def __init__(self) -> None:
-        self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("decoder")
-
-
-def text_cond(stage: str, width: int, states: Tensor | None) -> dict[str, comfy.conds.CONDRegular]:
-    """Text states as the host batches them: never repeated to a common length, since every token is attended."""
-    if states is None:
-        raise ValueError(f"{stage} was given a conditioning without text: connect Würstchen Text Encode")
-    if states.shape[-1] != width:
-        clip = CLIP_NAMES.get(width, "its own text tower")
-        raise ValueError(
-            f"{stage} reads text states {width} wide ({clip}), but this conditioning is {states.shape[-1]} wide: "
-            "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
-        )
-    return {"c_crossattn": comfy.conds.CONDRegular(states)}
-
-
-class PriorCond(comfy.conds.CONDRegular):
-    """Stage C latents of the whole picture: where the host crops Stage B's latents to an area, so it does these."""
-
-    def __init__(self, cond: Tensor, whole: tuple[int, int]):
-        super().__init__(cond)
-        self.whole = whole  # h, w
-
-    def _copy_with(self, cond: Tensor) -> PriorCond:
-        return type(self)(cond, self.whole)
-
-    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> PriorCond:
-        prior = self.cond
-        if area is not None:
-            height, width, top, left = area
-            prior = resize_prior_latents(prior, self.whole)[..., top : top + height, left : left + width]
-        return self._copy_with(comfy.utils.repeat_to_batch_size(prior, batch_size))
 
 
 class StageModel(comfy.model_base.BaseModel):
     """What both stages share."""
 
     network: ClassVar[type[nn.Module]]
+    area_multiple = 1  # areas of the latents are multiples of it
 
     def __init__(self, config: Any, device: Any = None):
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device, unet_model=self.network)
         self.model_sampling = WuerstchenSampling()
         # One of the two hosts leaves a new network in training mode.
         self.diffusion_model.eval().requires_grad_(False)
+
+    @property
+    def numbers_held(self) -> float:
+        """How many numbers a call holds at its peak for each pixel of the latents: measured, see docs/memory.md."""
+        raise NotImplementedError
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """Bytes of one call, whatever the conditioning."""
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        return self.numbers_held * size * input_shape[0] * math.prod(input_shape[2:])
+
+    def get_dtype_inference(self) -> torch.dtype:
+        """The dtype of the computation (the older host has no such method)."""
+        return self.get_dtype() if self.manual_cast_dtype is None else self.manual_cast_dtype
 
 
 class PriorModel(StageModel):
@@ -105,7 +53,13 @@ class PriorModel(StageModel):
     network = HostPrior
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        return text_cond("Stage C", self.diffusion_model.params.c_cond, kwargs.get("cross_attn"))
+        check_shape(kwargs["noise"].shape, STAGE_C, "Stage C")
+        check_no_prior(kwargs)
+        return {"c_crossattn": text_cond("Stage C", self.diffusion_model.params.c_cond, kwargs)}
+
+    @property
+    def numbers_held(self) -> float:
+        return 16 * self.diffusion_model.params.c
 
 
 class DecoderModel(StageModel):
@@ -113,24 +67,22 @@ class DecoderModel(StageModel):
 
     network = HostDecoder
 
+    @property
+    def area_multiple(self) -> int:  # type: ignore[override]
+        return self.diffusion_model.params.multiple
+
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         params = self.diffusion_model.params
-        conds = text_cond("Stage B", params.clip_embd, kwargs.get("cross_attn"))
-        prior, noise = kwargs.get(PRIOR_KEY), kwargs["noise"]
-        height, width = noise.shape[-2:]
-        if prior is None:  # the unconditional half: zeros of the size that the picture's prior has
-            prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
-        return {**conds, PRIOR_KEY: PriorCond(prior.to(noise.device), (height, width))}
+        shape = kwargs["noise"].shape
+        check_shape(shape, STAGE_B, "Stage B", params.multiple)
+        text, prior = text_cond("Stage B", params.clip_embd, kwargs), prior_cond(params, kwargs)
+        if kwargs.get("prompt_type") == "positive":
+            warn_of_other_size(prior.cond.shape, shape)
+        return {"c_crossattn": text, PRIOR_KEY: prior}
 
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes of one call: 12 KB a latent pixel were measured at full width in fp32."""
-        size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        width = self.diffusion_model.params.c_hidden[0] / 320
-        return 12 * 1024 / 4 * size * width * input_shape[0] * math.prod(input_shape[2:])
-
-    def get_dtype_inference(self) -> torch.dtype:
-        """The dtype of the computation (the older host has no such method)."""
-        return self.get_dtype() if self.manual_cast_dtype is None else self.manual_cast_dtype
+    @property
+    def numbers_held(self) -> float:
+        return 9.6 * self.diffusion_model.params.c_hidden[0]
 
 
 class StageConfig(comfy.supported_models_base.BASE):
@@ -162,13 +114,16 @@ class DecoderConfig(StageConfig):
 _CONFIGS = {"prior": PriorConfig, "decoder": DecoderConfig}
 
 
-def load_model(part: Part) -> Any:
-    """A prior or decoder part as a MODEL: the host's patcher around a network built from the host's layers."""
+def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
+    """A prior or decoder part as a MODEL: the host's patcher around a network built from the host's layers.
+
+    `weight_dtype` is that of the stored weights (None: the host's choice); what they are computed in, the host says.
+    """
     management = comfy.model_management
     state_dict = build_part(part).state_dict()  # names what is missing or mis-shaped; copies nothing
     config = _CONFIGS[part.name]({"params": part.params})
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    dtype = management.unet_dtype(
+    dtype = weight_dtype or management.unet_dtype(
         device=load_device,
         model_params=comfy.utils.calculate_parameters(state_dict),
         supported_dtypes=config.supported_inference_dtypes,
@@ -179,9 +134,13 @@ def load_model(part: Part) -> Any:
     )
     model = config.get_model(state_dict, device=offload_device)
     # The newer host replaces this class at its start where the device allows loading on demand.
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    plain = comfy.model_patcher.ModelPatcher
+    patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
+    fit_areas_of(patcher)
+    # How the newer host makes the copies that its nodes for torch.compile and several GPUs need.
+    patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

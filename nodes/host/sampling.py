@@ -78,7 +78,7 @@ def sample_stage(
 ) -> Tensor:
     """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives."""
     samples = latent["samples"]
-    draw = seeded_noise(seed, samples.shape[0])
+    draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # what the host's nodes for batches call it
     return comfy.sample.sample_custom(
         model,
         draw(samples),

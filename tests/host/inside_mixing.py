@@ -1,0 +1,240 @@
+"""Run by a ComfyUI's own Python, `inside_mixing.py COMFYUI BUNDLE STAGE_A OUTPUT`: passes latents and pictures between
+the host's nodes and ours; test_host_mixing.py judges what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from inside import load_pack, seeded
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIDES = (64, 128, 256, 448, 832, 1024, 2048)  # of pictures, in pixels
+Latent = dict[str, Any]
+
+
+class Session:
+    """The untrained model of the host tests, with a text for each stage, and short ways to sample."""
+
+    def __init__(self, bundle: str):
+        from pack.nodes.catalogue import NODES
+        from pack.nodes.host import models
+        from pack.wuerstchen_core.checkpoints import read_part
+
+        self.ours = {node.__name__.removeprefix("Wuerstchen"): node for node in NODES}
+        self.prior, self.decoder = (models.load_model(read_part(bundle, stage)) for stage in ("prior", "decoder"))
+        networks = self.prior.model.diffusion_model, self.decoder.model.diffusion_model
+        self.prior_text = [[seeded(1, 77, networks[0].params.c_cond), {}]]
+        self.decoder_text = [[seeded(1, 77, networks[1].params.clip_embd), {}]]
+
+    def empty(self, width: int, height: int, batch: int = 1) -> tuple[Latent, Latent]:
+        return self.ours["EmptyLatents"].execute(width, height, batch).args
+
+    def with_prior(self, stage_c: Latent) -> Any:
+        return self.ours["DecoderConditioning"].execute(self.decoder_text, stage_c).args[0]
+
+    def paint_c(self, stage_c: Latent, seed: int = 3) -> Latent:
+        text = self.prior_text
+        return self.ours["PriorSample"].execute(self.prior, text, text, stage_c, "linear", 2, 1.0, seed).args[0]
+
+    def paint_b(self, positive: Any, stage_b: Latent, seed: int = 3) -> Latent:
+        return self.ours["DecoderSample"].execute(self.decoder, positive, stage_b, 2, 1.0, seed).args[0]
+
+    def ksampler(self, model: Any, positive: Any, latent: Latent) -> Latent:
+        import nodes
+
+        return nodes.common_ksampler(model, 3, 2, 1.0, "euler", "simple", positive, positive, latent)[0]
+
+
+def answer(call: Callable[[], Latent]) -> Any:
+    """The shape of the latents that a call gives, or the sentence that it ends with."""
+    try:
+        return list(call()["samples"].shape)
+    except ValueError as error:
+        return str(error)
+
+
+class Lines(logging.Handler):
+    """The warnings of the log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def units() -> dict[str, Tensor]:
+    """Latents inside one family's sampler, as they come out of it, and inside the other's."""
+    from comfy.latent_formats import SC_B
+    from pack.nodes.host.models import DecoderLatents
+
+    inner = {"ours": seeded(2, 4, 8, 6), "theirs": seeded(2, 4, 8, 6)}
+    formats = {"ours": DecoderLatents(), "theirs": SC_B()}
+    tensors = {}
+    for one, other in (("ours", "theirs"), ("theirs", "ours")):
+        outside = formats[one].process_out(inner[one])
+        tensors |= {f"{one}/inside": inner[one], f"{one}/outside": outside}
+        tensors[f"{one}/inside the other"] = formats[other].process_in(outside)
+    return tensors
+
+
+def stage_a(file: str) -> dict[str, Tensor]:
+    """The host's own Stage A and ours, from one file: pictures of latents, latents of pictures."""
+    import comfy.sd
+    import comfy.utils
+    from pack.nodes.host.vae import load_stage_a
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    import nodes
+
+    vaes = {
+        "theirs": comfy.sd.VAE(sd=comfy.utils.load_torch_file(file)),
+        "ours": load_stage_a(read_part(file, "vqgan")),
+    }
+    latent, pixels = {"samples": seeded(1, 4, 8, 12)}, seeded(1, 32, 48, 3).sigmoid()
+    tensors = {"latents": latent["samples"], "pixels": pixels}
+    for name, vae in vaes.items():
+        tensors[f"{name}/decoded"] = nodes.VAEDecode().decode(vae, latent)[0]
+        tensors[f"{name}/encoded"] = nodes.VAEEncode().encode(vae, pixels)[0]["samples"]
+    return tensors
+
+
+def cascade(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The picture of our nodes, and of the host's Cascade nodes in their place."""
+    from comfy_extras import nodes_stable_cascade as theirs
+
+    stage_c, stage_b = session.empty(256, 192)
+    painted = session.paint_c(stage_c)
+    empty_c, empty_b = theirs.StableCascade_EmptyLatentImage.execute(256, 192, 42).args
+    tensors = {"ours": session.paint_b(session.with_prior(painted), stage_b)["samples"]}
+    their_positive = theirs.StableCascade_StageB_Conditioning.execute(session.decoder_text, painted).args[0]
+    tensors["theirs"] = session.paint_b(their_positive, empty_b)["samples"]
+    sizes = {}
+    for side in SIDES[2:]:
+        latents = theirs.StableCascade_EmptyLatentImage.execute(side, side, 42).args
+        sizes[side] = [
+            [latent["samples"].shape[-1] for latent in pair] for pair in (latents, session.empty(side, side))
+        ]
+    odd_c, odd_b = theirs.StableCascade_EmptyLatentImage.execute(264, 256, 42).args
+    return tensors, {
+        "cascade sizes": sizes,
+        "cascade empty c": answer(lambda: session.paint_c(empty_c)),
+        "cascade odd size": answer(lambda: session.paint_b(session.with_prior(painted), odd_b)),
+        "cascade odd size in a KSampler": answer(
+            lambda: session.ksampler(session.decoder, session.with_prior(painted), odd_b)
+        ),
+        "cascade odd size for stage c": answer(lambda: session.paint_c(odd_c)),
+    }
+
+
+def others(session: Session) -> dict[str, Any]:
+    """Other families' latents in samplers of the host and in our nodes."""
+    from comfy_extras.nodes_sd3 import EmptySD3LatentImage
+
+    import nodes
+
+    sd = {side: nodes.EmptyLatentImage().generate(side, side)[0] for side in (256, 512)}
+    sd3 = EmptySD3LatentImage.execute(512, 512).args[0]
+    photo = {"samples": seeded(1, 4, 32, 32)}, {"samples": seeded(1, 16, 64, 64)}
+    video = {"samples": seeded(1, 16, 1, 12, 12)}
+    stage_c, stage_b = session.empty(256, 256)
+    text, painted = session.prior_text, session.paint_c(stage_c)
+    positive = session.with_prior(painted)
+    lines = Lines()
+    logging.getLogger().addHandler(lines)
+    facts = {
+        "empty sd 512 in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, sd[512])),
+        "empty sd3 512 in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, sd3)),
+        "ours in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, stage_c)),
+        "ours in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, stage_b)),
+        "quiet": list(lines.lines),
+        "empty sd 256 in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, sd[256])),
+        "warned": list(lines.lines),
+        "sd in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, photo[0])),
+        "flux in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, photo[1])),
+        "flux in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, photo[1])),
+        "stage c in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, painted)),
+        "video in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, video)),
+        "empty sd3 in our prior node": answer(lambda: session.paint_c(sd3)),
+        "flux in our conditioning node": answer(lambda: session.with_prior(photo[1])),
+        "empty sd in our decoder node": answer(lambda: session.paint_b(positive, sd[256])),
+    }
+    logging.getLogger().removeHandler(lines)
+    return facts
+
+
+def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The host's nodes for batches, sizes and masks on our latents."""
+    import comfy_extras.nodes_post_processing  # noqa: F401 before the next: in one host each imports the other
+    from comfy_extras.nodes_latent import LatentBatch
+
+    import nodes
+
+    take, repeat = nodes.LatentFromBatch().frombatch, nodes.RepeatLatentBatch().repeat
+    stage_c, stage_b = session.empty(64, 128, batch=2)
+    both_c = session.paint_c(stage_c)
+    both_b = session.paint_b(session.with_prior(both_c), stage_b)
+    second_c, second_b = session.paint_c(take(stage_c, 1, 1)[0]), take(stage_b, 1, 1)[0]
+    tensors = {"both c": both_c["samples"], "both b": both_b["samples"], "second c": second_c["samples"]}
+    tensors["second b"] = session.paint_b(session.with_prior(take(both_c, 1, 1)[0]), second_b)["samples"]
+    tensors["repeated c"] = session.paint_c(repeat(session.empty(64, 128)[0], 2)[0])["samples"]
+    mask = torch.zeros(1, 128, 64)
+    mask[:, 64:] = 1
+    masked = nodes.SetLatentNoiseMask().set_mask(take(both_c, 0, 1)[0], mask)[0]
+    tensors["masked c"] = session.paint_c(masked, seed=9)["samples"]
+    latents = {
+        "LatentFromBatch": take(both_c, 1, 1)[0],
+        "RepeatLatentBatch": repeat(both_c, 2)[0],
+        "LatentBatch": LatentBatch.execute(both_c, second_c).args[0],
+        "LatentUpscaleBy": nodes.LatentUpscaleBy().upscale(both_c, "bicubic", 2.0)[0],
+        "SetLatentNoiseMask": masked,
+        "KSampler": session.ksampler(session.prior, session.prior_text, stage_c),
+    }
+    return tensors, {f"after {name}": [x["wuerstchen"], list(x["samples"].shape)] for name, x in latents.items()}
+
+
+def pictures(session: Session, bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our picture, scaled and encoded by the host's nodes."""
+    import comfy.model_management
+    from pack.nodes.host.vae import load_stage_a
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    import nodes
+
+    vae = load_stage_a(read_part(bundle, "vqgan"))
+    image = session.ours["VAEDecode"].execute(vae, {"samples": seeded(2, 4, 16, 24) * 3}).args[0]
+    scaled = nodes.ImageScale().upscale(image, "lanczos", 128, 64, "disabled")[0]
+    tensors = {"image": image, "scaled": scaled, "encoded": nodes.VAEEncode().encode(vae, scaled)[0]["samples"]}
+    return tensors, {"on the host's device": image.device == comfy.model_management.intermediate_device()}
+
+
+def main(bundle: str, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    load_pack()
+    session = Session(bundle)
+    tensors, facts = {}, others(session)
+    for group, found in {"units": units(), "stage a": stage_a(file)}.items():
+        tensors |= {f"{group}/{key}": x for key, x in found.items()}
+    given = {"cascade": cascade(session), "batches": batches(session), "pictures": pictures(session, bundle)}
+    for group, (found, more) in given.items():
+        tensors |= {f"{group}/{key}": x for key, x in found.items()}
+        facts |= more
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    comfyui, bundle, file, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(bundle, file)
+    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
