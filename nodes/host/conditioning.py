@@ -99,7 +99,7 @@ def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tu
 
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
     """Conditionings whose areas, of whatever node, are in latents of this stage."""
-    sides = noise.shape[2:]
+    height, width = sides = noise.shape[2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
         if "area" in cond and cond["area"][0] != "percentage":
@@ -108,7 +108,7 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     for cond in conds:
         cond.pop("set_area_to_bounds", None)  # done
         if "area" in cond:
-            cond["area"] = fit_area(cond["area"], sides, multiple)
+            cond["area"] = fit_area(cond["area"], (height, width), multiple)
     return conds
 
 
