@@ -1,0 +1,78 @@
+"""Run by a ComfyUI's own Python, `inside_canvas.py COMFYUI`: loads this pack as the host does, twice, then its shipped
+model, and prints as JSON what that changed in the host. For test_host_canvas.py."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+REPOSITORY = str(Path(__file__).resolve().parents[2])
+HOST = ("comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
+OTHERS = ("torch", "torch.nn.functional", "safetensors.torch", "numpy.random", "logging", "builtins")
+
+
+def attributes(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    """Functions and classes of a module, what the classes hold, and the contents of its tables."""
+    for key, value in list(vars(thing).items()):
+        path = f"{name}.{key}"
+        if isinstance(value, FunctionType | type | classmethod | staticmethod | property):
+            yield path, id(value)
+        if isinstance(value, type) and value.__module__ == name:
+            yield from attributes(path, value)
+        elif isinstance(value, list | tuple | set | frozenset) and (key.isupper() or isinstance(thing, type)):
+            yield path, sorted(map(repr, value))
+        elif isinstance(value, dict) and (key.isupper() or key == "folder_names_and_paths"):
+            yield path, sorted(map(repr, value.items()))
+
+
+def snapshot(modules: dict[str, ModuleType]) -> dict[str, Any]:
+    """All that a pack could put something of its own in the place of."""
+    seen = {path: value for name, module in modules.items() for path, value in attributes(name, module)}
+    root = logging.getLogger()
+    seen["root logger"] = [root.level, *map(id, root.handlers), *map(id, root.filters)]
+    return seen
+
+
+def changes(before: dict[str, Any], modules: dict[str, ModuleType]) -> list[str]:
+    now = snapshot(modules)
+    return sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
+
+
+def main() -> dict[str, Any]:
+    import nodes  # the host's
+
+    importlib.import_module("comfy_config.config_parser")  # what the host itself needs to load the first pack
+
+    host = {name: module for name, module in sys.modules.items() if name.split(".")[0] in HOST or name in OTHERS}
+    facts: dict[str, Any] = {"watched": len(host)}
+    before, mapped, loaded = snapshot(host), dict(nodes.NODE_CLASS_MAPPINGS), set(sys.modules)
+    start = time.perf_counter()
+    facts["imported"] = asyncio.run(nodes.load_custom_node(REPOSITORY, module_parent="custom_nodes"))
+    facts["seconds"] = time.perf_counter() - start
+    new = {name.split(".")[0] for name in sys.modules.keys() - loaded if not name.startswith(REPOSITORY)}
+    facts["other packages imported"] = sorted(new - set(sys.stdlib_module_names))
+    first = nodes.NODE_CLASS_MAPPINGS.keys() - mapped.keys()
+    facts["imported again"] = asyncio.run(nodes.load_custom_node(REPOSITORY, module_parent="custom_nodes"))
+    facts["nodes"] = sorted(first)
+    facts["nodes after a reload"] = sorted(nodes.NODE_CLASS_MAPPINGS.keys() - mapped.keys())
+    facts["replaced nodes"] = sorted(name for name in mapped if nodes.NODE_CLASS_MAPPINGS[name] is not mapped[name])
+    loader = nodes.NODE_CLASS_MAPPINGS["WuerstchenBundleLoader"]
+    loader.execute(loader.GET_SCHEMA().inputs[0].default)
+    facts["changed"] = changes(before, host)
+    return facts
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv.pop())  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    sys.stdout.write(json.dumps(main()))

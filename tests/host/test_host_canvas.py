@@ -1,0 +1,112 @@
+"""What surrounds the nodes on the canvas: help, search, translations; and that nothing else in the host changes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui import PACK, REPOSITORY, Install, Server
+from test_host_nodes import NODES, _inputs
+
+INPUTS = {node: inputs.split() for node, (inputs, _) in NODES.items()}
+
+
+def cells(page: str, heading: str) -> list[str]:
+    """The names in the first column of the table under a heading."""
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \| .+ \|$", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_node_has_a_help_page_that_explains_all_of_it(
+    server: Server, object_info: dict[str, Any], node: str
+) -> None:
+    with urllib.request.urlopen(f"http://{server.address}/extensions/{PACK}/docs/{node}.md", timeout=30) as response:
+        page = response.read().decode()
+    info = object_info[node]
+    assert page.startswith(f"# {info['display_name']}\n\n")
+    assert cells(page, "Inputs") == [name for name, _, _ in _inputs(info)]
+    assert cells(page, "Outputs") == info["output_name"]
+    assert page.partition("\n## Example\n")[2].strip().endswith(".")
+
+
+def test_there_is_no_help_page_without_a_node() -> None:
+    assert {page.stem for page in (REPOSITORY / "web" / "docs").iterdir()} == set(NODES)
+
+
+@pytest.mark.parametrize("language", ["de", "zh"])
+def test_every_name_and_tooltip_is_translated(server: Server, object_info: dict[str, Any], language: str) -> None:
+    translated = server.get("/i18n")[language]["nodeDefs"]
+    assert list(translated) == list(NODES)
+    for node, words in translated.items():
+        info = object_info[node]
+        assert words["display_name"].startswith("Würstchen ")
+        assert list(words.get("inputs", {})) == INPUTS[node]
+        assert list(words["outputs"]) == [str(i) for i in range(len(info["output"]))]
+        english = {info["description"], *info["output_tooltips"]}
+        english |= {options["tooltip"] for _, _, options in _inputs(info)}
+        parts = [*words.get("inputs", {}).values(), *words["outputs"].values()]
+        for sentence in (words["description"], *(part["tooltip"] for part in parts)):
+            assert sentence.endswith((".", "。")) and sentence not in english
+        assert all(part["name"] for part in parts)
+
+
+def test_nodes_are_found_by_the_words_that_users_type(object_info: dict[str, Any]) -> None:
+    knows = any(info.get("search_aliases") for name, info in object_info.items() if name not in NODES)
+    for node in NODES:
+        aliases = object_info[node].get("search_aliases") or []
+        assert {"wuerstchen", "wurst", "cascade"} <= set(aliases) if knows else not aliases
+        assert len(set(aliases)) == len(aliases)
+
+
+@pytest.fixture(scope="module")
+def facts(install: Install, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What loading the pack changed in this ComfyUI."""
+    command = [install.python, str(Path(__file__).with_name("inside_canvas.py")), str(install.root)]
+    folder = tmp_path_factory.mktemp("canvas")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def test_a_reload_registers_no_name_twice_and_replaces_no_node(facts: dict[str, Any]) -> None:
+    assert facts["imported"] and facts["imported again"]
+    assert facts["nodes"] == facts["nodes after a reload"] == sorted(NODES)
+    assert facts["replaced nodes"] == []
+
+
+def test_the_pack_brings_no_other_package_with_it(facts: dict[str, Any]) -> None:
+    assert facts["other packages imported"] == []
+
+
+def test_nothing_in_the_host_is_patched(facts: dict[str, Any]) -> None:
+    assert facts["watched"] > 50
+    assert facts["changed"] == []
+
+
+def test_the_import_guard_finds_nothing_that_the_host_lacks(install: Install, tmp_path: Path) -> None:
+    """comfy-import-guard reads the host from a repository that holds nothing but this ComfyUI's modules."""
+    pytest.importorskip("comfy_import_guard", reason="comfy-import-guard is not installed")
+    host, pack = tmp_path / "ComfyUI", tmp_path / "install" / "custom_nodes" / PACK
+    shutil.copytree(REPOSITORY / "nodes", pack / "nodes")
+    git = ["git", f"--work-tree={install.root}", f"--git-dir={host / '.git'}"]
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    files = ["comfy", "comfy_api", "comfy_execution", "folder_paths.py", "latent_preview.py"]
+    host.mkdir()
+    for step in (["init", "-q"], ["add", "-f", "--", *files], [*identity, "commit", "-qm", "host"]):
+        subprocess.run([*git, *step], check=True, timeout=60, cwd=install.root)
+    guard = [sys.executable, "-m", "comfy_import_guard.cli", "--cache-dir", str(tmp_path), "--offline", "--json"]
+    check = ["check", "--comfy-dir", str(tmp_path / "install"), "--target", "HEAD"]
+    report = json.loads(subprocess.run([*guard, *check], capture_output=True, timeout=120).stdout)
+    [found] = report["packs"]
+    assert found["references"] > 40 and found["signature_drift"] == found["unparseable"] == []
+    # What only newer hosts have is looked up with a fallback; in the newest there is nothing of the kind.
+    newer = "CoreModelPatcher" not in (install.root / "comfy" / "model_patcher.py").read_text(encoding="utf-8")
+    assert [entry["dotted"] for entry in found["breaking"]] == ["comfy.model_patcher.CoreModelPatcher"] * newer
