@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .latents import WuerstchenEmptyLatents
-from .loaders import WuerstchenBundleLoader
+from .loaders import WuerstchenBundleLoader, WuerstchenCLIPLoader, WuerstchenModelLoader, WuerstchenVAELoader
 from .pictures import WuerstchenVAEDecode
 from .quicklook import WuerstchenQuickLook
 from .sampling import (
@@ -28,6 +28,9 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenScheduler,
     WuerstchenSampler,
     WuerstchenQuickLook,
+    WuerstchenModelLoader,
+    WuerstchenCLIPLoader,
+    WuerstchenVAELoader,
 ]
 
 

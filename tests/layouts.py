@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def vqgan_of_diffusers(state: State) -> State:
     return {key.replace("codebook", "embedding"): x for key, x in state.items()}
 
 
+@cache
 def encoder_state(params: ImageEncoderParams | None = None) -> State:
     """An image encoder (v2's), each tensor one number repeated, which a PyTorch file stores but once."""
     with torch.device("meta"):

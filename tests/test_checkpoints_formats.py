@@ -82,6 +82,7 @@ def test_other_networks_of_wuerstchen_are_named(name: str, said: str) -> None:
         ("model.diffusion_model.clip_txt_pooled_mapper.weight", "Stable Cascade"),
         ("pixels_mapper.0.weight", "Stable Cascade"),
         ("prior.blocks.2.attention.to_q.lora_A.weight", "LoRA"),
+        ("prior.blocks.2.attention.processor.to_q_lora.down.weight", "LoRA"),
         ("decoder.conv_in.weight encoder.down.0.block.0.norm1.weight", "a VAE"),
         ("encoder.down_blocks.0.resnets.0.norm1.weight", "a VAE"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),

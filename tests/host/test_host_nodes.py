@@ -24,6 +24,9 @@ NODES = {
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
     "WuerstchenSampler": ("", "sampler:SAMPLER"),
     "WuerstchenQuickLook": ("stage_c scale", "image:IMAGE"),
+    "WuerstchenModelLoader": ("model_name weight_dtype", "model:MODEL"),
+    "WuerstchenCLIPLoader": ("clip_name", "clip:CLIP"),
+    "WuerstchenVAELoader": ("vae_name", "vae:VAE"),
 }
 
 

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def read_file_metadata(path: Path) -> dict[str, str]:
 
 def _broken(path: Path, reason: object) -> ValueError:
     first_line = (str(reason) or type(reason).__name__).splitlines()[0]
-    return ValueError(f"{path} is cut short or damaged ({first_line}): fetch it again")
+    return ValueError(f"{path} is cut short or damaged ({shorten(first_line, 80)}): fetch it again")
 
 
 def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:

@@ -31,6 +31,7 @@ _VAE = "a VAE of Stable Diffusion's kind"
 # What part of a key gives away that the weights are somebody else's.
 FOREIGN: tuple[tuple[str, str], ...] = (
     ("lora_", LORA),
+    ("_lora.", LORA),
     ("byt5_mapper.", TOKEN_DECODER),
     ("clip_txt_", _CASCADE),
     ("pixels_mapper.", _CASCADE),

@@ -9,7 +9,7 @@ from typing import Any
 
 from .bundle import parse_metadata, split_bundle, widened
 from .files import WeightFile, read_file_metadata, read_json, read_weight_file
-from .formats import to_ours
+from .formats import LORA, foreign, to_ours
 from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_from_json
 from .sizes import READERS, WHOLE_TOWERS
 
@@ -131,7 +131,8 @@ def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
 def _open_file(path: Path, headers_only: bool) -> Source:
     content = read_weight_file(path, headers_only)
     metadata = parse_metadata(path, content.metadata)
-    bundled = split_bundle(content.states[""]) if "" in content.states else None
+    bare = content.states.get("", {})
+    bundled = split_bundle(bare) if foreign(bare) != LORA else None  # the keys of LoRA files may begin as a bundle's
     if bundled is None:
         return _recognise(path, content, {}, metadata)
     networks: dict[str, Network] = {}

@@ -1,0 +1,182 @@
+"""Run by a ComfyUI's own Python, `inside_loaders.py COMFYUI YAML SAVED OUTPUT`: loads files from the folders in a
+user's YAML with the nodes, saves models to the folder SAVED, and computes what test_host_loaders.py compares."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from inside import PROMPTS, load_pack, seeded
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
+FILES = {  # which kind of part it is found to be
+    "prior_original.pt": "prior",
+    "prior_diffusers.safetensors": "prior",
+    "prior_comfyui.safetensors": "prior",
+    "prior_bundle.safetensors": "prior",
+    "decoder_original.pt": "decoder",
+    "decoder_diffusers.bin": "decoder",
+}
+TOWERS = ("prior_tower.safetensors", "decoder_tower.bin", "tower_bundle.safetensors")
+BY_WIDTH = {"bigg.safetensors": "prior_text_encoder", "h.safetensors": "decoder_text_encoder"}
+VAES = ("stage_a_original.pt", "stage_a_cascade.safetensors", "stage_a_diffusers.safetensors")
+ENCODER = "encoder_bundle.safetensors"
+LARGE = "large.safetensors"
+# What a loader (of a model, a CLIP or a VAE) is given that it has to refuse, and words of the answer.
+MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("model", "stage_a.pt"): ("holds Stage A,", "vae folder", "Würstchen VAE Loader"),
+    ("model", "tower.safetensors"): ("holds a text tower,", "text_encoders folder", "Würstchen CLIP Loader"),
+    ("model", "encoder.pt"): ("holds an image encoder,", "vae folder", "Würstchen VAE Loader"),
+    ("model", "v1_stage_b.pt"): ("Stage B of Würstchen v1", "take Stage B of v2"),
+    ("model", "cascade.safetensors"): ("a Stable Cascade model", "ComfyUI's own loaders"),
+    ("model", "sd.safetensors"): ("a Stable Diffusion model", "a prior (Stage C) or v2's decoder (Stage B)"),
+    ("model", "lora.safetensors"): ("a LoRA", "loras folder"),
+    ("model", "unknown.safetensors"): ("nothing known of Würstchen", "some.key", "choose another file"),
+    ("model", "whole.safetensors"): ("several parts", "checkpoints folder", "Würstchen Bundle Loader"),
+    ("model", "cut.safetensors"): ("cut short or damaged", "fetch it again"),
+    ("model", "cut.pt"): ("cut short or damaged", "fetch it again"),
+    ("model", "v1.safetensors"): ("Würstchen v1", "choose a v2 file"),
+    ("model", "half.safetensors"): ("weights of the prior", "missing: 1 (out.1.bias)"),
+    ("model", "gone.safetensors"): ("there is no 'gone.safetensors' in the diffusion_models folder",),
+    ("clip", "sd2.safetensors"): ("last layer was left out", "warp-ai/wuerstchen "),
+    ("clip", "clip_l.safetensors"): ("CLIP-L", "quick_gelu", "CLIP-bigG"),
+    ("clip", "t5.safetensors"): ("a T5 text encoder", "takes CLIP-bigG or CLIP-H"),
+    ("clip", "decoder.safetensors"): (
+        "holds a decoder (Stage B),",
+        "diffusion_models folder",
+        "Würstchen Model Loader",
+    ),
+    ("clip", "two_towers.safetensors"): ("several parts", "Würstchen Bundle Loader"),
+    ("vae", "sd_vae.safetensors"): ("a VAE of Stable Diffusion's kind", "ComfyUI's own loaders"),
+    ("vae", "prior.safetensors"): ("holds a prior (Stage C),", "diffusion_models folder", "Würstchen Model Loader"),
+    ("vae", "encoder_v1.pt"): ("image encoder of Würstchen v1", "take v2's"),
+    ("vae", "effnet_cascade.pt"): ("a Stable Cascade model",),
+}
+
+
+def inputs(kind: str, params: Any) -> tuple[Tensor, ...]:
+    """What a network is called with: x, t, text, and for Stage B the prior's latents."""
+    t = torch.tensor([1.0, 0.37])
+    if kind == "prior":
+        return seeded(2, 16, 5, 6), t, seeded(2, 77, params.c_cond)
+    return seeded(2, 4, 16, 24), t, seeded(2, 77, params.clip_embd), seeded(2, 16, 2, 3)
+
+
+LATENTS, PICTURE = (1, 4, 8, 12), (1, 32, 48, 3)
+
+
+def predict(model: Any, kind: str) -> Tensor:
+    network = model.model.diffusion_model
+    x, t, text, *prior_latents = inputs(kind, network.params)
+    return network(x, t, text, *prior_latents)
+
+
+class PeakMemory:
+    """The most bytes beside files that this process held, above what it held at first."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.most = self._held()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.001):
+            self.most = max(self.most, self._held())
+
+    @staticmethod
+    def _held() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def main(folders: Path, saved: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import folder_paths
+    from comfy_extras.nodes_model_merging import save_checkpoint
+    from utils.extra_config import load_extra_path_config
+
+    load_extra_path_config(str(folders))
+    table = copy.deepcopy(folder_paths.folder_names_and_paths)
+    load_pack()
+    from pack.nodes import loaders
+
+    def model(name: str, dtype: str = "default") -> Any:
+        return loaders.WuerstchenModelLoader.execute(name, dtype).args[0]
+
+    def tower(name: str) -> Any:
+        return loaders.WuerstchenCLIPLoader.execute(name).args[0]
+
+    def vae(name: str) -> Any:
+        return loaders.WuerstchenVAELoader.execute(name).args[0]
+
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {"dtypes": {}, "towers": {}, "mistakes": {}}
+    for name, kind in FILES.items():
+        tensors[name] = predict(model(name), kind)
+    for name in ("prior_diffusers.safetensors", "decoder_diffusers.bin"):
+        for dtype in DTYPES[1:]:
+            loaded = model(name, dtype)
+            tensors[f"{name} {dtype}"] = predict(loaded, FILES[name])
+            kept = {str(x.dtype) for x in loaded.model.diffusion_model.parameters()}
+            facts["dtypes"][f"{name} {dtype}"] = [*kept, str(loaded.model.manual_cast_dtype)]
+            # ComfyUI's ModelSave, and back.
+            save_checkpoint(loaded, filename_prefix=f"{dtype}_{FILES[name]}", output_dir=str(saved))
+            tensors[f"{name} {dtype} saved"] = predict(model(f"{dtype}_{FILES[name]}_00001_.safetensors"), FILES[name])
+    for name in TOWERS:
+        clip = tower(name)
+        facts["towers"][name] = clip.cond_stage_model.clip_name
+        for i, prompt in enumerate(PROMPTS):
+            [[states, _]] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+            tensors[f"{name} {i}"] = states
+    build, loaders.clip.load_clip = loaders.clip.load_clip, lambda part, _: part.name  # without a vocabulary
+    facts["towers"] |= {name: tower(name) for name in BY_WIDTH}
+    loaders.clip.load_clip = build
+    for name in VAES:
+        tensors[name] = vae(name).decode(seeded(*LATENTS))
+    tensors[ENCODER] = vae(ENCODER).encode(seeded(*PICTURE).sigmoid())
+
+    for kind, name in MISTAKES:
+        try:
+            {"model": model, "clip": tower, "vae": vae}[kind](name)
+        except ValueError as error:
+            facts["mistakes"][f"{kind} {name}"] = str(error)
+    facts["fingerprint"] = [
+        loaders.WuerstchenModelLoader.fingerprint_inputs(model_name=name, weight_dtype="default")
+        for name in ("prior_original.pt", None)
+    ]
+
+    first = model("prior_original.pt")
+    if "force_deepcopy" in inspect.signature(first.clone).parameters:  # the newer host's copy for torch.compile
+        copied = first.clone(force_deepcopy=True)
+        facts["copied"] = copied.model is not first.model
+        tensors["prior_original.pt copied"] = predict(copied, "prior")
+    with PeakMemory() as memory:
+        large = model(LARGE, "fp32")
+    facts["peak"] = [memory.most - memory.before, large.model_size()]
+    facts["table unchanged"] = table == folder_paths.folder_names_and_paths
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    comfyui, folders, saved, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(Path(folders), Path(saved))
+    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})

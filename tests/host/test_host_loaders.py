@@ -1,0 +1,299 @@
+"""The loaders of single parts: every layout, from any of the user's folders, computes what the core computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comfyui import Install, Outcome, Server
+from conftest import find
+from inside_loaders import (
+    BY_WIDTH,
+    DTYPES,
+    ENCODER,
+    FILES,
+    LARGE,
+    LATENTS,
+    MISTAKES,
+    PICTURE,
+    PROMPTS,
+    TOWERS,
+    VAES,
+    inputs,
+    seeded,
+)
+from layouts import clip_of_open_clip, clip_of_transformers, comfyui, encoder_state, original, vqgan_of_diffusers
+from networks import DECODER, NETWORKS, PRIOR
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wuerstchen_core.checkpoints import Part, build_part, load_text_encoder, read_part, save_bundle
+from wuerstchen_core.models.decoder import Decoder
+from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams, semantic_view
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
+
+KEPT = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+TORCH = dict(zip(DTYPES[1:], KEPT, strict=True))
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+WIDTH = 64  # of both text towers
+WHOLE = "loaders.safetensors"
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def cut(path: Path, write: Callable[[Path], Any]) -> None:
+    write(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_models(folder: Path, networks: dict[str, nn.Module]) -> None:
+    prior, decoder = (networks[stage].state_dict() for stage in ("prior", "decoder"))
+    torch.save({"ema_state_dict": original(prior), "iter": 3}, folder / "prior_original.pt")
+    save_file(prior, folder / "prior_diffusers.safetensors")
+    save_file(comfyui(prior), folder / "prior_comfyui.safetensors")
+    save_bundle(folder / "prior_bundle.safetensors", {"prior": networks["prior"]}, {})
+    torch.save({"state_dict": original(decoder), "effnet_state_dict": encoder_state()}, folder / "decoder_original.pt")
+    torch.save(decoder, folder / "decoder_diffusers.bin")
+    shapes = Prior(PriorParams(c=704, nhead=11, depth=8), device="meta").state_dict()
+    save_file({key: torch.zeros(x.shape) for key, x in shapes.items()}, folder / LARGE)
+
+    torch.save({"state_dict": networks["vqgan"].state_dict()}, folder / "stage_a.pt")
+    save_file(clip_of_transformers(WIDTH, 1, vocab_size=20), folder / "tower.safetensors")
+    torch.save(encoder_state(), folder / "encoder.pt")
+    encoder_v1 = encoder_state(ImageEncoderParams(EFFICIENTNET_V2_L))
+    v1 = {"state_dict": {"byt5_mapper.weight": torch.zeros(1)}, "effnet_state_dict": encoder_v1}
+    torch.save(v1, folder / "v1_stage_b.pt")
+    for name, key in {
+        "cascade": "model.diffusion_model.clip_txt_pooled_mapper.weight",
+        "sd": "model.diffusion_model.input_blocks.0.0.weight",
+        "lora": "prior.blocks.2.attention.to_q.lora_A.weight",
+        "unknown": "some.key",
+    }.items():
+        save_file({key: torch.zeros(1)}, folder / f"{name}.safetensors")
+    save_bundle(folder / "whole.safetensors", {stage: networks[stage] for stage in ("prior", "decoder")}, {})
+    save_bundle(folder / "v1.safetensors", {"prior": networks["prior"]}, {"version": "v1"})
+    save_file({key: x for key, x in prior.items() if key != "out.1.bias"}, folder / "half.safetensors")
+    cut(folder / "cut.safetensors", lambda path: save_file(prior, path))
+    cut(folder / "cut.pt", lambda path: torch.save(original(prior), path))
+
+
+def write_towers(folder: Path, networks: dict[str, nn.Module]) -> None:
+    clip_g = clip_of_transformers(WIDTH, 2) | {"logit_scale": torch.ones(())}
+    save_file(clip_g, folder / "prior_tower.safetensors")
+    torch.save(clip_of_open_clip(WIDTH, 2), folder / "decoder_tower.bin")
+    tower = read_part(folder / "decoder_tower.bin", "decoder_text_encoder")
+    save_bundle(folder / "tower_bundle.safetensors", {"decoder_text_encoder": tower}, {})
+    for name, width in zip(BY_WIDTH, (1280, 1024), strict=True):
+        params = TextEncoderParams(width=width, heads=width // 64, layers=1, vocab_size=20, mlp_ratio=64 / width)
+        save_file(TextEncoder(params, dtype=torch.bfloat16).state_dict(), folder / name)
+
+    for name, width, layer in (("sd2", 1024, 22), ("clip_l", 768, 11)):
+        state = {"token_embedding.weight": (20, width), f"transformer.resblocks.{layer}.ln_1.bias": (width,)}
+        save_file({key: torch.zeros(shape) for key, shape in state.items()}, folder / f"{name}.safetensors")
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(1)}, folder / "t5.safetensors")
+    save_file(networks["decoder"].state_dict(), folder / "decoder.safetensors")
+    small = [TextEncoder(TextEncoderParams(width=WIDTH, heads=1, layers=i, vocab_size=20)) for i in (1, 2)]
+    towers = dict(zip(("prior_text_encoder", "decoder_text_encoder"), small, strict=True))
+    save_bundle(folder / "two_towers.safetensors", towers, {})
+
+
+def write_vaes(folder: Path, networks: dict[str, nn.Module]) -> None:
+    vqgan = networks["vqgan"].state_dict()
+    training = {"discriminator": {"weight": torch.zeros(1)}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}}}
+    torch.save({"state_dict": vqgan, **training}, folder / "stage_a_original.pt")
+    save_file(vqgan, folder / "stage_a_cascade.safetensors")
+    save_file(vqgan_of_diffusers(vqgan), folder / "stage_a_diffusers.safetensors")
+    save_bundle(folder / ENCODER, {"image_encoder": networks["image_encoder"]}, {})
+
+    save_file({"encoder.down.0.block.0.norm1.weight": torch.zeros(1)}, folder / "sd_vae.safetensors")
+    save_file(networks["prior"].state_dict(), folder / "prior.safetensors")
+    torch.save(encoder_state(ImageEncoderParams(EFFICIENTNET_V2_L)), folder / "encoder_v1.pt")
+    plain = {key: x for key, x in encoder_state().items() if key not in ("mapper.1.weight", "mapper.1.bias")}
+    torch.save(plain, folder / "effnet_cascade.pt")
+
+
+@pytest.fixture(scope="session")
+def networks(models: Path) -> dict[str, nn.Module]:
+    """What the files in the models folder hold; beside them, a bundle of all the parts."""
+    builds: dict[str, Callable[[], nn.Module]] = {
+        "prior": lambda: Prior(replace(PRIOR, c_cond=WIDTH)),
+        "decoder": lambda: Decoder(replace(DECODER, clip_embd=WIDTH)),
+        "vqgan": NETWORKS["vqgan"].build,
+        "image_encoder": NETWORKS["image_encoder"].build,
+    }
+    networks = {name: replace(NETWORKS[name], build=build).perturbed() for name, build in builds.items()}
+    nn.init.constant_(networks["vqgan"].out_block[0].bias, 0.5)  # pictures that are grey, not clipped to black
+    torch.manual_seed(0)
+    write_models(models / "diffusion_models", networks)
+    write_towers(models / "text_encoders", networks)
+    write_vaes(models / "vae", networks)
+    towers = {
+        f"{stage}_text_encoder": read_part(models / "text_encoders" / file, f"{stage}_text_encoder")
+        for stage, file in zip(("prior", "decoder"), TOWERS[:2], strict=True)
+    }
+    save_bundle(models / "checkpoints" / WHOLE, {**networks, **towers}, {})
+    return networks
+
+
+@pytest.fixture(scope="module")
+def inside(
+    install: Install, models: Path, networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Inside:
+    """What inside_loaders.py computed in this ComfyUI, which knows the models folder by the user's YAML alone."""
+    folder = tmp_path_factory.mktemp("loaders")
+    saved, output, folders = folder / "saved", folder / "tensors.safetensors", folder / "extra_model_paths.yaml"
+    saved.mkdir()
+    paths = {"unet": f"diffusion_models\n{saved}", "clip": "text_encoders", "vae": "vae"}  # older names, as users have
+    folders.write_text(json.dumps({"mine": {"base_path": str(models), **paths}}), encoding="utf-8")
+    script = str(Path(__file__).with_name("inside_loaders.py"))
+    command = [install.python, script, *map(str, (install.root, folders, saved, output))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+@torch.inference_mode()
+def wanted(networks: dict[str, nn.Module], kind: str, dtype: str = "fp32") -> Tensor:
+    """The core's prediction with weights rounded to a dtype."""
+    state = {key: x.to(TORCH[dtype]).float() for key, x in networks[kind].state_dict().items()}
+    network = build_part(Part(kind, networks[kind].params, state))
+    x, t, text, *prior_latents = inputs(kind, network.params)
+    return network(x, t, *prior_latents, text)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_layout_of_a_model_computes_what_the_core_computes(
+    inside: Inside, networks: dict[str, nn.Module], file: str
+) -> None:
+    torch.testing.assert_close(inside[0][file], wanted(networks, FILES[file]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("file", ["prior_diffusers.safetensors", "decoder_diffusers.bin"])
+def test_weights_are_kept_in_the_dtype_asked_for(
+    inside: Inside, networks: dict[str, nn.Module], file: str, dtype: str
+) -> None:
+    tensors, facts = inside
+    cast = "None" if dtype == "fp32" else "torch.float32"  # a CPU's choice
+    assert facts["dtypes"][f"{file} {dtype}"] == [str(TORCH[dtype]), cast]
+    same = wanted(networks, FILES[file], dtype)
+    torch.testing.assert_close(tensors[f"{file} {dtype}"], same, **TOLERANCE)
+    torch.testing.assert_close(tensors[f"{file} {dtype} saved"], same, **TOLERANCE)
+
+
+def test_towers_give_the_cores_states(inside: Inside, models: Path) -> None:
+    for file in TOWERS:
+        tower = load_text_encoder(models / "text_encoders" / file, which="decoder" if "bundle" in file else "prior")
+        with torch.inference_mode():
+            states = tower(*tokenize(PROMPTS))
+        for i in range(len(PROMPTS)):
+            torch.testing.assert_close(inside[0][f"{file} {i}"][0], states[i], rtol=0, atol=1e-5)
+
+
+def test_towers_go_by_the_names_that_lora_and_embedding_files_use(inside: Inside) -> None:
+    assert inside[1]["towers"] == dict(zip(TOWERS, "ggh", strict=True)) | BY_WIDTH
+
+
+def test_stage_a_and_image_encoder_compute_what_the_core_computes(
+    inside: Inside, networks: dict[str, nn.Module], models: Path
+) -> None:
+    with torch.inference_mode():
+        picture = networks["vqgan"].decode(seeded(*LATENTS)).clamp(0, 1).movedim(1, -1)
+        features = networks["image_encoder"](semantic_view(seeded(*PICTURE).sigmoid().movedim(-1, 1)))
+    for file in VAES:
+        torch.testing.assert_close(inside[0][file], picture, **TOLERANCE)
+    assert picture.std() > 0.05
+    torch.testing.assert_close(inside[0][ENCODER], features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=" ".join)
+def test_a_wrong_file_is_answered_by_one_sentence(inside: Inside, mistake: tuple[str, str]) -> None:
+    answer = inside[1]["mistakes"].get(" ".join(mistake), "no error")
+    assert all(word in answer for word in MISTAKES[mistake]), answer
+    assert "\n" not in answer and len(answer) < 300
+
+
+def test_the_users_folders_are_read_and_left_as_they_are(inside: Inside, models: Path) -> None:
+    status = (models / "diffusion_models" / "prior_original.pt").stat()
+    assert inside[1]["table unchanged"]
+    assert inside[1]["fingerprint"] == [["prior_original.pt", status.st_mtime_ns, status.st_size], None]
+
+
+def test_loading_holds_the_weights_once(inside: Inside) -> None:
+    peak, size = inside[1]["peak"]
+    assert size > 180 * 2**20
+    assert 0.8 * size < peak < 1.1 * size  # less than the weights where memory is used again
+
+
+def test_the_host_can_copy_a_loaded_model(inside: Inside, networks: dict[str, nn.Module]) -> None:
+    tensors, facts = inside
+    if "copied" not in facts:
+        pytest.skip("this ComfyUI makes no such copies")
+    assert facts["copied"]
+    torch.testing.assert_close(tensors["prior_original.pt copied"], wanted(networks, "prior"), **TOLERANCE)
+
+
+def test_a_graph_of_single_loaders_paints_the_bundles_picture(
+    networks: dict[str, nn.Module], graph: dict[str, Any], paint: Callable[[dict[str, Any]], Outcome]
+) -> None:
+    find(graph, "WuerstchenEmptyLatents").update(width=128, height=128)
+    find(graph, "WuerstchenBundleLoader")["bundle"] = WHOLE
+    [bundled] = paint(graph).pictures
+    [bundle] = [key for key, node in graph.items() if node["class_type"] == "WuerstchenBundleLoader"]
+    del graph[bundle]
+    single = [
+        ("WuerstchenModelLoader", {"model_name": "prior_original.pt", "weight_dtype": "default"}),
+        ("WuerstchenModelLoader", {"model_name": "decoder_original.pt", "weight_dtype": "default"}),
+        ("WuerstchenCLIPLoader", {"clip_name": "prior_tower.safetensors"}),
+        ("WuerstchenCLIPLoader", {"clip_name": "decoder_tower.bin"}),
+        ("WuerstchenVAELoader", {"vae_name": "stage_a_original.pt"}),
+    ]
+    graph |= {f"load {i}": {"class_type": kind, "inputs": given} for i, (kind, given) in enumerate(single)}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] == bundle:
+                node["inputs"][name] = [f"load {value[1]}", 0]
+    [picture] = paint(graph).pictures
+    pixels = np.asarray(picture)
+    assert np.array_equal(pixels, np.asarray(bundled)) and pixels.std() > 5
+
+
+def test_a_file_is_offered_as_soon_as_it_is_there_and_missed_when_it_went(
+    server: Server, networks: dict[str, nn.Module], models: Path
+) -> None:
+    """Pressing R on the canvas asks for the nodes' inputs again."""
+    new = models / "diffusion_models" / "sub" / "new.safetensors"
+
+    def offered() -> list[str]:
+        info = server.get("/object_info/WuerstchenModelLoader")["WuerstchenModelLoader"]
+        kind, options = info["input"]["required"]["model_name"]
+        return kind if isinstance(kind, list) else options["options"]
+
+    name = str(Path("sub") / new.name)
+    assert name not in offered()
+    new.parent.mkdir()
+    try:
+        save_file(networks["prior"].state_dict(), new)
+        assert name in offered()
+    finally:
+        new.unlink(missing_ok=True)
+        new.parent.rmdir()
+    assert name not in offered()
+    prompt = {
+        "1": {"class_type": "WuerstchenModelLoader", "inputs": {"model_name": name, "weight_dtype": "default"}},
+        "2": {"class_type": "WuerstchenScheduler", "inputs": {"model": ["1", 0], "schedule": "linear", "steps": 2}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    outcome = server.run(prompt)
+    # The newer host refuses it before the run, the older one leaves it to the node.
+    assert outcome.status in ("invalid", "execution_error") and name in outcome.error
