@@ -17,6 +17,7 @@ from wuerstchen_core.demo.vocabulary import (
     known_words,
     scenes,
     unknown_words,
+    vocabulary_note,
 )
 
 NAMES = {thing.name: index for index, thing in enumerate(THINGS)}
@@ -136,3 +137,10 @@ def test_drawing_refuses_a_tiny_canvas():
 
 def test_every_thing_has_its_drawing():
     assert {thing.icon for thing in THINGS} == set(artwork._artwork()["icons"])
+
+
+def test_a_long_prompt_of_unknown_words_is_noted_in_a_short_line():
+    words = [f"{a}{b}{c}x" for a in "abcdefghij" for b in "abcdefghij" for c in "abcdefghij"]
+    note = vocabulary_note([" ".join(words)], {"vocabulary": {"words": ["apple"]}})
+    assert note is not None and len(note) < 400
+    assert "'aaax'" in note and "and 980 more words" in note

@@ -97,6 +97,13 @@ def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tu
     return (*sizes, *starts)
 
 
+def _bounds(mask: Tensor) -> tuple[int, ...]:
+    """The area that holds all of a mask [B, h, w] that is not 0; the first latent where there is nothing."""
+    held = mask.abs().amax(dim=0) > 0
+    rows, columns = (held.any(dim=dim).nonzero().flatten().tolist() or [0] for dim in (1, 0))
+    return rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1, rows[0], columns[0]
+
+
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
     """Conditionings whose areas, of whatever node, are in latents of this stage."""
     height, width = sides = noise.shape[2:]
@@ -104,9 +111,10 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     for cond in conds:
         if "area" in cond and cond["area"][0] != "percentage":
             cond["area"] = tuple(round(edge * AREA_PIXELS / pixels) for edge in cond["area"])
-    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, bounds of masks
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, sizes of masks
     for cond in conds:
-        cond.pop("set_area_to_bounds", None)  # done
+        if cond.pop("set_area_to_bounds", False) and "mask" in cond:
+            cond["area"] = _bounds(cond["mask"])  # the host's own are 8 latents at least: 341 pixels in Stage C
         if "area" in cond:
             cond["area"] = fit_area(cond["area"], (height, width), multiple)
     return conds

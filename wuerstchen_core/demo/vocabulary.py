@@ -144,6 +144,7 @@ _TEMPLATES = (
     "{subject} on {colour}",
 )
 _TEMPLATE_WEIGHTS = (10, 2, 2, 2, 1, 4, 4, 3, 2, 3)
+_NAMED = 20  # unknown words of a long prompt that are named
 _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
 
 
@@ -246,7 +247,8 @@ def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str 
     if not unknown:
         return None
     things, colours, sizes = (", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes"))
+    more = f" and {len(unknown) - _NAMED} more words" if len(unknown) > _NAMED else ""
     return (
-        f"this small model never learned {', '.join(map(repr, unknown))}; "
+        f"this small model never learned {', '.join(map(repr, unknown[:_NAMED]))}{more}; "
         f"it paints these things: {things}; on a background of: {colours}; in sizes: {sizes}"
     )

@@ -1,0 +1,194 @@
+"""Run by a ComfyUI's own Python, `inside_conditioning.py COMFYUI BUNDLE EMBEDDINGS OUTPUT`: text states, and what one
+call of each stage makes of conditionings from ComfyUI's own nodes; test_host_conditioning.py compares both with the
+core."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+import torch
+from inside import load_pack, seeded
+from safetensors.torch import save_file
+from torch import Tensor
+
+STAGES = ("prior", "decoder")
+A, B = "a red apple", "a small cat on a yellow background"
+LONG = "a red apple on a blue background, and behind it the sun, " * 8
+# Text by name; a name is also the file of an embedding.
+TEXTS = {
+    "weighted": "a (red:1.3) apple, ((small))",
+    "weight of 1": "a (red:1.0) apple",
+    "long": LONG,
+    "weighted long": f"{LONG} (red:0.6) apple",
+    "75 tokens": "a " * 75,
+    "76 tokens": "a " * 76,
+    "sdxl": "a embedding:sdxl apple",
+    "own": "a embedding:own apple",
+    "a1111": "a embedding:a1111 apple",
+    "narrow": "a embedding:narrow apple",
+    "missing": "a embedding:missing apple",
+}
+X = {"prior": (2, 16, 6, 9), "decoder": (2, 4, 48, 64)}  # Stage B: 192 x 256 pixels
+PRIORS = (2, 16, 5, 6)
+T = 0.5
+HALF = (0.0, 0.0, 0.5, 1.0)  # of the picture: x, y, width, height
+ODD = (0.25, 0.3, 0.3, 0.35)  # Stage B cannot halve what this cuts out
+PIXELS = (128, 64, 128, 128)  # x, y, width, height
+
+
+class Once:
+    """A sampler that calls the model once, at time T, and keeps x and what was denoised."""
+
+    def __init__(self) -> None:
+        self.x = self.denoised = torch.empty(0)
+
+    def __call__(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, **_: Any) -> Tensor:
+        self.x, self.denoised = x, model(x, sigmas[0].expand(len(x)), **extra_args)
+        return self.denoised
+
+
+def conditionings(nodes: Any, a: Any, b: Any, long: Any) -> dict[str, tuple[Any, Any, float]]:
+    """Positive, negative and guidance by name, made by ComfyUI's own nodes."""
+    combine = nodes.ConditioningCombine().combine
+
+    def when(cond: Any, start: float, end: float) -> Any:
+        return nodes.ConditioningSetTimestepRange().set_range(cond, start, end)[0]
+
+    def masked(cond: Any, left: bool, strength: float = 1.0, bounds: bool = False) -> Any:
+        mask = torch.zeros(1, 192, 256)
+        mask[..., :128] = float(left)
+        mask[..., 128:] = float(not left)
+        area = "mask bounds" if bounds else "default"
+        return nodes.ConditioningSetMask().append(cond, mask, area, strength)[0]
+
+    def area(cond: Any, x: float, y: float, width: float, height: float) -> Any:
+        return nodes.ConditioningSetAreaPercentage().append(cond, width, height, x, y, 1.0)[0]
+
+    x, y, width, height = PIXELS
+    return {
+        "plain": (a, b, 1.0),
+        "guided": (a, b, 3.0),
+        "long": (long, b, 3.0),
+        "combined": (combine(a, b)[0], b, 1.0),
+        "concatenated": (nodes.ConditioningConcat().concat(a, b)[0], b, 1.0),
+        "averaged": (nodes.ConditioningAverage().addWeighted(a, b, 0.25)[0], b, 1.0),
+        "strengths": (combine(nodes.ConditioningSetAreaStrength().append(a, 3.0)[0], b)[0], b, 1.0),
+        "until later": (combine(when(a, 0.0, 0.51), when(b, 0.51, 1.0))[0], b, 1.0),
+        "since earlier": (combine(when(a, 0.0, 0.49), when(b, 0.49, 1.0))[0], b, 1.0),
+        "halves": (combine(masked(a, True), masked(b, False))[0], b, 1.0),
+        "mask over all": (combine(masked(a, True, 0.5), b)[0], b, 1.0),
+        "bounds": (masked(a, False, 1.0, True), b, 1.0),
+        "area": (area(a, *HALF), b, 1.0),
+        "odd area": (area(a, *ODD), b, 1.0),
+        "guided area": (area(a, *HALF), b, 3.0),
+        "pixels": (nodes.ConditioningSetArea().append(a, width, height, x, y, 1.0)[0], b, 1.0),
+        "beyond the edge": (area(a, 1.0, 0.99, 1.0, 1.0), b, 1.0),
+    }
+
+
+def texts(towers: dict[str, Any], nodes: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """States of every text, stage by stage, and what ComfyUI warned of meanwhile."""
+    tensors, facts = {}, {}
+    logged: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    for stage, tower in towers.items():
+        encode = nodes.CLIPTextEncode().encode
+        for name, text in TEXTS.items():
+            logged.clear()
+            tensors[f"{name}/{stage}"] = encode(tower, text)[0][0][0]
+            facts[f"{name}/{stage}"] = " ".join(logged)
+        for layer in (-1, -2):
+            [clone] = nodes.CLIPSetLastLayer().set_last_layer(tower, layer)
+            tensors[f"layer {layer}/{stage}"] = encode(clone, A)[0][0][0]
+        tensors[f"plain/{stage}"] = encode(tower, A)[0][0][0]  # after the others: nothing is left of them
+    logging.getLogger().removeHandler(handler)
+    return tensors, facts
+
+
+def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import comfy.sample
+    import comfy.samplers
+    import folder_paths
+
+    import nodes
+
+    load_pack()
+    from pack.nodes.host import clip, models
+    from pack.nodes.sampling import WuerstchenDecoderConditioning
+    from pack.nodes.text import WuerstchenTextEncode
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    folder_paths.add_model_folder_path("embeddings", embeddings)
+    towers = {stage: clip.load_clip(read_part(bundle, f"{stage}_text_encoder")) for stage in STAGES}
+    tensors, facts = texts(towers, nodes)
+    for states, stage in zip(
+        WuerstchenTextEncode.execute(*towers.values(), TEXTS["weighted"]).args, STAGES, strict=True
+    ):
+        tensors[f"both/{stage}"] = states[0][0]
+
+    priors = seeded(*PRIORS)
+    stage_c = {"samples": priors}
+    give = lambda cond, latent=stage_c: WuerstchenDecoderConditioning.execute(cond, latent).args[0]  # noqa: E731
+    patchers = {stage: models.load_model(read_part(bundle, stage)) for stage in STAGES}
+
+    def once(stage: str, positive: Any, negative: Any, cfg: float, count: int = 2) -> Once:
+        patcher, sampler = patchers[stage], Once()
+        sigma = patcher.get_model_object("model_sampling").sigma(torch.tensor(T))
+        noise = seeded(*X[stage])[torch.arange(count) % 2]
+        comfy.sample.sample_custom(
+            patcher, noise, cfg, comfy.samplers.KSAMPLER(sampler), torch.stack([sigma, sigma * 0]), positive, negative,
+            torch.zeros_like(noise), disable_pbar=True, seed=0,
+        )  # fmt: skip
+        return sampler
+
+    for stage, tower in towers.items():
+        a, b, long = (nodes.CLIPTextEncode().encode(tower, text)[0] for text in (A, B, LONG))
+        if stage == "decoder":
+            a, long = give(a), give(long)
+            b_plain, b = b, give(b)
+        cases = conditionings(nodes, a, b, long)
+        if stage == "decoder":  # a negative without Stage C's latents, and a mask from before they were given
+            cases["guided without"] = (a, b_plain, 3.0)
+            cases["guided area without"] = (*cases["guided area"][:1], b_plain, 3.0)
+            early = conditionings(nodes, nodes.CLIPTextEncode().encode(tower, A)[0], b_plain, long)
+            cases["halves, latents last"] = (give(early["halves"][0]), b, 1.0)
+        tensors |= {f"states/{name}/{stage}": states[0][0] for name, states in (("a", a), ("b", b), ("long", long))}
+        for name, case in cases.items():
+            ran = once(stage, *case)
+            tensors[f"x/{name}/{stage}"], tensors[f"denoised/{name}/{stage}"] = ran.x, ran.denoised
+        if stage == "decoder":
+            tensors["repeated"] = once(stage, a, b, 1.0, 4).denoised
+        mistakes = {
+            "texts": ([[a[0][0].repeat(3, 1, 1), a[0][1]]], b, 1.0),
+            "no text": ([[None, a[0][1]]], b, 1.0),
+        }
+        if stage == "decoder":
+            mistakes |= {
+                "pictures": (give(a, {"samples": seeded(3, 16, 5, 6)}), b, 1.0),
+                "half a positive": (nodes.ConditioningCombine().combine(a, b_plain)[0], b, 1.0),
+            }
+        else:
+            mistakes["for stage b"] = (give(a), b, 1.0)
+        for name, case in mistakes.items():
+            try:
+                once(stage, *case)
+            except ValueError as error:
+                facts[f"mistake: {name}/{stage}"] = str(error)
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    comfyui, bundle, embeddings, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(bundle, embeddings)
+    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
