@@ -59,7 +59,7 @@ class PriorModel(StageModel):
 
     @property
     def numbers_held(self) -> float:
-        return 16 * self.diffusion_model.params.c
+        return 14 * self.diffusion_model.params.c
 
 
 class DecoderModel(StageModel):
@@ -82,7 +82,7 @@ class DecoderModel(StageModel):
 
     @property
     def numbers_held(self) -> float:
-        return 9.6 * self.diffusion_model.params.c_hidden[0]
+        return 4.5 * self.diffusion_model.params.c_hidden[0]
 
 
 class StageConfig(comfy.supported_models_base.BASE):
@@ -138,6 +138,8 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    if not dynamic:  # layers that the newer host builds without weights would take the file's dtype for theirs
+        state_dict = {key: x.to(dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
     fit_areas_of(patcher)

@@ -60,10 +60,12 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gamma, beta = self.affine(x)
-        wide = x.float() if x.dtype == torch.float16 else x  # squares leave fp16's range
-        # The plain sum of squares is several times faster than a vector norm on a CPU; the tiny term keeps the
-        # gradient finite where a channel is zero everywhere.
-        energy = (wide.square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
+        if x.dtype == torch.float16:  # squares leave fp16's range: they are summed in fp32, and never held
+            energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        else:
+            # The plain sum of squares is several times faster than a vector norm on a CPU; the tiny term keeps the
+            # gradient finite where a channel is zero everywhere.
+            energy = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
         response = (energy / (energy.mean(dim=-1, keepdim=True) + EPS)).to(x.dtype)
         return torch.addcmul(beta, x, gamma * response + 1)
 

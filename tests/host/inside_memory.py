@@ -1,0 +1,303 @@
+"""Run by a ComfyUI's own Python, `inside_memory.py COMFYUI BUNDLE OUTPUT`: networks stored, loaded and evicted in every
+way that ComfyUI knows, each beside what it has to be equal to (`got/...` and `want/...`)."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from inside import load_pack, seeded
+from measure_memory import NETWORKS, counted
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Results = tuple[dict[str, Tensor], dict[str, Any]]
+
+STORED = {
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+TIMES = (1.0, 0.37, 1e-4)
+PARTIAL = 0.6  # of the weights, the largest of them counted twice, may go to the device in a partial load
+COUNTED = (("bf16", 512, 2), ("fp16", 1024, 1))  # dtype, pixels, batch: what the released sizes' memory is counted for
+# ComfyUI frees no memory of a device that is called "cpu".
+CPU, GPU = torch.device("cpu"), torch.device("cpu:0")
+GB = 1024**3
+
+
+def inputs(part: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a stage's network is called with in the host."""
+    t, rows = torch.tensor(TIMES), len(TIMES)
+    if part.name == "prior":
+        return (seeded(rows, 16, 5, 6), t, seeded(rows, 77, part.params.c_cond)), {}
+    extra = {"stable_cascade_prior": seeded(rows, 16, 2, 3)}
+    return (seeded(rows, 4, 16, 24), t, seeded(rows, 77, part.params.clip_embd)), extra
+
+
+def core(part: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """What the core computes in fp32, with weights rounded to a dtype."""
+    from pack.wuerstchen_core.checkpoints import Part, build_part
+
+    rounded = {key: x if dtype is None else x.to(dtype).float() for key, x in part.state_dict.items()}
+    (x, t, text), extra = inputs(part)
+    return build_part(Part(part.name, part.params, rounded))(x, t, *extra.values(), text)
+
+
+def host(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the host's network computes; time stays in fp32, as the host leaves it."""
+    (x, t, text), extra = inputs(part)
+    extra = {key: value.to(dtype) for key, value in extra.items()}
+    return patcher.model.diffusion_model(x.to(dtype), t, text.to(dtype), **extra).float()
+
+
+def storage(part: Any) -> Results:
+    """Weights kept in few bits, computed in fp32; and all of it in fp16."""
+    import comfy.model_management as management
+    from comfy.cli_args import args
+    from pack.nodes.host import models
+
+    tensors, facts = {}, {}
+    for name, dtype in STORED.items():
+        with patch.object(args, f"{name}_unet", True):
+            patcher = models.load_model(part)
+        parameters = patcher.model.diffusion_model.parameters()
+        facts[f"{part.name} {name}"] = sorted({str(p.dtype) for p in parameters})
+        tensors[f"got/{part.name} {name}"] = host(patcher, part)
+        tensors[f"want/{part.name} {name}"] = core(part, dtype)
+    with patch.object(args, "fp16_unet", True), patch.object(management, "unet_manual_cast", lambda *_: None):
+        patcher = models.load_model(part)
+    facts[f"{part.name} computes in"] = str(patcher.model.get_dtype_inference())
+    _, *rest = inputs(part)[0][0].shape
+    whole = models.load_model(part).model
+    facts[f"{part.name} estimates"] = {
+        "one": whole.memory_required((1, *rest)),
+        "batch of 2": whole.memory_required((2, *rest)),
+        "twice the area": whole.memory_required((1, rest[0], 2 * rest[1], rest[2])),
+        "fp16": patcher.model.memory_required((1, *rest)),
+    }
+    tensors[f"half/{part.name}"] = host(patcher, part, torch.float16)
+    return tensors, facts
+
+
+def lora(part: Any) -> dict[str, Tensor]:
+    """A LoRA in ComfyUI's own form for every attention and every MLP of a network."""
+    pairs = {}
+    for key, weight in part.state_dict.items():
+        if weight.ndim == 2 and (".attention." in key or ".channelwise." in key):
+            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            pairs[f"{name}.lora_up.weight"] = seeded(weight.shape[0], 2) * 0.2
+            pairs[f"{name}.lora_down.weight"] = seeded(2, weight.shape[1]) * 0.2
+    return pairs
+
+
+def partial_loads(part: Any) -> Results:
+    """A part of the weights on the device, the rest brought over for each call: alone, and with a LoRA on the fly."""
+    import comfy.sd
+    from pack.nodes.host import models
+
+    tensors, facts = {}, {}
+    for name, strength in (("plain", 0.0), ("lora", 0.8)):
+        for key, share in (("want", 0), ("got", PARTIAL)):  # 0: all of it
+            patcher = models.load_model(part)
+            if strength:
+                patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(part), strength, 0.0)
+            patcher.patch_model(CPU, lowvram_model_memory=int(share * patcher.model_size()))
+            tensors[f"{key}/{part.name} partial {name}"] = host(patcher, part)
+            facts[f"{part.name} {key} {name}"] = [patcher.loaded_size(), patcher.model_size()]
+    return tensors, facts
+
+
+def dynamic(part: Any) -> Results:
+    """The flag of dynamic VRAM set: layers are built without weights, here for a file in bf16 and a device that
+    computes in fp32. False where the host has no such flag."""
+    from pack.nodes.host import models
+
+    try:
+        management = importlib.import_module("comfy.memory_management")
+    except ModuleNotFoundError:
+        return {}, {"dynamic": False}
+    from comfy.model_patcher import ModelPatcherDynamic
+    from pack.wuerstchen_core.checkpoints import Part, build_part
+
+    part = Part(part.name, part.params, {key: x.bfloat16() for key, x in part.state_dict.items()})
+    with patch.object(management, "aimdo_enabled", True):
+        config = models._CONFIGS[part.name]({"params": part.params})
+        config.set_inference_dtype(torch.float32, None)
+        bare = config.get_model({}).diffusion_model.state_dict()
+        with patch("comfy.model_patcher.CoreModelPatcher", ModelPatcherDynamic):
+            patcher = models.load_model(part)
+        out = host(patcher, part)
+    facts = {
+        "dynamic": True,
+        f"{part.name} weights before loading": [len(bare), len(build_part(part).state_dict())],
+    }
+    return {f"got/{part.name} dynamic": out, f"want/{part.name} dynamic": core(part, torch.bfloat16)}, facts
+
+
+class Meter:
+    """A device of 3 GB on which every loaded network of this device takes 2 GB, whatever it is."""
+
+    def __init__(self, management: Any):
+        self.management, self.seen = management, []
+
+    def free(self, device: Any = None, torch_free_too: bool = False) -> Any:
+        free = 3 * GB - 2 * GB * sum(entry.device == GPU for entry in self.management.current_loaded_models)
+        return (free, free) if torch_free_too else free
+
+    def loaded(self) -> list[str]:
+        entries = self.management.current_loaded_models
+        return [type(entry.model.model).__name__ for entry in entries if entry.device == GPU]
+
+
+@contextmanager
+def small_device() -> Iterator[Meter]:
+    import comfy.model_management as management
+
+    meter = Meter(management)
+    with (
+        patch.object(management, "get_torch_device", lambda: GPU),
+        patch.object(management, "text_encoder_device", lambda: GPU),
+        patch.object(management, "get_free_memory", meter.free),
+    ):
+        yield meter
+
+
+def stable_diffusion() -> Any:
+    """A U-Net of Stable Diffusion's kind, small, that asks for 4 GB."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    sizes = {"model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "num_heads": 2, "context_dim": 32}
+    depth = {"transformer_depth": [1, 1], "transformer_depth_middle": 1, "transformer_depth_output": [1] * 4}
+    config = comfy.supported_models.SD15(
+        {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, **sizes, **depth}
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(config, device=CPU)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model.memory_required = lambda *_, **__: 4 * GB
+    return comfy.model_patcher.ModelPatcher(model, load_device=GPU, offload_device=CPU)
+
+
+def denoise(patcher: Any) -> Tensor:
+    """Two steps of Stable Diffusion in the host's own sampling."""
+    import comfy.sample
+
+    cond = [[seeded(1, 77, 32), {}]]
+    noise = seeded(1, 4, 8, 8)
+    return comfy.sample.sample(patcher, noise, 2, 2.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=1)
+
+
+def paint(objects: Any, meter: Meter) -> Tensor:
+    """A whole workflow with the objects of a bundle; the meter sees what is loaded after each node."""
+    from pack.nodes import latents, pictures, sampling, text
+
+    prior, decoder, prior_clip, decoder_clip, vae, image_encoder = objects
+
+    def run(node: Any, **inputs: Any) -> Any:
+        out = node.execute(**inputs).args
+        meter.seen.append(meter.loaded())
+        return out
+
+    stage_c, stage_b = run(latents.WuerstchenEmptyLatents, width=128, height=64, batch_size=1)
+    clips = {"prior_clip": prior_clip, "decoder_clip": decoder_clip}
+    for_prior, for_decoder = run(text.WuerstchenTextEncode, **clips, text="a red apple")
+    how = {"schedule": "linear", "steps": 2, "cfg": 3.0, "seed": 1}
+    [c] = run(
+        sampling.WuerstchenPriorSample, model=prior, positive=for_prior, negative=for_prior, stage_c=stage_c, **how
+    )
+    [cond] = run(sampling.WuerstchenDecoderConditioning, conditioning=for_decoder, stage_c=c)
+    [b] = run(sampling.WuerstchenDecoderSample, model=decoder, positive=cond, stage_b=stage_b, steps=2, cfg=1.0, seed=1)
+    [picture] = run(pictures.WuerstchenVAEDecode, vae=vae, stage_b=b)
+    return torch.cat([picture.flatten(), image_encoder.encode(picture).flatten()])
+
+
+def networks_of(objects: Any) -> list[nn.Module]:
+    """The networks behind MODELs, CLIPs and VAEs."""
+    return [getattr(thing, "patcher", thing).model for thing in objects]
+
+
+def eviction(bundle: str, folder: Path) -> Results:
+    """Two Würstchen models and another family's take turns on a device that holds one network."""
+    import comfy.model_management as management
+    from pack.nodes.host import folders
+    from pack.nodes.loaders import WuerstchenBundleLoader
+
+    twin = shutil.copy(bundle, folder / "twin.safetensors")
+    tensors: dict[str, Tensor] = {}
+    with small_device() as meter:
+
+        def load(path: str) -> Any:
+            with patch.object(folders, "bundle_path", lambda _: Path(path)):
+                return WuerstchenBundleLoader.execute(path).args
+
+        first, second, other = load(bundle), load(twin), stable_diffusion()
+        tensors["want/first"], tensors["want/other"] = paint(first, meter), denoise(other)
+        tensors["got/second"], tensors["want/second"] = paint(second, meter), tensors["want/first"]
+        tensors["got/other"], tensors["got/first"] = denoise(other), paint(first, meter)
+        after_sd = meter.loaded()
+        denoise(other)
+        after_sd = [after_sd, meter.loaded()]
+        management.free_memory(1e30, GPU)
+        freed = meter.loaded()
+        tensors["got/freed"], tensors["want/freed"] = paint(second, meter), tensors["want/first"]
+        management.unload_all_models()
+        left = len(management.current_loaded_models)
+        alive = [weakref.ref(network) for network in (*networks_of(first), *networks_of(second), other.model)]
+        del first, second, other
+        gc.collect()
+    return tensors, {
+        "most at once": max(len(seen) for seen in meter.seen),
+        "loaded in turn": [name for seen in meter.seen for name in seen],
+        "around the other family": after_sd,
+        "after free_memory": freed,
+        "after unload_all_models": left,
+        "alive": sum(ref() is not None for ref in alive),
+        "networks": len(alive),
+    }
+
+
+def main(bundle: str, folder: Path) -> Results:
+    load_pack()
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    parts = [read_part(bundle, name) for name in ("prior", "decoder")]
+    what: list[Callable[[Any], Results]] = [storage, partial_loads, dynamic]
+    for part in parts:
+        tensors[f"plain/{part.name}"] = core(part)
+        for compute in what:
+            more, said = compute(part)
+            tensors |= more
+            facts |= said
+    more, said = eviction(bundle, folder)
+    facts["counted"] = [(case, counted(case)) for name in NETWORKS for case in ((name, *rest) for rest in COUNTED)]
+    return tensors | more, facts | said
+
+
+if __name__ == "__main__":
+    comfyui, bundle, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(bundle, Path(output).parent)
+    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
+    save_file(copies, output, metadata={"facts": json.dumps(facts)})

@@ -1,0 +1,185 @@
+"""Run by a ComfyUI's own Python, `inside_vae.py COMFYUI BUNDLE OUTPUT`: the host's VAE nodes with our VAE objects,
+beside what each has to be equal or close to (`got/...` and `want/...`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from inside import load_pack, seeded
+from safetensors.torch import save_file
+from torch import Tensor
+
+Results = tuple[dict[str, Tensor], dict[str, Any]]
+
+TILES = ((64, 32), (128, 32), (96, 64), (512, 64))  # size and overlap in pixels
+ODD = (70, 101)  # height and width that no stage likes
+
+
+def picture(height: int, width: int, count: int = 1, channels: int = 3) -> Tensor:
+    return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(7))
+
+
+def stage_a(bundle: str) -> Results:
+    """Stage A in the host's nodes: whole, tiled, cropped, without opacity, in halves."""
+    from comfy.cli_args import args
+    from pack.nodes.host.vae import load_stage_a
+    from pack.wuerstchen_core.checkpoints import load_vqgan, read_part
+
+    import nodes
+
+    core, vae = load_vqgan(bundle), load_stage_a(read_part(bundle, "vqgan"))
+    latents = seeded(2, 4, 48, 56)
+
+    def decode(x: Tensor) -> Tensor:
+        return core.decode(x).clamp(0, 1).movedim(1, -1)
+
+    def encode(x: Tensor) -> Tensor:
+        return core.encode(x.movedim(-1, 1))
+
+    got, want, facts = {}, {}, {"dtype": str(vae.vae_dtype)}
+    [got["decode"]], want["decode"] = nodes.VAEDecode().decode(vae, {"samples": latents}), decode(latents)
+    for size, overlap in TILES:
+        [tiled] = nodes.VAEDecodeTiled().decode(vae, {"samples": latents[:1]}, size, overlap)
+        got[f"decode tiled {size} {overlap}"], want[f"decode tiled {size} {overlap}"] = tiled, decode(latents[:1])
+    pixels = picture(192, 224, 2)
+    [latent] = nodes.VAEEncode().encode(vae, pixels)
+    got["encode"], want["encode"] = latent["samples"], encode(pixels)
+    [latent] = nodes.VAEEncodeTiled().encode(vae, pixels, 128, 32)
+    got["encode tiled"], want["encode tiled"] = latent["samples"], encode(pixels)
+    odd = picture(*ODD)
+    [latent] = nodes.VAEEncode().encode(vae, odd)
+    got["encode odd"], want["encode odd"] = latent["samples"], encode(odd[:, 1:69, :100])
+    transparent = picture(64, 64, channels=4)
+    [latent] = nodes.VAEEncode().encode(vae, transparent)
+    got["encode rgba"], want["encode rgba"] = latent["samples"], encode(transparent[..., :3])
+    for name in ("bf16", "fp16"):
+        with patch.object(args, f"{name}_vae", True):
+            half = load_stage_a(read_part(bundle, "vqgan"))
+        facts[name] = str(half.vae_dtype)
+        [got[f"decode {name}"]], want[f"decode {name}"] = (
+            nodes.VAEDecode().decode(half, {"samples": latents}),
+            decode(latents),
+        )
+    return named(got, want), facts
+
+
+def image_encoder(bundle: str) -> Results:
+    """The image encoder in the host's nodes: any size, whole even where tiles are asked for."""
+    from pack.nodes.host.vae import load_image_encoder as load_vae
+    from pack.wuerstchen_core.checkpoints import load_image_encoder, read_part
+    from pack.wuerstchen_core.models.image_encoder import semantic_view
+
+    import nodes
+
+    core, vae = load_image_encoder(bundle), load_vae(read_part(bundle, "image_encoder"))
+    got, want = {}, {}
+    for name, pixels in (("odd", picture(*ODD, 2)), ("rgba", picture(128, 64, channels=4))):
+        [latent] = nodes.VAEEncode().encode(vae, pixels)
+        got[f"semantic {name}"] = latent["samples"]
+        want[f"semantic {name}"] = core(semantic_view(pixels[..., :3].movedim(-1, 1)))
+    [latent] = nodes.VAEEncodeTiled().encode(vae, picture(*ODD, 2), 64, 32)
+    got["semantic tiled"], want["semantic tiled"] = latent["samples"], want["semantic odd"]
+    grey, mask = torch.full((1, *ODD, 3), 0.5), torch.ones(1, *ODD)
+    [latent] = nodes.VAEEncodeForInpaint().encode(vae, picture(*ODD), mask)
+    got["semantic inpaint"], want["semantic inpaint"] = latent["samples"], core(semantic_view(grey.movedim(-1, 1)))
+    return named(got, want), {"semantic mask": list(latent["noise_mask"].shape)}
+
+
+def inpainting(bundle: str) -> Results:
+    """A masked picture through both of the ways to sample: `kept` is what lies outside the mask."""
+    from pack.nodes import sampling
+    from pack.nodes.host import models, vae
+    from pack.nodes.host.models import PRIOR_KEY
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    import nodes
+
+    prior, decoder = (models.load_model(read_part(bundle, name)) for name in ("prior", "decoder"))
+    pixels = picture(128, 192)
+    mask = torch.zeros(1, 128, 192)
+    mask[:, :, 128:] = 1
+    tensors = {}
+
+    def keep(name: str, before: dict[str, Any], after: dict[str, Any], edge: int) -> None:
+        tensors[f"want/{name} kept"], tensors[f"got/{name} kept"] = (
+            latent["samples"][..., :edge] for latent in (before, after)
+        )
+        tensors[f"changed/{name}"] = (after["samples"] - before["samples"])[..., edge:]
+
+    common = {"positive": None, "negative": None, "seed": 3, "steps": 4, "cfg": 2.0}
+    stage_b = vae.load_stage_a(read_part(bundle, "vqgan"))
+    [latent] = nodes.VAEEncodeForInpaint().encode(stage_b, pixels, mask, 0)
+    text = [[seeded(1, 77, decoder.model.diffusion_model.params.clip_embd), {PRIOR_KEY: seeded(1, 16, 3, 5)}]]
+    common["positive"] = common["negative"] = text
+    [out] = sampling.WuerstchenDecoderSample.execute(model=decoder, stage_b=latent, **common).args
+    keep("decoder node", latent, out, 32)
+    [out] = nodes.KSampler().sample(
+        decoder, sampler_name="euler", scheduler="simple", latent_image=latent, denoise=0.8, **common
+    )
+    keep("decoder ksampler", latent, out, 32)
+
+    encoder = vae.load_image_encoder(read_part(bundle, "image_encoder"))
+    [latent] = nodes.VAEEncode().encode(encoder, pixels)
+    [latent] = nodes.SetLatentNoiseMask().set_mask(latent, mask)
+    common["positive"] = common["negative"] = [[seeded(1, 77, prior.model.diffusion_model.params.c_cond), {}]]
+    [out] = sampling.WuerstchenPriorSample.execute(model=prior, stage_c=latent, schedule="linear", **common).args
+    keep("prior node", latent, out, 3)
+    [out] = nodes.KSampler().sample(
+        prior, sampler_name="ddpm", scheduler="simple", latent_image=latent, denoise=0.8, **common
+    )
+    keep("prior ksampler", latent, out, 3)
+    return tensors, {}
+
+
+def strips(bundle: str) -> Results:
+    """The rows of latents that Stage A is given at once, for pictures of several heights."""
+    from pack.nodes.host.vae import load_stage_a
+    from pack.nodes.pictures import decode_in_strips
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    vae = load_stage_a(read_part(bundle, "vqgan"))
+    whole, rows = vae.decode, []
+
+    def decode(latents: Tensor) -> Tensor:
+        rows.append(latents.shape[2])
+        return whole(latents)
+
+    vae.decode = decode
+    most = {}
+    for height in (128, 320, 512):
+        rows.clear()
+        decode_in_strips(vae, seeded(1, 4, height, 8))
+        most[str(height)] = max(rows)
+    return {}, {"most rows at once": most}
+
+
+def named(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"got/{key}": x for key, x in got.items()} | {f"want/{key}": x for key, x in want.items()}
+
+
+def main(bundle: str) -> Results:
+    load_pack()
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for compute in (stage_a, image_encoder, inpainting, strips):
+        more, said = compute(bundle)
+        tensors |= more
+        facts |= said
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    comfyui, bundle, output = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    with torch.inference_mode():
+        tensors, facts = main(bundle)
+    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
+    save_file(copies, output, metadata={"facts": json.dumps(facts)})

@@ -1,0 +1,116 @@
+"""Networks stored in few bits, loaded in part or on demand, and evicted by each other give what they give plainly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import Install
+from conftest import TINY
+from inside_memory import STORED, TIMES
+from safetensors import safe_open
+from torch import Tensor
+
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+STAGES = ("prior", "decoder")
+
+
+@cache
+def run_inside(install: Install, script: str, bundle: Path, folder: Path) -> Inside:
+    """What a script computed in a ComfyUI's own Python."""
+    output = folder / f"{script}-{install.version}.safetensors"
+    path = str(Path(__file__).with_name(script))
+    command = [install.python, path, str(install.root), str(bundle), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+@pytest.fixture(scope="module")
+def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
+    return run_inside(install, "inside_memory.py", checkpoints / TINY, tmp_path_factory.mktemp("memory"))
+
+
+def assert_same(tensors: dict[str, Tensor], name: str) -> None:
+    torch.testing.assert_close(tensors[f"got/{name}"], tensors[f"want/{name}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_rounded_once_and_computed_in_full(inside: Inside, stage: str, dtype: str) -> None:
+    """Equal to the core with weights that were rounded before, those of norms included: nothing else loses digits."""
+    tensors, facts = inside
+    assert facts[f"{stage} {dtype}"] == [str(STORED[dtype])]
+    assert_same(tensors, f"{stage} {dtype}")
+    assert (tensors[f"got/{stage} {dtype}"] - tensors[f"plain/{stage}"]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_throughout_stays_near_at_every_time(inside: Inside, stage: str) -> None:
+    """Time and the head's division keep fp32: the first of them turns by 10,000 radians."""
+    tensors, facts = inside
+    assert facts[f"{stage} computes in"] == "torch.float16"
+    plain = tensors[f"plain/{stage}"]
+    for i in range(len(TIMES)):
+        error = (tensors[f"half/{stage}"][i] - plain[i]).std() / plain[i].std()
+        assert 0 < error < 1e-3  # 2^-11 is 5e-4; observed 4e-4
+
+
+@pytest.mark.parametrize("way", ["plain", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_partial_load_gives_what_a_full_load_gives(inside: Inside, stage: str, way: str) -> None:
+    tensors, facts = inside
+    loaded, size = facts[f"{stage} got {way}"]
+    assert 0 < loaded < size and facts[f"{stage} want {way}"] == [size, size]
+    assert_same(tensors, f"{stage} partial {way}")
+    if way == "lora":
+        assert (tensors[f"got/{stage} partial lora"] - tensors[f"plain/{stage}"]).std() > 0.1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_layers_that_are_built_without_weights_are_filled(inside: Inside, stage: str) -> None:
+    tensors, facts = inside
+    if not facts["dynamic"]:
+        pytest.skip("this ComfyUI has no dynamic VRAM: its layers are always built with weights")
+    built, all_of_them = facts[f"{stage} weights before loading"]
+    assert built < all_of_them
+    assert_same(tensors, f"{stage} dynamic")
+
+
+def test_models_evict_each_other_and_come_back_unchanged(inside: Inside) -> None:
+    """A device with room for one network: two Würstchen models and another family in turn, bit for bit."""
+    tensors, facts = inside
+    assert facts["most at once"] == 1
+    assert {"PriorModel", "DecoderModel", "VQGAN"} <= set(facts["loaded in turn"])
+    assert facts["around the other family"] == [["SemanticCompressor"], ["BaseModel"]]
+    for name in ("first", "second", "other", "freed"):
+        assert torch.equal(tensors[f"got/{name}"], tensors[f"want/{name}"]), name
+
+
+def test_nothing_stays_in_memory(inside: Inside) -> None:
+    _, facts = inside
+    assert facts["after free_memory"] == [] and facts["after unload_all_models"] == 0
+    assert facts["networks"] == 13 and facts["alive"] == 0
+
+
+def test_estimates_are_what_the_released_sizes_hold_and_a_little_more(inside: Inside) -> None:
+    """Bytes alive at once in one call on the "meta" device; docs/memory.md has all of them."""
+    rows = inside[1]["counted"]
+    assert len(rows) == 10
+    for case, (counted, estimate) in rows:
+        assert 1 < estimate / counted < 1.5, case
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_estimate_grows_with_all_that_the_call_grows_with(inside: Inside, stage: str) -> None:
+    estimates = inside[1][f"{stage} estimates"]
+    assert estimates["batch of 2"] == estimates["twice the area"] == 2 * estimates["one"]
+    assert estimates["fp16"] == estimates["one"] / 2
+    assert 0 < estimates["one"] < 1e6  # ComfyUI's own formula: 14 MB and 181 MB
