@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,7 @@ def dynamic(part: Any) -> Results:
         with patch("comfy.model_patcher.CoreModelPatcher", ModelPatcherDynamic):
             patcher = models.load_model(part)
         out = host(patcher, part)
-    facts = {
-        "dynamic": True,
-        f"{part.name} weights before loading": [len(bare), len(build_part(part).state_dict())],
-    }
+    facts = {"dynamic": True, f"{part.name} weights before loading": [len(bare), len(build_part(part).state_dict())]}
     return {f"got/{part.name} dynamic": out, f"want/{part.name} dynamic": core(part, torch.bfloat16)}, facts
 
 
@@ -278,10 +275,9 @@ def main(bundle: str, folder: Path) -> Results:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     parts = [read_part(bundle, name) for name in ("prior", "decoder")]
-    what: list[Callable[[Any], Results]] = [storage, partial_loads, dynamic]
     for part in parts:
         tensors[f"plain/{part.name}"] = core(part)
-        for compute in what:
+        for compute in (storage, partial_loads, dynamic):
             more, said = compute(part)
             tensors |= more
             facts |= said
