@@ -209,7 +209,7 @@ class WuerstchenScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, schedule: str, steps: int) -> io.NodeOutput:
-        return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps), "Würstchen Scheduler"))
+        return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps)))
 
 
 class WuerstchenSampler(io.ComfyNode):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...wuerstchen_core.diffusion.samplers import NoiseSource, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
+from ...wuerstchen_core.sampling import LARGEST_SEED
 from .time import WuerstchenSampling
 
 
@@ -33,8 +34,8 @@ def sample_ddpm(
     Without `draw` the steps' noise comes from the seeds behind the run's own, which the first noise was drawn with.
     """
     schedule = model.inner_model.inner_model.model_sampling
-    check_schedule(schedule, "Würstchen Sampler")
-    draw = draw or seeded_noise(extra_args["seed"] + 1, len(x))
+    check_schedule(schedule)
+    draw = draw or seeded_noise((extra_args["seed"] + 1) % (LARGEST_SEED - len(x)), len(x))
     times = torch.where(sigmas > 0, schedule.timestep(sigmas), torch.zeros_like(sigmas))
 
     def noise_in(x: Tensor, t: Tensor) -> Tensor:
@@ -47,22 +48,27 @@ def sample_ddpm(
         if callback is not None:
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
-    return sample(noise_in, x / (1 + sigmas[0] ** 2).sqrt(), times, draw=draw, callback=progress)
+    x = sample(noise_in, x / (1 + sigmas[0] ** 2).sqrt(), times, draw=draw, callback=progress)
+    mask = extra_args.get("denoise_mask")
+    if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise, also where nothing is painted
+        x = model.latent_image + (x - model.latent_image) * mask
+    return x * (1 + sigmas[-1] ** 2).sqrt()  # as the host keeps what is left of the noise for a second run
 
 
-def check_schedule(schedule: Any, node: str) -> None:
+def check_schedule(schedule: Any) -> None:
     """Raise ValueError unless a model's `model_sampling` is Würstchen's."""
     if not isinstance(schedule, WuerstchenSampling):
         raise ValueError(
-            f"{node} was given a model whose times are not Würstchen's ({type(schedule).__name__}): connect the prior "
-            "or decoder output of a Würstchen loader, without a node between that changes its sampling"
+            f"Würstchen's sampling was given a model whose times are not Würstchen's ({type(schedule).__name__}): "
+            "connect the prior or decoder output of a Würstchen loader, without a node between that changes its "
+            "sampling"
         )
 
 
-def stage_sigmas(model: Any, times: Tensor, node: str) -> Tensor:
+def stage_sigmas(model: Any, times: Tensor) -> Tensor:
     """Noise levels [N + 1] of a MODEL at times [N + 1], the last of them 0. Raises ValueError for other families."""
     schedule = model.get_model_object("model_sampling")
-    check_schedule(schedule, node)
+    check_schedule(schedule)
     sigmas = schedule.sigma(times)
     sigmas[-1] = 0.0
     return sigmas
@@ -84,7 +90,7 @@ def sample_stage(
         draw(samples),
         cfg,
         comfy.samplers.KSAMPLER(partial(sample_ddpm, draw=draw)),
-        stage_sigmas(model, times, "Würstchen's sampling"),
+        stage_sigmas(model, times),
         positive,
         negative,
         samples,

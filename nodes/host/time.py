@@ -13,10 +13,16 @@ from ...wuerstchen_core.diffusion.schedule import ALPHA_BAR_MAX, ALPHA_BAR_MIN, 
 # Divisible by 1 to 12, 15, 16, 20, 25, 30, 50 and 60: with so many steps the host's `simple` schedule is exact.
 TABLE = 277_200
 
-_ANGLE = S / (1 + S) * math.pi / 2  # of t = 0
-_COS2, _SIN2 = math.cos(_ANGLE) ** 2, math.sin(_ANGLE) ** 2
+_HALF_TURN = math.pi / 2 / (1 + S)  # angle of a unit of time
+_COS2, _SIN2 = math.cos(S * _HALF_TURN) ** 2, math.sin(S * _HALF_TURN) ** 2  # of t = 0
 SIGMA_MIN = math.sqrt((1 - ALPHA_BAR_MAX) / ALPHA_BAR_MAX)
 SIGMA_MAX = math.sqrt((1 - ALPHA_BAR_MIN) / ALPHA_BAR_MIN)
+
+# Where the schedule is clamped (the last 0.6 % of time and the first 0.2 %) the noise level would stand still. Here it
+# rises by this share of itself a unit of time, 0.16 % in all: multistep samplers divide by its steps, and the network
+# is to get the time that was meant.
+_SLOPE = 0.25
+_ROUNDING = 2e-5  # of the host's schedulers, which compute the first noise level from the largest
 
 
 class WuerstchenSampling(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
@@ -29,12 +35,14 @@ class WuerstchenSampling(comfy.model_sampling.StableCascadeSampling, comfy.model
         self.set_sigmas(self.sigma(torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE).float())
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
-        """Noise level at times in [0, 1], clamped as the schedule clamps alpha_bar."""
+        """Noise level at times in [0, 1]: the schedule's, strictly rising, and exact at both ends."""
         t = torch.as_tensor(timestep)
-        tangent = torch.tan((t + S) / (1 + S) * (math.pi / 2))
-        return (_COS2 * tangent**2 - _SIN2).clamp(SIGMA_MIN**2, SIGMA_MAX**2).sqrt()
+        cosine = (_COS2 * torch.tan((t + S) * _HALF_TURN) ** 2 - _SIN2).clamp(min=0.0).sqrt()
+        return cosine.clamp(SIGMA_MIN + SIGMA_MIN * _SLOPE * t, SIGMA_MAX - SIGMA_MAX * _SLOPE * (1 - t))
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Time of noise levels; the largest is exactly 1, where the clamp hides the last 0.6 % of time."""
-        t = torch.atan(((sigma**2 + _SIN2) / _COS2).sqrt()) / (math.pi / 2) * (1 + S) - S
-        return torch.where(sigma >= SIGMA_MAX * (1 - 1e-4), torch.ones_like(t), t)
+        """Time of noise levels, in [0, 1]; the largest is exactly 1."""
+        cosine = torch.atan(((sigma**2 + _SIN2) / _COS2).sqrt()) / _HALF_TURN - S
+        low, high = (sigma - SIGMA_MIN) / (SIGMA_MIN * _SLOPE), 1 - (SIGMA_MAX - sigma) / (SIGMA_MAX * _SLOPE)
+        t = torch.minimum(torch.maximum(cosine, high), low).clamp(0.0, 1.0)
+        return torch.where(sigma >= SIGMA_MAX * (1 - _ROUNDING), torch.ones_like(t), t)

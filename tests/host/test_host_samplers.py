@@ -1,0 +1,185 @@
+"""The host's own sampling nodes on both stages: with our schedule and sampler they give the core's result, with their
+own what they should."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import Install, Outcome
+from conftest import TINY
+from inside_samplers import CFG, COUNTS, HALF, LONG, SEED, SPLIT_SEED, STAGES, STEPS, conditions
+from safetensors import safe_open
+from torch import Tensor
+
+from wuerstchen_core.checkpoints import build_part, read_part
+from wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
+from wuerstchen_core.diffusion.schedule import diffuse, linear_times
+from wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from wuerstchen_core.models.vqgan import VQGANParams
+
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+OUTWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "prior": features_from_latents,
+    "decoder": lambda x: x * VQGANParams.scale_factor,
+}
+INWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "prior": latents_from_features,
+    "decoder": lambda x: x / VQGANParams.scale_factor,
+}
+
+
+@pytest.fixture(scope="module")
+def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
+    """What inside_samplers.py computed in this ComfyUI."""
+    output = tmp_path_factory.mktemp("samplers") / "tensors.safetensors"
+    script = str(Path(__file__).with_name("inside_samplers.py"))
+    command = [install.python, script, str(install.root), str(checkpoints / TINY), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=output.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+class Core:
+    """The core's sampling of one stage, on what inside_samplers.py gives the host."""
+
+    def __init__(self, checkpoints: Path, stage: str):
+        parts = {name: read_part(checkpoints / TINY, name) for name in STAGES}
+        widths = {"prior": parts["prior"].params.c_cond, "decoder": parts["decoder"].params.clip_embd}
+        self.stage, self.network = stage, build_part(parts[stage])
+        self.conds = [
+            (options["stable_cascade_prior"], text) if stage == "decoder" else (text,)
+            for [[text, options]] in conditions(stage, widths)
+        ]
+
+    @torch.inference_mode()
+    def sample(self, x: Tensor, times: Tensor, seed: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """Where x comes to along the times, and the last step's denoised x; noise from the seeds behind `seed`."""
+        denoised: list[Tensor] = []
+        x = sample(
+            guided(self.network, *self.conds, CFG[self.stage] if scale is None else scale),
+            x,
+            times,
+            draw=seeded_noise(seed + 1, len(x)),
+            callback=lambda step, steps, x, clean: denoised.append(clean),
+        )
+        return x, denoised[-1]
+
+
+def close(host: Tensor, core: Tensor, tolerance: float = 2e-4) -> None:
+    """Equal but for rounding, in standard deviations."""
+    assert core.std() > 0
+    assert (host - core).abs().max() / core.std() < tolerance
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_our_schedule_and_sampler_give_the_cores_result(inside: Inside, checkpoints: Path, stage: str) -> None:
+    core, out = Core(checkpoints, stage), OUTWARD[stage]
+    given = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
+    wanted, clean = core.sample(given["noise"], linear_times(STEPS), SEED)
+    assert (wanted - clean).abs().max() > 1e-3  # the original's last step stops short of the clean picture
+    for name in ("custom", "basic schedule", "advanced"):
+        close(given[name], out(wanted))
+    close(given["unguided"], out(core.sample(given["noise"], linear_times(STEPS), SEED, 1.0)[0]))
+    close(given["one step"], out(core.sample(given["noise"], linear_times(1), SEED)[0]))
+    # The host's ddpm takes the same steps, and returns the denoised picture at the end.
+    close(given["ddpm"], out(clean))
+    assert given["selected ddpm"].isfinite().all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_in_two_halves_is_one_run(inside: Inside, checkpoints: Path, stage: str) -> None:
+    core, tensors, times = Core(checkpoints, stage), inside[0], linear_times(STEPS)
+    left, _ = core.sample(tensors[f"{stage}/noise"], times[: HALF + 1], SEED)
+    wanted, _ = core.sample(left, times[HALF:], SPLIT_SEED)
+    close(tensors[f"{stage}/split"], OUTWARD[stage](wanted))
+    close(tensors[f"{stage}/halves"], tensors[f"{stage}/whole"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_network_is_given_the_exact_times(inside: Inside, stage: str) -> None:
+    for times in (inside[0][f"{stage}/times"], inside[0]["long times"]):
+        assert times[0] == 1
+        torch.testing.assert_close(times, linear_times(len(times))[:-1], rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_part_of_the_noise_starts_from_the_noised_picture(inside: Inside, stage: str) -> None:
+    given = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
+    torch.testing.assert_close(given["denoise times"], linear_times(5, 0.5)[:-1], rtol=0, atol=3e-7)
+    wanted = diffuse(INWARD[stage](given["latent"]), torch.full((2,), 0.5), given["noise"])
+    torch.testing.assert_close(given["denoise input"], wanted, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_odd_schedules_and_seeds_do_no_harm(inside: Inside, stage: str) -> None:
+    for name in ("still", "large seed"):
+        assert inside[0][f"{stage}/{name}"].isfinite().all(), name
+
+
+def test_schedulers_start_at_the_largest_noise_and_never_stand_still(inside: Inside) -> None:
+    tensors, facts = inside
+    for steps in COUNTS:
+        error = (tensors[f"simple/{steps}"] - linear_times(steps)[:-1]).abs().max()
+        assert error < (3e-7 if 277_200 % steps == 0 else 5e-6), steps
+    for name, found in facts["schedules"].items():
+        if name == "kl_optimal 1":  # the host divides by zero
+            assert math.isnan(found["first"])
+            continue
+        assert found["falls"], name
+        if not name.startswith("ddim_uniform"):  # it starts a step lower with every model
+            assert abs(found["first"] - 1) < 1e-5 and found["time"] == 1, name
+
+
+def test_many_steps_stay_finite(inside: Inside) -> None:
+    """Multistep samplers divide by the steps between noise levels, which are 0 where a schedule is clamped."""
+    for name in (*LONG, "longest"):
+        assert inside[0][f"long/{name}"].isfinite().all(), name
+
+
+def test_samplers_without_new_noise_are_those_advised_against_in_stage_b(inside: Inside) -> None:
+    for name, found in inside[1]["samplers"].items():
+        assert found["finite"] and found["advised"] == (not found["random"]), name
+
+
+def test_advice_is_given_once_a_loaded_model(inside: Inside) -> None:
+    ddpm, ours, first, second, clone, another, prior, broken = inside[1]["advised"]
+    assert [ddpm, ours, second, clone, prior] == [[]] * 5
+    assert first == another and len(first) == 1
+    assert "Stage B" in first[0] and "take ddpm" in first[0]
+    assert len(broken) == 1 and "no numbers" in broken[0]
+
+
+def test_the_hosts_tables_are_left_alone(inside: Inside) -> None:
+    assert inside[1]["tables kept"]
+
+
+def test_changed_times_are_refused_by_our_sampler(inside: Inside) -> None:
+    assert "times are not Würstchen's" in inside[1]["other times"]
+
+
+def test_ksamplers_paint_both_stages(graph: dict[str, Any], paint: Callable[[dict[str, Any]], Outcome]) -> None:
+    """KSampler for Stage C and KSamplerAdvanced, in two halves, for Stage B, in place of our nodes."""
+    [prior] = [node for node in graph.values() if node["class_type"] == "WuerstchenPriorSample"]
+    [(key, decoder)] = [item for item in graph.items() if item[1]["class_type"] == "WuerstchenDecoderSample"]
+    given, painted = prior["inputs"], decoder["inputs"]
+    common = {"steps": 4, "sampler_name": "ddpm", "scheduler": "simple"}
+    own = {"cfg": 3.0, "seed": 5, "denoise": 1.0, "latent_image": given["stage_c"]}
+    prior["class_type"] = "KSampler"
+    prior["inputs"] = {name: given[name] for name in ("model", "positive", "negative")} | common | own
+    own = {"cfg": 1.0, "noise_seed": 5, "model": painted["model"], "positive": painted["positive"]}
+    own |= common | {"negative": painted["positive"]}
+    early = {"add_noise": "enable", "start_at_step": 0, "end_at_step": 2, "return_with_leftover_noise": "enable"}
+    late = {"add_noise": "disable", "start_at_step": 2, "end_at_step": 9, "return_with_leftover_noise": "disable"}
+    graph["early"] = {"class_type": "KSamplerAdvanced", "inputs": {**own, **early, "latent_image": painted["stage_b"]}}
+    graph[key] = {"class_type": "KSamplerAdvanced", "inputs": {**own, **late, "latent_image": ["early", 0]}}
+    outcome = paint(graph)
+    assert len(outcome.pictures) == 1 and "Stage B was given" not in outcome.log
