@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .latents import WuerstchenEmptyLatents
 from .loaders import WuerstchenBundleLoader, WuerstchenCLIPLoader, WuerstchenModelLoader, WuerstchenVAELoader
+from .lora import WuerstchenLoraLoader
 from .pictures import WuerstchenVAEDecode
 from .quicklook import WuerstchenQuickLook
 from .sampling import (
@@ -31,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenModelLoader,
     WuerstchenCLIPLoader,
     WuerstchenVAELoader,
+    WuerstchenLoraLoader,
 ]
 
 

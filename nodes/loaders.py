@@ -59,7 +59,7 @@ _NAMES = {
 _TOWER_BY_WIDTH = {1280: "prior_text_encoder", 1024: "decoder_text_encoder"}
 
 
-def _fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
+def fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
     """What changes when a file does."""
     if name is None:  # another node gives the name, and the host knows when that changes
         return None
@@ -148,7 +148,7 @@ class WuerstchenBundleLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, bundle: str | None) -> Any:
-        return _fingerprint(folders.bundle_path, bundle)
+        return fingerprint(folders.bundle_path, bundle)
 
     @classmethod
     def execute(cls, bundle: str) -> io.NodeOutput:
@@ -196,7 +196,7 @@ class WuerstchenModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None) -> Any:
-        return _fingerprint(partial(folders.file_path, MODEL.folder), model_name)
+        return fingerprint(partial(folders.file_path, MODEL.folder), model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -232,7 +232,7 @@ class WuerstchenCLIPLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> Any:
-        return _fingerprint(partial(folders.file_path, CLIP.folder), clip_name)
+        return fingerprint(partial(folders.file_path, CLIP.folder), clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
@@ -266,7 +266,7 @@ class WuerstchenVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None) -> Any:
-        return _fingerprint(partial(folders.file_path, VAE.folder), vae_name)
+        return fingerprint(partial(folders.file_path, VAE.folder), vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

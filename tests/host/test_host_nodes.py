@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from comfyui import PACK, Server
-from graphs import workflow
+from graphs import names, workflow
 
 # Frozen: ids, inputs and outputs in order. Later additions come last.
 NODES = {
@@ -27,6 +27,10 @@ NODES = {
     "WuerstchenModelLoader": ("model_name weight_dtype", "model:MODEL"),
     "WuerstchenCLIPLoader": ("clip_name", "clip:CLIP"),
     "WuerstchenVAELoader": ("vae_name", "vae:VAE"),
+    "WuerstchenLoraLoader": (
+        "model lora_name strength_model strength_clip save_converted clip",
+        "model:MODEL clip:CLIP",
+    ),
 }
 
 
@@ -72,13 +76,15 @@ def test_the_shipped_model_is_the_first_choice_and_the_users_files_follow(object
     assert "tiny.safetensors" in choices
 
 
-def test_the_template_browser_offers_the_workflow(server: Server) -> None:
-    assert "text_to_image" in server.get("/api/workflow_templates")[PACK]
-    assert server.get(f"/api/workflow_templates/{PACK}/text_to_image.json") == workflow("text_to_image")
+def test_the_template_browser_offers_the_workflows(server: Server) -> None:
+    assert sorted(server.get("/api/workflow_templates")[PACK]) == names()
+    for name in names():
+        assert server.get(f"/api/workflow_templates/{PACK}/{name}.json") == workflow(name)
 
 
-def test_the_workflows_nodes_lie_apart_and_in_groups() -> None:
-    graph, title_bar = workflow("text_to_image"), 30  # above a node's position
+@pytest.mark.parametrize("name", names())
+def test_the_workflows_nodes_lie_apart_and_in_groups(name: str) -> None:
+    graph, title_bar = workflow(name), 30  # above a node's position
     places = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
     boxes = [(x, y - title_bar, x + width, y + height) for x, y, width, height in places]
     for a, b in combinations(boxes, 2):
@@ -88,8 +94,9 @@ def test_the_workflows_nodes_lie_apart_and_in_groups() -> None:
         assert any(g[0] < box[0] and g[1] < box[1] and box[2] < g[2] and box[3] < g[3] for g in groups), box
 
 
-def test_the_workflow_names_each_socket_as_the_nodes_do(object_info: dict[str, Any]) -> None:
-    graph = workflow("text_to_image")
+@pytest.mark.parametrize("name", names())
+def test_the_workflows_name_each_socket_as_the_nodes_do(object_info: dict[str, Any], name: str) -> None:
+    graph = workflow(name)
     for node in graph["nodes"]:
         info = object_info.get(node["type"])
         if info is None:

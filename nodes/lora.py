@@ -1,0 +1,86 @@
+"""The node that lets a LoRA change a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from comfy_api.latest import io
+
+from .host import folders
+from .host.lora import apply_lora, write_converted
+from .loaders import fingerprint
+from .schema import schema
+
+FOLDER = "loras"
+
+
+def _strength_input(name: str, what: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-100.0,
+        max=100.0,
+        step=0.01,
+        tooltip=f"How much the LoRA changes {what}; 0 leaves it as it is, below 0 changes it the other way.",
+    )
+
+
+class WuerstchenLoraLoader(io.ComfyNode):
+    """A LoRA of any trainer on a prior or decoder and its text tower."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WuerstchenLoraLoader",
+            display_name="Würstchen LoRA Loader",
+            category="Würstchen/loaders",
+            description="Changes a model by a LoRA from diffusers, OneTrainer, Kohya or ComfyUI; several may follow "
+            "one another.",
+            search_aliases=["lora", "load lora", "lycoris", "loha", "lokr", "dora", "onetrainer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to change: the prior of a Würstchen loader."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The CLIP that the same stage reads; a LoRA that changes the model alone needs none.",
+                ),
+                io.Combo.Input(
+                    "lora_name", options=folders.file_names(FOLDER), tooltip="A LoRA file from the loras folder."
+                ),
+                _strength_input("strength_model", "the model"),
+                _strength_input("strength_clip", "the CLIP"),
+                io.Boolean.Input(
+                    "save_converted",
+                    default=False,
+                    tooltip="Also write the LoRA beside its file as NAME_comfyui.safetensors, which ComfyUI's own LoRA "
+                    "loaders take.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_out", display_name="model", tooltip="The model with the LoRA's changes."),
+                io.Clip.Output(
+                    "clip_out", display_name="clip", tooltip="The CLIP with the LoRA's changes; nothing without a CLIP."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> Any:
+        return fingerprint(partial(folders.file_path, FOLDER), lora_name)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        save_converted: bool,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        path = folders.file_path(FOLDER, lora_name)
+        model, clip, state = apply_lora(model, clip, path, strength_model, strength_clip)
+        if save_converted:
+            write_converted(path, state)
+        return io.NodeOutput(model, clip)
