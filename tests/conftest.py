@@ -17,4 +17,5 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     ran = [report for report in reporter.stats.get("passed", []) if "host" in report.keywords]
     versions = {value for report in ran for name, value in report.user_properties if name == "host_version"}
     where = ", ".join(sorted(versions)) or "(none found)"
-    reporter.write_line(f"{len(ran)} host tests ran in ComfyUI versions {where}")
+    browsed = sum("browser" in report.keywords for report in ran)
+    reporter.write_line(f"{len(ran)} host tests ran in ComfyUI versions {where}, {browsed} of them in a browser")

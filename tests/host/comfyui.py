@@ -81,7 +81,9 @@ class Server:
     def start(self) -> None:
         port = self.address.rpartition(":")[2]
         where = ["--listen", "127.0.0.1", "--port", port, "--base-directory", str(self.folder)]
-        command = [self.install.python, "main.py", "--cpu", *where, "--database-url", "sqlite:///:memory:"]
+        previews = ["--preview-method", "latent2rgb"]
+        own = ["--database-url", "sqlite:///:memory:"]
+        command = [self.install.python, "main.py", "--cpu", *where, *previews, *own]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.install.root, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

@@ -11,9 +11,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from comfyui import PACK, REPOSITORY, Install, Server
+from conftest import find
 from test_host_nodes import NODES, _inputs
+
+from wuerstchen_core.demo.vocabulary import COLOURS
 
 INPUTS = {node: inputs.split() for node, (inputs, _) in NODES.items()}
 
@@ -110,3 +114,21 @@ def test_the_import_guard_finds_nothing_that_the_host_lacks(install: Install, tm
     # What only newer hosts have is looked up with a fallback; in the newest there is nothing of the kind.
     newer = "CoreModelPatcher" not in (install.root / "comfy" / "model_patcher.py").read_text(encoding="utf-8")
     assert [entry["dotted"] for entry in found["breaking"]] == ["comfy.model_patcher.CoreModelPatcher"] * newer
+
+
+def test_the_quick_look_shows_what_stage_c_decided(server: Server, shipped: dict[str, Any]) -> None:
+    """Without Stage B, without a node behind it, and of the size that is asked for."""
+    ids = {node["class_type"]: key for key, node in shipped.items()}
+    del shipped[ids["SaveImage"]]
+    shipped["look"] = {"class_type": "WuerstchenQuickLook", "inputs": {"scale": 0.5}}
+    find(shipped, "WuerstchenQuickLook")["stage_c"] = [ids["WuerstchenPriorSample"], 0]
+    outcome = server.run(shipped)
+    [picture] = outcome.pictures
+    assert picture.size == (128, 128) and ids["WuerstchenDecoderSample"] not in outcome.progress
+    pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    corners = np.stack([pixels[:16, :16], pixels[:16, -16:], pixels[-16:, :16], pixels[-16:, -16:]])
+    for place, colour in ((corners.mean(axis=(0, 1, 2)), "blue"), (pixels[56:72, 56:72].mean(axis=(0, 1)), "red")):
+        assert min(COLOURS, key=lambda name, place=place: np.abs(place - COLOURS[name]).sum()) == colour
+
+    find(shipped, "WuerstchenQuickLook")["stage_c"] = [ids["WuerstchenEmptyLatents"], 1]
+    assert "Würstchen Quick Look needs Stage C latents" in server.run(shipped).error

@@ -1,0 +1,122 @@
+"""The canvas as a person meets it: Würstchen in the real frontend of each ComfyUI, in a headless Chromium."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from comfyui import PACK, Server
+from conftest import TINY, find
+from graphs import api_form, workflow
+from PIL import Image
+
+from wuerstchen_core.demo.judge import Judge
+from wuerstchen_core.demo.vocabulary import Scene, caption
+
+pytest.importorskip("playwright", reason="playwright is not installed: the canvas was not tested in a browser")
+from browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
+
+pytestmark = pytest.mark.browser
+
+SMALL_CAT = Scene(23, 2, 1)
+BLUEPRINT = "Würstchen text to image"
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Canvas]:
+    """The canvas, empty."""
+    executable = chromium()
+    if executable is None:
+        pytest.skip("no Chromium found: the canvas was not tested in a browser")
+    with canvas(server, executable) as page:
+        yield page
+
+
+def shape(graph: dict[str, Any]) -> tuple[Any, ...]:
+    """What a saved graph is made of, without the view and the sizes."""
+    nodes = {node["id"]: (node["type"], node["pos"][0], node.get("widgets_values")) for node in graph["nodes"]}
+    return nodes, sorted(tuple(link) for link in graph["links"]), [group["title"] for group in graph["groups"]]
+
+
+def test_a_person_opens_the_template_changes_it_runs_it_and_gets_it_back(
+    server: Server, object_info: dict[str, Any], page: Canvas
+) -> None:
+    template = workflow("text_to_image")
+    page.open_template(PACK, "text_to_image", len(template["nodes"]))
+    assert page.problems() == []
+    assert page.prompt() == api_form(template, object_info)  # what all other tests run
+
+    look = page.add_node("Wurst", "Würstchen Quick Look")
+    ids = {node["type"]: node["id"] for node in page.graph()["nodes"]}
+    page.connect(ids["WuerstchenPriorSample"], "stage_c", look, "stage_c")
+    page.write(caption(Scene(0, 4, 0)), caption(SMALL_CAT))
+    prompt, graph = page.prompt(), page.graph()
+    assert prompt[str(look)]["inputs"] == {"stage_c": [str(ids["WuerstchenPriorSample"]), 0], "scale": 1}
+
+    page.run()
+    assert page.problems() == []
+    previews = page.previews()
+    for stage, least in (("WuerstchenPriorSample", 5), ("WuerstchenDecoderSample", 3)):
+        assert previews[str(ids[stage])] >= least
+    for node in (look, ids["SaveImage"]):
+        assert page.pictures_on(node) == 1
+
+    file = max((server.folder / "output").glob("*.png"), key=lambda path: path.stat().st_mtime)
+    pixels = np.asarray(Image.open(file).convert("RGB"))
+    judge = Judge()
+    assert judge.background(pixels) == SMALL_CAT.colour
+    assert judge.identify(pixels, SMALL_CAT.colour, SMALL_CAT.size) == SMALL_CAT.thing
+
+    page.write(caption(SMALL_CAT), "another prompt")
+    page.drop(file)
+    page.wait_for_text(caption(SMALL_CAT))
+    assert page.prompt() == prompt
+    assert shape(page.graph()) == shape(graph)
+    assert page.problems() == []
+
+
+def plain(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt whose nodes of a subgraph have the numbers that they have inside it, and whose numbers are no nodes."""
+    numbers = {key: node["inputs"]["value"] for key, node in prompt.items() if node["class_type"] == "PrimitiveInt"}
+
+    def value(given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        return numbers.get(given[0], [given[0].rpartition(":")[2], given[1]])
+
+    return {
+        key.rpartition(":")[2]: {**node, "inputs": {name: value(given) for name, given in node["inputs"].items()}}
+        for key, node in prompt.items()
+        if node["class_type"] not in ("PrimitiveInt", "PreviewImage", "SaveImage")
+    }
+
+
+@pytest.fixture
+def blueprints(server: Server) -> set[str]:
+    """The names of the one-node workflows that the search offers."""
+    try:
+        return {entry["name"] for entry in server.get("/global_subgraphs").values()}
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI has no blueprints")
+
+
+def test_the_blueprint_is_the_template_in_one_node(
+    server: Server, object_info: dict[str, Any], blueprints: set[str], page: Canvas
+) -> None:
+    assert BLUEPRINT in blueprints
+    page.clear()
+    whole, view = page.add_node("Wurst", BLUEPRINT), page.add_node("Preview Image", "Preview Image", (1500, 400))
+    page.connect(whole, "image", view, "images")
+    assert page.problems() == []
+    prompt = page.prompt()
+    assert plain(prompt) == plain(api_form(workflow("text_to_image"), object_info))
+
+    find(prompt, "WuerstchenBundleLoader")["bundle"] = TINY
+    find(prompt, "WuerstchenEmptyLatents").update(width=64, height=64)
+    with ThreadPoolExecutor() as threads:  # in this one runs the browser's own loop
+        outcome = threads.submit(server.run, prompt).result()
+    assert [picture.size for picture in outcome.pictures] == [(64, 64)], outcome.error
