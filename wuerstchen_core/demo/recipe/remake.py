@@ -1,7 +1,8 @@
 """Remake what is derived from the shipped weights: `python -m wuerstchen_core.demo.recipe.remake`.
 
-The evaluation's numbers (`evaluation.json` here, and the table in the README), the reference sheet, the picture beside
-each workflow, and the factors that turn latents into previews.
+The evaluation's numbers (`evaluation.json` here, and the table in the README), the reference sheet, the factors that
+turn latents into previews, and the LoRA beside its workflow. The pictures beside the workflows need a ComfyUI:
+`python tests/host/workflow_pictures.py` starts one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...models.prior import latents_from_features
 from ...pipeline import WuerstchenPipeline
 from ...training.inputs import features_of, latents_of
 from ...training.pictures import DemoPictures
+from . import lora
 from .evaluate import evaluate, held_out_scenes, paint
 
 logger = logging.getLogger(__name__)
@@ -40,16 +42,6 @@ def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
             image.resize((TILE, TILE), Image.Resampling.LANCZOS), (index % COLUMNS * TILE, index // COLUMNS * TILE)
         )
     return sheet
-
-
-def workflow_picture(pipe: WuerstchenPipeline, workflow: dict[str, Any]) -> Image.Image:
-    """What a text-to-image workflow paints, from the values of its nodes."""
-    # The prompt stands before the negative prompt.
-    values = {node["type"]: node.get("widgets_values", []) for node in reversed(workflow["nodes"])}
-    prompt = values["WuerstchenTextEncode"][0]
-    width, height = values["WuerstchenEmptyLatents"][:2]
-    seed = values["PrimitiveInt"][0]  # which feeds both stages
-    return pipe.generate(prompt, width=width, height=height, seed=seed)[0]
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
@@ -111,16 +103,14 @@ def main() -> None:
     pipe = WuerstchenPipeline.load("demo")
     SHEET.parent.mkdir(exist_ok=True)
     reference_sheet(pipe).save(SHEET, quality=90)
-    for path in sorted((ROOT / "workflows").glob("*.json")):
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-        workflow_picture(pipe, workflow).save(path.with_suffix(".jpg"), quality=92)
-        logger.info("painted %s", path.with_suffix(".jpg").name)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     numbers = evaluate(pipe)
     EVALUATION.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     text = with_table(readme.read_text(encoding="utf-8"), number_table(numbers))
     readme.write_text(text, encoding="utf-8")
     logger.info("%s", number_table(numbers))
+    lora.remake(ROOT)
+    logger.info("the workflows' pictures need a ComfyUI: now run python tests/host/workflow_pictures.py")
 
 
 if __name__ == "__main__":
