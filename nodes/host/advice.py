@@ -28,6 +28,11 @@ NO_NEW_NOISE = (
     "Stage B was given a sampler that adds no new noise in its steps, without which the released weights may paint "
     "artifacts: take ddpm, euler_ancestral, or SamplerCustom with Würstchen Sampler"
 )
+STOPS_EARLY = (
+    "Stage C was given noise levels that stop high above the picture, as those of linear_quadratic do, and things come "
+    "out wrong: take another scheduler, such as simple"
+)
+LAST_LEVEL = 3.0  # where a single last step is too far; two steps of `simple` have 1, twenty of linear_quadratic 18
 NO_NUMBERS = (
     "Würstchen was given noise levels that are no numbers, and its picture will be black: take another scheduler, "
     "such as simple, or more steps"
@@ -35,7 +40,7 @@ NO_NUMBERS = (
 
 
 def advise(patcher: Any, ancestral: bool) -> None:
-    """Make a MODEL say what harms it; `ancestral`: it needs the new noise that ancestral samplers add in each step."""
+    """Make a MODEL say what harms it; `ancestral`: it is Stage B, which needs the noise that ancestral samplers add."""
     said: set[str] = set()  # shared with the clones that the host makes of the patcher
 
     def sample(
@@ -54,6 +59,10 @@ def remark(sampler: Any, sigmas: Tensor, ancestral: bool) -> str | None:
     """What is to be said of a SAMPLER and the noise levels [N + 1] that it is to walk along."""
     if not sigmas.isfinite().all():
         return NO_NUMBERS
+    if len(sigmas) <= 2:  # whoever asks for one step knows
+        return None
+    if not ancestral:
+        return STOPS_EARLY if sigmas[-1] == 0 and sigmas[-2] > LAST_LEVEL else None
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", "").removeprefix("sample_").removesuffix("_function")
-    return NO_NEW_NOISE if ancestral and name in DETERMINISTIC and len(sigmas) > 2 else None
+    return NO_NEW_NOISE if name in DETERMINISTIC else None

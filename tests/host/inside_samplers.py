@@ -178,6 +178,7 @@ def advised(load: Callable[[str], Host]) -> list[list[str]]:
         lines(load("decoder"), euler, 100.0, 1.0),
         lines(load("prior"), euler, 100.0, 1.0),
         lines(load("prior"), euler, float("nan")),
+        lines(load("prior"), ddpm, 100.0, 18.0),
     ]
 
 

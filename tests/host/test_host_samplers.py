@@ -151,11 +151,12 @@ def test_samplers_without_new_noise_are_those_advised_against_in_stage_b(inside:
 
 
 def test_advice_is_given_once_a_loaded_model(inside: Inside) -> None:
-    ddpm, ours, first, second, clone, another, prior, broken = inside[1]["advised"]
+    ddpm, ours, first, second, clone, another, prior, broken, early = inside[1]["advised"]
     assert [ddpm, ours, second, clone, prior] == [[]] * 5
     assert first == another and len(first) == 1
     assert "Stage B" in first[0] and "take ddpm" in first[0]
     assert len(broken) == 1 and "no numbers" in broken[0]
+    assert len(early) == 1 and "stop high above" in early[0]
 
 
 def test_the_hosts_tables_are_left_alone(inside: Inside) -> None:
