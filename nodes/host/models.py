@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
+from .advice import advise
 from .conditioning import PRIOR_KEY, check_no_prior, fit_areas_of, prior_cond, text_cond
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .networks import HostDecoder, HostPrior
@@ -143,6 +144,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
     fit_areas_of(patcher)
+    advise(patcher, ancestral=part.name == "decoder")
     # How the newer host makes the copies that its nodes for torch.compile and several GPUs need.
     patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher
