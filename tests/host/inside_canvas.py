@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -54,9 +53,7 @@ def main() -> dict[str, Any]:
     host = {name: module for name, module in sys.modules.items() if name.split(".")[0] in HOST or name in OTHERS}
     facts: dict[str, Any] = {"watched": len(host)}
     before, mapped, loaded = snapshot(host), dict(nodes.NODE_CLASS_MAPPINGS), set(sys.modules)
-    start = time.perf_counter()
     facts["imported"] = asyncio.run(nodes.load_custom_node(REPOSITORY, module_parent="custom_nodes"))
-    facts["seconds"] = time.perf_counter() - start
     new = {name.split(".")[0] for name in sys.modules.keys() - loaded if not name.startswith(REPOSITORY)}
     facts["other packages imported"] = sorted(new - set(sys.stdlib_module_names))
     first = nodes.NODE_CLASS_MAPPINGS.keys() - mapped.keys()
