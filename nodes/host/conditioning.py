@@ -106,7 +106,7 @@ def _bounds(mask: Tensor) -> tuple[int, ...]:
 
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
     """Conditionings whose areas, of whatever node, are in latents of this stage."""
-    height, width = sides = noise.shape[2:]
+    height, width = sides = noise.shape[-2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
         if "area" in cond and cond["area"][0] != "percentage":

@@ -48,7 +48,7 @@ class Session:
     def ksampler(self, model: Any, positive: Any, latent: Latent) -> Latent:
         import nodes
 
-        return nodes.common_ksampler(model, 3, 2, 1.0, "euler", "simple", positive, positive, latent)[0]
+        return nodes.common_ksampler(model, 3, 2, 1.0, "euler_ancestral", "simple", positive, positive, latent)[0]
 
 
 def answer(call: Callable[[], Latent]) -> Any:
