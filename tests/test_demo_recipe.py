@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import NETWORKS, PRIOR
 from PIL import Image
 from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS
 from wuerstchen_core.demo.judge import Judge, wilson_interval
-from wuerstchen_core.demo.recipe import evaluate, remake
+from wuerstchen_core.demo.recipe import evaluate, lora, remake
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
 from wuerstchen_core.training.pictures import DemoPictures
 
@@ -181,7 +181,6 @@ def test_the_readme_has_a_place_for_the_table() -> None:
 def test_one_command_remakes_all_that_follows_from_the_weights(
     pipe: WuerstchenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(ROOT / "workflows", tmp_path / "workflows", ignore=shutil.ignore_patterns("*.jpg"))
     (tmp_path / "README.md").write_text(f"before\n{remake.MARKS[0]}\nold\n{remake.MARKS[1]}\nafter\n")
     quick = WuerstchenPipeline(metadata=pipe.metadata, **{name: getattr(pipe, name) for name in PARTS})
     quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
@@ -193,10 +192,11 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(remake, "evaluate", lambda pipe: NUMBERS)
     few = DemoPictures({"data": {"canvas": 64, "things": 2}}, held=True)
     monkeypatch.setattr(remake, "DemoPictures", lambda held: few)
+    trained: list[Path] = []
+    monkeypatch.setattr(lora, "remake", trained.append)
     remake.main()
     assert Image.open(tmp_path / "docs" / "sheet.jpg").size == (1024, 512)
-    workflows = sorted((tmp_path / "workflows").glob("*.json"))
-    assert workflows and all(path.with_suffix(".jpg").exists() for path in workflows)
+    assert trained == [tmp_path]
     factors = json.loads((tmp_path / "preview_factors.json").read_text())
     assert {name: np.shape(value["factors"]) for name, value in factors.items()} == {
         "prior": (16, 3),
@@ -207,6 +207,23 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     assert (tmp_path / "README.md").read_text() == (
         f"before\n{remake.MARKS[0]}\n{remake.number_table(NUMBERS)}\n{remake.MARKS[1]}\nafter\n"
     )
+
+
+def test_the_lora_is_of_diffusers_form_and_changes_the_prior_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = DemoPictures({"data": {"canvas": 64, "things": 2}})
+    monkeypatch.setattr(lora, "DemoPictures", lambda: few)
+    networks = {name: NETWORKS[name].perturbed() for name in ("prior", "image_encoder")}
+    pipe = WuerstchenPipeline(**networks, prior_text_encoder=NETWORKS["text_encoder"].perturbed())
+    before = {key: tensor.clone() for key, tensor in pipe.prior.state_dict().items()}
+    state = lora.train(pipe, steps=2)
+    after = pipe.prior.state_dict()
+    base = {key.replace("parametrizations.weight.original", "weight"): x for key, x in after.items()}
+    assert all(torch.equal(base[key], tensor) for key, tensor in before.items())
+    layers = [f"blocks.{3 * i + 2}.attention.{name}" for i in range(PRIOR.depth) for name in lora.PROJECTIONS]
+    assert set(state) == {f"prior.{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
+    for layer in layers:
+        down, up = (state[f"prior.{layer}.lora_{half}.weight"] for half in "AB")
+        assert down.shape == (lora.RANK, PRIOR.c) and up.shape == (PRIOR.c, lora.RANK) and up.any()
 
 
 def test_a_readme_without_marks_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from comfyui import REPOSITORY
 
 NOTES = ("Note", "MarkdownNote")  # nodes of the canvas alone
+ALWAYS, MUTED = 0, 2  # modes of a node
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+WORKFLOWS = REPOSITORY / "workflows"
+LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # for models/loras; the workflow `lora` names it
+RELEASED = "wuerstchen_v2_1024"  # the one workflow that needs weights which do not ship
+
+
+def names() -> list[str]:
+    """Every workflow that ships."""
+    return sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
 def workflow(name: str) -> dict[str, Any]:
     """A workflow that ships, as the canvas saves it."""
-    path: Path = REPOSITORY / "workflows" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def api_form(graph: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt that the frontend would send for `graph`."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
-    nodes = [node for node in graph["nodes"] if node["type"] not in NOTES]
+    """The prompt that the frontend would send for `graph`: without its notes and its muted nodes."""
+    nodes = [node for node in graph["nodes"] if node["type"] not in NOTES and node["mode"] != MUTED]
+    if bypassed := [node["id"] for node in nodes if node["mode"] != ALWAYS]:
+        raise ValueError(f"nodes {bypassed} are bypassed, and what the frontend puts in their place is not known here")
+    there = {node["id"] for node in nodes}
+    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"] if link[1] in there}
     return {
         str(node["id"]): {"class_type": node["type"], "inputs": _inputs(node, object_info[node["type"]], sources)}
         for node in nodes
@@ -30,7 +41,7 @@ def api_form(graph: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[s
 
 
 def _inputs(node: Mapping[str, Any], info: Mapping[str, Any], sources: Mapping[int, Any]) -> dict[str, Any]:
-    linked = {slot["name"]: sources[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
+    linked = {slot["name"]: sources[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") in sources}
     values = list(node.get("widgets_values", []))
     inputs: dict[str, Any] = {}
     for section in ("required", "optional"):
