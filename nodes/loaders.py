@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core.checkpoints import Part, read_metadata, read_part
+from ..wuerstchen_core.checkpoints import Part
 from ..wuerstchen_core.checkpoints.formats import LORA, TOKEN_DECODER
 from ..wuerstchen_core.checkpoints.read import TOWERS, ForeignFile, Source, open_source
 from ..wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L
@@ -152,16 +152,15 @@ class WuerstchenBundleLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, bundle: str) -> io.NodeOutput:
-        path = folders.bundle_path(bundle)
-        metadata = read_metadata(path)
-        _check_version(bundle, metadata)
+        source = open_source(folders.bundle_path(bundle))
+        _check_version(bundle, source.metadata)
         return io.NodeOutput(
-            models.load_model(read_part(path, "prior")),
-            models.load_model(read_part(path, "decoder")),
-            clip.load_clip(read_part(path, "prior_text_encoder"), metadata),
-            clip.load_clip(read_part(path, "decoder_text_encoder"), metadata),
-            vae.load_stage_a(read_part(path, "vqgan")),
-            vae.load_image_encoder(read_part(path, "image_encoder")),
+            models.load_model(source.part("prior")),
+            models.load_model(source.part("decoder")),
+            clip.load_clip(source.part("prior_text_encoder"), source.metadata),
+            clip.load_clip(source.part("decoder_text_encoder"), source.metadata),
+            vae.load_stage_a(source.part("vqgan")),
+            vae.load_image_encoder(source.part("image_encoder")),
         )
 
 

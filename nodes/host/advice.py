@@ -65,4 +65,5 @@ def remark(sampler: Any, sigmas: Tensor, ancestral: bool) -> str | None:
         return STOPS_EARLY if sigmas[-1] == 0 and sigmas[-2] > LAST_LEVEL else None
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", "").removeprefix("sample_").removesuffix("_function")
-    return NO_NEW_NOISE if name in DETERMINISTIC else None
+    options = getattr(sampler, "extra_options", {})  # with which some of them do add noise
+    return None if options.get("eta") or options.get("s_churn") or name not in DETERMINISTIC else NO_NEW_NOISE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,6 +98,14 @@ def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tu
     return (*sizes, *starts)
 
 
+def _in_latents(area: tuple[int, ...], ratio: float) -> tuple[int, ...]:
+    """An area (height, width, top, left) in units of `ratio` latents, in latents: no gap is left between neighbours."""
+    starts = [math.floor(start * ratio + 0.5) for start in area[2:]]
+    ends = [(start + size) * ratio for size, start in zip(area[:2], area[2:], strict=True)]
+    # Rounded up, as the sides of Stage C are; but 6.000001 is 6.
+    return (*(math.ceil(end - 1e-6) - start for end, start in zip(ends, starts, strict=True)), *starts)
+
+
 def _bounds(mask: Tensor) -> tuple[int, ...]:
     """The area that holds all of a mask [B, h, w] that is not 0; the first latent where there is nothing."""
     held = mask.abs().amax(dim=0) > 0
@@ -110,7 +119,7 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     conds = [dict(cond) for cond in conds]
     for cond in conds:
         if "area" in cond and cond["area"][0] != "percentage":
-            cond["area"] = tuple(round(edge * AREA_PIXELS / pixels) for edge in cond["area"])
+            cond["area"] = _in_latents(cond["area"], AREA_PIXELS / pixels)
     comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, sizes of masks
     for cond in conds:
         if cond.pop("set_area_to_bounds", False) and "mask" in cond:

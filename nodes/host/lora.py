@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.sd
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.adapters import Adapters, Fit, fit, keys_of, listed
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 NETWORK = "diffusion_model."  # where the host keeps the weights of a MODEL
 _TOWER = re.compile(r"(clip_\w+\.transformer\.text_model\.)")
-DEFAULT_TOWER = "clip_g.transformer.text_model."  # of a prior's CLIP
 
 
 def apply_lora(
@@ -44,7 +44,7 @@ def apply_lora(
     text = Fit(lora.text, {}, {}) if tower is None else fit(lora.text, _shapes(clip.cond_stage_model, tower))
     _check(path.name, lora, network, text, model, clip)
     changes = _named(network.fitting, NETWORK)
-    words = _named(text.fitting, f"text_encoders.{tower or DEFAULT_TOWER}")
+    words = {} if tower is None else _named(text.fitting, f"text_encoders.{tower}")
     _report(path.name, lora, network, text, unused=clip is None)
     if strength_model and network.fitting:
         model, _ = comfy.sd.load_lora_for_models(model, None, changes, strength_model, 0)
@@ -129,9 +129,12 @@ def write_converted(path: Path, state: Mapping[str, Tensor]) -> Path:
             )
         return target
     try:
-        write_tensors(target, dict(state), read_weight_file(path, headers_only=True).metadata)
-    except OSError as error:
-        raise ValueError(f"{target} can't be written ({error.strerror}): turn save_converted off") from error
+        # Copies, since a PyTorch file's tensors may share their memory.
+        tensors = {key: x.clone(memory_format=torch.contiguous_format) for key, x in state.items()}
+        write_tensors(target, tensors, read_weight_file(path, headers_only=True).metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{target} can't be written ({reason}): turn save_converted off") from error
     logger.info(f"wrote {target}")
     return target
 

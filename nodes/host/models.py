@@ -145,6 +145,6 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     model.diffusion_model.requires_grad_(False)
     fit_areas_of(patcher)
     advise(patcher, ancestral=part.name == "decoder")
-    # How the newer host makes the copies that its nodes for torch.compile and several GPUs need.
-    patcher.cached_patcher_init = (load_model, (part, weight_dtype))
+    if hasattr(patcher, "cached_patcher_init"):  # how the newer host copies models, for torch.compile and several GPUs
+        patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -118,7 +118,7 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     import nodes
 
     load_pack()
-    from pack.nodes.host import clip, models
+    from pack.nodes.host import clip, conditioning, models
     from pack.nodes.sampling import WuerstchenDecoderConditioning
     from pack.nodes.text import WuerstchenTextEncode
     from pack.wuerstchen_core.checkpoints import read_part
@@ -145,6 +145,9 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
             torch.zeros_like(noise), disable_pbar=True, seed=0,
         )  # fmt: skip
         return sampler
+
+    # The upper and the lower part of a picture 1216 pixels high, which has 29 rows in Stage C, in the host's units.
+    facts["parts in rows"] = [conditioning._in_latents((76, 8, top, 0), 8 / (128 / 3)) for top in (0, 76)]
 
     for stage, tower in towers.items():
         a, b, long = (nodes.CLIPTextEncode().encode(tower, text)[0] for text in (A, B, LONG))

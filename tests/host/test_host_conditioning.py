@@ -29,7 +29,7 @@ from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_whole
 
-Inside = tuple[dict[str, Tensor], dict[str, str]]
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
 Graph = dict[str, Any]
 Box = tuple[int, int, int, int]  # height, width, top, left
 
@@ -231,6 +231,10 @@ def test_an_area_is_painted_for_itself_in_the_latents_of_its_stage(
     found, inner = one.found(case), one.found(case, box)
     torch.testing.assert_close(inner, one(case, one.a, box), rtol=1e-4, atol=1e-4)
     assert not found.abs().sum() - inner.abs().sum() > 1e-3 * inner.abs().sum()  # nothing is painted outside
+
+
+def test_areas_side_by_side_leave_no_row_of_stage_c_unpainted(inside: Inside) -> None:
+    assert [(area[2], area[2] + area[0]) for area in inside[1]["parts in rows"]] == [(0, 15), (14, 29)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
