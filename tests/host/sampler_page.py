@@ -30,8 +30,9 @@ What ComfyUI's own sampling nodes make of Würstchen. This page is written by `t
 
 `ddim_uniform` starts one step below the largest noise, as it does with every model; `linear_quadratic` is made for
 models of another kind and stops at a high noise level, so that Stage C gets things wrong (the log says so);
-`kl_optimal` with a single step divides by zero. No number of
-steps is too large: the noise level falls with every step, so that multistep samplers do not divide by zero.
+`kl_optimal` with a single step divides by zero. At Stage C stay away from `dpmpp_3m_sde`, and from `ipndm` with
+`karras` or `exponential`. No number of steps is too large: the noise level falls with every step, so that multistep
+samplers do not divide by zero.
 
 [5297]: https://github.com/comfyanonymous/ComfyUI/issues/5297
 
