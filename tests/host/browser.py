@@ -110,11 +110,13 @@ class Canvas:
 
     def connect(self, start: int, output: str, end: int, name: str) -> None:
         """By dragging from an output to an input."""
-        self.drag(self.evaluate(PLACE, [start, "output", output]), self.evaluate(PLACE, [end, "input", name]))
-        self.wait(
-            "([id, name]) => app.graph.getNodeById(id).inputs.find((slot) => slot.name === name).link != null",
-            [end, name],
-        )
+        linked = "([id, name]) => app.graph.getNodeById(id).inputs.find((slot) => slot.name === name).link != null"
+        for _ in range(TRIES):  # a busy frontend may lose a part of a drag
+            self.drag(self.evaluate(PLACE, [start, "output", output]), self.evaluate(PLACE, [end, "input", name]))
+            with suppress(TimeoutError):
+                self.page.wait_for_function(linked, arg=[end, name], timeout=WAIT / TRIES)
+                return
+        raise AssertionError(f"dragging from {output} to {name} did not connect them")
 
     def write(self, old: str, new: str) -> None:
         """By clicking into the text field that shows `old`."""
