@@ -22,6 +22,8 @@ from urllib.parse import urlencode
 
 import aiohttp
 from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-Wuerstchen"
@@ -54,6 +56,22 @@ def installs() -> list[Install]:
     home = Path.home()
     roots = map(Path, given.split(os.pathsep)) if given else [home / "ComfyUI", *sorted(home.glob("ComfyUI-*"))]
     return [Install(root) for root in roots if (root / "main.py").is_file()]
+
+
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def run_inside(install: Install, script: str, folder: Path, *given: str | Path) -> Inside:
+    """The tensors and facts that a script beside this file computed in a ComfyUI's own Python, working in `folder`."""
+    output = folder / "tensors.safetensors"
+    arguments = map(str, (Path(__file__).with_name(script), install.root, *given, output))
+    result = subprocess.run(
+        [install.python, *arguments], capture_output=True, text=True, timeout=2 * RUN_SECONDS, cwd=folder
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
 
 
 @dataclass

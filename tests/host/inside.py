@@ -3,34 +3,14 @@ test_host_inside.py compares with the core."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
 from torch import Tensor
 
 PROMPTS = ("a red apple", "", "a very small cat on a yellow background, and behind it the sun!")
-
-
-def load_pack() -> ModuleType:
-    """This repository as ComfyUI imports it: a package of any name."""
-    root = Path(__file__).resolve().parents[2]
-    spec = importlib.util.spec_from_file_location("pack", root / "__init__.py", submodule_search_locations=[str(root)])
-    assert spec is not None and spec.loader is not None
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["pack"] = pack
-    spec.loader.exec_module(pack)
-    return pack
-
-
-def seeded(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
@@ -125,12 +105,4 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    comfyui, bundle, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+from in_host import enter
+
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 HOST = ("comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
 OTHERS = ("torch", "torch.nn.functional", "safetensors.torch", "numpy.random", "logging", "builtins")
@@ -68,8 +70,5 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, sys.argv.pop())  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
+    enter()
     sys.stdout.write(json.dumps(main()))

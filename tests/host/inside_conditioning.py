@@ -4,14 +4,11 @@ core."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from typing import Any
 
 import torch
-from inside import load_pack, seeded
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
 from torch import Tensor
 
 STAGES = ("prior", "decoder")
@@ -186,12 +183,4 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 if __name__ == "__main__":
-    comfyui, bundle, embeddings, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle, embeddings)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from inside import PROMPTS, load_pack, seeded
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
+from inside import PROMPTS
 from torch import Tensor
 
 DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
@@ -103,12 +101,12 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def main(folders: Path, saved: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import folder_paths
     from comfy_extras.nodes_model_merging import save_checkpoint
     from utils.extra_config import load_extra_path_config
 
-    load_extra_path_config(str(folders))
+    load_extra_path_config(folders)
     table = copy.deepcopy(folder_paths.folder_names_and_paths)
     load_pack()
     from pack.nodes import loaders
@@ -133,7 +131,7 @@ def main(folders: Path, saved: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             kept = {str(x.dtype) for x in loaded.model.diffusion_model.parameters()}
             facts["dtypes"][f"{name} {dtype}"] = [*kept, str(loaded.model.manual_cast_dtype)]
             # ComfyUI's ModelSave, and back.
-            save_checkpoint(loaded, filename_prefix=f"{dtype}_{FILES[name]}", output_dir=str(saved))
+            save_checkpoint(loaded, filename_prefix=f"{dtype}_{FILES[name]}", output_dir=saved)
             tensors[f"{name} {dtype} saved"] = predict(model(f"{dtype}_{FILES[name]}_00001_.safetensors"), FILES[name])
     for name in TOWERS:
         clip = tower(name)
@@ -171,12 +169,4 @@ def main(folders: Path, saved: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 if __name__ == "__main__":
-    comfyui, folders, saved, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(Path(folders), Path(saved))
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

@@ -3,15 +3,13 @@ in the folder LORAS, and writes what test_host_lora.py compares with the core.""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from inside import load_pack
+from in_host import load_pack, write_results
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,7 +58,7 @@ def refused(call: Any, *arguments: Any) -> str:
     return ""
 
 
-def main(bundle: str, loras: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import comfy.model_management
     import comfy.sd
 
@@ -74,6 +72,7 @@ def main(bundle: str, loras: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     logging.getLogger().addHandler(log := Log())
     part = read_part(bundle, "prior")
     prior, clip = models.load_model(part), load_clip(read_part(bundle, "prior_text_encoder"))
+    loras = Path(folder)
     given = load_file(loras / "inputs" / "prior.safetensors")
     inputs = tuple(given[name] for name in ("x", "t", "text"))
     runs = RUNS | {f"form/{file.stem}": ((file.stem, 1.0, 1.0),) for file in loras.glob("form *")}
@@ -126,12 +125,4 @@ def main(bundle: str, loras: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    comfyui, bundle, loras, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle, Path(loras))
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

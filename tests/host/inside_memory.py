@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import shutil
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +14,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from inside import load_pack, seeded
+from in_host import load_pack, seeded, write_results
 from measure_memory import NETWORKS, counted
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
@@ -268,7 +265,7 @@ def eviction(bundle: str, folder: Path) -> Results:
     }
 
 
-def main(bundle: str, folder: Path) -> Results:
+def main(bundle: str, folder: str) -> Results:
     load_pack()
     from pack.wuerstchen_core.checkpoints import read_part
 
@@ -281,19 +278,10 @@ def main(bundle: str, folder: Path) -> Results:
             more, said = compute(part)
             tensors |= more
             facts |= said
-    more, said = eviction(bundle, folder)
+    more, said = eviction(bundle, Path(folder))
     facts["counted"] = [(case, counted(case)) for name in NETWORKS for case in ((name, *rest) for rest in COUNTED)]
     return tensors | more, facts | said
 
 
 if __name__ == "__main__":
-    comfyui, bundle, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle, Path(output).parent)
-    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
-    save_file(copies, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

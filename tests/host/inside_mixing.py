@@ -3,15 +3,12 @@ the host's nodes and ours; test_host_mixing.py judges what becomes of them."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from inside import load_pack, seeded
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
 from torch import Tensor
 
 SIDES = (64, 128, 256, 448, 832, 1024, 2048)  # of pictures, in pixels
@@ -229,12 +226,4 @@ def main(bundle: str, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    comfyui, bundle, file, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle, file)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

@@ -3,15 +3,12 @@ both stages, for test_host_samplers.py to compare with the core."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from inside import load_pack, seeded
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
 from torch import Tensor
 
 STAGES = ("prior", "decoder")
@@ -242,12 +239,4 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    comfyui, bundle, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

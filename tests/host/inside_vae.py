@@ -3,14 +3,11 @@ beside what each has to be equal or close to (`got/...` and `want/...`)."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from inside import load_pack, seeded
-from safetensors.torch import save_file
+from in_host import load_pack, seeded, write_results
 from torch import Tensor
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
@@ -173,13 +170,4 @@ def main(bundle: str) -> Results:
 
 
 if __name__ == "__main__":
-    comfyui, bundle, output = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
-    with torch.inference_mode():
-        tensors, facts = main(bundle)
-    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
-    save_file(copies, output, metadata={"facts": json.dumps(facts)})
+    write_results(main)

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from inside import load_pack
+from in_host import enter, load_pack
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,12 +158,7 @@ def table(rows: list[tuple[Case, tuple[float, float]]]) -> str:
 
 
 if __name__ == "__main__":
-    comfyui, *words = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
+    words = enter()
     load_pack()
     with torch.inference_mode():
         if words[:1] == ["resident"]:

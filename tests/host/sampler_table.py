@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inside import load_pack
+from in_host import enter, load_pack
 from sampler_page import OURS, page
 from torch import Tensor
 
@@ -159,12 +158,7 @@ def main(folder: Path, share: str = "1/1") -> None:
 
 
 if __name__ == "__main__":
-    comfyui, *arguments = sys.argv[1:]
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
-    from comfy.cli_args import args
-
-    args.cpu = True
+    arguments = enter()
     load_pack()
     with torch.inference_mode():
         main(Path(arguments[0]), *arguments[1:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -13,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui import Install, Outcome, Server
+from comfyui import Inside, Install, Outcome, Server, run_inside
 from conftest import TINY, find
 from inside_conditioning import LONG, PRIORS, STAGES, A, T
-from safetensors import safe_open
 from safetensors.torch import save_file
 from test_host_pictures import LIMIT, deviation
 from torch import Tensor, nn
@@ -29,7 +26,6 @@ from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_whole
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 Graph = dict[str, Any]
 Box = tuple[int, int, int, int]  # height, width, top, left
 
@@ -52,15 +48,8 @@ def inside(install: Install, models: Path, checkpoints: Path, tmp_path_factory: 
     for name, keys in EMBEDDINGS.items():
         tensors = {key: vectors(width) for key, width in keys.items()}
         save_file(tensors, models / "embeddings" / f"{name}.safetensors")
-    output = tmp_path_factory.mktemp("inside") / "tensors.safetensors"
-    script = str(Path(__file__).with_name("inside_conditioning.py"))
-    given = [str(checkpoints / TINY), str(models / "embeddings"), str(output)]
-    command = [install.python, script, str(install.root), *given]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=output.parent)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    given = checkpoints / TINY, models / "embeddings"
+    return run_inside(install, "inside_conditioning.py", tmp_path_factory.mktemp("inside"), *given)
 
 
 # text

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui import Install
+from comfyui import Inside, Install, run_inside
 from conftest import TINY
 from inside import AREA, PROMPTS, calls
-from safetensors import safe_open
 from torch import Tensor
 
 from wuerstchen_core.checkpoints import build_part, demo_path, load_text_encoder, read_part
@@ -20,21 +18,13 @@ from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import tokenize
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 STAGES = ("prior", "decoder")
 
 
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
     """What inside.py computed in this ComfyUI."""
-    output = tmp_path_factory.mktemp("inside") / "tensors.safetensors"
-    script = str(Path(__file__).with_name("inside.py"))
-    command = [install.python, script, str(install.root), str(checkpoints / TINY), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=output.parent)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    return run_inside(install, "inside.py", tmp_path_factory.mktemp("inside"), checkpoints / TINY)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui import Install, Outcome, Server
+from comfyui import Inside, Install, Outcome, Server, run_inside
 from conftest import find
 from inside_loaders import (
     BY_WIDTH,
@@ -31,7 +30,6 @@ from inside_loaders import (
 )
 from layouts import clip_of_open_clip, clip_of_transformers, comfyui, encoder_state, original, vqgan_of_diffusers
 from networks import DECODER, NETWORKS, PRIOR
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,7 +44,6 @@ TORCH = dict(zip(DTYPES[1:], KEPT, strict=True))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTH = 64  # of both text towers
 WHOLE = "loaders.safetensors"
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def cut(path: Path, write: Callable[[Path], Any]) -> None:
@@ -149,17 +146,11 @@ def inside(
 ) -> Inside:
     """What inside_loaders.py computed in this ComfyUI, which knows the models folder by the user's YAML alone."""
     folder = tmp_path_factory.mktemp("loaders")
-    saved, output, folders = folder / "saved", folder / "tensors.safetensors", folder / "extra_model_paths.yaml"
+    saved, folders = folder / "saved", folder / "extra_model_paths.yaml"
     saved.mkdir()
     paths = {"unet": f"diffusion_models\n{saved}", "clip": "text_encoders", "vae": "vae"}  # older names, as users have
     folders.write_text(json.dumps({"mine": {"base_path": str(models), **paths}}), encoding="utf-8")
-    script = str(Path(__file__).with_name("inside_loaders.py"))
-    command = [install.python, script, *map(str, (install.root, folders, saved, output))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    return run_inside(install, "inside_loaders.py", folder, folders, saved)
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui import Install, Outcome, Server
+from comfyui import Inside, Install, Outcome, Server, run_inside
 from conftest import find
 from golden_data import Golden, assert_near
 from inside_lora import STORED, WEIGHT
@@ -27,7 +26,6 @@ from wuerstchen_core.checkpoints.lora import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 Graph = dict[str, Any]
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
     "WuerstchenLoraLoader",
@@ -94,14 +92,7 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     (folder / "inputs").mkdir()
     inputs = {"x": golden["in/x"], "t": golden["in/r_tmix"], "text": golden["in/c"]}
     save_file(inputs, folder / "inputs" / "prior.safetensors")
-    output = folder / "inputs" / "output.safetensors"
-    script = str(Path(__file__).with_name("inside_lora.py"))
-    command = [install.python, script, str(install.root), str(golden_bundle), str(folder), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    return run_inside(install, "inside_lora.py", folder / "inputs", golden_bundle, folder)
 
 
 def noise(bundle: Path, *loras: tuple[dict[str, Tensor], float]) -> Tensor:

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from comfyui import Install
+from comfyui import Inside, Install, run_inside
 from conftest import TINY
 from inside_memory import STORED, TIMES
-from safetensors import safe_open
 from torch import Tensor
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 STAGES = ("prior", "decoder")
-
-
-@cache
-def run_inside(install: Install, script: str, bundle: Path, folder: Path) -> Inside:
-    """What a script computed in a ComfyUI's own Python."""
-    output = folder / f"{script}-{install.version}.safetensors"
-    path = str(Path(__file__).with_name(script))
-    command = [install.python, path, str(install.root), str(bundle), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
 
 
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
-    return run_inside(install, "inside_memory.py", checkpoints / TINY, tmp_path_factory.mktemp("memory"))
+    folder = tmp_path_factory.mktemp("memory")
+    return run_inside(install, "inside_memory.py", folder, checkpoints / TINY, folder)
 
 
 def assert_same(tensors: dict[str, Tensor], name: str) -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from comfyui import Install
+from comfyui import Inside, Install, run_inside
 from conftest import TINY
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 OURS, CASCADES = 0.3764, 0.43  # what each family's Stage B divides codebook units by
-Mixed = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +34,15 @@ def stage_a(tmp_path_factory: pytest.TempPathFactory) -> tuple[VQGAN, Path]:
 @pytest.fixture(scope="module")
 def mixed(
     install: Install, checkpoints: Path, stage_a: tuple[VQGAN, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Mixed:
+) -> Inside:
     """What inside_mixing.py computed in this ComfyUI."""
-    output = tmp_path_factory.mktemp("mixing") / "tensors.safetensors"
-    script = str(Path(__file__).with_name("inside_mixing.py"))
-    command = [install.python, script, str(install.root), str(checkpoints / TINY), str(stage_a[1]), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=output.parent)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    given = checkpoints / TINY, stage_a[1]
+    return run_inside(install, "inside_mixing.py", tmp_path_factory.mktemp("mixing"), *given)
 
 
 @pytest.mark.parametrize(("one", "ratio"), [("ours", OURS / CASCADES), ("theirs", CASCADES / OURS)])
 def test_stage_b_latents_leave_in_codebook_units_and_enter_the_other_family_in_its_own(
-    mixed: Mixed, one: str, ratio: float
+    mixed: Inside, one: str, ratio: float
 ) -> None:
     inside, outside, other = (mixed[0][f"units/{one}/{place}"] for place in ("inside", "outside", "inside the other"))
     torch.testing.assert_close(outside, inside * {"ours": OURS, "theirs": CASCADES}[one])
@@ -62,7 +50,7 @@ def test_stage_b_latents_leave_in_codebook_units_and_enter_the_other_family_in_i
 
 
 def test_the_hosts_stage_a_and_ours_give_the_same_picture_and_latents(
-    mixed: Mixed, stage_a: tuple[VQGAN, Path]
+    mixed: Inside, stage_a: tuple[VQGAN, Path]
 ) -> None:
     network, tensors = stage_a[0], {key.removeprefix("stage a/"): x for key, x in mixed[0].items()}
     with torch.inference_mode():
@@ -75,7 +63,7 @@ def test_the_hosts_stage_a_and_ours_give_the_same_picture_and_latents(
         torch.testing.assert_close(tensors[f"{whose}/encoded"], encoded, rtol=1e-5, atol=1e-5)
 
 
-def test_the_hosts_cascade_nodes_stand_in_for_ours(mixed: Mixed) -> None:
+def test_the_hosts_cascade_nodes_stand_in_for_ours(mixed: Inside) -> None:
     tensors, facts = mixed
     assert torch.equal(tensors["cascade/theirs"], tensors["cascade/ours"])
     assert facts["cascade empty c"] == [1, 16, 4, 6]  # one row less than ours: it rounds down
@@ -99,20 +87,20 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("case", SENTENCES)
-def test_another_familys_latents_are_refused_in_a_sentence(mixed: Mixed, case: str) -> None:
+def test_another_familys_latents_are_refused_in_a_sentence(mixed: Inside, case: str) -> None:
     said = mixed[1][case]
     assert isinstance(said, str) and "\n" not in said and len(said) < 300, said
     assert all(word in said for word in SENTENCES[case]), said
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_empty_latents_of_8_pixels_are_made_ours_or_refused(mixed: Mixed, family: str) -> None:
+def test_empty_latents_of_8_pixels_are_made_ours_or_refused(mixed: Inside, family: str) -> None:
     """The newer host knows our size of a latent; the older one would make them 7 times too many."""
     became = mixed[1][f"empty {family} 512 in a KSampler on stage c"]
     assert became == [1, 16, 12, 12] or ("64x64" in became and "Würstchen Empty Latents" in became)
 
 
-def test_stages_of_very_different_sizes_are_said(mixed: Mixed) -> None:
+def test_stages_of_very_different_sizes_are_said(mixed: Inside) -> None:
     _, facts = mixed
     assert facts["ours in a KSampler on stage c"] == [1, 16, 6, 6]
     assert facts["ours in a KSampler on stage b"] == [1, 4, 64, 64]
@@ -126,7 +114,7 @@ def test_stages_of_very_different_sizes_are_said(mixed: Mixed) -> None:
         assert "128x128" in line and "256x256" in line
 
 
-def test_a_picture_taken_from_a_batch_keeps_its_seed(mixed: Mixed) -> None:
+def test_a_picture_taken_from_a_batch_keeps_its_seed(mixed: Inside) -> None:
     tensors, _ = mixed
     for stage in "cb":
         both = tensors[f"batches/both {stage}"]
@@ -135,7 +123,7 @@ def test_a_picture_taken_from_a_batch_keeps_its_seed(mixed: Mixed) -> None:
     torch.testing.assert_close(tensors["batches/repeated c"], tensors["batches/both c"], rtol=1e-4, atol=1e-4)
 
 
-def test_the_hosts_nodes_for_latents_keep_ours_ours(mixed: Mixed) -> None:
+def test_the_hosts_nodes_for_latents_keep_ours_ours(mixed: Inside) -> None:
     tensors, facts = mixed
     after = {key.removeprefix("after "): what for key, what in facts.items() if key.startswith("after ")}
     assert {name: shape[0] for name, (_, shape) in after.items()} == {
@@ -154,7 +142,7 @@ def test_the_hosts_nodes_for_latents_keep_ours_ours(mixed: Mixed) -> None:
     assert (masked[:, :, 2] - before[:, :, 2]).abs().mean() > 0.1
 
 
-def test_pictures_go_on_to_another_models_encoder(mixed: Mixed) -> None:
+def test_pictures_go_on_to_another_models_encoder(mixed: Inside) -> None:
     tensors, facts = mixed
     image, scaled, encoded = (tensors[f"pictures/{name}"] for name in ("image", "scaled", "encoded"))
     assert image.shape == (2, 64, 96, 3) and image.dtype == torch.float32 and facts["on the host's device"]

@@ -3,19 +3,16 @@ own what they should."""
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui import Install, Outcome
+from comfyui import Inside, Install, Outcome, run_inside
 from conftest import TINY
 from inside_samplers import CFG, COUNTS, HALF, LONG, SEED, SPLIT_SEED, STAGES, STEPS, conditions
-from safetensors import safe_open
 from torch import Tensor
 
 from wuerstchen_core.checkpoints import build_part, read_part
@@ -24,7 +21,6 @@ from wuerstchen_core.diffusion.schedule import diffuse, linear_times
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.models.vqgan import VQGANParams
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
 OUTWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "prior": features_from_latents,
     "decoder": lambda x: x * VQGANParams.scale_factor,
@@ -38,14 +34,7 @@ INWARD: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
     """What inside_samplers.py computed in this ComfyUI."""
-    output = tmp_path_factory.mktemp("samplers") / "tensors.safetensors"
-    script = str(Path(__file__).with_name("inside_samplers.py"))
-    command = [install.python, script, str(install.root), str(checkpoints / TINY), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=output.parent)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with safe_open(output, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    return run_inside(install, "inside_samplers.py", tmp_path_factory.mktemp("samplers"), checkpoints / TINY)
 
 
 class Core:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Install
+from comfyui import Inside, Install, run_inside
 from conftest import TINY
 from inside_vae import ODD
-from test_host_memory import Inside, run_inside
 
 # In standard deviations of the picture, on average. Tiles miss their surroundings, the larger the less.
 TILED = {"64 32": 0.015, "96 64": 0.006, "128 32": 0.003, "512 64": 1e-6}
@@ -17,7 +16,7 @@ TILED = {"64 32": 0.015, "96 64": 0.006, "128 32": 0.003, "512 64": 1e-6}
 
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
-    return run_inside(install, "inside_vae.py", checkpoints / TINY, tmp_path_factory.mktemp("vae"))
+    return run_inside(install, "inside_vae.py", tmp_path_factory.mktemp("vae"), checkpoints / TINY)
 
 
 def error(inside: Inside, name: str) -> float:

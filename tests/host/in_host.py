@@ -1,0 +1,50 @@
+"""For scripts run by a ComfyUI's own Python: the way into that ComfyUI and our pack, and out with what was computed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def load_pack() -> ModuleType:
+    """This repository as ComfyUI imports it: a package of any name."""
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("pack", root / "__init__.py", submodule_search_locations=[str(root)])
+    assert spec is not None and spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["pack"] = pack
+    spec.loader.exec_module(pack)
+    return pack
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def enter() -> list[str]:
+    """Make the ComfyUI that is the first argument importable, on the CPU; the other arguments."""
+    _, comfyui, *given = sys.argv
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    from comfy.cli_args import args
+
+    args.cpu = True
+    return given
+
+
+def write_results(main: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+    """Run `main` on the arguments between the ComfyUI and the last, which is the file for its tensors and facts."""
+    *given, output = enter()
+    with torch.inference_mode():
+        tensors, facts = main(*given)
+    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
+    save_file(copies, output, metadata={"facts": json.dumps(facts)})
