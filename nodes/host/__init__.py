@@ -5,6 +5,6 @@ Uses, of what ComfyUI keeps private: `supported_models_base.BASE`, `model_base.B
 `model_patcher` (loading and offload), `sd.CLIP`, `sd.VAE` and `sd1_clip` (the objects behind the sockets),
 `sd.load_lora_for_models` (a LoRA's changes as the host's own patches),
 `samplers.KSAMPLER` and `sample.sample_custom` (guidance, hooks and masks around our own steps),
-`patcher_extension` and `samplers.resolve_areas_and_cond_masks_multidim` (areas in the latents of each stage),
-`patcher_extension.WrappersMP` (advice where a choice of the host's sampling harms).
+`patcher_extension.WrappersMP` (what is done around a run: areas in the latents of each stage, and advice where a choice
+of the host's sampling harms), `samplers.resolve_areas_and_cond_masks_multidim` (areas).
 """

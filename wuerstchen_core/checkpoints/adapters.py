@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .parts import State
-
-NAMED = 3  # how many keys a sentence names
+from .parts import State, listed
 
 
 @dataclass
@@ -43,11 +41,6 @@ def is_complete(adapter: Adapter) -> bool:
 def keys_of(adapters: Adapters) -> list[str]:
     """The file's keys for adapters."""
     return [key for adapter in adapters.values() for key in adapter.keys]
-
-
-def listed(keys: Sequence[str]) -> str:
-    """The first few keys."""
-    return f"{', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
 
 
 def delta(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -14,11 +14,10 @@ from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
 from ..models.vqgan import VQGAN
-from .parts import NETWORKS, TEXT_ENCODER, Part, kind_of
+from .parts import NETWORKS, TEXT_ENCODER, Part, kind_of, listed
 from .read import read_part
 
 Path: TypeAlias = str | os.PathLike[str]
-NAMED = 3  # how many keys of each kind an error names
 
 
 def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -38,7 +37,7 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
 
 
 def _list(keys: list[str]) -> str:
-    return f"{len(keys)} ({', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''})"
+    return f"{len(keys)} ({listed(keys)})"
 
 
 def _compare(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

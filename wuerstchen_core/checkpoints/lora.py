@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Adapters, is_complete, keys_of, listed
+from .adapters import Adapter, Adapters, is_complete, keys_of
 from .files import read_weight_file
-from .parts import State
+from .parts import State, listed
 
 # How a key ends, and which tensor that is, in the words of ComfyUI's own adapters. `lora_A` is PEFT's, with the name
 # of the adapter behind it where PEFT itself wrote the file; `processor.to_q_lora.down` diffusers' of 2023.

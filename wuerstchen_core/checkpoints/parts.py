@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from ..tables import from_table
 
 PARTS = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
 TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
+NAMED = 3  # how many keys a sentence names
 
 _TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
 
@@ -54,6 +55,11 @@ def kind_of(name: str) -> str:
     if name not in PARTS and name != TEXT_ENCODER:
         raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
     return kind
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first few keys."""
+    return f"{', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
 
 
 def text_width(params: Params) -> int | None:
