@@ -19,7 +19,7 @@ FLOORS = {
     "wuerstchen_core.diffusion.schedule": 0,
     "wuerstchen_core.diffusion.sizes": 0,
     "wuerstchen_core.demo": 0,  # its vocabulary, drawings and judge
-    "wuerstchen_core.demo.recipe": 5,  # how the model is made: trains and paints
+    "wuerstchen_core.demo.recipe": 6,  # how the model is made: trains and paints
     "wuerstchen_core.devices": 0,
     "wuerstchen_core.tables": 0,
     "wuerstchen_core.models": 1,
@@ -28,14 +28,15 @@ FLOORS = {
     "wuerstchen_core.pictures": 2,
     "wuerstchen_core.checkpoints": 2,
     "nodes.host": 3,
-    "wuerstchen_core.pipeline": 3,
-    "wuerstchen_core.training": 4,
-    "wuerstchen_core.bench": 4,
+    "wuerstchen_core.stages": 3,
+    "wuerstchen_core.pipeline": 4,
+    "wuerstchen_core.training": 5,
+    "wuerstchen_core.bench": 5,
     "nodes": 4,
     "wuerstchen_core": 4,  # the package itself, which gives the pipeline
-    "wuerstchen_core.cli": 5,
-    "wuerstchen_core.__main__": 6,
-    "": 6,  # what ComfyUI imports
+    "wuerstchen_core.cli": 6,
+    "wuerstchen_core.__main__": 7,
+    "": 7,  # what ComfyUI imports
 }
 # What the nodes stand on: in ComfyUI the graph is the pipeline.
 NODES_MAY = (

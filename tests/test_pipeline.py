@@ -18,7 +18,7 @@ from test_diffusion_samplers import replay
 from tiny_model import METADATA, write_tiny_bundle
 from torch import Tensor
 
-from wuerstchen_core import WuerstchenPipeline, devices, pipeline
+from wuerstchen_core import WuerstchenPipeline, devices, stages
 from wuerstchen_core.checkpoints import PARTS, demo_path, read_part, save_bundle
 from wuerstchen_core.devices import pick_dtype
 from wuerstchen_core.diffusion.samplers import NoiseSource
@@ -82,10 +82,10 @@ def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     height, width = golden["out/image"].shape[-2:]
     sampling = Sampling(width=width, height=height)  # the published defaults
-    monkeypatch.setattr(pipeline, "seeded_noise", noise_of("prior"))
+    monkeypatch.setattr(stages, "seeded_noise", noise_of("prior"))
     features = pipe.sample_prior(golden["in/c_prior"], sampling, negative=golden["in/c_prior_uncond"])
     assert_near(features, golden["out/image_embeddings"], 5e-4)  # observed 5e-5
-    monkeypatch.setattr(pipeline, "seeded_noise", noise_of("decoder"))
+    monkeypatch.setattr(stages, "seeded_noise", noise_of("decoder"))
     made = pipe.sample_decoder(features, golden["in/clip_decoder"], sampling)
     assert_near(made / 0.3764, golden["out/decoder_preds"][-1], 2e-4)  # observed 2e-5
     expected = golden["out/image"].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255

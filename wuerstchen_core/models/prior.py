@@ -19,19 +19,6 @@ from .layers import (
     xavier_init,
 )
 
-# v2's prior works on (features + 1) / 42, where features are what the image encoder gives and Stage B takes.
-FEATURE_SCALE, FEATURE_SHIFT = 42.0, 1.0
-
-
-def latents_from_features(features: Tensor) -> Tensor:
-    """Features of the image encoder to the latents that v2's prior works on."""
-    return (features + FEATURE_SHIFT) / FEATURE_SCALE
-
-
-def features_from_latents(latents: Tensor) -> Tensor:
-    """What v2's prior works on to features as the image encoder gives them and the decoder takes them."""
-    return latents * FEATURE_SCALE - FEATURE_SHIFT
-
 
 @dataclass(frozen=True)
 class PriorParams:
@@ -43,7 +30,23 @@ class PriorParams:
     c_r: int = 64
     depth: int = 32
     nhead: int = 24
+    feature_scale: float = 42.0  # the prior works on (features + shift) / scale; 1 and 0 in v1, and in no tensor
+    feature_shift: float = 1.0
     dropout: float = 0.0  # the original trains with 0.1
+
+
+# What of v1's prior differs from v2's.
+V1 = {"c_cond": 1024, "feature_scale": 1.0, "feature_shift": 0.0}
+
+
+def latents_from_features(features: Tensor, params: PriorParams = PriorParams()) -> Tensor:  # noqa: B008 (frozen)
+    """Features of the image encoder to the latents that a prior works on (v2's by default)."""
+    return (features + params.feature_shift) / params.feature_scale
+
+
+def features_from_latents(latents: Tensor, params: PriorParams = PriorParams()) -> Tensor:  # noqa: B008 (frozen)
+    """What a prior works on to features as the image encoder gives them and Stage B takes them."""
+    return latents * params.feature_scale - params.feature_shift
 
 
 class Prior(nn.Module):

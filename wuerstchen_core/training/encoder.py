@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedule import expand
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
-from ..models.prior import FEATURE_SCALE, FEATURE_SHIFT, latents_from_features
+from ..models.prior import PriorParams, latents_from_features
 from ..tables import from_table
 from .loop import Stage
 from .pictures import DemoPictures, sheet
@@ -54,8 +54,8 @@ class Compressor(nn.Module):
         self.image_encoder = ImageEncoder(params)
         # Fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1.
         norm = self.image_encoder.mapper[1]
-        norm.get_parameter("weight").data.fill_(FEATURE_SCALE)
-        norm.get_parameter("bias").data.fill_(-FEATURE_SHIFT)
+        norm.get_parameter("weight").data.fill_(PriorParams.feature_scale)
+        norm.get_parameter("bias").data.fill_(-PriorParams.feature_shift)
         norm.requires_grad_(False)
         self.decoder = regression_decoder(params.c_latent, options.widths, options.patch)
 
