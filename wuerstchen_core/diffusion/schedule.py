@@ -75,3 +75,15 @@ def named_times(schedule: str, steps: int) -> Tensor:
     if schedule not in fixed:
         raise ValueError(f"schedule {schedule!r} is unknown: choose original, diffusers or linear")
     return fixed[schedule]()
+
+
+def strength_times(times: Tensor, strength: float) -> Tensor:
+    """A schedule [N + 1] that starts at `strength` instead of 1, in as many steps and of the same shape.
+
+    Of the linear schedule this is what ComfyUI's `denoise` makes. Raises ValueError where it is not from 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"a strength of {strength} cannot be used: choose a number from 0 (the picture as it is) to 1 (a new one)"
+        )
+    return times * strength
