@@ -16,6 +16,7 @@ from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline, cli
 from wuerstchen_core.checkpoints import demo_path
+from wuerstchen_core.commands import output
 
 PROMPT = "A red apple, on blue!"
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def test_generate(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -
     out, err = capsys.readouterr()
     assert out == "a-red-apple-on-blue.png\n" and err == ""
     with Image.open(here / out.strip()) as image:
-        made = json.loads(image.text[cli.METADATA_KEY])
+        made = json.loads(image.text[output.METADATA_KEY])
         painted = np.asarray(image).astype(int)
     assert made == {
         "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
@@ -121,8 +122,8 @@ def test_count_output_and_json(bundle: str, here: Path, capsys: pytest.CaptureFi
     [("../../etc/passwd", "etc-passwd"), ("", "picture"), ("?!", "picture"), ("Über Äpfel", "über-äpfel")],
 )
 def test_slug(prompt: str, name: str) -> None:
-    assert cli.slug(prompt) == name
-    assert len(cli.slug("word " * 100)) <= cli.SLUG_LENGTH
+    assert output.slug(prompt) == name
+    assert len(output.slug("word " * 100)) <= output.SLUG_LENGTH
 
 
 def test_progress_is_shown_on_a_terminal_only(

@@ -34,8 +34,9 @@ FLOORS = {
     "wuerstchen_core.bench": 5,
     "nodes": 4,
     "wuerstchen_core": 4,  # the package itself, which gives the pipeline
-    "wuerstchen_core.cli": 6,
-    "wuerstchen_core.__main__": 7,
+    "wuerstchen_core.commands": 6,
+    "wuerstchen_core.cli": 7,
+    "wuerstchen_core.__main__": 8,
     "": 7,  # what ComfyUI imports
 }
 # What the nodes stand on: in ComfyUI the graph is the pipeline.

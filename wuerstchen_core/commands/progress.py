@@ -1,0 +1,39 @@
+"""How far a command is: seconds by stage, and a line that counts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BAR = 30  # characters of the progress bar
+
+
+class Progress:
+    """The pipeline's callback: seconds by stage, and a line on stderr that counts steps if that is a terminal."""
+
+    def __init__(self, label: str = ""):
+        self.seconds: dict[str, float] = {}
+        self._label = label
+        self._last = time.perf_counter()
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
+        self._last = now
+        if self._shown:
+            bar = "#" * (BAR * done // steps)
+            self._write(f"{self._label}{stage:8}[{bar:{BAR}}] {done}/{steps}")
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
