@@ -12,6 +12,7 @@ from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import FUSED, MB, ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 PRIOR = PriorParams(c=64, c_cond=32, depth=2, nhead=1)
@@ -23,6 +24,17 @@ DECODER = DecoderParams(
     level_config=("CT", "CTA", "CTFA"),
     inject_effnet=(False, True, True),
     clip_embd=24,
+)
+TOKEN_DECODER = TokenDecoderParams(
+    c_in=16,
+    c_out=16,
+    num_labels=64,
+    c_cond=32,
+    c_hidden=(32, 64, 64),
+    nhead=(-1, 16, 16),
+    blocks=(1, 2, 2),
+    level_config=("CT", "CTA", "CTFA"),
+    byt5_embd=24,
 )
 VQ = VQGANParams(bottleneck_blocks=2, c_hidden=32, codebook_size=64)
 IMAGE = ImageEncoderParams(
@@ -72,6 +84,12 @@ def _decoder_inputs() -> tuple[Tensor, ...]:
     return latents, TIMES, prior_latents, text
 
 
+def _token_decoder_inputs() -> tuple[Tensor, ...]:
+    prior_latents, text = _random((3, 16, 2, 3), (3, 7, TOKEN_DECODER.byt5_embd))
+    tokens = torch.randint(TOKEN_DECODER.num_labels, (3, 16, 24), generator=torch.Generator().manual_seed(2))
+    return tokens, TIMES, prior_latents, text
+
+
 def _autoencode(network: VQGAN, images: Tensor) -> Tensor:
     return network.decode(network.encode(images))
 
@@ -79,6 +97,7 @@ def _autoencode(network: VQGAN, images: Tensor) -> Tensor:
 NETWORKS = {
     "prior": Network(lambda: Prior(PRIOR), _prior_inputs, (3, 16, 5, 7)),
     "decoder": Network(lambda: Decoder(DECODER), _decoder_inputs, (3, 4, 16, 24)),
+    "token_decoder": Network(lambda: TokenDecoder(TOKEN_DECODER), _token_decoder_inputs, (3, 64, 16, 24)),
     "vqgan": Network(lambda: VQGAN(VQ), lambda: _random((3, 3, 16, 24)), (3, 3, 16, 24), _autoencode),
     "image_encoder": Network(lambda: ImageEncoder(IMAGE), lambda: _random((3, 3, 64, 96)), (3, 16, 2, 3)),
     "text_encoder": Network(lambda: TextEncoder(TEXT), lambda: tokenize(PROMPTS), (3, 77, 32)),

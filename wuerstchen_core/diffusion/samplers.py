@@ -50,28 +50,36 @@ def ddim_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSo
 STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
-def guided(
-    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float
-) -> Denoiser:
-    """Classifier-free guidance (arXiv 2207.12598): both predictions, extrapolated by `scale`.
+def guidance(
+    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...]
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Classifier-free guidance (arXiv 2207.12598): both predictions, extrapolated by the scale given last.
 
     The model is called as model(x, t, *cond): once for both, or twice where their conditions differ in shape (texts of
-    different lengths); where `scale` is 1 the unconditional half is left out.
+    different lengths); where the scale is 1 the unconditional half is left out.
     """
-    if scale == 1.0:
-        return lambda x, t: model(x, t, *cond)
     pairs = list(zip(cond, uncond, strict=True))
     alike = all(c.shape == u.shape for c, u in pairs)
     both = tuple(torch.cat(pair) for pair in pairs) if alike else ()
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
+        if scale == 1.0:
+            return model(x, t, *cond)
         if alike:
-            noise, noise_uncond = model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+            wanted, unwanted = model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
         else:
-            noise, noise_uncond = model(x, t, *cond), model(x, t, *uncond)
-        return torch.lerp(noise_uncond, noise, scale)
+            wanted, unwanted = model(x, t, *cond), model(x, t, *uncond)
+        return torch.lerp(unwanted, wanted, scale)
 
-    return denoise
+    return predict
+
+
+def guided(
+    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float
+) -> Denoiser:
+    """`guidance` by one scale."""
+    predict = guidance(model, cond, uncond)
+    return lambda x, t: predict(x, t, scale)
 
 
 def sample(
@@ -104,13 +112,18 @@ def sample(
     return x
 
 
+def seeded_generators(seed: int, pictures: int | Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a picture, seeds seed, seed + 1, ...; `pictures`: their number, or their places in a batch."""
+    places = range(pictures) if isinstance(pictures, int) else pictures
+    return [torch.Generator().manual_seed(seed + i) for i in places]
+
+
 def seeded_noise(seed: int, pictures: int | Sequence[int]) -> NoiseSource:
     """Noise from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles.
 
     `pictures` is how many there are, or the places that they had in the batch that they were taken from.
     """
-    places = range(pictures) if isinstance(pictures, int) else pictures
-    generators = [torch.Generator().manual_seed(seed + i) for i in places]
+    generators = seeded_generators(seed, pictures)
 
     def draw(like: Tensor) -> Tensor:
         rows = [torch.randn(like.shape[1:], generator=g, dtype=torch.float32) for g in generators]

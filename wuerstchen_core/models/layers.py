@@ -7,11 +7,13 @@ Layers come from a namespace (`operations`, default `torch.nn`), which lets Comf
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 EPS = 1e-6  # of every LayerNorm in Würstchen
 TIME_SCALE = 10_000  # radians that the quickest frequency of a time embedding turns from t = 0 to 1
@@ -70,9 +72,9 @@ class GlobalResponseNorm(nn.Module):
         return torch.addcmul(beta, x, gamma * response + 1)
 
 
-def grn(operations: Any) -> type[GlobalResponseNorm]:
-    """The namespace's own GlobalResponseNorm, if it has one that casts its bare parameters."""
-    return getattr(operations, "GlobalResponseNorm", GlobalResponseNorm)
+def own(operations: Any, layer: type[M]) -> type[M]:
+    """The namespace's own version of one of our layers, if it has one, which casts the layer's bare parameters."""
+    return getattr(operations, layer.__name__, layer)
 
 
 def channelwise_mlp(c_in: int, c: int, dropout: float, operations: Any, **factory: Any) -> nn.Sequential:
@@ -80,7 +82,7 @@ def channelwise_mlp(c_in: int, c: int, dropout: float, operations: Any, **factor
     return nn.Sequential(
         operations.Linear(c_in, c * 4, **factory),
         nn.GELU(),
-        grn(operations)(c * 4, **factory),
+        own(operations, GlobalResponseNorm)(c * 4, **factory),
         nn.Dropout(dropout),
         operations.Linear(c * 4, c, **factory),
     )
@@ -102,6 +104,22 @@ class ResBlock(nn.Module):
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         return x + self.channelwise(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EarlySkipResBlock(ResBlock):
+    """v1's ConvNeXt block: `skip` channels join before the depthwise convolution, whose groups they fill."""
+
+    def __init__(
+        self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0, operations: Any = nn, **factory: Any
+    ):
+        super().__init__(c, 0, kernel_size, dropout, operations, **factory)
+        self.depthwise = operations.Conv2d(
+            c + c_skip, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c, **factory
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = x if skip is None else torch.cat([x, skip], dim=1)
+        return x + self.channelwise(self.norm(self.depthwise(h)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class FeedForwardBlock(nn.Module):
@@ -140,6 +158,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
+def multi_head(q: Tensor, k: Tensor, v: Tensor, nhead: int, dropout: float) -> Tensor:
+    """Attend from q [B, N, c] to k and v [B, M, c] in `nhead` heads; [B, N, c]."""
+    q, k, v = (y.unflatten(-1, (nhead, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, tokens, c / heads]
+    return attend(q, k, v, dropout).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with diffusers' parameter names, which LoRA files address."""
 
@@ -154,12 +178,40 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend from x [B, N, c] to context [B, M, c]."""
-        q, k, v = (
-            y.unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # [B, heads, tokens, c / heads]
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = attend(q, k, v, self.dropout if self.training else 0.0)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        out = multi_head(self.to_q(x), self.to_k(context), self.to_v(context), self.nhead, dropout)
+        return self.to_out[0](out)
+
+
+class Projections(nn.Module):
+    """The weights of `nn.MultiheadAttention`, under its names: query, key and value in one matrix."""
+
+    def __init__(self, c: int, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * c, c, **factory))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * c, **factory))
+        self.out_proj = operations.Linear(c, c, **factory)
+
+    def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix and its bias as `x` needs them."""
+        return self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype)
+
+
+class PackedAttention(nn.Module):
+    """Multi-head attention with the original's parameter names."""
+
+    def __init__(self, c: int, nhead: int, dropout: float = 0.0, operations: Any = nn, **factory: Any):
+        super().__init__()
+        self.nhead = nhead
+        self.dropout = dropout
+        self.attn = own(operations, Projections)(c, operations, **factory)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Attend from x [B, N, c] to context [B, M, c]."""
+        (weight, bias), c = self.attn.packed(x), x.shape[-1]
+        q = F.linear(x, weight[:c], bias[:c])
+        k, v = F.linear(context, weight[c:], bias[c:]).chunk(2, dim=-1)
+        return self.attn.out_proj(multi_head(q, k, v, self.nhead, self.dropout if self.training else 0.0))
 
 
 class AttnBlock(nn.Module):
@@ -172,13 +224,14 @@ class AttnBlock(nn.Module):
         nhead: int,
         self_attn: bool = True,
         dropout: float = 0.0,
+        packed: bool = False,
         operations: Any = nn,
         **factory: Any,
     ):
         super().__init__()
         self.self_attn = self_attn
         self.norm = ChannelNorm()
-        self.attention = Attention(c, nhead, dropout, operations, **factory)
+        self.attention = (PackedAttention if packed else Attention)(c, nhead, dropout, operations, **factory)
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(c_cond, c, **factory))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -197,6 +250,9 @@ def xavier_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, Projections):
+        nn.init.xavier_uniform_(module.in_proj_weight)
+        nn.init.zeros_(module.in_proj_bias)
     elif isinstance(module, Attention):  # the original's are one matrix [3c, c], whose Xavier bound is smaller
         for layer in (module.to_q, module.to_k, module.to_v):
             nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(0.5))
