@@ -10,14 +10,13 @@ from typing import Any
 
 import comfy.sd
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.adapters import Adapters, Fit, fit, keys_of
-from ...wuerstchen_core.checkpoints.bundle import write_tensors
 from ...wuerstchen_core.checkpoints.files import read_file_metadata, read_weight_file
 from ...wuerstchen_core.checkpoints.lora import Lora, read_lora
 from ...wuerstchen_core.checkpoints.parts import listed
+from ...wuerstchen_core.checkpoints.write import write_tensors
 from .models import PriorModel, StageModel
 
 logger = logging.getLogger(__name__)
@@ -130,12 +129,9 @@ def write_converted(path: Path, state: Mapping[str, Tensor]) -> Path:
             )
         return target
     try:
-        # Copies, since a PyTorch file's tensors may share their memory.
-        tensors = {key: x.clone(memory_format=torch.contiguous_format) for key, x in state.items()}
-        write_tensors(target, tensors, read_file_metadata(path))
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{target} can't be written ({reason}): turn save_converted off") from error
+        write_tensors(target, state, read_file_metadata(path))
+    except OSError as error:
+        raise ValueError(f"{error}; or turn save_converted off") from error
     logger.info(f"wrote {target}")
     return target
 

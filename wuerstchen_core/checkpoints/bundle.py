@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_to_json
+from ..models.prior import V1
+from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_to_json, release
+from .precision import FP8, planned
+from .write import Planned, Progress, write_tensors
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
-FP8 = torch.float8_e4m3fn
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -50,35 +51,59 @@ def split_bundle(state: State) -> dict[str, State] | None:
     return parts or None
 
 
-def widened(state: State) -> State:
-    """Weights with bf16 in place of fp8, which is for storage alone: torch does not add in it."""
-    return {key: x.to(torch.bfloat16) if x.dtype == FP8 else x for key, x in state.items()}
-
-
 def save_bundle(
     path: str | os.PathLike[str],
     parts: Mapping[str, nn.Module | Part],
     metadata: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None | Mapping[str, torch.dtype | None] = None,
     fp8: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are), those named in `fp8` in e4m3.
+    """Write parts as one file, floating-point tensors in `dtype` (None: as they are; or one a part), those in `fp8`
+    in e4m3 with a scale (see `precision`).
 
-    Two equal text towers are stored as one. The file appears complete or not at all.
+    Two equal text towers are stored as one. The file appears complete or not at all; OSError says why not.
     """
     path = Path(path)
-    tensors: State = {}
+    tensors: dict[str, Planned] = {}
     sizes: dict[str, dict[str, Any]] = {}
-    for name, part in _merge_towers(parts).items():
+    for name, part in merge_towers(parts).items():
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
+        wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
         for key, x in _state(part).items():
-            full = f"{name}.{key}"
-            tensors[full] = _stored(x, FP8 if full in fp8 else dtype)
+            tensors |= planned(f"{name}.{key}", x, FP8 if f"{name}.{key}" in fp8 else wanted)
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
-    content = {"version": "v2", **metadata, "format": FORMAT, "parts": sizes}
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps(content)})
+    version = release([_params(name, part) for name, part in parts.items()])
+    content = {"version": version, **metadata, "format": FORMAT, "parts": sizes}
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(content)}, progress)
+
+
+def save_part(
+    path: str | os.PathLike[str],
+    part: Part,
+    metadata: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write one part as a file of its own, its keys bare, so that other programs which know them read it too."""
+    tensors: dict[str, Planned] = {}
+    for key, x in part.state_dict.items():
+        tensors |= planned(key, x, dtype)
+    content = {
+        "version": release([part.params]),
+        **metadata,
+        "format": FORMAT,
+        "parts": {part.name: params_to_json(part.params)},
+    }
+    write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
+
+
+def _version(sizes: Mapping[str, Mapping[str, Any]]) -> str:
+    """The release whose parts these are: v1 decodes tokens, and its prior knows no other unit than the features'."""
+    of_v1 = "token_decoder" in sizes or sizes.get("prior", {}).get("feature_scale") == V1["feature_scale"]
+    return "v1" if of_v1 else "v2"
 
 
 def _state(part: nn.Module | Part) -> State:
@@ -92,7 +117,8 @@ def _params(name: str, part: nn.Module | Part) -> Params:
     return params
 
 
-def _merge_towers(parts: Mapping[str, nn.Module | Part]) -> dict[str, nn.Module | Part]:
+def merge_towers(parts: Mapping[str, nn.Module | Part]) -> dict[str, nn.Module | Part]:
+    """Parts with two equal text towers as one, named `text_encoder`."""
     merged = dict(parts)
     prior, decoder = (merged.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
     if prior is not None and decoder is not None and _equal(prior, decoder):
@@ -113,24 +139,3 @@ def _equal(one: nn.Module | Part, other: nn.Module | Part) -> bool:
             for key, x in mine.items()
         )
     )
-
-
-def _stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    x = x.detach()
-    return x.to("cpu", dtype if x.is_floating_point() else None).contiguous()
-
-
-def write_tensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        draft.touch()
-        mode = draft.stat().st_mode  # what the user's files have; safetensors makes a file that only its owner reads
-        save_file(tensors, draft, metadata=metadata)
-        draft.chmod(mode)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from .parts import State
 NETWORK_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
 ENCODER_KEY = "effnet_state_dict"
 
-_SAFETENSORS_DTYPES = {
+# By safetensors' names for them.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -102,7 +103,7 @@ def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:
 
 
 def _header(tensor: Any) -> Tensor:
-    dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype(), torch.float32)
+    dtype = DTYPES.get(tensor.get_dtype(), torch.float32)
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
 
 

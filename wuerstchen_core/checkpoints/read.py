@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .bundle import parse_metadata, split_bundle, widened
+from .bundle import parse_metadata, split_bundle
 from .files import WeightFile, read_file_metadata, read_json, read_weight_file
 from .formats import LORA, foreign, to_ours
 from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_from_json
+from .precision import widened
 from .sizes import READERS, WHOLE_TOWERS
 
 DEMO = "demo"
@@ -20,6 +21,7 @@ TOWERS = tuple(f"{stage}_{TEXT_ENCODER}" for stage in ("prior", "decoder"))
 _FOLDERS = {
     "prior": ("prior", "prior_prior"),
     "decoder": ("decoder",),
+    "token_decoder": ("token_decoder",),
     "vqgan": ("vqgan",),
     "image_encoder": ("image_encoder",),
 }
@@ -30,6 +32,7 @@ _ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".bi
 _CONFIG_NAMES = {
     "prior": {"nhead": "nhead"},
     "decoder": {"nhead": "nhead", "self_attn": "self_attn"},
+    "token_decoder": {"nhead": "nhead", "self_attn": "self_attn"},
     "vqgan": {"scale_factor": "scale_factor"},
     TEXT_ENCODER: {"num_attention_heads": "heads"},
 }
@@ -137,7 +140,7 @@ def _open_file(path: Path, headers_only: bool) -> Source:
         return _recognise(path, content, {}, metadata)
     networks: dict[str, Network] = {}
     for name, stored in bundled.items():
-        state = stored if headers_only else widened(stored)
+        state = widened(stored)
         networks |= _named(name, Network(kind_of(name), state, metadata.get("parts", {}).get(name)))
     return Source(path, "bundle", networks, metadata)
 

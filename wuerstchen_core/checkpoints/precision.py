@@ -1,0 +1,97 @@
+"""In which dtype a weight is stored: the file's own, another, or fp8 with a scale for each large tensor.
+
+fp8 is for storage alone: torch does not add in it. The names are ComfyUI's: beside `X.weight` in e4m3 stands
+`X.scale_weight`, one fp32 number by which it is multiplied. Our scales are powers of two, so that nothing is lost on
+the way back, whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .parts import State
+from .write import Planned, as_it_is
+
+FP8 = torch.float8_e4m3fn
+SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI knows such a file
+LARGE = 4096  # numbers: what is smaller takes no room and, as norms and biases are, is read exactly
+_SUFFIX = "scale_weight"
+
+
+def scale_key(key: str) -> str:
+    """Where the scale of a weight stands."""
+    return f"{key.removesuffix('weight')}{_SUFFIX}"
+
+
+def is_large(key: str, x: Tensor) -> bool:
+    """Whether a tensor is a matrix, a table of embeddings or a convolution's weight that fp8 is meant for.
+
+    The codebook is none (pictures are made of its very numbers), nor are depthwise convolutions (9 numbers a channel).
+    """
+    deep = x.ndim >= 2 and x.shape[1:].numel() > 9
+    return key.endswith("weight") and "codebook" not in key and deep and x.numel() >= LARGE
+
+
+def planned(key: str, x: Tensor, dtype: torch.dtype | None) -> dict[str, Planned]:
+    """What is written for a tensor in `dtype` (None: its own): itself, and with a large one in fp8 its scale."""
+    if dtype is None or not x.is_floating_point() or x.dtype == dtype:
+        return {key: as_it_is(x)}
+    if dtype != FP8:
+        return {key: Planned(tuple(x.shape), dtype, lambda: _cast(key, x, dtype))}
+    if not is_large(key, x):
+        return planned(key, x, torch.bfloat16 if x.dtype.itemsize > 2 else None)
+    return {
+        key: Planned(tuple(x.shape), FP8, lambda: (x.float() / _scale(key, x)).to(FP8)),
+        scale_key(key): Planned((), torch.float32, lambda: torch.tensor(_scale(key, x))),
+    }
+
+
+def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    out = x.to(dtype)
+    if dtype == torch.float16 and bool(out.isinf().any()):
+        raise ValueError(f"{key} holds {x.abs().max():.3g}, and fp16 ends at 65504: choose bf16 or fp32 for it")
+    return out
+
+
+def _scale(key: str, x: Tensor) -> float:
+    """The smallest power of two that brings the largest number into what e4m3 can hold."""
+    largest = float(x.abs().amax())
+    if not math.isfinite(largest):
+        raise ValueError(f"{key} holds {largest}, which fp8 can't: these weights are damaged, or choose another dtype")
+    return 2.0 ** math.ceil(math.log2(largest / torch.finfo(FP8).max)) if largest else 1.0
+
+
+def is_scaled(state: State) -> bool:
+    """Whether weights are stored in fp8 with scales."""
+    return any(key.endswith(_SUFFIX) for key in state)
+
+
+def dequantised(state: State) -> State:
+    """Weights with their scales worked in, in the dtype of the others; tensors without data only lose the scales."""
+    if not is_scaled(state):
+        return state
+    dtype = _others(state)
+    out: State = {}
+    for key, x in state.items():
+        if key.endswith(_SUFFIX) or key.rpartition(".")[2] == SCALED_MARK:
+            continue
+        scale = state.get(scale_key(key)) if key.endswith("weight") else None
+        out[key] = x if scale is None or x.is_meta else (x.float() * scale.float()).to(dtype)
+    return out
+
+
+def widened(state: State) -> State:
+    """Weights with those in fp8 in the dtype of the others."""
+    state = dequantised(state)
+    dtype = _others(state)
+    return {key: x.to(dtype) if x.dtype == FP8 and not x.is_meta else x for key, x in state.items()}
+
+
+def _others(state: State) -> torch.dtype:
+    """The widest dtype among what is no fp8 and no scale; bf16 if there is nothing else."""
+    found = {x.dtype for key, x in state.items() if x.is_floating_point() and not key.endswith(_SUFFIX)}
+    wide = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if dtype in found]
+    return wide[0] if wide else torch.bfloat16
