@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core.checkpoints import Part
-from ..wuerstchen_core.checkpoints.formats import LORA, TOKEN_DECODER
+from ..wuerstchen_core.checkpoints.formats import LORA
 from ..wuerstchen_core.checkpoints.read import TOWERS, ForeignFile, Source, open_source
 from ..wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L
 from .host import clip, folders, models, vae
@@ -45,12 +45,14 @@ class Shelf:
 MODEL = Shelf(
     "Würstchen Model Loader", "diffusion_models", ("prior", "decoder"), "a prior (Stage C) or v2's decoder (Stage B)"
 )
+TOKENS = Shelf("Würstchen Token Decoder Loader", MODEL.folder, ("token_decoder",), "v1's token decoder (Stage B)")
 CLIP = Shelf("Würstchen CLIP Loader", "text_encoders", TOWERS, "CLIP-bigG or CLIP-H")
 VAE = Shelf("Würstchen VAE Loader", "vae", ("vqgan", "image_encoder"), "Stage A or v2's image encoder")
 
 _NAMES = {
     "prior": "a prior (Stage C)",
     "decoder": "a decoder (Stage B)",
+    "token_decoder": "Stage B of Würstchen v1, which paints tokens",
     "vqgan": "Stage A",
     "image_encoder": "an image encoder",
     **dict.fromkeys(TOWERS, "a text tower"),
@@ -77,10 +79,8 @@ def _check_version(name: str, metadata: dict[str, Any]) -> None:
 def _refusal(name: str, shelf: Shelf, found: tuple[str, ...], other: tuple[str, ...]) -> ValueError:
     """A sentence about a file without a part for the shelf: what it holds, and what takes that."""
     held = ", ".join(dict.fromkeys((*(_NAMES[part] for part in found), *other)))
-    right = next((shelf for shelf in (MODEL, CLIP, VAE) if set(shelf.parts) & set(found)), None)
-    if TOKEN_DECODER in other:
-        held, advice = "Stage B of Würstchen v1, which paints tokens", "take Stage B of v2"
-    elif right is not None:
+    right = next((shelf for shelf in (MODEL, TOKENS, CLIP, VAE) if set(shelf.parts) & set(found)), None)
+    if right is not None:
         advice = f"put it into the {right.folder} folder, for {right.node}"
     elif LORA in other:
         advice = "put it into the loras folder, for a LoRA loader"

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .bundle import save_bundle
 from .inspect import Description, PartInfo, describe
-from .load import build_part, load_decoder, load_image_encoder, load_prior, load_text_encoder, load_vqgan
+from .load import (
+    build_part,
+    load_decoder,
+    load_image_encoder,
+    load_prior,
+    load_text_encoder,
+    load_token_decoder,
+    load_vqgan,
+)
 from .parts import PARTS, Part
 from .read import demo_path, read_metadata, read_part
 
@@ -20,6 +28,7 @@ __all__ = [
     "load_image_encoder",
     "load_prior",
     "load_text_encoder",
+    "load_token_decoder",
     "load_vqgan",
     "read_metadata",
     "read_part",

@@ -14,6 +14,7 @@ COMFYUI_PREFIX = "model.diffusion_model."
 MARKS: tuple[tuple[str, str], ...] = (
     ("cond_mapper.0.weight", "prior"),
     ("clip_mapper.weight", "decoder"),
+    ("byt5_mapper.weight", "token_decoder"),
     ("in_block.1.weight", "vqgan"),
     ("backbone.0.0.weight", "image_encoder"),
     ("token_embedding.weight", TEXT_ENCODER),
@@ -23,7 +24,6 @@ MARKS: tuple[tuple[str, str], ...] = (
 )
 
 LORA = "a LoRA, which changes a model and is none by itself"
-TOKEN_DECODER = "v1's token decoder (Paella), and this loader takes v2's decoder (DiffNeXt)"
 _CASCADE = "a Stable Cascade model, whose latents are not Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
 _VAE = "a VAE of Stable Diffusion's kind"
@@ -32,7 +32,6 @@ _VAE = "a VAE of Stable Diffusion's kind"
 FOREIGN: tuple[tuple[str, str], ...] = (
     ("lora_", LORA),
     ("_lora.", LORA),
-    ("byt5_mapper.", TOKEN_DECODER),
     ("clip_txt_", _CASCADE),
     ("pixels_mapper.", _CASCADE),
     ("input_blocks.", _DIFFUSION),

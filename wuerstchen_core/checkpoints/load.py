@@ -13,6 +13,7 @@ from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
+from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .parts import NETWORKS, TEXT_ENCODER, Part, kind_of, listed
 from .read import read_part
@@ -62,6 +63,11 @@ def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None =
 def load_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """v2's Stage B of a source (see `read_part`)."""
     return cast(Decoder, build_part(read_part(source, "decoder"), device=device, dtype=dtype))
+
+
+def load_token_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> TokenDecoder:
+    """v1's Stage B of a source (see `read_part`)."""
+    return cast(TokenDecoder, build_part(read_part(source, "token_decoder"), device=device, dtype=dtype))
 
 
 def load_vqgan(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> VQGAN:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -10,23 +10,27 @@ from torch import Tensor, nn
 
 from ..models.decoder import Decoder, DecoderParams
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams
-from ..models.prior import Prior, PriorParams
+from ..models.prior import V1, Prior, PriorParams
 from ..models.text_encoder import TextEncoder, TextEncoderParams
+from ..models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
 
-PARTS = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
+PARTS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
 TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
 NAMED = 3  # how many keys a sentence names
 
 _TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
 
 State: TypeAlias = dict[str, Tensor]
-Params: TypeAlias = PriorParams | DecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
+Params: TypeAlias = (
+    PriorParams | DecoderParams | TokenDecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
+)
 
 PARAMS: dict[str, type[Params]] = {
     "prior": PriorParams,
     "decoder": DecoderParams,
+    "token_decoder": TokenDecoderParams,
     "vqgan": VQGANParams,
     "image_encoder": ImageEncoderParams,
     TEXT_ENCODER: TextEncoderParams,
@@ -34,6 +38,7 @@ PARAMS: dict[str, type[Params]] = {
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "prior": Prior,
     "decoder": Decoder,
+    "token_decoder": TokenDecoder,
     "vqgan": VQGAN,
     "image_encoder": ImageEncoder,
     TEXT_ENCODER: TextEncoder,
@@ -66,6 +71,8 @@ def text_width(params: Params) -> int | None:
     """How wide the text states are that a stage reads; None if it reads none."""
     if isinstance(params, PriorParams):
         return params.c_cond
+    if isinstance(params, TokenDecoderParams):
+        return params.byt5_embd
     return params.clip_embd if isinstance(params, DecoderParams) else None
 
 
@@ -76,14 +83,24 @@ def tower_name(width: int) -> str:
 
 def check_towers(parts: Mapping[str, Part]) -> None:
     """Raise ValueError unless each text tower is as wide as the stage that reads it needs."""
-    for stage in ("prior", "decoder"):
-        tower = parts.get(f"{stage}_{TEXT_ENCODER}")
+    for stage in ("prior", "decoder", "token_decoder"):
+        tower = parts.get(f"{stage.removeprefix('token_')}_{TEXT_ENCODER}")
         needed = text_width(parts[stage].params) if stage in parts else None
         if tower is not None and needed is not None and tower.params.width != needed:
             raise ValueError(
-                f"the {stage} reads the text through {tower_name(needed)}, but its text encoder is "
-                f"{tower_name(tower.params.width)}: give the {stage} its own"
+                f"the {stage.replace('_', ' ')} reads the text through {tower_name(needed)}, but its text encoder is "
+                f"{tower_name(tower.params.width)}: give it its own"
             )
+
+
+def release(sizes: Iterable[Params]) -> str:
+    """The release that networks belong to: "v1" if one is of a kind or works in units that v2 does not know."""
+    for params in sizes:
+        if isinstance(params, TokenDecoderParams):
+            return "v1"
+        if isinstance(params, PriorParams) and params.feature_scale == V1["feature_scale"]:
+            return "v1"
+    return "v2"
 
 
 def params_to_json(params: Params) -> dict[str, Any]:

@@ -11,16 +11,19 @@ from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
 from ..models.text_encoder import TextEncoderParams
+from ..models.token_decoder import TokenDecoderParams
 from ..models.vqgan import VQGANParams
 from .parts import TEXT_ENCODER, Params
 
-HEAD_WIDTH = 64  # of every attention in the released networks and in ours
+HEAD_WIDTH = 64  # of every attention in the released networks and in ours, but for
+TOKEN_HEADS = 16  # the number of heads, in the token decoder, however wide they are
 
 # What a block of a decoder's level is, by the tensor that only it has; the first that fits wins.
 _BLOCK_MARKS = (
     ("depthwise.weight", "C"),
     ("mapper.weight", "T"),
     ("attention.to_q.weight", "A"),
+    ("attention.attn.in_proj_weight", "A"),
     ("channelwise.0.weight", "F"),
 )
 
@@ -91,25 +94,36 @@ def _level(state: Tensors, level: int) -> str:
     return kinds
 
 
+def _level_widths(state: Tensors) -> tuple[int, ...]:
+    """How wide a decoder's levels are."""
+    first = _shape(state, "embedding.1.weight")[0]
+    levels = range(1, _count(state, "down_blocks."))
+    return (first, *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels))
+
+
+def _time_width(state: Tensors, otherwise: int) -> int:
+    """The width of a decoder's time embedding."""
+    times = (key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
+    return next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), otherwise)
+
+
 def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> DecoderParams:
     """Sizes of a Decoder; `nhead` where the heads are not 64 wide."""
     base = DecoderParams()
     levels = range(_count(state, "down_blocks."))
-    first, c_patches = _shape(state, "embedding.1.weight")[:2]
+    c_patches = _shape(state, "embedding.1.weight")[1]
     patch_size = isqrt(c_patches // base.c_in)
-    c_hidden = (first, *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels[1:]))
+    c_hidden = _level_widths(state)
     patterns = [_pattern(_level(state, i)) for i in levels]
     c_cond, clip_embd = _shape(state, "clip_mapper.weight")
     inject = tuple(f"effnet_mappers.{i}.weight" in state for i in levels)
     effnet = next((state[f"effnet_mappers.{i}.weight"].shape[1] for i in levels if inject[i]), base.effnet_embd)
-    times = (key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
-    c_r = next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), base.c_r)
     if nhead is None:
         nhead = tuple(_heads(c) if "A" in kinds else -1 for c, (kinds, _) in zip(c_hidden, patterns, strict=True))
     return DecoderParams(
         c_in=c_patches // patch_size**2,
         c_out=_shape(state, "clf.1.weight")[0] // (2 * patch_size**2),
-        c_r=c_r,
+        c_r=_time_width(state, base.c_r),
         patch_size=patch_size,
         c_cond=c_cond,
         c_hidden=c_hidden,
@@ -119,6 +133,30 @@ def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> Deco
         inject_effnet=inject,
         effnet_embd=effnet,
         clip_embd=clip_embd,
+        kernel_size=_shape(state, "down_blocks.0.0.depthwise.weight")[-1],
+    )
+
+
+def token_decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> TokenDecoderParams:
+    """Sizes of a TokenDecoder; `nhead` where a level with attention has not 16 heads."""
+    num_labels, c_in = _shape(state, "in_mapper.0.weight")
+    patterns = [_pattern(_level(state, i)) for i in range(_count(state, "down_blocks."))]
+    c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")
+    if nhead is None:
+        nhead = tuple(TOKEN_HEADS if "A" in kinds else -1 for kinds, _ in patterns)
+    return TokenDecoderParams(
+        c_in=c_in,
+        c_out=_shape(state, "out_mapper.1.weight")[1],
+        num_labels=num_labels,
+        c_r=_time_width(state, TokenDecoderParams.c_r),
+        patch_size=isqrt(_shape(state, "embedding.1.weight")[1] // c_in),
+        c_cond=c_cond,
+        c_hidden=_level_widths(state),
+        nhead=nhead,
+        blocks=tuple(repeats for _, repeats in patterns),
+        level_config=tuple(kinds for kinds, _ in patterns),
+        effnet_embd=_shape(state, "effnet_mapper.weight")[1],
+        byt5_embd=byt5_embd,
         kernel_size=_shape(state, "down_blocks.0.0.depthwise.weight")[-1],
     )
 
@@ -169,6 +207,7 @@ def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoder
 READERS: dict[str, Callable[..., Params]] = {
     "prior": prior_params,
     "decoder": decoder_params,
+    "token_decoder": token_decoder_params,
     "vqgan": vqgan_params,
     "image_encoder": image_encoder_params,
     TEXT_ENCODER: text_encoder_params,
