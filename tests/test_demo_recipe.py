@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS
+from wuerstchen_core.checkpoints import PARTS_OF
 from wuerstchen_core.demo.judge import Judge, wilson_interval
 from wuerstchen_core.demo.recipe import evaluate, lora, remake
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
@@ -182,7 +182,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     pipe: WuerstchenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "README.md").write_text(f"before\n{remake.MARKS[0]}\nold\n{remake.MARKS[1]}\nafter\n")
-    quick = WuerstchenPipeline(metadata=pipe.metadata, **{name: getattr(pipe, name) for name in PARTS})
+    quick = WuerstchenPipeline(metadata=pipe.metadata, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
     quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: quick)
     monkeypatch.setattr(remake, "ROOT", tmp_path)

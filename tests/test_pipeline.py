@@ -19,7 +19,7 @@ from tiny_model import METADATA, write_tiny_bundle
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline, devices, stages
-from wuerstchen_core.checkpoints import PARTS, demo_path, read_part, save_bundle
+from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_part, save_bundle
 from wuerstchen_core.devices import pick_dtype
 from wuerstchen_core.diffusion.samplers import NoiseSource
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
@@ -280,12 +280,12 @@ def test_a_model_without_a_vocabulary_never_warns(tmp_path: Path, caplog: pytest
 
 def test_one_tower_is_loaded_once(pipe: WuerstchenPipeline) -> None:
     assert pipe.prior_text_encoder is pipe.decoder_text_encoder
-    assert not any(p.requires_grad for name in PARTS for p in getattr(pipe, name).parameters())
+    assert not any(p.requires_grad for name in PARTS_OF["v2"] for p in getattr(pipe, name).parameters())
 
 
 def test_files_by_part(pipe: WuerstchenPipeline, bundle: Path, tmp_path: Path) -> None:
     sources = {}
-    for name in PARTS:
+    for name in PARTS_OF["v2"]:
         sources[name] = tmp_path / f"{name}.safetensors"
         save_bundle(sources[name], {name: read_part(bundle, name)}, METADATA if name == "prior" else {})
     loaded = WuerstchenPipeline.load(sources, device="cpu", dtype="fp32")
@@ -411,7 +411,7 @@ def test_a_diffusers_folder_paints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this model has no image encoder"):
         loaded.encode(images[0])
 
-    parts = {name: read_part(folder, name) for name in PARTS if name != "image_encoder"}
+    parts = {name: read_part(folder, name) for name in PARTS_OF["v2"] if name != "image_encoder"}
     save_bundle(tmp_path / "same.safetensors", parts, {})
     same = WuerstchenPipeline.load(tmp_path / "same.safetensors", device="cpu", dtype="fp32")
     assert np.abs(pixels(same.generate(PROMPT, **options)) - pixels(images)).max() <= ROUNDING
@@ -422,7 +422,7 @@ def test_a_diffusers_folder_paints(tmp_path: Path) -> None:
 
 def test_bf16_paints_and_leaves_the_pixels_to_fp32(bundle: Path, pipe: WuerstchenPipeline) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype="bf16")
-    kinds = {name: next(getattr(half, name).parameters()).dtype for name in PARTS}
+    kinds = {name: next(getattr(half, name).parameters()).dtype for name in PARTS_OF["v2"]}
     fp32 = {name for name, dtype in kinds.items() if dtype == torch.float32}
     assert fp32 == {"vqgan", "image_encoder"} and set(kinds.values()) == {torch.float32, torch.bfloat16}
     features, made = latents(half, [PROMPT], seed=0)

@@ -26,7 +26,7 @@ from training_stages import (
 )
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS, read_metadata
+from wuerstchen_core.checkpoints import PARTS_OF, read_metadata
 from wuerstchen_core.cli import main
 from wuerstchen_core.demo.recipe import build
 from wuerstchen_core.training.pictures import DemoPictures, sheet
@@ -154,7 +154,7 @@ def test_the_bundle_paints(run_folder: Path) -> None:
     assert set(metadata["training"]) == set(STAGES) and metadata["training"]["prior"]["step"] == 4
     assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
     pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
-    assert all(getattr(pipe, part) is not None for part in PARTS)
+    assert all(getattr(pipe, part) is not None for part in PARTS_OF["v2"])
     assert pipe.prior_text_encoder is pipe.decoder_text_encoder
     assert (pipe.sampling.width, pipe.sampling.prior_steps) == (256, 20)
     trained = ema_of(run_folder / "prior")["module.projection.weight"]

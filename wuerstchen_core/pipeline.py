@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints import PARTS, Part, build_part, read_metadata, read_part
+from .checkpoints import PARTS, PARTS_OF, Part, build_part, read_metadata, read_part
 from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
 from .demo.vocabulary import vocabulary_note
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 Source = str | PathLike[str]
 
 
-PAINTING_PARTS = tuple(name for name in PARTS if name != "image_encoder")
 # 8 bits of mantissa do not give 8 bits of colour, and these two networks are small: they always run in fp32.
 FP32_PARTS = ("vqgan", "image_encoder")
 
@@ -77,6 +76,9 @@ class WuerstchenPipeline(Stages):
         prior_guidance: float | None = None,
         decoder_steps: int | None = None,
         decoder_guidance: float | None = None,
+        decoder_guidance_end: float | None = None,
+        temperature: tuple[float, float] | None = None,
+        token_mode: str | None = None,
         callback: Callback | None = None,
     ) -> list[Image.Image]:
         """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i.
@@ -93,10 +95,14 @@ class WuerstchenPipeline(Stages):
             prior_guidance=prior_guidance,
             decoder_steps=decoder_steps,
             decoder_guidance=decoder_guidance,
+            decoder_guidance_end=decoder_guidance_end,
+            temperature=temperature,
+            token_mode=token_mode,
         )
         check_count(len(prompts) * count, seed)
-        for name in PAINTING_PARTS:
-            need(getattr(self, name), name)
+        for name in PARTS_OF[self.version]:
+            if name != "image_encoder":
+                need(getattr(self, name), name)
         note = vocabulary_note([*prompts, negative], self.metadata)
         if note and note not in self._noted:
             logger.warning(note)

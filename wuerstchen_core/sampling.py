@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .diffusion.samplers import Progress
 from .diffusion.schedule import linear_times, named_times
 from .diffusion.sizes import check_size
+from .diffusion.tokens import MODES
 
 LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
 
@@ -34,6 +36,10 @@ class Sampling:
     prior_guidance: float = 4.0  # 1 and less: none
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
+    # The rest is v1's, whose Stage B paints tokens.
+    decoder_guidance_end: float | None = None  # reached in equal steps from `decoder_guidance`; None: the same
+    temperature: tuple[float, float] = (1.0, 0.6)  # at the first step and the last; below 1, likelier tokens
+    token_mode: str = "multinomial"  # how a token is chosen: multinomial, argmax or quantised
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -44,19 +50,27 @@ class Sampling:
                 "leave the prior's steps out, or choose the linear schedule"
             )
         self.decoder_times()
-        for scale in (self.prior_guidance, self.decoder_guidance):
+        for scale in (self.prior_guidance, *self.decoder_scales()):
             if not math.isfinite(scale):
                 raise ValueError(
                     f"a guidance of {scale} cannot be used: choose a number, such as {Sampling.prior_guidance}"
                 )
 
+        if self.token_mode not in MODES:
+            raise ValueError(f"the token mode {self.token_mode!r} is unknown: choose one of {', '.join(MODES)}")
+        if len(self.temperature) != 2 or not all(0 < value < math.inf for value in self.temperature):
+            raise ValueError(
+                f"temperatures of {', '.join(map(str, self.temperature))} cannot be used: "
+                "give two numbers above 0, for the first step and the last"
+            )
+
     @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> Sampling:
-        """The defaults of the model whose metadata this is."""
-        given, own = metadata.get("sampling", {}), cls()
+    def of(cls, metadata: Mapping[str, Any], version: str = "v2") -> Sampling:
+        """The defaults of the model whose metadata this is, on top of its version's."""
+        given, own = metadata.get("sampling", {}), V1 if version == "v1" else cls()
         known = {name: value for name, value in asdict(own).items() if name in given}
         try:
-            known = {name: type(value)(given[name]) for name, value in known.items()}
+            known = {name: _like(value, given[name]) for name, value in known.items()}
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model's metadata holds unusable sampling defaults ({given}): {error}") from error
         return own.changed(**known)
@@ -80,6 +94,28 @@ class Sampling:
     def decoder_times(self) -> Tensor:
         """Times of Stage B, [decoder_steps + 1]."""
         return linear_times(self.decoder_steps)
+
+    def decoder_scales(self) -> list[float]:
+        """Guidance of each step of Stage B."""
+        end = self.decoder_guidance if self.decoder_guidance_end is None else self.decoder_guidance_end
+        return [max(scale, 1.0) for scale in torch.linspace(self.decoder_guidance, end, self.decoder_steps).tolist()]
+
+    def temperatures(self) -> list[float]:
+        """Temperature of each step of v1's Stage B."""
+        return torch.linspace(*self.temperature, self.decoder_steps).tolist()
+
+
+# v1's published defaults: those of the notebook.
+V1 = Sampling(512, 512, "linear", 60, 6.0, 8, 2.0)
+
+
+def _like(default: Any, value: Any) -> Any:
+    """A value out of JSON in the type of its default."""
+    if isinstance(default, tuple):
+        return tuple(float(part) for part in value)
+    if default is None:
+        return None if value is None else float(value)
+    return type(default)(value)
 
 
 def check_count(count: int, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,12 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import PARTS
-from .diffusion.samplers import guided, sample, seeded_noise
+from .checkpoints.parts import release
+from .diffusion.samplers import guidance, guided, sample, seeded_noise
+from .diffusion.schedule import diffuse, strength_times
 from .diffusion.sizes import decoder_side, prior_side
+from .diffusion.tokens import SeededTokenNoise, sample_tokens
 from .models.decoder import Decoder
 from .models.image_encoder import ImageEncoder, semantic_view
-from .models.prior import Prior, features_from_latents
+from .models.prior import Prior, features_from_latents, latents_from_features
 from .models.text_encoder import TextEncoder
+from .models.token_decoder import TokenDecoder
 from .models.vqgan import VQGAN
 from .pictures import to_pictures
 from .sampling import Callback, Sampling, sampler_progress
@@ -32,6 +36,7 @@ class Stages:
         *,
         prior: Prior | None = None,
         decoder: Decoder | None = None,
+        token_decoder: TokenDecoder | None = None,
         vqgan: VQGAN | None = None,
         image_encoder: ImageEncoder | None = None,
         prior_text_encoder: TextEncoder | None = None,
@@ -40,18 +45,23 @@ class Stages:
     ):
         self.prior = prior
         self.decoder = decoder
+        self.token_decoder = token_decoder
         self.vqgan = vqgan
         self.image_encoder = image_encoder
         self.prior_text_encoder = prior_text_encoder
         self.decoder_text_encoder = decoder_text_encoder
         self.metadata = dict(metadata or {})
-        self.sampling = Sampling.of(self.metadata)
+        self.version = release([network.params for network in self.networks()])
+        self.sampling = Sampling.of(self.metadata, self.version)
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        networks = (getattr(self, name) for name in PARTS)
-        return weight_of(need(next((x for x in networks if x is not None), None), "network")).device
+        return weight_of(need(next(self.networks(), None), "network")).device
+
+    def networks(self) -> Iterator[Any]:
+        """The networks that there are."""
+        return (network for name in PARTS if (network := getattr(self, name)) is not None)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -70,9 +80,19 @@ class Stages:
         negative: Tensor | None = None,
         seed: int = 0,
         callback: Callback | None = None,
+        init: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
-        """Stage C: text states [B, 77 n, c] to features [B, 16, h, w]; guided away from `negative` (default: "")."""
+        """Stage C: text states [B, 77 n, c] to features [B, 16, h, w]; guided away from `negative` (default: "").
+
+        With the features `init` of a picture it starts from these, noised up to `strength` (0: they come back as they
+        are, 1: from noise alone), and keeps them where `mask` [B, 1, h, w] is 0.
+        """
         prior = need(self.prior, "prior")
+        times = strength_times(sampling.prior_times(), strength)
+        if init is not None and strength == 0:
+            return init
         text = text.to(weight_of(prior))
         scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
         if scale > 1:
@@ -82,14 +102,20 @@ class Stages:
         public = partial(features_from_latents, params=prior.params)
         draw = seeded_noise(seed, len(text))
         shape = (len(text), prior.params.c_in, prior_side(sampling.height), prior_side(sampling.width))
+        x = draw(torch.empty(shape, device=self.device))
+        clean = None if init is None else latents_from_features(init, prior.params)
+        if clean is not None and strength < 1:  # at 1 a hundredth of the picture would be left
+            x = diffuse(clean, times[:1].to(x.device).expand(len(x)), x)
         x = sample(
             guided(in_fp32(prior), cond, uncond, scale),
-            draw(torch.empty(shape, device=self.device)),
-            sampling.prior_times(),
+            x,
+            times,
             draw=draw,
+            init=None if mask is None else clean,
+            mask=mask,
             callback=sampler_progress(callback, "prior", public),
         )
-        return public(x)
+        return public(x) if init is None or mask is None else torch.where(mask > 0, public(x), init)
 
     @torch.inference_mode()
     def sample_decoder(
@@ -101,28 +127,46 @@ class Stages:
         negative: Tensor | None = None,
         seed: int = 0,
         callback: Callback | None = None,
+        init: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Stage B: features [B, 16, h, w] and text states [B, 77 n, c] to Stage A latents [B, 4, H/4, W/4].
 
-        Guided, if it is, away from `negative` (default: "") without features. Latents are in codebook units.
+        Guided, if it is, away from `negative` (default: "") without features. Latents are in codebook units. With
+        latents `init` and a `mask` [B, 1, H/4, W/4], those stay where the mask is 0.
         """
-        decoder, scale_factor = need(self.decoder, "decoder"), need(self.vqgan, "vqgan").params.scale_factor
+        vqgan = need(self.vqgan, "vqgan")
+        decoder: Decoder | TokenDecoder
+        decoder = need(self.decoder, "decoder") if self.token_decoder is None else self.token_decoder
         text, features = text.to(weight_of(decoder)), features.to(self.device)  # features are resized in fp32
-        scale, cond, uncond = max(sampling.decoder_guidance, 1.0), (features, text), (features, text)
-        if scale > 1:
+        cond, uncond = (features, text), (features, text)
+        if max(sampling.decoder_scales()) > 1:
             if negative is None:
                 negative = self.states(self.decoder_text_encoder, "decoder_text_encoder", [""])
             uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
+        predict = guidance(in_fp32(decoder), cond, uncond)
+        height, width = decoder_side(sampling.height), decoder_side(sampling.width)
+        if isinstance(decoder, TokenDecoder):
+            return _paint_tokens(predict, vqgan, (len(text), height, width), sampling, seed, callback)
+        scale_factor = vqgan.params.scale_factor
         draw = seeded_noise(seed, len(text))
-        shape = (len(text), decoder.params.c_in, decoder_side(sampling.height), decoder_side(sampling.width))
+        shape = (len(text), decoder.params.c_in, height, width)
+        scales = iter(sampling.decoder_scales())
         x = sample(
-            guided(in_fp32(decoder), cond, uncond, scale),
+            lambda x, t: predict(x, t, next(scales)),
             draw(torch.empty(shape, device=self.device)),
             sampling.decoder_times(),
             draw=draw,
+            init=None if init is None else init / scale_factor,
+            mask=mask,
             callback=sampler_progress(callback, "decoder", lambda latents: latents * scale_factor),
         )
-        return x * scale_factor
+        return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)
+
+    @torch.inference_mode()
+    def paint(self, features: Tensor, text: Tensor, sampling: Sampling, **told: Any) -> list[Image.Image]:
+        """Stages B and A: features and text states to pictures; what else can be told is `sample_decoder`'s."""
+        return self.decode(self.sample_decoder(features, text, sampling, **told))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -157,6 +201,33 @@ def in_fp32(network: nn.Module) -> Callable[..., Tensor]:
     dtype = weight_of(network).dtype
 
     def model(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
-        return network(x.to(dtype), t, *cond).float()
+        return network(x.to(dtype) if x.is_floating_point() else x, t, *cond).float()
 
     return model
+
+
+def _paint_tokens(
+    predict: Callable[[Tensor, Tensor, float], Tensor],
+    vqgan: VQGAN,
+    shape: tuple[int, int, int],
+    sampling: Sampling,
+    seed: int,
+    callback: Callback | None,
+) -> Tensor:
+    """Tokens [B, H, W] by v1's Stage B, as Stage A latents [B, 4, H, W] in codebook units."""
+    codebook = vqgan.vquantizer.codebook.weight
+    draw = SeededTokenNoise(seed, shape[0])
+    noise = draw.tokens(len(codebook), *shape[1:]).to(codebook.device)
+    tokens = sample_tokens(
+        predict,
+        noise,
+        sampling.decoder_times(),
+        noise=noise,
+        draw=draw,
+        codebook=codebook,
+        scales=sampling.decoder_scales(),
+        temperatures=sampling.temperatures(),
+        mode=sampling.token_mode,
+        callback=sampler_progress(callback, "decoder", vqgan.latents_of),
+    )
+    return vqgan.latents_of(tokens)

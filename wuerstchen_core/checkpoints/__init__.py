@@ -13,11 +13,12 @@ from .load import (
     load_token_decoder,
     load_vqgan,
 )
-from .parts import PARTS, Part
+from .parts import PARTS, PARTS_OF, Part
 from .read import demo_path, read_metadata, read_part
 
 __all__ = [
     "PARTS",
+    "PARTS_OF",
     "Description",
     "Part",
     "PartInfo",

@@ -17,6 +17,10 @@ from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
 
 PARTS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
+PARTS_OF = {  # what a complete model of a release has
+    "v1": tuple(name for name in PARTS if name != "decoder"),
+    "v2": tuple(name for name in PARTS if name != "token_decoder"),
+}
 TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
 NAMED = 3  # how many keys a sentence names
 

@@ -133,10 +133,14 @@ class VQGAN(nn.Module):
         """Snap latents [B, 4, h, w] in codebook units to the nearest codes."""
         return self.vquantizer(latents)
 
+    def latents_of(self, indices: Tensor) -> Tensor:
+        """Codes [B, h, w] to the latents [B, 4, h, w] that they stand for."""
+        return self.vquantizer.codebook(indices).permute(0, 3, 1, 2)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], about [0, 1], not clamped."""
         return self.out_block(self.up_blocks(channels_last(latents))).contiguous()
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Codes [B, h, w] to images [B, 3, 4h, 4w]."""
-        return self.decode(self.vquantizer.codebook(indices).permute(0, 3, 1, 2))
+        return self.decode(self.latents_of(indices))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints import PARTS, Part, demo_path, read_part, save_bundle
+from ...checkpoints import PARTS_OF, Part, demo_path, read_part, save_bundle
 from ..vocabulary import COLOURS, SIZES, THINGS, known_words
 
 RECIPE = Path(__file__).parent
@@ -50,7 +50,7 @@ def vocabulary() -> dict[str, Any]:
 def assemble(run: Path, target: Path) -> None:
     """Put the trained stages of a run folder together as one bundle in bf16."""
     parts: dict[str, Part] = {}
-    for part in PARTS:
+    for part in PARTS_OF["v2"]:
         stage = STAGE_OF_PART.get(part, "text")
         weights = run / stage / f"{stage}.safetensors"
         if not weights.exists():
