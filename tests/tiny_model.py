@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import DECODER, IMAGE, PRIOR, TEXT, VQ
+from networks import DECODER, IMAGE, PRIOR, TEXT, TOKEN_DECODER, VQ
 from torch import nn
 
 from wuerstchen_core.checkpoints import save_bundle
@@ -15,6 +15,7 @@ from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder
+from wuerstchen_core.models.token_decoder import TokenDecoder
 from wuerstchen_core.models.vqgan import VQGAN
 
 METADATA = {
@@ -29,13 +30,19 @@ METADATA = {
 }  # fmt: skip
 
 
-def tiny_parts() -> dict[str, nn.Module]:
-    """The six networks, off the zeros they start from; one text tower serves both stages."""
+def tiny_parts(release: str = "v2") -> dict[str, nn.Module]:
+    """The six networks of a release, off the zeros they start from; one text tower serves both stages."""
     torch.manual_seed(0)
     tower = TextEncoder(TEXT)
+    decoders: dict[str, tuple[str, nn.Module]] = {
+        "v1": ("token_decoder", TokenDecoder(replace(TOKEN_DECODER, byt5_embd=TEXT.width))),
+        "v2": ("decoder", Decoder(replace(DECODER, clip_embd=TEXT.width))),
+    }
+    name, decoder = decoders[release]
+    units = {} if release == "v2" else {"feature_scale": 1.0, "feature_shift": 0.0}
     parts = {
-        "prior": Prior(PRIOR),
-        "decoder": Decoder(replace(DECODER, clip_embd=TEXT.width)),
+        "prior": Prior(replace(PRIOR, **units)),
+        name: decoder,
         "vqgan": VQGAN(VQ),
         "image_encoder": ImageEncoder(IMAGE),
         "prior_text_encoder": tower,
@@ -54,7 +61,9 @@ def tiny_parts() -> dict[str, nn.Module]:
     return parts
 
 
-def write_tiny_bundle(path: Path, metadata: dict[str, Any] = METADATA, without: tuple[str, ...] = ()) -> Path:
+def write_tiny_bundle(
+    path: Path, metadata: dict[str, Any] = METADATA, without: tuple[str, ...] = (), release: str = "v2"
+) -> Path:
     """The tiny model as a bundle in fp32, less the parts named in `without`."""
-    save_bundle(path, {name: part for name, part in tiny_parts().items() if name not in without}, metadata)
+    save_bundle(path, {name: part for name, part in tiny_parts(release).items() if name not in without}, metadata)
     return path
