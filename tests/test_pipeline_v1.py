@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline, stages
 from wuerstchen_core.checkpoints import PARTS_OF, describe, load_prior, load_token_decoder, read_metadata
+from wuerstchen_core.cli import main
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
@@ -149,3 +151,13 @@ def test_an_unknown_mode(pipe: WuerstchenPipeline) -> None:
 def test_half_precision_paints(bundle: Path, dtype: str) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype)
     assert pixels(half.generate(PROMPTS[0], decoder_steps=2)).std() > 1
+
+
+def test_the_command_line_tells_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
+    told = ["--temperature", "0.9", "0.3", "--token-mode", "argmax", "--decoder-guidance-end", "3"]
+    path = tmp_path / "apple.png"
+    assert main(["generate", PROMPTS[0], "--model", str(bundle), "--output", str(path), "--dtype", "fp32", *told]) == 0
+    [image] = pipe.generate(PROMPTS[0], temperature=(0.9, 0.3), token_mode="argmax", decoder_guidance_end=3.0)
+    with Image.open(path) as saved:
+        assert np.abs(pixels([saved]) - pixels([image])).max() <= 1
+        assert json.loads(saved.text["wuerstchen"])["temperature"] == [0.9, 0.3]

@@ -13,6 +13,12 @@ from typing import Any
 from .output import check_output, output_path, save_picture
 from .progress import Progress
 
+# Options that are the pipeline's, by the same names.
+SAMPLING = (
+    *("width", "height", "schedule", "prior_steps", "prior_guidance", "decoder_steps", "decoder_guidance"),
+    *("decoder_guidance_end", "temperature", "token_mode"),
+)
+
 
 def add(commands: Any) -> None:
     """Add the command to a parser's commands."""
@@ -35,12 +41,16 @@ def add(commands: Any) -> None:
     option("--prior-guidance", type=float, metavar="SCALE", help="how closely Stage C follows the prompt; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")
     option("--decoder-guidance", type=float, metavar="SCALE", help="guidance of Stage B; 1: none")
+    option("--decoder-guidance-end", type=float, metavar="SCALE", help="what it reaches at the last step")
+    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help="of v1's tokens, at either step")
+    option("--token-mode", choices=("multinomial", "argmax", "quantised"), help="how v1's Stage B chooses a token")
     option("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
 
 def _run(options: argparse.Namespace) -> None:
-    names = ("width", "height", "schedule", "prior_steps", "prior_guidance", "decoder_steps", "decoder_guidance")
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(options, name) for name in SAMPLING}
+    if chosen["temperature"] is not None:
+        chosen["temperature"] = tuple(chosen["temperature"])
     check_output(options.output)
     started = time.perf_counter()
     from ..pipeline import WuerstchenPipeline
