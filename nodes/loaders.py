@@ -14,7 +14,8 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.checkpoints import Part
 from ..wuerstchen_core.checkpoints.formats import LORA
-from ..wuerstchen_core.checkpoints.read import TOWERS, ForeignFile, Source, open_source
+from ..wuerstchen_core.checkpoints.read import open_source
+from ..wuerstchen_core.checkpoints.sources import TOWERS, ForeignFile, Source
 from ..wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L
 from .host import clip, folders, models, vae
 from .schema import schema

@@ -26,7 +26,7 @@ from wuerstchen_core.checkpoints import (
     read_part,
 )
 from wuerstchen_core.checkpoints.formats import LORA
-from wuerstchen_core.checkpoints.read import ForeignFile
+from wuerstchen_core.checkpoints.sources import ForeignFile
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
@@ -106,15 +106,6 @@ def test_original_stage_b_gives_decoder_and_image_encoder(decoder: State, tmp_pa
     assert_holds(load_image_encoder(path), encoder)
 
 
-def test_v1_stage_b_gives_its_image_encoder_and_names_its_token_decoder(tmp_path: Path) -> None:
-    path = tmp_path / "model_stage_b.pt"
-    encoder = encoder_state()
-    torch.save({"state_dict": {"byt5_mapper.weight": torch.zeros(1)}, "effnet_state_dict": encoder}, path)
-    assert_holds(load_image_encoder(path), encoder)
-    with pytest.raises(ValueError, match="no decoder.*image_encoder.*v1's token decoder.*this loader takes v2's"):
-        load_decoder(path)
-
-
 def test_original_vqgan_beside_its_training_state(vqgan: State, tmp_path: Path) -> None:
     path = tmp_path / "vqgan_f4_v1_500k.pt"
     torch.save({"state_dict": vqgan, "discriminator": {"x": torch.zeros(1)}, "optimizer": {"state": {0: 1.0}}}, path)
@@ -151,9 +142,9 @@ def test_diffusers_pipelines(
     assert load_vqgan(tmp_path / "main").params.scale_factor == 0.5
     assert_holds(load_text_encoder(tmp_path / "prior"), towers["prior"])
     assert_holds(load_text_encoder(tmp_path / "main", which="decoder"), towers["decoder"])
-    with pytest.raises(ValueError, match="no prior_text_encoder .* decoder, vqgan, decoder_text_encoder"):
+    with pytest.raises(ValueError, match="no prior_text_encoder; .* decoder, vqgan, decoder_text_encoder"):
         load_text_encoder(tmp_path / "main")
-    with pytest.raises(ValueError, match="no decoder "):
+    with pytest.raises(ValueError, match="no decoder; "):
         load_decoder(tmp_path / "prior")
 
 
@@ -307,7 +298,7 @@ def test_pytorch_file_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path) -> None:
     save_file(prior, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match="no vqgan .*it holds prior$"):
+    with pytest.raises(ValueError, match="no vqgan; it holds prior$"):
         load_vqgan(tmp_path / "prior.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
         load_prior(tmp_path / "nothing.pt")

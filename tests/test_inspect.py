@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from networks import NETWORKS
 from safetensors.torch import save_file
+from torch.serialization import skip_data
 
-from wuerstchen_core.checkpoints import PARTS, describe, save_bundle
+from wuerstchen_core.checkpoints import PARTS_OF, describe, save_bundle
+from wuerstchen_core.checkpoints.inspect import BUNDLE, STAGES
 from wuerstchen_core.checkpoints.read import open_source
 
+ROOT = Path(__file__).parent.parent
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 
 
@@ -38,25 +42,53 @@ def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "version", "tower"),
+    ("name", "part", "version", "tower", "node"),
     [
-        ("orig_v2_stage_c_prior", "prior", "v2", "CLIP-bigG (1280 wide)"),
-        ("orig_v1_stage_c_prior", "prior", "v1 (or v2's first file, of June 2023)", "CLIP-H (1024 wide)"),
-        ("diffusers_diffnext", "decoder", "v2", "CLIP-H (1024 wide)"),
-        ("orig_stage_a_vqmodel", "vqgan", "v1 and v2 alike", None),
-        ("orig_v2_effnet_s", "image_encoder", "v2", None),
-        ("orig_v1_effnet_l", "image_encoder", "v1", None),
+        ("orig_v2_stage_c_prior", "prior", "v2", "CLIP-bigG (1280 wide)", "Model"),
+        ("orig_v1_stage_c_prior", "prior", "v1 (or v2's first file, of June 2023)", "CLIP-H (1024 wide)", "Model"),
+        ("diffusers_diffnext", "decoder", "v2", "CLIP-H (1024 wide)", "Model"),
+        ("orig_v1_stage_b_paella", "token_decoder", "v1", "CLIP-H (1024 wide)", "Token Decoder"),
+        ("orig_stage_a_vqmodel", "vqgan", "v1 and v2 alike", None, "VAE"),
+        ("orig_v2_effnet_s", "image_encoder", "v2", None, "VAE"),
+        ("orig_v1_effnet_l", "image_encoder", "v1", None, "VAE"),
     ],
 )
-def test_published_files(tmp_path: Path, name: str, part: str, version: str, tower: str | None) -> None:
+def test_published_files(tmp_path: Path, name: str, part: str, version: str, tower: str | None, node: str) -> None:
     published = manifest(name)
     description = describe(full_size_file(tmp_path / "file.safetensors", published["tensors"]))
     assert description.kind == "weights alone"
     assert description.version == version
     [info] = description.parts
     assert (info.name, info.dtype, info.parameters) == (part, "fp32", published["parameters"])
+    assert info.node == f"Würstchen {node} Loader"
     assert description.text_towers == ({part: tower} if tower else {})
-    assert description.missing == tuple(other for other in PARTS if other != part)
+    release = "v1" if version.startswith("v1 (") or version == "v1" else "v2"
+    assert description.missing == tuple(other for other in PARTS_OF[release] if other != part)
+
+
+def test_nodes_and_folders_are_those_of_the_nodes() -> None:
+    """The loaders' own table is in the nodes, which the core does not import."""
+    nodes = (ROOT / "nodes" / "loaders.py").read_text("utf-8")
+    for _, folder, node in (*STAGES.values(), ("", *BUNDLE)):
+        assert f'"{node}"' in nodes, node
+        assert f'"{folder}"' in nodes or folder == "checkpoints", folder
+
+
+def test_a_file_of_four_gigabytes_is_described_at_once(tmp_path: Path) -> None:
+    """In either format: what takes time or memory here is read, and there is nothing to read but one large hole."""
+    tensors = manifest("orig_v1_stage_c_prior")["tensors"]
+    safetensors = full_size_file(tmp_path / "prior.safetensors", tensors)
+    state = {key: torch.empty(shape, device="meta") for key, (shape, _) in tensors.items()}
+    with skip_data():
+        state = {key: torch.empty(x.shape) for key, x in state.items()}  # never touched, never written
+        torch.save({"ema_state_dict": state}, tmp_path / "model_stage_c.pt")
+    del state
+    describe(tmp_path / "model_stage_c.pt")
+    for path in (safetensors, tmp_path / "model_stage_c.pt"):
+        assert path.stat().st_size > 3_970_000_000
+        started = time.perf_counter()
+        assert describe(path).parts[0].parameters == 993_243_680
+        assert time.perf_counter() - started < 2
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
@@ -69,7 +101,8 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
 
 
 def test_bundle(tmp_path: Path) -> None:
-    parts = {name: NETWORKS["text_encoder" if "text" in name else name].perturbed() for name in PARTS}
+    names = PARTS_OF["v2"]
+    parts = {name: NETWORKS["text_encoder" if "text" in name else name].perturbed() for name in names}
     metadata = {"licence": "Apache-2.0", "vocabulary": {"words": ["a", "cat"]}}
     path = tmp_path / "bundle.safetensors"
     save_bundle(path, parts, metadata, dtype=torch.bfloat16)
@@ -83,22 +116,25 @@ def test_bundle(tmp_path: Path) -> None:
     assert (description.vocabulary, description.licence) == (2, "Apache-2.0")
     lines = description.lines()
     assert lines[0] == f"{path}: bundle, v2"
-    assert lines[1].startswith("  prior: ") and "bf16" in lines[1] and "c_cond 32" in lines[1]
+    assert lines[1].startswith("  prior (Stage C): ") and "bf16" in lines[1] and "c_cond 32" in lines[1]
     assert lines[-1] == "  complete"
     assert json.loads(json.dumps(description.as_dict()))["parts"][0]["sizes"]["c"] == 64
 
 
 def test_original_stage_b_of_v1(tmp_path: Path) -> None:
-    tensors = manifest("orig_v2_effnet_s")["tensors"]
-    encoder = {key: torch.zeros(()).expand(shape) for key, (shape, _) in tensors.items()}
-    decoder = {"byt5_mapper.weight": torch.zeros(1)}
-    torch.save({"state_dict": decoder, "effnet_state_dict": encoder}, tmp_path / "model_stage_b.pt")
+    states = {}
+    for key, name in (("state_dict", "orig_v1_stage_b_paella"), ("effnet_state_dict", "orig_v1_effnet_l")):
+        tensors = manifest(name)["tensors"]
+        states[key] = {key: torch.zeros(()).expand(shape) for key, (shape, _) in tensors.items()}
+    torch.save(states, tmp_path / "model_stage_b.pt")
     description = describe(tmp_path / "model_stage_b.pt")
-    assert description.kind == "state_dict + effnet_state_dict"
-    assert [part.name for part in description.parts] == ["image_encoder"]
-    assert any("also holds v1's token decoder" in line for line in description.lines())
-    assert "decoder" in description.missing
-    assert description.lines()[-1].startswith("  missing for a complete model: prior, decoder, vqgan")
+    assert (description.kind, description.version) == ("state_dict + effnet_state_dict", "v1")
+    assert [part.name for part in description.parts] == ["token_decoder", "image_encoder"]
+    assert description.lines()[-3:] == [
+        "  in ComfyUI: models/diffusion_models, Würstchen Token Decoder Loader (token_decoder)",
+        "  in ComfyUI: models/vae, Würstchen VAE Loader (image_encoder)",
+        "  missing for a complete model: prior, vqgan, prior_text_encoder, decoder_text_encoder",
+    ]
 
 
 def test_diffusers_folder(tmp_path: Path) -> None:

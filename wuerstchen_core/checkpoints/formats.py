@@ -9,6 +9,7 @@ import torch
 from .parts import TEXT_ENCODER, State
 
 COMFYUI_PREFIX = "model.diffusion_model."
+COMFYUI_ENCODER = "encoder."  # of what VAESave writes of an image encoder
 
 # A key that the format's files hold and no other's; checked after FOREIGN.
 MARKS: tuple[tuple[str, str], ...] = (
@@ -23,6 +24,7 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("text_model.embeddings.token_embedding.weight", TEXT_ENCODER),
 )
 
+PREVIEWER = "the Stage C previewer of v2, a small picture of what a prior made, which nothing here needs"
 LORA = "a LoRA, which changes a model and is none by itself"
 _CASCADE = "a Stable Cascade model, whose latents are not Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
@@ -54,7 +56,7 @@ _TEXT_PREFIXES = ("positional_embedding", "token_embedding.", "transformer.", "l
 
 
 def foreign(keys: Iterable[str]) -> str | None:
-    """What the weights are, if they are known and not a part of v2; else None."""
+    """What the weights are, if they are known and not a part of Würstchen; else None."""
     keys = list(keys)
     for mark, name in FOREIGN:
         if any(mark in key for key in keys):
@@ -62,13 +64,18 @@ def foreign(keys: Iterable[str]) -> str | None:
     if "mapper.1.running_mean" in keys and "mapper.1.weight" not in keys:  # its batch norm has no affine part
         return _CASCADE
     if "blocks.18.weight" in keys and "blocks.2.running_mean" in keys:
-        return "a Stage C previewer"
+        return PREVIEWER if "blocks.24.weight" not in keys else _CASCADE  # whose previewer has one level more
     return None
 
 
 def strip_comfyui(state: State) -> State:
     """ComfyUI's saved model: the network's keys without their prefix, nothing else."""
     return {key.removeprefix(COMFYUI_PREFIX): x for key, x in state.items() if key.startswith(COMFYUI_PREFIX)}
+
+
+def strip_encoder(state: State) -> State:
+    """An image encoder as ComfyUI's VAESave writes it: the network's keys without their prefix."""
+    return {key.removeprefix(COMFYUI_ENCODER): x for key, x in state.items()}
 
 
 def split_attention(state: State) -> State:
@@ -138,6 +145,8 @@ def to_ours(state: State) -> tuple[str, State]:
     """The kind of network that weights are, and the weights under our names; a ValueError says what else they are."""
     if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = strip_comfyui(state)
+    if f"{COMFYUI_ENCODER}backbone.0.0.weight" in state:
+        state = strip_encoder(state)
     other = foreign(state)
     if other is not None:
         raise ValueError(other)

@@ -1,31 +1,56 @@
-"""What a source holds, told from headers alone where the format has them."""
+"""What a source holds, told from headers alone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from ..models.decoder import DecoderParams
-from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
-from .parts import PARTS, TEXT_ENCODER, Params, Part, params_to_json, text_width, tower_name
-from .read import Source, open_source
+from .parts import PARTS, PARTS_OF, TEXT_ENCODER, Part, kind_of, params_to_json, text_width, tower_name
+from .precision import FP8
+from .read import open_source
+from .sources import Source
+from .versions import version_of
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+_DTYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    FP8: "fp8",
+    torch.float8_e5m2: "fp8 (e5m2)",
+}
 _WHY = {"image_encoder": "only pictures as input need it"}
+OPEN = "v1 (or v2's first file, of June 2023)"
+SHARED = "v1 and v2 alike"
+
+# By the kind of a part: the stage it is, ComfyUI's folder for its file, and the node that loads it from there.
+STAGES = {
+    "prior": ("Stage C", "diffusion_models", "Würstchen Model Loader"),
+    "decoder": ("Stage B", "diffusion_models", "Würstchen Model Loader"),
+    "token_decoder": ("Stage B", "diffusion_models", "Würstchen Token Decoder Loader"),
+    "vqgan": ("Stage A", "vae", "Würstchen VAE Loader"),
+    "image_encoder": ("semantic compressor", "vae", "Würstchen VAE Loader"),
+    TEXT_ENCODER: ("text", "text_encoders", "Würstchen CLIP Loader"),
+}
+BUNDLE = ("checkpoints", "Würstchen Bundle Loader")  # takes a whole v2
 
 
 @dataclass(frozen=True)
 class PartInfo:
-    """One part: how many parameters (buffers not counted), stored how, and of which sizes."""
+    """One part: how many parameters (buffers not counted), stored how, of which sizes, and what takes it in ComfyUI."""
 
     name: str
+    stage: str
     parameters: int
     dtype: str
     sizes: dict[str, Any]
+    folder: str
+    node: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,7 @@ class Description:
     kind: str
     version: str
     parts: tuple[PartInfo, ...]
-    text_towers: dict[str, str]  # what the prior and the decoder must be given
+    text_towers: dict[str, str]  # what the stages that read text must be given
     missing: tuple[str, ...]
     refused: tuple[str, ...]  # what else the source holds, and why it is not loaded
     vocabulary: int | None  # how many words the model knows, if they are limited
@@ -51,70 +76,88 @@ class Description:
         out = [f"{self.source}: {self.kind}, {self.version}"]
         for part in self.parts:
             sizes = ", ".join(f"{key} {value}" for key, value in part.sizes.items() if key not in ("dropout", "stages"))
-            out.append(f"  {part.name}: {part.parameters:,} parameters, {part.dtype} ({sizes})")
+            out.append(f"  {part.name} ({part.stage}): {part.parameters:,} parameters, {part.dtype} ({sizes})")
         out += [f"  the {name} reads the text through {tower}" for name, tower in self.text_towers.items()]
         out += [f"  it also holds {other}" for other in self.refused]
         if self.vocabulary is not None:
             out.append(f"  it knows {self.vocabulary} words")
         if self.licence:
             out.append(f"  licence: {self.licence}")
+        for (folder, node), names in self._places().items():
+            out.append(f"  in ComfyUI: models/{folder}, {node} ({', '.join(names)})")
         missing = [f"{name} ({_WHY[name]})" if name in _WHY else name for name in self.missing]
         out.append(f"  missing for a complete model: {', '.join(missing)}" if missing else "  complete")
         return out
 
+    def _places(self) -> dict[tuple[str, str], list[str]]:
+        """The parts by the folder and the node that take them."""
+        places: dict[tuple[str, str], list[str]] = {}
+        for part in self.parts:
+            places.setdefault((part.folder, part.node), []).append(part.name)
+        return places
+
 
 def describe(source: str | os.PathLike[str]) -> Description:
-    """Tell what a source holds; ValueError (as `read_part`) if it holds nothing of Würstchen."""
+    """Tell what a source holds, without reading its weights; ValueError (as `read_part`) if it is nothing of Würstchen.
+
+    A prior that may be v1's or v2's is described as v1's, its most likely owner.
+    """
     content = open_source(source, headers_only=True)
-    parts = {name: content.part(name) for name in PARTS if name in content.networks}
-    missing = tuple(name for name in PARTS if name not in parts)
-    prior, decoder = (parts.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
-    if prior is not None and decoder is not None and prior.state_dict is decoder.state_dict:
-        parts = {name: part for name, part in parts.items() if not name.endswith(TEXT_ENCODER)}
-        parts[TEXT_ENCODER] = replace(prior, name=TEXT_ENCODER)
+    version, parts = _version(content), _parts(content)
+    of_release = PARTS_OF["v1" if version in ("v1", OPEN) else "v2"]
     words = content.metadata.get("vocabulary", {}).get("words")
     widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
+    whole = content.layout == "bundle" and version == "v2" and {"prior", "decoder", "vqgan"} <= parts.keys()
     return Description(
         source=str(source),
-        kind=_kind(content),
-        version=_version(content, parts),
-        parts=tuple(_part_info(part) for part in parts.values()),
+        kind="weights alone" if content.layout == "bare" else content.layout,
+        version=version,
+        parts=tuple(_part_info(part, content, whole) for part in parts.values()),
         text_towers={name: tower_name(width) for name, width in widths.items()},
-        missing=missing,
+        missing=tuple(name for name in of_release if name not in content.networks),
         refused=content.refused,
         vocabulary=None if words is None else len(words),
         licence=content.metadata.get("licence"),
     )
 
 
-def _kind(content: Source) -> str:
-    return "weights alone" if content.layout == "bare" else content.layout
+def _parts(content: Source) -> dict[str, Part]:
+    """The parts by name, one tower that serves both stages once."""
+    parts = {name: content.part(name) for name in PARTS if name in content.networks}
+    prior, decoder = (parts.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
+    if prior is not None and decoder is not None and prior.state_dict is decoder.state_dict:
+        parts = {name: part for name, part in parts.items() if not name.endswith(TEXT_ENCODER)}
+        parts[TEXT_ENCODER] = replace(prior, name=TEXT_ENCODER)
+    return parts
 
 
-def _part_info(part: Part) -> PartInfo:
-    floats = [x for x in part.state_dict.values() if x.is_floating_point()]
-    names = sorted({_DTYPES.get(x.dtype, str(x.dtype).removeprefix("torch.")) for x in floats})
-    count = sum(
-        x.numel()
-        for key, x in part.state_dict.items()
-        if x.is_floating_point() and not key.endswith(("running_mean", "running_var"))
+def _part_info(part: Part, content: Source, whole: bool) -> PartInfo:
+    floats = {key: x for key, x in part.state_dict.items() if x.is_floating_point()}
+    stage, folder, node = STAGES[kind_of(part.name)]
+    network = content.networks.get(part.name) or content.networks[f"prior_{TEXT_ENCODER}"]
+    return PartInfo(
+        name=part.name,
+        stage=stage,
+        parameters=sum(x.numel() for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))),
+        dtype=_dtypes((x.dtype for x in floats.values()), network.scaled),
+        sizes=params_to_json(part.params),
+        folder=BUNDLE[0] if whole else folder,
+        node=BUNDLE[1] if whole else node,
     )
-    return PartInfo(part.name, count, " and ".join(names), params_to_json(part.params))
 
 
-def _version(content: Source, parts: dict[str, Part]) -> str:
-    """The release that the parts belong to, as far as their sizes tell."""
+def _dtypes(dtypes: Iterable[torch.dtype], scaled: bool) -> str:
+    names = {_DTYPES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes}
+    return " and ".join(sorted(f"{name} (scaled)" if name == "fp8" and scaled else name for name in names))
+
+
+def _version(content: Source) -> str:
+    """The release that the parts belong to, as far as they tell."""
     if "version" in content.metadata:
         return str(content.metadata["version"])
-    versions = {found for part in parts.values() if (found := _version_of(part.params)) is not None}
-    return " and ".join(sorted(versions)) or "v1 and v2 alike"
-
-
-def _version_of(params: Params) -> str | None:
-    if isinstance(params, DecoderParams):
-        return "v2"
-    if isinstance(params, PriorParams):
-        return {1280: "v2", 1024: "v1 (or v2's first file, of June 2023)"}.get(params.c_cond)
-    if isinstance(params, ImageEncoderParams):
-        return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
-    return None
+    versions = {version_of(content.part(name).params) for name in content.networks if name != "prior"} - {None}
+    if "prior" in content.networks and not versions:
+        params = content.part("prior").params
+        assert isinstance(params, PriorParams)
+        versions.add(content.told_version(params) or (OPEN if params.c_cond == 1024 else None))
+    return " and ".join(sorted(version for version in versions if version)) or SHARED

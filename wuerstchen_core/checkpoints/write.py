@@ -110,7 +110,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Planned], progress: Progress) -
 
 
 def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

@@ -1,0 +1,92 @@
+"""Folders of weights, as diffusers and the trainers built on it write them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .files import WeightFile, read_json, read_weight_file
+from .parts import PARTS, TEXT_ENCODER, State
+from .sources import TOWERS, ForeignFile, Source, absent, recognise
+
+# Where diffusers keeps each part (pipelines of one stage, and the combined one); towers: see `_component`.
+_FOLDERS = {
+    "prior": ("prior", "prior_prior"),
+    "decoder": ("decoder",),
+    "token_decoder": ("token_decoder",),
+    "vqgan": ("vqgan",),
+    "image_encoder": ("image_encoder",),
+}
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_ENDINGS = tuple(
+    f"{variant}{ending}{index}"
+    for ending in (".safetensors", ".bin")
+    for variant in ("", ".fp16")
+    for index in ("", ".index.json")
+) + (".safetensors.index.fp16.json", ".bin.index.fp16.json")
+_PIPELINES = "Wuerstchen"  # how the names of its classes in diffusers begin; all of them are v2's
+
+
+def _weights_of(folder: Path) -> Path | None:
+    """The weight file (or the index of a divided one) of a component's folder."""
+    files = (folder / f"{stem}{ending}" for ending in _ENDINGS for stem in _STEMS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _component(root: Path, name: str) -> Path | None:
+    """A part's folder in a pipeline's folder."""
+    if name not in TOWERS:
+        candidates = _FOLDERS[name]
+    elif (root / TOWERS[0]).is_dir():  # the combined pipeline: the decoder's tower has the plain name
+        candidates = (name,) if name == TOWERS[0] else (name, TEXT_ENCODER)
+    else:  # a pipeline of one stage: its tower is that stage's
+        stage = name.removesuffix(f"_{TEXT_ENCODER}")
+        candidates = (TEXT_ENCODER,) if (root / stage).is_dir() else ()
+    return next((root / folder for folder in candidates if _weights_of(root / folder)), None)
+
+
+def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
+    """Open a pipeline's or a component's folder; of a pipeline only the part `wanted`, if one is named."""
+    if _weights_of(root) is not None:
+        return _open_component(root, headers_only)
+    found = {name: folder for name in PARTS if (folder := _component(root, name)) is not None}
+    index = root / "model_index.json"
+    of_class = read_json(index).get("_class_name", "") if index.is_file() else ""
+    if of_class and not str(of_class).startswith(_PIPELINES):
+        raise ForeignFile(root, (f"the parts of a {of_class}",))
+    if not found:
+        folders = ", ".join((*(name for names in _FOLDERS.values() for name in names), TEXT_ENCODER))
+        raise ValueError(
+            f"{root} is no diffusers folder: expected {_STEMS[0]}.safetensors or .bin in it, "
+            f"or in a folder of it named {folders}"
+        )
+    if wanted is not None and wanted not in found:
+        raise absent(root, wanted, list(found))
+    names = {name: folder for name, folder in found.items() if wanted in (None, name)}
+    opened = {folder: _open_component(folder, headers_only) for folder in set(names.values())}
+    for name, folder in names.items():
+        if name not in opened[folder].networks:
+            raise absent(folder, name, list(opened[folder].networks))
+    networks = {name: opened[folder].networks[name] for name, folder in names.items()}
+    told = "v2" if of_class else next((source.told for source in opened.values() if source.told), None)
+    return Source(root, "diffusers folder", networks, told=told)
+
+
+def _open_component(folder: Path, headers_only: bool) -> Source:
+    """Open a component's folder: its weights, in one file or divided, and its config.json."""
+    file = _weights_of(folder)
+    if file is None:
+        raise ValueError(f"{folder} holds no weights: expected {_STEMS[0]}.safetensors or .bin in it")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if file.suffix != ".json":
+        content = read_weight_file(file, headers_only)
+    else:
+        state: State = {}
+        for shard in sorted(set(read_json(file).get("weight_map", {}).values())):
+            if not (folder / shard).is_file():
+                raise ValueError(f"{file} names {shard}, which is not beside it: fetch the whole folder")
+            state |= read_weight_file(folder / shard, headers_only).states.get("", {})
+        content = WeightFile({"": state}, {})
+    source = recognise(file, content, config, {})
+    told = "v2" if str(config.get("_class_name", "")).startswith(_PIPELINES) else None
+    return replace(source, path=folder, layout="diffusers component", told=told)

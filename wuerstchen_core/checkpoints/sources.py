@@ -1,0 +1,132 @@
+"""What a source holds: networks told by their keys, sizes, and whose release they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..models.prior import PriorParams
+from .files import WeightFile
+from .formats import to_ours
+from .parts import TEXT_ENCODER, Params, Part, State, params_from_json
+from .precision import dequantised, is_scaled
+from .sizes import READERS, WHOLE_TOWERS
+from .versions import assumed_version, of_others, sure_version, version_of, with_units
+
+TOWERS = tuple(f"{stage}_{TEXT_ENCODER}" for stage in ("prior", "decoder"))
+
+# diffusers' and transformers' names for what no tensor shows.
+_CONFIG_NAMES = {
+    "prior": {"nhead": "nhead"},
+    "decoder": {"nhead": "nhead", "self_attn": "self_attn"},
+    "token_decoder": {"nhead": "nhead", "self_attn": "self_attn"},
+    "vqgan": {"scale_factor": "scale_factor"},
+    TEXT_ENCODER: {"num_attention_heads": "heads"},
+}
+
+
+class ForeignFile(ValueError):
+    """A file that holds weights, but none of v2's; `held` says what they are."""
+
+    def __init__(self, path: Path, held: tuple[str, ...]):
+        super().__init__(f"{path} is no file for this loader: it holds {', '.join(held)}")
+        self.held = held
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network's weights under our names, with what the source says of its sizes."""
+
+    kind: str
+    state: State
+    scaled: bool = False  # stored in fp8 with scales
+    sizes: dict[str, Any] | None = None  # a bundle's metadata
+    config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
+
+    def params(self) -> Params:
+        """The metadata's sizes, else those of the tensors."""
+        if self.sizes is not None:
+            return params_from_json(self.kind, self.sizes)
+        config = self.config.get("text_config", self.config)  # of a whole CLIPModel
+        if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(
+                f"this text tower computes with {config['hidden_act']}, Würstchen's with gelu: {WHOLE_TOWERS}"
+            )
+        names = _CONFIG_NAMES.get(self.kind, {})
+        stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+        stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+        heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
+        return replace(READERS[self.kind](self.state, **heads), **stated)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source holds: networks by part name (one tower may stand under both), and what of it is not ours."""
+
+    path: Path
+    layout: str
+    networks: dict[str, Network]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    version: str = "auto"  # the release of a prior that may be either's, as the user says it
+    told: str | None = None  # the release that a folder's files tell
+    by_headers: bool = False  # opened without its weights
+
+    def part(self, name: str) -> Part:
+        """The part `name`; ValueError if it is not there."""
+        if name not in self.networks:
+            raise absent(self.path, name, [*self.networks, *self.refused])
+        network, params = self.networks[name], self._params(name)
+        if isinstance(params, PriorParams) and network.sizes is None:
+            release = self.told_version(params) or assumed_version(self.path, params, self.version, self.by_headers)
+            params = with_units(params, release)
+        return Part(name, params, network.state)
+
+    def told_version(self, params: PriorParams) -> str | None:
+        """The release of a prior of these sizes, as far as the source tells it without its weights."""
+        if "version" in self.metadata:
+            return str(self.metadata["version"])
+        return sure_version(params) or of_others(map(self._release_of, self.networks)) or self.told
+
+    def _release_of(self, name: str) -> str | None:
+        try:
+            return version_of(self.networks[name].params())
+        except ValueError:  # that part can't be loaded, which only matters to who asks for it
+            return None
+
+    def _params(self, name: str) -> Params:
+        try:
+            return self.networks[name].params()
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+def absent(path: Path, name: str, held: list[str]) -> ValueError:
+    """That a source has no part `name`, and what it holds."""
+    return ValueError(f"{path} has no {name}; it holds {', '.join(held) or 'nothing known'}")
+
+
+def recognise(path: Path, content: WeightFile, config: dict[str, Any], metadata: dict[str, Any]) -> Source:
+    """Tell by their keys what the state dicts of a file are."""
+    networks: dict[str, Network] = {}
+    refused: list[str] = []
+    sizes = metadata.get("parts", {})
+    for state in content.states.values():
+        try:
+            kind, ours = to_ours(dequantised(state))
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            # A single part's file says in its metadata which tower it is.
+            name = next((part for part in sizes if part.endswith(kind)), kind)
+            networks |= named(name, Network(kind, ours, is_scaled(state), sizes.get(name), config))
+    if not networks:
+        raise ForeignFile(path, tuple(refused))
+    layout = " + ".join(key for key in content.states if key) or "bare"
+    return Source(path, layout, networks, metadata, tuple(refused))
+
+
+def named(name: str, network: Network) -> dict[str, Network]:
+    """A network under its part's name; a tower that names no stage under both."""
+    return {part: network for part in (TOWERS if name == TEXT_ENCODER else (name,))}
