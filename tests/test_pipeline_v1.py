@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from golden_data import Golden, assert_near
+from networks import PRIOR
 from PIL import Image
+from safetensors.torch import save_file
 from test_diffusion_samplers import replay
 from test_diffusion_tokens import Recorded
-from tiny_model import write_tiny_bundle
+from tiny_model import tiny_parts, write_tiny_bundle
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline, stages
-from wuerstchen_core.checkpoints import PARTS_OF, describe, load_prior, load_token_decoder, read_metadata
+from wuerstchen_core.checkpoints import PARTS_OF, describe, load_prior, load_token_decoder, read_metadata, save_bundle
 from wuerstchen_core.cli import main
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
@@ -161,3 +164,17 @@ def test_the_command_line_tells_the_sampler(bundle: Path, pipe: WuerstchenPipeli
     with Image.open(path) as saved:
         assert np.abs(pixels([saved]) - pixels([image])).max() <= 1
         assert json.loads(saved.text["wuerstchen"])["temperature"] == [0.9, 0.3]
+
+
+@pytest.mark.parametrize(("beside", "told"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
+def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: str, told: str) -> None:
+    """A bare prior 1024 wide may be v1's, or v2's of June 2023."""
+    prior = Prior(replace(PRIOR, c_cond=1024))
+    save_file(prior.state_dict(), tmp_path / "prior.safetensors")
+    parts = tiny_parts("v2" if beside == "decoder" else "v1")
+    save_bundle(tmp_path / "beside.safetensors", {beside: parts[beside]}, {})
+    sources = {"prior": tmp_path / "prior.safetensors", beside: tmp_path / "beside.safetensors"}
+    loaded = WuerstchenPipeline.load(sources, device="cpu").prior
+    assert loaded is not None and (loaded.params.feature_scale == 1) == (told == "v1")
+    chosen = WuerstchenPipeline.load(sources, device="cpu", version="v2").prior
+    assert chosen is not None and chosen.params.feature_scale == 42
