@@ -19,7 +19,7 @@ FLOORS = {
     "wuerstchen_core.diffusion.schedule": 0,
     "wuerstchen_core.diffusion.sizes": 0,
     "wuerstchen_core.demo": 0,  # its vocabulary, drawings and judge
-    "wuerstchen_core.demo.recipe": 6,  # how the model is made: trains and paints
+    "wuerstchen_core.demo.recipe": 8,  # how the model is made: trains and paints
     "wuerstchen_core.devices": 0,
     "wuerstchen_core.tables": 0,
     "wuerstchen_core.models": 1,
@@ -29,15 +29,17 @@ FLOORS = {
     "wuerstchen_core.checkpoints": 2,
     "nodes.host": 3,
     "wuerstchen_core.stages": 3,
-    "wuerstchen_core.pipeline": 4,
-    "wuerstchen_core.training": 5,
-    "wuerstchen_core.bench": 5,
+    "wuerstchen_core.prompts": 4,
+    "wuerstchen_core.editing": 5,
+    "wuerstchen_core.pipeline": 6,
+    "wuerstchen_core.training": 7,
+    "wuerstchen_core.bench": 7,
     "nodes": 4,
-    "wuerstchen_core": 4,  # the package itself, which gives the pipeline
-    "wuerstchen_core.commands": 6,
-    "wuerstchen_core.cli": 7,
-    "wuerstchen_core.__main__": 8,
-    "": 7,  # what ComfyUI imports
+    "wuerstchen_core": 7,  # the package itself, which gives the pipeline
+    "wuerstchen_core.commands": 8,
+    "wuerstchen_core.cli": 9,
+    "wuerstchen_core.__main__": 10,
+    "": 10,  # what ComfyUI imports
 }
 # What the nodes stand on: in ComfyUI the graph is the pipeline.
 NODES_MAY = (

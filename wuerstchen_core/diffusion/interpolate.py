@@ -22,8 +22,7 @@ def slerp(a: Tensor, b: Tensor, fraction: float, dims: tuple[int, ...] = PICTURE
             f"there is no way from {_shape(a)} to {_shape(b)}: give two of one shape (pictures of one size, texts of "
             "similar length)"
         )
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"a fraction of {fraction} cannot be used: choose a number from 0 (the first) to 1 (the last)")
+    check_fraction(fraction)
     if fraction in (0, 1):
         return b if fraction else a
     start, end = a.float(), b.float()
@@ -36,6 +35,12 @@ def slerp(a: Tensor, b: Tensor, fraction: float, dims: tuple[int, ...] = PICTURE
     turned = (((1 - fraction) * angle).sin() * unit + (fraction * angle).sin() * unit_end) / angle.sin()
     straight = torch.lerp(start, end, fraction)
     return torch.where(angle.sin() > SHORTEST_SINE, turned * length.lerp(length_end, fraction), straight).to(a.dtype)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ValueError unless there is such a point between two ends."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"a fraction of {fraction} cannot be used: choose a number from 0 (the first) to 1 (the last)")
 
 
 def _shape(x: Tensor) -> str:

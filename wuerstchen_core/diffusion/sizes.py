@@ -11,6 +11,11 @@ def nearest_legal(side: int) -> int:
     return min(max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE), LARGEST)
 
 
+def covering_legal(side: int) -> int:
+    """The smallest legal side, in pixels, that `side` fits into."""
+    return min(max(1, -(-side // MULTIPLE)) * MULTIPLE, LARGEST)
+
+
 def check_size(width: int, height: int) -> None:
     """Raise ValueError, naming the nearest legal size, unless both sides are multiples of 64 up to 2048 pixels."""
     legal = nearest_legal(width), nearest_legal(height)
