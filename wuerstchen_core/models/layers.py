@@ -73,7 +73,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 def own(operations: Any, layer: type[M]) -> type[M]:
-    """The namespace's own version of one of our layers, if it has one, which casts the layer's bare parameters."""
+    """The namespace's own version of one of our layers, if it has one: without bare parameters, or casting them."""
     return getattr(operations, layer.__name__, layer)
 
 
@@ -192,10 +192,6 @@ class Projections(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * c, **factory))
         self.out_proj = operations.Linear(c, c, **factory)
 
-    def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix and its bias as `x` needs them."""
-        return self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype)
-
 
 class PackedAttention(nn.Module):
     """Multi-head attention with the original's parameter names."""
@@ -204,11 +200,12 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.nhead = nhead
         self.dropout = dropout
-        self.attn = own(operations, Projections)(c, operations, **factory)
+        self.attn = Projections(c, operations, **factory)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend from x [B, N, c] to context [B, M, c]."""
-        (weight, bias), c = self.attn.packed(x), x.shape[-1]
+        c = x.shape[-1]
+        weight, bias = self.attn.in_proj_weight.to(x.dtype), self.attn.in_proj_bias.to(x.dtype)  # fp32 under autocast
         q = F.linear(x, weight[:c], bias[:c])
         k, v = F.linear(context, weight[c:], bias[c:]).chunk(2, dim=-1)
         return self.attn.out_proj(multi_head(q, k, v, self.nhead, self.dropout if self.training else 0.0))
@@ -231,7 +228,8 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.self_attn = self_attn
         self.norm = ChannelNorm()
-        self.attention = (PackedAttention if packed else Attention)(c, nhead, dropout, operations, **factory)
+        attention = own(operations, PackedAttention) if packed else Attention
+        self.attention = attention(c, nhead, dropout, operations, **factory)
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(c_cond, c, **factory))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:

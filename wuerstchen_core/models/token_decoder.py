@@ -97,7 +97,8 @@ class TokenDecoder(UNet):
                 f"both sides must be multiples of {p.multiple} ({p.multiple * 4} pixels)"
             )
         time = timestep_embedding(t, p.c_r).to(text.dtype)
-        x = F.layer_norm(self.in_mapper[0](tokens), (p.c_in,), eps=EPS).permute(0, 3, 1, 2)
+        codes = self.in_mapper[0](tokens).to(text.dtype)
+        x = F.layer_norm(codes, (p.c_in,), eps=EPS).permute(0, 3, 1, 2)
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))
         x = self.run_levels(x, time, self.condition(prior_latents, text))
