@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from ..models.prior import V1
 from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_to_json, release
 from .precision import FP8, planned
 from .write import Planned, Progress, write_tensors
+
+DtypeOf: TypeAlias = Callable[[str, str], torch.dtype | None]  # of a part's name and a tensor's key in it
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
@@ -55,12 +57,12 @@ def save_bundle(
     path: str | os.PathLike[str],
     parts: Mapping[str, nn.Module | Part],
     metadata: Mapping[str, Any],
-    dtype: torch.dtype | None | Mapping[str, torch.dtype | None] = None,
+    dtype: torch.dtype | None | DtypeOf = None,
     fp8: Collection[str] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are; or one a part), those in `fp8`
-    in e4m3 with a scale (see `precision`).
+    """Write parts as one file, floating-point tensors in `dtype` (None: as they are), those named in `fp8` in e4m3 with
+    a scale (see `precision`).
 
     Two equal text towers are stored as one. The file appears complete or not at all; OSError says why not.
     """
@@ -70,9 +72,9 @@ def save_bundle(
     for name, part in merge_towers(parts).items():
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
-        wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
         for key, x in _state(part).items():
-            tensors |= planned(f"{name}.{key}", x, FP8 if f"{name}.{key}" in fp8 else wanted)
+            full = f"{name}.{key}"
+            tensors |= planned(full, x, FP8 if full in fp8 else _wanted(dtype, name, key))
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
     version = release([_params(name, part) for name, part in parts.items()])
@@ -84,13 +86,13 @@ def save_part(
     path: str | os.PathLike[str],
     part: Part,
     metadata: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None | DtypeOf = None,
     progress: Progress | None = None,
 ) -> None:
     """Write one part as a file of its own, its keys bare, so that other programs which know them read it too."""
     tensors: dict[str, Planned] = {}
     for key, x in part.state_dict.items():
-        tensors |= planned(key, x, dtype)
+        tensors |= planned(key, x, _wanted(dtype, part.name, key))
     content = {
         "version": release([part.params]),
         **metadata,
@@ -98,6 +100,10 @@ def save_part(
         "parts": {part.name: params_to_json(part.params)},
     }
     write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
+
+
+def _wanted(dtype: torch.dtype | None | DtypeOf, name: str, key: str) -> torch.dtype | None:
+    return dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name, key)
 
 
 def _version(sizes: Mapping[str, Mapping[str, Any]]) -> str:

@@ -87,9 +87,10 @@ class Source:
         """The release of a prior of these sizes, as far as the source tells it without its weights."""
         if "version" in self.metadata:
             return str(self.metadata["version"])
-        return sure_version(params) or of_others(map(self._release_of, self.networks)) or self.told
+        return sure_version(params) or of_others(map(self.release_of, self.networks)) or self.told
 
-    def _release_of(self, name: str) -> str | None:
+    def release_of(self, name: str) -> str | None:
+        """The release that a part other than a prior names."""
         try:
             return version_of(self.networks[name].params())
         except ValueError:  # that part can't be loaded, which only matters to who asks for it
@@ -119,7 +120,9 @@ def recognise(path: Path, content: WeightFile, config: dict[str, Any], metadata:
             refused.append(str(error))
         else:
             # A single part's file says in its metadata which tower it is.
-            name = next((part for part in sizes if part.endswith(kind)), kind)
+            name = next(
+                (part for part in sizes if part == kind or (kind == TEXT_ENCODER and part.endswith(kind))), kind
+            )
             networks |= named(name, Network(kind, ours, is_scaled(state), sizes.get(name), config))
     if not networks:
         raise ForeignFile(path, tuple(refused))

@@ -12,22 +12,16 @@ if TYPE_CHECKING:
 BAR = 30  # characters of the progress bar
 
 
-class Progress:
-    """The pipeline's callback: seconds by stage, and a line on stderr that counts steps if that is a terminal."""
+class Bar:
+    """A line on stderr that is written over, if that is a terminal."""
 
-    def __init__(self, label: str = ""):
-        self.seconds: dict[str, float] = {}
-        self._label = label
-        self._last = time.perf_counter()
+    def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
 
-    def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
-        self._last = now
+    def show(self, label: str, done: int, total: int, words: str) -> None:
+        """Show how much of `total` is done."""
         if self._shown:
-            bar = "#" * (BAR * done // steps)
-            self._write(f"{self._label}{stage:8}[{bar:{BAR}}] {done}/{steps}")
+            self._write(f"{label}[{'#' * (BAR * done // max(total, 1)):{BAR}}] {words}")
 
     def clear(self) -> None:
         """Take the line away."""
@@ -37,3 +31,23 @@ class Progress:
     def _write(self, line: str) -> None:
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
+
+
+class Progress:
+    """The pipeline's callback: seconds by stage, and a bar that counts steps."""
+
+    def __init__(self, label: str = ""):
+        self.seconds: dict[str, float] = {}
+        self._label = label
+        self._last = time.perf_counter()
+        self._bar = Bar()
+
+    def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
+        self._last = now
+        self._bar.show(f"{self._label}{stage:8}", done, steps, f"{done}/{steps}")
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        self._bar.clear()

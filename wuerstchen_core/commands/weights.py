@@ -1,11 +1,14 @@
-"""`inspect`: what a weight file holds."""
+"""`inspect` and `convert`: what a weight file holds, and the same in another layout or dtype."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+from .progress import Bar
 
 
 def add(commands: Any) -> None:
@@ -15,6 +18,15 @@ def add(commands: Any) -> None:
     inspect.add_argument("file", metavar="FILE", help='weight file, diffusers folder, or "demo"')
     inspect.add_argument("--json", action="store_true")
 
+    convert = commands.add_parser("convert", help="write weights as one bundle, or as single files for ComfyUI")
+    convert.set_defaults(run=_convert, requirements="requirements.txt", smaller="close other programs")
+    option = convert.add_argument
+    option("sources", metavar="SRC", nargs="+", help="weight files, diffusers folders, bundles; together one model")
+    option("target", metavar="DST", type=Path, help="NAME.safetensors for a bundle, or a folder for a file each part")
+    option("--dtype", default="keep", help="keep (the default), fp32, fp16, bf16, fp8; by part: bf16,vqgan=fp32")
+    option("--version", default="auto", choices=("auto", "v1", "v2"), help="whose a prior is that may be either's")
+    option("--force", action="store_true", help="write over files that exist")
+
 
 def _inspect(options: argparse.Namespace) -> None:
     from ..checkpoints.inspect import describe
@@ -22,3 +34,21 @@ def _inspect(options: argparse.Namespace) -> None:
     description = describe(options.file)
     text = json.dumps(description.as_dict(), ensure_ascii=False) if options.json else "\n".join(description.lines())
     sys.stdout.write(f"{text}\n")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ..checkpoints.convert import convert
+
+    bar = Bar()
+    try:
+        written = convert(
+            options.sources,
+            options.target,
+            dtype=options.dtype,
+            version=options.version,
+            force=options.force,
+            progress=lambda path, done, total: bar.show(f"{path.name} ", done, total, f"{total / 1e9:.2f} GB"),
+        )
+    finally:
+        bar.clear()
+    sys.stdout.write("".join(f"{path}\n" for path in written))

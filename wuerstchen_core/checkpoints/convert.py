@@ -1,0 +1,170 @@
+"""Weights from any layout into one bundle, or into a file for each part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ..models.prior import V1, PriorParams
+from .bundle import merge_towers, save_bundle, save_part
+from .parts import PARTS, TEXT_ENCODER, Part, check_towers, text_width
+from .precision import FP8
+from .read import open_source
+from .sources import TOWERS, Source
+from .versions import of_others, version_of
+
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
+ENDING = ".safetensors"
+
+Report: TypeAlias = Callable[[Path, int, int], None]  # of which file, bytes written, bytes in all
+Given: TypeAlias = str | os.PathLike[str]
+
+
+def convert(
+    sources: Sequence[Given],
+    target: Given,
+    *,
+    dtype: str = "keep",
+    version: str = "auto",
+    force: bool = False,
+    progress: Report | None = None,
+) -> list[Path]:
+    """Write all parts of `sources` as one bundle, if `target` ends in .safetensors, else as a file each in that folder.
+
+    `dtype` is one of `DTYPES`, or such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` as in `open_source`.
+    Weights are read as they are written: no more than one tensor is held in memory. Returns the files.
+    ValueError if the sources do not make one model or a file exists without `force`; OSError if one can't be written.
+    """
+    wanted, path = parse_dtypes(dtype), Path(target)
+    opened = _open(sources, version)
+    parts, names = _gather(opened)
+    metadata = _metadata(opened)
+    stored = partial(_stored, wanted, _kept_in_fp8(sources, names))
+    report = progress or (lambda path, done, total: None)
+    if path.suffix == ENDING:
+        _check_free([path], force)
+        save_bundle(path, parts, metadata, stored, progress=partial(report, path))
+        return [path]
+    if path.suffix and not path.is_dir():
+        raise ValueError(f"{path} is neither a folder nor the name of a bundle: let it end in {ENDING}, or in nothing")
+    files = {path / f"{name}{ENDING}": part for name, part in merge_towers(parts).items()}
+    _check_free(files, force)
+    for file, part in files.items():
+        assert isinstance(part, Part)
+        save_part(file, replace(part, name=file.stem), metadata, stored, progress=partial(report, file))
+    return list(files)
+
+
+def parse_dtypes(text: str) -> dict[str, str]:
+    """Names of dtypes by part, and under "" the one for all others: of "bf16,vqgan=fp32"."""
+    found = {"": "keep"}
+    for word in text.split(","):
+        name, _, dtype = word.strip().rpartition("=")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}, as in bf16,vqgan=fp32")
+        if name not in ("", TEXT_ENCODER, *PARTS):
+            raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
+        found[name] = dtype
+    return found
+
+
+def _check_free(files: Iterable[Path], force: bool) -> None:
+    """Raise ValueError where a file stands that may not be written over."""
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give another name to the file")
+        if file.exists() and not force:
+            raise ValueError(f"{file} exists already: choose another name, or write over it with --force")
+
+
+def _stored(wanted: Mapping[str, str], in_fp8: Mapping[str, set[str]], name: str, key: str) -> torch.dtype | None:
+    """The dtype that a tensor is written in; None for its own."""
+    chosen = wanted.get(name) or (wanted.get(TEXT_ENCODER) if name in TOWERS else None) or wanted[""]
+    if chosen == "keep" and key in in_fp8.get(name, ()):
+        return FP8
+    return DTYPES[chosen]
+
+
+def _open(sources: Sequence[Given], version: str) -> list[Source]:
+    """The sources, each told what the others say of the release."""
+    opened = [open_source(source, version=version) for source in sources]
+    if not opened:
+        raise ValueError("nothing was given to convert: name at least one file or folder")
+    told = of_others(source.release_of(name) for source in opened for name in source.networks)
+    return [replace(source, version=told) if told and version == "auto" else source for source in opened]
+
+
+def _gather(opened: Sequence[Source]) -> tuple[dict[str, Part], dict[str, tuple[int, str]]]:
+    """The parts of all sources, and for each the number of its source and its name there."""
+    parts: dict[str, Part] = {}
+    names: dict[str, tuple[int, str]] = {}
+    towers: list[tuple[int, Part]] = []
+    for index, source in enumerate(opened):
+        loose = _names_no_stage(source)
+        for name in source.networks:
+            if loose and name in TOWERS:
+                continue
+            if name in parts:
+                first = opened[names[name][0]].path
+                raise ValueError(f"both {first} and {source.path} hold a {name}: give one of them")
+            parts[name], names[name] = source.part(name), (index, name)
+        if loose:
+            towers.append((index, source.part(TOWERS[0])))
+    for index, tower in towers:
+        for name in _stages_of(tower, parts, len(towers) > 1, opened[index].path):
+            parts[name], names[name] = replace(tower, name=name), (index, TOWERS[0])
+    check_towers(parts)
+    _check_release(parts)
+    return {name: parts[name] for name in PARTS if name in parts}, names
+
+
+def _names_no_stage(source: Source) -> bool:
+    """Whether a source's tower stands under the names of both stages."""
+    return all(name in source.networks for name in TOWERS) and source.networks[TOWERS[0]] is source.networks[TOWERS[1]]
+
+
+def _stages_of(tower: Part, parts: Mapping[str, Part], several: bool, path: Path) -> list[str]:
+    """The names that a tower which names no stage gets: of those that read states of its width."""
+    readers = {name: text_width(part.params) for name, part in parts.items()}
+    needed = {TOWERS[0]: readers.get("prior"), TOWERS[1]: readers.get("decoder") or readers.get("token_decoder")}
+    usual = dict(zip(TOWERS, (1280, 1024), strict=True)) if several else {}
+    width = tower.params.width
+    found = [name for name in TOWERS if name not in parts and (needed[name] or usual.get(name, width)) == width]
+    if not found:
+        raise ValueError(f"{path} is a text tower {width} wide that no stage given here is left to read: leave it out")
+    return found
+
+
+def _check_release(parts: Mapping[str, Part]) -> None:
+    """Raise ValueError where parts of v1 and v2 meet."""
+    releases = {name: version_of(part.params) for name, part in parts.items()}
+    prior = parts["prior"].params if "prior" in parts else None
+    if isinstance(prior, PriorParams):
+        releases["prior"] = "v1" if prior.feature_scale == V1["feature_scale"] else "v2"
+    of = {release: [name for name, other in releases.items() if other == release] for release in ("v1", "v2")}
+    if of["v1"] and of["v2"]:
+        raise ValueError(f"{', '.join(of['v1'])} is of v1 and {', '.join(of['v2'])} of v2: give those of one release")
+
+
+def _metadata(opened: Sequence[Source]) -> dict[str, Any]:
+    """What bundles among the sources say of the model, the first one's word first."""
+    found: dict[str, Any] = {}
+    for source in opened:
+        found = {**source.metadata, **found}
+    return {key: value for key, value in found.items() if key not in ("version", "format", "parts")}
+
+
+def _kept_in_fp8(sources: Sequence[Given], names: Mapping[str, tuple[int, str]]) -> dict[str, set[str]]:
+    """The keys of each part that are stored in fp8 now: what is read has been widened."""
+    headers = [open_source(source, headers_only=True) for source in sources]
+    kept = {
+        name: {key for key, x in headers[index].networks[there].state.items() if x.dtype == FP8}
+        for name, (index, there) in names.items()
+    }
+    return kept | {TEXT_ENCODER: kept.get(TOWERS[0], set())}
