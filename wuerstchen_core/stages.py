@@ -147,7 +147,7 @@ class Stages:
         predict = guidance(in_fp32(decoder), cond, uncond)
         height, width = decoder_side(sampling.height), decoder_side(sampling.width)
         if isinstance(decoder, TokenDecoder):
-            return _paint_tokens(predict, vqgan, (len(text), height, width), sampling, seed, callback)
+            return _paint_tokens(predict, vqgan, (len(text), height, width), sampling, seed, callback, init, mask)
         scale_factor = vqgan.params.scale_factor
         draw = seeded_noise(seed, len(text))
         shape = (len(text), decoder.params.c_in, height, width)
@@ -213,8 +213,10 @@ def _paint_tokens(
     sampling: Sampling,
     seed: int,
     callback: Callback | None,
+    init: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """Tokens [B, H, W] by v1's Stage B, as Stage A latents [B, 4, H, W] in codebook units."""
+    """Tokens [B, H, W] by v1's Stage B, as Stage A latents [B, 4, H, W] in codebook units, as `init` is."""
     codebook = vqgan.vquantizer.codebook.weight
     draw = SeededTokenNoise(seed, shape[0])
     noise = draw.tokens(len(codebook), *shape[1:]).to(codebook.device)
@@ -228,6 +230,8 @@ def _paint_tokens(
         scales=sampling.decoder_scales(),
         temperatures=sampling.temperatures(),
         mode=sampling.token_mode,
+        init=None if init is None else vqgan.quantize(init).indices,
+        mask=None if mask is None else (mask > 0).squeeze(1).expand_as(noise),
         callback=sampler_progress(callback, "decoder", vqgan.latents_of),
     )
     return vqgan.latents_of(tokens)
