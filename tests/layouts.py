@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
 
@@ -29,6 +29,21 @@ def original(state: State) -> State:
 def comfyui(state: State) -> State:
     """Our Prior or Decoder as ComfyUI's ModelSave writes it."""
     return {f"model.diffusion_model.{key}": x for key, x in state.items()}
+
+
+def vae_save(state: State) -> State:
+    """Our VQGAN or image encoder as ComfyUI's VAESave writes it."""
+    return {f"encoder.{key}": x for key, x in state.items()} if "backbone.0.0.weight" in state else state
+
+
+def stage_c_previewer(levels: int) -> State:
+    """Würstchen's previewer of Stage C (4x, two levels up) or Stable Cascade's (8x, three), with one channel."""
+    layers: list[nn.Module] = [nn.Conv2d(16, 1, 1), nn.GELU(), nn.BatchNorm2d(1)]
+    layers += [nn.Conv2d(1, 1, 3), nn.GELU(), nn.BatchNorm2d(1)]
+    for _ in range(levels):
+        layers += [nn.ConvTranspose2d(1, 1, 2), nn.GELU(), nn.BatchNorm2d(1)]
+        layers += [nn.Conv2d(1, 1, 3), nn.GELU(), nn.BatchNorm2d(1)]
+    return {f"blocks.{key}": x for key, x in nn.Sequential(*layers, nn.Conv2d(1, 3, 1)).state_dict().items()}
 
 
 def vqgan_of_diffusers(state: State) -> State:

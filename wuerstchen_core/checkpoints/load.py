@@ -55,9 +55,9 @@ def _compare(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tens
         raise ValueError(f"the weights of the {name} are not those of a {name} of its sizes; keys {problems}")
 
 
-def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Prior:
-    """Stage C of a source (see `read_part`)."""
-    return cast(Prior, build_part(read_part(source, "prior"), device=device, dtype=dtype))
+def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None, version: str = "auto") -> Prior:
+    """Stage C of a source (see `read_part`); `version` says whose it is where nothing else does."""
+    return cast(Prior, build_part(read_part(source, "prior", version), device=device, dtype=dtype))
 
 
 def load_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Decoder:

@@ -19,6 +19,9 @@ FP8 = torch.float8_e4m3fn
 SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI knows such a file
 LARGE = 4096  # numbers: what is smaller takes no room and, as norms and biases are, is read exactly
 _SUFFIX = "scale_weight"
+# What rounds to 448, the largest of e4m3. Half of it is the least that rounds to more than half of 448, so that numbers
+# which were rounded once get the same scale again.
+_ROUNDS_TO_LARGEST = 464.0
 
 
 def scale_key(key: str) -> str:
@@ -44,7 +47,7 @@ def planned(key: str, x: Tensor, dtype: torch.dtype | None) -> dict[str, Planned
     if not is_large(key, x):
         return planned(key, x, torch.bfloat16 if x.dtype.itemsize > 2 else None)
     return {
-        key: Planned(tuple(x.shape), FP8, lambda: (x.float() / _scale(key, x)).to(FP8)),
+        key: Planned(tuple(x.shape), FP8, lambda: _to_fp8(key, x)),
         scale_key(key): Planned((), torch.float32, lambda: torch.tensor(_scale(key, x))),
     }
 
@@ -56,12 +59,17 @@ def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _to_fp8(key: str, x: Tensor) -> Tensor:
+    end = torch.finfo(FP8).max  # beyond it some versions of torch give NaN
+    return (x.float() / _scale(key, x)).clamp(-end, end).to(FP8)
+
+
 def _scale(key: str, x: Tensor) -> float:
-    """The smallest power of two that brings the largest number into what e4m3 can hold."""
+    """The smallest power of two that brings the largest number into what e4m3 can hold, before and after rounding."""
     largest = float(x.abs().amax())
     if not math.isfinite(largest):
         raise ValueError(f"{key} holds {largest}, which fp8 can't: these weights are damaged, or choose another dtype")
-    return 2.0 ** math.ceil(math.log2(largest / torch.finfo(FP8).max)) if largest else 1.0
+    return 2.0 ** math.ceil(math.log2(largest / _ROUNDS_TO_LARGEST)) if largest else 1.0
 
 
 def is_scaled(state: State) -> bool:

@@ -16,25 +16,27 @@ from .precision import is_scaled, widened
 from .sources import Network, Source, named, recognise
 from .versions import check_version
 
-DEMO = "demo"
+SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
 
 
-def demo_path() -> Path:
-    """The bundle that ships with this package."""
-    return Path(__file__).parent.parent / "demo" / "wuerstchen-demo.safetensors"
+def demo_path(name: str = "demo") -> Path:
+    """The bundle that ships with this package: "demo", of v2, or "demo-v1"."""
+    return Path(__file__).parent.parent / "demo" / SHIPPED[name]
 
 
 def _path(source: str | os.PathLike[str]) -> Path:
-    path = demo_path() if source == DEMO else Path(source)
+    path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {DEMO!r}")
+        raise ValueError(
+            f"{path} does not exist: give a weight file, a diffusers folder, or {' or '.join(map(repr, SHIPPED))}"
+        )
     return path
 
 
 def open_source(
     source: str | os.PathLike[str], wanted: str | None = None, headers_only: bool = False, version: str = "auto"
 ) -> Source:
-    """Open "demo", a file or a folder; of a folder only the part `wanted`, if one is named.
+    """Open "demo", "demo-v1", a file or a folder; of a folder only the part `wanted`, if one is named.
 
     `version` ("v1" or "v2") decides about a prior where nothing else tells the two apart (see `versions`).
     """
@@ -46,7 +48,7 @@ def open_source(
 
 def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") -> Part:
     """One part of a source: a .safetensors or PyTorch file (the original's, diffusers', transformers', open_clip's,
-    ComfyUI's), a folder (a pipeline's or one component's), a bundle, or "demo"; `version` as in `open_source`.
+    ComfyUI's), a folder (a pipeline's or one component's), a bundle, "demo" or "demo-v1"; `version` as in `open_source`.
 
     ValueError if the source has no such part or can't be read.
     """
