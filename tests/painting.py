@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen_core import WuerstchenPipeline
 
@@ -21,3 +23,21 @@ def latents(pipe: WuerstchenPipeline, prompts: list[str], seed: int) -> tuple[Te
     prior_text, decoder_text = pipe.encode_text(prompts)
     features = pipe.sample_prior(prior_text, pipe.sampling, seed=seed)
     return features, pipe.sample_decoder(features, decoder_text, pipe.sampling, seed=seed)
+
+
+@torch.no_grad()
+def make_vivid(pipe: WuerstchenPipeline) -> None:
+    """Let a tiny random model's pictures depend visibly on the picture that it is given, and on its seed and prompt."""
+    encoder, vqgan = pipe.image_encoder, pipe.vqgan
+    assert encoder is not None and vqgan is not None
+    for norm in encoder.modules():  # random layers let a picture fade away; statistics of its own layers bring it back
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+    noise = torch.randn(32, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    encoder.train()(F.interpolate(noise, size=(64, 96), mode="bicubic"))
+    encoder.eval().mapper[1].get_parameter("weight").mul_(20)
+    vqgan.out_block[0].get_parameter("weight").mul_(4)
+    if pipe.token_decoder is not None:
+        vqgan.vquantizer.codebook.weight.mul_(50)
+        pipe.token_decoder.out_mapper[1].get_parameter("weight").mul_(20)

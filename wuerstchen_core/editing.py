@@ -71,7 +71,7 @@ class Editing(Prompts):
         image: Picture,
         prompt: Prompt = "",
         *,
-        strength: float = 0.5,
+        strength: float = 0.7,
         negative: str = "",
         count: int = 1,
         seed: int = 0,
