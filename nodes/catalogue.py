@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .encode import WuerstchenImageEncode
+from .interpolate import WuerstchenConditioningInterpolate, WuerstchenLatentInterpolate
 from .latents import WuerstchenEmptyLatents
 from .loaders import WuerstchenBundleLoader, WuerstchenCLIPLoader, WuerstchenModelLoader, WuerstchenVAELoader
 from .lora import WuerstchenLoraLoader
@@ -33,6 +35,9 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenCLIPLoader,
     WuerstchenVAELoader,
     WuerstchenLoraLoader,
+    WuerstchenImageEncode,
+    WuerstchenLatentInterpolate,
+    WuerstchenConditioningInterpolate,
 ]
 
 

@@ -31,6 +31,12 @@ def decode_in_strips(vae: Any, latents: Tensor) -> Tensor:
     return torch.cat(strips, dim=1)
 
 
+def check_stage_a(vae: Any, node: str) -> None:
+    """Raise ValueError unless a VAE is Stage A, by whichever loader."""
+    if (vae.latent_channels, vae.upscale_ratio) != (4, 4):
+        raise ValueError(f"{node} was given a VAE that is not Stage A: connect the loader's vae output")
+
+
 class WuerstchenVAEDecode(io.ComfyNode):
     """Stage A."""
 
@@ -53,6 +59,5 @@ class WuerstchenVAEDecode(io.ComfyNode):
     def execute(cls, vae: Any, stage_b: dict[str, Any]) -> io.NodeOutput:
         node = "Würstchen VAE Decode"
         samples = check_latent(stage_b, STAGE_B, node)
-        if (vae.latent_channels, vae.upscale_ratio) != (4, 4):
-            raise ValueError(f"{node} was given a VAE that is not Stage A: connect the loader's vae output")
+        check_stage_a(vae, node)
         return io.NodeOutput(decode_in_strips(vae, samples))

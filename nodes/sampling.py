@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core.diffusion.schedule import linear_times, named_times
+from ..wuerstchen_core.diffusion.schedule import linear_times, named_times, strength_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
 from .host.conditioning import PRIOR_KEY
 from .host.models import DecoderModel, PriorModel
@@ -59,6 +59,10 @@ def _steps_input() -> io.Int.Input:
     )
 
 
+def _denoise_input(tooltip: str) -> io.Float.Input:
+    return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
+
+
 def _check_model(model: Any, wanted: type, node: str, output: str) -> None:
     if not isinstance(model.model, wanted):
         given = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
@@ -83,11 +87,19 @@ class WuerstchenPriorSample(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="The prior output of a second Würstchen Text Encode; its text may be empty."
                 ),
-                io.Latent.Input("stage_c", tooltip="The stage_c output of Würstchen Empty Latents."),
+                io.Latent.Input(
+                    "stage_c",
+                    tooltip="The stage_c output of Würstchen Empty Latents, or, to start from a picture, of Würstchen "
+                    "Image Encode. Where a mask is set, only what it covers is painted.",
+                ),
                 _schedule_input(),
                 _steps_input(),
                 _cfg_input(4.0),
                 _seed_input(),
+                _denoise_input(
+                    "How much of the picture in stage_c is painted anew: at 0 it stays as it is, at 1 it is ignored. "
+                    "The number of steps stays the same.",
+                ),
             ],
             outputs=[io.Latent.Output("stage_c_out", display_name="stage_c", tooltip="What the picture shows.")],
         )
@@ -103,11 +115,13 @@ class WuerstchenPriorSample(io.ComfyNode):
         steps: int,
         cfg: float,
         seed: int,
+        denoise: float = 1.0,
     ) -> io.NodeOutput:
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
         check_latent(stage_c, STAGE_C, node)
-        samples = sample_stage(model, positive, negative, stage_c, named_times(schedule, steps), cfg, seed)
+        times = strength_times(named_times(schedule, steps), denoise)
+        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed)
         return io.NodeOutput(tagged(samples, STAGE_C, stage_c))
 
 
@@ -154,7 +168,11 @@ class WuerstchenDecoderSample(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The decoder of a Würstchen loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
-                io.Latent.Input("stage_b", tooltip="The stage_b output of Würstchen Empty Latents."),
+                io.Latent.Input(
+                    "stage_b",
+                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode. Where a mask "
+                    "is set, only what it covers is painted.",
+                ),
                 io.Int.Input("steps", default=12, min=1, max=1000, tooltip="Equal steps from noise to the picture."),
                 _cfg_input(1.0),
                 _seed_input(),
@@ -162,6 +180,10 @@ class WuerstchenDecoderSample(io.ComfyNode):
                     "negative",
                     optional=True,
                     tooltip="The decoder output of a second Würstchen Text Encode; needed only where cfg is not 1.",
+                ),
+                _denoise_input(
+                    "How much of the picture in stage_b is painted anew: at 0 it stays as it is, at 1 it is ignored, "
+                    "and only what Stage C says of it counts.",
                 ),
             ],
             outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],
@@ -177,13 +199,14 @@ class WuerstchenDecoderSample(io.ComfyNode):
         cfg: float,
         seed: int,
         negative: Any = None,
+        denoise: float = 1.0,
     ) -> io.NodeOutput:
         node = "Würstchen Decoder Sample"
         _check_model(model, DecoderModel, node, "decoder")
         check_latent(stage_b, STAGE_B, node)
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
-        times = linear_times(steps)
+        times = strength_times(linear_times(steps), denoise)
         samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
 

@@ -28,10 +28,12 @@ def sample_ddpm(
     disable: bool | None = None,
     *,
     draw: NoiseSource | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it.
 
     Without `draw` the steps' noise comes from the seeds behind the run's own, which the first noise was drawn with.
+    `start` [B, ...] of variance 1 takes the place of x, in which the host leaves a hundredth of the picture.
     """
     schedule = model.inner_model.inner_model.model_sampling
     check_schedule(schedule)
@@ -48,10 +50,11 @@ def sample_ddpm(
         if callback is not None:
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
-    x = sample(noise_in, x / (1 + sigmas[0] ** 2).sqrt(), times, draw=draw, callback=progress)
+    x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
+    x = sample(noise_in, x, times, draw=draw, callback=progress)
     mask = extra_args.get("denoise_mask")
     if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise, also where nothing is painted
-        x = model.latent_image + (x - model.latent_image) * mask
+        x = torch.lerp(model.latent_image, x, mask)
     return x * (1 + sigmas[-1] ** 2).sqrt()  # as the host keeps what is left of the noise for a second run
 
 
@@ -82,14 +85,22 @@ def sampler() -> Any:
 def sample_stage(
     model: Any, positive: Any, negative: Any, latent: dict[str, Any], times: Tensor, cfg: float, seed: int
 ) -> Tensor:
-    """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives."""
+    """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives.
+
+    Times that start below 1 start from the latents, with noise mixed in; at 1 the noise is all there is, except for
+    what a mask keeps. From 0 on nothing is painted.
+    """
     samples = latent["samples"]
+    if not times[0]:
+        return samples
     draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # what the host's nodes for batches call it
+    noise = draw(samples)
+    start = noise if times[0] == 1 else None
     return comfy.sample.sample_custom(
         model,
-        draw(samples),
+        noise,
         cfg,
-        comfy.samplers.KSAMPLER(partial(sample_ddpm, draw=draw)),
+        comfy.samplers.KSAMPLER(partial(sample_ddpm, draw=draw, start=start)),
         stage_sigmas(model, times),
         positive,
         negative,

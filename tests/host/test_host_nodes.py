@@ -17,9 +17,9 @@ NODES = {
     ),
     "WuerstchenTextEncode": ("prior_clip decoder_clip text", "prior:CONDITIONING decoder:CONDITIONING"),
     "WuerstchenEmptyLatents": ("width height batch_size", "stage_c:LATENT stage_b:LATENT"),
-    "WuerstchenPriorSample": ("model positive negative stage_c schedule steps cfg seed", "stage_c:LATENT"),
+    "WuerstchenPriorSample": ("model positive negative stage_c schedule steps cfg seed denoise", "stage_c:LATENT"),
     "WuerstchenDecoderConditioning": ("conditioning stage_c", "conditioning:CONDITIONING"),
-    "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative", "stage_b:LATENT"),
+    "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative denoise", "stage_b:LATENT"),
     "WuerstchenVAEDecode": ("vae stage_b", "image:IMAGE"),
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
     "WuerstchenSampler": ("", "sampler:SAMPLER"),
@@ -31,6 +31,9 @@ NODES = {
         "model lora_name strength_model strength_clip save_converted clip",
         "model:MODEL clip:CLIP",
     ),
+    "WuerstchenImageEncode": ("image_encoder image vae mask", "stage_c:LATENT stage_b:LATENT"),
+    "WuerstchenLatentInterpolate": ("first second factor", "latent:LATENT"),
+    "WuerstchenConditioningInterpolate": ("first second factor", "conditioning:CONDITIONING"),
 }
 
 

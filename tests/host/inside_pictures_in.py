@@ -1,0 +1,241 @@
+"""Run by a ComfyUI's own Python, `inside_pictures_in.py COMFYUI BUNDLE OUTPUT`: pictures as input on small untrained
+networks, beside what each has to equal (`got/...` and `want/...`), and the sentences that mistakes are answered by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from in_host import load_pack, seeded, write_results
+from PIL import Image
+from torch import Tensor
+
+Results = tuple[dict[str, Tensor], dict[str, Any]]
+
+SIZES = {"as it is": (128, 192), "odd": (70, 101), "one pixel": (1, 1), "very wide": (10, 20_000)}  # height, width
+STRENGTH, CFG, STEPS, SEED = 0.6, 2.0, 4, 3
+
+
+class Bundle:
+    """The parts of the bundle as objects of this ComfyUI, and the core's pipeline on it."""
+
+    def __init__(self, path: str):
+        from pack.nodes.host import models, vae
+        from pack.wuerstchen_core import WuerstchenPipeline
+        from pack.wuerstchen_core.checkpoints import read_part
+
+        self.core = WuerstchenPipeline.load(path, device="cpu", dtype="fp32")
+        self.prior, self.decoder = (models.load_model(read_part(path, name)) for name in ("prior", "decoder"))
+        self.stage_a = vae.load_stage_a(read_part(path, "vqgan"))
+        self.encoder = vae.load_image_encoder(read_part(path, "image_encoder"))
+        widths = self.core.prior.params.c_cond, self.core.decoder.params.clip_embd
+        self.text, self.decoder_text = (seeded(1, 77, width) for width in widths)
+
+
+def pixels(height: int, width: int, channels: int, count: int = 1) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def image(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32) / 255)
+
+
+def encode(bundle: Bundle) -> Results:
+    """Pictures of every size, with and without opacity, as the core encodes them."""
+    from pack.nodes.encode import WuerstchenImageEncode as Encode
+    from pack.wuerstchen_core.pictures import read_pixels
+
+    tensors, facts = {}, {}
+    for name, (height, width) in SIZES.items():
+        channels = 3 if name == "as it is" else 4
+        array = pixels(height, width, channels, 2 if name in ("as it is", "odd") else 1)
+        c, b = Encode.execute(bundle.encoder, image(array), vae=bundle.stage_a).args
+        views = torch.cat([read_pixels(Image.fromarray(one), None, None) for one in array])
+        tensors[f"want/{name} c"] = torch.cat([bundle.core.encode(Image.fromarray(one)) for one in array])
+        tensors[f"want/{name} b"] = bundle.core.vqgan.encode(views)
+        tensors[f"got/{name} c"], tensors[f"got/{name} b"] = c["samples"], b["samples"]
+        _, empty = Encode.execute(bundle.encoder, image(array)).args
+        facts[f"{name} size"] = list(views.shape[-2:])
+        facts[f"{name} empty"] = [list(empty["samples"].shape), float(empty["samples"].abs().sum())]
+
+    mask = torch.zeros(1, 64, 96)  # of another size than the picture
+    mask[:, 30:40, 60:] = 1
+    picture = image(pixels(128, 192, 3))
+    c, b = Encode.execute(bundle.encoder, picture, vae=bundle.stage_a, mask=mask).args
+    tensors["mask c"], tensors["mask b"] = c["noise_mask"], b["noise_mask"]
+    facts["mask without stage a"] = "noise_mask" in Encode.execute(bundle.encoder, picture, mask=mask).args[1]
+    cropped, _ = Encode.execute(bundle.encoder, image(pixels(64, 256, 3)), mask=torch.ones(1, 64, 256)).args
+    facts["mask of a cropped picture"] = float(cropped["noise_mask"].min())
+    return tensors, facts
+
+
+def saved(bundle: Bundle) -> Results:
+    """An image encoder of v2's size as the host's VAESave writes it, read back as our loader reads it."""
+    import folder_paths
+    from comfy_extras.nodes_model_merging import VAESave
+    from pack.nodes.host.vae import load_image_encoder
+    from pack.wuerstchen_core.checkpoints import Part, read_part
+    from pack.wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+
+    params, picture = ImageEncoderParams(), image(pixels(64, 64, 3))
+    encoder = load_image_encoder(Part("image_encoder", params, ImageEncoder(params).state_dict()))
+    folder_paths.set_output_directory("saved")
+    VAESave().save(encoder, "encoder")
+    [path] = Path("saved").glob("*.safetensors")
+    again = load_image_encoder(read_part(path, "image_encoder"))
+    return {"want/saved": encoder.encode(picture), "got/saved": again.encode(picture)}, {}
+
+
+def strength(bundle: Bundle) -> Results:
+    """Both sampling nodes from a picture: at strength 0, in between, at 1, and behind a mask."""
+    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.sampling import WuerstchenDecoderSample, WuerstchenPriorSample
+    from pack.wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
+    from pack.wuerstchen_core.diffusion.schedule import diffuse, linear_times, strength_times
+    from pack.wuerstchen_core.models.prior import features_from_latents, latents_from_features
+
+    scale = bundle.core.vqgan.params.scale_factor
+    features = seeded(1, 16, 3, 5)
+    stages: dict[str, tuple[Callable[..., Tensor], Tensor, Any, tuple[Tensor, ...], Any, Any]] = {
+        "prior": (
+            lambda latent, **more: WuerstchenPriorSample.execute(
+                bundle.prior, [[bundle.text, {}]], [[bundle.text * 0.5, {}]], latent, "linear", STEPS, CFG, SEED, **more
+            ).args[0]["samples"],
+            features,
+            guided(bundle.core.prior, (bundle.text,), (bundle.text * 0.5,), CFG),
+            latents_from_features,
+            features_from_latents,
+        ),
+        "decoder": (
+            lambda latent, **more: WuerstchenDecoderSample.execute(
+                bundle.decoder, [[bundle.decoder_text, {PRIOR_KEY: features}]], latent, STEPS, 1.0, SEED, **more
+            ).args[0]["samples"],
+            seeded(1, 4, 32, 48) * scale,
+            guided(bundle.core.decoder, *[(features, bundle.decoder_text)] * 2, 1.0),
+            lambda x: x / scale,
+            lambda x: x * scale,
+        ),
+    }
+    tensors = {}
+    for name, (run, x, denoiser, inner, outer) in stages.items():
+        mask = torch.zeros(1, 1, *x.shape[-2:])
+        mask[..., x.shape[-1] // 2 :] = 1
+        kept = slice(0, x.shape[-1] // 2)
+        tensors[f"want/{name} at 0"], tensors[f"got/{name} at 0"] = x, run({"samples": x}, denoise=0.0)
+        tensors[f"want/{name} at 1"] = run({"samples": torch.zeros_like(x)})
+        tensors[f"got/{name} at 1"] = run({"samples": x}, denoise=1.0)
+        draw, times = seeded_noise(SEED, 1), strength_times(linear_times(STEPS), STRENGTH)
+        start = diffuse(inner(x), times[:1], draw(x))
+        tensors[f"want/{name} between"] = outer(sample(denoiser, start, times, draw=draw))
+        tensors[f"got/{name} between"] = run({"samples": x}, denoise=STRENGTH)
+        inside = {"samples": x, "noise_mask": mask}
+        tensors[f"want/{name} outside"], tensors[f"got/{name} outside"] = (
+            latent[..., kept] for latent in (x, run(inside, denoise=STRENGTH))
+        )
+        other = torch.where(mask > 0, -x, x)  # what is painted over cannot matter at 1
+        tensors[f"want/{name} masked at 1"] = run({"samples": other, "noise_mask": mask})
+        tensors[f"got/{name} masked at 1"] = run(inside)
+    return tensors, {}
+
+
+def interpolation(bundle: Bundle) -> Results:
+    """Between two latents of each stage, and two prompts."""
+    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
+    from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
+    from pack.nodes.latents import tagged
+    from pack.wuerstchen_core.diffusion.interpolate import TOKEN, slerp
+    from pack.wuerstchen_core.models.prior import features_from_latents, latents_from_features
+
+    def way(a: dict[str, Any], b: dict[str, Any], factor: float) -> Tensor:
+        return Latents.execute(a, b, factor).args[0]["samples"]
+
+    c = seeded(3, 16, 3, 5)
+    one, two = tagged(c[:1], "stage_c"), {"samples": c[1:]}  # without a tag, as from other nodes
+    b = seeded(2, 4, 16, 16)
+    tensors = {
+        "want/c at 0": c[:1].expand(2, -1, -1, -1),
+        "got/c at 0": way(one, two, 0.0),
+        "want/c at 1": c[1:],
+        "got/c at 1": way(one, two, 1.0),
+        "want/c between": features_from_latents(
+            slerp(latents_from_features(c[:1].expand(2, -1, -1, -1)), latents_from_features(c[1:]), 0.3)
+        ),
+        "got/c between": way(one, two, 0.3),
+        "want/b between": slerp(b[:1], b[1:], 0.7),
+        "got/b between": way({"samples": b[:1]}, {"samples": b[1:]}, 0.7),
+    }
+    width = bundle.text.shape[-1]
+    states = seeded(2, 77, width)
+    first = [[states[:1], {PRIOR_KEY: c[:1], "strength": 0.5}]]
+    second = [[states[1:], {PRIOR_KEY: c[1:2]}]]
+    facts = {}
+    for end in (0, 1):
+        [[text, options]] = Prompts.execute(first, second, float(end)).args[0]
+        facts[f"prompts at {end}"] = torch.equal(text, states[end : end + 1]) and options[PRIOR_KEY].equal(
+            c[end : end + 1]
+        )
+    [[text, options]] = Prompts.execute(first, second, 0.3).args[0]
+    facts["options"] = options["strength"]
+    tensors |= {
+        "want/prompts between": slerp(states[:1], states[1:], 0.3, TOKEN),
+        "got/prompts between": text,
+        "want/prompts' latents": tensors["want/c between"][:1],
+        "got/prompts' latents": options[PRIOR_KEY],
+    }
+    return tensors, facts
+
+
+def mistakes(bundle: Bundle) -> Results:
+    """What is said of wrong sockets."""
+    from pack.nodes.encode import WuerstchenImageEncode as Encode
+    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
+    from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
+    from pack.nodes.pictures import WuerstchenVAEDecode
+    from pack.nodes.sampling import WuerstchenPriorSample
+
+    picture, c, b = image(pixels(64, 64, 3)), {"samples": seeded(2, 16, 2, 2)}, {"samples": seeded(1, 4, 16, 16)}
+    text, long = [[seeded(1, 77, 8), {}]], [[seeded(1, 154, 8), {}]]
+    wide, held = [[seeded(1, 77, 9), {}]], [[seeded(1, 77, 8), {PRIOR_KEY: c["samples"]}]]
+    sample = (bundle.prior, text, text)
+    cases: dict[str, Callable[[], Any]] = {
+        "stage a as encoder": lambda: Encode.execute(bundle.stage_a, picture),
+        "encoder as stage a": lambda: Encode.execute(bundle.encoder, picture, vae=bundle.encoder),
+        "encoder in decode": lambda: WuerstchenVAEDecode.execute(bundle.encoder, b),
+        "sd latents in stage c": lambda: WuerstchenPriorSample.execute(*sample, b, "linear", 2, 1.0, 0, 0.5),
+        "two stages": lambda: Latents.execute(c, b, 0.5),
+        "two sizes": lambda: Latents.execute(c, {"samples": seeded(2, 16, 2, 3)}, 0.5),
+        "two batches": lambda: Latents.execute(c, {"samples": seeded(3, 16, 2, 2)}, 0.5),
+        "other latents": lambda: Latents.execute(b, {"samples": seeded(1, 8, 16, 16)}, 0.5),
+        "two lengths": lambda: Prompts.execute(text, long, 0.5),
+        "two towers": lambda: Prompts.execute(text, wide, 0.5),
+        "one with latents": lambda: Prompts.execute(text, held, 0.5),
+        "several": lambda: Prompts.execute(text, text * 2, 0.5),
+    }
+    said = {}
+    for name, run in cases.items():
+        try:
+            run()
+        except ValueError as error:
+            said[name] = str(error)
+    return {}, {"said": said}
+
+
+def main(path: str) -> Results:
+    load_pack()
+    bundle = Bundle(path)
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for compute in (encode, strength, interpolation, mistakes):
+        more, told = compute(bundle)
+        tensors |= more
+        facts |= told
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    write_results(main)
