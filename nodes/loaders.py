@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core.checkpoints import Part
-from ..wuerstchen_core.checkpoints.formats import LORA
 from ..wuerstchen_core.checkpoints.read import open_source
-from ..wuerstchen_core.checkpoints.sources import TOWERS, ForeignFile, Source
+from ..wuerstchen_core.checkpoints.versions import VERSIONS
 from ..wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L
 from .host import clip, folders, models, vae
 from .schema import schema
-
-logger = logging.getLogger(__name__)
+from .shelves import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
+from .tokens import TokenDecoderType
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
@@ -30,88 +25,18 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-V1_PRIOR_WIDTH = 1024
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """One loader: its node, the host's folder that it reads, and the parts that it takes from there."""
-
-    node: str
-    folder: str
-    parts: tuple[str, ...]
-    takes: str
-
-
-MODEL = Shelf(
-    "Würstchen Model Loader", "diffusion_models", ("prior", "decoder"), "a prior (Stage C) or v2's decoder (Stage B)"
-)
-TOKENS = Shelf("Würstchen Token Decoder Loader", MODEL.folder, ("token_decoder",), "v1's token decoder (Stage B)")
-CLIP = Shelf("Würstchen CLIP Loader", "text_encoders", TOWERS, "CLIP-bigG or CLIP-H")
-VAE = Shelf("Würstchen VAE Loader", "vae", ("vqgan", "image_encoder"), "Stage A or v2's image encoder")
-
-_NAMES = {
-    "prior": "a prior (Stage C)",
-    "decoder": "a decoder (Stage B)",
-    "token_decoder": "Stage B of Würstchen v1, which paints tokens",
-    "vqgan": "Stage A",
-    "image_encoder": "an image encoder",
-    **dict.fromkeys(TOWERS, "a text tower"),
-}
 # By the width of its states, the stage whose name in LoRA and embedding files a tower goes by, whichever reads it.
 _TOWER_BY_WIDTH = {1280: "prior_text_encoder", 1024: "decoder_text_encoder"}
 
 
-def fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
-    """What changes when a file does."""
-    if name is None:  # another node gives the name, and the host knows when that changes
-        return None
-    status = find(name).stat()
-    return name, status.st_mtime_ns, status.st_size
-
-
-def _check_version(name: str, metadata: dict[str, Any]) -> None:
-    if metadata.get("version", "v2") != "v2":
-        raise ValueError(
-            f"{name!r} holds Würstchen {metadata['version']}, and this node loads v2 only: choose a v2 file"
-        )
-
-
-def _refusal(name: str, shelf: Shelf, found: tuple[str, ...], other: tuple[str, ...]) -> ValueError:
-    """A sentence about a file without a part for the shelf: what it holds, and what takes that."""
-    held = ", ".join(dict.fromkeys((*(_NAMES[part] for part in found), *other)))
-    right = next((shelf for shelf in (MODEL, TOKENS, CLIP, VAE) if set(shelf.parts) & set(found)), None)
-    if right is not None:
-        advice = f"put it into the {right.folder} folder, for {right.node}"
-    elif LORA in other:
-        advice = "put it into the loras folder, for a LoRA loader"
-    else:
-        advice = "choose another file, and ComfyUI's own loaders for this one"
-    return ValueError(f"{name!r} holds {held}, and {shelf.node} takes {shelf.takes}: {advice}")
-
-
-def _open(name: str, shelf: Shelf) -> tuple[Source, str]:
-    """A file of a shelf, and the name of its one part that belongs there."""
-    try:
-        source = open_source(folders.file_path(shelf.folder, name))
-    except ForeignFile as error:
-        raise _refusal(name, shelf, (), error.held) from error
-    _check_version(name, source.metadata)
-    # One tower may serve both stages.
-    found = {id(source.networks[part]): part for part in reversed(shelf.parts) if part in source.networks}
-    if not found:
-        raise _refusal(name, shelf, tuple(source.networks), source.refused)
-    if len(found) > 1:
-        raise ValueError(
-            f"{name!r} holds several parts of a model, and {shelf.node} takes one: put it into the checkpoints folder, "
-            "for Würstchen Bundle Loader"
-        )
-    return source, next(iter(found.values()))
-
-
-def _read(name: str, shelf: Shelf) -> Part:
-    source, part = _open(name, shelf)
-    return source.part(part)
+def _weight_dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        tooltip="How the weights are kept in memory. default: as ComfyUI thinks best; fp8 takes a quarter of fp32's "
+        "memory and loses some quality, since ComfyUI widens it again to compute.",
+    )
 
 
 class WuerstchenBundleLoader(io.ComfyNode):
@@ -154,7 +79,11 @@ class WuerstchenBundleLoader(io.ComfyNode):
     @classmethod
     def execute(cls, bundle: str) -> io.NodeOutput:
         source = open_source(folders.bundle_path(bundle))
-        _check_version(bundle, source.metadata)
+        if is_v1(source):
+            raise ValueError(
+                f"{bundle!r} holds Würstchen v1, whose parts are loaded one by one: {MODEL.node}, {TOKENS.node}, "
+                f"{CLIP.node} and {VAE.node} offer them by name"
+            )
         return io.NodeOutput(
             models.load_model(source.part("prior")),
             models.load_model(source.part("decoder")),
@@ -179,33 +108,67 @@ class WuerstchenModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.file_names(MODEL.folder),
+                    options=choices(MODEL),
                     tooltip="A prior or decoder in models/diffusion_models: the original's .pt, diffusers' file, what "
-                    "ComfyUI's ModelSave wrote, or a bundle of that one part.",
+                    "ComfyUI's ModelSave wrote, a bundle of that one part, or the prior of a v1 bundle.",
                 ),
+                _weight_dtype_input(),
                 io.Combo.Input(
-                    "weight_dtype",
-                    options=list(WEIGHT_DTYPES),
-                    default="default",
-                    tooltip="How the weights are kept in memory. default: as ComfyUI thinks best; fp8 takes a quarter "
-                    "of fp32's memory and loses some quality, since ComfyUI widens it again to compute.",
+                    "version",
+                    options=list(VERSIONS),
+                    default=VERSIONS[0],
+                    optional=True,
+                    tooltip="Whose a prior is that reads CLIP-H and could be v1's, or that of v2's first upload of "
+                    "June 2023. auto: a known file's own, else v1's. Other files need no answer.",
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The prior or the decoder.")],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None, version: str | None = "auto") -> Any:
+        return fingerprint(partial(path_of, MODEL), model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, version: str = "auto") -> io.NodeOutput:
+        part = read_from(model_name, MODEL, version)
+        return io.NodeOutput(models.load_model(part, WEIGHT_DTYPES[weight_dtype]))
+
+
+class WuerstchenTokenDecoderLoader(io.ComfyNode):
+    """v1's Stage B from a file of its own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WuerstchenTokenDecoderLoader",
+            display_name=TOKENS.node,
+            category="Würstchen/loaders",
+            description="Loads Stage B of Würstchen v1, which paints tokens of Stage A's codebook.",
+            search_aliases=["unet loader", "load diffusion model", "stage b", "paella", "v1"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=choices(TOKENS),
+                    tooltip="v1's Stage B in models/diffusion_models, such as the original's model_stage_b.pt; or the "
+                    "token decoder of a v1 bundle in models/checkpoints.",
+                ),
+                _weight_dtype_input(),
+            ],
+            outputs=[
+                TokenDecoderType.Output(
+                    "token_decoder", display_name="token decoder", tooltip="For Würstchen Token Decoder Sample."
+                )
+            ],
+        )
+
+    @classmethod
     def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None) -> Any:
-        return fingerprint(partial(folders.file_path, MODEL.folder), model_name)
+        return fingerprint(partial(path_of, TOKENS), model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        part = _read(model_name, MODEL)
-        if part.name == "prior" and part.params.c_cond == V1_PRIOR_WIDTH:
-            logger.warning(
-                f"{model_name!r} reads CLIP-H, as v2's first prior of June 2023 and v1's do: it is taken for v2's"
-            )
-        return io.NodeOutput(models.load_model(part, WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(models.load_model(read_from(model_name, TOKENS), WEIGHT_DTYPES[weight_dtype]))
 
 
 class WuerstchenCLIPLoader(io.ComfyNode):
@@ -222,7 +185,7 @@ class WuerstchenCLIPLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=folders.file_names(CLIP.folder),
+                    options=choices(CLIP),
                     tooltip="A text tower in models/text_encoders. For the prior, the clip_g of SDXL, SD3 or Stable "
                     "Cascade is right; for the decoder, LAION's CLIP-H. Stable Diffusion 2's lacks a layer.",
                 ),
@@ -232,11 +195,11 @@ class WuerstchenCLIPLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> Any:
-        return fingerprint(partial(folders.file_path, CLIP.folder), clip_name)
+        return fingerprint(partial(path_of, CLIP), clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
-        source, name = _open(clip_name, CLIP)
+        source, name = open_from(clip_name, CLIP)
         part = source.part(name)
         part = replace(part, name=_TOWER_BY_WIDTH.get(part.params.width, name))
         return io.NodeOutput(clip.load_clip(part, source.metadata))
@@ -256,7 +219,7 @@ class WuerstchenVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=folders.file_names(VAE.folder),
+                    options=choices(VAE),
                     tooltip="Stage A in models/vae: the original's vqgan_f4_v1_500k.pt, Stable Cascade's stage_a, or "
                     "diffusers' vqgan; or v2's image encoder.",
                 ),
@@ -266,11 +229,11 @@ class WuerstchenVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None) -> Any:
-        return fingerprint(partial(folders.file_path, VAE.folder), vae_name)
+        return fingerprint(partial(path_of, VAE), vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        part = _read(vae_name, VAE)
+        part = read_from(vae_name, VAE)
         if part.name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))
         if part.params.stages == EFFICIENTNET_V2_L:

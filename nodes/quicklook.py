@@ -9,19 +9,24 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..wuerstchen_core.models.prior import latents_from_features
+from ..wuerstchen_core.checkpoints.versions import with_units
+from ..wuerstchen_core.models.prior import PriorParams, latents_from_features
+from .host.conditioning import VERSION_KEY
 from .host.latents import PIXELS
 from .host.previews import preview_factors
 from .latents import STAGE_C, check_latent
 from .schema import schema
 
 
-def quick_look(features: Tensor, scale: float) -> Tensor:
-    """Stage C latents [B, 16, h, w] to blurred pictures [B, H, W, 3] from 0 to 1, by the live previews' colours."""
+def quick_look(features: Tensor, scale: float, version: str = "v2") -> Tensor:
+    """Stage C latents [B, 16, h, w] to blurred pictures [B, H, W, 3] from 0 to 1, by the live previews' colours.
+
+    `version` says in whose units the features are.
+    """
     factors, bias = preview_factors("prior")
     if factors is None or bias is None:
         raise ValueError("Würstchen Quick Look has no preview_factors.json: install these nodes again")
-    latents = latents_from_features(features.float()).movedim(1, -1)
+    latents = latents_from_features(features.float(), with_units(PriorParams(), version)).movedim(1, -1)
     colours = (latents @ latents.new_tensor(factors) + latents.new_tensor(bias) + 1) / 2
     size = [max(1, round(side * PIXELS[STAGE_C] * scale)) for side in features.shape[-2:]]
     picture = interpolate(colours.movedim(-1, 1), size, mode="bicubic", antialias=True)
@@ -56,5 +61,6 @@ class WuerstchenQuickLook(io.ComfyNode):
 
     @classmethod
     def execute(cls, stage_c: dict[str, Any], scale: float) -> io.NodeOutput:
-        image = quick_look(check_latent(stage_c, STAGE_C, "Würstchen Quick Look"), scale)
+        features = check_latent(stage_c, STAGE_C, "Würstchen Quick Look")
+        image = quick_look(features, scale, stage_c.get(VERSION_KEY, "v2"))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from ...wuerstchen_core.diffusion.sizes import prior_side
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
+from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
+from .latents import STAGE_C, check_shape
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
+VERSION_KEY = "wuerstchen_version"  # the release whose prior painted the Stage C latents of a LATENT or a CONDITIONING
 
 CLIP_NAMES = {1024: "CLIP-H", 1280: "CLIP-bigG"}
 
@@ -54,6 +57,12 @@ def check_no_prior(given: Mapping[str, Any]) -> None:
         )
 
 
+_NO_PRIOR = (
+    "Stage B has no Stage C latents to paint: connect Würstchen Decoder Conditioning between its text and its positive "
+    "input"
+)
+
+
 class PriorCond(comfy.conds.CONDRegular):
     """Stage C latents of the whole picture: where the host crops Stage B's latents to an area, so it does these."""
 
@@ -74,17 +83,63 @@ class PriorCond(comfy.conds.CONDRegular):
 
 def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:
     """Stage C latents of a conditioning; where a negative has none, zeros of the size that the picture's have."""
+    check_release(given, "v2")
     prior, noise = given.get(PRIOR_KEY), given["noise"]
     height, width = noise.shape[-2:]
     if prior is None:
         if given.get("prompt_type") == "positive":
-            raise ValueError(
-                "Stage B has no Stage C latents to paint: connect Würstchen Decoder Conditioning "
-                "between its text and its positive input"
-            )
+            raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
     _check_batch("Stage B", len(noise), len(prior), "pictures of Stage C")
     return PriorCond(prior.to(noise.device), (height, width))
+
+
+def check_release(given: Mapping[str, Any], version: str) -> None:
+    """Raise ValueError where Stage C latents are known to be of another release than the Stage B that is to paint."""
+    painted = given.get(VERSION_KEY, version)
+    if painted != version:
+        raise ValueError(
+            f"Stage B of Würstchen {version} was given Stage C latents of {painted}, which mean something else: take "
+            f"the prior and Stage B of one release ({_OF_RELEASE[painted]} for {painted})"
+        )
+
+
+_OF_RELEASE = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
+# What the host can do with a conditioning in its own sampling only; start and end of a range are unset or trivial.
+_PARTIAL = {"area": "an area", "mask": "a mask", "control": "a ControlNet", "hooks": "hooks"}
+_WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+
+
+def token_cond(
+    params: TokenDecoderParams, conditioning: Any, noise: Tensor, beside: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage C latents [B, 16, h, w] and text states [B, M, c] for v1's Stage B, of a conditioning for latents `noise`.
+
+    Where a negative has no Stage C latents it gets zeros, in the size of those `beside` it.
+    """
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"the token decoder paints one conditioning, and was given {len(conditioning)} combined ones: "
+            "put all the words into one Würstchen Text Encode"
+        )
+    [[states, options]] = conditioning
+    partial = [name for key, name in _PARTIAL.items() if options.get(key) is not None]
+    partial += ["a range of steps" for key, value in _WHOLE.items() if options.get(key, value) != value]
+    if partial:
+        raise ValueError(
+            f"the token decoder paints the whole picture in all steps, and was given a conditioning with {partial[0]}: "
+            "take that away"
+        )
+    check_release(options, "v1")
+    text = text_cond("Stage B", params.byt5_embd, {"cross_attn": states, "noise": noise}).cond
+    prior = options.get(PRIOR_KEY)
+    if prior is None and beside is None:
+        raise ValueError(_NO_PRIOR)
+    prior = torch.zeros_like(beside[0]) if prior is None and beside is not None else prior
+    check_shape(prior.shape, STAGE_C, "Stage B")
+    _check_batch("Stage B", len(noise), len(prior), "pictures of Stage C")
+    prior, text = (comfy.utils.repeat_to_batch_size(x, len(noise)) for x in (prior, text))
+    return prior, text
 
 
 def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tuple[int, ...]:

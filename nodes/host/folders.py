@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
-from ...wuerstchen_core.checkpoints import demo_path
+from ...wuerstchen_core.checkpoints import demo_path, read_metadata
 
 DEMO = "Würstchen demo (shipped)"
+DEMO_V1 = "Würstchen demo v1 (shipped)"
 
 
 def file_names(folder: str) -> list[str]:
@@ -30,8 +32,37 @@ def bundle_names() -> list[str]:
 
 
 def bundle_path(name: str) -> Path:
-    """The file behind one of `bundle_names`."""
-    return demo_path() if name == DEMO else file_path("checkpoints", name)
+    """The file behind one of `bundle_names`, or of `v1_bundles`."""
+    shipped = {DEMO: demo_path(), DEMO_V1: demo_v1_path()}
+    return shipped.get(name) or file_path("checkpoints", name)
+
+
+def demo_v1_path() -> Path:
+    """The small model of v1, where it ships."""
+    return demo_path().with_name("wuerstchen-demo-v1.safetensors")
+
+
+def v1_bundles() -> dict[str, tuple[str, ...]]:
+    """The bundles of v1, the shipped one first, and the names of the parts that each has."""
+    names = [name for name in bundle_names() if name != DEMO]
+    shipped = [DEMO_V1] if demo_v1_path().is_file() else []
+    held = {name: _v1_parts(bundle_path(name)) for name in (*shipped, *names)}
+    return {name: parts for name, parts in held.items() if parts}
+
+
+def _v1_parts(path: Path) -> tuple[str, ...]:
+    try:
+        status = path.stat()
+        return _read_v1_parts(path, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError):  # gone, or damaged: whoever chooses it is told
+        return ()
+
+
+@lru_cache(maxsize=4096)
+def _read_v1_parts(path: Path, changed: int, size: int) -> tuple[str, ...]:
+    """The parts that a file's header names if it is a bundle of v1; read once as long as the file does not change."""
+    metadata = read_metadata(path)
+    return tuple(metadata.get("parts", {})) if metadata.get("version") == "v1" else ()
 
 
 def embeddings() -> list[str]:

@@ -9,7 +9,7 @@ import comfy.latent_formats
 from torch import Tensor
 
 from ...wuerstchen_core.diffusion.sizes import LARGEST, prior_side
-from ...wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from ...wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from ...wuerstchen_core.models.vqgan import VQGANParams
 from .previews import preview_factors
 
@@ -24,19 +24,23 @@ _USE = "Würstchen Empty Latents"
 
 
 class PriorLatents(comfy.latent_formats.LatentFormat):
-    """Features as Stage B takes them outside, (features + 1) / 42 inside the prior."""
+    """Features as Stage B takes them outside; inside the prior v2's (features + 1) / 42, or v1's features themselves.
+
+    Either has about the variance of the noise inside, which is what the colours of the previews are for.
+    """
 
     latent_channels = CHANNELS[STAGE_C]
     spacial_downscale_ratio = PIXELS[STAGE_C]
 
-    def __init__(self) -> None:
+    def __init__(self, params: PriorParams | None = None) -> None:
+        self.params = params or PriorParams()
         self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("prior")
 
     def process_in(self, latent: Tensor) -> Tensor:
-        return latents_from_features(latent)
+        return latents_from_features(latent, self.params)
 
     def process_out(self, latent: Tensor) -> Tensor:
-        return features_from_latents(latent)
+        return features_from_latents(latent, self.params)
 
 
 class DecoderLatents(comfy.latent_formats.LatentFormat):

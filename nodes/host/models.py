@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.checkpoints.formats import split_attention
+from ...wuerstchen_core.checkpoints.parts import release
 from .advice import advise
 from .conditioning import PRIOR_KEY, check_no_prior, fit_areas_of, prior_cond, text_cond
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
-from .networks import HostDecoder, HostPrior
+from .networks import HostDecoder, HostPrior, HostTokenDecoder
 from .time import WuerstchenSampling
 
 
@@ -53,6 +55,11 @@ class PriorModel(StageModel):
 
     network = HostPrior
 
+    @property
+    def version(self) -> str:
+        """The release whose features it paints, as far as its units tell."""
+        return release([self.diffusion_model.params])
+
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         check_shape(kwargs["noise"].shape, STAGE_C, "Stage C")
         check_no_prior(kwargs)
@@ -86,6 +93,17 @@ class DecoderModel(StageModel):
         return 4.5 * self.diffusion_model.params.c_hidden[0]
 
 
+class TokenModel(StageModel):
+    """v1's Stage B in the host, which loads it; what walks along the tokens is `host/tokens.py`."""
+
+    network = HostTokenDecoder
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """Bytes of one call and of the choice of its tokens: nearly all of them for the logits of every code."""
+        labels, tokens = self.diffusion_model.params.num_labels, input_shape[0] * math.prod(input_shape[2:])
+        return 2.2 * 4 * labels * tokens  # in fp32, whatever the network computes in: measured, see docs/memory.md
+
+
 class StageConfig(comfy.supported_models_base.BASE):
     """What the host asks of a model's family; all of `unet_config` goes to the network."""
 
@@ -99,10 +117,13 @@ class StageConfig(comfy.supported_models_base.BASE):
 
 
 class PriorConfig(StageConfig):
-    """Stage C's family."""
+    """Stage C's family, v1's and v2's: they differ in the units of their latents."""
 
     model = PriorModel
-    latent_format = PriorLatents
+
+    def __init__(self, unet_config: dict[str, Any]):
+        super().__init__(unet_config)
+        self.latent_format = PriorLatents(unet_config["params"])
 
 
 class DecoderConfig(StageConfig):
@@ -112,16 +133,24 @@ class DecoderConfig(StageConfig):
     latent_format = DecoderLatents
 
 
-_CONFIGS = {"prior": PriorConfig, "decoder": DecoderConfig}
+class TokenConfig(StageConfig):
+    """The family of v1's Stage B."""
+
+    model = TokenModel
+    latent_format = DecoderLatents
+
+
+_CONFIGS = {"prior": PriorConfig, "decoder": DecoderConfig, "token_decoder": TokenConfig}
 
 
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
-    """A prior or decoder part as a MODEL: the host's patcher around a network built from the host's layers.
+    """A prior or a decoder of either kind as a MODEL: the host's patcher around a network built from the host's layers.
 
     `weight_dtype` is that of the stored weights (None: the host's choice); what they are computed in, the host says.
     """
     management = comfy.model_management
-    state_dict = build_part(part).state_dict()  # names what is missing or mis-shaped; copies nothing
+    # Building it names what is missing or mis-shaped, and copies nothing.
+    state_dict = split_attention(build_part(part).state_dict())
     config = _CONFIGS[part.name]({"params": part.params})
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     dtype = weight_dtype or management.unet_dtype(
@@ -143,8 +172,9 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
         state_dict = {key: x.to(dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
-    fit_areas_of(patcher)
-    advise(patcher, ancestral=part.name == "decoder")
+    if part.name != "token_decoder":  # the host's own sampling has no part in that
+        fit_areas_of(patcher)
+        advise(patcher, ancestral=part.name == "decoder")
     if hasattr(patcher, "cached_patcher_init"):  # how the newer host copies models, for torch.compile and several GPUs
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from comfyui import Install, Outcome, Server, installs
 from graphs import api_form, workflow
-from networks import NETWORKS
+from networks import NETWORKS, PRIOR
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import read_part, save_bundle
+from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 
 TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
@@ -25,6 +27,7 @@ SAMPLING = {
     "prior_guidance": 5.0,
     "decoder_steps": 3,
 }
+SAMPLING_V1 = {**SAMPLING, "decoder_guidance": 2.0}
 VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
 
 
@@ -61,6 +64,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def first_version(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """An untrained model of v1: its prior knows no other units than the features', and one tower serves both stages."""
+    tower = parts["decoder_text_encoder"]
+    params = replace(PRIOR, c_cond=tower.params.width, feature_scale=1.0, feature_shift=0.0)
+    own = {
+        "prior": replace(NETWORKS["prior"], build=lambda: Prior(params)).perturbed(),
+        "token_decoder": NETWORKS["token_decoder"].perturbed(),
+    }
+    towers = dict.fromkeys(("prior_text_encoder", "decoder_text_encoder"), tower)
+    return {**own, **towers, "vqgan": parts["vqgan"], "image_encoder": parts["image_encoder"]}
+
+
 @pytest.fixture(scope="session")
 def checkpoints(models: Path) -> Path:
     """A folder of files that a user might choose: a whole untrained model (its towers differ in width), one part of a
@@ -74,7 +89,7 @@ def checkpoints(models: Path) -> Path:
         parts[f"{stage}_text_encoder"] = tower
     save_bundle(folder / TINY, parts, {"sampling": SAMPLING, "vocabulary": VOCABULARY})
     save_bundle(folder / HALF, {"vqgan": parts["vqgan"]}, {})
-    save_bundle(folder / V1, {"vqgan": parts["vqgan"]}, {"version": "v1"})
+    save_bundle(folder / V1, first_version(parts), {"sampling": SAMPLING_V1})
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, folder / FOREIGN)
     assert read_part(folder / TINY, "prior").params == parts["prior"].params
     return folder

@@ -14,7 +14,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 WORKFLOWS = REPOSITORY / "workflows"
 LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # for models/loras; the workflow `lora` names it
-RELEASED = "wuerstchen_v2_1024"  # the one workflow that needs weights which do not ship
+RELEASED, RELEASED_V1 = "wuerstchen_v2_1024", "wuerstchen_v1_512"  # these need weights that do not ship
 
 
 def names() -> list[str]:

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_memory.py COMFYUI BUNDLE OUTPUT`: networks stored, loaded and evicted in every
-way that ComfyUI knows, each beside what it has to be equal to (`got/...` and `want/...`)."""
+"""Run by a ComfyUI's own Python, `inside_memory.py COMFYUI BUNDLE V1 FOLDER OUTPUT`: networks stored, loaded and
+evicted in every way that ComfyUI knows, each beside what it has to be equal to (`got/...` and `want/...`)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def inputs(part: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     if part.name == "prior":
         return (seeded(rows, 16, 5, 6), t, seeded(rows, 77, part.params.c_cond)), {}
     extra = {"stable_cascade_prior": seeded(rows, 16, 2, 3)}
+    if part.name == "token_decoder":
+        tokens = seeded(rows, 16, 24).mul(1000).long() % part.params.num_labels
+        return (tokens, t, seeded(rows, 77, part.params.byt5_embd)), extra
     return (seeded(rows, 4, 16, 24), t, seeded(rows, 77, part.params.clip_embd)), extra
 
 
@@ -56,7 +59,8 @@ def host(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the host's network computes; time stays in fp32, as the host leaves it."""
     (x, t, text), extra = inputs(part)
     extra = {key: value.to(dtype) for key, value in extra.items()}
-    return patcher.model.diffusion_model(x.to(dtype), t, text.to(dtype), **extra).float()
+    x = x.to(dtype) if x.is_floating_point() else x
+    return patcher.model.diffusion_model(x, t, text.to(dtype), **extra).float()
 
 
 def storage(part: Any) -> Results:
@@ -76,7 +80,7 @@ def storage(part: Any) -> Results:
     with patch.object(args, "fp16_unet", True), patch.object(management, "unet_manual_cast", lambda *_: None):
         patcher = models.load_model(part)
     facts[f"{part.name} computes in"] = str(patcher.model.get_dtype_inference())
-    _, *rest = inputs(part)[0][0].shape
+    rest = 4, *inputs(part)[0][0].shape[-2:]
     whole = models.load_model(part).model
     facts[f"{part.name} estimates"] = {
         "one": whole.memory_required((1, *rest)),
@@ -88,10 +92,10 @@ def storage(part: Any) -> Results:
     return tensors, facts
 
 
-def lora(part: Any) -> dict[str, Tensor]:
+def lora(network: nn.Module) -> dict[str, Tensor]:
     """A LoRA in ComfyUI's own form for every attention and every MLP of a network."""
     pairs = {}
-    for key, weight in part.state_dict.items():
+    for key, weight in network.state_dict().items():
         if weight.ndim == 2 and (".attention." in key or ".channelwise." in key):
             name = f"diffusion_model.{key.removesuffix('.weight')}"
             pairs[f"{name}.lora_up.weight"] = seeded(weight.shape[0], 2) * 0.2
@@ -109,7 +113,9 @@ def partial_loads(part: Any) -> Results:
         for key, share in (("want", 0), ("got", PARTIAL)):  # 0: all of it
             patcher = models.load_model(part)
             if strength:
-                patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(part), strength, 0.0)
+                patcher, _ = comfy.sd.load_lora_for_models(
+                    patcher, None, lora(patcher.model.diffusion_model), strength, 0.0
+                )
             patcher.patch_model(CPU, lowvram_model_memory=int(share * patcher.model_size()))
             tensors[f"{key}/{part.name} partial {name}"] = host(patcher, part)
             facts[f"{part.name} {key} {name}"] = [patcher.loaded_size(), patcher.model_size()]
@@ -265,13 +271,13 @@ def eviction(bundle: str, folder: Path) -> Results:
     }
 
 
-def main(bundle: str, folder: str) -> Results:
+def main(bundle: str, v1: str, folder: str) -> Results:
     load_pack()
     from pack.wuerstchen_core.checkpoints import read_part
 
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    parts = [read_part(bundle, name) for name in ("prior", "decoder")]
+    parts = [read_part(bundle, name) for name in ("prior", "decoder")] + [read_part(v1, "token_decoder")]
     for part in parts:
         tensors[f"plain/{part.name}"] = core(part)
         for compute in (storage, partial_loads, dynamic):

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = ((512, 1), (512, 2), (1024, 1))  # side of the picture in pixels, batch
-NETWORKS = ("prior", "decoder", "Stage A decode", "Stage A encode", "image encoder")
+NETWORKS = ("prior", "decoder", "token decoder", "Stage A decode", "Stage A encode", "image encoder")
 TOWERS = ("CLIP-bigG", "CLIP-H")
+MODE = "multinomial"  # of the token decoder's choice
 Case = tuple[str, str, int, int]  # network, dtype, side, batch
 Prepared = tuple[nn.Module, Callable[[], Any], float]  # the network, its call and its estimate in bytes
 
@@ -78,6 +79,30 @@ def stage(case: Case, device: str) -> Prepared:
     return network, lambda: network(x, t, text, **extra), model.memory_required(x.shape)
 
 
+def tokens(case: Case, device: str) -> Prepared:
+    """One guided step of v1's Stage B, for pictures of which each is in the batch twice."""
+    from pack.nodes.host import models
+    from pack.wuerstchen_core.diffusion.samplers import guidance
+    from pack.wuerstchen_core.diffusion.sizes import decoder_side, prior_side
+    from pack.wuerstchen_core.diffusion.tokens import SeededTokenNoise, choose
+    from pack.wuerstchen_core.models.token_decoder import TokenDecoderParams
+
+    _, kind, side, batch = case
+    config = models.TokenConfig({"params": TokenDecoderParams()})
+    config.set_inference_dtype(DTYPES[kind], None)
+    model = config.get_model({}, device=torch.device("meta"))
+    network, factory = model.diffusion_model, {"device": device, "dtype": DTYPES[kind]}
+    cond = torch.ones(batch, 16, prior_side(side), prior_side(side), **factory), torch.ones(batch, 77, 1024, **factory)
+    chosen = torch.zeros(batch, decoder_side(side), decoder_side(side), dtype=torch.long, device=device)
+    t, codebook = torch.full((batch,), 0.5, device=device), torch.ones(8192, 4, device=device)
+    predict = guidance(lambda x, t, prior, text: network(x, t, text, prior).float(), cond, cond)
+
+    def step() -> None:
+        choose(predict(chosen, t, 2.0), MODE, 1.0, codebook, SeededTokenNoise(0, batch))
+
+    return network, step, model.memory_required((2 * batch, 4, *chosen.shape[1:]))
+
+
 def vae(case: Case, device: str) -> Prepared:
     """A VAE's network; ComfyUI takes the estimate for one picture of a batch."""
     from pack.nodes.host.vae import load_image_encoder, load_stage_a
@@ -117,7 +142,8 @@ def tower(case: Case, device: str) -> Prepared:
 
 
 def prepare(case: Case, device: str) -> Prepared:
-    return (tower if case[0] in TOWERS else stage if case[0] in ("prior", "decoder") else vae)(case, device)
+    kinds = {"prior": stage, "decoder": stage, "token decoder": tokens, **dict.fromkeys(TOWERS, tower)}
+    return kinds.get(case[0], vae)(case, device)
 
 
 def counted(case: Case) -> tuple[float, float]:

@@ -73,7 +73,7 @@ MISTAKES: dict[str, tuple[Callable[[Graph], None], tuple[str, ...]]] = {
     "encoder as stage a": (_sockets(DECODE, vae=(LOADER, 5)), ("not Stage A", "vae output")),
     "encoder in stock decode": (_stock_decode, ("only encodes", "Stage A")),
     "one part only": (_sockets(LOADER, bundle=HALF), ("no prior", "vqgan")),
-    "first version": (_sockets(LOADER, bundle=V1), ("Würstchen v1", "v2")),
+    "first version": (_sockets(LOADER, bundle=V1), ("Würstchen v1", "Token Decoder Loader")),
     "another model's file": (_sockets(LOADER, bundle=FOREIGN), (FOREIGN,)),
 }
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from conftest import TINY, V1
 from inside_memory import STORED, TIMES
 from torch import Tensor
 
-STAGES = ("prior", "decoder")
+STAGES = ("prior", "decoder", "token_decoder")
 
 
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
     folder = tmp_path_factory.mktemp("memory")
-    return run_inside(install, "inside_memory.py", folder, checkpoints / TINY, folder)
+    return run_inside(install, "inside_memory.py", folder, checkpoints / TINY, checkpoints / V1, folder)
 
 
 def assert_same(tensors: dict[str, Tensor], name: str) -> None:
@@ -42,7 +42,7 @@ def test_fp16_throughout_stays_near_at_every_time(inside: Inside, stage: str) ->
     plain = tensors[f"plain/{stage}"]
     for i in range(len(TIMES)):
         error = (tensors[f"half/{stage}"][i] - plain[i]).std() / plain[i].std()
-        assert 0 < error < 1e-3  # 2^-11 is 5e-4; observed 4e-4
+        assert 0 < error < (2e-3 if stage == "token_decoder" else 1e-3)  # 2^-11 is 5e-4; observed 1.5e-3 and 4e-4
 
 
 @pytest.mark.parametrize("way", ["plain", "lora"])
@@ -85,7 +85,7 @@ def test_nothing_stays_in_memory(inside: Inside) -> None:
 def test_estimates_are_what_the_released_sizes_hold_and_a_little_more(inside: Inside) -> None:
     """Bytes alive at once in one call on the "meta" device; docs/memory.md has all of them."""
     rows = inside[1]["counted"]
-    assert len(rows) == 10
+    assert len(rows) == 12
     for case, (counted, estimate) in rows:
         assert 1 < estimate / counted < 1.5, case
 
@@ -94,5 +94,5 @@ def test_estimates_are_what_the_released_sizes_hold_and_a_little_more(inside: In
 def test_the_estimate_grows_with_all_that_the_call_grows_with(inside: Inside, stage: str) -> None:
     estimates = inside[1][f"{stage} estimates"]
     assert estimates["batch of 2"] == estimates["twice the area"] == 2 * estimates["one"]
-    assert estimates["fp16"] == estimates["one"] / 2
+    assert estimates["fp16"] == estimates["one"] / (1 if stage == "token_decoder" else 2)  # its logits are fp32's
     assert 0 < estimates["one"] < 1e6  # ComfyUI's own formula: 14 MB and 181 MB

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from comfyui import Install, Server, installs
-from graphs import LORA, RELEASED, WORKFLOWS, api_form, names, workflow
+from graphs import LORA, RELEASED, RELEASED_V1, WORKFLOWS, api_form, names, workflow
 from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -59,4 +59,4 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [name for name in names() if name != RELEASED])
+    main(sys.argv[1:] or [name for name in names() if name not in (RELEASED, RELEASED_V1)])
