@@ -7,7 +7,13 @@ from comfy_api.latest import ComfyExtension, io
 from .encode import WuerstchenImageEncode
 from .interpolate import WuerstchenConditioningInterpolate, WuerstchenLatentInterpolate
 from .latents import WuerstchenEmptyLatents
-from .loaders import WuerstchenBundleLoader, WuerstchenCLIPLoader, WuerstchenModelLoader, WuerstchenVAELoader
+from .loaders import (
+    WuerstchenBundleLoader,
+    WuerstchenCLIPLoader,
+    WuerstchenModelLoader,
+    WuerstchenTokenDecoderLoader,
+    WuerstchenVAELoader,
+)
 from .lora import WuerstchenLoraLoader
 from .pictures import WuerstchenVAEDecode
 from .quicklook import WuerstchenQuickLook
@@ -19,6 +25,7 @@ from .sampling import (
     WuerstchenScheduler,
 )
 from .text import WuerstchenTextEncode
+from .tokens import WuerstchenTokenDecoderSample
 
 NODES: list[type[io.ComfyNode]] = [
     WuerstchenBundleLoader,
@@ -38,6 +45,8 @@ NODES: list[type[io.ComfyNode]] = [
     WuerstchenImageEncode,
     WuerstchenLatentInterpolate,
     WuerstchenConditioningInterpolate,
+    WuerstchenTokenDecoderLoader,
+    WuerstchenTokenDecoderSample,
 ]
 
 

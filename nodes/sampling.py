@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.diffusion.schedule import linear_times, named_times, strength_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
-from .host.conditioning import PRIOR_KEY
+from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
 from .host.sampling import sample_stage, sampler, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
@@ -122,7 +122,7 @@ class WuerstchenPriorSample(io.ComfyNode):
         check_latent(stage_c, STAGE_C, node)
         times = strength_times(named_times(schedule, steps), denoise)
         samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed)
-        return io.NodeOutput(tagged(samples, STAGE_C, stage_c))
+        return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: model.model.version}))
 
 
 class WuerstchenDecoderConditioning(io.ComfyNode):
@@ -151,7 +151,8 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
     @classmethod
     def execute(cls, conditioning: Any, stage_c: dict[str, Any]) -> io.NodeOutput:
         prior = check_latent(stage_c, STAGE_C, "Würstchen Decoder Conditioning")
-        return io.NodeOutput([[states, {**options, PRIOR_KEY: prior}] for states, options in conditioning])
+        given = {PRIOR_KEY: prior, **{key: stage_c[key] for key in (VERSION_KEY,) if key in stage_c}}
+        return io.NodeOutput([[states, {**options, **given}] for states, options in conditioning])
 
 
 class WuerstchenDecoderSample(io.ComfyNode):

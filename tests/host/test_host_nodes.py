@@ -24,7 +24,7 @@ NODES = {
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
     "WuerstchenSampler": ("", "sampler:SAMPLER"),
     "WuerstchenQuickLook": ("stage_c scale", "image:IMAGE"),
-    "WuerstchenModelLoader": ("model_name weight_dtype", "model:MODEL"),
+    "WuerstchenModelLoader": ("model_name weight_dtype version", "model:MODEL"),
     "WuerstchenCLIPLoader": ("clip_name", "clip:CLIP"),
     "WuerstchenVAELoader": ("vae_name", "vae:VAE"),
     "WuerstchenLoraLoader": (
@@ -34,6 +34,11 @@ NODES = {
     "WuerstchenImageEncode": ("image_encoder image vae mask", "stage_c:LATENT stage_b:LATENT"),
     "WuerstchenLatentInterpolate": ("first second factor", "latent:LATENT"),
     "WuerstchenConditioningInterpolate": ("first second factor", "conditioning:CONDITIONING"),
+    "WuerstchenTokenDecoderLoader": ("model_name weight_dtype", "token decoder:WUERSTCHEN_TOKEN_DECODER"),
+    "WuerstchenTokenDecoderSample": (
+        "token_decoder positive stage_b vae steps cfg cfg_end temperature temperature_end mode seed negative denoise",
+        "stage_b:LATENT",
+    ),
 }
 
 
