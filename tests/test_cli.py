@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,13 +78,15 @@ def test_every_option_reaches_the_pipeline(
     )
     command = (
         "--width 64 --height 128 --schedule linear --prior-steps 5 --prior-guidance 3.5 "
-        "--decoder-steps 4 --decoder-guidance 1.5 --seed 3 --negative fog --dtype bf16 --device cpu"
+        "--decoder-steps 4 --decoder-guidance 1.5 --decoder-guidance-end 2 --temperature 1 0.5 --token-mode argmax "
+        "--seed 3 --negative fog --dtype bf16 --device cpu"
     )
     assert run("generate", PROMPT, "--model", bundle, *command.split()) == 0
     del given["callback"]
     assert given == {
         "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear", "prior_steps": 5,
-        "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5,
+        "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5, "decoder_guidance_end": 2.0,
+        "temperature": (1.0, 0.5), "token_mode": "argmax",
     }  # fmt: skip
 
 
@@ -182,7 +185,7 @@ def test_a_failure_is_one_line(
     ("arguments", "message"),
     [
         ([], "COMMAND"),
-        (["reconstruct", "x.png"], "invalid choice: 'reconstruct'"),
+        (["dream", "x.png"], "invalid choice: 'dream'"),
         (["generate"], "PROMPT"),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["train", "everything", "--config", "x.toml"], "invalid choice: 'everything'"),
@@ -196,8 +199,10 @@ def test_other_failures(here: Path, capsys: pytest.CaptureFixture[str], argument
 
 def test_only_what_works_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert [word for word in listed if word.isalpha() and word != "COMMAND"] == ["generate", "inspect", "train"]
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(" {4}[a-z]", line)]
+    assert listed == [
+        "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "train",
+    ]  # fmt: skip
 
 
 def raising(error: BaseException) -> Any:
