@@ -1,0 +1,61 @@
+"""What `convert` writes, in the host's own loaders and in ours; and what the host saves comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui import Inside, Install, run_inside
+from conftest import TINY
+from in_host import seeded
+from inside_convert import LATENTS, calls
+
+from wuerstchen_core.checkpoints import Part, load_decoder, load_vqgan, save_bundle
+from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.checkpoints.read import open_source
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained model in fp8 as single files, and Stage A in its released size."""
+    folder = tmp_path_factory.mktemp("converted")
+    convert([checkpoints / TINY], folder / "tiny", dtype="fp8,vqgan=fp32,image_encoder=fp32")
+    vqgan = VQGAN(VQGANParams())
+    vqgan.init_weights()
+    save_bundle(folder / "a.safetensors", {"vqgan": Part("vqgan", vqgan.params, vqgan.state_dict())}, {})
+    convert([folder / "a.safetensors"], folder / "released")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inside(install: Install, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
+    return run_inside(install, "inside_convert.py", tmp_path_factory.mktemp("convert"), folder)
+
+
+def test_the_hosts_own_loaders_take_stage_a_and_know_the_towers(inside: Inside, folder: Path) -> None:
+    assert inside[1]["stage_a"] == "StageA"
+    with torch.inference_mode():
+        wanted = load_vqgan(folder / "released" / "vqgan.safetensors").decode(seeded(*LATENTS))
+    torch.testing.assert_close(inside[0]["stage_a"], wanted, rtol=0, atol=2e-4 * float(wanted.std()))
+    assert (inside[1]["CLIP_H"], inside[1]["CLIP_G"]) == ("CLIP_H", "CLIP_G")
+
+
+def test_fp8_in_a_single_file(inside: Inside, folder: Path) -> None:
+    """Widened when it is read: in the host as in the core."""
+    assert inside[1]["decoder"] in ("torch.bfloat16", "torch.float32")
+    decoder = load_decoder(folder / "tiny" / "decoder.safetensors", dtype=torch.float32)
+    x, t, features, text = calls()
+    with torch.inference_mode():
+        wanted = decoder(x, t, features, text)
+    torch.testing.assert_close(inside[0]["decoder"], wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["vqgan", "image_encoder"])
+def test_what_the_host_saves_of_a_vae_is_read_again(inside: Inside, folder: Path, name: str) -> None:
+    saved, given = (
+        open_source(place / f"{name}.safetensors").networks[name].state for place in (folder, folder / "tiny")
+    )
+    assert saved.keys() == given.keys()
+    assert all(x.equal(given[key]) for key, x in saved.items())
