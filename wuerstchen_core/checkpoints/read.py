@@ -48,7 +48,8 @@ def open_source(
 
 def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") -> Part:
     """One part of a source: a .safetensors or PyTorch file (the original's, diffusers', transformers', open_clip's,
-    ComfyUI's), a folder (a pipeline's or one component's), a bundle, "demo" or "demo-v1"; `version` as in `open_source`.
+    ComfyUI's), a folder (a pipeline's or one component's), a bundle, "demo" or "demo-v1"; `version` as for
+    `open_source`.
 
     ValueError if the source has no such part or can't be read.
     """

@@ -87,9 +87,9 @@ def number_table(numbers: dict[str, Any]) -> str:
     )
 
 
-def with_table(text: str, table: str) -> str:
+def with_table(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """A README with `table` between its two marks."""
-    start, end = MARKS
+    start, end = marks
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"the README has no place for the numbers: put {start} and {end} into it, once each")
     return text[: text.index(start)] + f"{start}\n{table}\n" + text[text.index(end) :]
