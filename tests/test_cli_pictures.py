@@ -70,7 +70,7 @@ def test_reconstruct(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_variations(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"variations cat.png --strength 0.4 --count 2 --seed 3 --width 64 --height 64 --prompt red"
+    command = "variations cat.png --strength 0.4 --count 2 --seed 3 --width 64 --height 64 --prompt red"
     first, second = painted(capsys, bundle, *command.split(), "--prior-steps", "2")
     assert (first[0], second[0]) == ("cat-variations.png", "cat-variations-2.png")
     assert first[1]["strength"] == 0.4 and first[1]["prompt"] == "red" and first[1]["prior_steps"] == 2
