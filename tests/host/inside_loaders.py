@@ -28,12 +28,15 @@ BY_WIDTH = {"bigg.safetensors": "prior_text_encoder", "h.safetensors": "decoder_
 VAES = ("stage_a_original.pt", "stage_a_cascade.safetensors", "stage_a_diffusers.safetensors")
 ENCODER = "encoder_bundle.safetensors"
 LARGE = "large.safetensors"
-# What a loader (of a model, a CLIP or a VAE) is given that it has to refuse, and words of the answer.
+# What a loader (of a model, of tokens, a CLIP or a VAE) is given that it has to refuse, and words of the answer.
 MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "stage_a.pt"): ("holds Stage A,", "vae folder", "Würstchen VAE Loader"),
     ("model", "tower.safetensors"): ("holds a text tower,", "text_encoders folder", "Würstchen CLIP Loader"),
     ("model", "encoder.pt"): ("holds an image encoder,", "vae folder", "Würstchen VAE Loader"),
-    ("model", "v1_stage_b.pt"): ("Stage B of Würstchen v1", "take Stage B of v2"),
+    ("model", "v1_stage_b.pt"): ("Stage B of Würstchen v1", "Würstchen Token Decoder Loader"),
+    ("tokens", "decoder_original.pt"): ("holds a decoder (Stage B)", "Würstchen Model Loader"),
+    ("tokens", "sd.safetensors"): ("a Stable Diffusion model", "takes v1's token decoder"),
+    ("tokens", "token decoder of gone.safetensors"): ("there is no 'gone.safetensors' in the checkpoints folder",),
     ("model", "cascade.safetensors"): ("a Stable Cascade model", "ComfyUI's own loaders"),
     ("model", "sd.safetensors"): ("a Stable Diffusion model", "a prior (Stage C) or v2's decoder (Stage B)"),
     ("model", "lora.safetensors"): ("a LoRA", "loras folder"),
@@ -41,7 +44,6 @@ MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "whole.safetensors"): ("several parts", "checkpoints folder", "Würstchen Bundle Loader"),
     ("model", "cut.safetensors"): ("cut short or damaged", "fetch it again"),
     ("model", "cut.pt"): ("cut short or damaged", "fetch it again"),
-    ("model", "v1.safetensors"): ("Würstchen v1", "choose a v2 file"),
     ("model", "half.safetensors"): ("weights of the prior", "missing: 1 (out.1.bias)"),
     ("model", "gone.safetensors"): ("there is no 'gone.safetensors' in the diffusion_models folder",),
     ("clip", "sd2.safetensors"): ("last layer was left out", "warp-ai/wuerstchen "),
@@ -53,9 +55,9 @@ MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
         "Würstchen Model Loader",
     ),
     ("clip", "two_towers.safetensors"): ("several parts", "Würstchen Bundle Loader"),
+    ("vae", "v1_parts.safetensors"): ("several parts", "checkpoints folder", "offered here part by part"),
     ("vae", "sd_vae.safetensors"): ("a VAE of Stable Diffusion's kind", "ComfyUI's own loaders"),
     ("vae", "prior.safetensors"): ("holds a prior (Stage C),", "diffusion_models folder", "Würstchen Model Loader"),
-    ("vae", "encoder_v1.pt"): ("image encoder of Würstchen v1", "take v2's"),
     ("vae", "effnet_cascade.pt"): ("a Stable Cascade model",),
 }
 
@@ -114,6 +116,9 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     def model(name: str, dtype: str = "default") -> Any:
         return loaders.WuerstchenModelLoader.execute(name, dtype).args[0]
 
+    def tokens(name: str) -> Any:
+        return loaders.WuerstchenTokenDecoderLoader.execute(name, "default").args[0]
+
     def tower(name: str) -> Any:
         return loaders.WuerstchenCLIPLoader.execute(name).args[0]
 
@@ -148,7 +153,7 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     for kind, name in MISTAKES:
         try:
-            {"model": model, "clip": tower, "vae": vae}[kind](name)
+            {"model": model, "tokens": tokens, "clip": tower, "vae": vae}[kind](name)
         except ValueError as error:
             facts["mistakes"][f"{kind} {name}"] = str(error)
     facts["fingerprint"] = [

@@ -76,7 +76,6 @@ def write_models(folder: Path, networks: dict[str, nn.Module]) -> None:
     }.items():
         save_file({key: torch.zeros(1)}, folder / f"{name}.safetensors")
     save_bundle(folder / "whole.safetensors", {stage: networks[stage] for stage in ("prior", "decoder")}, {})
-    save_bundle(folder / "v1.safetensors", {"prior": networks["prior"]}, {"version": "v1"})
     save_file({key: x for key, x in prior.items() if key != "out.1.bias"}, folder / "half.safetensors")
     cut(folder / "cut.safetensors", lambda path: save_file(prior, path))
     cut(folder / "cut.pt", lambda path: torch.save(original(prior), path))
@@ -110,9 +109,10 @@ def write_vaes(folder: Path, networks: dict[str, nn.Module]) -> None:
     save_file(vqgan_of_diffusers(vqgan), folder / "stage_a_diffusers.safetensors")
     save_bundle(folder / ENCODER, {"image_encoder": networks["image_encoder"]}, {})
 
+    parts = {name: networks[name] for name in ("vqgan", "image_encoder")}
+    save_bundle(folder / "v1_parts.safetensors", parts, {"version": "v1"})
     save_file({"encoder.down.0.block.0.norm1.weight": torch.zeros(1)}, folder / "sd_vae.safetensors")
     save_file(networks["prior"].state_dict(), folder / "prior.safetensors")
-    torch.save(encoder_state(ImageEncoderParams(EFFICIENTNET_V2_L)), folder / "encoder_v1.pt")
     plain = {key: x for key, x in encoder_state().items() if key not in ("mapper.1.weight", "mapper.1.bias")}
     torch.save(plain, folder / "effnet_cascade.pt")
 
