@@ -17,7 +17,7 @@ from tiny_model import write_tiny_bundle
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
 from wuerstchen_core.demo.judge import Judge, wilson_interval
-from wuerstchen_core.demo.recipe import evaluate, lora, remake
+from wuerstchen_core.demo.recipe import edits, evaluate, lora, remake
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
 from wuerstchen_core.training.pictures import DemoPictures
 
@@ -188,6 +188,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(remake, "ROOT", tmp_path)
     monkeypatch.setattr(remake, "DEMO", tmp_path)
     monkeypatch.setattr(remake, "SHEET", tmp_path / "docs" / "sheet.jpg")
+    monkeypatch.setattr(edits, "SHEET", tmp_path / "docs" / "edits.jpg")
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
     monkeypatch.setattr(remake, "evaluate", lambda pipe: NUMBERS)
     few = DemoPictures({"data": {"canvas": 64, "things": 2}}, held=True)
@@ -196,6 +197,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(lora, "remake", trained.append)
     remake.main()
     assert Image.open(tmp_path / "docs" / "sheet.jpg").size == (1024, 512)
+    assert Image.open(tmp_path / "docs" / "edits.jpg").size == (768, 384)
     assert trained == [tmp_path]
     factors = json.loads((tmp_path / "preview_factors.json").read_text())
     assert {name: np.shape(value["factors"]) for name, value in factors.items()} == {

@@ -1,7 +1,7 @@
 """Remake what is derived from the shipped weights: `python -m wuerstchen_core.demo.recipe.remake`.
 
-The evaluation's numbers (`evaluation.json` here, and the table in the README), the reference sheet, the factors that
-turn latents into previews, and the LoRA beside its workflow. The pictures beside the workflows need a ComfyUI:
+The evaluation's numbers (`evaluation.json` here, and the table in the README), the sheets of pictures, the factors
+that turn latents into previews, and the LoRA beside its workflow. The pictures beside the workflows need a ComfyUI:
 `python tests/host/workflow_pictures.py` starts one.
 """
 
@@ -20,7 +20,7 @@ from ...models.prior import latents_from_features
 from ...pipeline import WuerstchenPipeline
 from ...training.inputs import features_of, latents_of
 from ...training.pictures import DemoPictures
-from . import lora
+from . import edits, lora
 from .evaluate import evaluate, held_out_scenes, paint
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def main() -> None:
     pipe = WuerstchenPipeline.load("demo")
     SHEET.parent.mkdir(exist_ok=True)
     reference_sheet(pipe).save(SHEET, quality=90)
+    edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     numbers = evaluate(pipe)
     EVALUATION.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

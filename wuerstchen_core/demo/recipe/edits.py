@@ -1,0 +1,52 @@
+"""The sheet of what the shipped model makes of pictures: `python -m wuerstchen_core.demo.recipe.edits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from ...pipeline import WuerstchenPipeline
+from ..artwork import CANVAS, draw
+from ..vocabulary import COLOURS, SIZES, THINGS, Scene, caption
+
+SHEET = Path(__file__).parents[3] / "docs" / "pictures.jpg"
+COLUMNS, TILE = 6, 128  # of the sheet; pixels a tile
+LARGE, SMALL = range(len(SIZES))
+
+
+def edits_sheet(pipe: WuerstchenPipeline) -> Image.Image:
+    """A row of inpainting (picture, mask, result), one of variations of its first picture, one of the way between."""
+    cat, panda = _scene("cat", "blue", LARGE), _scene("panda", "yellow", LARGE)
+    rows = [
+        _inpainted(pipe, _scene("red apple", "blue", SMALL), _scene("cat", "blue", SMALL))
+        + _inpainted(pipe, _scene("house", "green", SMALL), _scene("robot", "green", SMALL)),
+        [draw(cat), *pipe.variations(draw(cat), strength=0.8, count=COLUMNS - 1, seed=1)],
+        pipe.interpolate(draw(cat), draw(panda), steps=COLUMNS, seed=1),
+    ]
+    sheet = Image.new("RGB", (COLUMNS * TILE, len(rows) * TILE))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x * TILE, y * TILE))
+    return sheet
+
+
+def _scene(thing: str, colour: str, size: int) -> Scene:
+    return Scene([known.name for known in THINGS].index(thing), list(COLOURS).index(colour), size)
+
+
+def _inpainted(pipe: WuerstchenPipeline, before: Scene, after: Scene) -> list[Image.Image]:
+    edge = list(SIZES.values())[before.size]
+    start = (CANVAS - edge) // 2
+    mask = Image.new("L", (CANVAS, CANVAS))
+    mask.paste(255, (start, start, start + edge, start + edge))
+    return [draw(before), mask.convert("RGB"), *pipe.inpaint(draw(before), mask, caption(after), seed=1)]
+
+
+def remake(pipe: WuerstchenPipeline) -> None:
+    """Write the sheet."""
+    edits_sheet(pipe).save(SHEET, quality=90)
+
+
+if __name__ == "__main__":
+    remake(WuerstchenPipeline.load("demo"))
