@@ -89,6 +89,11 @@ def test_file_in_pytorchs_older_format(prior: State, tmp_path: Path) -> None:
     assert_holds(load_prior(tmp_path / "old.bin"), prior)
 
 
+def test_pytorch_file_under_another_formats_name(prior: State, tmp_path: Path) -> None:
+    torch.save({"state_dict": prior}, tmp_path / "prior.safetensors")
+    assert_holds(load_prior(tmp_path / "prior.safetensors"), prior)
+
+
 def test_text_width_of_a_prior_is_read_off(tmp_path: Path) -> None:
     for width in (1024, 1280):
         state = random_state(Prior(PriorParams(c=64, c_cond=width, depth=1, nhead=1)))
@@ -302,8 +307,9 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
         load_vqgan(tmp_path / "prior.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
         load_prior(tmp_path / "nothing.pt")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no diffusers folder"):
-        load_prior(tmp_path)
+        load_prior(tmp_path / "empty")
     with pytest.raises(ValueError, match="'unet' is no part"):
         read_part(tmp_path / "prior.safetensors", "unet")
     assert read_metadata(tmp_path / "prior.safetensors") == {}

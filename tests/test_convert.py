@@ -62,6 +62,15 @@ def test_round_trip_through_single_files_is_exact(bundle: Path, tmp_path: Path) 
         assert read_metadata(file)["vocabulary"] == METADATA["vocabulary"]
 
 
+def test_a_folder_of_single_files_is_a_model(bundle: Path, tmp_path: Path) -> None:
+    convert([bundle], tmp_path)
+    description = describe(tmp_path)
+    assert (description.kind, description.version, description.missing) == ("folder of single files", "v2", ())
+    assert description.vocabulary == len(METADATA["vocabulary"]["words"])
+    one, other = (WuerstchenPipeline.load(source, device="cpu") for source in (bundle, tmp_path))
+    assert one.generate("a red apple")[0].tobytes() == other.generate("a red apple")[0].tobytes()
+
+
 def test_single_files_have_the_bare_keys_that_other_programs_know(bundle: Path, tmp_path: Path) -> None:
     convert([bundle], tmp_path)
     assert "vquantizer.codebook.weight" in load_file(tmp_path / "vqgan.safetensors")
@@ -123,6 +132,50 @@ def test_the_release_of_an_open_prior_is_kept(tmp_path: Path, beside: str | None
     [made] = convert(sources, tmp_path / "made.safetensors", version=version)
     assert read_part(made, "prior").params.feature_scale == scale
     assert read_metadata(made)["version"] == ("v1" if scale == V1["feature_scale"] else "v2")
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("payload", "Python objects besides weights and is not opened"),
+        ("cut", "is cut short or damaged"),
+        ("cascade", "it holds a Stable Cascade model, whose latents are not Würstchen's"),
+        ("sd", "it holds a Stable Diffusion model"),
+        ("text", "holds no weights"),
+        ("empty folder", "is no diffusers folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_what_is_no_part_of_a_model_is_named_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str, command: str
+) -> None:
+    file = tmp_path / "given.safetensors"
+    if kind == "payload":
+        torch.save({"state_dict": {"x": torch.zeros(1)}, "extra": Payload(tmp_path / "made")}, file)
+    elif kind == "cut":
+        file.write_bytes(bundle.read_bytes()[:-1000])
+    elif kind == "text":
+        file.write_text("<!doctype html>")
+    elif kind == "empty folder":
+        file.mkdir()
+    else:
+        key = {"cascade": "clip_txt_mapper.weight", "sd": "model.diffusion_model.input_blocks.0.0.weight"}[kind]
+        save_file({key: torch.zeros(1)}, file)
+    given = [str(bundle), str(file), str(tmp_path / "x.safetensors")] if command == "convert" else [str(file)]
+    assert cli.main([command, *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err and len(err) < 300 + len(str(file))
+    assert list(tmp_path.iterdir()) == [file]  # no target, and nothing that the pickle would have made
 
 
 # dtypes

@@ -108,9 +108,12 @@ def _header(tensor: Any) -> Tensor:
 
 
 def _read_torch(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)  # PyTorch's older format is none, and can't be mapped
+    # By this ending newer versions of torch choose the format, whatever is in the file, unless they don't see it.
+    misnamed = path.name.endswith(".safetensors")
+    mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is no zip, and can't be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with path.open("rb") as file:
+            return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise ValueError(

@@ -1,10 +1,11 @@
-"""Folders of weights, as diffusers and the trainers built on it write them."""
+"""Folders of weights, as diffusers, the trainers built on it, and `convert` write them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from .bundle import parse_metadata
 from .files import WeightFile, read_json, read_weight_file
 from .parts import PARTS, TEXT_ENCODER, State
 from .sources import TOWERS, ForeignFile, Source, absent, recognise
@@ -34,7 +35,10 @@ def _weights_of(folder: Path) -> Path | None:
 
 
 def _component(root: Path, name: str) -> Path | None:
-    """A part's folder in a pipeline's folder."""
+    """A part's folder in a pipeline's folder, or its file in one that `convert` wrote."""
+    files = (root / f"{stem}.safetensors" for stem in (name, TEXT_ENCODER) if stem == name or name in TOWERS)
+    if own := next((file for file in files if file.is_file()), None):
+        return own
     if name not in TOWERS:
         candidates = _FOLDERS[name]
     elif (root / TOWERS[0]).is_dir():  # the combined pipeline: the decoder's tower has the plain name
@@ -69,11 +73,16 @@ def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
             raise absent(folder, name, list(opened[folder].networks))
     networks = {name: opened[folder].networks[name] for name, folder in names.items()}
     told = "v2" if of_class else next((source.told for source in opened.values() if source.told), None)
-    return Source(root, "diffusers folder", networks, told=told)
+    files = all(folder.is_file() for folder in opened)
+    metadata = next((source.metadata for source in opened.values() if source.metadata), {})
+    return Source(root, "folder of single files" if files else "diffusers folder", networks, metadata, told=told)
 
 
 def _open_component(folder: Path, headers_only: bool) -> Source:
-    """Open a component's folder: its weights, in one file or divided, and its config.json."""
+    """Open a component's folder: its weights, in one file or divided, and its config.json; or a part's single file."""
+    if folder.is_file():
+        content = read_weight_file(folder, headers_only)
+        return recognise(folder, content, {}, parse_metadata(folder, content.metadata))
     file = _weights_of(folder)
     if file is None:
         raise ValueError(f"{folder} holds no weights: expected {_STEMS[0]}.safetensors or .bin in it")
