@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from ..wuerstchen_core.diffusion.masks import latent_mask
 from ..wuerstchen_core.diffusion.sizes import LARGEST, MULTIPLE, decoder_side
 from ..wuerstchen_core.pictures import legal_size, read_pixels, to_pictures, to_pixels
+from .host.conditioning import VERSION_KEY
 from .host.vae import SemanticVAE
 from .latents import CHANNELS, STAGE_B, STAGE_C, tagged
 from .pictures import check_stage_a
@@ -103,7 +104,8 @@ class WuerstchenImageEncode(io.ComfyNode):
             )
             pixels = torch.cat([read_pixels(picture, *size) for picture in to_pictures(pixels)])
         fitted = pixels.movedim(1, -1)
-        stage_c = tagged(image_encoder.encode(fitted), STAGE_C)
+        release = {} if image_encoder.release is None else {VERSION_KEY: image_encoder.release}
+        stage_c = tagged(image_encoder.encode(fitted), STAGE_C, release)
         if vae is None:
             b = (decoder_side(size[1]), decoder_side(size[0]))
             stage_b = tagged(torch.zeros(len(image), CHANNELS[STAGE_B], *b), STAGE_B)

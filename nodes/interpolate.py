@@ -8,9 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..wuerstchen_core.checkpoints.versions import with_units
 from ..wuerstchen_core.diffusion.interpolate import TOKEN, slerp
-from ..wuerstchen_core.models.prior import features_from_latents, latents_from_features
-from .host.conditioning import PRIOR_KEY
+from ..wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
+from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .latents import CHANNELS, NAMES, STAGE_B, STAGE_C, TAG, check_latent, tagged
 from .schema import schema
 
@@ -32,11 +33,21 @@ def paired(node: str, things: str, first: Tensor, second: Tensor) -> tuple[Tenso
     return first, second
 
 
-def between_features(first: Tensor, second: Tensor, factor: float) -> Tensor:
-    """Stage C latents between two, turned in the units that the prior works in; the ends exactly."""
+def between_features(first: Tensor, second: Tensor, factor: float, version: str) -> Tensor:
+    """Stage C latents between two, turned in the units that a release's prior works in; the ends exactly."""
     if factor in (0, 1):
         return second if factor else first
-    return features_from_latents(slerp(latents_from_features(first), latents_from_features(second), factor))
+    params = with_units(PriorParams(), version)
+    ends = (latents_from_features(x, params) for x in (first, second))
+    return features_from_latents(slerp(*ends, factor), params)
+
+
+def common_version(node: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """The release that Stage C latents say they are of, if any does; ValueError where they are of two."""
+    found = {given[VERSION_KEY] for given in (first, second) if VERSION_KEY in given}
+    if len(found) > 1:
+        raise ValueError(f"{node} was given Stage C latents of Würstchen v1 and of v2: take both from one release")
+    return found.pop() if found else None
 
 
 def _factor_input() -> io.Float.Input:
@@ -77,7 +88,11 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
                 f"{LATENTS} was given {NAMES[stage]} latents and {NAMES[other]} latents: connect two of one stage"
             )
         ends = paired(LATENTS, f"{NAMES[stage]} latents", *(check_latent(x, stage, LATENTS) for x in (first, second)))
-        return io.NodeOutput(tagged((between_features if stage == STAGE_C else slerp)(*ends, factor), stage))
+        if stage != STAGE_C:
+            return io.NodeOutput(tagged(slerp(*ends, factor), stage))
+        version = common_version(LATENTS, first, second)
+        mixed = between_features(*ends, factor, version or "v2")
+        return io.NodeOutput(tagged(mixed, stage, {} if version is None else {VERSION_KEY: version}))
 
 
 class WuerstchenConditioningInterpolate(io.ComfyNode):
@@ -132,5 +147,6 @@ def _between(
         )
     if priors[0] is None or priors[1] is None:
         return [mixed, options]
-    prior = between_features(*paired(PROMPTS, "Stage C latents", priors[0], priors[1]), factor)
+    version = common_version(PROMPTS, options, other_options) or "v2"
+    prior = between_features(*paired(PROMPTS, "Stage C latents", priors[0], priors[1]), factor, version)
     return [mixed, {**options, PRIOR_KEY: prior}]

@@ -11,7 +11,6 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.checkpoints.read import open_source
 from ..wuerstchen_core.checkpoints.versions import VERSIONS
-from ..wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L
 from .host import clip, folders, models, vae
 from .schema import schema
 from .shelves import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
@@ -221,7 +220,7 @@ class WuerstchenVAELoader(io.ComfyNode):
                     "vae_name",
                     options=choices(VAE),
                     tooltip="Stage A in models/vae: the original's vqgan_f4_v1_500k.pt, Stable Cascade's stage_a, or "
-                    "diffusers' vqgan; or v2's image encoder.",
+                    "diffusers' vqgan; or an image encoder: v1's is told from v2's by its size.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="vae", tooltip="Latents to pictures and back.")],
@@ -236,6 +235,4 @@ class WuerstchenVAELoader(io.ComfyNode):
         part = read_from(vae_name, VAE)
         if part.name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))
-        if part.params.stages == EFFICIENTNET_V2_L:
-            raise ValueError(f"{vae_name!r} holds the image encoder of Würstchen v1: take v2's, which is smaller")
         return io.NodeOutput(vae.load_image_encoder(part))

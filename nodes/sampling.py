@@ -120,9 +120,15 @@ class WuerstchenPriorSample(io.ComfyNode):
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
         check_latent(stage_c, STAGE_C, node)
+        version = model.model.version
+        if stage_c.get(VERSION_KEY, version) != version:
+            raise ValueError(
+                f"{node} was given Stage C latents of Würstchen {stage_c[VERSION_KEY]} and a prior of {version}: "
+                "take the image encoder and the prior of one release"
+            )
         times = strength_times(named_times(schedule, steps), denoise)
         samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed)
-        return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: model.model.version}))
+        return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
 class WuerstchenDecoderConditioning(io.ComfyNode):

@@ -30,7 +30,7 @@ MODEL = Shelf(
 )
 TOKENS = Shelf("Würstchen Token Decoder Loader", MODEL.folder, ("token_decoder",), "v1's token decoder (Stage B)")
 CLIP = Shelf("Würstchen CLIP Loader", "text_encoders", TOWERS, "CLIP-bigG or CLIP-H")
-VAE = Shelf("Würstchen VAE Loader", "vae", ("vqgan", "image_encoder"), "Stage A or v2's image encoder")
+VAE = Shelf("Würstchen VAE Loader", "vae", ("vqgan", "image_encoder"), "Stage A or an image encoder")
 
 _NAMES = {
     "prior": "a prior (Stage C)",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.checkpoints.versions import version_of
 from ...wuerstchen_core.models.image_encoder import semantic_view
 
 
@@ -61,6 +62,8 @@ class WuerstchenVAE(comfy.sd.VAE):
 class SemanticVAE(WuerstchenVAE):
     """The image encoder as a VAE: every latent depends on a wide surrounding, so that pictures are encoded whole."""
 
+    release: str | None = None  # of Würstchen, whose priors and Stage B its latents are for; None if nothing tells
+
     def encode_tiled_(self, pixel_samples: Tensor, *_: Any, **__: Any) -> Tensor:
         pixels = self.process_input(pixel_samples).to(device=self.device, dtype=self.vae_dtype)
         return self.first_stage_model.encode(pixels).to(self.output_device).float()
@@ -93,10 +96,11 @@ def load_stage_a(part: Part) -> WuerstchenVAE:
     return vae
 
 
-def load_image_encoder(part: Part) -> WuerstchenVAE:
+def load_image_encoder(part: Part) -> SemanticVAE:
     """The semantic compressor as a VAE that only encodes: pictures of any size to Stage C latents."""
     network = SemanticCompressor(build_part(part))
     vae = SemanticVAE(network, latent_channels=16, ratio=128 / 3, dtypes=[torch.float32])
+    vae.release = version_of(part.params)
     vae.downscale_ratio = 1  # what the host crops pictures and masks to: every size is resized to the view it needs
     width = part.params.stages[0][4] / 24
     vae.memory_used_encode = lambda shape, dtype: 27 * shape[2] * shape[3] * _size(dtype) * width

@@ -73,12 +73,14 @@ def encode(bundle: Bundle) -> Results:
 
 
 def saved(bundle: Bundle) -> Results:
-    """An image encoder of v2's size as the host's VAESave writes it, read back as our loader reads it."""
+    """v2's image encoder as the host's VAESave writes it, read back as our loader reads it; and v1's, told from it."""
     import folder_paths
     from comfy_extras.nodes_model_merging import VAESave
+    from pack.nodes.encode import WuerstchenImageEncode as Encode
+    from pack.nodes.host.conditioning import VERSION_KEY
     from pack.nodes.host.vae import load_image_encoder
     from pack.wuerstchen_core.checkpoints import Part, read_part
-    from pack.wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+    from pack.wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoder, ImageEncoderParams
 
     params, picture = ImageEncoderParams(), image(pixels(64, 64, 3))
     encoder = load_image_encoder(Part("image_encoder", params, ImageEncoder(params).state_dict()))
@@ -86,7 +88,17 @@ def saved(bundle: Bundle) -> Results:
     VAESave().save(encoder, "encoder")
     [path] = Path("saved").glob("*.safetensors")
     again = load_image_encoder(read_part(path, "image_encoder"))
-    return {"want/saved": encoder.encode(picture), "got/saved": again.encode(picture)}, {}
+    before, after = encoder.get_sd(), again.get_sd()
+    same = list(before) == list(after) and all(torch.equal(x, after[key]) for key, x in before.items())
+    c, _ = Encode.execute(again, picture).args
+    large = ImageEncoder(ImageEncoderParams(EFFICIENTNET_V2_L), device="meta").state_dict()
+    zeros = {key: torch.zeros((), dtype=x.dtype).expand(x.shape) for key, x in large.items()}  # holds no memory
+    v1 = load_image_encoder(Part("image_encoder", ImageEncoderParams(EFFICIENTNET_V2_L), zeros))
+    return {}, {
+        "saved": [same, len(before)],
+        "release": c[VERSION_KEY],
+        "large": [v1.release, list(v1.encode(picture).shape)],
+    }
 
 
 def strength(bundle: Bundle) -> Results:
@@ -143,12 +155,14 @@ def strength(bundle: Bundle) -> Results:
 
 def interpolation(bundle: Bundle) -> Results:
     """Between two latents of each stage, and two prompts."""
-    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
     from pack.nodes.latents import tagged
     from pack.wuerstchen_core.diffusion.interpolate import TOKEN, slerp
     from pack.wuerstchen_core.models.prior import features_from_latents, latents_from_features
+
+    import nodes
 
     def way(a: dict[str, Any], b: dict[str, Any], factor: float) -> Tensor:
         return Latents.execute(a, b, factor).args[0]["samples"]
@@ -169,6 +183,8 @@ def interpolation(bundle: Bundle) -> Results:
         "got/b between": way({"samples": b[:1]}, {"samples": b[1:]}, 0.7),
     }
     width = bundle.text.shape[-1]
+    raw = [{**x, VERSION_KEY: "v1"} for x in (tagged(c[:1], "stage_c"), tagged(c[1:2], "stage_c"))]
+    tensors |= {"want/raw between": slerp(c[:1], c[1:2], 0.3), "got/raw between": way(*raw, 0.3)}
     states = seeded(2, 77, width)
     first = [[states[:1], {PRIOR_KEY: c[:1], "strength": 0.5}]]
     second = [[states[1:], {PRIOR_KEY: c[1:2]}]]
@@ -180,6 +196,10 @@ def interpolation(bundle: Bundle) -> Results:
         )
     [[text, options]] = Prompts.execute(first, second, 0.3).args[0]
     facts["options"] = options["strength"]
+    # The host's own keeps the Stage C latents of what it leads to.
+    [[average, own]] = nodes.ConditioningAverage().addWeighted(first, second, 0.75)[0]
+    facts["averaged latents"] = torch.equal(own[PRIOR_KEY], c[:1])
+    tensors |= {"want/average": states[:1].lerp(states[1:], 0.25), "got/average": average}
     tensors |= {
         "want/prompts between": slerp(states[:1], states[1:], 0.3, TOKEN),
         "got/prompts between": text,
@@ -192,7 +212,7 @@ def interpolation(bundle: Bundle) -> Results:
 def mistakes(bundle: Bundle) -> Results:
     """What is said of wrong sockets."""
     from pack.nodes.encode import WuerstchenImageEncode as Encode
-    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
     from pack.nodes.pictures import WuerstchenVAEDecode
@@ -207,6 +227,10 @@ def mistakes(bundle: Bundle) -> Results:
         "encoder as stage a": lambda: Encode.execute(bundle.encoder, picture, vae=bundle.encoder),
         "encoder in decode": lambda: WuerstchenVAEDecode.execute(bundle.encoder, b),
         "sd latents in stage c": lambda: WuerstchenPriorSample.execute(*sample, b, "linear", 2, 1.0, 0, 0.5),
+        "two releases": lambda: WuerstchenPriorSample.execute(
+            *sample, {**c, VERSION_KEY: "v1"}, "linear", 2, 1.0, 0, 0.5
+        ),
+        "latents of two releases": lambda: Latents.execute({**c, VERSION_KEY: "v1"}, {**c, VERSION_KEY: "v2"}, 0.5),
         "two stages": lambda: Latents.execute(c, b, 0.5),
         "two sizes": lambda: Latents.execute(c, {"samples": seeded(2, 16, 2, 3)}, 0.5),
         "two batches": lambda: Latents.execute(c, {"samples": seeded(3, 16, 2, 2)}, 0.5),
@@ -230,7 +254,7 @@ def main(path: str) -> Results:
     bundle = Bundle(path)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (encode, strength, interpolation, mistakes):
+    for compute in (encode, saved, strength, interpolation, mistakes):
         more, told = compute(bundle)
         tensors |= more
         facts |= told

@@ -46,7 +46,13 @@ def test_a_mask_of_another_size_covers_what_it_touches_in_both_stages(inside: In
 
 
 def test_an_image_encoder_that_the_host_saved_loads_back(inside: Inside) -> None:
-    check(inside, "saved", 0)
+    same, count = inside[1]["saved"]
+    assert same and count > 500
+
+
+def test_the_image_encoders_of_both_releases_are_told_apart(inside: Inside) -> None:
+    assert inside[1]["release"] == "v2"
+    assert inside[1]["large"] == ["v1", [1, 16, 2, 2]]
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
@@ -62,10 +68,18 @@ def test_a_mask_keeps_what_is_outside_and_forgets_what_is_inside(inside: Inside,
     check(inside, f"{stage} masked at 1", 0)
 
 
-@pytest.mark.parametrize("name", ["c at 0", "c at 1", "c between", "b between", "prompts between", "prompts' latents"])
+BETWEEN = ("c between", "raw between", "b between", "prompts between", "prompts' latents", "average")
+
+
+@pytest.mark.parametrize("name", ["c at 0", "c at 1", *BETWEEN])
 def test_what_lies_between(inside: Inside, name: str) -> None:
-    check(inside, name, 0 if "at" in name.split() else 1e-5)
-    assert inside[1]["prompts at 0"] and inside[1]["prompts at 1"] and inside[1]["options"] == 0.5
+    check(inside, name, 1e-5 if name in BETWEEN else 0)
+
+
+def test_both_ends_of_a_way_between_prompts_are_the_prompts(inside: Inside) -> None:
+    facts = inside[1]
+    assert facts["prompts at 0"] and facts["prompts at 1"]
+    assert facts["options"] == 0.5 and facts["averaged latents"]
 
 
 # What is done wrong, and words of the answer.
@@ -74,6 +88,8 @@ MISTAKES = {
     "encoder as stage a": ("Image Encode", "not Stage A", "vae output"),
     "encoder in decode": ("VAE Decode", "not Stage A", "vae output"),
     "sd latents in stage c": ("needs Stage C latents", "[1, 4, 16, 16]", "stage_c output"),
+    "two releases": ("Prior Sample", "latents of Würstchen v1 and a prior of v2", "one release"),
+    "latents of two releases": ("Latent Interpolate", "v1 and of v2", "one release"),
     "two stages": ("Latent Interpolate", "Stage C latents and Stage B latents", "one stage"),
     "two sizes": ("Latent Interpolate", "2x16x2x2 and 2x16x2x3", "one size"),
     "two batches": ("Latent Interpolate", "2x16x2x2 and 3x16x2x2", "one batch size or 1"),
