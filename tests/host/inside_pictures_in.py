@@ -79,21 +79,25 @@ def saved(bundle: Bundle) -> Results:
     from pack.nodes.encode import WuerstchenImageEncode as Encode
     from pack.nodes.host.conditioning import VERSION_KEY
     from pack.nodes.host.vae import load_image_encoder
-    from pack.wuerstchen_core.checkpoints import Part, read_part
+    from pack.nodes.loaders import WuerstchenVAELoader
+    from pack.wuerstchen_core.checkpoints import Part
     from pack.wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoder, ImageEncoderParams
 
     params, picture = ImageEncoderParams(), image(pixels(64, 64, 3))
     encoder = load_image_encoder(Part("image_encoder", params, ImageEncoder(params).state_dict()))
-    folder_paths.set_output_directory("saved")
+    folder = Path("saved").absolute()
+    folder_paths.set_output_directory(str(folder))
+    folder_paths.add_model_folder_path("vae", str(folder))
     VAESave().save(encoder, "encoder")
-    [path] = Path("saved").glob("*.safetensors")
-    again = load_image_encoder(read_part(path, "image_encoder"))
+    [path] = folder.glob("*.safetensors")
+    [again] = WuerstchenVAELoader.execute(path.name).args
     before, after = encoder.get_sd(), again.get_sd()
     same = list(before) == list(after) and all(torch.equal(x, after[key]) for key, x in before.items())
     c, _ = Encode.execute(again, picture).args
     large = ImageEncoder(ImageEncoderParams(EFFICIENTNET_V2_L), device="meta").state_dict()
     zeros = {key: torch.zeros((), dtype=x.dtype).expand(x.shape) for key, x in large.items()}  # holds no memory
-    v1 = load_image_encoder(Part("image_encoder", ImageEncoderParams(EFFICIENTNET_V2_L), zeros))
+    torch.save(zeros, folder / "encoder_v1.pt")
+    [v1] = WuerstchenVAELoader.execute("encoder_v1.pt").args
     return {}, {
         "saved": [same, len(before)],
         "release": c[VERSION_KEY],
