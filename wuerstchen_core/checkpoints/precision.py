@@ -19,6 +19,7 @@ FP8 = torch.float8_e4m3fn
 SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI knows such a file
 LARGE = 4096  # numbers: what is smaller takes no room and, as norms and biases are, is read exactly
 _SUFFIX = "scale_weight"
+_AT_ONCE = 1 << 22  # numbers that are widened at a time
 # What rounds to 448, the largest of e4m3. Half of it is the least that rounds to more than half of 448, so that numbers
 # which were rounded once get the same scale again.
 _ROUNDS_TO_LARGEST = 464.0
@@ -60,8 +61,12 @@ def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_fp8(key: str, x: Tensor) -> Tensor:
-    end = torch.finfo(FP8).max  # beyond it some versions of torch give NaN
-    return (x.float() / _scale(key, x)).clamp(-end, end).to(FP8)
+    scale, end = _scale(key, x), torch.finfo(FP8).max  # beyond which some versions of torch give NaN
+    out = torch.empty(x.shape, dtype=FP8)
+    rows = max(1, _AT_ONCE // x[0].numel())
+    for given, made in zip(x.split(rows), out.split(rows), strict=True):
+        made.copy_((given.float() / scale).clamp_(-end, end))
+    return out
 
 
 def _scale(key: str, x: Tensor) -> float:
