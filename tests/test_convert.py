@@ -380,8 +380,7 @@ print(peak)
 """
 
 
-@pytest.mark.parametrize("dtype", ["keep", "bf16", "fp8"])
-@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize(("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors")])
 def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
     """A prior of 136 MB in fp32 is converted within a tenth of the file that is written."""
     if not Path("/proc/self/status").exists():
