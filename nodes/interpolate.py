@@ -38,8 +38,8 @@ def between_features(first: Tensor, second: Tensor, factor: float, version: str)
     if factor in (0, 1):
         return second if factor else first
     params = with_units(PriorParams(), version)
-    ends = (latents_from_features(x, params) for x in (first, second))
-    return features_from_latents(slerp(*ends, factor), params)
+    start, end = (latents_from_features(x, params) for x in (first, second))
+    return features_from_latents(slerp(start, end, factor), params)
 
 
 def common_version(node: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:

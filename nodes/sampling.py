@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..wuerstchen_core.diffusion.schedule import linear_times, named_times, strength_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
@@ -63,6 +64,14 @@ def _denoise_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
 
 
+def _check_start(samples: Tensor, denoise: float, node: str, more: str) -> None:
+    if denoise < 1 and not samples.any():
+        raise ValueError(
+            f"{node} was given empty latents, of which a denoise of {denoise:g} would keep a part: set denoise to 1, "
+            f"or connect Würstchen Image Encode{more}"
+        )
+
+
 def _check_model(model: Any, wanted: type, node: str, output: str) -> None:
     if not isinstance(model.model, wanted):
         given = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
@@ -119,7 +128,7 @@ class WuerstchenPriorSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
-        check_latent(stage_c, STAGE_C, node)
+        _check_start(check_latent(stage_c, STAGE_C, node), denoise, node, "")
         version = model.model.version
         if stage_c.get(VERSION_KEY, version) != version:
             raise ValueError(
@@ -210,7 +219,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Decoder Sample"
         _check_model(model, DecoderModel, node, "decoder")
-        check_latent(stage_b, STAGE_B, node)
+        _check_start(check_latent(stage_b, STAGE_B, node), denoise, node, " with a vae at its vae input")
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
         times = strength_times(linear_times(steps), denoise)

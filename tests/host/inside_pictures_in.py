@@ -231,6 +231,9 @@ def mistakes(bundle: Bundle) -> Results:
         "encoder as stage a": lambda: Encode.execute(bundle.encoder, picture, vae=bundle.encoder),
         "encoder in decode": lambda: WuerstchenVAEDecode.execute(bundle.encoder, b),
         "sd latents in stage c": lambda: WuerstchenPriorSample.execute(*sample, b, "linear", 2, 1.0, 0, 0.5),
+        "nothing to keep": lambda: WuerstchenPriorSample.execute(
+            *sample, {"samples": torch.zeros(1, 16, 2, 2)}, "linear", 2, 1.0, 0, 0.5
+        ),
         "two releases": lambda: WuerstchenPriorSample.execute(
             *sample, {**c, VERSION_KEY: "v1"}, "linear", 2, 1.0, 0, 0.5
         ),

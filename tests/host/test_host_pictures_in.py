@@ -88,6 +88,7 @@ MISTAKES = {
     "encoder as stage a": ("Image Encode", "not Stage A", "vae output"),
     "encoder in decode": ("VAE Decode", "not Stage A", "vae output"),
     "sd latents in stage c": ("needs Stage C latents", "[1, 4, 16, 16]", "stage_c output"),
+    "nothing to keep": ("Prior Sample", "empty latents", "a denoise of 0.5", "set denoise to 1"),
     "two releases": ("Prior Sample", "latents of Würstchen v1 and a prior of v2", "one release"),
     "latents of two releases": ("Latent Interpolate", "v1 and of v2", "one release"),
     "two stages": ("Latent Interpolate", "Stage C latents and Stage B latents", "one stage"),
