@@ -33,28 +33,23 @@ def bundle_names() -> list[str]:
 
 def bundle_path(name: str) -> Path:
     """The file behind one of `bundle_names`, or of `v1_bundles`."""
-    shipped = {DEMO: demo_path(), DEMO_V1: demo_v1_path()}
+    shipped = {DEMO: demo_path(), DEMO_V1: demo_path("demo-v1")}
     return shipped.get(name) or file_path("checkpoints", name)
-
-
-def demo_v1_path() -> Path:
-    """The small model of v1, where it ships."""
-    return demo_path().with_name("wuerstchen-demo-v1.safetensors")
 
 
 def v1_bundles() -> dict[str, tuple[str, ...]]:
     """The bundles of v1, the shipped one first, and the names of the parts that each has."""
     names = [name for name in bundle_names() if name != DEMO]
-    shipped = [DEMO_V1] if demo_v1_path().is_file() else []
-    held = {name: _v1_parts(bundle_path(name)) for name in (*shipped, *names)}
+    held = {name: _v1_parts(name) for name in (DEMO_V1, *names)}
     return {name: parts for name, parts in held.items() if parts}
 
 
-def _v1_parts(path: Path) -> tuple[str, ...]:
+def _v1_parts(name: str) -> tuple[str, ...]:
     try:
+        path = bundle_path(name)
         status = path.stat()
         return _read_v1_parts(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError):  # gone, or damaged: whoever chooses it is told
+    except (OSError, ValueError):  # gone, a dead link, or damaged: whoever chooses it is told
         return ()
 
 

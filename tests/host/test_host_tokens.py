@@ -170,10 +170,15 @@ def test_the_parts_of_a_v1_bundle_are_offered_by_name_and_paint(
         ("WuerstchenCLIPLoader", "clip_name", "text tower"),
         ("WuerstchenVAELoader", "vae_name", "Stage A"),
     ]
+    dead, cut = checkpoints / "dead.safetensors", checkpoints / "cut.safetensors"  # which hinder nothing
+    dead.symlink_to(checkpoints / "gone.safetensors")
+    cut.write_bytes((checkpoints / V1).read_bytes()[:1000])
     for node, name, part in chosen:
         assert f"{part} of {V1}" in offered(server, node, name)
         find(v1_graph, node)[name] = f"{part} of {V1}"
     assert f"image encoder of {V1}" in offered(server, "WuerstchenVAELoader", "vae_name")
+    dead.unlink()
+    cut.unlink()
     find(v1_graph, "WuerstchenPriorSample")["cfg"] = SAMPLING_V1["prior_guidance"]
     pipeline = WuerstchenPipeline.load(checkpoints / V1, device="cpu", dtype="fp32")
     same(paint(v1_graph), pipeline, SAMPLING_V1["prior_guidance"])
