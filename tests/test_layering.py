@@ -48,6 +48,7 @@ NODES_MAY = (
     "wuerstchen_core.diffusion",
     "wuerstchen_core.checkpoints",
     "wuerstchen_core.demo",
+    "wuerstchen_core.pictures",
     "wuerstchen_core.sampling",
 )
 HOST = ("comfy", "folder_paths", "execution", "server", "latent_preview", "node_helpers")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from golden_data import Golden, assert_near
 from networks import VQ
 
-from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock, nearest_codes
+from wuerstchen_core.models.layers import nearest_codes
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock
 
 TOLERANCE = 2e-5  # observed 4e-6
 

@@ -14,7 +14,7 @@ from ...wuerstchen_core.diffusion.masks import latent_mask
 from ...wuerstchen_core.diffusion.samplers import guidance
 from ...wuerstchen_core.diffusion.schedule import strength_times
 from ...wuerstchen_core.diffusion.tokens import SeededTokenNoise, renoise, sample_tokens
-from ...wuerstchen_core.models.vqgan import nearest_codes
+from ...wuerstchen_core.models.layers import nearest_codes
 from ...wuerstchen_core.sampling import Sampling
 from .conditioning import token_cond
 from .latents import STAGE_B, check_shape

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..models.layers import nearest_codes
 from .samplers import Progress, seeded_generators
 
 MODES = ("multinomial", "argmax", "quantised")
@@ -66,8 +67,6 @@ def choose(logits: Tensor, mode: str, temperature: float, codebook: Tensor, draw
         return draw.pick(probabilities)
     if mode != "quantised":
         raise ValueError(f"the token mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
-    from ..models.vqgan import nearest_codes
-
     means = probabilities.movedim(1, -1) @ codebook.to(probabilities)
     return nearest_codes(means.flatten(0, 2), codebook.to(means)).view(means.shape[:3])
 

@@ -242,6 +242,11 @@ class AttnBlock(nn.Module):
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
+def nearest_codes(rows: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
+    """Index of the codebook row [K, c] nearest to each of rows [N, c]; in chunks, so N x K is never held whole."""
+    return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in rows.split(chunk)])
+
+
 def xavier_init(module: nn.Module) -> None:
     """The original's general initialisation: Xavier-uniform weights, zero biases (use with `Module.apply`)."""
     if isinstance(module, nn.Conv2d | nn.Linear):

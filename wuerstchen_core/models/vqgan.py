@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import EPS, channels_last, xavier_init
+from .layers import EPS, channels_last, nearest_codes, xavier_init
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,6 @@ class Codebook(nn.Module):
         codebook_loss = F.mse_loss(codes, x.detach())
         commit_loss = F.mse_loss(x, codes.detach())
         return Quantized(x + (codes - x).detach(), indices, codebook_loss, commit_loss)
-
-
-def nearest_codes(rows: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
-    """Index of the codebook row [K, c] nearest to each of rows [N, c]; in chunks, so N x K is never held whole."""
-    return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in rows.split(chunk)])
 
 
 class VQResBlock(nn.Module):
