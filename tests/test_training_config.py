@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import STAGES, write_configs
+from training_stages import ALL, STAGES, config_of, write_configs
 
 from wuerstchen_core.checkpoints.parts import PARAMS, Params
+from wuerstchen_core.checkpoints.precision import FP8, planned
 from wuerstchen_core.checkpoints.sizes import HEAD_WIDTH
 from wuerstchen_core.cli import main
-from wuerstchen_core.demo.recipe import build
+from wuerstchen_core.demo.recipe import build, build_v1
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
@@ -25,25 +27,31 @@ from wuerstchen_core.training.pictures import DataConfig
 from wuerstchen_core.training.run import STAGES as TRAINERS
 from wuerstchen_core.training.run import run
 
-PART = {"encoder": "image_encoder", "text": "text_encoder"}  # where it is not the stage's own name
+PART = {  # where it is not the stage's own name
+    "encoder": "image_encoder",
+    "text": "text_encoder",
+    "token-decoder": "token_decoder",
+}
 NETWORKS: dict[type, Any] = {
     PriorParams: Prior,
     DecoderParams: Decoder,
+    TokenDecoderParams: TokenDecoder,
     VQGANParams: VQGAN,
     ImageEncoderParams: ImageEncoder,
     TextEncoderParams: TextEncoder,
 }
-LARGEST_BUNDLE = 24e6  # bytes
+LARGEST_BUNDLE, LARGEST_BUNDLE_V1 = 24e6, 8e6  # bytes
 
 
-def recipe(stage: str) -> tuple[dict[str, Any], Params]:
-    config = read_config(build.RECIPE / f"{stage}.toml", [])
+def recipe(stage: str, file: str = "") -> tuple[dict[str, Any], Params]:
+    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
     return config, from_table(PARAMS[PART.get(stage, stage)], config["model"], "model")
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return write_configs(tmp_path, tmp_path / "run")["prior"]
+    write_configs(tmp_path, tmp_path / "run")
+    return config_of(tmp_path, "prior")
 
 
 @pytest.fixture
@@ -87,11 +95,11 @@ MISTAKES = {
     "train=5": r"^train is a table of keys, not 5$",
     "train": r"^--set 'train' is not of the form table.key=value$",
     "train.steps.more=1": r"^--set 'train.steps.more=1' names a key inside steps, which is no table$",
-    "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, dropout$",
+    "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, feature_scale, ",
     "modle.depth=2": r"^the configuration has no place for modle: it takes run, inputs, data, model, train, noise$",
     "vqgan.crop=32": r"^the configuration has no place for vqgan: ",
     "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
-    "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, prior$",
+    "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
     "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
     "data.things=73": r"^\[data\] things must be 1 to 72, got 73$",
     "run=3": r"^the configuration names no run folder: ",
@@ -134,17 +142,18 @@ def test_a_missing_drawing_package_is_named(
     assert capsys.readouterr().err == "resvg_py is not installed: python -m pip install -r requirements-train.txt\n"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_recipe_fits_its_tables(stage: str) -> None:
-    config, _ = recipe(stage)
-    trainer = importlib.import_module(f"wuerstchen_core.training.{stage}")
+@pytest.mark.parametrize(("stage", "file"), [*((stage, "") for stage in ALL), ("prior", build_v1.STAGES["prior"])])
+def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
+    config, _ = recipe(stage, file)
+    trainer = importlib.import_module(f"wuerstchen_core.training.{stage.replace('-', '_')}")
     kind = getattr(trainer, TRAINERS[stage])
     check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
-    assert from_table(DataConfig, config.get("data", {}), "data") == DataConfig()
-    tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig"}
-    tables["noise"] = "DecoderNoiseConfig" if stage == "decoder" else "NoiseConfig"
+    data = from_table(DataConfig, config.get("data", {}), "data")
+    assert data == (DataConfig(things=12) if config["run"] == "runs/demo-v1" else DataConfig())
+    tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig", "codes": "CodesConfig"}
+    tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
     for table in kind.tables:
         from_table(getattr(trainer, tables[table]), config.get(table, {}), table)
 
@@ -157,6 +166,27 @@ def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
         assert c == heads * HEAD_WIDTH if "A" in blocks else heads == -1
     assert prior.c_cond == decoder.clip_embd == text.width  # one tower serves both stages
     assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
+
+
+def test_the_recipe_holds_v1_on_the_parts_of_v2() -> None:
+    prior, decoder = recipe("prior", build_v1.STAGES["prior"])[1], recipe("token-decoder")[1]
+    vqgan, text = recipe("vqgan")[1], recipe("text")[1]
+    assert isinstance(prior, PriorParams) and isinstance(decoder, TokenDecoderParams)
+    assert isinstance(vqgan, VQGANParams) and isinstance(text, TextEncoderParams)
+    assert recipe("prior", build_v1.STAGES["prior"])[0]["run"] == recipe("token-decoder")[0]["run"] == "runs/demo-v1"
+    assert prior.c == prior.nhead * HEAD_WIDTH and (prior.feature_scale, prior.feature_shift) == (1.0, 0.0)
+    assert prior.c_cond == decoder.byt5_embd == text.width and decoder.num_labels == vqgan.codebook_size
+    assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
+
+
+def test_the_parts_of_v1_fit_into_its_bundle() -> None:
+    sizes = {}
+    for stage in (*build_v1.TAKEN, *build_v1.STAGES):
+        params = recipe(stage, build_v1.STAGES.get(stage, ""))[1]
+        state = NETWORKS[type(params)](params, device="meta").state_dict()
+        sizes[stage] = sum(part.size for key, x in state.items() for part in planned(key, x, FP8).values())
+    assert min(sizes.values()) > 1e5
+    assert sum(sizes.values()) < LARGEST_BUNDLE_V1
 
 
 def test_the_parts_fit_into_the_bundle(whole_bundle: dict[str, int]) -> None:

@@ -14,12 +14,15 @@ from wuerstchen_core.models.prior import features_from_latents, latents_from_fea
 from wuerstchen_core.training.objectives import (
     DecoderNoiseConfig,
     NoiseConfig,
+    TokenNoiseConfig,
     contrastive_loss,
     corrupt_features,
     draw_times,
     freeze_quick_times,
     noise_loss,
     noise_weight,
+    token_loss,
+    token_weight,
 )
 
 TOLERANCE = 1e-5  # the golden tables were observed equal to 1e-6
@@ -33,6 +36,29 @@ def rng(seed: int = 0) -> torch.Generator:
 def test_p2_is_the_schedules_own_weight() -> None:
     golden = Golden("schedule_tables")
     assert_near(noise_weight(NoiseConfig(), golden["in/t"]), golden["out/p2_weight_scaler1"], TOLERANCE)
+
+
+def test_the_tokens_weight_and_loss_are_the_originals() -> None:
+    golden = Golden("paella_small")
+    replaced, t = golden["out/noise_mask"].bool(), golden["in/noise_t"]
+    weight = token_weight(replaced, t)
+    assert_near(weight, golden["out/loss_weight"], TOLERANCE)
+    logits, tokens, config = golden["out/train_pred"], golden["in/x"], TokenNoiseConfig()
+    assert_near(token_loss(config, logits, tokens, replaced, t), golden["out/train_loss"], TOLERANCE)
+    entropy, weight = golden["out/train_ce"], golden["out/loss_weight"]
+    by_hand = (entropy * weight).sum((1, 2)) / weight.sum((1, 2))
+    assert_near(golden["out/train_loss"], by_hand.mean(), TOLERANCE)
+
+
+def test_a_token_that_stayed_counts_the_less_the_less_noise_there_is() -> None:
+    replaced, t = torch.tensor([[[True, False]]]).expand(3, -1, -1), torch.tensor([0.0, 0.5, 1.0])
+    assert_near(token_weight(replaced, t), torch.tensor([[[1.0, 0.3]], [[1.0, 0.65]], [[1.0, 1.0]]]), 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"places": -1}, {"focus": 0}, {"drop": 2}])
+def test_settings_of_the_token_noise_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"^\[noise\] (smoothing|places|focus|drop) (is|must)"):
+        TokenNoiseConfig(**wrong)
 
 
 def test_v_is_one_over_the_signal_up_to_the_cap() -> None:

@@ -1,4 +1,4 @@
-"""All five trainers in a tiny size, one after the other, until the bundle paints."""
+"""All trainers in a tiny size, one after the other, until the bundles paint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from training_stages import (
+    ALL,
     STAGES,
     assert_equal_states,
     checkpoint,
+    config_of,
     ema_of,
     read_log,
     shown,
@@ -26,19 +28,22 @@ from training_stages import (
 )
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS_OF, read_metadata
+from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part
+from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.cli import main
-from wuerstchen_core.demo.recipe import build
+from wuerstchen_core.demo.recipe import build, build_v1
+from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.training.pictures import DemoPictures, sheet
 from wuerstchen_core.training.run import STAGES as TRAINERS
 from wuerstchen_core.training.run import run
+from wuerstchen_core.training.token_decoder import code_features
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
 ROOT = Path(__file__).parents[1]
 DATA = {"data": {"canvas": 64, "things": 2}}
 TILE = 128  # pixels of a sheet
-ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "prior": 2}  # of a sheet of 8 pictures
+ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "prior": 2}  # of a sheet of 8 pictures
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +54,35 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "RECIPE", folder)
         build.main(["--run", str(folder), "--output", str(folder / "bundle.safetensors")])
+        patch.setattr(build_v1, "RECIPE", folder)
+        patch.setattr(build_v1, "demo_path", lambda name="demo": folder / "bundle.safetensors")
+        build_v1.main(["--run", str(folder / "v1"), "--output", str(folder / "v1" / "bundle.safetensors")])
     return folder
+
+
+def trained(run_folder: Path, stage: str) -> Path:
+    """The folder of a stage."""
+    return (run_folder if stage in STAGES else run_folder / "v1") / stage
+
+
+def inputs_of(run: Path) -> list[str]:
+    """Overrides with which a stage in another folder takes the networks of a run."""
+    files = {stage: run / stage / f"{stage}.safetensors" for stage in ALL}
+    return [f"inputs.{stage}='{file}'" for stage, file in files.items() if file.exists()]
 
 
 @pytest.fixture
 def inputs(run_folder: Path) -> list[str]:
-    """Overrides with which a stage in another folder takes the first run's networks."""
-    return [f"inputs.{stage}='{run_folder / stage / stage}.safetensors'" for stage in STAGES]
+    return inputs_of(run_folder)
 
 
 def stage_class(stage: str) -> Any:
-    return getattr(importlib.import_module(f"wuerstchen_core.training.{stage}"), TRAINERS[stage])
+    return getattr(importlib.import_module(f"wuerstchen_core.training.{stage.replace('-', '_')}"), TRAINERS[stage])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> None:
-    folder = run_folder / stage
+    folder = trained(run_folder, stage)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint.pt", "log.jsonl", f"{stage}.safetensors", "sheet-000004.png",
     }  # fmt: skip
@@ -79,9 +97,9 @@ def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> N
         assert any(torch.equal(value, x) for k, x in averaged.items() if k.endswith(key.partition(".")[2]))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: str) -> None:
-    with Image.open(run_folder / stage / "sheet-000004.png") as image:
+    with Image.open(trained(run_folder, stage) / "sheet-000004.png") as image:
         pixels = np.asarray(image)
     assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
     held = DemoPictures(DATA, held=True)
@@ -98,12 +116,13 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
         assert not np.array_equal(others[0], truth[:, :columns].reshape(TILE, -1))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
-    run_folder: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Same log, same averages bit for bit; the prior has dropout, the VQGAN seeds its codes from chance at step 2."""
     kind, calls = stage_class(stage), []
+    whole = trained(run_folder, stage)
 
     def stopped(self: Any, net: Any, *batch: Any) -> Any:
         calls.append(1)
@@ -112,15 +131,15 @@ def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
         return loss(self, net, *batch)
 
     loss = kind.loss
-    overrides = [f"run='{tmp_path}'", *inputs]
+    overrides = [f"run='{tmp_path}'", *inputs_of(whole.parent)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kind, "loss", stopped)
-        run(stage, run_folder / f"{stage}.toml", overrides)
+        run(stage, config_of(run_folder, stage), overrides)
     assert checkpoint(tmp_path / stage)["step"] == 2
     torch.manual_seed(5)
-    assert run(stage, run_folder / f"{stage}.toml", overrides) == tmp_path / stage / f"{stage}.safetensors"
-    assert shown(read_log(tmp_path / stage)) == shown(read_log(run_folder / stage))
-    assert_equal_states(ema_of(tmp_path / stage), ema_of(run_folder / stage))
+    assert run(stage, config_of(run_folder, stage), overrides) == tmp_path / stage / f"{stage}.safetensors"
+    assert shown(read_log(tmp_path / stage)) == shown(read_log(whole))
+    assert_equal_states(ema_of(tmp_path / stage), ema_of(whole))
 
 
 def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
@@ -132,6 +151,7 @@ LEARNING = {  # steps, and the share of the first loss that may be left; the tex
     "vqgan": (16, 0.5),
     "encoder": (16, 0.7),
     "decoder": (16, 0.9),
+    "token-decoder": (24, 0.97),
     "prior": (24, 0.9),
 }
 
@@ -142,7 +162,7 @@ def test_the_loss_goes_down(run_folder: Path, inputs: list[str], tmp_path: Path,
     rows = 4
     changes = [f"train.steps={steps}", f"train.log_every={steps // rows}", "train.lr=5e-3", "train.batch=8"]
     changes += ["train.save_every=1000", "train.sheet_every=1000", "train.warmup=4", "train.muon_lr=0.0"]
-    run(stage, run_folder / f"{stage}.toml", [f"run='{tmp_path}'", *inputs, *changes])
+    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, *changes])
     losses = [row["loss"] for row in read_log(tmp_path / stage)]
     assert len(losses) == rows and losses[-1] < share * losses[0], losses
 
@@ -161,6 +181,50 @@ def test_the_bundle_paints(run_folder: Path) -> None:
     assert torch.equal(pipe.prior.projection.weight, trained.bfloat16().float())
     [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
     assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_the_v1_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "v1" / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "token_decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == {"vqgan", "encoder", "text", "token-decoder", "prior"}
+    assert metadata["version"] == "v1" and "apple" in metadata["vocabulary"]["words"]
+    assert any(x.dtype == FP8 for x in load_file(bundle).values())
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert pipe.version == "v1" and all(getattr(pipe, part) is not None for part in PARTS_OF["v1"])
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
+    """The same encoder but for its last layer, before fp8."""
+    of_v2 = read_part(run_folder / "bundle.safetensors", "image_encoder")
+    encoders: list[ImageEncoder] = []
+    for part in (of_v2, build_v1.in_v1_units(of_v2)):
+        encoder = ImageEncoder(part.params).eval()
+        encoder.load_state_dict({key: x.double() if x.is_floating_point() else x for key, x in part.state_dict.items()})
+        encoders.append(encoder.double())
+    pixels = torch.rand(1, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (encoder(pixels) for encoder in encoders)
+    torch.testing.assert_close(after, (before + 1) / 42, rtol=0, atol=1e-9)
+    assert after.std() > 0
+
+
+def test_codes_that_are_near_start_alike() -> None:
+    torch.manual_seed(0)
+    codes = torch.tensor([[0.0] * 4, [0.02] * 4, [0.3] * 4, [3.0] * 4])
+    products = (features := code_features(codes, 4096, 0.15)) @ features.T
+    assert products.diagonal() == pytest.approx([1.0] * 4, abs=0.05)
+    assert products[0, 1] > 0.95 > 0.9 > products[0, 2] > products[0, 3] + 0.1
+
+
+def test_a_token_decoder_must_know_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    wrong = [f"run='{tmp_path}'", *inputs, "model.num_labels=17"]
+    with pytest.raises(ValueError, match=r"^\[model\] num_labels is 17, but Stage A has 16 codes: give it as many$"):
+        run("token-decoder", config_of(run_folder, "token-decoder"), wrong)
+    with pytest.raises(ValueError, match=r"^\[codes\] width must be 0 or more, got -1.0$"):
+        run("token-decoder", config_of(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])
 
 
 def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path) -> None:

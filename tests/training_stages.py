@@ -1,4 +1,4 @@
-"""The five trainers in a tiny size: two things at 64 pixels, a few steps."""
+"""The trainers in a tiny size: two things at 64 pixels, a few steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in the order in which they need each other
+STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of v2, in the order in which they need each other
+ALL = (*STAGES, "token-decoder")
 
 COMMON = """
 run = {run}
@@ -70,6 +71,22 @@ clip_embd = 64
 [noise]
 weight = "v"
 """,
+    "token-decoder": """
+[model]
+c_in = 8
+c_out = 8
+num_labels = 16
+c_hidden = [8, 64]
+nhead = [-1, 1]
+blocks = [1, 1]
+level_config = ["CT", "CTA"]
+c_cond = 16
+byt5_embd = 64
+[codes]
+width = 0.2
+[noise]
+places = 200
+""",
     "prior": """
 [model]
 c = 64
@@ -83,12 +100,17 @@ stratified = true
 }
 
 
-def write_configs(folder: Path, run: Path) -> dict[str, Path]:
-    """A TOML file for each stage."""
-    files = {stage: folder / f"{stage}.toml" for stage in STAGES}
-    for stage, file in files.items():
-        file.write_text(COMMON.format(run=json.dumps(str(run))) + TABLES[stage], encoding="utf-8")
-    return files
+def write_configs(folder: Path, run: Path) -> None:
+    """The recipe's TOML files, one a stage, and v1's own prior's."""
+    of_v1 = TABLES["prior"].replace("[noise]", "feature_scale = 1.0\nfeature_shift = 0.0\n[noise]")
+    for name, tables in {**TABLES, "prior_v1": of_v1}.items():
+        text = COMMON.format(run=json.dumps(str(run))) + tables
+        config_of(folder, name).write_text(text, encoding="utf-8")
+
+
+def config_of(folder: Path, stage: str) -> Path:
+    """The TOML file of a stage."""
+    return folder / f"{stage.replace('-', '_')}.toml"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

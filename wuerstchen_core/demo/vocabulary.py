@@ -220,9 +220,9 @@ def _letters(text: str) -> list[str]:
 
 
 @cache
-def known_words() -> tuple[str, ...]:
-    """Every lower-case word that a caption can contain, sorted."""
-    phrases = [name for thing in THINGS for name in thing.names]
+def known_words(things: tuple[Thing, ...] = THINGS) -> tuple[str, ...]:
+    """Every lower-case word that a caption of `things` can contain, sorted."""
+    phrases = [name for thing in things for name in thing.names]
     phrases += [*COLOURS, *_GROUND_WORDS, *_DEPICTIONS, "a", "an", "the"]
     phrases += [word for words in _COLOUR_WORDS.values() for word in words]
     phrases += [word for words in _SIZE_WORDS.values() for word in words]

@@ -84,11 +84,14 @@ class TokenDecoder(UNet):
         features = self.effnet_mapper(prior_latents.flatten(2).transpose(1, 2).to(text.dtype))
         return F.layer_norm(torch.cat([features, self.byt5_mapper(text)], dim=1), (self.params.c_cond,), eps=EPS)
 
-    def forward(self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, places: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, num_labels, H, W] of the clean tokens, given tokens [B, H, W] noised to times t [B] in [0, 1],
         prior_latents [B, 16, h, w] and text [B, 77, byt5_embd].
 
-        H and W must be multiples of `params.multiple`.
+        H and W must be multiples of `params.multiple`. With `places` [B, n], indices into the H W tokens of each
+        picture, the logits are of these alone: [B, num_labels, n, 1].
         """
         p = self.params
         if tokens.shape[-1] % p.multiple or tokens.shape[-2] % p.multiple:
@@ -102,4 +105,7 @@ class TokenDecoder(UNet):
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))
         x = self.run_levels(x, time, self.condition(prior_latents, text))
-        return self.out_mapper(self.clf(x)).contiguous()
+        x = self.clf(x)
+        if places is not None:
+            x = x.flatten(2).gather(2, places[:, None].expand(-1, p.c_out, -1))[..., None]
+        return self.out_mapper(x).contiguous()

@@ -1,4 +1,4 @@
-"""Train Stage B of v2: noise prediction on Stage A latents, given features of the frozen encoder and text."""
+"""Train Stage B, given features of the frozen encoder and text; v2's: noise prediction on Stage A latents."""
 
 from __future__ import annotations
 
@@ -9,38 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder, DecoderParams
+from ..models.prior import PriorParams
 from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
 from ..tables import from_table
-from .diffusion import DiffusionStage
+from .diffusion import DiffusionStage, NoisePrediction
 from .inputs import features_of, frozen, latents_of
-from .objectives import DecoderNoiseConfig, corrupt_features
+from .loop import N
+from .objectives import DecoderNoiseConfig, SpoiltFeatures, corrupt_features
 
 
-class DecoderStage(DiffusionStage[Decoder]):
-    """v2's Stage B; no script of it was ever published, so noise, drops and weights are those of v1's and Stage C's."""
+class StageB(DiffusionStage[N]):
+    """What the Stages B of v1 and v2 share: features, spoilt at times, and Stage A's way back to pictures."""
 
-    name = "decoder"
-    noise: DecoderNoiseConfig
+    part: str  # of a bundle
+    units = PriorParams()  # of the features
+    spoilt: SpoiltFeatures
 
     def __init__(self, config: Mapping[str, Any]):
-        self.noise = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
-        self.net = Decoder(from_table(DecoderParams, config["model"], "model"))
-        self.net.init_weights()
         super().__init__(config)
         self.vqgan = frozen(config, "vqgan", "vqgan", VQGAN)
-        self.latents = latents_of(self.vqgan, self.pictures)
         self.features = features_of(self.encoder, self.pictures)
         self.held_features = features_of(self.encoder, self.held)
 
     def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
-        return (corrupt_features(self.noise, self.features[picked], rng),)
+        return (corrupt_features(self.spoilt, self.features[picked], rng, self.units),)
 
-    def reconstruct(self, net: Decoder, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
+    def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
         """What is left of the pictures after 42.67x compression."""
-        pipeline = WuerstchenPipeline(decoder=net, vqgan=self.vqgan)
+        networks: dict[str, Any] = {self.part: net}
+        pipeline = WuerstchenPipeline(vqgan=self.vqgan, **networks)
         return self.vqgan.decode(pipeline.sample_decoder(self.held_features[picked], text, sampling))
 
-    def parts(self, net: Decoder) -> dict[str, nn.Module]:
-        return {"decoder": net}
+    def parts(self, net: N) -> dict[str, nn.Module]:
+        return {self.part: net}
+
+
+class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
+    """v2's Stage B; no script of it was ever published, so noise, drops and weights are those of v1's and Stage C's."""
+
+    name = part = "decoder"
+    noise: DecoderNoiseConfig
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.noise = self.spoilt = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
+        self.net = Decoder(from_table(DecoderParams, config["model"], "model"))
+        self.net.init_weights()
+        super().__init__(config)
+        self.latents = latents_of(self.vqgan, self.pictures)

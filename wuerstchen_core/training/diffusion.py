@@ -1,4 +1,4 @@
-"""What the trainers of Stages B and C share: noise prediction on cached latents, given text."""
+"""What the trainers of Stages B and C share: latents computed once, noised, and cleaned given text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from ..models.text_encoder import TextEncoder
 from ..sampling import Sampling
 from .inputs import frozen, text_states
 from .loop import N, Stage
-from .objectives import NoiseConfig, draw_times, freeze_quick_times, noise_loss
+from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
 from .pictures import DemoPictures, sheet
 
 
 class DiffusionStage(Stage[N]):
-    """A network that predicts the noise in `latents`; `text_drop` of the captions are empty, as in the original."""
+    """A network that knows noise from pictures; `text_drop` of the captions are empty, as in the original."""
 
-    tables = ("noise",)
+    tables: tuple[str, ...] = ("noise",)
     text_drop = 0.05
-    noise: NoiseConfig
-    latents: Tensor  # of all pictures
+    noise: TimesConfig
 
     def __init__(self, config: Mapping[str, Any]):
         if self.noise.slow_times:
@@ -36,6 +35,10 @@ class DiffusionStage(Stage[N]):
         self.held = DemoPictures(config, held=True)
         self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
+
+    @abstractmethod
+    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """The pictures `picked` noised to times t [B], and what the loss compares the network's answer with."""
 
     @abstractmethod
     def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
@@ -50,12 +53,7 @@ class DiffusionStage(Stage[N]):
         text = text_states(self.tower, self.pictures.captions(picked, rng, self.text_drop))
         given = self.given(picked, rng)
         t = draw_times(self.noise, step, size, rng)
-        noise = torch.randn(self.latents[picked].shape, generator=rng)
-        return diffuse(self.latents[picked], t, noise), t, noise, *given, text
-
-    def loss(self, net: N, *batch: Any) -> Tensor:
-        latents, t, noise, *given = batch
-        return noise_loss(self.noise, net(latents, t, *given), noise, t)
+        return *self.noised(picked, t, rng), t, *given, text
 
     def sheet(self, net: N) -> Image.Image | None:
         """Held-out pictures, and under each what the network makes of it."""
@@ -66,3 +64,18 @@ class DiffusionStage(Stage[N]):
         sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
         out = self.reconstruct(net, picked, text, sampling)
         return None if out is None else sheet([truth[:12], out[:12], truth[12:], out[12:]])
+
+
+class NoisePrediction(DiffusionStage[N]):
+    """A network that predicts the noise in `latents`."""
+
+    noise: NoiseConfig
+    latents: Tensor  # of all pictures
+
+    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        noise = torch.randn(self.latents[picked].shape, generator=rng)
+        return diffuse(self.latents[picked], t, noise), noise
+
+    def loss(self, net: N, *batch: Any) -> Tensor:
+        latents, noise, t, *given = batch
+        return noise_loss(self.noise, net(latents, t, *given), noise, t)

@@ -24,7 +24,7 @@ def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N
     source = Path(config.get("inputs", {}).get(stage, own))
     if not source.exists():
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
-    network = build_part(read_part(source, part))
+    network = build_part(read_part(source, part), dtype=torch.float32)
     assert isinstance(network, kind)
     return network
 
@@ -40,6 +40,12 @@ def latents_of(vqgan: VQGAN, pictures: DemoPictures) -> Tensor:
     """Stage A latents [N, 4, H, W] of all pictures, as Stage B works on them (unit variance)."""
     encoded = [vqgan.encode(pictures.view(part)) for part in _parts(pictures)]
     return torch.cat(encoded) / vqgan.params.scale_factor
+
+
+@torch.no_grad()
+def tokens_of(vqgan: VQGAN, pictures: DemoPictures) -> Tensor:
+    """Stage A tokens [N, H, W] of all pictures."""
+    return torch.cat([vqgan.quantize(vqgan.encode(pictures.view(part))).indices for part in _parts(pictures)])
 
 
 @torch.no_grad()

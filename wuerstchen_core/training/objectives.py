@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from ..diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
 from ..models.layers import TIME_SCALE, TimestepBlock, time_frequencies
-from ..models.prior import features_from_latents, latents_from_features
+from ..models.prior import PriorParams, features_from_latents, latents_from_features
 
 REGRESSION_TIME = 0.95  # 0.6 % of the variance is the picture's
 QUICKEST_TURNS = 16.0  # of a frequency, from t = 0 to 1
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
-    """The `[noise]` table: which times are weighed how.
+class TimesConfig:
+    """Which times are drawn.
 
-    `p2` is the original's weight (1 - alpha_bar), which leaves almost nothing for times near the picture.
-    `v` weighs the error of the noise by min(1 / alpha_bar, cap): up to the cap, v-prediction's loss
-    (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
-    `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
     `focus` above 1 draws more times near 1, where what the picture shows is decided: 1 - (1 - t)**focus instead of t.
     `regression` steps at the start know one time alone, at which there is little but noise to see: the network first
     learns what its conditioning says. (Measured on the demo's Stage B, the error of the picture at t = 0.95: 0.013
@@ -34,35 +30,74 @@ class NoiseConfig:
     training of a few thousand steps they are noise.
     """
 
-    weight: str = "p2"
-    cap: float = 40.0
     stratified: bool = False  # spread the times of a batch evenly
     focus: float = 1.0
     regression: int = 0
     slow_times: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight not in ("p2", "v", "x0"):
-            raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2, v or x0")
         if self.focus <= 0:
             raise ValueError(f"[noise] focus must be above 0, got {self.focus}")
 
 
 @dataclass(frozen=True)
-class DecoderNoiseConfig(NoiseConfig):
-    """Stage B's `[noise]` table, which also says how often its features are spoilt, and how."""
+class NoiseConfig(TimesConfig):
+    """The `[noise]` table of noise prediction: which times are drawn, and which are weighed how.
+
+    `p2` is the original's weight (1 - alpha_bar), which leaves almost nothing for times near the picture.
+    `v` weighs the error of the noise by min(1 / alpha_bar, cap): up to the cap, v-prediction's loss
+    (arXiv 2202.00512, appendix D); a small model learns what a picture is several times sooner with it.
+    `x0` is both: the squared error of the picture itself, which leaves times near it, where v is large, aside.
+    """
+
+    weight: str = "p2"
+    cap: float = 40.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight not in ("p2", "v", "x0"):
+            raise ValueError(f"[noise] weight {self.weight!r} is unknown: choose p2, v or x0")
+
+
+@dataclass(frozen=True)
+class SpoiltFeatures:
+    """How often Stage B's features are spoilt in training, and how; the defaults are the original's."""
 
     drop: float = 0.05  # share of features that are dropped
     noised: float = 0.3  # share of the others that are noised
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("drop", "noised"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"[noise] {name} is a share from 0 to 1, got {getattr(self, name)}")
 
 
-def draw_times(config: NoiseConfig, step: int, count: int, rng: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class DecoderNoiseConfig(SpoiltFeatures, NoiseConfig):
+    """The `[noise]` table of v2's Stage B."""
+
+    def __post_init__(self) -> None:
+        SpoiltFeatures.__post_init__(self)
+        NoiseConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class TokenNoiseConfig(SpoiltFeatures, TimesConfig):
+    """The `[noise]` table of v1's Stage B."""
+
+    smoothing: float = 0.1  # share of a label that all the codes have in common
+    places: int = 0  # how many tokens of a picture, by chance, the loss looks at; 0: all, as the original
+
+    def __post_init__(self) -> None:
+        SpoiltFeatures.__post_init__(self)
+        TimesConfig.__post_init__(self)
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"[noise] smoothing is a share from 0 to below 1, got {self.smoothing}")
+        if self.places < 0:
+            raise ValueError(f"[noise] places must be 0 (all) or more, got {self.places}")
+
+
+def draw_times(config: TimesConfig, step: int, count: int, rng: torch.Generator) -> Tensor:
     """Training times [count] of a step; after the regression 7.5 % are exactly 1, whatever the focus."""
     if step < config.regression:
         return torch.full((count,), REGRESSION_TIME)
@@ -99,15 +134,33 @@ def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor)
     return (per_sample * noise_weight(config, t)).mean()
 
 
-def corrupt_features(config: DecoderNoiseConfig, features: Tensor, rng: torch.Generator) -> Tensor:
+def token_weight(replaced: Tensor, t: Tensor) -> Tensor:
+    """Weight [B, H, W] of each token's error at times t [B]: tokens that were not `replaced` by noise count less."""
+    return 1 - 0.7 * (~replaced).float() * (1 - t[:, None, None])
+
+
+def token_loss(config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replaced: Tensor, t: Tensor) -> Tensor:
+    """Weighted cross entropy (scalar) of logits [B, K, H, W] with the clean tokens [B, H, W]."""
+    entropy = F.cross_entropy(logits.float(), tokens, reduction="none", label_smoothing=config.smoothing)
+    weight = token_weight(replaced, t)
+    return ((entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
+
+
+def corrupt_features(
+    config: SpoiltFeatures,
+    features: Tensor,
+    rng: torch.Generator,
+    units: PriorParams = PriorParams(),  # noqa: B008 (frozen)
+) -> Tensor:
     """What Stage B sees of the features [B, 16, h, w] in training: some dropped (0), some noised up to t = 0.5.
 
-    The default shares are the original's, which draws once a batch; here each sample draws for itself.
+    The noise is added in the `units` of the release's prior. The default shares are the original's, which draws once a
+    batch; here each sample draws for itself.
     """
     count = len(features)
     t = torch.rand(count, generator=rng) * 0.5
     noise = torch.randn(features.shape, generator=rng)
-    noisy = features_from_latents(diffuse(latents_from_features(features), t, noise))
+    noisy = features_from_latents(diffuse(latents_from_features(features, units), t, noise), units)
     draw = torch.rand(count, generator=rng)
     spoilt = config.drop + config.noised * (1 - config.drop)
     features = torch.where(expand(draw < spoilt, features), noisy, features)

@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.parts import release
 from ..models.decoder import Decoder
 from ..models.prior import Prior, PriorParams, latents_from_features
+from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
 from ..tables import from_table
-from .diffusion import DiffusionStage
+from .diffusion import NoisePrediction
 from .inputs import features_of, frozen
 from .objectives import NoiseConfig
 
+# Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
+PAINTERS: dict[str, tuple[str, str, type[nn.Module]]] = {
+    "v1": ("token-decoder", "token_decoder", TokenDecoder),
+    "v2": ("decoder", "decoder", Decoder),
+}
 
-class PriorStage(DiffusionStage[Prior]):
+
+class PriorStage(NoisePrediction[Prior]):
     """Stage C as the original trains it, on cached features."""
 
     name = "prior"
@@ -30,18 +38,19 @@ class PriorStage(DiffusionStage[Prior]):
         self.net = Prior(from_table(PriorParams, config["model"], "model"))
         self.net.init_weights()
         super().__init__(config)
-        self.latents = latents_from_features(features_of(self.encoder, self.pictures))
+        self.latents = latents_from_features(features_of(self.encoder, self.pictures), self.net.params)
 
     def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
         return ()
 
     def reconstruct(self, net: Prior, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
         """The captions painted; only once the run has a decoder to paint with."""
-        if not (Path(self.config["run"]) / "decoder" / "decoder.safetensors").exists():
+        stage, part, kind = PAINTERS[release([net.params])]
+        if not (Path(self.config["run"]) / stage / f"{stage}.safetensors").exists():
             return None
-        decoder = frozen(self.config, "decoder", "decoder", Decoder)
+        painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind)}
         vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)
-        pipeline = WuerstchenPipeline(prior=net, decoder=decoder, vqgan=vqgan, prior_text_encoder=self.tower)
+        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=self.tower, **painter)
         return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), text, sampling))
 
     def parts(self, net: Prior) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ STAGES = {
     "encoder": "EncoderStage",
     "text": "TextStage",
     "decoder": "DecoderStage",
+    "token-decoder": "TokenDecoderStage",
     "prior": "PriorStage",
 }
 
@@ -26,7 +27,7 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     `run` in the file is the folder that all stages of a model share; each works in a folder of its own name there.
     """
     config = read_config(config_path, overrides)
-    kind = getattr(importlib.import_module(f".{stage}", __package__), STAGES[stage])
+    kind = getattr(importlib.import_module(f".{stage.replace('-', '_')}", __package__), STAGES[stage])
     check_tables(config, kind.tables)
     unknown = sorted(set(config.get("inputs", {})) - set(STAGES))
     if unknown:

@@ -11,7 +11,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from ..vocabulary import COLOURS, SIZES, THINGS, known_words
 
 RECIPE = Path(__file__).parent
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in this order: later ones need earlier ones
-STAGE_OF_PART = {"vqgan": "vqgan", "image_encoder": "encoder", "decoder": "decoder", "prior": "prior"}
+STAGE_OF_PART = {
+    "vqgan": "vqgan",
+    "image_encoder": "encoder",
+    "decoder": "decoder",
+    "token_decoder": "token-decoder",
+    "prior": "prior",
+}
 # Guidance and steps that `evaluate` found to be enough for this model.
 SAMPLING = {
     "width": 256,
@@ -37,32 +43,38 @@ EMBEDDINGS = ("text_encoder.token_embedding.weight",)
 LICENCE = "Weights: MIT. Trained on drawings of Google's Noto Emoji (Apache License 2.0), see ARTWORK-LICENSE.txt."
 
 
-def vocabulary() -> dict[str, Any]:
-    """What the model can paint, for the bundle's metadata."""
+def vocabulary(things: int = len(THINGS)) -> dict[str, Any]:
+    """What a model of the first `things` can paint, for the bundle's metadata."""
     return {
-        "words": known_words(),
-        "things": [thing.name for thing in THINGS],
+        "words": known_words(THINGS[:things]),
+        "things": [thing.name for thing in THINGS[:things]],
         "colours": list(COLOURS),
         "sizes": list(SIZES),
     }
 
 
-def assemble(run: Path, target: Path) -> None:
-    """Put the trained stages of a run folder together as one bundle in bf16."""
+def collect(run: Path, version: str) -> dict[str, Part]:
+    """The trained parts of a release, out of a run's folder."""
     parts: dict[str, Part] = {}
-    for part in PARTS_OF["v2"]:
+    for part in PARTS_OF[version]:
         stage = STAGE_OF_PART.get(part, "text")
         weights = run / stage / f"{stage}.safetensors"
         if not weights.exists():
             raise ValueError(f"{weights} is missing: train the {stage} first")
         parts[part] = read_part(weights, part)
-    metadata = {
-        "vocabulary": vocabulary(),
-        "sampling": SAMPLING,
-        "licence": LICENCE,
-        "training": {stage: last_step(run / stage) for stage in STAGES},
-    }
-    save_bundle(target, parts, metadata, dtype=torch.bfloat16, fp8=EMBEDDINGS)
+    return parts
+
+
+def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], things: int = len(THINGS)) -> dict[str, Any]:
+    """What a bundle says of itself."""
+    return {"vocabulary": vocabulary(things), "sampling": sampling, "licence": LICENCE, "training": training}
+
+
+def assemble(run: Path, target: Path) -> None:
+    """Put the trained stages of a run folder together as one bundle in bf16."""
+    parts = collect(run, "v2")
+    about = metadata(SAMPLING, {stage: last_step(run / stage) for stage in STAGES})
+    save_bundle(target, parts, about, dtype=torch.bfloat16, fp8=EMBEDDINGS)
 
 
 def last_step(folder: Path) -> dict[str, Any]:
@@ -75,23 +87,28 @@ def last_step(folder: Path) -> dict[str, Any]:
     return row
 
 
-def keep_logs(run: Path, folder: Path) -> None:
+def keep_logs(run: Path, folder: Path, stages: Iterable[str] = STAGES) -> None:
     """Copy the stages' logs: what the weights came from."""
-    folder.mkdir(exist_ok=True)
-    for stage in STAGES:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
         shutil.copyfile(run / stage / "log.jsonl", folder / f"{stage}.jsonl")
+
+
+def told(arguments: Sequence[str] | None, name: str, about: str | None, run: str, target: Path) -> argparse.Namespace:
+    """The options of a command that builds a bundle: `run`, `output` and `assemble_only`."""
+    parser = argparse.ArgumentParser(prog=f"python -m wuerstchen_core.demo.recipe.{name}", description=about)
+    parser.add_argument("--run", type=Path, default=Path(run), help="folder of the run")
+    parser.add_argument("--output", type=Path, default=target, help="the bundle")
+    parser.add_argument("--assemble-only", action="store_true", help="train nothing, take the weights as they are")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is not trained yet, then write the bundle."""
     from ...training.run import run
 
-    parser = argparse.ArgumentParser(prog="python -m wuerstchen_core.demo.recipe.build", description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run")
-    parser.add_argument("--output", type=Path, default=demo_path(), help="the bundle")
-    parser.add_argument("--assemble-only", action="store_true", help="train nothing, take the weights as they are")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = told(arguments, "build", __doc__, "runs/demo", demo_path())
     if not options.assemble_only:
         for stage in STAGES:
             run(stage, RECIPE / f"{stage}.toml", [f"run='{options.run}'"])

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from ..vocabulary import SIZES, THINGS, Scene, caption, held_out, scenes
 BATCH = 16
 
 
-def held_out_scenes() -> list[Scene]:
-    """All scenes whose (thing, background) pair training never saw."""
-    return [scene for scene in scenes() if held_out(scene)]
+def held_out_scenes(metadata: Mapping[str, Any] | None = None) -> list[Scene]:
+    """All scenes whose (thing, background) pair training never saw; of the things that a bundle's `metadata` names."""
+    known = (metadata or {}).get("vocabulary", {}).get("things", [thing.name for thing in THINGS])
+    return [scene for scene in scenes() if held_out(scene) and THINGS[scene.thing].name in known]
 
 
 @torch.inference_mode()
@@ -99,7 +100,8 @@ def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str
 
 def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes: Any) -> dict[str, Any]:
     """All numbers of a model, over every `every`-th held-out (thing, background) pair; `changes` go to `generate`."""
-    wanted = [scene for index, scene in enumerate(held_out_scenes()) if index // len(SIZES) % every == 0]
+    held = held_out_scenes(pipe.metadata)
+    wanted = [scene for index, scene in enumerate(held) if index // len(SIZES) % every == 0]
     judge, rows = Judge(), []
     for seed in tqdm(range(seeds), desc="seeds"):
         rows += judge_pictures(judge, wanted, paint(pipe, wanted, 1000 * (seed + 1), **changes))

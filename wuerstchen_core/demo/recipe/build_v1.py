@@ -1,0 +1,77 @@
+"""Retrain the shipped v1 model: `python -m wuerstchen_core.demo.recipe.build_v1 [--run DIR]`.
+
+v1 has Stage A, the text tower and the image encoder of the shipped v2 model, in fp8, the encoder in v1's units. On top
+of them its own Stages B and C are trained as `token_decoder.toml` and `prior_v1.toml` say, and stored in fp8 too. It
+knows the first things of the demo's world alone: it is there to show that v1's chain works, and trains in half an hour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...checkpoints import Part, demo_path, read_metadata, read_part, save_bundle
+from ...checkpoints.parts import kind_of
+from ...checkpoints.precision import FP8
+from ...models.prior import PriorParams
+from ...tables import from_table
+from ...training.config import read_config
+from ...training.pictures import DataConfig
+from .build import RECIPE, collect, keep_logs, last_step, metadata, told
+
+TAKEN = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # from v2, by stage
+STAGES = {"token-decoder": "token_decoder.toml", "prior": "prior_v1.toml"}  # the prior's sheets need the decoder
+EVALUATION = RECIPE / "evaluation_v1.json"  # what `evaluate --model demo-v1 --json` wrote
+# Guidance and steps that `evaluate` found to be enough for this model.
+SAMPLING = {
+    "width": 256,
+    "height": 256,
+    "schedule": "linear",
+    "prior_steps": 20,
+    "prior_guidance": 3.0,
+    "decoder_steps": 8,
+    "decoder_guidance": 1.0,
+}
+
+
+def in_v1_units(encoder: Part) -> Part:
+    """The encoder whose features are what v2's prior works on, (features + 1) / 42: v1 has no such step."""
+    state, units = dict(encoder.state_dict), PriorParams()
+    state["mapper.1.weight"] = state["mapper.1.weight"] / units.feature_scale
+    state["mapper.1.bias"] = (state["mapper.1.bias"] + units.feature_shift) / units.feature_scale
+    return replace(encoder, state_dict=state)
+
+
+def take_over(run: Path, source: Path) -> None:
+    """Put what v1 has from v2 into a run's folder, as if it had been trained there."""
+    for stage, name in TAKEN.items():
+        part = read_part(source, name)
+        part = in_v1_units(part) if name == "image_encoder" else part
+        save_bundle(run / stage / f"{stage}.safetensors", {kind_of(name): part}, {}, dtype=FP8)
+
+
+def assemble(run: Path, target: Path, source: Path) -> None:
+    """Put what was taken and what was trained together as one bundle in fp8."""
+    training = read_metadata(source)["training"]
+    training = {stage: training[stage] for stage in TAKEN} | {stage: last_step(run / stage) for stage in STAGES}
+    things = from_table(DataConfig, read_config(RECIPE / STAGES["prior"], []).get("data", {}), "data").things
+    save_bundle(target, collect(run, "v1"), metadata(SAMPLING, training, things), dtype=FP8)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not trained yet, then write the bundle."""
+    from ...training.run import run
+
+    options = told(arguments, "build_v1", __doc__, "runs/demo-v1", demo_path("demo-v1"))
+    if not options.assemble_only:
+        take_over(options.run, demo_path())
+        for stage, file in STAGES.items():
+            run(stage, RECIPE / file, [f"run='{options.run}'"])
+    assemble(options.run, options.output, demo_path())
+    if options.output == demo_path("demo-v1"):
+        keep_logs(options.run, RECIPE / "logs" / "v1", STAGES)
+
+
+if __name__ == "__main__":
+    main()

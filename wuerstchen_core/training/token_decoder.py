@@ -1,0 +1,94 @@
+"""Train Stage B of v1: which Stage A tokens stood where noise stands, given features and text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.tokens import renoise
+from ..models.prior import V1, PriorParams
+from ..models.token_decoder import TokenDecoder, TokenDecoderParams
+from ..sampling import Sampling
+from ..tables import from_table
+from .decoder import StageB
+from .inputs import tokens_of
+from .objectives import TokenNoiseConfig, token_loss
+
+WIDEST = 8.0  # the coarsest frequency of `code_features` is so much slower than the finest
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """The `[codes]` table: what the network knows of the codes before it is trained.
+
+    `width` is a distance in codebook units: codes that are nearer start as much the same to the network, as what goes
+    in and as what comes out (random Fourier features: Rahimi and Recht, NIPS 2007). 0 leaves them all strangers to each
+    other, as the original does, which sees each of them many thousand times.
+    """
+
+    width: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise ValueError(f"[codes] width must be 0 or more, got {self.width}")
+
+
+def code_features(codebook: Tensor, count: int, width: float) -> Tensor:
+    """Features [K, count] of about unit length for codes [K, c]: their products fall with the codes' distances."""
+    scales = width * WIDEST ** torch.linspace(0, 1, count)
+    phases = torch.rand(count) * 2 * math.pi
+    return torch.cos(codebook @ (torch.randn(codebook.shape[1], count) / scales) + phases) * math.sqrt(2 / count)
+
+
+class TokenDecoderStage(StageB[TokenDecoder]):
+    """v1's Stage B as the original trains it, but on the features of an encoder that is trained before."""
+
+    name = "token-decoder"
+    part = "token_decoder"
+    tables: tuple[str, ...] = ("noise", "codes")
+    units = PriorParams(feature_scale=V1["feature_scale"], feature_shift=V1["feature_shift"])
+    noise: TokenNoiseConfig
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.noise = self.spoilt = from_table(TokenNoiseConfig, config.get("noise", {}), "noise")
+        codes = from_table(CodesConfig, config.get("codes", {}), "codes")
+        self.net = TokenDecoder(from_table(TokenDecoderParams, config["model"], "model"))
+        self.net.init_weights()
+        super().__init__(config)
+        codebook = self.vqgan.vquantizer.codebook.weight
+        if len(codebook) != self.net.params.num_labels:
+            raise ValueError(
+                f"[model] num_labels is {self.net.params.num_labels}, but Stage A has {len(codebook)} codes: "
+                "give it as many"
+            )
+        if codes.width:
+            self._acquaint(codebook, codes.width)
+        self.tokens = tokens_of(self.vqgan, self.pictures)
+
+    @torch.no_grad()
+    def _acquaint(self, codebook: Tensor, width: float) -> None:
+        for layer in (self.net.in_mapper[0], self.net.out_mapper[1]):
+            weight = layer.get_parameter("weight")
+            features = code_features(codebook, weight.shape[1], width)
+            weight.copy_(features.view(weight.shape))
+
+    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        tokens = self.tokens[picked]
+        noise = torch.randint(self.net.params.num_labels, tokens.shape, generator=rng)
+        seen, replaced = renoise(tokens, noise, t, torch.rand(tokens.shape, generator=rng))
+        count = tokens[0].numel()
+        places = torch.stack([torch.randperm(count, generator=rng) for _ in tokens])[:, : self.noise.places or count]
+        tokens, replaced = (x.flatten(1).gather(1, places)[..., None] for x in (tokens, replaced))
+        return seen, tokens, replaced, places
+
+    def loss(self, net: TokenDecoder, *batch: Any) -> Tensor:
+        seen, tokens, replaced, places, t, features, text = batch
+        return token_loss(self.noise, net(seen, t, features, text, places), tokens, replaced, t)
+
+    def reconstruct(self, net: TokenDecoder, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
+        return super().reconstruct(net, picked, text, sampling.changed(decoder_steps=8))
