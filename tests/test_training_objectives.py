@@ -55,9 +55,12 @@ def test_a_token_that_stayed_counts_the_less_the_less_noise_there_is() -> None:
     assert_near(token_weight(replaced, t), torch.tensor([[[1.0, 0.3]], [[1.0, 0.65]], [[1.0, 1.0]]]), 1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"places": -1}, {"focus": 0}, {"drop": 2}])
+WRONG = [{"smoothing": 1.0}, {"smoothing": -0.1}, {"places": -1}, {"focus": 0}, {"drop": 2}, {"text_drop": 2}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_settings_of_the_token_noise_are_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"^\[noise\] (smoothing|places|focus|drop) (is|must)"):
+    with pytest.raises(ValueError, match=r"^\[noise\] (smoothing|places|focus|drop|text_drop) (is|must)"):
         TokenNoiseConfig(**wrong)
 
 

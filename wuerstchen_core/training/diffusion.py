@@ -21,10 +21,9 @@ from .pictures import DemoPictures, sheet
 
 
 class DiffusionStage(Stage[N]):
-    """A network that knows noise from pictures; `text_drop` of the captions are empty, as in the original."""
+    """A network that knows noise from pictures."""
 
     tables: tuple[str, ...] = ("noise",)
-    text_drop = 0.05
     noise: TimesConfig
 
     def __init__(self, config: Mapping[str, Any]):
@@ -50,7 +49,7 @@ class DiffusionStage(Stage[N]):
 
     def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
         picked = self.pictures.pick(size, rng)
-        text = text_states(self.tower, self.pictures.captions(picked, rng, self.text_drop))
+        text = text_states(self.tower, self.pictures.captions(picked, rng, self.noise.text_drop))
         given = self.given(picked, rng)
         t = draw_times(self.noise, step, size, rng)
         return *self.noised(picked, t, rng), t, *given, text

@@ -20,7 +20,7 @@ QUICKEST_TURNS = 16.0  # of a frequency, from t = 0 to 1
 
 @dataclass(frozen=True)
 class TimesConfig:
-    """Which times are drawn.
+    """Which times are drawn, and how often the text is missing.
 
     `focus` above 1 draws more times near 1, where what the picture shows is decided: 1 - (1 - t)**focus instead of t.
     `regression` steps at the start know one time alone, at which there is little but noise to see: the network first
@@ -34,8 +34,11 @@ class TimesConfig:
     focus: float = 1.0
     regression: int = 0
     slow_times: bool = False
+    text_drop: float = 0.05  # share of captions that are empty; the default is the original's
 
     def __post_init__(self) -> None:
+        if not 0 <= self.text_drop <= 1:
+            raise ValueError(f"[noise] text_drop is a share from 0 to 1, got {self.text_drop}")
         if self.focus <= 0:
             raise ValueError(f"[noise] focus must be above 0, got {self.focus}")
 

@@ -1,0 +1,61 @@
+"""The v1 model that ships: its size, pictures that are right, and the numbers that are written down."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata
+from wuerstchen_core.demo.judge import Judge
+from wuerstchen_core.demo.recipe.build_v1 import EVALUATION
+from wuerstchen_core.demo.recipe.evaluate import evaluate, held_out_scenes, paint, reconstruct
+from wuerstchen_core.demo.vocabulary import THINGS, caption, vocabulary_note
+
+pytest.importorskip("resvg_py", reason="judging needs resvg-py")
+
+LARGEST = 8_000_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WuerstchenPipeline:
+    return WuerstchenPipeline.load("demo-v1", device="cpu", dtype="fp32")
+
+
+def test_it_is_a_small_complete_v1(pipe: WuerstchenPipeline) -> None:
+    assert demo_path("demo-v1").stat().st_size <= LARGEST
+    assert pipe.version == read_metadata("demo-v1")["version"] == "v1"
+    assert all(getattr(pipe, part) is not None for part in PARTS_OF["v1"])
+    assert pipe.prior_text_encoder is pipe.decoder_text_encoder
+
+
+def test_it_paints_what_is_asked_for(pipe: WuerstchenPipeline) -> None:
+    """Scenes that no training has seen."""
+    judge, wanted = Judge(), held_out_scenes(pipe.metadata)[:2]
+    for scene, image in zip(wanted, paint(pipe, wanted, seed=1), strict=True):
+        pixels = np.asarray(image)
+        assert judge.identify(pixels, scene.colour, scene.size) == scene.thing, caption(scene)
+        assert judge.background(pixels) == scene.colour
+
+
+def test_pictures_survive_the_compression(pipe: WuerstchenPipeline) -> None:
+    assert min(reconstruct(pipe, held_out_scenes(pipe.metadata)[:2])) > 20
+
+
+def test_what_it_cannot_paint_is_said(pipe: WuerstchenPipeline) -> None:
+    assert vocabulary_note(["a banana on a yellow background"], pipe.metadata) is None
+    note = vocabulary_note(["a cat on a yellow background"], pipe.metadata)
+    assert note is not None and "cat" in note and THINGS[0].name in note
+
+
+@pytest.mark.long
+def test_the_written_numbers_are_measured_again(pipe: WuerstchenPipeline) -> None:
+    """Within rounding of the arithmetic of another machine: two of the pictures, a tenth of a decibel."""
+    written, measured = json.loads(EVALUATION.read_text(encoding="utf-8")), evaluate(pipe)
+    for name in ("thing", "another_thing", "background"):
+        count = written[name]["count"]
+        assert measured[name]["count"] == count == 3 * len(held_out_scenes(pipe.metadata))
+        assert measured[name]["percent"] == pytest.approx(written[name]["percent"], abs=200 / count)
+    assert measured["psnr"]["mean"] == pytest.approx(written["psnr"]["mean"], abs=0.1)
