@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from workflow_pictures import in_rows
 
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS
 from wuerstchen_core.models.decoder import Decoder
@@ -114,6 +115,7 @@ def test_each_workflow_has_a_picture_and_a_test() -> None:
         "prompt_weighting_and_negative",
         "text_to_image",  # in test_host_pictures
         "text_to_image_ksampler",
+        "text_to_image_v1",
         "two_prompts_by_mask",
         RELEASED,
         RELEASED_V1,  # in test_host_tokens
@@ -134,6 +136,18 @@ def test_each_workflow_has_a_picture_and_a_test() -> None:
 def test_stock_ksamplers_paint_the_prompt(load: Load, paint: Paint, judge: Judge) -> None:
     [picture] = paint(load("text_to_image_ksampler")).pictures
     assert shows(judge, picture) == ("red apple", "blue")
+
+
+def test_v1_paints_what_the_pipeline_paints(load: Load, paint: Paint, judge: Judge) -> None:
+    name = "text_to_image_v1"
+    outcome = paint(load(name))
+    assert shows(judge, outcome.pictures[0]) == ("red apple", "blue")
+    check_picture(name, outcome)
+    [expected] = WuerstchenPipeline.load("demo-v1", device="cpu", dtype="fp32").generate(
+        "a red apple on a blue background", seed=1
+    )
+    apart = np.abs(pixels(outcome.pictures[0]).astype(int) - pixels(expected))
+    assert np.median(apart) == 0 and apart.mean() < 0.5  # rounding tips the choice of a token here and there
 
 
 def test_weights_choose_the_thing_and_the_negative_the_background(load: Load, paint: Paint, judge: Judge) -> None:
