@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import original
+from layouts import clip_of_transformers, original
 from networks import NETWORKS, PRIOR
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -380,11 +380,15 @@ print(peak)
 """
 
 
+tells_memory = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="this system does not tell how much memory a process holds"
+)
+
+
+@tells_memory
 @pytest.mark.parametrize(("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors")])
 def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
     """A prior of 136 MB in fp32 is converted within a tenth of the file that is written."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("this system does not tell how much memory a process holds")
     state = Prior(PriorParams(c=512, nhead=8, depth=10)).state_dict()
     source = tmp_path / f"prior.{ending}"
     if ending == "pt":
@@ -392,11 +396,33 @@ def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
     else:
         save_file(state, source)
     target = tmp_path / "out.safetensors"
+    assert source.stat().st_size / 2**20 > 130
+    assert_small(bundle, source, target, dtype)
+
+
+@pytest.fixture(scope="module")
+def towers_of_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tower of 151 MB in transformers' layout, and in fp8: whose tensors are made out of those in the files."""
+    folder = tmp_path_factory.mktemp("towers")
+    save_file(clip_of_transformers(256, 48, vocab_size=2000), folder / "fp32.safetensors")
+    convert([folder / "fp32.safetensors"], folder / "fp8.safetensors", dtype="fp8")
+    return folder
+
+
+@tells_memory
+@pytest.mark.parametrize(("given", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
+def test_memory_of_what_is_joined_or_widened(
+    bundle: Path, towers_of_others: Path, tmp_path: Path, given: str, dtype: str
+) -> None:
+    assert_small(bundle, towers_of_others / f"{given}.safetensors", tmp_path / "out.safetensors", dtype)
+
+
+def assert_small(bundle: Path, source: Path, target: Path, dtype: str) -> None:
+    """Convert in a process of its own, which may hold a third of what it writes."""
     command = [sys.executable, "-c", MEASURE, str(bundle), str(source), str(target), dtype]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     written = target.stat().st_size / 2**20
-    assert source.stat().st_size / 2**20 > 130
     assert float(result.stdout) < 0.35 * written, (result.stdout, written)
 
 

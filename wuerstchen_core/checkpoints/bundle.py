@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from ..models.prior import V1
-from .parts import PARTS, TEXT_ENCODER, Params, Part, State, kind_of, params_to_json, release
+from .parts import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json, release
+from .planned import Planned, all_as_they_are
 from .precision import FP8, planned
-from .write import Planned, Progress, write_tensors
+from .write import Progress, write_tensors
 
 DtypeOf: TypeAlias = Callable[[str, str], torch.dtype | None]  # of a part's name and a tensor's key in it
+AnyPart: TypeAlias = nn.Module | Part | PlannedPart
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
@@ -55,7 +57,7 @@ def split_bundle(state: State) -> dict[str, State] | None:
 
 def save_bundle(
     path: str | os.PathLike[str],
-    parts: Mapping[str, nn.Module | Part],
+    parts: Mapping[str, AnyPart],
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None | DtypeOf = None,
     fp8: Collection[str] = (),
@@ -72,7 +74,7 @@ def save_bundle(
     for name, part in merge_towers(parts).items():
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
-        for key, x in _state(part).items():
+        for key, x in _tensors(part).items():
             full = f"{name}.{key}"
             tensors |= planned(full, x, FP8 if full in fp8 else _wanted(dtype, name, key))
     if not tensors:
@@ -84,14 +86,14 @@ def save_bundle(
 
 def save_part(
     path: str | os.PathLike[str],
-    part: Part,
+    part: PlannedPart,
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None | DtypeOf = None,
     progress: Progress | None = None,
 ) -> None:
     """Write one part as a file of its own, its keys bare, so that other programs which know them read it too."""
     tensors: dict[str, Planned] = {}
-    for key, x in part.state_dict.items():
+    for key, x in part.tensors.items():
         tensors |= planned(key, x, _wanted(dtype, part.name, key))
     content = {
         "version": release([part.params]),
@@ -112,18 +114,20 @@ def _version(sizes: Mapping[str, Mapping[str, Any]]) -> str:
     return "v1" if of_v1 else "v2"
 
 
-def _state(part: nn.Module | Part) -> State:
-    return part.state_dict if isinstance(part, Part) else part.state_dict()
+def _tensors(part: AnyPart) -> dict[str, Planned]:
+    if isinstance(part, PlannedPart):
+        return part.tensors
+    return all_as_they_are(part.state_dict if isinstance(part, Part) else part.state_dict())
 
 
-def _params(name: str, part: nn.Module | Part) -> Params:
+def _params(name: str, part: AnyPart) -> Params:
     params = getattr(part, "params", None)
     if params is None:
         raise ValueError(f"{name} is a {type(part).__name__} without sizes: give one of this package's networks")
     return params
 
 
-def merge_towers(parts: Mapping[str, nn.Module | Part]) -> dict[str, nn.Module | Part]:
+def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
     """Parts with two equal text towers as one, named `text_encoder`."""
     merged = dict(parts)
     prior, decoder = (merged.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
@@ -133,15 +137,17 @@ def merge_towers(parts: Mapping[str, nn.Module | Part]) -> dict[str, nn.Module |
     return merged
 
 
-def _equal(one: nn.Module | Part, other: nn.Module | Part) -> bool:
+def _equal(one: AnyPart, other: AnyPart) -> bool:
     if one is other:
         return True
-    mine, theirs = _state(one), _state(other)
-    return (
-        mine.keys() == theirs.keys()
-        and one.params == other.params
-        and all(
-            x.dtype == theirs[key].dtype and x.device == theirs[key].device and torch.equal(x, theirs[key])
-            for key, x in mine.items()
-        )
-    )
+    mine, theirs = _tensors(one), _tensors(other)
+    if mine.keys() != theirs.keys() or one.params != other.params:
+        return False
+    return mine is theirs or all(_same(x, theirs[key]) for key, x in mine.items())
+
+
+def _same(one: Planned, other: Planned) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    mine, theirs = one.make(), other.make()
+    return mine.device == theirs.device and torch.equal(mine, theirs)

@@ -13,7 +13,7 @@ import torch
 
 from ..models.prior import V1, PriorParams
 from .bundle import merge_towers, save_bundle, save_part
-from .parts import PARTS, TEXT_ENCODER, Part, check_towers, text_width
+from .parts import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
 from .precision import FP8
 from .read import open_source
 from .sources import TOWERS, Source
@@ -56,7 +56,7 @@ def convert(
     files = {path / f"{name}{ENDING}": part for name, part in merge_towers(parts).items()}
     _check_free(files, force)
     for file, part in files.items():
-        assert isinstance(part, Part)
+        assert isinstance(part, PlannedPart)
         save_part(file, replace(part, name=file.stem), metadata, stored, progress=partial(report, file))
     return list(files)
 
@@ -100,11 +100,11 @@ def _open(sources: Sequence[Given], version: str) -> list[Source]:
     return [replace(source, version=told) if told and version == "auto" else source for source in opened]
 
 
-def _gather(opened: Sequence[Source]) -> tuple[dict[str, Part], dict[str, tuple[int, str]]]:
+def _gather(opened: Sequence[Source]) -> tuple[dict[str, PlannedPart], dict[str, tuple[int, str]]]:
     """The parts of all sources, and for each the number of its source and its name there."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, PlannedPart] = {}
     names: dict[str, tuple[int, str]] = {}
-    towers: list[tuple[int, Part]] = []
+    towers: list[tuple[int, PlannedPart]] = []
     for index, source in enumerate(opened):
         loose = _names_no_stage(source)
         for name in source.networks:
@@ -113,9 +113,9 @@ def _gather(opened: Sequence[Source]) -> tuple[dict[str, Part], dict[str, tuple[
             if name in parts:
                 first = opened[names[name][0]].path
                 raise ValueError(f"both {first} and {source.path} hold a {name}: give one of them")
-            parts[name], names[name] = source.part(name), (index, name)
+            parts[name], names[name] = source.planned(name), (index, name)
         if loose:
-            towers.append((index, source.part(TOWERS[0])))
+            towers.append((index, source.planned(TOWERS[0])))
     for index, tower in towers:
         for name in _stages_of(tower, parts, len(towers) > 1, opened[index].path):
             parts[name], names[name] = replace(tower, name=name), (index, TOWERS[0])
@@ -129,7 +129,7 @@ def _names_no_stage(source: Source) -> bool:
     return all(name in source.networks for name in TOWERS) and source.networks[TOWERS[0]] is source.networks[TOWERS[1]]
 
 
-def _stages_of(tower: Part, parts: Mapping[str, Part], several: bool, path: Path) -> list[str]:
+def _stages_of(tower: PlannedPart, parts: Mapping[str, PlannedPart], several: bool, path: Path) -> list[str]:
     """The names that a tower which names no stage gets: of those that read states of its width."""
     readers = {name: text_width(part.params) for name, part in parts.items()}
     needed = {TOWERS[0]: readers.get("prior"), TOWERS[1]: readers.get("decoder") or readers.get("token_decoder")}
@@ -141,7 +141,7 @@ def _stages_of(tower: Part, parts: Mapping[str, Part], several: bool, path: Path
     return found
 
 
-def _check_release(parts: Mapping[str, Part]) -> None:
+def _check_release(parts: Mapping[str, PlannedPart]) -> None:
     """Raise ValueError where parts of v1 and v2 meet."""
     releases = {name: version_of(part.params) for name, part in parts.items()}
     prior = parts["prior"].params if "prior" in parts else None
@@ -164,7 +164,7 @@ def _kept_in_fp8(sources: Sequence[Given], names: Mapping[str, tuple[int, str]])
     """The keys of each part that are stored in fp8 now: what is read has been widened."""
     headers = [open_source(source, headers_only=True) for source in sources]
     kept = {
-        name: {key for key, x in headers[index].networks[there].state.items() if x.dtype == FP8}
+        name: {key for key, x in headers[index].networks[there].tensors.items() if x.dtype == FP8}
         for name, (index, there) in names.items()
     }
     return kept | {TEXT_ENCODER: kept.get(TOWERS[0], set())}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 
-from .parts import TEXT_ENCODER, State
+from .parts import TEXT_ENCODER
+from .planned import AnyTensor, derived
 
 COMFYUI_PREFIX = "model.diffusion_model."
 COMFYUI_ENCODER = "encoder."  # of what VAESave writes of an image encoder
@@ -68,24 +70,24 @@ def foreign(keys: Iterable[str]) -> str | None:
     return None
 
 
-def strip_comfyui(state: State) -> State:
+def strip_comfyui(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """ComfyUI's saved model: the network's keys without their prefix, nothing else."""
     return {key.removeprefix(COMFYUI_PREFIX): x for key, x in state.items() if key.startswith(COMFYUI_PREFIX)}
 
 
-def strip_encoder(state: State) -> State:
+def strip_encoder(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """An image encoder as ComfyUI's VAESave writes it: the network's keys without their prefix."""
     return {key.removeprefix(COMFYUI_ENCODER): x for key, x in state.items()}
 
 
-def split_attention(state: State) -> State:
+def split_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """The original's Prior and DiffNeXt: `nn.MultiheadAttention` becomes to_q, to_k, to_v and to_out.0."""
-    out: State = {}
+    out: dict[str, AnyTensor] = {}
     for key, x in state.items():
         head, mark, tail = key.rpartition("attention.attn.")
         if mark and tail in ("in_proj_weight", "in_proj_bias"):
-            for name, part in zip(("to_q", "to_k", "to_v"), x.chunk(3), strict=True):
-                out[f"{head}attention.{name}.{tail.removeprefix('in_proj_')}"] = part
+            for index, name in enumerate(("to_q", "to_k", "to_v")):
+                out[f"{head}attention.{name}.{tail.removeprefix('in_proj_')}"] = _third(x, index)
         elif mark and tail.startswith("out_proj."):
             out[f"{head}attention.to_out.0.{tail.removeprefix('out_proj.')}"] = x
         else:
@@ -93,24 +95,37 @@ def split_attention(state: State) -> State:
     return out
 
 
-def vqgan_from_diffusers(state: State) -> State:
+def _third(x: AnyTensor, index: int) -> AnyTensor:
+    """The rows of the query, the key or the value."""
+    shape = ((x.shape[0] + 2 - index) // 3, *x.shape[1:])
+    return derived(shape, x.dtype, lambda whole: whole.tensor_split(3)[index], x)
+
+
+def _joined(parts: list[AnyTensor]) -> AnyTensor:
+    """Rows after rows."""
+    shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
+    dtype = reduce(torch.promote_types, (x.dtype for x in parts))
+    return derived(shape, dtype, lambda *rows: torch.cat(rows), *parts)
+
+
+def vqgan_from_diffusers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """diffusers' PaellaVQModel: the codebook's key."""
     return {key.replace("vquantizer.embedding.", "vquantizer.codebook."): x for key, x in state.items()}
 
 
-def text_from_open_clip(state: State) -> State:
+def text_from_open_clip(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """open_clip's CLIP: the text tower alone, whether it stands at the top or under `text.`; no projection."""
     prefix = "text." if "text.token_embedding.weight" in state else ""
     own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
     return {key: x for key, x in own.items() if key.startswith(_TEXT_PREFIXES)}
 
 
-def text_from_transformers(state: State) -> State:
+def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """transformers' CLIPTextModel, or the text half of its CLIPModel, in open_clip's names; no projection."""
     prefix = "text_model." if "text_model.embeddings.token_embedding.weight" in state else ""
     own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
     dropped = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
-    out: State = {}
+    out: dict[str, AnyTensor] = {}
     for key, x in own.items():
         if key == "embeddings.token_embedding.weight":
             out["token_embedding.weight"] = x
@@ -125,7 +140,7 @@ def text_from_transformers(state: State) -> State:
     return out
 
 
-def _transformers_layer(key: str, state: State, out: State) -> None:
+def _transformers_layer(key: str, state: dict[str, AnyTensor], out: dict[str, AnyTensor]) -> None:
     """Put one tensor of a layer into `out`; with the query's come the key's and the value's."""
     number, _, rest = key.removeprefix("encoder.layers.").partition(".")
     module, _, tensor = rest.rpartition(".")
@@ -136,12 +151,12 @@ def _transformers_layer(key: str, state: State, out: State) -> None:
     trio = [f"encoder.layers.{number}.self_attn.{name}_proj.{tensor}" for name in "qkv"]
     if key in trio and all(name in state for name in trio):
         if key == trio[0]:
-            out[f"{block}.attn.in_proj_{tensor}"] = torch.cat([state[name] for name in trio])
+            out[f"{block}.attn.in_proj_{tensor}"] = _joined([state[name] for name in trio])
     else:
         out[key] = state[key]  # strict loading will name it
 
 
-def to_ours(state: State) -> tuple[str, State]:
+def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
     """The kind of network that weights are, and the weights under our names; a ValueError says what else they are."""
     if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = strip_comfyui(state)

@@ -15,6 +15,7 @@ from ..models.text_encoder import TextEncoder, TextEncoderParams
 from ..models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
+from .planned import Planned
 
 PARTS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
 PARTS_OF = {  # what a complete model of a release has
@@ -58,6 +59,15 @@ class Part:
     state_dict: State
 
 
+@dataclass
+class PlannedPart:
+    """A part whose tensors are made one by one, as they are written."""
+
+    name: str
+    params: Any
+    tensors: dict[str, Planned]
+
+
 def kind_of(name: str) -> str:
     """The kind of network that a part is: its name, but `text_encoder` for either stage's tower."""
     kind = TEXT_ENCODER if name.endswith(TEXT_ENCODER) else name
@@ -85,7 +95,7 @@ def tower_name(width: int) -> str:
     return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
 
 
-def check_towers(parts: Mapping[str, Part]) -> None:
+def check_towers(parts: Mapping[str, Part | PlannedPart]) -> None:
     """Raise ValueError unless each text tower is as wide as the stage that reads it needs."""
     for stage in ("prior", "decoder", "token_decoder"):
         tower = parts.get(f"{stage.removeprefix('token_')}_{TEXT_ENCODER}")

@@ -8,12 +8,12 @@ the way back, whatever the dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .parts import State
-from .write import Planned, as_it_is
+from .planned import AnyTensor, Planned, as_it_is, derived
 
 FP8 = torch.float8_e4m3fn
 SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI knows such a file
@@ -30,26 +30,28 @@ def scale_key(key: str) -> str:
     return f"{key.removesuffix('weight')}{_SUFFIX}"
 
 
-def is_large(key: str, x: Tensor) -> bool:
+def is_large(key: str, x: Tensor | Planned) -> bool:
     """Whether a tensor is a matrix, a table of embeddings or a convolution's weight that fp8 is meant for.
 
     The codebook is none (pictures are made of its very numbers), nor are depthwise convolutions (9 numbers a channel).
     """
-    deep = x.ndim >= 2 and x.shape[1:].numel() > 9
-    return key.endswith("weight") and "codebook" not in key and deep and x.numel() >= LARGE
+    shape = torch.Size(x.shape)
+    deep = len(shape) >= 2 and shape[1:].numel() > 9
+    return key.endswith("weight") and "codebook" not in key and deep and shape.numel() >= LARGE
 
 
-def planned(key: str, x: Tensor, dtype: torch.dtype | None) -> dict[str, Planned]:
+def planned(key: str, x: Tensor | Planned, dtype: torch.dtype | None) -> dict[str, Planned]:
     """What is written for a tensor in `dtype` (None: its own): itself, and with a large one in fp8 its scale."""
-    if dtype is None or not x.is_floating_point() or x.dtype == dtype:
-        return {key: as_it_is(x)}
+    given = as_it_is(x) if isinstance(x, Tensor) else x
+    if dtype is None or not given.dtype.is_floating_point or given.dtype == dtype:
+        return {key: given}
     if dtype != FP8:
-        return {key: Planned(tuple(x.shape), dtype, lambda: _cast(key, x, dtype))}
-    if not is_large(key, x):
-        return planned(key, x, torch.bfloat16 if x.dtype.itemsize > 2 else None)
+        return {key: Planned(given.shape, dtype, lambda: _cast(key, given.make(), dtype))}
+    if not is_large(key, given):
+        return planned(key, given, torch.bfloat16 if given.dtype.itemsize > 2 else None)
     return {
-        key: Planned(tuple(x.shape), FP8, lambda: _to_fp8(key, x)),
-        scale_key(key): Planned((), torch.float32, lambda: torch.tensor(_scale(key, x))),
+        key: Planned(given.shape, FP8, lambda: _to_fp8(key, given.make())),
+        scale_key(key): Planned((), torch.float32, lambda: torch.tensor(_scale(key, given.make()))),
     }
 
 
@@ -71,40 +73,49 @@ def _to_fp8(key: str, x: Tensor) -> Tensor:
 
 def _scale(key: str, x: Tensor) -> float:
     """The smallest power of two that brings the largest number into what e4m3 can hold, before and after rounding."""
-    largest = float(x.abs().amax())
+    low, high = x.aminmax()  # and not abs(), which is as large as the tensor
+    largest = float(torch.maximum(-low, high))
     if not math.isfinite(largest):
         raise ValueError(f"{key} holds {largest}, which fp8 can't: these weights are damaged, or choose another dtype")
     return 2.0 ** math.ceil(math.log2(largest / _ROUNDS_TO_LARGEST)) if largest else 1.0
 
 
-def is_scaled(state: State) -> bool:
-    """Whether weights are stored in fp8 with scales."""
-    return any(key.endswith(_SUFFIX) for key in state)
+def is_scaled(keys: Iterable[str]) -> bool:
+    """Whether the weights of these keys are stored in fp8 with scales."""
+    return any(key.endswith(_SUFFIX) for key in keys)
 
 
-def dequantised(state: State) -> State:
+def dequantised(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Weights with their scales worked in, in the dtype of the others; tensors without data only lose the scales."""
     if not is_scaled(state):
         return state
     dtype = _others(state)
-    out: State = {}
+    out: dict[str, AnyTensor] = {}
     for key, x in state.items():
         if key.endswith(_SUFFIX) or key.rpartition(".")[2] == SCALED_MARK:
             continue
         scale = state.get(scale_key(key)) if key.endswith("weight") else None
-        out[key] = x if scale is None or x.is_meta else (x.float() * scale.float()).to(dtype)
+        out[key] = x if scale is None or x.is_meta else derived(x.shape, dtype, _scaled_to(dtype), x, scale)
     return out
 
 
-def widened(state: State) -> State:
+def widened(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Weights with those in fp8 in the dtype of the others."""
     state = dequantised(state)
     dtype = _others(state)
-    return {key: x.to(dtype) if x.dtype == FP8 and not x.is_meta else x for key, x in state.items()}
+    return {
+        key: derived(x.shape, dtype, lambda stored: stored.to(dtype), x) if x.dtype == FP8 and not x.is_meta else x
+        for key, x in state.items()
+    }
 
 
-def _others(state: State) -> torch.dtype:
+def _scaled_to(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """What works a scale into a tensor, in fp32 and in place."""
+    return lambda x, scale: x.to(torch.float32, copy=True).mul_(scale.float()).to(dtype)
+
+
+def _others(state: Mapping[str, Tensor | Planned]) -> torch.dtype:
     """The widest dtype among what is no fp8 and no scale; bf16 if there is nothing else."""
-    found = {x.dtype for key, x in state.items() if x.is_floating_point() and not key.endswith(_SUFFIX)}
+    found = {x.dtype for key, x in state.items() if x.dtype.is_floating_point and not key.endswith(_SUFFIX)}
     wide = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if dtype in found]
     return wide[0] if wide else torch.bfloat16

@@ -12,7 +12,9 @@ from .files import read_file_metadata, read_weight_file
 from .folders import open_folder
 from .formats import LORA, foreign
 from .parts import PARTS, Part, kind_of
+from .planned import all_as_they_are
 from .precision import is_scaled, widened
+from .rows import complete
 from .sources import Network, Source, named, recognise
 from .versions import check_version
 
@@ -74,5 +76,6 @@ def _open_file(path: Path, headers_only: bool) -> Source:
     networks: dict[str, Network] = {}
     for name, stored in bundled.items():
         sizes = metadata.get("parts", {}).get(name)
-        networks |= named(name, Network(kind_of(name), widened(stored), is_scaled(stored), sizes))
+        stored = complete(stored, sizes)
+        networks |= named(name, Network(kind_of(name), widened(all_as_they_are(stored)), is_scaled(stored), sizes))
     return Source(path, "bundle", networks, metadata)

@@ -14,6 +14,7 @@ from ..models.text_encoder import TextEncoderParams
 from ..models.token_decoder import TokenDecoderParams
 from ..models.vqgan import VQGANParams
 from .parts import TEXT_ENCODER, Params
+from .planned import Planned
 
 HEAD_WIDTH = 64  # of every attention in the released networks and in ours, but for
 TOKEN_HEADS = 16  # the number of heads, in the token decoder, however wide they are
@@ -36,7 +37,7 @@ _OTHER_TOWERS = {
 }
 WHOLE_TOWERS = "take the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor | Planned]
 
 
 def _shape(state: Tensors, key: str) -> tuple[int, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..models.prior import PriorParams
 from .files import WeightFile
 from .formats import to_ours
-from .parts import TEXT_ENCODER, Params, Part, State, params_from_json
+from .parts import TEXT_ENCODER, Params, Part, PlannedPart, State, params_from_json
+from .planned import Planned, all_as_they_are
 from .precision import dequantised, is_scaled
 from .sizes import READERS, WHOLE_TOWERS
 from .versions import assumed_version, of_others, sure_version, version_of, with_units
@@ -39,10 +41,15 @@ class Network:
     """One network's weights under our names, with what the source says of its sizes."""
 
     kind: str
-    state: State
+    tensors: dict[str, Planned]
     scaled: bool = False  # stored in fp8 with scales
     sizes: dict[str, Any] | None = None  # a bundle's metadata
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
+
+    @cached_property
+    def state(self) -> State:
+        """All tensors at once."""
+        return {key: x.make() for key, x in self.tensors.items()}
 
     def params(self) -> Params:
         """The metadata's sizes, else those of the tensors."""
@@ -57,7 +64,7 @@ class Network:
         stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
-        return replace(READERS[self.kind](self.state, **heads), **stated)
+        return replace(READERS[self.kind](self.tensors, **heads), **stated)
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,18 @@ class Source:
 
     def part(self, name: str) -> Part:
         """The part `name`; ValueError if it is not there."""
+        part = self.planned(name)
+        return Part(name, part.params, self.networks[name].state)
+
+    def planned(self, name: str) -> PlannedPart:
+        """The part `name`, none of whose tensors is made yet; ValueError if it is not there."""
         if name not in self.networks:
             raise absent(self.path, name, [*self.networks, *self.refused])
         network, params = self.networks[name], self._params(name)
         if isinstance(params, PriorParams) and network.sizes is None:
             release = self.told_version(params) or assumed_version(self.path, params, self.version, self.by_headers)
             params = with_units(params, release)
-        return Part(name, params, network.state)
+        return PlannedPart(name, params, network.tensors)
 
     def told_version(self, params: PriorParams) -> str | None:
         """The release of a prior of these sizes, as far as the source tells it without its weights."""
@@ -115,7 +127,7 @@ def recognise(path: Path, content: WeightFile, config: dict[str, Any], metadata:
     sizes = metadata.get("parts", {})
     for state in content.states.values():
         try:
-            kind, ours = to_ours(dequantised(state))
+            kind, ours = to_ours(dequantised(all_as_they_are(state)))
         except ValueError as error:
             refused.append(str(error))
         else:

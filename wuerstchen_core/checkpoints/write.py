@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .files import DTYPES
+from .planned import Planned, as_it_is
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -27,25 +27,6 @@ _HELD = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ET
 _UNKNOWN = {getattr(errno, name, None) for name in ("EINVAL", "EOPNOTSUPP", "ENOSYS")}
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes written, bytes in all
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor that is made when its turn to be written comes, so that one at a time is held in memory."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def as_it_is(x: Tensor) -> Planned:
-    """A tensor in its own dtype."""
-    return Planned(tuple(x.shape), x.dtype, lambda: x.detach())
 
 
 def write_tensors(
@@ -99,14 +80,19 @@ def _write(file: BinaryIO, tensors: Mapping[str, Planned], progress: Progress) -
     """Write the tensors; returns their checksums."""
     sums, done, total = {}, 0, sum(x.size for x in tensors.values())
     for key, x in tensors.items():
-        made = x.make()
-        assert made.dtype == x.dtype and tuple(made.shape) == x.shape, key
-        data = _bytes(made)
-        file.write(data)
-        sums[key] = zlib.crc32(data)
+        sums[key] = _write_one(file, key, x)
         done += x.size
         progress(done, total)
     return sums
+
+
+def _write_one(file: BinaryIO, key: str, x: Planned) -> int:
+    """Make a tensor and write it; returns its checksum, and leaves nothing in memory while the next is made."""
+    made = x.make()
+    assert made.dtype == x.dtype and tuple(made.shape) == x.shape, key
+    data = _bytes(made)
+    file.write(data)
+    return zlib.crc32(data)
 
 
 def _bytes(x: Tensor) -> memoryview:
