@@ -283,7 +283,7 @@ def test_train_hands_over(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
 def test_inspect(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", bundle) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{bundle}: ") and any(line.strip().startswith("prior:") for line in lines)
+    assert lines[0].startswith(f"{bundle}: ") and any(line.strip().startswith("prior (Stage C):") for line in lines)
     assert run("inspect", bundle, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert [part["name"] for part in report["parts"]][:2] == ["prior", "decoder"] and report["vocabulary"] == 6

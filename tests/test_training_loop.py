@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
 
+from wuerstchen_core.checkpoints import write
 from wuerstchen_core.training import loop
 from wuerstchen_core.training.config import LoopConfig
 from wuerstchen_core.training.loop import Stage, build_optimizers, learning_rate, replace_file, train
@@ -171,8 +173,8 @@ def test_an_interrupt_while_writing_leaves_the_last_state_whole(
             calls.append(1)
             if len(calls) == 1:
                 return write(*arguments, **options)
-            target = next(item for item in arguments if isinstance(item, Path))
-            target.write_bytes(b"half")
+            target = next(item for item in arguments if isinstance(item, Path | io.IOBase))
+            target.write_bytes(b"half") if isinstance(target, Path) else target.write(b"half")
             raise KeyboardInterrupt
 
         return writer
@@ -183,9 +185,7 @@ def test_an_interrupt_while_writing_leaves_the_last_state_whole(
         elif broken == "sheet":
             patch.setattr(Image.Image, "save", interrupted(Image.Image.save))
         else:
-            from wuerstchen_core.checkpoints import bundle
-
-            patch.setattr(bundle, "save_file", interrupted(bundle.save_file))
+            patch.setattr(write, "_write", interrupted(write._write))
         with pytest.raises(KeyboardInterrupt):
             train(LineStage(), CONFIG, tmp_path)
     assert len(calls) == 2 and checkpoint(tmp_path)["step"] == 4
