@@ -51,6 +51,7 @@ class TruePictures:
 
     def __init__(self) -> None:
         self.scenes = {caption(scene): scene for scene in scenes()}
+        self.metadata: dict[str, Any] = {}  # all that can be drawn
         self.asked: list[tuple[list[str], int, dict[str, Any]]] = []
 
     def generate(self, prompts: list[str], seed: int, **changes: Any) -> list[Image.Image]:

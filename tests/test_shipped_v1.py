@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata
+from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata, read_part
+from wuerstchen_core.checkpoints.parts import kind_of
+from wuerstchen_core.checkpoints.sizes import READERS
 from wuerstchen_core.demo.judge import Judge
 from wuerstchen_core.demo.recipe.build_v1 import EVALUATION
 from wuerstchen_core.demo.recipe.evaluate import evaluate, held_out_scenes, paint, reconstruct
@@ -29,6 +32,22 @@ def test_it_is_a_small_complete_v1(pipe: WuerstchenPipeline) -> None:
     assert pipe.version == read_metadata("demo-v1")["version"] == "v1"
     assert all(getattr(pipe, part) is not None for part in PARTS_OF["v1"])
     assert pipe.prior_text_encoder is pipe.decoder_text_encoder
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("demo", name) for name in ("prior", "decoder", "prior_text_encoder")),
+        *(("demo-v1", name) for name in ("prior", "token_decoder", "prior_text_encoder")),
+    ],
+)
+def test_its_sizes_can_be_read_off_its_tensors(model: str, name: str) -> None:
+    """So that a file loads right that lost its metadata: heads are 64 wide, 16 in number in the token decoder."""
+    part = read_part(model, name)
+    read = READERS[kind_of(name)](part.state_dict)
+    if name == "prior":  # whose units are in no tensor
+        read = replace(read, feature_scale=part.params.feature_scale, feature_shift=part.params.feature_shift)
+    assert read == part.params
 
 
 def test_it_paints_what_is_asked_for(pipe: WuerstchenPipeline) -> None:
