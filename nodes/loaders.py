@@ -89,7 +89,7 @@ class WuerstchenBundleLoader(io.ComfyNode):
             clip.load_clip(source.part("prior_text_encoder"), source.metadata),
             clip.load_clip(source.part("decoder_text_encoder"), source.metadata),
             vae.load_stage_a(source.part("vqgan")),
-            vae.load_image_encoder(source.part("image_encoder")),
+            vae.load_image_encoder(source.part("image_encoder"), source.metadata.get("version")),
         )
 
 
@@ -232,7 +232,8 @@ class WuerstchenVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        part = read_from(vae_name, VAE)
-        if part.name == "vqgan":
+        source, name = open_from(vae_name, VAE)
+        part = source.part(name)
+        if name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))
-        return io.NodeOutput(vae.load_image_encoder(part))
+        return io.NodeOutput(vae.load_image_encoder(part, source.metadata.get("version")))

@@ -64,7 +64,7 @@ def _denoise_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
 
 
-def _check_start(samples: Tensor, denoise: float, node: str, more: str) -> None:
+def check_start(samples: Tensor, denoise: float, node: str, more: str) -> None:
     if denoise < 1 and not samples.any():
         raise ValueError(
             f"{node} was given empty latents, of which a denoise of {denoise:g} would keep a part: set denoise to 1, "
@@ -128,7 +128,7 @@ class WuerstchenPriorSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
-        _check_start(check_latent(stage_c, STAGE_C, node), denoise, node, "")
+        check_start(check_latent(stage_c, STAGE_C, node), denoise, node, "")
         version = model.model.version
         if stage_c.get(VERSION_KEY, version) != version:
             raise ValueError(
@@ -219,7 +219,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Decoder Sample"
         _check_model(model, DecoderModel, node, "decoder")
-        _check_start(check_latent(stage_b, STAGE_B, node), denoise, node, " with a vae at its vae input")
+        check_start(check_latent(stage_b, STAGE_B, node), denoise, node, " with a vae at its vae input")
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
         times = strength_times(linear_times(steps), denoise)

@@ -67,7 +67,7 @@ def choices(shelf: Shelf) -> list[str]:
         f"{_LABELS[part]}{_OF}{bundle}"
         for bundle, held in folders.v1_bundles().items()
         for part in held
-        if {part, f"prior_{part}"} & set(shelf.parts)
+        if part in _LABELS and {part, f"prior_{part}"} & set(shelf.parts)
     ]
     return [*folders.file_names(shelf.folder), *bundled]
 

@@ -12,7 +12,7 @@ from ..wuerstchen_core.sampling import V1
 from .host.tokens import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
 from .pictures import check_stage_a
-from .sampling import SEED_MAX
+from .sampling import SEED_MAX, check_start
 from .schema import schema
 
 NODE = "Würstchen Token Decoder Sample"
@@ -122,7 +122,7 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
         negative: Any = None,
         denoise: float = 1.0,
     ) -> io.NodeOutput:
-        check_latent(stage_b, STAGE_B, NODE)
+        check_start(check_latent(stage_b, STAGE_B, NODE), denoise, NODE, " with a vae at its vae input")
         check_stage_a(vae, NODE)
         if negative is None and max(cfg, cfg_end) > 1:
             raise ValueError(f"{NODE} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")

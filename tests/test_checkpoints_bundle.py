@@ -70,11 +70,14 @@ def test_equal_towers_are_stored_once(networks: dict[str, nn.Module], saved: Pat
 def test_metadata(networks: dict[str, nn.Module], saved: Path) -> None:
     metadata = read_metadata(saved)
     assert metadata["format"] == 1
-    assert metadata["version"] == "v1"  # as its token decoder says
+    assert "version" not in metadata  # it holds the decoders of both
     assert metadata["licence"] == "MIT"
     assert metadata["vocabulary"] == {"words": ["Würstchen"]}
     assert set(metadata["parts"]) == set(NETWORKS)
     assert metadata["parts"]["prior"]["c"] == networks["prior"].params.c
+    for name, told in (("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", None)):
+        save_bundle(saved, {name: networks[name]}, {})
+        assert read_metadata(saved).get("version") == told
 
 
 def test_bf16_halves_the_file_and_rounds_once(networks: dict[str, nn.Module], saved: Path, tmp_path: Path) -> None:

@@ -190,6 +190,19 @@ def test_a_mask_that_marks_nothing(grey: int) -> None:
         read_masked(noise(64, 64), Image.new("L", (64, 64), grey))
 
 
+def test_a_thin_line_of_a_mask_survives_the_scaling_down() -> None:
+    picture, mask = Image.new("RGB", (5000, 40)), Image.new("L", (5000, 40))
+    mask.paste(255, (2500, 0, 2501, 40))
+    pixels, marked = read_masked(picture, mask)
+    assert pixels.shape[-2:] == marked.shape[-2:] == (16, 2048)
+    assert marked.amax(dim=-1).min() == 1 and marked.mean() < 0.01
+
+
+def test_a_strip_keeps_a_row_when_it_is_scaled_down() -> None:
+    pixels, _ = read_masked(Image.new("RGB", (5000, 1)), Image.new("L", (5000, 1), 255))
+    assert pixels.shape[-2:] == (1, 2048)
+
+
 def test_a_large_picture_and_its_mask_are_scaled_down_alike() -> None:
     pixels, marked = read_masked(Image.new("RGB", (4096, 1000), "red"), Image.new("L", (4096, 1000), 255))
     assert pixels.shape == (1, 3, 500, 2048) and marked.shape == (1, 1, 500, 2048)

@@ -139,7 +139,7 @@ def test_reconstruct(pipe: WuerstchenPipeline) -> None:
     assert [step for step in seen if step[0] == "decoder"] == [("decoder", i, 2) for i in (1, 2)]
 
 
-@pytest.mark.parametrize("temperature", [(0.0, 1.0), (1.0,), (1.0, float("inf"))])
+@pytest.mark.parametrize("temperature", [(0.0, 1.0), (1.0,), (1.0, float("inf")), 0.7])
 def test_a_temperature_that_cannot_be_used(pipe: WuerstchenPipeline, temperature: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="temperatures of .* cannot be used: give two numbers above 0"):
         pipe.generate(PROMPTS[0], temperature=temperature)  # type: ignore[arg-type]
@@ -176,5 +176,22 @@ def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: st
     sources = {"prior": tmp_path / "prior.safetensors", beside: tmp_path / "beside.safetensors"}
     loaded = WuerstchenPipeline.load(sources, device="cpu").prior
     assert loaded is not None and (loaded.params.feature_scale == 1) == (told == "v1")
-    chosen = WuerstchenPipeline.load(sources, device="cpu", version="v2").prior
-    assert chosen is not None and chosen.params.feature_scale == 42
+    if beside == "token_decoder":
+        with pytest.raises(ValueError, match="token_decoder is of v1 and prior of v2: give those of one release"):
+            WuerstchenPipeline.load(sources, device="cpu", version="v2")
+    else:
+        chosen = WuerstchenPipeline.load(sources, device="cpu", version="v2").prior
+        assert chosen is not None and chosen.params.feature_scale == 42
+
+
+@pytest.mark.parametrize("part", ["vqgan", "image_encoder", "prior_text_encoder"])
+def test_a_part_that_both_releases_share_names_none(tmp_path: Path, part: str) -> None:
+    """Else a converted Stage A would decide about the prior beside it."""
+    save_bundle(tmp_path / "part.safetensors", {part: tiny_parts("v1")[part]}, {})
+    assert "version" not in read_metadata(tmp_path / "part.safetensors")
+
+
+def test_inspect_says_where_a_v1_bundle_goes(bundle: Path) -> None:
+    places = {part.name: (part.folder, part.node) for part in describe(bundle).parts}
+    assert {folder for folder, _ in places.values()} == {"checkpoints"}
+    assert places["token_decoder"][1] == "Würstchen Token Decoder Loader"

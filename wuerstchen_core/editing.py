@@ -82,8 +82,8 @@ class Editing(Prompts):
     ) -> list[Image.Image]:
         """A picture painted anew from its own features, partly noised: image to image at Stage C.
 
-        At strength 0 it is the reconstruction, at 1 the picture is ignored and it is what `generate` paints. Picture i
-        of `count` has the seed `seed` + i.
+        At strength 0 it is the reconstruction (by Stage B, which reads the prompt), at 1 the picture is ignored and it
+        is what `generate` paints. Picture i of `count` has the seed `seed` + i.
         """
         pixels = read_pixels(image, width, height)
         sampling = self._sampling(pixels, numbers)

@@ -82,11 +82,15 @@ def read_masked(picture: Picture, mask: Picture) -> tuple[Tensor, Tensor]:
             f"the mask is {marked.width}x{marked.height} pixels and the picture {opened.width}x{opened.height}: "
             "give a mask of the picture's size"
         )
-    if not (np.asarray(marked) >= PAINTED * 255).any():
+    mask_pixels = to_pixels(marked)
+    if not (mask_pixels >= PAINTED).any():
         raise ValueError("the mask marks nothing: make white what is to be painted, black what is to be kept")
     if max(opened.size) > LARGEST:
-        opened, marked = (ImageOps.contain(image, (LARGEST, LARGEST)) for image in (opened, marked))
-    return to_pixels(opened), to_pixels(marked)
+        scale = LARGEST / max(opened.size)
+        width, height = (max(1, round(side * scale)) for side in opened.size)
+        opened = opened.resize((width, height), Image.Resampling.LANCZOS)
+        mask_pixels = F.adaptive_max_pool2d(mask_pixels, (height, width))  # so that no thin line is lost
+    return to_pixels(opened), mask_pixels
 
 
 def widen(pixels: Tensor, mask: Tensor, borders: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:

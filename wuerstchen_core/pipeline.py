@@ -13,6 +13,7 @@ from PIL import Image
 from .checkpoints import PARTS, Part, build_part, read_metadata, read_part
 from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
+from .checkpoints.versions import check_release
 from .devices import pick_device, pick_dtype
 from .editing import Editing
 from .prompts import Prompt
@@ -46,6 +47,7 @@ class WuerstchenPipeline(Editing):
         target = pick_device(device)
         parts, metadata = _read(source, version)
         check_towers(parts)
+        check_release({name: part.params for name, part in parts.items()})
         chosen = pick_dtype(dtype, target, sum(x.numel() for part in parts.values() for x in part.state_dict.values()))
         networks: dict[str, Any] = {}
         for name, part in parts.items():

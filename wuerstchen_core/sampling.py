@@ -55,12 +55,15 @@ class Sampling:
                 raise ValueError(
                     f"a guidance of {scale} cannot be used: choose a number, such as {Sampling.prior_guidance}"
                 )
-
         if self.token_mode not in MODES:
             raise ValueError(f"the token mode {self.token_mode!r} is unknown: choose one of {', '.join(MODES)}")
-        if len(self.temperature) != 2 or not all(0 < value < math.inf for value in self.temperature):
+        if (
+            not isinstance(self.temperature, tuple)
+            or len(self.temperature) != 2
+            or not all(0 < value < math.inf for value in self.temperature)
+        ):
             raise ValueError(
-                f"temperatures of {', '.join(map(str, self.temperature))} cannot be used: "
+                f"temperatures of {self.temperature} cannot be used: "
                 "give two numbers above 0, for the first step and the last"
             )
 

@@ -103,6 +103,7 @@ class Stages:
         draw = seeded_noise(seed, len(text))
         shape = (len(text), prior.params.c_in, prior_side(sampling.height), prior_side(sampling.width))
         x = draw(torch.empty(shape, device=self.device))
+        init, mask = (None if y is None else y.to(self.device) for y in (init, mask))
         clean = None if init is None else latents_from_features(init, prior.params)
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would be left
             x = diffuse(clean, times[:1].to(x.device).expand(len(x)), x)

@@ -22,14 +22,17 @@ from .latents import STAGE_B, check_shape
 
 def codebook_of(vae: Any, labels: int) -> Tensor:
     """The codes [labels, 4] of Stage A, ours or the host's own; ValueError if a VAE has others or none."""
-    codebook = getattr(getattr(vae.first_stage_model, "vquantizer", None), "codebook", None)
-    if codebook is None or len(codebook.weight) != labels:
-        found = "none" if codebook is None else str(len(codebook.weight))
+    codes = getattr(vae, "codebook", None)  # ours; the host's own Stage A has it in its network alone
+    if codes is None:
+        codebook = getattr(getattr(vae.first_stage_model, "vquantizer", None), "codebook", None)
+        codes = None if codebook is None else codebook.weight
+    if codes is None or len(codes) != labels:
+        found = "none" if codes is None else str(len(codes))
         raise ValueError(
             f"this token decoder chooses among {labels} codes of Stage A, and the VAE given has {found}: "
             "connect the Stage A that belongs to it"
         )
-    return codebook.weight.detach().float()
+    return codes.detach().float()
 
 
 def sample_token_stage(

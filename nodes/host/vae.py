@@ -38,6 +38,7 @@ class WuerstchenVAE(comfy.sd.VAE):
     """A VAE around one of the core's networks, built from plain layers and hence loaded whole."""
 
     first_stage_model: Any
+    codebook: torch.Tensor  # of Stage A
 
     def __init__(self, network: nn.Module, *, latent_channels: int, ratio: float, dtypes: list[torch.dtype]):
         management = comfy.model_management
@@ -87,8 +88,10 @@ def _without_warning() -> Iterator[None]:
 def load_stage_a(part: Part) -> WuerstchenVAE:
     """Stage A as a VAE between pictures and latents in codebook units."""
     network = build_part(part)
+    codebook = part.state_dict["vquantizer.codebook.weight"].float()
     # bf16 where the device computes in it: half the memory for 59 dB of fp32's picture (docs/memory.md).
     vae = WuerstchenVAE(network, latent_channels=4, ratio=4, dtypes=[torch.bfloat16, torch.float32])
+    vae.codebook = codebook  # before it is rounded: tokens stand for these very numbers
     # Numbers held at the peak for each pixel, measured at full width (docs/memory.md); they scale with it.
     width = part.params.c_hidden / 384
     vae.memory_used_decode = lambda shape, dtype: 11_000 * shape[2] * shape[3] * _size(dtype) * width
@@ -96,11 +99,14 @@ def load_stage_a(part: Part) -> WuerstchenVAE:
     return vae
 
 
-def load_image_encoder(part: Part) -> SemanticVAE:
-    """The semantic compressor as a VAE that only encodes: pictures of any size to Stage C latents."""
+def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
+    """The semantic compressor as a VAE that only encodes: pictures of any size to Stage C latents.
+
+    `release` is what its file says; else its sizes tell it, where they are a published encoder's.
+    """
     network = SemanticCompressor(build_part(part))
     vae = SemanticVAE(network, latent_channels=16, ratio=128 / 3, dtypes=[torch.float32])
-    vae.release = version_of(part.params)
+    vae.release = release or version_of(part.params)
     vae.downscale_ratio = 1  # what the host crops pictures and masks to: every size is resized to the view it needs
     width = part.params.stages[0][4] / 24
     vae.memory_used_encode = lambda shape, dtype: 27 * shape[2] * shape[3] * _size(dtype) * width

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from ..models.prior import V1
-from .parts import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json, release
+from .parts import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json
 from .planned import Planned, all_as_they_are
 from .precision import FP8, planned
+from .versions import of_others, told_by
 from .write import Progress, write_tensors
 
 DtypeOf: TypeAlias = Callable[[str, str], torch.dtype | None]  # of a part's name and a tensor's key in it
@@ -79,8 +79,8 @@ def save_bundle(
             tensors |= planned(full, x, FP8 if full in fp8 else _wanted(dtype, name, key))
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
-    version = release([_params(name, part) for name, part in parts.items()])
-    content = {"version": version, **metadata, "format": FORMAT, "parts": sizes}
+    told = _release(_params(name, part) for name, part in parts.items())
+    content = {**told, **metadata, "format": FORMAT, "parts": sizes}
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(content)}, progress)
 
 
@@ -96,7 +96,7 @@ def save_part(
     for key, x in part.tensors.items():
         tensors |= planned(key, x, _wanted(dtype, part.name, key))
     content = {
-        "version": release([part.params]),
+        **_release([part.params]),
         **metadata,
         "format": FORMAT,
         "parts": {part.name: params_to_json(part.params)},
@@ -108,10 +108,10 @@ def _wanted(dtype: torch.dtype | None | DtypeOf, name: str, key: str) -> torch.d
     return dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name, key)
 
 
-def _version(sizes: Mapping[str, Mapping[str, Any]]) -> str:
-    """The release whose parts these are: v1 decodes tokens, and its prior knows no other unit than the features'."""
-    of_v1 = "token_decoder" in sizes or sizes.get("prior", {}).get("feature_scale") == V1["feature_scale"]
-    return "v1" if of_v1 else "v2"
+def _release(sizes: Iterable[Params]) -> dict[str, str]:
+    """What the metadata say of the release: nothing of parts that v1 and v2 share."""
+    told = of_others(map(told_by, sizes))
+    return {} if told is None else {"version": told}
 
 
 def _tensors(part: AnyPart) -> dict[str, Planned]:

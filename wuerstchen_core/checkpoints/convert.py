@@ -11,13 +11,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..models.prior import V1, PriorParams
 from .bundle import merge_towers, save_bundle, save_part
 from .parts import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
 from .precision import FP8
 from .read import open_source
 from .sources import TOWERS, Source
-from .versions import of_others, version_of
+from .versions import check_release, of_others
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
 ENDING = ".safetensors"
@@ -120,7 +119,7 @@ def _gather(opened: Sequence[Source]) -> tuple[dict[str, PlannedPart], dict[str,
         for name in _stages_of(tower, parts, len(towers) > 1, opened[index].path):
             parts[name], names[name] = replace(tower, name=name), (index, TOWERS[0])
     check_towers(parts)
-    _check_release(parts)
+    check_release({name: part.params for name, part in parts.items()})
     return {name: parts[name] for name in PARTS if name in parts}, names
 
 
@@ -139,17 +138,6 @@ def _stages_of(tower: PlannedPart, parts: Mapping[str, PlannedPart], several: bo
     if not found:
         raise ValueError(f"{path} is a text tower {width} wide that no stage given here is left to read: leave it out")
     return found
-
-
-def _check_release(parts: Mapping[str, PlannedPart]) -> None:
-    """Raise ValueError where parts of v1 and v2 meet."""
-    releases = {name: version_of(part.params) for name, part in parts.items()}
-    prior = parts["prior"].params if "prior" in parts else None
-    if isinstance(prior, PriorParams):
-        releases["prior"] = "v1" if prior.feature_scale == V1["feature_scale"] else "v2"
-    of = {release: [name for name, other in releases.items() if other == release] for release in ("v1", "v2")}
-    if of["v1"] and of["v2"]:
-        raise ValueError(f"{', '.join(of['v1'])} is of v1 and {', '.join(of['v2'])} of v2: give those of one release")
 
 
 def _metadata(opened: Sequence[Source]) -> dict[str, Any]:

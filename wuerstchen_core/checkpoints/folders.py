@@ -67,7 +67,7 @@ def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     if wanted is not None and wanted not in found:
         raise absent(root, wanted, list(found))
     names = {name: folder for name, folder in found.items() if wanted in (None, name)}
-    opened = {folder: _open_component(folder, headers_only) for folder in set(names.values())}
+    opened = {folder: _open_component(folder, headers_only) for folder in names.values()}
     for name, folder in names.items():
         if name not in opened[folder].networks:
             raise absent(folder, name, list(opened[folder].networks))
@@ -91,7 +91,10 @@ def _open_component(folder: Path, headers_only: bool) -> Source:
         content = read_weight_file(file, headers_only)
     else:
         state: State = {}
-        for shard in sorted(set(read_json(file).get("weight_map", {}).values())):
+        shards = read_json(file).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{file} names no weight files: fetch the whole folder again")
+        for shard in sorted(set(shards.values())):
             if not (folder / shard).is_file():
                 raise ValueError(f"{file} names {shard}, which is not beside it: fetch the whole folder")
             state |= read_weight_file(folder / shard, headers_only).states.get("", {})

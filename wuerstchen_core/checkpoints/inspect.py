@@ -107,12 +107,14 @@ def describe(source: str | os.PathLike[str]) -> Description:
     of_release = PARTS_OF["v1" if version in ("v1", OPEN) else "v2"]
     words = content.metadata.get("vocabulary", {}).get("words")
     widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
-    whole = content.layout == "bundle" and version == "v2" and {"prior", "decoder", "vqgan"} <= parts.keys()
+    v1_bundle = content.layout == "bundle" and version == "v1" and len(parts) > 1
+    whole = content.layout == "bundle" and version == "v2" and set(PARTS_OF["v2"]) <= content.networks.keys()
+    place = BUNDLE if whole else (BUNDLE[0], None) if v1_bundle else (None, None)
     return Description(
         source=str(source),
         kind="weights alone" if content.layout == "bare" else content.layout,
         version=version,
-        parts=tuple(_part_info(part, content, whole) for part in parts.values()),
+        parts=tuple(_part_info(part, content, *place) for part in parts.values()),
         text_towers={name: tower_name(width) for name, width in widths.items()},
         missing=tuple(name for name in of_release if name not in content.networks),
         refused=content.refused,
@@ -131,7 +133,7 @@ def _parts(content: Source) -> dict[str, Part]:
     return parts
 
 
-def _part_info(part: Part, content: Source, whole: bool) -> PartInfo:
+def _part_info(part: Part, content: Source, in_folder: str | None, by_node: str | None) -> PartInfo:
     floats = {key: x for key, x in part.state_dict.items() if x.is_floating_point()}
     stage, folder, node = STAGES[kind_of(part.name)]
     network = content.networks.get(part.name) or content.networks[f"prior_{TEXT_ENCODER}"]
@@ -141,8 +143,8 @@ def _part_info(part: Part, content: Source, whole: bool) -> PartInfo:
         parameters=sum(x.numel() for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))),
         dtype=_dtypes((x.dtype for x in floats.values()), network.scaled),
         sizes=params_to_json(part.params),
-        folder=BUNDLE[0] if whole else folder,
-        node=BUNDLE[1] if whole else node,
+        folder=in_folder or folder,
+        node=by_node or node,
     )
 
 

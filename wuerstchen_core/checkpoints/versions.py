@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,20 @@ def version_of(params: Params) -> str | None:
     if isinstance(params, ImageEncoderParams):
         return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
     return None
+
+
+def told_by(params: Params) -> str | None:
+    """The release that the sizes of any part tell, a prior's by its units; None for what both share."""
+    if isinstance(params, PriorParams):
+        return "v1" if params.feature_scale == V1["feature_scale"] else "v2"
+    return version_of(params)
+
+
+def check_release(sizes: Mapping[str, Params]) -> None:
+    """Raise ValueError where parts of v1 and of v2 meet."""
+    of = {release: [name for name, params in sizes.items() if told_by(params) == release] for release in ("v1", "v2")}
+    if of["v1"] and of["v2"]:
+        raise ValueError(f"{', '.join(of['v1'])} is of v1 and {', '.join(of['v2'])} of v2: give those of one release")
 
 
 def of_others(versions: Iterable[str | None]) -> str | None:
@@ -109,7 +123,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 @lru_cache
 def _note_assumed(path: Path) -> None:
     """Say once of a file that v1 was assumed."""
-    logger.info(
+    logger.warning(
         f"{path} may be the prior of v1 or of v2's first upload (June 2023), and nothing in it says which: v1 is "
         'assumed; if its pictures are noise, give version "v2"'
     )

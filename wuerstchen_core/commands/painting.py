@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
     option = parser.add_argument
     option("--output", type=Path, help=f"file or folder to write to (default: a name made of {name})")
     option("--model", default="demo", help="bundle file or diffusers folder (default: the small model that ships)")
+    option("--version", default="auto", choices=("auto", "v1", "v2"), help="whose a prior is that may be either's")
     option("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
     if size:
         option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
@@ -77,7 +78,9 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
     started = time.perf_counter()
     from ..pipeline import WuerstchenPipeline
 
-    pipeline = WuerstchenPipeline.load(options.model, device=options.device, dtype=options.dtype)
+    pipeline = WuerstchenPipeline.load(
+        options.model, device=options.device, dtype=options.dtype, version=options.version
+    )
     report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
     sampling = asdict(pipeline.sampling.changed(**numbers))
     if pipeline.token_decoder is None:
