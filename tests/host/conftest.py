@@ -13,6 +13,7 @@ from comfyui import Install, Outcome, Server, installs
 from graphs import api_form, workflow
 from networks import NETWORKS, PRIOR
 from safetensors.torch import save_file
+from workflow_pictures import newest
 
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.models.prior import Prior
@@ -31,11 +32,17 @@ SAMPLING_V1 = {**SAMPLING, "decoder_guidance": 2.0}
 VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves out what is long
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    here, found = Path(__file__).parent, installs()
+    latest = newest(found) if found else None
     for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.host)
+        if here not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.host)
+        own = item.callspec.params.get("install") if isinstance(item, pytest.Function) else None
+        if item.get_closest_marker("newest") and own != latest:
+            item.add_marker(pytest.mark.long)
 
 
 def _name(install: Install | None) -> str:

@@ -18,6 +18,8 @@ from wuerstchen_core.demo.vocabulary import THINGS
 Graph = dict[str, Any]
 Paint = Callable[[Graph], Outcome]
 
+pytestmark = pytest.mark.newest
+
 KEPT = 30.0  # dB at least
 SMALL = 1
 

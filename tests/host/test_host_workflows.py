@@ -210,6 +210,7 @@ def test_the_workflow_with_another_model_runs_without_it(
     assert [error["extra_info"]["input_name"] for error in errors] == ["ckpt_name"]
 
 
+@pytest.mark.newest
 def test_a_batch_paints_different_pictures_of_one_thing(load: Load, paint: Paint, judge: Judge) -> None:
     outcome = paint(load("batch_of_seeds"))
     shown = [shows(judge, picture) for picture in outcome.pictures]
