@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from ..models.prior import PriorParams
-from .parts import PARTS, PARTS_OF, TEXT_ENCODER, Part, kind_of, params_to_json, text_width, tower_name
+from .parts import PARTS, PARTS_OF, TEXT_ENCODER, PlannedPart, kind_of, params_to_json, text_width, tower_name
 from .precision import FP8
 from .read import open_source
-from .sources import Source
+from .sources import TOWERS, Source
 from .versions import version_of
 
 _DTYPES = {
@@ -123,24 +124,27 @@ def describe(source: str | os.PathLike[str]) -> Description:
     )
 
 
-def _parts(content: Source) -> dict[str, Part]:
+def _parts(content: Source) -> dict[str, PlannedPart]:
     """The parts by name, one tower that serves both stages once."""
-    parts = {name: content.part(name) for name in PARTS if name in content.networks}
-    prior, decoder = (parts.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
-    if prior is not None and decoder is not None and prior.state_dict is decoder.state_dict:
+    parts = {name: content.planned(name) for name in PARTS if name in content.networks}
+    prior, decoder = (content.networks.get(name) for name in TOWERS)
+    if prior is not None and prior is decoder:
+        tower = replace(parts[TOWERS[0]], name=TEXT_ENCODER)
         parts = {name: part for name, part in parts.items() if not name.endswith(TEXT_ENCODER)}
-        parts[TEXT_ENCODER] = replace(prior, name=TEXT_ENCODER)
+        parts[TEXT_ENCODER] = tower
     return parts
 
 
-def _part_info(part: Part, content: Source, in_folder: str | None, by_node: str | None) -> PartInfo:
-    floats = {key: x for key, x in part.state_dict.items() if x.is_floating_point()}
+def _part_info(part: PlannedPart, content: Source, in_folder: str | None, by_node: str | None) -> PartInfo:
+    floats = {key: x for key, x in part.tensors.items() if x.dtype.is_floating_point}
     stage, folder, node = STAGES[kind_of(part.name)]
     network = content.networks.get(part.name) or content.networks[f"prior_{TEXT_ENCODER}"]
     return PartInfo(
         name=part.name,
         stage=stage,
-        parameters=sum(x.numel() for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))),
+        parameters=sum(
+            math.prod(x.shape) for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))
+        ),
         dtype=_dtypes((x.dtype for x in floats.values()), network.scaled),
         sizes=params_to_json(part.params),
         folder=in_folder or folder,
@@ -157,9 +161,9 @@ def _version(content: Source) -> str:
     """The release that the parts belong to, as far as they tell."""
     if "version" in content.metadata:
         return str(content.metadata["version"])
-    versions = {version_of(content.part(name).params) for name in content.networks if name != "prior"} - {None}
+    versions = {version_of(content.planned(name).params) for name in content.networks if name != "prior"} - {None}
     if "prior" in content.networks and not versions:
-        params = content.part("prior").params
+        params = content.planned("prior").params
         assert isinstance(params, PriorParams)
         versions.add(content.told_version(params) or (OPEN if params.c_cond == 1024 else None))
     return " and ".join(sorted(version for version in versions if version)) or SHARED
