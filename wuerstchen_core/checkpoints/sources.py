@@ -29,7 +29,7 @@ _CONFIG_NAMES = {
 
 
 class ForeignFile(ValueError):
-    """A file that holds weights, but none of v2's; `held` says what they are."""
+    """A file that holds weights, but none of Würstchen's; `held` says what they are."""
 
     def __init__(self, path: Path, held: tuple[str, ...]):
         super().__init__(f"{path} is no file for this loader: it holds {', '.join(held)}")
