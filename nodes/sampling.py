@@ -19,7 +19,7 @@ SCHEDULES = ["original", "diffusers", "linear"]
 SEED_MAX = LARGEST_SEED - 4096  # leaves room for the seeds of a batch
 
 
-def _seed_input() -> io.Int.Input:
+def seed_input() -> io.Int.Input:
     return io.Int.Input(
         "seed",
         default=0,
@@ -60,7 +60,7 @@ def _steps_input() -> io.Int.Input:
     )
 
 
-def _denoise_input(tooltip: str) -> io.Float.Input:
+def denoise_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
 
 
@@ -104,8 +104,8 @@ class WuerstchenPriorSample(io.ComfyNode):
                 _schedule_input(),
                 _steps_input(),
                 _cfg_input(4.0),
-                _seed_input(),
-                _denoise_input(
+                seed_input(),
+                denoise_input(
                     "How much of the picture in stage_c is painted anew: at 0 it stays as it is, at 1 it is ignored. "
                     "The number of steps stays the same.",
                 ),
@@ -191,13 +191,13 @@ class WuerstchenDecoderSample(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=12, min=1, max=1000, tooltip="Equal steps from noise to the picture."),
                 _cfg_input(1.0),
-                _seed_input(),
+                seed_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="The decoder output of a second Würstchen Text Encode; needed only where cfg is not 1.",
                 ),
-                _denoise_input(
+                denoise_input(
                     "How much of the picture in stage_b is painted anew: at 0 it stays as it is, at 1 it is ignored, "
                     "and only what Stage C says of it counts.",
                 ),

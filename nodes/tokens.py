@@ -12,7 +12,7 @@ from ..wuerstchen_core.sampling import V1
 from .host.tokens import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
 from .pictures import check_stage_a
-from .sampling import SEED_MAX, check_start
+from .sampling import check_start, denoise_input, seed_input
 from .schema import schema
 
 NODE = "Würstchen Token Decoder Sample"
@@ -77,29 +77,16 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
                     tooltip="How tokens are chosen. multinomial: drawn by their probabilities; argmax: the likeliest; "
                     "quantised: the nearest to the mean of all.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=SEED_MAX,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same picture here and on Würstchen's command line.",
-                ),
+                seed_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="The decoder output of a second Würstchen Text Encode; its text may be empty. Not needed "
                     "where cfg and cfg_end are 1.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="How many of the tokens of the picture in stage_b are replaced by random ones at the "
-                    "start: at 0 it stays as it is, at 1 it is ignored, and only what Stage C says of it counts.",
+                denoise_input(
+                    "How many of the tokens of the picture in stage_b are replaced by random ones at the start: at 0 "
+                    "it stays as it is, at 1 it is ignored, and only what Stage C says of it counts."
                 ),
             ],
             outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],

@@ -211,20 +211,17 @@ class Editing(Prompts):
         told: dict[str, Any] = {"seed": seed, "callback": callback}
         text, unwanted = self.texts(prompt, negative, count, callback)
         init: Tensor = self.features(canvas).expand(count, -1, -1, -1)
-        if bool((painted >= PAINTED).all()):  # nothing is kept: as in `variations`
-            features = self.sample_prior(text[0], sampling, negative=unwanted[0], init=init, strength=strength, **told)
-            latents = self.sample_decoder(features, text[1], sampling, negative=unwanted[1], **told)
-        else:
-            cells = latent_mask(painted, *init.shape[-2:])
-            features = self.sample_prior(
-                text[0], sampling, negative=unwanted[0], init=init, mask=cells, strength=strength, **told
-            )
+        keeps = not bool((painted >= PAINTED).all())  # else it is as in `variations`
+        cells = latent_mask(painted, *init.shape[-2:]) if keeps else None
+        features = self.sample_prior(
+            text[0], sampling, negative=unwanted[0], init=init, mask=cells, strength=strength, **told
+        )
+        kept = None
+        if keeps:
             plain = self.prompt_states("", "decoder_text_encoder").expand(count, -1, -1)
             kept = self.sample_decoder(init, plain, sampling, **told)
             cells = latent_mask(painted, *kept.shape[-2:])
-            latents = self.sample_decoder(
-                features, text[1], sampling, negative=unwanted[1], init=kept, mask=cells, **told
-            )
+        latents = self.sample_decoder(features, text[1], sampling, negative=unwanted[1], init=kept, mask=cells, **told)
         [picture], [soft] = to_pictures(pixels), to_pictures(mask)
         images = [image.crop((0, 0, *picture.size)) for image in self.decode(latents)]
         (callback or ignore)("picture", 1, 1, None)

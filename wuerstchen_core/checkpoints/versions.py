@@ -17,7 +17,7 @@ from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import V1, PriorParams
 from ..models.token_decoder import TokenDecoderParams
-from .parts import Params
+from .parts import Params, release
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ def version_of(params: Params) -> str | None:
 def told_by(params: Params) -> str | None:
     """The release that the sizes of any part tell, a prior's by its units; None for what both share."""
     if isinstance(params, PriorParams):
-        return "v1" if params.feature_scale == V1["feature_scale"] else "v2"
+        return release([params])
     return version_of(params)
 
 
 def check_release(sizes: Mapping[str, Params]) -> None:
     """Raise ValueError where parts of v1 and of v2 meet."""
-    of = {release: [name for name, params in sizes.items() if told_by(params) == release] for release in ("v1", "v2")}
+    of = {told: [name for name, params in sizes.items() if told_by(params) == told] for told in ("v1", "v2")}
     if of["v1"] and of["v2"]:
         raise ValueError(f"{', '.join(of['v1'])} is of v1 and {', '.join(of['v2'])} of v2: give those of one release")
 
