@@ -73,7 +73,11 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
             description="Mixes two latents of one stage and size, turning from one to the other (spherically).",
             search_aliases=["slerp", "blend latents", "mix pictures", "morph"],
             inputs=[
-                io.Latent.Input("first", tooltip="Latents of Stage C, or of Stage B."),
+                io.Latent.Input(
+                    "first",
+                    tooltip="Latents of Stage C, or of Stage B. Stage C's from other nodes than ours do not say whose "
+                    "they are: they are taken for v2's.",
+                ),
                 io.Latent.Input("second", tooltip="Latents of the same stage and size."),
                 _factor_input(),
             ],

@@ -102,11 +102,11 @@ class Stages:
         public = partial(features_from_latents, params=prior.params)
         draw = seeded_noise(seed, len(text))
         shape = (len(text), prior.params.c_in, prior_side(sampling.height), prior_side(sampling.width))
-        x = draw(torch.empty(shape, device=self.device))
+        x = noise = draw(torch.empty(shape, device=self.device))
         init, mask = (None if y is None else y.to(self.device) for y in (init, mask))
         clean = None if init is None else latents_from_features(init, prior.params)
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would be left
-            x = diffuse(clean, times[:1].to(x.device).expand(len(x)), x)
+            x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
         x = sample(
             guided(in_fp32(prior), cond, uncond, scale),
             x,
@@ -114,6 +114,7 @@ class Stages:
             draw=draw,
             init=None if mask is None else clean,
             mask=mask,
+            kept_noise=noise,
             callback=sampler_progress(callback, "prior", public),
         )
         return public(x) if init is None or mask is None else torch.where(mask > 0, public(x), init)
@@ -153,13 +154,15 @@ class Stages:
         draw = seeded_noise(seed, len(text))
         shape = (len(text), decoder.params.c_in, height, width)
         scales = iter(sampling.decoder_scales())
+        noise = draw(torch.empty(shape, device=self.device))
         x = sample(
             lambda x, t: predict(x, t, next(scales)),
-            draw(torch.empty(shape, device=self.device)),
+            noise,
             sampling.decoder_times(),
             draw=draw,
             init=None if init is None else init / scale_factor,
             mask=mask,
+            kept_noise=noise,
             callback=sampler_progress(callback, "decoder", lambda latents: latents * scale_factor),
         )
         return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)

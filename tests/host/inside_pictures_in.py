@@ -148,6 +148,12 @@ def strength(bundle: Bundle) -> Results:
         tensors[f"want/{name} between"] = outer(sample(denoiser, start, times, draw=draw))
         tensors[f"got/{name} between"] = run({"samples": x}, denoise=STRENGTH)
         inside = {"samples": x, "noise_mask": mask}
+        draw = seeded_noise(SEED, 1)
+        noise = draw(x)
+        start = diffuse(inner(x), times[:1], noise)
+        core = sample(denoiser, start, times, draw=draw, init=inner(x), mask=mask, kept_noise=noise)
+        tensors[f"want/{name} masked between"] = torch.where(mask > 0, outer(core), x)
+        tensors[f"got/{name} masked between"] = run(inside, denoise=STRENGTH)
         tensors[f"want/{name} outside"], tensors[f"got/{name} outside"] = (
             latent[..., kept] for latent in (x, run(inside, denoise=STRENGTH))
         )

@@ -41,6 +41,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "three pictures": ("2 empty latents for 3 pictures", "same batch size"),
     "v2's features": ("Würstchen v1", "of v2", "Würstchen Decoder Sample"),
     "v1's features": ("Würstchen v2", "of v1", "Würstchen Token Decoder Sample"),
+    "empty, to be kept": ("empty latents", "denoise of 0.5", "set denoise to 1", "at its vae input"),
 }
 
 
@@ -191,6 +192,7 @@ def mistakes(painter: Painter, source: Any) -> dict[str, str]:
         "three pictures": lambda: painter.paint(positive=[[text, {PRIOR_KEY: seeded(3, 16, 2, 3)}]]),
         "v2's features": positive(**{VERSION_KEY: "v2"}),
         "v1's features": lambda: prior_cond(DecoderParams(), given),
+        "empty, to be kept": lambda: painter.paint(denoise=0.5),
     }
     answers = {}
     for name, run in wrong.items():

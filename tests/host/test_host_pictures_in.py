@@ -66,6 +66,7 @@ def test_strength_keeps_the_picture_at_0_and_ignores_it_at_1(inside: Inside, sta
 def test_a_mask_keeps_what_is_outside_and_forgets_what_is_inside(inside: Inside, stage: str) -> None:
     check(inside, f"{stage} outside", 2e-5)
     check(inside, f"{stage} masked at 1", 0)
+    check(inside, f"{stage} masked between", {"prior": 2e-3, "decoder": 1e-4}[stage])  # the core, at the same seed
 
 
 BETWEEN = ("c between", "raw between", "b between", "prompts between", "prompts' latents", "average")

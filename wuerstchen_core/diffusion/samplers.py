@@ -91,12 +91,14 @@ def sample(
     step: Step = ddpm_step,
     init: Tensor | None = None,
     mask: Tensor | None = None,
+    kept_noise: Tensor | None = None,
     callback: Progress | None = None,
 ) -> Tensor:
     """Walk x [B, ...] along times [N + 1], each step by `step`; the noise of the steps comes from `draw`.
 
     For image to image give x = diffuse(picture, times[0], noise). With `init` (a clean x) and `mask` (1: paint,
-    0: keep), the kept part is `init`, noised to the time of each step.
+    0: keep), the kept part is `init`, noised to the time of each step: by `kept_noise`, the same all the way, as
+    ComfyUI does it, or else by new noise from `draw`, as the original does.
     """
     if (init is None) != (mask is None):
         raise ValueError("init and mask belong together: give both, or neither")
@@ -104,7 +106,7 @@ def sample(
     for i in range(steps):
         t, t_next = (times[j].to(x.device).expand(x.shape[0]) for j in (i, i + 1))
         if init is not None and mask is not None:
-            x = x * mask + diffuse(init, t, draw(x)) * (1 - mask)
+            x = x * mask + diffuse(init, t, draw(x) if kept_noise is None else kept_noise) * (1 - mask)
         noise = denoiser(x, t)
         previous, x = x, step(x, noise, t, t_next, draw)
         if callback is not None:
