@@ -150,6 +150,16 @@ def test_an_unknown_mode(pipe: WuerstchenPipeline) -> None:
         pipe.generate(PROMPTS[0], token_mode="quant")
 
 
+def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
+    v2 = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "v2.safetensors"), device="cpu")
+    told: dict[str, Any]
+    for told in ({"temperature": (1.0, 0.5)}, {"token_mode": "argmax"}):
+        for paint, given in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
+            with pytest.raises(ValueError, match="paints no tokens, .* leave that out, or choose a model of v1"):
+                paint(given, **told)
+    assert Sampling.of({"sampling": {"token_mode": "argmax"}}) == Sampling()  # as a Stage A out of a bundle of v1 has
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_paints(bundle: Path, dtype: str) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype)

@@ -16,6 +16,7 @@ from .diffusion.sizes import check_size
 from .diffusion.tokens import MODES
 
 LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
+TOKENS = ("temperature", "token_mode")  # what only a Stage B that paints tokens can be told
 
 
 class Callback(Protocol):
@@ -36,8 +37,8 @@ class Sampling:
     prior_guidance: float = 4.0  # 1 and less: none
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
-    # The rest is v1's, whose Stage B paints tokens.
     decoder_guidance_end: float | None = None  # reached in equal steps from `decoder_guidance`; None: the same
+    tokens: bool = False  # whether Stage B paints them, as v1's does: else the rest is of no use
     temperature: tuple[float, float] = (1.0, 0.6)  # at the first step and the last; below 1, likelier tokens
     token_mode: str = "multinomial"  # how a token is chosen: multinomial, argmax or quantised
 
@@ -71,7 +72,7 @@ class Sampling:
     def of(cls, metadata: Mapping[str, Any], version: str = "v2") -> Sampling:
         """The defaults of the model whose metadata this is, on top of its version's."""
         given, own = metadata.get("sampling", {}), V1 if version == "v1" else cls()
-        known = {name: value for name, value in asdict(own).items() if name in given}
+        known = {name: value for name, value in own.numbers().items() if name in given}
         try:
             known = {name: _like(value, given[name]) for name, value in known.items()}
         except (TypeError, ValueError) as error:
@@ -84,11 +85,21 @@ class Sampling:
         A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps.
         """
         asked = {name: value for name, value in given.items() if value is not None}
+        if idle := [name.replace("_", " ") for name in TOKENS if name in asked and not self.tokens]:
+            raise ValueError(
+                f"this model's Stage B paints no tokens, for which the {' and the '.join(idle)} would be: "
+                "leave that out, or choose a model of v1"
+            )
         if "prior_steps" in asked:
             asked.setdefault("schedule", "linear")
         elif "schedule" in asked:
             asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
         return replace(self, **asked)
+
+    def numbers(self) -> dict[str, Any]:
+        """Those that count in this kind of model, by name."""
+        idle = ("tokens",) if self.tokens else ("tokens", *TOKENS)
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
     def prior_times(self) -> Tensor:
         """Times of Stage C, [prior_steps + 1]."""
@@ -109,7 +120,7 @@ class Sampling:
 
 
 # v1's published defaults: those of the notebook.
-V1 = Sampling(512, 512, "linear", 60, 6.0, 8, 2.0)
+V1 = Sampling(512, 512, "linear", 60, 6.0, 8, 2.0, tokens=True)
 
 
 def _like(default: Any, value: Any) -> Any:

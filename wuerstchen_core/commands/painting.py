@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 PRIOR = ("schedule", "prior_steps", "prior_guidance")
-TOKENS = ("temperature", "token_mode")  # which v2 does not have
-DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", *TOKENS)
+DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", "temperature", "token_mode")
 SMALLER = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
 
 
@@ -82,9 +81,7 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
         options.model, device=options.device, dtype=options.dtype, version=options.version
     )
     report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
-    sampling = asdict(pipeline.sampling.changed(**numbers))
-    if pipeline.token_decoder is None:
-        sampling = {name: value for name, value in sampling.items() if name not in TOKENS}
+    sampling = pipeline.sampling.changed(**numbers).numbers()
     report["load_seconds"] = round(time.perf_counter() - started, 3)
     for i, job in enumerate(jobs):
         progress = Progress(f"picture {i + 1} of {len(jobs)}: " if len(jobs) > 1 else "")
