@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from wuerstchen_core import WuerstchenPipeline, cli
 from wuerstchen_core.checkpoints import PARTS_OF, demo_path, describe, read_metadata, read_part, write
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.precision import FP8, is_large
+from wuerstchen_core.checkpoints.read import open_source
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,33 @@ def test_a_folder_of_single_files_is_a_model(bundle: Path, tmp_path: Path) -> No
     assert description.vocabulary == len(METADATA["vocabulary"]["words"])
     one, other = (WuerstchenPipeline.load(source, device="cpu") for source in (bundle, tmp_path))
     assert one.generate("a red apple")[0].tobytes() == other.generate("a red apple")[0].tobytes()
+
+
+def retell(file: Path, **said: Any) -> None:
+    """Let a file's metadata say something else; None takes it away."""
+    metadata = {key: value for key, value in (read_metadata(file) | said).items() if value is not None}
+    tensors = {key: x.clone() for key, x in load_file(file).items()}
+    save_file(tensors, file, metadata={"wuerstchen": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_single_files_say_together_what_the_model_is(bundle: Path, tmp_path: Path, given: str) -> None:
+    files = convert([bundle], tmp_path)
+    prior, decoder, vqgan, *_ = files
+    retell(prior, vocabulary=None, sampling=None)
+    retell(decoder, sampling={"decoder_steps": 7}, licence="CC0")
+    retell(vqgan, licence=None, sampling={"decoder_steps": 9})
+
+    def said() -> dict[str, Any]:
+        source = tmp_path if given == "folder" else convert(files, tmp_path / "made" / "x.safetensors", force=True)[0]
+        return open_source(source).metadata
+
+    parts = {file.stem: read_metadata(file)["parts"][file.stem] for file in files}
+    told = {"sampling": {"decoder_steps": 7}, "licence": "MIT / CC0", "vocabulary": METADATA["vocabulary"]}
+    assert said() == {"format": 1, "version": "v2", "parts": parts, **told}
+    retell(decoder, version="v1")
+    with pytest.raises(ValueError, match=r"prior.safetensors is of v2 and .*decoder.safetensors of v1: give those of"):
+        said()
 
 
 def test_single_files_have_the_bare_keys_that_other_programs_know(bundle: Path, tmp_path: Path) -> None:

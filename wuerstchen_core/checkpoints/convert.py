@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from .bundle import merge_towers, save_bundle, save_part
 from .parts import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
 from .precision import FP8
 from .read import open_source
-from .sources import TOWERS, Source
+from .sources import TOWERS, Source, merged
 from .versions import check_release, of_others
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
@@ -43,7 +43,7 @@ def convert(
     wanted, path = parse_dtypes(dtype), Path(target)
     opened = _open(sources, version)
     parts, names = _gather(opened)
-    metadata = _metadata(opened)
+    metadata = {key: value for key, value in merged(opened).items() if key not in ("version", "format", "parts")}
     stored = partial(_stored, wanted, _kept_in_fp8(sources, names))
     report = progress or (lambda path, done, total: None)
     if path.suffix == ENDING:
@@ -138,14 +138,6 @@ def _stages_of(tower: PlannedPart, parts: Mapping[str, PlannedPart], several: bo
     if not found:
         raise ValueError(f"{path} is a text tower {width} wide that no stage given here is left to read: leave it out")
     return found
-
-
-def _metadata(opened: Sequence[Source]) -> dict[str, Any]:
-    """What bundles among the sources say of the model, the first one's word first."""
-    found: dict[str, Any] = {}
-    for source in opened:
-        found = {**source.metadata, **found}
-    return {key: value for key, value in found.items() if key not in ("version", "format", "parts")}
 
 
 def _kept_in_fp8(sources: Sequence[Given], names: Mapping[str, tuple[int, str]]) -> dict[str, set[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .bundle import parse_metadata
 from .files import WeightFile, read_json, read_weight_file
 from .parts import PARTS, TEXT_ENCODER, State
-from .sources import TOWERS, ForeignFile, Source, absent, recognise
+from .sources import TOWERS, ForeignFile, Source, absent, merged, recognise
 
 # Where diffusers keeps each part (pipelines of one stage, and the combined one); towers: see `_component`.
 _FOLDERS = {
@@ -74,8 +74,8 @@ def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     networks = {name: opened[folder].networks[name] for name, folder in names.items()}
     told = "v2" if of_class else next((source.told for source in opened.values() if source.told), None)
     files = all(folder.is_file() for folder in opened)
-    metadata = next((source.metadata for source in opened.values() if source.metadata), {})
-    return Source(root, "folder of single files" if files else "diffusers folder", networks, metadata, told=told)
+    layout = "folder of single files" if files else "diffusers folder"
+    return Source(root, layout, networks, merged(opened.values()), told=told)
 
 
 def _open_component(folder: Path, headers_only: bool) -> Source:

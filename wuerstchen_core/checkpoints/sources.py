@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +114,22 @@ class Source:
             return self.networks[name].params()
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+
+
+def merged(sources: Iterable[Source]) -> dict[str, Any]:
+    """What several sources say of the one model that they make: all parts, all licences, and of the rest the first
+    word. ValueError where they name two releases.
+    """
+    said = [source for source in sources if source.metadata]
+    of = {str(source.metadata["version"]): source.path for source in said if "version" in source.metadata}
+    if len(of) > 1:
+        (one, file), (other, beside) = list(of.items())[:2]
+        raise ValueError(f"{file} is of {one} and {beside} of {other}: give those of one release")
+    found: dict[str, Any] = {}
+    for source in said:
+        found = {**source.metadata, **found, "parts": {**source.metadata.get("parts", {}), **found.get("parts", {})}}
+    licences = dict.fromkeys(str(source.metadata["licence"]) for source in said if source.metadata.get("licence"))
+    return {**found, "licence": " / ".join(licences)} if licences else found
 
 
 def absent(path: Path, name: str, held: list[str]) -> ValueError:
