@@ -96,14 +96,15 @@ def test_others_may_read_a_bundle_as_any_file(saved: Path) -> None:
 
 def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     key = "token_embedding.weight"
-    save_bundle(tmp_path / "small", networks, {}, dtype=torch.bfloat16, fp8=(f"text_encoder.{key}",))
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    save_bundle(tmp_path / "small", networks, {}, dtype=lambda part, name, x: fp8 if name == key else bf16)
     stored = load_file(tmp_path / "small")
-    assert stored[f"text_encoder.{key}"].dtype == torch.float8_e4m3fn
-    assert all(x.dtype != torch.float8_e4m3fn for name, x in stored.items() if name != f"text_encoder.{key}")
+    assert stored[f"text_encoder.{key}"].dtype == fp8
+    assert all(x.dtype != fp8 for name, x in stored.items() if name != f"text_encoder.{key}")
     scale = stored["text_encoder.token_embedding.scale_weight"]
     tower = build_part(read_part(tmp_path / "small", "prior_text_encoder"))
     table = networks["prior_text_encoder"].state_dict()[key]
-    assert tower.state_dict()[key].equal(((table / scale).to(torch.float8_e4m3fn).float() * scale).bfloat16())
+    assert tower.state_dict()[key].equal(((table / scale).to(fp8).float() * scale).bfloat16())
     assert tower(torch.tensor([[1, 2]]), torch.ones(1, 2)).isfinite().all()
 
 

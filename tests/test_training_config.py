@@ -62,7 +62,7 @@ def whole_bundle() -> dict[str, int]:
         params = recipe(stage)[1]
         state = NETWORKS[type(params)](params, device="meta").state_dict()
         for key, x in state.items():
-            stored = 1 if f"{PART.get(stage, stage)}.{key}" in build.EMBEDDINGS else 2 if x.is_floating_point() else 8
+            stored = 1 if key == build.EMBEDDINGS else 2 if x.is_floating_point() else 8
             sizes[stage] = sizes.get(stage, 0) + x.numel() * stored
     return sizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,11 +13,11 @@ from torch import nn
 
 from .parts import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json
 from .planned import Planned, all_as_they_are
-from .precision import FP8, planned
+from .precision import planned
 from .versions import of_others, told_by
 from .write import Progress, write_tensors
 
-DtypeOf: TypeAlias = Callable[[str, str], torch.dtype | None]  # of a part's name and a tensor's key in it
+DtypeOf: TypeAlias = Callable[[str, str, Planned], torch.dtype | None]  # of a part's name, a key in it and its tensor
 AnyPart: TypeAlias = nn.Module | Part | PlannedPart
 
 METADATA_KEY = "wuerstchen"
@@ -60,11 +60,9 @@ def save_bundle(
     parts: Mapping[str, AnyPart],
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None | DtypeOf = None,
-    fp8: Collection[str] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are), those named in `fp8` in e4m3 with
-    a scale (see `precision`).
+    """Write parts as one file, floating-point tensors in `dtype` (None: as they are; fp8: see `precision`).
 
     Two equal text towers are stored as one. The file appears complete or not at all; OSError says why not.
     """
@@ -75,8 +73,7 @@ def save_bundle(
         kind_of(name)
         sizes[name] = params_to_json(_params(name, part))
         for key, x in _tensors(part).items():
-            full = f"{name}.{key}"
-            tensors |= planned(full, x, FP8 if full in fp8 else _wanted(dtype, name, key))
+            tensors |= planned(f"{name}.{key}", x, _wanted(dtype, name, key, x))
     if not tensors:
         raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
     told = _release(_params(name, part) for name, part in parts.items())
@@ -94,7 +91,7 @@ def save_part(
     """Write one part as a file of its own, its keys bare, so that other programs which know them read it too."""
     tensors: dict[str, Planned] = {}
     for key, x in part.tensors.items():
-        tensors |= planned(key, x, _wanted(dtype, part.name, key))
+        tensors |= planned(key, x, _wanted(dtype, part.name, key, x))
     content = {
         **_release([part.params]),
         **metadata,
@@ -104,8 +101,8 @@ def save_part(
     write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
 
 
-def _wanted(dtype: torch.dtype | None | DtypeOf, name: str, key: str) -> torch.dtype | None:
-    return dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name, key)
+def _wanted(dtype: torch.dtype | None | DtypeOf, name: str, key: str, x: Planned) -> torch.dtype | None:
+    return dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name, key, x)
 
 
 def _release(sizes: Iterable[Params]) -> dict[str, str]:

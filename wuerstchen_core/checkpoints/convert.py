@@ -13,6 +13,7 @@ import torch
 
 from .bundle import merge_towers, save_bundle, save_part
 from .parts import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
+from .planned import Planned
 from .precision import FP8
 from .read import open_source
 from .sources import TOWERS, Source, merged
@@ -42,9 +43,9 @@ def convert(
     """
     wanted, path = parse_dtypes(dtype), Path(target)
     opened = _open(sources, version)
-    parts, names = _gather(opened)
+    parts = _gather(opened)
     metadata = {key: value for key, value in merged(opened).items() if key not in ("version", "format", "parts")}
-    stored = partial(_stored, wanted, _kept_in_fp8(sources, names))
+    stored = partial(_stored, wanted)
     report = progress or (lambda path, done, total: None)
     if path.suffix == ENDING:
         _check_free([path], force)
@@ -82,10 +83,10 @@ def _check_free(files: Iterable[Path], force: bool) -> None:
             raise ValueError(f"{file} exists already: choose another name, or write over it with --force")
 
 
-def _stored(wanted: Mapping[str, str], in_fp8: Mapping[str, set[str]], name: str, key: str) -> torch.dtype | None:
+def _stored(wanted: Mapping[str, str], name: str, key: str, x: Planned) -> torch.dtype | None:
     """The dtype that a tensor is written in; None for its own."""
     chosen = wanted.get(name) or (wanted.get(TEXT_ENCODER) if name in TOWERS else None) or wanted[""]
-    if chosen == "keep" and key in in_fp8.get(name, ()):
+    if chosen == "keep" and x.stored == FP8:  # which was widened as it was read
         return FP8
     return DTYPES[chosen]
 
@@ -99,28 +100,27 @@ def _open(sources: Sequence[Given], version: str) -> list[Source]:
     return [replace(source, version=told) if told and version == "auto" else source for source in opened]
 
 
-def _gather(opened: Sequence[Source]) -> tuple[dict[str, PlannedPart], dict[str, tuple[int, str]]]:
-    """The parts of all sources, and for each the number of its source and its name there."""
+def _gather(opened: Sequence[Source]) -> dict[str, PlannedPart]:
+    """The parts of all sources."""
     parts: dict[str, PlannedPart] = {}
-    names: dict[str, tuple[int, str]] = {}
-    towers: list[tuple[int, PlannedPart]] = []
-    for index, source in enumerate(opened):
+    origins: dict[str, Path] = {}
+    towers: list[tuple[Path, PlannedPart]] = []
+    for source in opened:
         loose = _names_no_stage(source)
         for name in source.networks:
             if loose and name in TOWERS:
                 continue
             if name in parts:
-                first = opened[names[name][0]].path
-                raise ValueError(f"both {first} and {source.path} hold a {name}: give one of them")
-            parts[name], names[name] = source.planned(name), (index, name)
+                raise ValueError(f"both {origins[name]} and {source.path} hold a {name}: give one of them")
+            parts[name], origins[name] = source.planned(name), source.path
         if loose:
-            towers.append((index, source.planned(TOWERS[0])))
-    for index, tower in towers:
-        for name in _stages_of(tower, parts, len(towers) > 1, opened[index].path):
-            parts[name], names[name] = replace(tower, name=name), (index, TOWERS[0])
+            towers.append((source.path, source.planned(TOWERS[0])))
+    for path, tower in towers:
+        for name in _stages_of(tower, parts, len(towers) > 1, path):
+            parts[name] = replace(tower, name=name)
     check_towers(parts)
     check_release({name: part.params for name, part in parts.items()})
-    return {name: parts[name] for name in PARTS if name in parts}, names
+    return {name: parts[name] for name in PARTS if name in parts}
 
 
 def _names_no_stage(source: Source) -> bool:
@@ -138,13 +138,3 @@ def _stages_of(tower: PlannedPart, parts: Mapping[str, PlannedPart], several: bo
     if not found:
         raise ValueError(f"{path} is a text tower {width} wide that no stage given here is left to read: leave it out")
     return found
-
-
-def _kept_in_fp8(sources: Sequence[Given], names: Mapping[str, tuple[int, str]]) -> dict[str, set[str]]:
-    """The keys of each part that are stored in fp8 now: what is read has been widened."""
-    headers = [open_source(source, headers_only=True) for source in sources]
-    kept = {
-        name: {key for key, x in headers[index].networks[there].tensors.items() if x.dtype == FP8}
-        for name, (index, there) in names.items()
-    }
-    return kept | {TEXT_ENCODER: kept.get(TOWERS[0], set())}

@@ -12,12 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor's shape and dtype, and how to make it, which is done anew each time; `is_meta` if it has no data."""
+    """A tensor's shape and dtype, and how to make it, which is done anew each time; `is_meta` if it has no data.
+
+    `stored` is the dtype of what it is made of, before anything was widened.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
     is_meta: bool = False
+    stored: torch.dtype | None = None
 
     @property
     def size(self) -> int:
@@ -30,7 +34,7 @@ AnyTensor = TypeVar("AnyTensor", Tensor, Planned)
 
 def as_it_is(x: Tensor) -> Planned:
     """A tensor that is there."""
-    return Planned(tuple(x.shape), x.dtype, lambda: x, x.is_meta)
+    return Planned(tuple(x.shape), x.dtype, lambda: x, x.is_meta, x.dtype)
 
 
 def all_as_they_are(state: Mapping[str, Tensor]) -> dict[str, Planned]:
@@ -52,4 +56,5 @@ def derived(shape: Sequence[int], dtype: torch.dtype, make: Make, *given: Tensor
     plans = [x for x in given if isinstance(x, Planned)]
     if not plans:
         return make(*given)
-    return Planned(tuple(shape), dtype, lambda: make(*(x.make() for x in plans)), any(x.is_meta for x in plans))
+    is_meta, stored = any(x.is_meta for x in plans), plans[0].stored
+    return Planned(tuple(shape), dtype, lambda: make(*(x.make() for x in plans)), is_meta, stored)
