@@ -328,6 +328,7 @@ def test_targets_that_are_no_target(bundle: Path, tmp_path: Path) -> None:
     [
         ("replace", PermissionError(errno.EACCES, "locked"), "it is read-only or in use: close what uses it"),
         ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error: choose another name or disk"),
+        ("fsync", OSError(errno.EFAULT, "Bad address"), "what goes into it can no longer be read: look whether"),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence_and_leaves_nothing(
@@ -365,11 +366,12 @@ def test_no_room_on_the_disk(bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", [(-5, os.SEEK_END), (9, os.SEEK_SET)], ids=["a weight", "the header"])
 def test_a_disk_that_keeps_other_bytes_is_found_out(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]
 ) -> None:
     def spoil(file: Any) -> None:
-        file.seek(-5, os.SEEK_END)
+        file.seek(*place)
         file.write(b"?")
         file.flush()
 
@@ -377,6 +379,26 @@ def test_a_disk_that_keeps_other_bytes_is_found_out(
     with pytest.raises(OSError, match="it reads back other than it was written"):
         convert([bundle], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seen", ["between two tensors", "as a failure to write"])
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_a_source_that_is_cut_short_meanwhile_is_named(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str, dtype: str
+) -> None:
+    source = tmp_path / "given.safetensors"
+    source.write_bytes(bundle.read_bytes())
+
+    def cut(*arguments: Any) -> None:
+        os.truncate(source, 1000)
+        if seen == "as a failure to write":
+            raise OSError(errno.EFAULT, "Bad address")
+
+    if seen == "as a failure to write":
+        monkeypatch.setattr(write, "_write_one", cut)
+    with pytest.raises(ValueError, match="given.safetensors was cut short while it was read: fetch it again"):
+        convert([source], tmp_path / "x.safetensors", dtype=dtype, progress=None if "write" in seen else cut)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_stopped_half_way_leaves_nothing(bundle: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,18 +47,20 @@ def convert(
     parts = _gather(opened)
     metadata = {key: value for key, value in merged(opened).items() if key not in ("version", "format", "parts")}
     stored = partial(_stored, wanted)
-    report = progress or (lambda path, done, total: None)
-    if path.suffix == ENDING:
-        _check_free([path], force)
-        save_bundle(path, parts, metadata, stored, progress=partial(report, path))
-        return [path]
-    if path.suffix and not path.is_dir():
-        raise ValueError(f"{path} is neither a folder nor the name of a bundle: let it end in {ENDING}, or in nothing")
-    files = {path / f"{name}{ENDING}": part for name, part in merge_towers(parts).items()}
-    _check_free(files, force)
-    for file, part in files.items():
-        assert isinstance(part, PlannedPart)
-        save_part(file, replace(part, name=file.stem), metadata, stored, progress=partial(report, file))
+    with _watched(opened, progress or (lambda path, done, total: None)) as report:
+        if path.suffix == ENDING:
+            _check_free([path], force)
+            save_bundle(path, parts, metadata, stored, progress=partial(report, path))
+            return [path]
+        if path.suffix and not path.is_dir():
+            raise ValueError(
+                f"{path} is neither a folder nor the name of a bundle: let it end in {ENDING}, or in nothing"
+            )
+        files = {path / f"{name}{ENDING}": part for name, part in merge_towers(parts).items()}
+        _check_free(files, force)
+        for file, part in files.items():
+            assert isinstance(part, PlannedPart)
+            save_part(file, replace(part, name=file.stem), metadata, stored, progress=partial(report, file))
     return list(files)
 
 
@@ -121,6 +124,30 @@ def _gather(opened: Sequence[Source]) -> dict[str, PlannedPart]:
     check_towers(parts)
     check_release({name: part.params for name, part in parts.items()})
     return {name: parts[name] for name in PARTS if name in parts}
+
+
+@contextmanager
+def _watched(opened: Sequence[Source], report: Report) -> Iterator[Report]:
+    """The report, after which the sources have to be whole: of a mapped file that is not, the system makes a failure to
+    write, or the end of the process. One that another file took the place of is whole to who has it open.
+    """
+    files = {file: file.stat() for source in opened for file in source.files()}
+
+    def check() -> None:
+        for file, before in files.items():
+            now = file.stat() if file.exists() else before
+            if now.st_ino == before.st_ino and now.st_size < before.st_size:
+                raise ValueError(f"{file} was cut short while it was read: fetch it again")
+
+    def watch(path: Path, done: int, total: int) -> None:
+        report(path, done, total)
+        check()
+
+    try:
+        yield watch
+    except OSError:
+        check()
+        raise
 
 
 def _names_no_stage(source: Source) -> bool:

@@ -102,6 +102,12 @@ class Source:
             return str(self.metadata["version"])
         return sure_version(params) or of_others(map(self.release_of, self.networks)) or self.told
 
+    def files(self) -> list[Path]:
+        """The weight files, and in a folder others like them."""
+        if self.path.is_file():
+            return [self.path]
+        return [file for ending in ("safetensors", "bin") for file in self.path.rglob(f"*.{ending}")]
+
     def release_of(self, name: str) -> str | None:
         """The release that a part other than a prior names."""
         try:

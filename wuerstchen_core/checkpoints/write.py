@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import DTYPES
@@ -80,9 +80,10 @@ def _write(file: BinaryIO, tensors: Mapping[str, Planned], progress: Progress) -
     """Write the tensors; returns their checksums."""
     sums, done, total = {}, 0, sum(x.size for x in tensors.values())
     for key, x in tensors.items():
+        progress(done, total)
         sums[key] = _write_one(file, key, x)
         done += x.size
-        progress(done, total)
+    progress(done, total)
     return sums
 
 
@@ -117,8 +118,11 @@ def _forget(file: BinaryIO) -> None:
 
 def _check(path: Path, sums: Mapping[str, int]) -> None:
     """Compare what stands on the disk with what was written."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        found = {key: zlib.crc32(_bytes(file.get_tensor(key))) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {key: zlib.crc32(_bytes(file.get_tensor(key))) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        found = {}
     if found != dict(sums):
         raise OSError(errno.EIO, "it reads back other than it was written")
 
@@ -133,6 +137,8 @@ def _in_words(path: Path, size: int) -> Iterator[None]:
             why = f"there is no room for its {size / 1e9:.2f} GB: free some, or choose another disk"
         elif error.errno in _HELD:
             why = "it is read-only or in use: close what uses it, or choose another name"
+        elif error.errno == errno.EFAULT:  # in a file that is mapped
+            why = "what goes into it can no longer be read: look whether the files it comes from are whole"
         else:
             why = f"{(error.strerror or str(error)).lower()}: choose another name or disk"
         raise OSError(f"{path} was not written, {why}") from error
