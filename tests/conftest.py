@@ -1,10 +1,20 @@
-"""What every test run shares: its last line, which says how many host tests ran and in which ComfyUI versions."""
+"""What every test run shares: a tiny model, and the last line, which says how many host tests ran and in which
+ComfyUI versions."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of v2 as a file, which nobody changes."""
+    from tiny_model import write_tiny_bundle
+
+    return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

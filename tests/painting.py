@@ -1,17 +1,36 @@
-"""What tests of the pipeline share: a prompt, and pictures and latents as numbers."""
+"""What tests of the pipeline and the command line share: a prompt, commands, and pictures and latents as numbers."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core import WuerstchenPipeline, cli
 
 PROMPT = "a red apple"
 ROUNDING = 1  # of 255: where in memory a tensor lies, and how many share a batch, moves fp32 in its last digit
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of a command."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's
+        return int(stop.code or 0)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a command fails with."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:

@@ -12,20 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from painting import failure, run
 from PIL import Image
 from tiny_model import write_tiny_bundle
 
-from wuerstchen_core import WuerstchenPipeline, cli
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import demo_path
 from wuerstchen_core.commands import output
 
 PROMPT = "A red apple, on blue!"
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors"))
 
 
 @pytest.fixture
@@ -34,25 +30,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as stop:  # argparse's
-        return int(stop.code or 0)
-
-
-def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a command fails with."""
-    assert run(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
-    return err
-
-
 # generate
 
 
-def test_generate(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", PROMPT, "--model", bundle, "--seed", "7", "--device", "cpu", "--negative", "small") == 0
     out, err = capsys.readouterr()
     assert out == "a-red-apple-on-blue.png\n" and err == ""
@@ -80,7 +61,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
         "--seed 3 --negative fog --dtype bf16 --device cpu"
     )
     bundle = write_tiny_bundle(here / "v1.safetensors", release="v1")  # which alone has a use for all of them
-    assert run("generate", PROMPT, "--model", str(bundle), *command.split()) == 0
+    assert run("generate", PROMPT, "--model", bundle, *command.split()) == 0
     del given["callback"]
     assert given == {
         "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear", "prior_steps": 5,
@@ -90,7 +71,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
 
 
 def test_a_picture_is_never_overwritten_unless_named(
-    bundle: str, here: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("generate", PROMPT, "--model", bundle)
     assert run(*command) == run(*command) == 0
@@ -103,7 +84,7 @@ def test_a_picture_is_never_overwritten_unless_named(
     ]  # fmt: skip
 
 
-def test_count_output_and_json(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_count_output_and_json(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "out").mkdir()
     command = ("generate", PROMPT, "--model", bundle, "--count", "2", "--seed", "4", "--json")
     assert run(*command, "--output", "out/p.jpg") == 0
@@ -129,7 +110,7 @@ def test_slug(prompt: str, name: str) -> None:
 
 
 def test_progress_is_shown_on_a_terminal_only(
-    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run("generate", PROMPT, "--model", bundle) == 0
@@ -137,7 +118,7 @@ def test_progress_is_shown_on_a_terminal_only(
     assert "] 2/3" in err and "decoder [" in err and err.endswith("\x1b[K")
 
 
-def test_unknown_words_are_named_in_one_line(bundle: str, here: Path) -> None:
+def test_unknown_words_are_named_in_one_line(bundle: Path, here: Path) -> None:
     process = shell("generate", "a red zebra", "--model", bundle, "--count", "2", cwd=here)
     assert process.returncode == 0 and process.stdout == "a-red-zebra.png\na-red-zebra-2.png\n"
     assert process.stderr.count("\n") == 1 and "never learned 'zebra'; it paints" in process.stderr
@@ -171,10 +152,10 @@ def test_unknown_words_are_named_in_one_line(bundle: str, here: Path) -> None:
     ],
 )
 def test_a_failure_is_one_line(
-    bundle: str, here: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     (here / "broken.safetensors").write_text("version https://git-lfs.example/spec/v1\n")
-    (here / "cut.safetensors").write_bytes(Path(bundle).read_bytes()[:-1000])
+    (here / "cut.safetensors").write_bytes(bundle.read_bytes()[:-1000])
     (here / "empty").mkdir()
     before = sorted(here.iterdir())
     model = () if "--model" in options else ("--model", bundle)
@@ -214,7 +195,7 @@ def raising(error: BaseException) -> Any:
 
 
 def test_interrupted(
-    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(WuerstchenPipeline, "decode", raising(KeyboardInterrupt()))
     assert run("generate", PROMPT, "--model", bundle) == 130
@@ -223,7 +204,7 @@ def test_interrupted(
 
 
 def test_interrupted_while_writing(
-    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def half(self: Image.Image, path: Path, **options: Any) -> None:
         path.write_bytes(b"\x89PNG")
@@ -236,7 +217,7 @@ def test_interrupted_while_writing(
 
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory"])
 def test_out_of_memory(
-    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
 ) -> None:
     monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError(message)))
     assert "choose a smaller --width" in failure(capsys, "generate", PROMPT, "--model", bundle)
@@ -245,7 +226,7 @@ def test_out_of_memory(
     assert "choose a smaller batch" in failure(capsys, "train", "prior", "--config", "c.toml")
 
 
-def test_a_bug_keeps_its_traceback(bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
         run("generate", PROMPT, "--model", bundle)
@@ -259,7 +240,7 @@ def test_a_bug_keeps_its_traceback(bundle: str, here: Path, monkeypatch: pytest.
     ],
 )
 def test_a_missing_package_is_named_with_its_file(
-    bundle: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     module: str, arguments: tuple[str, ...], file: str,
 ) -> None:  # fmt: skip
     for name in [name for name in sys.modules if name.startswith("wuerstchen_core.training")]:
@@ -281,7 +262,7 @@ def test_train_hands_over(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     assert calls == [("prior", Path("c.toml"), ["train.steps=3", "run='x'"])]
 
 
-def test_inspect(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", bundle) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{bundle}: ") and any(line.strip().startswith("prior (Stage C):") for line in lines)
@@ -293,7 +274,7 @@ def test_inspect(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
 # as a process
 
 
-def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "wuerstchen_core", *arguments],
         cwd=cwd,

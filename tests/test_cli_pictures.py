@@ -8,19 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from painting import PROMPT, ROUNDING
+from painting import PROMPT, ROUNDING, failure, run
 from PIL import Image
-from tiny_model import write_tiny_bundle
 
-from wuerstchen_core import WuerstchenPipeline, cli
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.commands.output import METADATA_KEY
 
 SIZE = (128, 64)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors"))
 
 
 @pytest.fixture
@@ -36,14 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as stop:  # argparse's
-        return int(stop.code or 0)
-
-
-def painted(capsys: pytest.CaptureFixture[str], bundle: str, *arguments: str) -> list[tuple[str, dict[str, Any]]]:
+def painted(capsys: pytest.CaptureFixture[str], bundle: Path, *arguments: str) -> list[tuple[str, dict[str, Any]]]:
     """The files that a command writes, and how each says it was made."""
     assert run(*arguments, "--model", bundle, "--device", "cpu") == 0
     out, err = capsys.readouterr()
@@ -60,7 +47,7 @@ def same(file: str, image: Image.Image) -> bool:
         return bool(np.abs(np.asarray(written).astype(int) - np.asarray(image)).max() <= ROUNDING)
 
 
-def test_reconstruct(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reconstruct(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [(name, made)] = painted(capsys, bundle, "reconstruct", "cat.png", "--seed", "7", "--decoder-steps", "3")
     assert name == "cat-reconstruct.png"
     assert made["command"] == "reconstruct" and made["image"] == "cat.png" and made["seed"] == 7
@@ -69,7 +56,7 @@ def test_reconstruct(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]
     assert same(name, pipe.reconstruct("cat.png", seed=7, decoder_steps=3)[0])
 
 
-def test_variations(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variations(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "variations cat.png --strength 0.4 --count 2 --seed 3 --width 64 --height 64 --prompt red"
     first, second = painted(capsys, bundle, *command.split(), "--prior-steps", "2")
     assert (first[0], second[0]) == ("cat-variations.png", "cat-variations-2.png")
@@ -83,7 +70,7 @@ def test_variations(bundle: str, here: Path, capsys: pytest.CaptureFixture[str])
         assert same(name, image)
 
 
-def test_inpaint(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inpaint(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("inpaint", "cat.png", "mask.png", PROMPT, "--seed", "2")
     [(name, made)], [(raw, _)] = painted(capsys, bundle, *command), painted(capsys, bundle, *command, "--no-composite")
     assert made["image"] == "cat.png" and made["mask"] == "mask.png" and made["prompt"] == PROMPT
@@ -94,14 +81,14 @@ def test_inpaint(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not same(raw, Image.open(name))
 
 
-def test_outpaint(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outpaint(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [(name, made)] = painted(capsys, bundle, "outpaint", "cat.png", PROMPT, "--left", "30", "--bottom", "7")
     assert made["left"] == 30 and made["top"] == 0 and (made["width"], made["height"]) == (158, 71)
     pipe = WuerstchenPipeline.load(bundle, device="cpu")
     assert same(name, pipe.outpaint("cat.png", PROMPT, left=30, bottom=7)[0])
 
 
-def test_interpolate(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interpolate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     way = painted(capsys, bundle, "interpolate", "cat.png", "dog.JPG", "--steps", "3", "--seed", "4")
     assert [name for name, _ in way] == ["cat-to-dog.png", "cat-to-dog-2.png", "cat-to-dog-3.png"]
     assert way[0][1]["a"] == "cat.png" and way[0][1]["steps"] == 3
@@ -114,7 +101,7 @@ def test_interpolate(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]
     assert same("way-2.png", pipe.generate("small")[0])
 
 
-def test_json(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inpaint", "cat.png", "mask.png", PROMPT, "--model", bundle, "--json", "--output", "x.webp") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["command"] == "inpaint" and report["prompt"] == PROMPT and report["load_seconds"] > 0
@@ -145,13 +132,11 @@ def test_json(bundle: str, here: Path, capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_a_failure_is_one_line(
-    bundle: str, here: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
 ) -> None:
     (here / "text.png").write_text("version https://git-lfs.example/spec/v1\n")
     (here / "cut.png").write_bytes((here / "cat.png").read_bytes()[:-30])
     Image.new("L", SIZE).save("black.png")
     before = sorted(here.iterdir())
-    assert run(*command.split(), "--model", bundle) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message in err
+    assert message in failure(capsys, *command.split(), "--model", bundle)
     assert sorted(here.iterdir()) == before

@@ -19,7 +19,7 @@ from layouts import clip_of_transformers, original
 from networks import NETWORKS, PRIOR
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_model import METADATA, write_tiny_bundle
+from tiny_model import METADATA
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline, cli
@@ -31,11 +31,6 @@ from wuerstchen_core.models.prior import V1, Prior, PriorParams
 
 ROOT = Path(__file__).parent.parent
 V2 = PARTS_OF["v2"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 def states(source: Path) -> dict[str, dict[str, Tensor]]:
