@@ -30,14 +30,15 @@ def add(commands: Any) -> None:
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A command that takes a picture."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.set_defaults(run=_run)
+    parser.add_argument("image", metavar="IMAGE")
     return parser
 
 
 def _reconstruct(commands: Any) -> None:
     parser = _command(commands, "reconstruct", "send a picture through the 42.67x bottleneck and back")
-    parser.set_defaults(run=_run)
-    parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--prompt", default="", help="what Stage B reads beside the picture's features")
     add_options(parser, size=OWN_SIZE, prior=False, name="the picture's")
     add_count(parser)
@@ -45,8 +46,6 @@ def _reconstruct(commands: Any) -> None:
 
 def _variations(commands: Any) -> None:
     parser = _command(commands, "variations", "paint pictures like a picture, or change it by a prompt")
-    parser.set_defaults(run=_run)
-    parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--prompt", default="", help="what to paint (default: whatever the picture shows)")
     _strength(parser, 0.7)
     add_options(parser, size=OWN_SIZE, name="the picture's")
@@ -55,8 +54,6 @@ def _variations(commands: Any) -> None:
 
 def _inpaint(commands: Any) -> None:
     parser = _command(commands, "inpaint", "paint a part of a picture anew")
-    parser.set_defaults(run=_run)
-    parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("mask", metavar="MASK", help="a picture of the same size: white is painted, black is kept")
     parser.add_argument("prompt", metavar="PROMPT", help="what to paint there")
     _over(parser)
@@ -64,8 +61,6 @@ def _inpaint(commands: Any) -> None:
 
 def _outpaint(commands: Any) -> None:
     parser = _command(commands, "outpaint", "paint a picture on, beyond its borders")
-    parser.set_defaults(run=_run)
-    parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("prompt", metavar="PROMPT", help="what the larger picture shows")
     for side in SIDES:
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help=f"to add at the {side}")
@@ -86,7 +81,7 @@ def _strength(parser: argparse.ArgumentParser, default: float) -> None:
 
 
 def _interpolate(commands: Any) -> None:
-    parser = _command(commands, "interpolate", "paint the way from one picture or prompt to another")
+    parser = commands.add_parser("interpolate", help="paint the way from one picture or prompt to another")
     parser.set_defaults(run=_run_interpolate)
     for name in ("A", "B"):
         text = f"a prompt, or the file of a picture ({', '.join(READ)})"
