@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import generate, pictures, train, weights
+from .commands import bench, generate, pictures, train, weights
 
-GROUPS = (generate, pictures, weights, train)  # in the order of --help
+GROUPS = (generate, pictures, weights, train, bench)  # in the order of --help
 FAILURE, INTERRUPTED = 2, 130
 
 

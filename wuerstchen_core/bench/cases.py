@@ -1,0 +1,82 @@
+"""What can be measured: a stage's work at a size, a batch and a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ..diffusion.sizes import check_size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work: the networks it needs, how often each picture is in a batch, and what is done once."""
+
+    parts: tuple[str, ...]
+    what: str
+    copies: int = 1  # of each picture in a network's batch: guided work computes two
+    steps: bool = False  # one of a sampler's
+
+
+PICTURE = "text-to-picture"
+STAGES = {
+    "prior": Stage(("prior",), "a guided step of Stage C", copies=2, steps=True),
+    "decoder": Stage(("decoder", "vqgan"), "a step of Stage B", steps=True),
+    "decoder-guided": Stage(("decoder", "vqgan"), "a guided step of Stage B", copies=2, steps=True),
+    "vqgan-decode": Stage(("vqgan",), "Stage A: latents to pictures"),
+    "vqgan-encode": Stage(("vqgan",), "Stage A: pictures to latents"),
+    "image-encoder": Stage(("image_encoder",), "the semantic compressor: pictures to features"),
+    PICTURE: Stage(("prior", "decoder", "vqgan"), "all three stages, text states given"),
+}
+GROUPS = {"vqgan": ("vqgan-decode", "vqgan-encode"), "all": tuple(STAGES)}
+SIZES = (512, 1024, 1536, 2048)  # pixels of a side
+BATCHES = (1, 2, 4)
+DTYPES = ("bf16", "fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    stage: str
+    side: int  # pixels
+    batch: int
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        batch = f" x{self.batch}" if self.batch > 1 else ""
+        return f"{self.stage} {self.side}²{batch} {self.dtype}"
+
+    @property
+    def rows(self) -> int:
+        """How many pictures a network sees at once."""
+        return self.batch * STAGES[self.stage].copies
+
+
+def stage_names(asked: Sequence[str]) -> list[str]:
+    """Stages, with a group's members in its place. Raises ValueError for a name that is neither."""
+    unknown = [name for name in asked if name not in STAGES and name not in GROUPS]
+    if unknown:
+        raise ValueError(f"stage {unknown[0]!r} is unknown: choose of {', '.join((*STAGES, *GROUPS))}")
+    return list(dict.fromkeys(name for one in asked for name in GROUPS.get(one, (one,))))
+
+
+def check(sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], repeat: int) -> None:
+    """Raise ValueError where one can't be measured."""
+    for side in sizes:
+        check_size(side, side)
+    if min(batches) < 1:
+        raise ValueError(f"a batch of {min(batches)} holds no picture: give at least 1")
+    if repeat < 1:
+        raise ValueError(f"{repeat} repetitions measure nothing: give at least 1")
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown:
+        raise ValueError(f"dtype {unknown[0]!r} is unknown: choose of {', '.join(DTYPES)}")
+
+
+def cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every combination, the smallest first within a network, so that it is loaded once."""
+    for dtype, stage, batch, side in product(dtypes, stages, sorted(batches), sorted(sizes)):
+        yield Case(stage, side, batch, dtype)

@@ -1,0 +1,73 @@
+"""What the machine could do at best, and how much work a case is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..checkpoints.parts import NETWORKS
+from ..devices import DTYPES
+from .cases import STAGES, Case
+from .inputs import inputs, one_call
+from .timing import Clock
+from .weights import Sizes
+
+TRIES, LONGEST = 8, 4.0  # of the product; seconds that they may take
+
+
+def gemm_peak(dtype: str, device: Any, clock: Clock) -> float:
+    """FLOP/s of a large square product: the best of several, in either order of the second factor."""
+    side = 4096 if torch.device(device).type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    best, begun = float("inf"), clock()
+    for i in range(TRIES):
+        factor = b.t() if i % 2 else b
+        started = clock()
+        torch.mm(a, factor)
+        now = clock()
+        best = min(best, now - started)
+        if now - begun > LONGEST and i:
+            break
+    return 2 * side**3 / best
+
+
+def flops(case: Case, sizes: Sizes, peer: bool) -> int:
+    """Floating-point operations of a case's products and convolutions, counted without computing them.
+
+    Counted of the peer's network where there is one, so that both sides are held to the same work.
+    """
+    part, meta = STAGES[case.stage].parts[0], torch.device("meta")
+    with meta:
+        network: Any = _peers(part, sizes) if peer else NETWORKS[part](sizes.of(part))
+    network.eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        if STAGES[case.stage].steps:
+            network(*one_call(case, sizes, meta, torch.float32))
+        else:
+            given = inputs(case, sizes, meta, torch.float32)
+            if case.stage == "vqgan-decode":
+                network.decode(given["latents"])
+            elif case.stage == "vqgan-encode":
+                network.encode(given["images"])
+            else:
+                _encode(network, given["images"])
+    return counter.get_total_flops()
+
+
+def _encode(network: Any, images: torch.Tensor) -> None:
+    from ..models.image_encoder import semantic_view
+
+    network.mapper(network.backbone(semantic_view(images)))
+
+
+def _peers(part: str, sizes: Sizes) -> Any:
+    from .peer import image_encoder, network_class
+    from .weights import config
+
+    network: nn.Module = (
+        image_encoder(sizes.image_encoder) if part == "image_encoder" else network_class(part)(**config(part, sizes))
+    )
+    return network

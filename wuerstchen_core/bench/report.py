@@ -1,0 +1,112 @@
+"""What was measured: rows as JSON and as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .cases import Case
+
+NOTHING = "-"
+
+
+@dataclass
+class Measured:
+    """One side of a row. Seconds; FLOP/s; bytes, above the process as it was before the weights came."""
+
+    median: float | None = None
+    spread: float | None = None  # half of the way from the quickest to the slowest, as a share of the median
+    first: float | None = None  # the round that also does what is done once
+    seconds: list[float] | None = None
+    flops_per_second: float | None = None
+    share_of_peak: float | None = None  # of a large product's FLOP/s
+    memory: int | None = None
+    memory_above_weights: int | None = None
+    load_seconds: float | None = None  # from the file, in memory already, to the end of the first round
+    load_memory: int | None = None  # the peak while loading: what the process shares with no file
+
+
+@dataclass
+class Row:
+    """A case, and what was measured of it."""
+
+    case: Case
+    flops: int  # of one round, by the peer's network
+    weights: int  # bytes
+    ours: Measured
+    peer: Measured | None = None
+    difference: float | None = None  # of the outputs: |ours - peer| / |peer|
+    note: str = ""
+
+    def ratio(self, name: str, upwards: bool = False) -> float | None:
+        """The peer's number to ours, or (`upwards`) ours to the peer's."""
+        ours, peer = getattr(self.ours, name), None if self.peer is None else getattr(self.peer, name)
+        if not ours or not peer:
+            return None
+        return ours / peer if upwards else peer / ours
+
+    def as_dict(self) -> dict[str, Any]:
+        case = asdict(self.case)
+        sides = {"ours": asdict(self.ours), "peer": None if self.peer is None else asdict(self.peer)}
+        ratios = {
+            "times_faster": self.ratio("median"),
+            "memory_ratio": self.ratio("memory", upwards=True),
+            "load_times_faster": self.ratio("load_seconds"),
+        }
+        told = {"flops": self.flops, "weights": self.weights, "difference": self.difference, "note": self.note}
+        return {**case, **told, **ratios, **sides}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown."""
+    head = (
+        "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "ours TFLOP/s", "of GEMM peak",
+        "difference", "ours GB", "peer GB", "memory ratio", "above weights GB", "load s", "peer load s",
+        "load, of weights",
+    )  # fmt: skip
+    lines = [[*head], ["---" if i in (0, 3) else "---:" for i in range(len(head))], *map(_cells, rows)]
+    lines = _without_empty(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    notes = [f"{row.case.label}: {row.note}" for row in rows if row.note]
+    text = "\n".join(f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in lines)
+    return "\n".join([text, *([""] if notes else []), *notes])
+
+
+def _without_empty(lines: list[list[str]]) -> list[list[str]]:
+    """The columns in which something was measured."""
+    kept = [i for i in range(len(lines[0])) if any(line[i] != NOTHING for line in lines[2:])]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def _cells(row: Row) -> list[str]:
+    case, ours, peer = row.case, row.ours, row.peer or Measured()
+    return [
+        case.stage,
+        f"{case.side}²",
+        str(case.batch),
+        case.dtype,
+        _time(ours),
+        _time(peer),
+        _number(row.ratio("median"), "{:.2f}x"),
+        _number(ours.flops_per_second, "{:.2f}", 1e12),
+        _number(ours.share_of_peak, "{:.0%}"),
+        _number(row.difference, "{:.1e}"),
+        _number(ours.memory, "{:.2f}", 1e9),
+        _number(peer.memory, "{:.2f}", 1e9),
+        _number(row.ratio("memory", upwards=True), "{:.2f}x"),
+        _number(ours.memory_above_weights, "{:.2f}", 1e9),
+        _number(ours.load_seconds, "{:.2f}"),
+        _number(peer.load_seconds, "{:.2f}"),
+        _number(ours.load_memory, "{:.0%}", row.weights),
+    ]
+
+
+def _time(side: Measured) -> str:
+    if side.median is None:
+        return NOTHING
+    return f"{side.median:.3g}" + ("" if side.spread is None else f" ±{side.spread:.0%}")
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return NOTHING if value is None else form.format(value / unit)
