@@ -6,12 +6,12 @@ from typing import Any
 
 import comfy.ops
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...wuerstchen_core.models.decoder import Decoder, DecoderParams
+from ...wuerstchen_core.models.decoder import Decoder
 from ...wuerstchen_core.models.layers import Attention, GlobalResponseNorm
-from ...wuerstchen_core.models.prior import Prior, PriorParams
-from ...wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from ...wuerstchen_core.models.prior import Prior
+from ...wuerstchen_core.models.token_decoder import TokenDecoder
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
@@ -36,38 +36,31 @@ def castable(operations: Any) -> Any:
     return type("Operations", (operations,), own)
 
 
-class HostPrior(Prior):
-    """Stage C as the host builds and calls it."""
+class Hosted(nn.Module):
+    """Before one of the core's networks: as the host builds it."""
 
-    def __init__(self, params: PriorParams, *, operations: Any, device: Any = None, dtype: Any = None):
+    def __init__(self, params: Any, *, operations: Any, device: Any = None, dtype: Any = None):
         super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
         self.dtype = dtype
+
+
+class HostPrior(Hosted, Prior):
+    """Stage C as the host builds and calls it."""
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, timestep, context)
 
 
-class HostDecoder(Decoder):
-    """Stage B as the host builds and calls it; the prior's latents come under Stable Cascade's name."""
+class HostedStageB(Hosted):
+    """As the host calls Stage B of either release; the prior's latents come under Stable Cascade's name."""
 
-    def __init__(self, params: DecoderParams, *, operations: Any, device: Any = None, dtype: Any = None):
-        super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
-        self.dtype = dtype
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any) -> Tensor:
         return super().forward(x, timestep, stable_cascade_prior, context)
 
 
-class HostTokenDecoder(TokenDecoder):
-    """v1's Stage B, called as v2's; its attention has the weights of the other networks' under their names."""
+class HostDecoder(HostedStageB, Decoder):  # type: ignore[misc]
+    """v2's Stage B as the host builds and calls it."""
 
-    def __init__(self, params: TokenDecoderParams, *, operations: Any, device: Any = None, dtype: Any = None):
-        super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
-        self.dtype = dtype
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any
-    ) -> Tensor:
-        return super().forward(x, timestep, stable_cascade_prior, context)
+class HostTokenDecoder(HostedStageB, TokenDecoder):  # type: ignore[misc]
+    """v1's Stage B; its attention has the weights of the other networks' under their names."""
