@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wuerstchen_core.models.decoder import DecoderParams
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import PriorParams
+from wuerstchen_core.models.token_decoder import TokenDecoderParams
 
 State = dict[str, Tensor]
+MANIFESTS = Path(__file__).parent / "golden" / "manifests"
+
+# As many blocks as the released networks have, and as narrow as their heads allow.
+PRIOR = PriorParams(c=64, c_cond=1280, c_r=8, nhead=1)
+FIRST_PRIOR = PriorParams(c=64, c_cond=1024, c_r=8, nhead=1)  # of v1, and of v2's first upload
+DECODER = DecoderParams(c_hidden=(8, 64, 64, 64), nhead=(-1, 1, 1, 1), c_cond=8, clip_embd=1024, c_r=8)
+TOKENS = TokenDecoderParams(c_hidden=(8, 16, 16), c_in=8, c_out=8, num_labels=32, c_cond=8, byt5_embd=1024, c_r=8)
+
+
+def manifest_keys(name: str) -> set[str]:
+    """The keys of a published file."""
+    return set(json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"])
+
+
+def write_folder(folder: Path, state: State, config: dict[str, Any], name: str = "diffusion_pytorch_model") -> None:
+    """A component of diffusers."""
+    folder.mkdir(parents=True)
+    save_file(state, folder / f"{name}.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def random_state(network: nn.Module, seed: int = 0) -> State:
+    """Weights of the network's shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
+        for key, x in network.state_dict().items()
+    }
 
 
 def original(state: State) -> State:

@@ -5,54 +5,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layouts import (
+    DECODER,
+    FIRST_PRIOR,
+    PRIOR,
+    TOKENS,
     State,
     clip_of_transformers,
     comfyui,
     encoder_state,
+    manifest_keys,
     original,
-    stage_c_previewer,
+    random_state,
     vae_save,
     vqgan_of_diffusers,
 )
 from safetensors.torch import save_file
-from torch import nn
 
-from wuerstchen_core.checkpoints import describe, load_prior, read_part, versions
+from wuerstchen_core.checkpoints import describe, load_prior, read_part
 from wuerstchen_core.checkpoints.read import open_source
 from wuerstchen_core.checkpoints.sources import ForeignFile
-from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams
-from wuerstchen_core.models.prior import V1, Prior, PriorParams
-from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.token_decoder import TokenDecoder
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
-MANIFESTS = Path(__file__).parent / "golden" / "manifests"
-
-# As many blocks as the released networks have, and as narrow as their heads allow.
-PRIOR = PriorParams(c=64, c_cond=1280, c_r=8, nhead=1)
-FIRST_PRIOR = PriorParams(c=64, c_cond=1024, c_r=8, nhead=1)  # of v1, and of v2's first upload
-DECODER = DecoderParams(c_hidden=(8, 64, 64, 64), nhead=(-1, 1, 1, 1), c_cond=8, clip_embd=1024, c_r=8)
-TOKENS = TokenDecoderParams(c_hidden=(8, 16, 16), c_in=8, c_out=8, num_labels=32, c_cond=8, byt5_embd=1024, c_r=8)
 VQ = VQGANParams(c_hidden=8, codebook_size=16)
 EFFNET_L = ImageEncoderParams(EFFICIENTNET_V2_L)
-
-
-def random_state(network: nn.Module, seed: int = 0) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
-        for key, x in network.state_dict().items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +52,6 @@ def states() -> dict[str, State]:
         "encoder_s": encoder_state(),
         "encoder_l": encoder_state(EFFNET_L),
     }
-
-
-def manifest_keys(name: str) -> set[str]:
-    return set(json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"])
 
 
 def test_these_are_all_the_keys_of_the_published_files(states: dict[str, State]) -> None:
@@ -283,45 +265,6 @@ def test_stable_cascades_stage_a_is_ours(states: dict[str, State], tmp_path: Pat
     assert_holds(tmp_path / "stage_a.safetensors", {"vqgan": half})
 
 
-@pytest.mark.parametrize(("levels", "said"), [(2, "the Stage C previewer of v2"), (3, "a Stable Cascade model")])
-def test_previewers_are_named(tmp_path: Path, levels: int, said: str) -> None:
-    state = stage_c_previewer(levels)
-    if levels == 2:
-        assert state.keys() == manifest_keys("v2_previewer")
-    torch.save({"state_dict": state, "optimizer_state_dict": {}}, tmp_path / "previewer.pt")
-    with pytest.raises(ForeignFile, match=said) as refusal:
-        describe(tmp_path / "previewer.pt")
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
-
-
-def cascade_stage_c() -> State:
-    return {"clip_txt_mapper.weight": torch.zeros(1), "blocks.0.0.weight": torch.zeros(1)}
-
-
-def cascade_stage_b() -> State:
-    names = ("effnet_mapper.0.weight", "pixels_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight")
-    return {name: torch.zeros(1) for name in names}
-
-
-def cascade_encoder() -> State:
-    return {key: x for key, x in encoder_state().items() if key not in ("mapper.1.weight", "mapper.1.bias")}
-
-
-@pytest.mark.parametrize(
-    ("make", "wrap"),
-    [
-        (cascade_stage_c, dict), (cascade_stage_b, dict), (cascade_encoder, dict), (cascade_stage_c, comfyui),
-        (cascade_stage_b, comfyui), (cascade_encoder, vae_save),
-    ],
-)  # fmt: skip
-def test_stable_cascade_is_named_whatever_saved_it(
-    tmp_path: Path, make: Callable[[], State], wrap: Callable[[State], State]
-) -> None:
-    torch.save(wrap(make()), tmp_path / "model.pt")
-    with pytest.raises(ForeignFile, match="a Stable Cascade model, whose latents are not Würstchen's"):
-        open_source(tmp_path / "model.pt")
-
-
 def test_folder_of_stable_diffusion_is_named(tmp_path: Path) -> None:
     write_pipeline(tmp_path, "StableDiffusionPipeline", {"text_encoder": (tower(64), "model")})
     with pytest.raises(ForeignFile, match="the parts of a StableDiffusionPipeline$"):
@@ -344,82 +287,3 @@ def test_folder_with_half_of_its_parts(states: dict[str, State], tmp_path: Path)
     )
     with pytest.raises(ValueError, match="has no decoder; it holds vqgan$"):
         read_part(tmp_path, "decoder")
-
-
-# whose an open prior is
-
-
-@pytest.fixture
-def open_prior(states: dict[str, State], tmp_path: Path) -> Path:
-    save_file(states["first_prior"], tmp_path / "prior.safetensors")
-    return tmp_path / "prior.safetensors"
-
-
-def units(part: Any) -> tuple[float, float]:
-    return part.params.feature_scale, part.params.feature_shift
-
-
-V1_UNITS, V2_UNITS = (V1["feature_scale"], V1["feature_shift"]), (42.0, 1.0)
-
-
-def test_v1_is_assumed_and_said_once(open_prior: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert units(read_part(open_prior, "prior")) == V1_UNITS
-    [line] = [record.getMessage() for record in caplog.records]
-    assert str(open_prior) in line and 'give version "v2"' in line and "\n" not in line
-
-
-@pytest.mark.parametrize(("version", "expected"), [("v1", V1_UNITS), ("v2", V2_UNITS)])
-def test_the_user_decides(
-    open_prior: Path, version: str, expected: tuple[float, float], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        assert units(read_part(open_prior, "prior", version)) == expected
-        network = load_prior(open_prior, version=version)
-    assert (network.params.feature_scale, network.params.feature_shift) == expected
-    assert not caplog.records
-    with pytest.raises(ValueError, match="version 'v3' is unknown: choose auto, v1, v2"):
-        open_source(open_prior, version="v3")
-
-
-@pytest.mark.parametrize(("published", "asked", "expected"), [("v2", "auto", V2_UNITS), ("v1", "v2", V1_UNITS)])
-def test_a_known_file_is_what_it_is(
-    open_prior: Path, monkeypatch: pytest.MonkeyPatch, published: str, asked: str, expected: tuple[float, float]
-) -> None:
-    size, checksum = open_prior.stat().st_size, hashlib.sha256(open_prior.read_bytes()).hexdigest()
-    monkeypatch.setattr(versions, "PUBLISHED", (((size, size), checksum[:8], published),))
-    assert units(read_part(open_prior, "prior", asked)) == expected
-    monkeypatch.setattr(versions, "PUBLISHED", (((size, size), "00000000", published),))
-    assert units(read_part(open_prior, "prior", asked)) == (V2_UNITS if asked == "v2" else V1_UNITS)
-
-
-def test_only_a_file_of_a_known_size_is_read_for_its_checksum(
-    open_prior: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*arguments: Any) -> str:
-        raise AssertionError("the file was read")
-
-    monkeypatch.setattr(versions, "_sha256", never)
-    read_part(open_prior, "prior")
-    size = open_prior.stat().st_size
-    monkeypatch.setattr(versions, "PUBLISHED", (((size, size), "00000000", "v2"),))
-    describe(open_prior)
-    with pytest.raises(AssertionError, match="was read"):
-        read_part(open_prior, "prior")
-
-
-@pytest.mark.parametrize(("beside", "expected"), [("token_decoder", V1_UNITS), ("decoder", V2_UNITS)])
-def test_stage_b_in_the_same_file_decides(
-    states: dict[str, State], tmp_path: Path, beside: str, expected: tuple[float, float]
-) -> None:
-    state = {f"prior.{key}": x for key, x in states["first_prior"].items()}
-    state |= {f"{beside}.{key}": x for key, x in states[beside].items()}
-    save_file(state, tmp_path / "bundle.safetensors")
-    assert units(read_part(tmp_path / "bundle.safetensors", "prior")) == expected
-    assert describe(tmp_path / "bundle.safetensors").version == ("v1" if expected == V1_UNITS else "v2")
-
-
-def test_a_prior_of_1280_is_always_v2s(states: dict[str, State], tmp_path: Path) -> None:
-    save_file(states["prior"], tmp_path / "prior.safetensors")
-    assert units(read_part(tmp_path / "prior.safetensors", "prior", "v1")) == V2_UNITS

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from layouts import State, comfyui, encoder_state, original, vqgan_of_diffusers
+from layouts import State, comfyui, encoder_state, original, random_state, vqgan_of_diffusers, write_folder
 from networks import DECODER, PRIOR, VQ
 from safetensors.torch import save_file
 from torch import nn
@@ -22,26 +20,14 @@ from wuerstchen_core.checkpoints import (
     load_prior,
     load_text_encoder,
     load_vqgan,
-    read_metadata,
     read_part,
 )
-from wuerstchen_core.checkpoints.formats import LORA
-from wuerstchen_core.checkpoints.sources import ForeignFile
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 from wuerstchen_core.models.vqgan import VQGAN
 
 TEXT = TextEncoderParams(width=64, heads=1, layers=1, vocab_size=20)
-
-
-def random_state(network: nn.Module, seed: int = 0) -> State:
-    """Weights of the network's shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
-        for key, x in network.state_dict().items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +103,6 @@ def test_original_vqgan_beside_its_training_state(vqgan: State, tmp_path: Path) 
     network = load_vqgan(path)
     assert network.params == VQ
     assert_holds(network, vqgan)
-
-
-def write_folder(folder: Path, state: State, config: dict[str, Any], name: str = "diffusion_pytorch_model") -> None:
-    folder.mkdir(parents=True)
-    save_file(state, folder / f"{name}.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -209,133 +189,6 @@ def test_safetensors_stay_on_the_disk(tmp_path: Path) -> None:
     network = load_prior(tmp_path / "prior.safetensors")
     assert resident() - before < 30
     assert sum(x.numel() for x in network.parameters()) * 4 / 2**20 > 100
-
-
-Damage = Callable[[State], None]
-
-
-def drop(state: State) -> None:
-    del state["out.1.bias"]
-
-
-def add(state: State) -> None:
-    state |= {f"extra.{i}": torch.zeros(1) for i in range(5)}
-
-
-def reshape(state: State) -> None:
-    state["projection.bias"] = torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (drop, r"missing: 1 \(out\.1\.bias\)$"),
-        (add, r"unexpected: 5 \(extra\.0, extra\.1, extra\.2, \.\.\.\)$"),
-        (reshape, r"another shape: 1 \(projection\.bias is \[3\] and should be \[64\]\)$"),
-    ],
-)
-def test_strict_loading_names_the_keys(prior: State, damage: Damage, said: str, tmp_path: Path) -> None:
-    state = dict(prior)
-    damage(state)
-    save_file(state, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match=said):
-        load_prior(tmp_path / "prior.safetensors")
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_refused_and_not_run(prior: State, tmp_path: Path, zipped: bool) -> None:
-    content = {"state_dict": prior, "extra": Payload(tmp_path / "made")}
-    torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="Python objects") as refusal:
-        load_prior(tmp_path / "bad.pt")
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "made").exists()
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize("ending", ["safetensors", "pt", "old.pt"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_file_cut_short_is_refused(vqgan: State, tmp_path: Path, ending: str, share: float) -> None:
-    path = tmp_path / f"whole.{ending}"
-    if ending == "safetensors":
-        save_file(vqgan, path)
-    else:
-        torch.save({"state_dict": vqgan}, path, _use_new_zipfile_serialization=ending == "pt")
-    whole = path.read_bytes()
-    with pytest.raises(ValueError, match="fetch it again") as refusal:
-        load_vqgan(written(tmp_path / "cut", whole[: int(len(whole) * share)]))
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200 + len(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "no weights"),
-        (b"<!doctype html><html></html>", "no weights"),
-        (b"PK\x03\x04 a zip of something else", "damaged"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as refusal:
-        load_prior(written(tmp_path / "file.safetensors", content))
-    assert "\n" not in str(refusal.value)
-
-
-def test_pytorch_file_without_weights_is_refused(tmp_path: Path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "log.pt")
-    with pytest.raises(ValueError, match="expected a state dict"):
-        load_prior(tmp_path / "log.pt")
-
-
-def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path) -> None:
-    save_file(prior, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match="no vqgan; it holds prior$"):
-        load_vqgan(tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match="does not exist"):
-        load_prior(tmp_path / "nothing.pt")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no diffusers folder"):
-        load_prior(tmp_path / "empty")
-    with pytest.raises(ValueError, match="'unet' is no part"):
-        read_part(tmp_path / "prior.safetensors", "unet")
-    assert read_metadata(tmp_path / "prior.safetensors") == {}
-    assert read_metadata(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("key", "held"),
-    [
-        ("double_blocks.0.weight", "a Flux model"),
-        # Not the prior of a bundle, whose keys begin as these do.
-        ("prior.blocks.2.attention.to_q.lora_A.weight", LORA),
-        ("prior.blocks.2.attention.processor.to_q_lora.down.weight", LORA),
-    ],
-)
-def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, held: str) -> None:
-    save_file({key: torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ForeignFile, match=f"it holds {held}$") as refusal:
-        load_prior(tmp_path / "foreign.safetensors")
-    assert refusal.value.held == (held,)
-
-
-def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
-    write_folder(tmp_path / "prior", {"clip_txt_pooled_mapper.weight": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="Stable Cascade"):
-        load_prior(tmp_path)
 
 
 def test_part_can_be_built_more_than_once(prior: State, tmp_path: Path) -> None:
