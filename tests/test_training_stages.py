@@ -259,25 +259,16 @@ def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, inp
 def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     """`python -m wuerstchen_core train`, killed without warning, and started again: as one run."""
     changes = [*inputs, "train.steps=8", "train.log_every=4", "train.sheet_every=1000"]
-    arguments = ["train", "text", "--config", str(run_folder / "text.toml")]
     whole, killed = ([f"run='{tmp_path / name}'", *changes] for name in ("whole", "killed"))
+    command = ["train", "text", "--config", str(run_folder / "text.toml"), *(f"--set={change}" for change in killed)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "wuerstchen_core",
-            *arguments,
-            *(word for change in killed for word in ("--set", change)),
-        ],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "wuerstchen_core", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not (tmp_path / "killed" / "text" / "checkpoint.pt").exists():
         time.sleep(0.02)
     process.kill()
     assert "text:" in process.communicate()[1]  # the progress bar
-    assert main([*arguments, *(word for change in killed for word in ("--set", change))]) == 0
+    assert main(command) == 0
     run("text", run_folder / "text.toml", whole)
     assert shown(read_log(tmp_path / "killed" / "text")) == shown(read_log(tmp_path / "whole" / "text"))
     assert_equal_states(ema_of(tmp_path / "killed" / "text"), ema_of(tmp_path / "whole" / "text"))

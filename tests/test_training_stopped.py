@@ -1,0 +1,175 @@
+"""A training that is stopped goes on exactly, and nothing is half-written."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from training_line import CONFIG, Line, LineParams, LineStage, assert_same_training, files
+from training_stages import assert_equal_states, checkpoint, ema_of, read_log
+
+from wuerstchen_core.checkpoints import write
+from wuerstchen_core.training.loop import build_optimizers, learning_rate, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps at once."""
+    return train(LineStage(), CONFIG, tmp_path_factory.mktemp("whole")).parent
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 8])
+def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path, whole: Path, stop: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=stop), CONFIG, tmp_path)
+    torch.manual_seed(999)  # nothing may hang on chance from outside
+    stage = LineStage()
+    train(stage, CONFIG, tmp_path)
+    assert stage.losses == (8 if stop <= 4 else 4)  # from the last checkpoint, at step 4
+    assert_same_training(tmp_path, whole)
+
+
+class DeepLine(Line):
+    """A line with a block before it, whose matrix Muon can train."""
+
+    def __init__(self, params: LineParams):
+        super().__init__(params)
+        self.blocks = nn.ModuleList([nn.Linear(params.width, params.width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.blocks[0](x))
+
+
+class DeepLineStage(LineStage):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.net = DeepLine(LineParams())
+
+    def parts(self, net: Line) -> dict[str, nn.Module]:
+        part = Line(net.params)  # a bundle's prior is one of ours: the block is left out
+        part.load_state_dict(net.state_dict(), strict=False)
+        return {"prior": part}
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path: Path) -> None:
+    config = replace(CONFIG, muon_lr=0.05)
+    optimizers = build_optimizers(DeepLineStage().net, config)
+    assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
+    assert len(optimizers["adamw"].param_groups[0]["params"]) == 3
+    assert set(build_optimizers(DeepLineStage().net, CONFIG)) == {"adamw"}
+    train(DeepLineStage(), config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(DeepLineStage(stop=6), config, tmp_path / "stopped")
+    train(DeepLineStage(), config, tmp_path / "stopped")
+    assert_same_training(tmp_path / "stopped", tmp_path / "whole")
+    train(DeepLineStage(), CONFIG, tmp_path / "adamw")
+    weights = [checkpoint(tmp_path / name)["net"]["blocks.0.weight"] for name in ("whole", "adamw")]
+    assert not torch.equal(*weights)
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, whole: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "again")
+    stage = LineStage()
+    train(stage, CONFIG, folder)
+    assert stage.losses == 0 and stage.trained_in_train_mode == []
+    assert_same_training(folder, whole)
+
+
+@pytest.mark.parametrize("broken", ["torch.save", "sheet", "bundle"])
+def test_an_interrupt_while_writing_leaves_the_last_state_whole(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """At step 8, half-way through a file: all of step 4 is still there, and no part of a file."""
+    calls = []
+
+    def interrupted(write: Any) -> Any:
+        def writer(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 1:
+                return write(*arguments, **options)
+            target = next(item for item in arguments if isinstance(item, Path | io.IOBase))
+            target.write_bytes(b"half") if isinstance(target, Path) else target.write(b"half")
+            raise KeyboardInterrupt
+
+        return writer
+
+    with monkeypatch.context() as patch:
+        if broken == "torch.save":
+            patch.setattr(torch, "save", interrupted(torch.save))
+        elif broken == "sheet":
+            patch.setattr(Image.Image, "save", interrupted(Image.Image.save))
+        else:
+            patch.setattr(write, "_write", interrupted(write._write))
+        with pytest.raises(KeyboardInterrupt):
+            train(LineStage(), CONFIG, tmp_path)
+    assert len(calls) == 2 and checkpoint(tmp_path)["step"] == 4
+    assert not [name for name in files(tmp_path) if "part" in name]
+    train(LineStage(), CONFIG, tmp_path)
+    assert_same_training(tmp_path, whole)
+
+
+def test_a_row_that_was_cut_short_is_dropped(tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=7), CONFIG, tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    train(LineStage(), CONFIG, tmp_path)
+    assert_same_training(tmp_path, whole)
+
+
+def test_rows_of_a_run_that_was_stopped_before_its_first_checkpoint_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=4), CONFIG, tmp_path)
+    assert [row["step"] for row in read_log(tmp_path)] == [3]
+    train(LineStage(), CONFIG, tmp_path)
+    assert [row["step"] for row in read_log(tmp_path)] == [3, 6, 8]
+
+
+def test_seconds_are_those_of_all_runs_together(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=6), CONFIG, tmp_path)
+    file = tmp_path / "log.jsonl"
+    file.write_text(file.read_text().replace(f'"seconds": {read_log(tmp_path)[0]["seconds"]}', '"seconds": 5000.0'))
+    train(LineStage(), CONFIG, tmp_path)
+    assert [row["seconds"] >= 5000 for row in read_log(tmp_path)] == [True] * 3
+
+
+def test_a_checkpoint_without_losses_is_read_too(tmp_path: Path, whole: Path) -> None:
+    """As the first trainers wrote it; only the row after it then averages over fewer steps."""
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=5), CONFIG, tmp_path)
+    contents = checkpoint(tmp_path)
+    assert len(contents.pop("losses")) == 1
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    train(LineStage(), CONFIG, tmp_path)
+    assert_equal_states(ema_of(tmp_path), ema_of(whole))
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.01}, {"betas": (0.5, 0.9)}, {"weight_decay": 3.0}])
+def test_a_changed_configuration_takes_effect_at_once(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=5), CONFIG, tmp_path)
+    used = []
+    step = torch.optim.AdamW.step
+    names = ("lr", "betas", "weight_decay")
+
+    def watched(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        used.append({name: self.param_groups[0][name] for name in names})
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = replace(CONFIG, **change)
+    train(LineStage(), config, tmp_path)
+    rates = [config.lr * learning_rate(config, step) for step in range(4, 8)]
+    assert [row["lr"] for row in used] == pytest.approx(rates, rel=1e-12)
+    assert all((row["betas"], row["weight_decay"]) == (config.betas, config.weight_decay) for row in used)
+    assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])

@@ -1,0 +1,80 @@
+"""The smallest thing that learns, for tests of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
+
+from wuerstchen_core.training.config import LoopConfig
+from wuerstchen_core.training.loop import Stage
+
+CONFIG = LoopConfig(steps=8, batch=4, lr=0.05, warmup=2, ema=0.8, log_every=3, save_every=4, sheet_every=4)
+
+
+@dataclass(frozen=True)
+class LineParams:
+    width: int = 4
+
+
+class Line(nn.Module):
+    """A linear layer behind dropout."""
+
+    def __init__(self, params: LineParams):
+        super().__init__()
+        self.params = params
+        self.layer = nn.Linear(params.width, 1)
+        self.register_buffer("seen", torch.zeros(params.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.mean(0)
+        return self.layer(F.dropout(x, 0.3, self.training))
+
+
+class LineStage(Stage[Line]):
+    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes a loss that is none."""
+
+    name, tables = "prior", ()
+
+    def __init__(self, width: int = 4, stop: int | None = None, spoil: int | None = None):
+        torch.manual_seed(1)
+        self.net, self.stop, self.spoil, self.width, self.losses = Line(LineParams(width)), stop, spoil, width, 0
+        self.trained_in_train_mode: list[bool] = []
+
+    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+        return (torch.randn(size, self.width, generator=rng),)
+
+    def loss(self, net: Line, *batch: Any) -> Tensor:
+        self.losses += 1
+        if self.losses == self.stop:
+            raise KeyboardInterrupt
+        self.trained_in_train_mode.append(net.training)
+        (x,) = batch
+        loss = F.mse_loss(net(x), x.sum(1, keepdim=True))
+        return loss * torch.nan if self.losses == self.spoil else loss
+
+    def sheet(self, net: Line) -> Image.Image | None:
+        assert not net.training and not torch.is_grad_enabled()
+        return Image.new("RGB", (4, 4), (1, 2, 3))
+
+    def parts(self, net: Line) -> dict[str, nn.Module]:
+        return {"prior": net}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_same_training(folder: Path, whole: Path) -> None:
+    assert shown(read_log(folder)) == shown(read_log(whole))
+    assert_equal_states(ema_of(folder), ema_of(whole))
+    assert_equal_states(checkpoint(folder)["net"], checkpoint(whole)["net"])
+    assert (folder / "prior.safetensors").read_bytes() == (whole / "prior.safetensors").read_bytes()
+    assert files(folder) == files(whole)
