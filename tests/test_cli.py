@@ -174,6 +174,7 @@ def test_only_what_works_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(" {4}[a-z]", line)]
     assert listed == [
         "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "train",
+        "bench",
     ]  # fmt: skip
 
 
