@@ -60,7 +60,8 @@ class TruePictures:
 
 
 def test_true_pictures_are_all_right(judge: Judge) -> None:
-    numbers = evaluate.summary(evaluate.judge_pictures(judge, WANTED, pictures(WANTED)), RECONSTRUCTED)
+    rows = evaluate.judge_pictures(judge, WANTED, pictures(WANTED))
+    numbers = evaluate.summary(rows, rows[:2], RECONSTRUCTED)
     low = round(100 * wilson_interval(4, 4)[0], 1)
     assert numbers["thing"] == numbers["background"] == {"percent": 100.0, "interval": [low, 100.0], "count": 4}
     assert {size: part["count"] for size, part in numbers["by_size"].items()} == {"large": 2, "small": 2}
@@ -73,9 +74,11 @@ def test_mistakes_are_counted_and_named(judge: Judge) -> None:
     """Two show another thing of the same ground, the third nothing at all, on cyan; only the last is right."""
     nothing = Image.new("RGB", (256, 256), (0, 255, 255))
     other, last = pictures(WANTED[2:])
-    numbers = evaluate.summary(evaluate.judge_pictures(judge, WANTED, [last, other, nothing, last]), RECONSTRUCTED)
+    rows = evaluate.judge_pictures(judge, WANTED, [last, other, nothing, last])
+    numbers = evaluate.summary(rows, rows[2:], RECONSTRUCTED)
     assert numbers["thing"]["percent"] == 25.0 and numbers["another_thing"]["percent"] == 50.0
     assert numbers["background"]["percent"] == 75.0
+    assert numbers["compressed"]["percent"] == 50.0 and numbers["compressed"]["count"] == 2
     assert numbers["thing"]["interval"] == [round(100 * bound, 1) for bound in wilson_interval(1, 4)]
     assert numbers["by_size"]["large"]["percent"] == 50.0 and numbers["by_size"]["small"]["percent"] == 0.0
     names = [THINGS[5].name, THINGS[9].name, "nothing"]
@@ -84,18 +87,22 @@ def test_mistakes_are_counted_and_named(judge: Judge) -> None:
 
 
 def test_a_size_that_was_not_painted_is_left_out(judge: Judge) -> None:
-    numbers = evaluate.summary(evaluate.judge_pictures(judge, WANTED[:1], pictures(WANTED[:1])), RECONSTRUCTED)
+    rows = evaluate.judge_pictures(judge, WANTED[:1], pictures(WANTED[:1]))
+    numbers = evaluate.summary(rows, rows, RECONSTRUCTED)
     assert list(numbers["by_size"]) == ["large"]
 
 
 def test_evaluation_paints_held_out_scenes_with_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "reconstruct", lambda pipe, wanted, steps: [float(steps), len(wanted)])
+    monkeypatch.setattr(
+        evaluate, "reconstruct", lambda pipe, wanted, steps: (pictures(wanted), [float(steps), len(wanted)])
+    )
     pipe: Any = TruePictures()
     every = 39  # of 116 pairs: three, so six scenes
     numbers = evaluate.evaluate(pipe, seeds=2, every=every, decoder_steps=7)
     assert numbers["thing"]["percent"] == numbers["background"]["percent"] == 100 and numbers["thing"]["count"] == 12
     assert {size: part["count"] for size, part in numbers["by_size"].items()} == {"large": 6, "small": 6}
     assert numbers["psnr"] == {"mean": 6.5, "min": 6.0, "count": 2}
+    assert numbers["compressed"]["percent"] == 100 and numbers["compressed"]["count"] == 6
     assert [(seed, changes) for _, seed, changes in pipe.asked] == [
         (1000, {"decoder_steps": 7}),
         (2000, {"decoder_steps": 7}),
@@ -113,9 +120,12 @@ def test_every_held_out_scene_counts_and_batches_keep_their_seeds() -> None:
 
 
 def test_reconstruction_is_measured(pipe: WuerstchenPipeline) -> None:
-    one, two = (evaluate.reconstruct(pipe, WANTED[:1], steps) for steps in (1, 2))
+    one, two, own = (evaluate.reconstruct(pipe, WANTED[:1], steps)[1] for steps in (1, 2, None))
     assert len(one) == 1 and 0 < one[0] < 40 and one != two
-    assert evaluate.reconstruct(pipe, WANTED[:1]) == two  # the model's own number of steps
+    assert own == two  # the model's own number of steps
+    images, values = evaluate.reconstruct(pipe, WANTED[2:])
+    pairs = zip(pictures(WANTED[2:]), images, strict=True)
+    assert values == [evaluate.psnr(np.asarray(a), np.asarray(b)) for a, b in pairs]
 
 
 def test_the_command_writes_the_numbers(
@@ -150,6 +160,7 @@ NUMBERS = {
     "another_thing": {"percent": 1.0, "interval": [0.5, 2.1], "count": 696},
     "background": {"percent": 99.9, "interval": [99.2, 100.0], "count": 696},
     "by_size": {"large": {"percent": 97.0, "interval": [94.6, 98.3], "count": 348}},
+    "compressed": {"percent": 98.3, "interval": [95.7, 99.3], "count": 232},
     "psnr": {"mean": 26.1, "min": 21.3, "count": 232},
 }
 
@@ -162,12 +173,14 @@ def test_the_table_holds_the_numbers() -> None:
         ["the right thing, large", "97.0 %", "94.6 to 98.3 %", "348"],
         ["another thing", "1.0 %", "0.5 to 2.1 %", "696"],
         ["the right background", "99.9 %", "99.2 to 100.0 %", "696"],
-        ["the picture after 42.67x compression", "26.1 dB", "worst 21.3 dB", "232"],
+        ["the right thing after 42.67x compression", "98.3 %", "95.7 to 99.3 %", "232"],
+        ["the picture itself after it", "26.1 dB", "worst 21.3 dB", "232"],
     ]
 
 
 def test_the_readme_has_a_place_for_the_table() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    remake.with_table(readme, "TABLE", remake.MARKS_V1)
     start, end = remake.MARKS
     once = remake.with_table(readme, "TABLE")
     assert f"{start}\nTABLE\n{end}" in once
@@ -182,16 +195,21 @@ def test_the_readme_has_a_place_for_the_table() -> None:
 def test_one_command_remakes_all_that_follows_from_the_weights(
     pipe: WuerstchenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "README.md").write_text(f"before\n{remake.MARKS[0]}\nold\n{remake.MARKS[1]}\nafter\n")
+    readme = "before\n{0[0]}\n{2}{0[1]}\nbetween\n{1[0]}\n{3}{1[1]}\nafter\n"
+    marks = remake.MARKS, remake.MARKS_V1
+    (tmp_path / "README.md").write_text(readme.format(*marks, "old\n", ""))
+    v1 = WuerstchenPipeline()
     quick = WuerstchenPipeline(metadata=pipe.metadata, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
     quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
-    monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: quick)
+    monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: v1 if source == "demo-v1" else quick)
     monkeypatch.setattr(remake, "ROOT", tmp_path)
     monkeypatch.setattr(remake, "DEMO", tmp_path)
     monkeypatch.setattr(remake, "SHEET", tmp_path / "docs" / "sheet.jpg")
     monkeypatch.setattr(edits, "SHEET", tmp_path / "docs" / "edits.jpg")
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
-    monkeypatch.setattr(remake, "evaluate", lambda pipe: NUMBERS)
+    monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
+    fewer = NUMBERS | {"another_thing": NUMBERS["thing"]}
+    monkeypatch.setattr(remake, "evaluate", lambda pipe: fewer if pipe is v1 else NUMBERS)
     few = DemoPictures({"data": {"canvas": 64, "things": 2}}, held=True)
     monkeypatch.setattr(remake, "DemoPictures", lambda held: few)
     trained: list[Path] = []
@@ -207,9 +225,9 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     }
     assert all(np.shape(value["bias"]) == (3,) for value in factors.values())
     assert json.loads((tmp_path / "evaluation.json").read_text()) == NUMBERS
-    assert (tmp_path / "README.md").read_text() == (
-        f"before\n{remake.MARKS[0]}\n{remake.number_table(NUMBERS)}\n{remake.MARKS[1]}\nafter\n"
-    )
+    assert json.loads((tmp_path / "evaluation_v1.json").read_text()) == fewer
+    tables = (f"{remake.number_table(numbers)}\n" for numbers in (NUMBERS, fewer))
+    assert (tmp_path / "README.md").read_text() == readme.format(*marks, *tables)
 
 
 def test_the_lora_is_of_diffusers_form_and_changes_the_prior_alone(monkeypatch: pytest.MonkeyPatch) -> None:

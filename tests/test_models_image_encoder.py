@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
 import pytest
 import torch
 from golden_data import Golden, assert_near
 from networks import IMAGE
-from torch import Tensor
 
+from wuerstchen_core.demo.recipe.precision_cases import hashed, hashed_weight
 from wuerstchen_core.diffusion.sizes import prior_side
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 
 TOLERANCE = 1e-5  # observed 1e-6
-
-
-def hashed(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers in [-1, 1) that depend on the key and the position alone (the golden data's recipe)."""
-    x = np.arange(int(np.prod(shape)), dtype=np.uint32) + np.uint32(zlib.crc32(key.encode()))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    x ^= x >> np.uint32(16)
-    return torch.from_numpy((x / 2**31 - 1).astype(np.float32)).view(shape)
-
-
-def hashed_weight(key: str, shape: tuple[int, ...]) -> Tensor:
-    if key.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.long)
-    u = hashed(key, shape)
-    if key.endswith("running_mean"):
-        return 0.2 * u
-    if key.endswith("running_var"):
-        return 1 + 0.5 * u
-    if len(shape) == 1:
-        return 0.1 * u if key.endswith("bias") else 1 + 0.2 * u
-    return u * (3 / np.prod(shape[1:])) ** 0.5
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import nn
 
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.demo.recipe import precision
-from wuerstchen_core.demo.recipe.precision import KINDS, MARKS, Case, golden_cases, largest_inside, relative_error
+from wuerstchen_core.demo.recipe.precision import KINDS, MARKS, largest_inside, relative_error
+from wuerstchen_core.demo.recipe.precision_cases import Case, golden_cases, golden_image_encoders
 
 # In percent of the result, twice what was measured (the README's table).
 MOST = {"bf16": 2.6, "fp16": 0.4, "fp8, computed in bf16": 7.5, "fp8, computed in fp32": 7.5}
@@ -22,11 +23,21 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in golden_cases()}
 
 
+def check(case: Case, most: dict[str, float]) -> None:
+    errors = {kind: relative_error(case, *dtypes) for kind, dtypes in KINDS.items()}
+    assert all(0 < error < most[kind] for kind, error in errors.items()), errors
+    assert errors["fp16"] < errors["bf16"] < errors["fp8, computed in bf16"]
+
+
 @pytest.mark.parametrize("name", ["prior", "decoder", "token_decoder", "vqgan"])
 def test_errors_on_the_golden_data(cases: dict[str, Case], name: str) -> None:
-    errors = {kind: relative_error(cases[name], *dtypes) for kind, dtypes in KINDS.items()}
-    assert all(0 < error < MOST[kind] for kind, error in errors.items()), errors
-    assert errors["fp16"] < errors["bf16"] < errors["fp8, computed in bf16"]
+    check(cases[name], MOST)
+
+
+@pytest.mark.long
+def test_errors_of_the_golden_image_encoders() -> None:
+    for case in golden_image_encoders():
+        check(case, MOST | {"fp8, computed in bf16": 16, "fp8, computed in fp32": 16})
 
 
 def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, Case]) -> None:

@@ -52,4 +52,5 @@ def test_the_written_numbers_are_measured_again(pipe: WuerstchenPipeline) -> Non
     for name in ("thing", "another_thing", "background"):
         assert measured[name]["percent"] == pytest.approx(written[name]["percent"], abs=1.0)
         assert measured[name]["count"] == written[name]["count"] == 696
+    assert measured["compressed"]["percent"] == pytest.approx(written["compressed"]["percent"], abs=1.0)
     assert measured["psnr"]["mean"] == pytest.approx(written["psnr"]["mean"], abs=0.1)

@@ -29,7 +29,7 @@ from .build import RECIPE, collect, keep_logs, last_step, metadata, told
 TAKEN = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # from v2, by stage
 SINGLES = 512  # CLIP's first tokens: each byte, inside a word and at its end
 STAGES = {"token-decoder": "token_decoder.toml", "prior": "prior_v1.toml"}  # the prior's sheets need the decoder
-EVALUATION = RECIPE / "evaluation_v1.json"  # what `evaluate --model demo-v1 --json` wrote
+EVALUATION = RECIPE / "evaluation_v1.json"  # which `remake` writes
 # Guidance and steps that `evaluate` found to be enough for this model. On every third held-out scene the mode is worth
 # 1.0 dB over v1's published one, multinomial, which leaves single tokens astray; what they show is right in both.
 SAMPLING = {

@@ -1,7 +1,7 @@
 """Measure a model on the held-out pictures: `python -m wuerstchen_core.demo.recipe.evaluate [--json FILE]`.
 
 Every held-out scene is painted with each of three seeds and judged by `judge.Judge`, which looks at pixels and is no
-trained network; every held-out picture is sent through the 42.67x bottleneck and compared.
+trained network; every held-out picture is sent through the 42.67x bottleneck, judged and compared.
 """
 
 from __future__ import annotations
@@ -55,19 +55,23 @@ def judge_pictures(judge: Judge, wanted: Sequence[Scene], images: Sequence[Image
 
 
 @torch.inference_mode()
-def reconstruct(pipe: WuerstchenPipeline, wanted: Sequence[Scene], decoder_steps: int | None = None) -> list[float]:
-    """PSNR in dB of each true picture after the 42.67x bottleneck (no text)."""
+def reconstruct(
+    pipe: WuerstchenPipeline, wanted: Sequence[Scene], decoder_steps: int | None = None
+) -> tuple[list[Image.Image], list[float]]:
+    """Each scene's true picture after the 42.67x bottleneck (no text), and the PSNR of it in dB."""
     assert pipe.image_encoder is not None
     sampling = pipe.sampling.changed(width=CANVAS, height=CANVAS, decoder_steps=decoder_steps)
+    images: list[Image.Image] = []
     values: list[float] = []
     for start in range(0, len(wanted), BATCH):
         truth = draw_all(wanted[start : start + BATCH])
         pixels = torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 255
         features = pipe.image_encoder(semantic_view(pixels)).float()
         _, text = pipe.encode_text([""])
-        latents = pipe.sample_decoder(features, text.expand(len(truth), -1, -1), sampling, seed=0)
-        values += [psnr(a, np.asarray(b)) for a, b in zip(truth, pipe.decode(latents), strict=True)]
-    return values
+        painted = pipe.paint(features, text.expand(len(truth), -1, -1), sampling, seed=0)
+        values += [psnr(a, np.asarray(b)) for a, b in zip(truth, painted, strict=True)]
+        images += painted
+    return images, values
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -77,8 +81,10 @@ def share(hits: Sequence[bool]) -> dict[str, Any]:
     return {"percent": percent[0], "interval": percent[1:], "count": len(hits)}
 
 
-def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str, Any]:
-    """The numbers that the README quotes, and what was mistaken for what."""
+def summary(
+    rows: Sequence[dict[str, Any]], compressed: Sequence[dict[str, Any]], values: Sequence[float]
+) -> dict[str, Any]:
+    """The numbers that the README quotes of what was painted and what was compressed; what was mistaken for what."""
     wrong = [row for row in rows if row["thing"] != row["scene"].thing]
     names = [thing.name for thing in THINGS]
     return {
@@ -90,6 +96,7 @@ def summary(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str
             for index, size in enumerate(SIZES)
             if any(row["scene"].size == index for row in rows)
         },
+        "compressed": share([row["thing"] == row["scene"].thing for row in compressed]),
         "psnr": {"mean": round(statistics.mean(values), 2), "min": round(min(values), 2), "count": len(values)},
         "mistakes": [
             f"{caption(row['scene'])}: {names[row['thing']] if row['thing'] >= 0 else 'nothing'}" for row in wrong
@@ -105,7 +112,8 @@ def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes
     judge, rows = Judge(), []
     for seed in tqdm(range(seeds), desc="seeds"):
         rows += judge_pictures(judge, wanted, paint(pipe, wanted, 1000 * (seed + 1), **changes))
-    return summary(rows, reconstruct(pipe, wanted, changes.get("decoder_steps")))
+    images, values = reconstruct(pipe, wanted, changes.get("decoder_steps"))
+    return summary(rows, judge_pictures(judge, wanted, images), values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

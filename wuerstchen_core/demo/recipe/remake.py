@@ -1,8 +1,8 @@
 """Remake what is derived from the shipped weights: `python -m wuerstchen_core.demo.recipe.remake`.
 
-The evaluation's numbers (`evaluation.json` here, and the table in the README), the sheets of pictures, the factors
-that turn latents into previews, and the LoRA beside its workflow. The pictures beside the workflows need a ComfyUI:
-`python tests/host/workflow_pictures.py` starts one.
+The evaluations' numbers (`evaluation.json` and `evaluation_v1.json` here, and the README's tables), the sheets of
+pictures, the factors that turn latents into previews, and the LoRA beside its workflow. The pictures beside the
+workflows need a ComfyUI: `python tests/host/workflow_pictures.py` starts one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...pipeline import WuerstchenPipeline
 from ...training.inputs import features_of, latents_of
 from ...training.pictures import DemoPictures
 from . import edits, lora
+from .build_v1 import EVALUATION as EVALUATION_V1
 from .evaluate import evaluate, held_out_scenes, paint
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ DEMO = Path(__file__).parents[1]
 SHEET = ROOT / "docs" / "held_out.jpg"
 EVALUATION = Path(__file__).with_name("evaluation.json")
 MARKS = "<!-- demo numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of demo numbers -->"
+MARKS_V1 = "<!-- v1 numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of v1 numbers -->"
 COLUMNS, ROWS, TILE = 8, 4, 128  # of the sheet; pixels a tile
 
 
@@ -82,7 +84,8 @@ def number_table(numbers: dict[str, Any]) -> str:
             *(line(f"the right thing, {size}", share) for size, share in numbers["by_size"].items()),
             line("another thing", numbers["another_thing"]),
             line("the right background", numbers["background"]),
-            f"| the picture after 42.67x compression | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
+            line("the right thing after 42.67x compression", numbers["compressed"]),
+            f"| the picture itself after it | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
         ]
     )
 
@@ -95,21 +98,28 @@ def with_table(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     return text[: text.index(start)] + f"{start}\n{table}\n" + text[text.index(end) :]
 
 
+def remake_numbers(pipe: WuerstchenPipeline, evaluation: Path, marks: tuple[str, str]) -> None:
+    """Measure a model; write its numbers into `evaluation` and their table between the README's `marks`."""
+    numbers, readme = evaluate(pipe), ROOT / "README.md"
+    evaluation.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    table = number_table(numbers)
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), table, marks), encoding="utf-8")
+    logger.info("%s", table)
+
+
 def main() -> None:
     """Remake it all."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     readme = ROOT / "README.md"
-    with_table(readme.read_text(encoding="utf-8"), "")  # before the hours of painting
+    for marks in (MARKS, MARKS_V1):
+        with_table(readme.read_text(encoding="utf-8"), "", marks)  # before the hours of painting
     pipe = WuerstchenPipeline.load("demo")
     SHEET.parent.mkdir(exist_ok=True)
     reference_sheet(pipe).save(SHEET, quality=90)
     edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
-    numbers = evaluate(pipe)
-    EVALUATION.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    text = with_table(readme.read_text(encoding="utf-8"), number_table(numbers))
-    readme.write_text(text, encoding="utf-8")
-    logger.info("%s", number_table(numbers))
+    remake_numbers(pipe, EVALUATION, MARKS)
+    remake_numbers(WuerstchenPipeline.load("demo-v1"), EVALUATION_V1, MARKS_V1)
     lora.remake(ROOT)
     logger.info("the workflows' pictures need a ComfyUI: now run python tests/host/workflow_pictures.py")
 
