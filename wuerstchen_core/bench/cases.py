@@ -11,27 +11,27 @@ from ..diffusion.sizes import check_size
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of work: the networks it needs, how often each picture is in a batch, and what is done once."""
+    """A piece of work."""
 
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # the networks that work
     what: str
     copies: int = 1  # of each picture in a network's batch: guided work computes two
-    steps: bool = False  # one of a sampler's
+    steps: bool = False  # what is measured is one of a sampler's
+    beside: tuple[str, ...] = ()  # networks that ours asks for their sizes alone
 
 
 PICTURE = "text-to-picture"
 STAGES = {
     "prior": Stage(("prior",), "a guided step of Stage C", copies=2, steps=True),
-    "decoder": Stage(("decoder", "vqgan"), "a step of Stage B", steps=True),
-    "decoder-guided": Stage(("decoder", "vqgan"), "a guided step of Stage B", copies=2, steps=True),
+    "decoder": Stage(("decoder",), "a step of Stage B", steps=True, beside=("vqgan",)),
+    "decoder-guided": Stage(("decoder",), "a guided step of Stage B", copies=2, steps=True, beside=("vqgan",)),
     "vqgan-decode": Stage(("vqgan",), "Stage A: latents to pictures"),
     "vqgan-encode": Stage(("vqgan",), "Stage A: pictures to latents"),
     "image-encoder": Stage(("image_encoder",), "the semantic compressor: pictures to features"),
     PICTURE: Stage(("prior", "decoder", "vqgan"), "all three stages, text states given"),
 }
 GROUPS = {"vqgan": ("vqgan-decode", "vqgan-encode"), "all": tuple(STAGES)}
-SIZES = (512, 1024, 1536, 2048)  # pixels of a side
-BATCHES = (1, 2, 4)
+STEPS = 30, 12  # of a picture: of Stage C and Stage B
 DTYPES = ("bf16", "fp32", "fp16")
 
 
@@ -50,6 +50,10 @@ class Case:
         return f"{self.stage} {self.side}²{batch} {self.dtype}"
 
     @property
+    def pixels(self) -> int:
+        return self.side**2 * self.batch
+
+    @property
     def rows(self) -> int:
         """How many pictures a network sees at once."""
         return self.batch * STAGES[self.stage].copies
@@ -63,17 +67,28 @@ def stage_names(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for one in asked for name in GROUPS.get(one, (one,))))
 
 
-def check(sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], repeat: int) -> None:
+def check(
+    stages: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    repeat: int,
+    steps: Sequence[int],
+) -> None:
     """Raise ValueError where one can't be measured."""
     for side in sizes:
         check_size(side, side)
+    if not stages:
+        raise ValueError(f"no stage was named: choose of {', '.join((*STAGES, *GROUPS))}")
     if min(batches) < 1:
         raise ValueError(f"a batch of {min(batches)} holds no picture: give at least 1")
     if repeat < 1:
         raise ValueError(f"{repeat} repetitions measure nothing: give at least 1")
+    if len(steps) != 2 or min(steps) < 1:
+        raise ValueError("--steps takes those of Stage C and of Stage B, each at least 1: such as 30+12")
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if unknown:
-        raise ValueError(f"dtype {unknown[0]!r} is unknown: choose of {', '.join(DTYPES)}")
+    if unknown or not dtypes:
+        raise ValueError(f"dtype {unknown[0] if unknown else ''!r} is unknown: choose of {', '.join(DTYPES)}")
 
 
 def cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:

@@ -1,6 +1,7 @@
-"""One measurement in a process of its own: `python -m ...bench.child SIDE KIND CASE FOLDER`; prints its JSON.
+"""One measurement in a process of its own: `python -m ...bench.child WORDS`, with and printing JSON.
 
-KIND is "memory" (the peak of two rounds) or "load" (from the file to the end of the first round).
+Loads a side's networks and does their work: what that takes in memory, and how long it takes from the file, which the
+system has in memory already, to the end of the first round.
 """
 
 from __future__ import annotations
@@ -9,59 +10,67 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .cases import Case
 
-STEPS = 2  # the first of a sampler's fills what the next ones use
+LAST_WORDS = 200  # characters
 
 
-def measure_apart(side: str, kind: str, case: Case, told: dict[str, Any]) -> dict[str, Any]:
-    """Run this file in a fresh interpreter; RuntimeError with its last words if it fails."""
-    words = {"side": side, "kind": kind, "case": asdict(case), **told}
+def measure_apart(side: str, case: Case, rounds: int, told: dict[str, Any]) -> dict[str, Any]:
+    """Run this file in a fresh interpreter: `rounds` of a side's work; ValueError with its last words if it fails."""
+    words = {"side": side, "case": asdict(case), "rounds": rounds, **told}
     package = Path(__file__).parents[1]
+    paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", f"{package.name}.bench.child", json.dumps(words)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"{side} {case.label}: {last}")
+        raise ValueError(f"{side} could not be measured apart ({case.label}): {last[-LAST_WORDS:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def _main(words: dict[str, Any]) -> dict[str, Any]:
+    begun = time.perf_counter()
     import torch
 
+    make = _side(words["side"])
+    imported = time.perf_counter() - begun
+
     from .memory import Peak, Private
+    from .setting import Setting
     from .timing import clock_of
     from .weights import sizes_of
 
     if words["threads"]:
         torch.set_num_threads(words["threads"])
     case, device, folder = Case(**words["case"]), torch.device(words["device"]), Path(words["folder"])
-    make = _side(words["side"])
-    clock = clock_of(device)
+    clock, sizes = clock_of(device), sizes_of(folder)
     torch.zeros(1, device=device)  # a device's own context isn't the model's
     peak, started = Peak(device), clock()
     with torch.inference_mode():
         with Private() as private:
-            side = make(case.stage, folder, sizes_of(folder), case.dtype, device)
+            side = make(Setting(case.stage, case.dtype, folder, sizes, device, clock, tuple(words["steps"])))
         loaded, load_peak = clock() - started, peak.read()
         peak.restart()
-        side.run(case, STEPS if words["kind"] == "memory" else 1, lambda: None)
+        ends: list[float] = []
+        side.run(case, words["rounds"], lambda: ends.append(clock() - started))
     return {
         "peak": peak.read(),
         "load_peak": load_peak,
         "load_private": private.highest,
+        "import_seconds": imported,
         "load_seconds": loaded,
-        "seconds": clock() - started,
+        "first_seconds": ends[0],
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import DTYPES
 from ..diffusion.sizes import decoder_side, prior_side
 from ..sampling import Sampling
 from .cases import PICTURE, Case
@@ -18,9 +19,9 @@ SEED = 7  # of the samplers' noise, too
 Inputs = dict[str, Tensor]
 
 
-def inputs(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype) -> Inputs:
-    """The tensors of a case by name: those of one call of the network, and the text states that a sampler is given."""
-    draw = _drawer(device, dtype)
+def inputs(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype | None = None) -> Inputs:
+    """The tensors of a case by name, in `dtype` (None: the case's, in whose numbers they are drawn in any case)."""
+    draw = _drawer(case, device, dtype)
     prior, latent = prior_side(case.side), decoder_side(case.side)
     features = (sizes.decoder.effnet_embd, prior, prior)
     if case.stage in ("vqgan-encode", "image-encoder"):
@@ -39,11 +40,11 @@ def inputs(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype) -> Inputs:
     return found
 
 
-def one_call(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The arguments (x, t, ...) of one call of a step's network, in the order of ours."""
-    draw = _drawer(device, dtype)
+def one_call(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The arguments (x, t, ...) of one call of a step's network, in the order of ours; `dtype` as for `inputs`."""
+    draw = _drawer(case, device, dtype)
     rows, prior, latent = case.rows, prior_side(case.side), decoder_side(case.side)
-    t = torch.full((rows,), 0.5, device=device, dtype=dtype)
+    t = torch.full((rows,), 0.5, device=device, dtype=dtype or DTYPES[case.dtype])
     if case.stage == "prior":
         return draw(rows, sizes.prior.c_in, prior, prior), t, draw(rows, TOKENS, sizes.prior.c_cond)
     features = draw(rows, sizes.decoder.effnet_embd, prior, prior)
@@ -51,17 +52,17 @@ def one_call(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype) -> tuple
 
 
 def sampling(case: Case, prior_steps: int, decoder_steps: int) -> Sampling:
-    """What a sampler is told, in equal steps."""
+    """What our samplers are told, in equal steps."""
     guidance = DECODER_GUIDANCE if case.stage == "decoder-guided" else 1.0
     return Sampling(
         case.side, case.side, "linear", prior_steps, PRIOR_GUIDANCE, decoder_steps, decoder_guidance=guidance
     )
 
 
-def _drawer(device: Any, dtype: torch.dtype) -> Any:
+def _drawer(case: Case, device: Any, dtype: torch.dtype | None) -> Any:
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).to(device, dtype)
 
     return draw

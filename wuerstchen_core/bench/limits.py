@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,17 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints.parts import NETWORKS
 from ..devices import DTYPES
-from .cases import STAGES, Case
+from .cases import PICTURE, STAGES, Case
 from .inputs import inputs, one_call
-from .timing import Clock
-from .weights import Sizes
+from .setting import Clock
+from .weights import Sizes, config
 
 TRIES, LONGEST = 8, 4.0  # of the product; seconds that they may take
 
 
-def gemm_peak(dtype: str, device: Any, clock: Clock) -> float:
+def gemm_peak(dtype: str, device: Any, clock: Clock, side: int | None = None) -> float:
     """FLOP/s of a large square product: the best of several, in either order of the second factor."""
-    side = 4096 if torch.device(device).type == "cpu" else 8192
+    side = side or (4096 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     best, begun = float("inf"), clock()
     for i in range(TRIES):
@@ -34,11 +35,15 @@ def gemm_peak(dtype: str, device: Any, clock: Clock) -> float:
     return 2 * side**3 / best
 
 
-def flops(case: Case, sizes: Sizes, peer: bool) -> int:
+def flops(case: Case, sizes: Sizes, peer: bool, steps: tuple[int, int]) -> int:
     """Floating-point operations of a case's products and convolutions, counted without computing them.
 
-    Counted of the peer's network where there is one, so that both sides are held to the same work.
+    Counted of the peer's network where there is one, so that both sides are held to the same work; `steps` are those
+    of a whole picture.
     """
+    if case.stage == PICTURE:
+        counts = {"prior": steps[0], "decoder": steps[1], "vqgan-decode": 1}
+        return sum(count * flops(replace(case, stage=name), sizes, peer, steps) for name, count in counts.items())
     part, meta = STAGES[case.stage].parts[0], torch.device("meta")
     with meta:
         network: Any = _peers(part, sizes) if peer else NETWORKS[part](sizes.of(part))
@@ -65,7 +70,6 @@ def _encode(network: Any, images: torch.Tensor) -> None:
 
 def _peers(part: str, sizes: Sizes) -> Any:
     from .peer import image_encoder, network_class
-    from .weights import config
 
     network: nn.Module = (
         image_encoder(sizes.image_encoder) if part == "image_encoder" else network_class(part)(**config(part, sizes))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoints import load_decoder, load_image_encoder, load_prior, load_vqgan
 from ..devices import DTYPES
 from ..models.image_encoder import semantic_view
 from ..pipeline import WuerstchenPipeline
-from .cases import STAGES, Case
+from .cases import PICTURE, STAGES, Case
 from .inputs import SEED, inputs, one_call, sampling
-from .weights import Sizes, weight_file
+from .picture import Steps, pixels, steps_done
+from .setting import Setting
+from .weights import weight_file
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "prior": load_prior,
@@ -28,13 +31,17 @@ LOADERS: dict[str, Callable[..., Any]] = {
 class Ours:
     """The networks of a stage, and its work."""
 
-    def __init__(self, stage: str, folder: Path, sizes: Sizes, dtype: str, device: Any):
-        self.sizes, self.device, self.dtype = sizes, device, DTYPES[dtype]
-        networks = {
-            part: LOADERS[part](weight_file(folder, part, dtype), device=device, dtype=self.dtype)
-            for part in STAGES[stage].parts
-        }
-        self.pipeline = WuerstchenPipeline(**networks)
+    left_out = 0.0
+
+    def __init__(self, setting: Setting):
+        self.setting, self.dtype = setting, setting.compute or DTYPES[setting.dtype]
+        stage, device = STAGES[setting.stage], setting.device
+        files = {part: weight_file(setting.folder, part, setting.dtype) for part in (*stage.parts, *stage.beside)}
+        if setting.stage == PICTURE:  # the pipeline has its own mind about the precision of Stage A
+            self.pipeline = WuerstchenPipeline.load(files, device=device, dtype=self.dtype)
+        else:
+            networks = {part: LOADERS[part](file, device=device, dtype=self.dtype) for part, file in files.items()}
+            self.pipeline = WuerstchenPipeline(**networks)
 
     def compile(self) -> None:
         """Let torch compile the networks, when they are first called."""
@@ -47,13 +54,11 @@ class Ours:
                 setattr(pipeline.vqgan, name, torch.compile(getattr(pipeline.vqgan, name)))
 
     def output(self, case: Case) -> Tensor:
-        """What one call of the network gives."""
-        pipeline = self.pipeline
-        if STAGES[case.stage].steps:
-            network: Any = pipeline.prior if case.stage == "prior" else pipeline.decoder
-            x, t, *rest = one_call(case, self.sizes, self.device, self.dtype)
-            return network(x, t, *rest)
-        return self._call(case)()
+        """What one call of the network gives; of a picture, its pixels [B, 3, H, W]."""
+        if not STAGES[case.stage].steps:
+            return self._call(case)()
+        network: Any = self.pipeline.prior if case.stage == "prior" else self.pipeline.decoder
+        return network(*one_call(case, self.setting.sizes, self.setting.device, self.dtype))
 
     def run(self, case: Case, rounds: int, after: Callable[[], None]) -> None:
         """Do the work `rounds` times; `after` is called behind each."""
@@ -63,7 +68,7 @@ class Ours:
                 call()
                 after()
             return
-        given = inputs(case, self.sizes, self.device, self.dtype)
+        given = inputs(case, self.setting.sizes, self.setting.device, self.dtype)
         told: dict[str, Any] = {"seed": SEED, "callback": lambda *_: after()}
         if case.stage == "prior":
             told["negative"] = given["prior_negative"]
@@ -73,12 +78,24 @@ class Ours:
             self.pipeline.sample_decoder(given["features"], given["text"], sampling(case, 1, rounds), **told)
 
     def _call(self, case: Case) -> Callable[[], Tensor]:
-        """The work of a stage that has no steps."""
-        given = inputs(case, self.sizes, self.device, self.dtype)
+        """The work of a stage that is not measured by steps."""
+        given = inputs(case, self.setting.sizes, self.setting.device, self.dtype)
         pipeline: Any = self.pipeline
+        if case.stage == PICTURE:
+            return lambda: pixels(self._paint(case, given))
         if case.stage == "image-encoder":
             # The resize of bf16 pictures does not exist on every device.
             return lambda: pipeline.image_encoder(semantic_view(given["images"].float()).to(self.dtype))
-        if case.stage == "vqgan-encode":
-            return lambda: pipeline.vqgan.encode(given["images"])
-        return lambda: pipeline.vqgan.decode(given["latents"])
+        return partial(getattr(pipeline.vqgan, case.stage.removeprefix("vqgan-")), *given.values())
+
+    def _paint(self, case: Case, given: dict[str, Tensor]) -> list[Image.Image]:
+        """Pictures of text states."""
+        told = sampling(case, *steps_done(self.setting, self.setting.steps))
+        steps = Steps(self.setting.clock)
+        watch: dict[str, Any] = {"seed": SEED, "callback": lambda stage, *_: steps.done(stage)}
+        features = self.pipeline.sample_prior(given["prior_text"], told, negative=given["prior_negative"], **watch)
+        steps.begin()
+        latents = self.pipeline.sample_decoder(features, given["text"], told, negative=given["negative"], **watch)
+        pictures = self.pipeline.decode(latents)
+        self.left_out = steps.left_out(self.setting.steps)
+        return pictures

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +19,15 @@ from ..devices import DTYPES
 from ..diffusion.schedule import linear_times
 from ..diffusion.sizes import decoder_side, prior_side
 from ..models.image_encoder import EFFICIENTNET_V2_S, ImageEncoderParams, semantic_view
-from .cases import STAGES, Case
+from .cases import PICTURE, STAGES, Case
 from .inputs import DECODER_GUIDANCE, PRIOR_GUIDANCE, SEED, inputs, one_call
-from .weights import CLASSES, Sizes, weight_file
+from .peer_picture import Painter
+from .setting import Setting
+from .weights import CLASSES, weight_file
 
 PACKAGES = ("diffusers", "transformers", "accelerate")
 REQUIREMENTS = "requirements-bench.txt"
+PIPELINES = "diffusers.pipelines.deprecated.wuerstchen"
 
 
 def check_installed() -> None:
@@ -38,17 +41,21 @@ def check_installed() -> None:
 
 
 def import_packages() -> None:
-    """Import what the peer needs, which is no part of its memory or of its loading."""
+    """Import what the peer needs, which is no part of its memory or of its loading, and keep its warnings back."""
+    importlib.import_module("diffusers.utils.logging").set_verbosity_error()
     for part in CLASSES:
         network_class(part)
-    importlib.import_module("diffusers").DDPMWuerstchenScheduler()
+    scheduler()
 
 
 def network_class(part: str) -> Any:
     """diffusers' class of a part."""
-    from diffusers.pipelines.deprecated import wuerstchen
+    return getattr(importlib.import_module(PIPELINES), CLASSES[part])
 
-    return getattr(wuerstchen, CLASSES[part])
+
+def scheduler() -> Any:
+    """diffusers' scheduler of both stages."""
+    return importlib.import_module("diffusers").DDPMWuerstchenScheduler()
 
 
 def image_encoder(params: ImageEncoderParams) -> nn.Module:
@@ -65,27 +72,26 @@ def image_encoder(params: ImageEncoderParams) -> nn.Module:
     return network
 
 
-def load(part: str, path: Path, dtype: torch.dtype, device: Any, sizes: Sizes) -> nn.Module:
-    """A part as the peer's users load it."""
-    network: nn.Module
-    if part == "image_encoder":
-        network = image_encoder(sizes.image_encoder)
-        network.load_state_dict(load_file(path))
-        network.to(dtype)
-    else:
-        network = network_class(part).from_pretrained(path.parent, torch_dtype=dtype)
-    return network.to(device).eval().requires_grad_(False)
-
-
 class Peer:
     """The peer's networks of a stage, and its work."""
 
-    def __init__(self, stage: str, folder: Path, sizes: Sizes, dtype: str, device: Any):
-        self.sizes, self.device, self.dtype = sizes, device, DTYPES[dtype]
-        parts = [part for part in STAGES[stage].parts if part != "vqgan" or not stage.startswith("decoder")]
-        self.networks: dict[str, Any] = {
-            part: load(part, weight_file(folder, part, dtype), self.dtype, device, sizes) for part in parts
-        }
+    left_out = 0.0
+
+    def __init__(self, setting: Setting):
+        self.setting, self.dtype = setting, setting.compute or DTYPES[setting.dtype]
+        self.networks: dict[str, Any] = {part: self._load(part) for part in STAGES[setting.stage].parts}
+        self.painter = Painter(self.networks, scheduler, setting) if setting.stage == PICTURE else None
+
+    def _load(self, part: str) -> nn.Module:
+        """A network as the peer's users load it."""
+        path, network = weight_file(self.setting.folder, part, self.setting.dtype), None
+        if part == "image_encoder":
+            network = image_encoder(self.setting.sizes.image_encoder)
+            network.load_state_dict(load_file(path))
+            network.to(self.dtype)
+        else:
+            network = network_class(part).from_pretrained(path.parent, torch_dtype=self.dtype)
+        return network.to(self.setting.device).eval().requires_grad_(False)
 
     def compile(self) -> None:
         """Let torch compile the networks, when they are first called."""
@@ -97,46 +103,42 @@ class Peer:
                 network.compile()
 
     def output(self, case: Case) -> Tensor:
-        """What one call of the network gives."""
-        if STAGES[case.stage].steps:
-            x, t, *rest = one_call(case, self.sizes, self.device, self.dtype)
-            return self.networks[STAGES[case.stage].parts[0]](x, t, *rest)
-        return self._call(case)()
+        """As ours."""
+        if not STAGES[case.stage].steps:
+            return self._call(case)()
+        return self._network(case)(*one_call(case, self.setting.sizes, self.setting.device, self.dtype))
+
+    def run(self, case: Case, rounds: int, after: Callable[[], None]) -> None:
+        """As ours."""
+        for _ in self.rounds(case, rounds):
+            after()
 
     def rounds(self, case: Case, rounds: int) -> Iterator[None]:
         """Do the work once between two of what it yields."""
-        if not STAGES[case.stage].steps:
-            call = self._call(case)
-            for _ in range(rounds):
-                call()
-                yield
+        if STAGES[case.stage].steps:
+            yield from self._steps(case, rounds)
             return
-        given = inputs(case, self.sizes, self.device, self.dtype)
-        if case.stage == "prior":
-            negative = given["prior_negative"].expand(case.batch, -1, -1)
-            cond: tuple[Tensor, ...] = (torch.cat([given["prior_text"], negative]),)
-            shape = (self.sizes.prior.c_in, prior_side(case.side), prior_side(case.side))
-            scale = PRIOR_GUIDANCE
-        else:
-            features, text = given["features"], given["text"]
-            cond, scale = (features, text), 0.0
-            if STAGES[case.stage].copies == 2:
-                negative = given["negative"].expand(case.batch, -1, -1)
-                cond = (torch.cat([features, torch.zeros_like(features)]), torch.cat([text, negative]))
-                scale = DECODER_GUIDANCE
-            shape = (self.sizes.decoder.c_in, decoder_side(case.side), decoder_side(case.side))
-        yield from self._steps(self.networks[STAGES[case.stage].parts[0]], case, shape, cond, scale, rounds)
+        call = self._call(case)
+        for _ in range(rounds):
+            call()
+            yield
 
-    def _steps(
-        self, network: Any, case: Case, shape: tuple[int, ...], cond: tuple[Tensor, ...], scale: float, steps: int
-    ) -> Iterator[None]:
+    def _network(self, case: Case) -> Any:
+        return self.networks[STAGES[case.stage].parts[0]]
+
+    def _steps(self, case: Case, steps: int) -> Iterator[None]:
         """The loop of diffusers' two pipelines."""
-        scheduler = importlib.import_module("diffusers").DDPMWuerstchenScheduler()
-        scheduler.set_timesteps(timesteps=linear_times(steps), device=self.device)
+        network, device, sizes = self._network(case), self.setting.device, self.setting.sizes
+        cond, scale = self._conditioning(case)
+        prior = case.stage == "prior"
+        side = (prior_side if prior else decoder_side)(case.side)
+        schedule = scheduler()
+        schedule.set_timesteps(timesteps=linear_times(steps), device=device)
         generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.batch)]
+        shape = (sizes.prior.c_in if prior else sizes.decoder.c_in, side, side)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        latents = noise.to(self.device, self.dtype) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps[:-1]:
+        latents = noise.to(device, self.dtype)
+        for t in schedule.timesteps[:-1]:
             ratio = t.expand(len(latents)).to(self.dtype)
             if scale > 1:
                 both = network(torch.cat([latents] * 2), torch.cat([ratio] * 2), *cond)
@@ -144,22 +146,34 @@ class Peer:
                 noise = torch.lerp(unwanted, wanted, scale)
             else:
                 noise = network(latents, ratio, *cond)
-            latents = scheduler.step(
-                model_output=noise, timestep=ratio, sample=latents, generator=generators
-            ).prev_sample
+            told = {"model_output": noise, "timestep": ratio, "sample": latents, "generator": generators}
+            latents = schedule.step(**told).prev_sample
             yield
 
-    def run(self, case: Case, rounds: int, after: Callable[[], None]) -> None:
-        """As ours."""
-        for _ in self.rounds(case, rounds):
-            after()
+    def _conditioning(self, case: Case) -> tuple[tuple[Tensor, ...], float]:
+        """What the network is given beside x and t, and the scale of the guidance (0: none)."""
+        given = inputs(case, self.setting.sizes, self.setting.device, self.dtype)
+        if case.stage == "prior":
+            negative = given["prior_negative"].expand(case.batch, -1, -1)
+            return (torch.cat([given["prior_text"], negative]),), PRIOR_GUIDANCE
+        features, text = given["features"], given["text"]
+        if STAGES[case.stage].copies == 1:
+            return (features, text), 0.0
+        negative = given["negative"].expand(case.batch, -1, -1)
+        return (torch.cat([features, torch.zeros_like(features)]), torch.cat([text, negative])), DECODER_GUIDANCE
 
     def _call(self, case: Case) -> Callable[[], Tensor]:
-        """The work of a stage that has no steps."""
-        given = inputs(case, self.sizes, self.device, self.dtype)
-        [network] = self.networks.values()
+        """The work of a stage that is not measured by steps."""
+        given = inputs(case, self.setting.sizes, self.setting.device, self.dtype)
+        if self.painter is not None:
+            return partial(self._paint, self.painter, case, given)
+        network = self._network(case)
         if case.stage == "image-encoder":
             return lambda: network.mapper(network.backbone(semantic_view(given["images"].float()).to(self.dtype)))
         if case.stage == "vqgan-encode":
             return lambda: network.encode(given["images"]).latents
         return lambda: network.decode(given["latents"]).sample
+
+    def _paint(self, painter: Painter, case: Case, given: dict[str, Tensor]) -> Tensor:
+        pictures, self.left_out = painter.paint(case, given)
+        return pictures

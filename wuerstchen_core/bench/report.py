@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cases import Case
@@ -24,7 +24,18 @@ class Measured:
     memory: int | None = None
     memory_above_weights: int | None = None
     load_seconds: float | None = None  # from the file, in memory already, to the end of the first round
-    load_memory: int | None = None  # the peak while loading: what the process shares with no file
+    import_seconds: float | None = None  # of what is imported before that
+    load_memory: int | None = None  # the peak while loading,
+    load_private: int | None = None  # and what of it the process shares with no file
+    error: float | None = None  # of the output: |x - exact| / |exact|, exact being the peer's in fp32
+
+    def remember(self, found: dict[str, Any], weights: int, loading: bool) -> None:
+        """Take over what a process of its own found."""
+        self.memory = found["peak"]
+        self.memory_above_weights = None if self.memory is None else self.memory - weights
+        if loading:
+            self.load_seconds, self.import_seconds = found["first_seconds"], found["import_seconds"]
+            self.load_memory, self.load_private = found["load_peak"], found["load_private"]
 
 
 @dataclass
@@ -34,10 +45,9 @@ class Row:
     case: Case
     flops: int  # of one round, by the peer's network
     weights: int  # bytes
-    ours: Measured
+    ours: Measured = field(default_factory=Measured)
     peer: Measured | None = None
     difference: float | None = None  # of the outputs: |ours - peer| / |peer|
-    note: str = ""
 
     def ratio(self, name: str, upwards: bool = False) -> float | None:
         """The peer's number to ours, or (`upwards`) ours to the peer's."""
@@ -54,23 +64,50 @@ class Row:
             "memory_ratio": self.ratio("memory", upwards=True),
             "load_times_faster": self.ratio("load_seconds"),
         }
-        told = {"flops": self.flops, "weights": self.weights, "difference": self.difference, "note": self.note}
+        told = {"flops": self.flops, "weights": self.weights, "difference": self.difference}
         return {**case, **told, **ratios, **sides}
 
 
+@dataclass
+class Report:
+    """All that a run found."""
+
+    machine: dict[str, Any]
+    peaks: dict[str, float] = field(default_factory=dict)  # by dtype: FLOP/s of a large product
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [row.as_dict() for row in self.rows]
+        return {"machine": self.machine, "gemm_flops_per_second": self.peaks, "notes": self.notes, "rows": rows}
+
+    def text(self) -> str:
+        """For people: a Markdown table between what it was measured on and what is to be known of it."""
+        machine = self.machine
+        peaks = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
+        packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+        return "\n".join(
+            [
+                f"{machine['processor']}, {machine['device']}, {machine['threads']} threads; {packages}",
+                f"a large matrix product: {peaks}",
+                "",
+                table(self.rows),
+                *(["", *self.notes] if self.notes else []),
+            ]
+        )
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown."""
+    """Rows as Markdown, without columns in which nothing was measured."""
     head = (
         "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "ours TFLOP/s", "of GEMM peak",
-        "difference", "ours GB", "peer GB", "memory ratio", "above weights GB", "load s", "peer load s",
-        "load, of weights",
+        "difference", "ours off fp32", "peer off fp32", "ours GB", "peer GB", "memory ratio", "above weights GB",
+        "peer above", "load s", "peer load s", "load private, of weights", "peer's",
     )  # fmt: skip
     lines = [[*head], ["---" if i in (0, 3) else "---:" for i in range(len(head))], *map(_cells, rows)]
     lines = _without_empty(lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    notes = [f"{row.case.label}: {row.note}" for row in rows if row.note]
-    text = "\n".join(f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in lines)
-    return "\n".join([text, *([""] if notes else []), *notes])
+    return "\n".join(f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in lines)
 
 
 def _without_empty(lines: list[list[str]]) -> list[list[str]]:
@@ -92,13 +129,17 @@ def _cells(row: Row) -> list[str]:
         _number(ours.flops_per_second, "{:.2f}", 1e12),
         _number(ours.share_of_peak, "{:.0%}"),
         _number(row.difference, "{:.1e}"),
+        _number(ours.error, "{:.1e}"),
+        _number(peer.error, "{:.1e}"),
         _number(ours.memory, "{:.2f}", 1e9),
         _number(peer.memory, "{:.2f}", 1e9),
         _number(row.ratio("memory", upwards=True), "{:.2f}x"),
         _number(ours.memory_above_weights, "{:.2f}", 1e9),
+        _number(peer.memory_above_weights, "{:.2f}", 1e9),
         _number(ours.load_seconds, "{:.2f}"),
         _number(peer.load_seconds, "{:.2f}"),
-        _number(ours.load_memory, "{:.0%}", row.weights),
+        _number(ours.load_private, "{:.0%}", row.weights),
+        _number(peer.load_private, "{:.0%}", row.weights),
     ]
 
 

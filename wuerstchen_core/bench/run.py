@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -16,132 +14,193 @@ import torch
 from torch import Tensor
 
 from . import cases as catalogue
-from .cases import STAGES, Case
+from .cases import PICTURE, STAGES, STEPS, Case
 from .child import measure_apart
+from .compiling import can_compile
 from .limits import flops, gemm_peak
+from .machine import machine
 from .ours import Ours
-from .report import Measured, Row
-from .timing import Clock, Times, clock_of, interleave
-from .weights import Sizes, bytes_of, write, write_sizes
+from .picture import SHORT
+from .report import Measured, Report, Row
+from .setting import Clock, Setting
+from .timing import Times, clock_of, interleave
+from .weights import Sizes, bytes_of, weights_of
 
 Tell = Callable[[str, int, int], None]  # what is done now, the number of what is done, of how many
-Apart = Callable[[str, str, Case, dict[str, Any]], dict[str, Any]]
+Apart = Callable[[str, Case, int, dict[str, Any]], dict[str, Any]]
+QUICK, QUICK_TIMES = 105.0, 75.0  # seconds of a quick run, and of these until time is taken no more
+Keep = Callable[[Report], None]  # is given the report as it grows
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run measures, and how."""
 
-    stages: Sequence[str] = ("prior", "decoder", "vqgan-decode")
-    sizes: Sequence[int] = (512, 1024)
+    stages: Sequence[str]
+    sizes: Sequence[int]
     batches: Sequence[int] = (1,)
     dtypes: Sequence[str] = ("bf16",)
     repeat: int = 3
     device: str = "cpu"
     threads: int = 0  # 0: torch's choice
+    steps: tuple[int, int] = STEPS  # of our pictures; the peer's have STEPS
+    full: bool = False  # pictures with every step
     peer: bool = True
     memory: bool = True
-    load: bool = True
+    accuracy: bool = False  # how far each side is from fp32
     compile: bool = False
+    quick: bool = False  # ends within QUICK seconds
     networks: Sizes = field(default_factory=Sizes)
+    gemm_side: int | None = None  # of the product that is the measure of the machine
 
     def cases(self) -> list[Case]:
         return list(catalogue.cases(self.stages, self.sizes, self.batches, self.dtypes))
 
-
-def run(plan: Plan, tell: Tell, *, clock: Clock | None = None, apart: Apart = measure_apart) -> list[Row]:
-    """Measure; returns a row for each case. The temporary files are gone afterwards, also after an interruption."""
-    if plan.peer:
-        from .peer import check_installed, import_packages
-
-        check_installed()
-        import_packages()
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
-    clock = clock or clock_of(plan.device)
-    rows: list[Row] = []
-    with weights_of(plan, tell) as folder, torch.inference_mode():
-        peaks = {dtype: gemm_peak(dtype, plan.device, clock) for dtype in plan.dtypes}
-        todo = plan.cases()
-        for (stage, dtype), same in groupby(todo, lambda case: (case.stage, case.dtype)):
-            sides = _sides(plan, stage, dtype, folder)
-            for case in same:
-                tell(case.label, len(rows), len(todo))
-                rows.append(_timed(plan, case, sides, peaks[dtype], clock))
-            del sides
-            gc.collect()
-        for i, row in enumerate(rows):
-            if plan.memory or plan.load:
-                tell(f"memory of {row.case.label}", i, len(rows))
-                _apart(plan, row, folder, apart)
-    return rows
-
-
-@contextmanager
-def weights_of(plan: Plan, tell: Tell) -> Iterator[Path]:
-    """A folder with the weights of every network that a plan needs. ValueError if the disk has no room for them."""
-    wanted = [(part, dtype) for dtype in plan.dtypes for part in {p: 0 for s in plan.stages for p in STAGES[s].parts}]
-    needed = sum(bytes_of(part, plan.networks, dtype) for part, dtype in wanted)
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if needed > free:
-        raise ValueError(
-            f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free and the random weights take {needed / 1e9:.1f} GB: "
-            "set TMPDIR to a folder with room, or measure fewer stages or dtypes at a time"
+    def setting(self, case: Case, folder: Path, clock: Clock, compute: torch.dtype | None = None) -> Setting:
+        return Setting(
+            case.stage, case.dtype, folder, self.networks, self.device, clock, self.steps, self.full, compute
         )
-    with tempfile.TemporaryDirectory(prefix="wuerstchen-bench-") as name:
-        folder = Path(name)
-        write_sizes(folder, plan.networks)
-        for i, (part, dtype) in enumerate(wanted):
-            tell(f"weights of the {part} in {dtype}", i, len(wanted))
-            write(folder, part, plan.networks, dtype)
-        yield folder
 
 
-def _sides(plan: Plan, stage: str, dtype: str, folder: Path) -> tuple[Ours, Any]:
-    ours, peer = Ours(stage, folder, plan.networks, dtype, plan.device), None
-    if plan.peer:
-        from .peer import Peer
+def run(
+    plan: Plan,
+    tell: Tell,
+    keep: Keep = lambda report: None,
+    *,
+    clock: Clock | None = None,
+    apart: Apart = measure_apart,
+) -> Report:
+    """Measure. The temporary files are gone afterwards, also after an interruption.
 
-        peer = Peer(stage, folder, plan.networks, dtype, plan.device)
-    for side in (ours, peer):
-        if plan.compile and side is not None:
-            side.compile()
-    return ours, peer
-
-
-def _timed(plan: Plan, case: Case, sides: tuple[Ours, Any], peak: float, clock: Clock) -> Row:
-    ours, peer = sides
-    wanted, given = ours.output(case), None if peer is None else peer.output(case)
-    difference = None if given is None else relative(wanted, given)
-    del wanted, given
-    work = flops(case, plan.networks, plan.peer)
-    times = interleave(ours, peer, case, plan.repeat, clock)
-    weights = bytes_of(STAGES[case.stage].parts[0], plan.networks, case.dtype)
-    measured = [None if time is None else _measured(time, work, peak) for time in times]
-    return Row(case, work, weights, measured[0] or Measured(), measured[1], difference)
+    ValueError says what is missing. `clock` and `apart` are what takes the time and what measures in processes.
+    """
+    return _Run(plan, tell, keep, clock or clock_of(plan.device), apart).all()
 
 
-def relative(x: Tensor, reference: Tensor) -> float:
+class _Run:
+    def __init__(self, plan: Plan, tell: Tell, keep: Keep, clock: Clock, apart: Apart):
+        self.plan, self.tell, self.keep, self.clock, self.apart = plan, tell, keep, clock, apart
+        self.begun = time.monotonic()
+        if plan.peer:
+            from .peer import check_installed, import_packages
+
+            check_installed()
+            import_packages()
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
+        self.report = Report(machine(plan.device, plan.threads))
+        self.compile = plan.compile and can_compile(plan.device)
+        self.left_out: list[str] = []
+        if PICTURE in plan.stages:
+            self.report.notes.append(_made_of(plan))
+        if plan.compile and not self.compile:
+            self.report.notes.append("torch.compile finds no compiler here: both sides ran without it")
+
+    def all(self) -> Report:
+        plan, report = self.plan, self.report
+        with weights_of(plan.stages, plan.dtypes, plan.networks, self.tell) as folder, torch.inference_mode():
+            self.tell("a large product", 0, 1)
+            for dtype in plan.dtypes:
+                report.peaks[dtype] = gemm_peak(dtype, plan.device, self.clock, plan.gemm_side)
+            todo = plan.cases()
+            for _, same in groupby(todo, lambda case: (case.stage, case.dtype)):
+                for row in self._timed(list(same), folder, len(todo)):
+                    report.rows.append(row)
+                    self.keep(report)
+            if plan.memory:
+                self._apart(folder)
+        if self.left_out:
+            report.notes.append(f"left out for lack of time: {', '.join(self.left_out)}")
+        return report
+
+    def _timed(self, same: list[Case], folder: Path, total: int) -> Iterator[Row]:
+        """Rows of cases that the same networks work on."""
+        plan = self.plan
+        kinds: list[Any] = [Ours]
+        if plan.peer:
+            from .peer import Peer
+
+            kinds.append(Peer)
+        self.tell(same[0].label, len(self.report.rows), total)
+        sides = [kind(plan.setting(same[0], folder, self.clock)) for kind in kinds]
+        exact = None
+        if plan.accuracy and same[0].dtype != "fp32":
+            exact = kinds[-1](plan.setting(same[0], folder, self.clock, torch.float32))
+        for side in sides:
+            if self.compile:
+                side.compile()
+        taken = None
+        for case in same:
+            self.tell(case.label, len(self.report.rows), total)
+            begun = time.monotonic()
+            if plan.quick and taken and self._late(QUICK_TIMES, taken * case.pixels):
+                self.left_out.append(case.label)
+                continue
+            yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare=not (plan.quick and taken))
+            taken = (time.monotonic() - begun) / case.pixels
+        del sides, exact
+        gc.collect()
+
+    def _late(self, limit: float, seconds: float = 0.0) -> bool:
+        return time.monotonic() - self.begun + seconds > limit
+
+    def _row(self, case: Case, ours: Ours, peer: Any, exact: Any, compare: bool) -> Row:
+        plan = self.plan
+        outputs = [side.output(case) if side is not None and compare else None for side in (ours, peer, exact)]
+        alike = case.stage != PICTURE or plan.steps == STEPS
+        row = Row(
+            case,
+            flops=flops(case, plan.networks, plan.peer, STEPS),
+            weights=sum(bytes_of(part, plan.networks, case.dtype) for part in STAGES[case.stage].parts),
+            difference=_relative(outputs[0], outputs[1]) if alike else None,
+        )
+        row.ours.error = _relative(outputs[0], outputs[2])
+        if peer is not None:
+            row.peer = Measured(error=_relative(outputs[1], outputs[2]))
+        del outputs
+        times = interleave(ours, peer, case, plan.repeat, self.clock)
+        for side, time_of in zip((row.ours, row.peer), times, strict=True):
+            if side is not None and time_of is not None:
+                _fill(side, time_of, row.flops, self.report.peaks[case.dtype])
+        return row
+
+    def _apart(self, folder: Path) -> None:
+        """Fill in what is measured in processes of their own: memory, and for each network once, its loading."""
+        plan, rows = self.plan, self.report.rows
+        told = {"folder": str(folder), "device": plan.device, "threads": plan.threads, "steps": plan.steps}
+        seen: set[tuple[str, str]] = set()
+        for i, row in enumerate(rows):
+            case, stage = row.case, STAGES[row.case.stage]
+            network = stage.parts[0], case.dtype
+            first = network not in seen and case.stage != PICTURE
+            seen.add(network)
+            if plan.quick and (not first or self._late(QUICK)):
+                continue
+            for name, side in (("ours", row.ours), ("peer", row.peer)):
+                if side is not None:
+                    self.tell(f"memory of {case.label}, {name}", i, len(rows))
+                    found = self.apart(name, case, 2 if stage.steps else 1, told)
+                    side.remember(found, row.weights, loading=first)
+            self.keep(self.report)
+
+
+def _relative(x: Tensor | None, reference: Tensor | None) -> float | None:
     """|x - reference| / |reference|."""
+    if x is None or reference is None:
+        return None
     reference = reference.double()
     return float((x.double() - reference).norm() / reference.norm())
 
 
-def _measured(times: Times, work: int, peak: float) -> Measured:
-    speed = work / times.median
-    return Measured(times.median, times.spread, times.first, times.seconds, speed, speed / peak)
+def _fill(side: Measured, times: Times, work: int, peak: float) -> None:
+    side.median, side.spread, side.first, side.seconds = times.median, times.spread, times.first, times.seconds
+    side.flops_per_second = work / times.median
+    side.share_of_peak = side.flops_per_second / peak
 
 
-def _apart(plan: Plan, row: Row, folder: Path, apart: Apart) -> None:
-    """Fill in what is measured in processes of their own."""
-    told = {"folder": str(folder), "device": plan.device, "threads": plan.threads}
-    for name, side in (("ours", row.ours), ("peer", row.peer)):
-        if side is None:
-            continue
-        if plan.memory:
-            side.memory = apart(name, "memory", row.case, told)["peak"]
-            if side.memory is not None:
-                side.memory_above_weights = side.memory - row.weights
-        if plan.load:
-            found = apart(name, "load", row.case, told)
-            side.load_seconds, side.load_memory = found["seconds"], found["load_private"]
+def _made_of(plan: Plan) -> str:
+    """How the steps of a picture were measured."""
+    asked = [f"{PICTURE}: ours in {plan.steps[0]}+{plan.steps[1]} steps, the peer in {STEPS[0]}+{STEPS[1]}"]
+    if not plan.full:
+        asked.append(f"{SHORT} of each stage measured, the others made up of the later of these")
+    return "; ".join(asked)

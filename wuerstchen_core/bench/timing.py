@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from .cases import Case
-
-Clock = Callable[[], float]  # seconds
+from .cases import STAGES, Case
+from .setting import Clock
 
 
 class Side(Protocol):
     """What is timed."""
+
+    left_out: float  # seconds that the last round would have taken for steps that it left out
 
     def run(self, case: Case, rounds: int, after: Callable[[], None]) -> None: ...
 
@@ -24,15 +25,18 @@ class Side(Protocol):
 class Other(Protocol):
     """What is timed between the rounds of a side."""
 
+    left_out: float
+
     def rounds(self, case: Case, rounds: int) -> Iterator[None]: ...
 
 
 @dataclass
 class Times:
-    """Seconds of each round; of a sampler's steps, and of the first call at a size, the first has more to do."""
+    """Seconds of each round; the first of a sampler's steps has more to do and is told apart."""
 
     first: float | None = None
     seconds: list[float] = field(default_factory=list)
+    first_apart: bool = False
 
     @property
     def median(self) -> float:
@@ -44,7 +48,7 @@ class Times:
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median
 
     def add(self, seconds: float) -> None:
-        if self.first is None:
+        if self.first_apart and self.first is None:
             self.first = seconds
         else:
             self.seconds.append(seconds)
@@ -64,21 +68,22 @@ def clock_of(device: Any) -> Clock:
 
 
 def interleave(ours: Side, peer: Other | None, case: Case, repeat: int, clock: Clock) -> tuple[Times, Times | None]:
-    """One round that is told apart and `repeat` that count, of each side in turn."""
-    times = Times(), Times()
-    between = None if peer is None else peer.rounds(case, repeat + 1)
+    """`repeat` rounds that count, of each side in turn."""
+    steps = STAGES[case.stage].steps
+    times = Times(first_apart=steps), Times(first_apart=steps)
+    between = None if peer is None else peer.rounds(case, repeat + steps)
     started = clock()
 
     def after() -> None:
         nonlocal started
         now = clock()
-        times[0].add(now - started)
-        if between is not None:
+        times[0].add(now - started + ours.left_out)
+        if peer is not None and between is not None:
             started = clock()
             next(between)
             now = clock()
-            times[1].add(now - started)
+            times[1].add(now - started + peer.left_out)
         started = clock()
 
-    ours.run(case, repeat + 1, after)
+    ours.run(case, repeat + steps, after)
     return times[0], None if peer is None else times[1]

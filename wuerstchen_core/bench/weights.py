@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,8 @@ from ..models.decoder import DecoderParams
 from ..models.image_encoder import ImageEncoderParams
 from ..models.prior import PriorParams
 from ..models.vqgan import VQGANParams
+from .cases import STAGES
 
-POOL = 2**25  # random numbers that every tensor is a piece of: drawing a billion would take longer than measuring
 SIZES_FILE = "sizes.json"
 PARTS = ("prior", "decoder", "vqgan", "image_encoder")
 FILE = "diffusion_pytorch_model.safetensors"
@@ -52,6 +56,32 @@ def sizes_of(folder: Path) -> Sizes:
     return Sizes(**{part: params_from_json(part, values) for part, values in told.items()})  # type: ignore[arg-type]
 
 
+@contextmanager
+def weights_of(
+    stages: Sequence[str], dtypes: Sequence[str], sizes: Sizes, tell: Callable[[str, int, int], None]
+) -> Iterator[Path]:
+    """A folder with the weights of every network that stages need. ValueError if the disk has no room for them."""
+    parts = dict.fromkeys(part for name in stages for part in (*STAGES[name].parts, *STAGES[name].beside))
+    wanted = [(part, dtype) for dtype in dtypes for part in parts]
+    needed = sum(bytes_of(part, sizes, dtype) for part, dtype in wanted)
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"{place} has {free / 1e9:.1f} GB free and the random weights take {needed / 1e9:.1f} GB: "
+            "set TMPDIR to a folder with room, or measure fewer stages or dtypes at a time"
+        )
+    with tempfile.TemporaryDirectory(prefix="wuerstchen-bench-") as name:
+        folder = Path(name)
+        write_sizes(folder, sizes)
+        pool = pool_for(parts, sizes)
+        for i, (part, dtype) in enumerate(wanted):
+            tell(f"weights of the {part} in {dtype}", i, len(wanted))
+            write(folder, part, sizes, dtype, pool)
+        del pool
+        yield folder
+
+
 def shapes(part: str, sizes: Sizes) -> dict[str, Tensor]:
     """The tensors of a network, without memory."""
     with torch.device("meta"):
@@ -66,11 +96,16 @@ def bytes_of(part: str, sizes: Sizes, dtype: str) -> int:
     return sum(x.numel() for x in shapes(part, sizes).values()) * DTYPES[dtype].itemsize
 
 
-def write(folder: Path, part: str, sizes: Sizes, dtype: str) -> None:
+def pool_for(parts: Iterable[str], sizes: Sizes) -> Tensor:
+    """Random numbers that every tensor is a piece of: drawing a billion would take longer than measuring."""
+    largest = max(x.numel() for part in parts for x in shapes(part, sizes).values())
+    return torch.randn(2 * largest + 1, generator=torch.Generator().manual_seed(0))
+
+
+def write(folder: Path, part: str, sizes: Sizes, dtype: str, pool: Tensor) -> None:
     """A network's weights as a file, beside what diffusers wants to know of its sizes."""
     path = weight_file(folder, part, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     state, offset = {}, 0
     for key, like in shapes(part, sizes).items():
         state[key.replace("vquantizer.codebook.", "vquantizer.embedding.")] = _fill(key, like, pool, offset, dtype)
@@ -85,7 +120,7 @@ def _fill(key: str, like: Tensor, pool: Tensor, offset: int, dtype: str) -> Tens
     """A tensor of a network in which every layer counts and whose activations stay about 1."""
     if not like.is_floating_point():  # how many batches a BatchNorm has seen
         return torch.zeros(like.shape, dtype=like.dtype)
-    start = offset % (POOL - like.numel())
+    start = offset % (len(pool) - like.numel())
     x = pool[start : start + like.numel()].view(like.shape)
     if key.endswith("running_var") or (like.dim() == 1 and key.endswith(".weight")):  # a norm's scale
         x = 1 + 0.1 * x.tanh()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .progress import Bar
 
-QUICK = {"stages": "prior,decoder,vqgan-decode", "sizes": "512,1024", "repeat": 1}
+if TYPE_CHECKING:
+    from ..bench.report import Report
+    from ..bench.run import Plan
+
+DEFAULTS: dict[str, Any] = {"stages": "all", "sizes": "512,1024,1536,2048", "dtypes": "bf16,fp32", "repeat": 3}
+QUICK: dict[str, Any] = {"stages": "prior,decoder,vqgan-decode", "sizes": "512,1024", "dtypes": "bf16", "repeat": 1}
 
 
 def add(commands: Any) -> None:
@@ -20,59 +26,93 @@ def add(commands: Any) -> None:
     smaller = "choose smaller --sizes or a smaller --batch, or --dtypes bf16"
     parser.set_defaults(run=_run, requirements="requirements-bench.txt", smaller=smaller)
     option = parser.add_argument
-    option("--stages", default="all", metavar="NAME,...", help="prior, decoder, vqgan-decode, ... (default: all)")
-    option("--sizes", default="512,1024,1536,2048", metavar="PIXELS,...", help="sides of square pictures")
-    option("--dtypes", default="bf16,fp32", metavar="NAME,...", help="of bf16, fp32, fp16 (default: bf16,fp32)")
+    option("--stages", metavar="NAME,...", help="prior, decoder, decoder-guided, vqgan-decode, ... (default: all)")
+    option("--sizes", metavar="PIXELS,...", help=f"sides of square pictures (default: {DEFAULTS['sizes']})")
+    option("--dtypes", metavar="NAME,...", help=f"of bf16, fp32 and fp16 (default: {DEFAULTS['dtypes']})")
     option("--batch", default="1", metavar="N,...", help="pictures at a time (default: 1)")
-    option("--repeat", type=int, default=3, metavar="N", help="rounds that count (default: 3)")
+    option("--repeat", type=int, metavar="N", help=f"rounds that count (default: {DEFAULTS['repeat']})")
     option("--threads", type=int, default=0, metavar="N", help="of the processor (default: torch's choice)")
     option("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    option("--no-peer", dest="peer", action="store_false", help="measure ours alone")
-    option("--no-memory", dest="memory", action="store_false", help="leave out what needs processes of its own")
-    option("--no-load", dest="load", action="store_false", help="leave out how long loading takes")
+    option("--steps", default="30+12", metavar="C+B", help="of our pictures (default: 30+12, as the peer's are)")
+    option("--full", action="store_true", help="paint pictures with all their steps, which takes long")
     option("--compile", action="store_true", help="let torch compile both sides' networks")
-    option("--quick", action="store_true", help="a short run: the three networks in bf16 at 512 and 1024 pixels")
-    option("--json", type=Path, metavar="FILE", help="write all numbers to a file")
+    option("--accuracy", action="store_true", help="say how far both sides are from fp32")
+    option("--no-peer", dest="peer", action="store_false", help="measure ours alone")
+    option("--no-memory", dest="memory", action="store_false", help="leave out memory and loading")
+    option("--quick", action="store_true", help="three networks in bf16 at 512 and 1024 pixels, within two minutes")
+    option("--json", type=Path, metavar="FILE", help="write all numbers to a file, as they come")
+    option("--plot", type=Path, metavar="FILE.png", help="draw the ratios")
 
 
 def _run(options: argparse.Namespace) -> None:
+    from ..bench.run import run
+
+    plan = _plan(options)
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"the folder {path.parent} does not exist: create it, or name another file")
+    if options.plot is not None:
+        from ..bench import plot
+
+        plot.check(options.plot, plan.peer)
+    bar = Bar()
+    try:
+        report = run(
+            plan,
+            lambda words, done, total: bar.show("bench ", done, total, words),
+            lambda report: _keep(report, options.json),
+        )
+    finally:
+        bar.clear()
+    _keep(report, options.json)
+    sys.stdout.write(f"{report.text()}\n")
+    if options.plot is not None:
+        plot.plot(report, options.plot)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """What the options ask for. ValueError where that can't be measured."""
     from ..bench.cases import check, stage_names
-    from ..bench.report import table
-    from ..bench.run import Plan, run
+    from ..bench.run import Plan
     from ..devices import pick_device
 
-    stages, dtypes = stage_names(_names(options.stages)), _names(options.dtypes)
-    sizes, batches = _numbers("--sizes", options.sizes), _numbers("--batch", options.batch)
-    check(sizes, batches, dtypes, options.repeat)
-    plan = Plan(
+    chosen = {**DEFAULTS, **(QUICK if options.quick else {})}
+    chosen |= {name: value for name, value in vars(options).items() if name in chosen and value is not None}
+    stages, dtypes = stage_names(_names(chosen["stages"])), _names(chosen["dtypes"])
+    sizes, batches = _numbers("--sizes", chosen["sizes"]), _numbers("--batch", options.batch)
+    steps = _numbers("--steps", options.steps, "+")
+    check(stages, sizes, batches, dtypes, chosen["repeat"], steps)
+    return Plan(
         stages,
         sizes,
         batches,
         dtypes,
-        options.repeat,
+        chosen["repeat"],
         str(pick_device(options.device)),
         options.threads,
-        options.peer,
-        options.memory,
-        options.load,
-        options.compile,
+        (steps[0], steps[1]),
+        **{name: getattr(options, name) for name in ("full", "peer", "memory", "accuracy", "compile", "quick")},
     )
-    bar = Bar()
+
+
+def _keep(report: Report, path: Path | None) -> None:
+    """Write the numbers so far, whole or not at all."""
+    if path is None:
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        rows = run(plan, lambda words, done, total: bar.show("bench ", done, total, words))
+        draft.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+        os.replace(draft, path)
     finally:
-        bar.clear()
-    sys.stdout.write(f"{table(rows)}\n")
-    if options.json:
-        options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
+        draft.unlink(missing_ok=True)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str, between: str = ",") -> list[str]:
+    return [name.strip() for name in text.split(between) if name.strip()]
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    words = _names(text)
+def _numbers(option: str, text: str, between: str = ",") -> list[int]:
+    words = _names(text, between)
     if not words or not all(word.isdecimal() for word in words):
-        raise ValueError(f"{option} {text!r} is no list of numbers: give some such as 512,1024")
+        raise ValueError(f"{option} {text!r} is no list of numbers: give some such as {between.join(('512', '1024'))}")
     return [int(word) for word in words]
