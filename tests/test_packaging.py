@@ -26,7 +26,8 @@ def wanted(name: str) -> list[str]:
 def test_requirement_files_agree_with_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert sorted(map(normal, project["dependencies"])) == wanted("requirements.txt")
-    assert sorted(map(normal, project["optional-dependencies"]["train"])) == wanted("requirements-train.txt")
+    for extra in ("train", "bench"):
+        assert sorted(map(normal, project["optional-dependencies"][extra])) == wanted(f"requirements-{extra}.txt")
 
 
 def test_no_bound_can_move_the_torch_of_a_user() -> None:

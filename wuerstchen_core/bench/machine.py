@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 CPU = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+PEERS = ("diffusers", "transformers", "accelerate")
 
 
 def machine(device: Any, threads: int) -> dict[str, Any]:
@@ -23,9 +23,8 @@ def machine(device: Any, threads: int) -> dict[str, Any]:
         "threads": threads or torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {
-            name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name) is not None
-        },
+        "packages": {"torch": torch.__version__}
+        | {name: importlib.metadata.version(name) for name in PEERS if importlib.util.find_spec(name) is not None},
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cases import Case
+from .timing import Times
 
 NOTHING = "-"
 
@@ -28,6 +29,12 @@ class Measured:
     load_memory: int | None = None  # the peak while loading,
     load_private: int | None = None  # and what of it the process shares with no file
     error: float | None = None  # of the output: |x - exact| / |exact|, exact being the peer's in fp32
+
+    def fill(self, times: Times, work: int, peak: float) -> None:
+        """Take over the times of rounds of `work` FLOP, on a machine that can do `peak` FLOP/s."""
+        self.median, self.spread, self.first, self.seconds = times.median, times.spread, times.first, times.seconds
+        self.flops_per_second = work / times.median
+        self.share_of_peak = self.flops_per_second / peak
 
     def remember(self, found: dict[str, Any], weights: int, loading: bool) -> None:
         """Take over what a process of its own found."""

@@ -23,7 +23,7 @@ from .ours import Ours
 from .picture import SHORT
 from .report import Measured, Report, Row
 from .setting import Clock, Setting
-from .timing import Times, clock_of, interleave
+from .timing import clock_of, interleave
 from .weights import Sizes, bytes_of, weights_of
 
 Tell = Callable[[str, int, int], None]  # what is done now, the number of what is done, of how many
@@ -161,7 +161,7 @@ class _Run:
         times = interleave(ours, peer, case, plan.repeat, self.clock)
         for side, time_of in zip((row.ours, row.peer), times, strict=True):
             if side is not None and time_of is not None:
-                _fill(side, time_of, row.flops, self.report.peaks[case.dtype])
+                side.fill(time_of, row.flops, self.report.peaks[case.dtype])
         return row
 
     def _apart(self, folder: Path) -> None:
@@ -190,12 +190,6 @@ def _relative(x: Tensor | None, reference: Tensor | None) -> float | None:
         return None
     reference = reference.double()
     return float((x.double() - reference).norm() / reference.norm())
-
-
-def _fill(side: Measured, times: Times, work: int, peak: float) -> None:
-    side.median, side.spread, side.first, side.seconds = times.median, times.spread, times.first, times.seconds
-    side.flops_per_second = work / times.median
-    side.share_of_peak = side.flops_per_second / peak
 
 
 def _made_of(plan: Plan) -> str:

@@ -1,0 +1,345 @@
+"""The bench command on tiny networks: what is compared, computed and refused. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from painting import failure, run
+from PIL import Image
+
+from wuerstchen_core.bench import child, compiling
+from wuerstchen_core.bench import run as running
+from wuerstchen_core.bench.cases import PICTURE, STAGES, Case, stage_names
+from wuerstchen_core.bench.limits import flops
+from wuerstchen_core.bench.picture import Steps
+from wuerstchen_core.bench.report import Measured, Report, Row, table
+from wuerstchen_core.bench.run import Plan
+from wuerstchen_core.bench.timing import interleave
+from wuerstchen_core.bench.weights import Sizes, weights_of
+from wuerstchen_core.models.decoder import DecoderParams
+from wuerstchen_core.models.prior import PriorParams
+from wuerstchen_core.models.vqgan import VQGANParams
+
+TINY = Sizes(
+    prior=PriorParams(c=64, depth=1, nhead=1),  # 1280 wide text is what tells v2
+    decoder=DecoderParams(c_cond=64, c_hidden=(64,) * 4, nhead=(-1, 1, 1, 1), blocks=(1,) * 4, clip_embd=64),
+    vqgan=VQGANParams(bottleneck_blocks=1, c_hidden=16, codebook_size=16),
+)
+WORK = tuple(name for name in STAGES if name != "image-encoder")  # whose peer exists at its full size alone
+PLAN = Plan(WORK, [128], dtypes=["fp32"], repeat=1, networks=TINY, gemm_side=64)
+
+
+def silent(words: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def apart(side: str, case: Case, rounds: int, told: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own says: made up."""
+    megabytes = {"ours": 30, "peer": 60}[side] * 10**6
+    times = {"import_seconds": 1.0, "load_seconds": 2.0, "first_seconds": 3.0 if side == "ours" else 6.0}
+    return {"peak": megabytes, "load_peak": megabytes, "load_private": 10**6, **times}
+
+
+# What both sides compute
+
+
+def test_both_sides_give_the_same_and_leave_no_files(folder: Path) -> None:
+    report = running.run(PLAN, silent, apart=apart)
+    assert [row.case.stage for row in report.rows] == list(WORK)
+    for row in report.rows:
+        assert row.difference is not None and row.difference < (2e-3 if row.case.stage == PICTURE else 2e-5), row.case
+        assert row.flops > 0 and row.weights > 0
+    assert not list(folder.glob("wuerstchen-bench-*"))
+
+
+def test_every_layer_counts(folder: Path) -> None:
+    """A weight of any layer that is changed changes the output, and nothing runs away."""
+    from wuerstchen_core.bench.ours import Ours
+
+    stages = ("prior", "decoder", "vqgan-decode", "vqgan-encode")
+    with weights_of(stages, ["fp32"], TINY, silent) as files, torch.inference_mode():
+        for stage in stages:
+            case = Case(stage, 128, 1, "fp32")
+            side = Ours(PLAN.setting(case, files, lambda: 0.0))
+            first = side.output(case)
+            assert first.isfinite().all() and 0.01 < first.std() < 100
+            network = getattr(side.pipeline, STAGES[stage].parts[0])
+            names = {"vqgan-decode": ("up_blocks", "out_block"), "vqgan-encode": ("in_block", "down_blocks")}
+            for name, tensor in network.state_dict().items():
+                if not tensor.is_floating_point() or not name.startswith(names.get(stage, "")):
+                    continue
+                if name.endswith("to_k.bias"):  # softmax takes no notice of it
+                    continue
+                kept = tensor.clone()
+                tensor.mul_(1.5)
+                assert (side.output(case) - first).norm() > 1e-6 * first.norm(), name
+                tensor.copy_(kept)
+
+
+def test_pictures_are_compared_only_in_equal_steps(folder: Path) -> None:
+    plan = replace(PLAN, stages=[PICTURE], steps=(2, 2), repeat=1, memory=False)
+    report = running.run(plan, silent)
+    assert report.rows[0].difference is None
+    assert "ours in 2+2 steps, the peer in 30+12" in report.notes[0]
+
+
+def test_how_far_both_sides_are_from_fp32(folder: Path) -> None:
+    plan = replace(PLAN, stages=["prior"], dtypes=["bf16"], accuracy=True, memory=False)
+    [row] = running.run(plan, silent).rows
+    assert row.peer is not None and row.ours.error is not None and row.peer.error is not None
+    assert 1e-4 < row.ours.error < 2e-2 and row.ours.error <= row.peer.error
+
+
+def test_image_encoder_alone(folder: Path) -> None:
+    [row] = running.run(replace(PLAN, stages=["image-encoder"], sizes=[64], memory=False, repeat=1), silent).rows
+    assert row.difference is not None and row.difference < 1e-5
+
+
+def test_without_a_compiler_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any) -> Callable[..., Any]:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not compiling.can_compile("cpu")
+    plan = replace(PLAN, stages=["vqgan-decode"], compile=True, memory=False, peer=False)
+    report = running.run(plan, silent)
+    assert report.rows[0].ours.median is not None
+    assert report.notes == ["torch.compile finds no compiler here: both sides ran without it"]
+
+
+def test_an_interruption_leaves_no_files(folder: Path) -> None:
+    def stop(words: str, done: int, total: int) -> None:
+        if words.startswith("prior"):
+            assert list(folder.glob("wuerstchen-bench-*"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        running.run(replace(PLAN, stages=["prior"]), stop)
+    assert not list(folder.glob("wuerstchen-bench-*"))
+
+
+# What is computed of what was measured
+
+
+class Clock:
+    """Each look at it costs nothing; work makes it go on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Worker:
+    """A side that takes the seconds given, round by round."""
+
+    left_out = 0.0
+
+    def __init__(self, clock: Clock, seconds: list[float], log: list[str], name: str):
+        self.clock, self.seconds, self.log, self.name = clock, seconds, log, name
+
+    def rounds(self, case: Case, rounds: int) -> Iterator[None]:
+        assert rounds == len(self.seconds)
+        for seconds in self.seconds:
+            self.clock.now += seconds
+            self.log.append(self.name)
+            yield
+
+    def run(self, case: Case, rounds: int, after: Callable[[], None]) -> None:
+        for _ in self.rounds(case, rounds):
+            after()
+
+
+def test_sides_take_turns_and_the_first_step_is_told_apart() -> None:
+    clock, log = Clock(), []
+    ours, peer = Worker(clock, [9.0, 1.0, 2.0, 1.5], log, "A"), Worker(clock, [8.0, 4.0, 3.0, 2.0], log, "B")
+    mine, theirs = interleave(ours, peer, Case("prior", 512, 1, "bf16"), 3, clock)
+    assert "".join(log) == "ABABABAB"
+    assert (mine.first, mine.seconds, mine.median, mine.spread) == (9.0, [1.0, 2.0, 1.5], 1.5, pytest.approx(1 / 3))
+    assert theirs is not None and (theirs.first, theirs.median) == (8.0, 3.0)
+
+
+def test_work_without_steps_has_no_first_round() -> None:
+    clock = Clock()
+    worker = Worker(clock, [3.0, 1.0, 2.0], [], "A")
+    worker.left_out = 10.0  # of steps that were not done
+    times, nobody = interleave(worker, None, Case(PICTURE, 512, 1, "bf16"), 3, clock)
+    assert nobody is None and times.first is None and times.seconds == [13.0, 11.0, 12.0]
+
+
+def test_steps_left_out_take_as_long_as_the_later_ones() -> None:
+    clock = Clock()
+    steps = Steps(clock)
+    for seconds in (10.0, 2.0, 4.0):
+        clock.now += seconds
+        steps.done("prior")
+    clock.now += 100.0
+    steps.begin()
+    for seconds in (7.0, 1.0):
+        clock.now += seconds
+        steps.done("decoder")
+    assert steps.left_out((30, 12)) == 27 * 3.0 + 10 * 1.0
+    assert steps.left_out((3, 2)) == 0.0
+
+
+def test_numbers_of_a_row() -> None:
+    case = Case("decoder", 1024, 2, "bf16")
+    row = Row(case, flops=6 * 10**12, weights=2 * 10**9, ours=Measured(median=2.0), peer=Measured(median=5.0))
+    apart_of = {"first_seconds": 2.0, "import_seconds": 1.0, "load_peak": 3 * 10**9, "load_private": 10**9}
+    row.ours.remember({"peak": 3 * 10**9, **apart_of}, row.weights, loading=True)
+    assert row.peer is not None
+    row.peer.remember({"peak": 4 * 10**9, **apart_of, "first_seconds": 5.0}, row.weights, loading=True)
+    told = json.loads(json.dumps(row.as_dict()))
+    assert (told["times_faster"], told["memory_ratio"], told["load_times_faster"]) == (2.5, 0.75, 2.5)
+    assert told["ours"]["memory_above_weights"] == 10**9
+    head, _, line = table([row]).splitlines()
+    cells = dict(zip(*([cell.strip() for cell in text.strip("|").split("|")] for text in (head, line)), strict=True))
+    assert cells == {
+        "stage": "decoder", "pixels": "1024²", "batch": "2", "dtype": "bf16", "ours s": "2", "peer s": "5",
+        "times faster": "2.50x", "ours GB": "3.00", "peer GB": "4.00", "memory ratio": "0.75x",
+        "above weights GB": "1.00", "peer above": "2.00", "load s": "2.00", "peer load s": "5.00",
+        "load private, of weights": "50%", "peer's": "50%",
+    }  # fmt: skip
+
+
+def test_the_share_of_the_peak_is_the_works() -> None:
+    case = Case("vqgan-decode", 128, 3, "fp32")
+    one, three = (flops(replace(case, batch=batch), TINY, False, (30, 12)) for batch in (1, 3))
+    assert three == 3 * one
+    side, clock = Measured(), Clock()
+    times, _ = interleave(Worker(clock, [0.5], [], "A"), None, case, 1, clock)
+    side.fill(times, three, peak=1e9)
+    assert side.flops_per_second == three / 0.5 and side.share_of_peak == three / 0.5 / 1e9
+
+
+def test_the_work_is_counted_of_the_peer_and_includes_attention() -> None:
+    case = Case("prior", 512, 1, "bf16")
+    tokens, p = 12 * 12, TINY.prior
+    counted = flops(case, TINY, True, (30, 12))
+    attention = 2 * 2 * 2 * tokens * (tokens + 77) * p.c * p.depth  # two products, for both halves of the guidance
+    linear = 2 * 2 * tokens * (8 + 2) * p.c**2 * p.depth  # MLP, queries and output; keys and values come on top
+    assert counted > attention + linear
+    guided, plain = (flops(Case(name, 256, 1, "bf16"), TINY, True, (30, 12)) for name in ("decoder-guided", "decoder"))
+    assert guided == 2 * plain
+    parts = {name: flops(Case(name, 256, 1, "bf16"), TINY, True, (3, 2)) for name in ("prior", "decoder", PICTURE)}
+    rest = flops(Case("vqgan-decode", 256, 1, "bf16"), TINY, True, (3, 2))
+    assert parts[PICTURE] == 3 * parts["prior"] + 2 * parts["decoder"] + rest
+
+
+# A process of its own
+
+
+def test_memory_and_loading_in_a_process_of_its_own(folder: Path) -> None:
+    case = Case("vqgan-decode", 128, 1, "fp32")
+    with weights_of([case.stage], ["fp32"], TINY, silent) as files:
+        told = {"folder": str(files), "device": "cpu", "threads": 1, "steps": [30, 12]}
+        found = child.measure_apart("ours", case, 1, told)
+        assert 0 < found["load_seconds"] <= found["first_seconds"] and found["import_seconds"] > 0
+        if sys.platform == "linux":
+            assert 0 < found["peak"] < 10**9 and found["load_private"] >= 0
+        with pytest.raises(ValueError, match="ours could not be measured apart"):
+            child.measure_apart("ours", replace(case, stage="prior"), 1, told)
+
+
+# The command
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The command on tiny networks, without processes of their own."""
+    real = running.run
+
+    def tiny(plan: Plan, *given: Any) -> Report:
+        return real(replace(plan, networks=TINY, gemm_side=64), *given, apart=apart)
+
+    monkeypatch.setattr(running, "run", tiny)
+
+
+def test_command(small: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench --stages prior,vqgan --sizes 128 --batch 1,2 --dtypes fp32 --repeat 1 --device cpu"
+    assert run(*command.split(), "--json", folder / "b.json", "--plot", folder / "b.png") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for words in ("| prior ", "| vqgan-decode ", "| vqgan-encode ", "times faster", "of GEMM peak", "difference"):
+        assert words in out
+    told = json.loads((folder / "b.json").read_text("utf-8"))
+    assert told["gemm_flops_per_second"]["fp32"] > 0 and told["machine"]["packages"]["torch"] == torch.__version__
+    assert [(row["stage"], row["batch"]) for row in told["rows"]] == [
+        (stage, batch) for stage in ("prior", "vqgan-decode", "vqgan-encode") for batch in (1, 2)
+    ]
+    row = told["rows"][0]
+    assert row["times_faster"] == row["peer"]["median"] / row["ours"]["median"]
+    assert row["ours"]["share_of_peak"] == pytest.approx(
+        row["flops"] / row["ours"]["median"] / told["gemm_flops_per_second"]["fp32"]
+    )
+    assert row["memory_ratio"] == 0.5 and row["load_times_faster"] == 2.0
+    assert "load_seconds" in told["rows"][2]["ours"] and told["rows"][1]["ours"]["load_seconds"] is None  # once each
+    with Image.open(folder / "b.png") as image:
+        assert image.width == 1000
+    assert {path.name for path in folder.glob("*b*") if path.is_file()} == {"b.json", "b.png"}
+
+
+def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
+    command = ("bench", "--stages", "decoder", "--sizes", "128", "--dtypes", "fp32", "--repeat", "1", "--device", "cpu")
+    words = failure(capsys, *command)
+    assert "diffusers" in words and "requirements-bench.txt" in words and "--no-peer" in words
+    assert run(*command, "--no-peer") == 0
+    out = capsys.readouterr().out
+    assert "| decoder " in out and "peer" not in out.replace("above", "") and "times faster" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--stages cellar", "stage 'cellar' is unknown"),
+        ("--sizes 500", "nearest legal size is 512x512"),
+        ("--sizes big", "--sizes 'big' is no list of numbers"),
+        ("--batch 0", "holds no picture"),
+        ("--dtypes fp8", "dtype 'fp8' is unknown"),
+        ("--repeat 0", "measure nothing"),
+        ("--steps 30", "--steps takes those of Stage C and of Stage B"),
+        ("--device cuda:7", "cuda:7"),
+        ("--json nowhere/b.json", "does not exist"),
+        ("--plot b.gif", "no PNG"),
+        ("--plot b.png --no-peer", "compares ours with the peer"),
+    ],
+)
+def test_bad_arguments(options: str, words: str, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in failure(capsys, "bench", *options.split())
+
+
+def test_a_full_disk_is_told_before_the_work(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    assert "set TMPDIR" in failure(capsys, "bench", "--stages", "prior", "--no-peer")
+
+
+def test_groups_of_stages() -> None:
+    assert stage_names(["vqgan", "prior", "vqgan-decode"]) == ["vqgan-decode", "vqgan-encode", "prior"]
+    assert stage_names(["all"]) == list(STAGES)
