@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tiny import TINY, silent
 from painting import failure, run
 from PIL import Image
 
@@ -23,22 +24,10 @@ from wuerstchen_core.bench.picture import Steps
 from wuerstchen_core.bench.report import Measured, Report, Row, table
 from wuerstchen_core.bench.run import Plan
 from wuerstchen_core.bench.timing import interleave
-from wuerstchen_core.bench.weights import Sizes, weights_of
-from wuerstchen_core.models.decoder import DecoderParams
-from wuerstchen_core.models.prior import PriorParams
-from wuerstchen_core.models.vqgan import VQGANParams
+from wuerstchen_core.bench.weights import weights_of
 
-TINY = Sizes(
-    prior=PriorParams(c=64, depth=1, nhead=1),  # 1280 wide text is what tells v2
-    decoder=DecoderParams(c_cond=64, c_hidden=(64,) * 4, nhead=(-1, 1, 1, 1), blocks=(1,) * 4, clip_embd=64),
-    vqgan=VQGANParams(bottleneck_blocks=1, c_hidden=16, codebook_size=16),
-)
 WORK = tuple(name for name in STAGES if name != "image-encoder")  # whose peer exists at its full size alone
 PLAN = Plan(WORK, [128], dtypes=["fp32"], repeat=1, networks=TINY, gemm_side=64)
-
-
-def silent(words: str, done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 @pytest.fixture
@@ -232,12 +221,10 @@ def test_the_share_of_the_peak_is_the_works() -> None:
 
 
 def test_the_work_is_counted_of_the_peer_and_includes_attention() -> None:
-    case = Case("prior", 512, 1, "bf16")
-    tokens, p = 12 * 12, TINY.prior
-    counted = flops(case, TINY, True, (30, 12))
-    attention = 2 * 2 * 2 * tokens * (tokens + 77) * p.c * p.depth  # two products, for both halves of the guidance
-    linear = 2 * 2 * tokens * (8 + 2) * p.c**2 * p.depth  # MLP, queries and output; keys and values come on top
-    assert counted > attention + linear
+    one, four, sixteen = (flops(Case("prior", side, 1, "bf16"), TINY, True, (30, 12)) for side in (128, 256, 512))
+    # 9, 36 and 144 tokens: what grows with their square is attention, two products for both halves of the guidance.
+    square = ((sixteen - one) / (144 - 9) - (four - one) / (36 - 9)) / (144 - 36)
+    assert square == 2 * 2 * 2 * TINY.prior.c * TINY.prior.depth
     guided, plain = (flops(Case(name, 256, 1, "bf16"), TINY, True, (30, 12)) for name in ("decoder-guided", "decoder"))
     assert guided == 2 * plain
     parts = {name: flops(Case(name, 256, 1, "bf16"), TINY, True, (3, 2)) for name in ("prior", "decoder", PICTURE)}
@@ -325,6 +312,7 @@ def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ("--json nowhere/b.json", "does not exist"),
         ("--plot b.gif", "no PNG"),
         ("--plot b.png --no-peer", "compares ours with the peer"),
+        ("--comfyui .", "holds no ComfyUI"),
     ],
 )
 def test_bad_arguments(options: str, words: str, small: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,11 @@ def table(rows: Sequence[Row]) -> str:
         "peer above", "load s", "peer load s", "load private, of weights", "peer's",
     )  # fmt: skip
     lines = [[*head], ["---" if i in (0, 3) else "---:" for i in range(len(head))], *map(_cells, rows)]
-    lines = _without_empty(lines)
+    return aligned(_without_empty(lines))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table that also reads well as it is."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in lines)
 

@@ -122,6 +122,9 @@ class _Run:
 
             kinds.append(Peer)
         self.tell(same[0].label, len(self.report.rows), total)
+        if plan.quick and self._late(QUICK_TIMES):
+            self.left_out += [case.label for case in same]
+            return
         sides = [kind(plan.setting(same[0], folder, self.clock)) for kind in kinds]
         exact = None
         if plan.accuracy and same[0].dtype != "fp32":
@@ -174,6 +177,8 @@ class _Run:
             network = stage.parts[0], case.dtype
             first = network not in seen and case.stage != PICTURE
             seen.add(network)
+            if plan.quick and first and self._late(QUICK):
+                self.left_out.append(f"memory of {case.label}")
             if plan.quick and (not first or self._late(QUICK)):
                 continue
             for name, side in (("ours", row.ours), ("peer", row.peer)):

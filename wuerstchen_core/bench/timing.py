@@ -43,8 +43,10 @@ class Times:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Half of the way from the quickest round to the slowest, as a share of the median."""
+    def spread(self) -> float | None:
+        """Half of the way from the quickest round to the slowest, as a share of the median; None of a single round."""
+        if len(self.seconds) < 2:
+            return None
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median
 
     def add(self, seconds: float) -> None:

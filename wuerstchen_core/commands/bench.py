@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from .progress import Bar
 
 if TYPE_CHECKING:
-    from ..bench.report import Report
     from ..bench.run import Plan
 
 DEFAULTS: dict[str, Any] = {"stages": "all", "sizes": "512,1024,1536,2048", "dtypes": "bf16,fp32", "repeat": 3}
@@ -39,12 +38,15 @@ def add(commands: Any) -> None:
     option("--accuracy", action="store_true", help="say how far both sides are from fp32")
     option("--no-peer", dest="peer", action="store_false", help="measure ours alone")
     option("--no-memory", dest="memory", action="store_false", help="leave out memory and loading")
+    text = "measure the core's steps under this ComfyUI's sampling instead, beside its Stable Cascade"
+    option("--comfyui", type=Path, metavar="FOLDER", help=text)
     option("--quick", action="store_true", help="three networks in bf16 at 512 and 1024 pixels, within two minutes")
     option("--json", type=Path, metavar="FILE", help="write all numbers to a file, as they come")
     option("--plot", type=Path, metavar="FILE.png", help="draw the ratios")
 
 
 def _run(options: argparse.Namespace) -> None:
+    from ..bench import host
     from ..bench.run import run
 
     plan = _plan(options)
@@ -56,15 +58,22 @@ def _run(options: argparse.Namespace) -> None:
 
         plot.check(options.plot, plan.peer)
     bar = Bar()
+
+    def tell(words: str, done: int, total: int) -> None:
+        bar.show("bench ", done, total, words)
+
     try:
-        report = run(
-            plan,
-            lambda words, done, total: bar.show("bench ", done, total, words),
-            lambda report: _keep(report, options.json),
-        )
+        if options.comfyui is not None:
+            rows = host.measure(options.comfyui, plan, tell)
+        else:
+            report = run(plan, tell, lambda report: _keep(report.as_dict(), options.json))
     finally:
         bar.clear()
-    _keep(report, options.json)
+    if options.comfyui is not None:
+        _keep({"rows": rows}, options.json)
+        sys.stdout.write(f"{host.table(rows)}\n")
+        return
+    _keep(report.as_dict(), options.json)
     sys.stdout.write(f"{report.text()}\n")
     if options.plot is not None:
         plot.plot(report, options.plot)
@@ -95,13 +104,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _keep(report: Report, path: Path | None) -> None:
+def _keep(report: dict[str, Any], path: Path | None) -> None:
     """Write the numbers so far, whole or not at all."""
     if path is None:
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        draft.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+        draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
