@@ -28,7 +28,7 @@ from .weights import Sizes, bytes_of, weights_of
 
 Tell = Callable[[str, int, int], None]  # what is done now, the number of what is done, of how many
 Apart = Callable[[str, Case, int, dict[str, Any]], dict[str, Any]]
-QUICK, QUICK_TIMES = 105.0, 75.0  # seconds of a quick run, and of these until time is taken no more
+QUICK, QUICK_TIMES = 95.0, 70.0  # seconds after which a quick run begins nothing, and takes no time any more
 Keep = Callable[[Report], None]  # is given the report as it grows
 
 
@@ -54,7 +54,9 @@ class Plan:
     gemm_side: int | None = None  # of the product that is the measure of the machine
 
     def cases(self) -> list[Case]:
-        return list(catalogue.cases(self.stages, self.sizes, self.batches, self.dtypes))
+        found = list(catalogue.cases(self.stages, self.sizes, self.batches, self.dtypes))
+        # A quick run has all networks at the smallest size before any at the next, in case its time runs out.
+        return sorted(found, key=lambda case: case.pixels) if self.quick else found
 
     def setting(self, case: Case, folder: Path, clock: Clock, compute: torch.dtype | None = None) -> Setting:
         return Setting(
@@ -91,6 +93,7 @@ class _Run:
         self.report = Report(machine(plan.device, plan.threads))
         self.compile = plan.compile and can_compile(plan.device)
         self.left_out: list[str] = []
+        self.taken: dict[tuple[str, str], float] = {}  # seconds a pixel, by stage and dtype
         if PICTURE in plan.stages:
             self.report.notes.append(_made_of(plan))
         if plan.compile and not self.compile:
@@ -122,7 +125,7 @@ class _Run:
 
             kinds.append(Peer)
         self.tell(same[0].label, len(self.report.rows), total)
-        if plan.quick and self._late(QUICK_TIMES):
+        if self._too_late(same[0]):
             self.left_out += [case.label for case in same]
             return
         sides = [kind(plan.setting(same[0], folder, self.clock)) for kind in kinds]
@@ -132,20 +135,21 @@ class _Run:
         for side in sides:
             if self.compile:
                 side.compile()
-        taken = None
         for case in same:
             self.tell(case.label, len(self.report.rows), total)
-            begun = time.monotonic()
-            if plan.quick and taken and self._late(QUICK_TIMES, taken * case.pixels):
-                self.left_out.append(case.label)
-                continue
-            yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare=not (plan.quick and taken))
-            taken = (time.monotonic() - begun) / case.pixels
+            begun, known = time.monotonic(), (case.stage, case.dtype) in self.taken
+            yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare=not (plan.quick and known))
+            self.taken[case.stage, case.dtype] = (time.monotonic() - begun) / case.pixels
         del sides, exact
         gc.collect()
 
-    def _late(self, limit: float, seconds: float = 0.0) -> bool:
-        return time.monotonic() - self.begun + seconds > limit
+    def _too_late(self, case: Case) -> bool:
+        """Whether a quick run has no time for a case, going by what a smaller one of its stage took."""
+        expected = self.taken.get((case.stage, case.dtype), 0.0) * case.pixels
+        return self.plan.quick and self._passed() + expected > QUICK_TIMES
+
+    def _passed(self) -> float:
+        return time.monotonic() - self.begun
 
     def _row(self, case: Case, ours: Ours, peer: Any, exact: Any, compare: bool) -> Row:
         plan = self.plan
@@ -177,9 +181,9 @@ class _Run:
             network = stage.parts[0], case.dtype
             first = network not in seen and case.stage != PICTURE
             seen.add(network)
-            if plan.quick and first and self._late(QUICK):
+            if plan.quick and first and self._passed() > QUICK:
                 self.left_out.append(f"memory of {case.label}")
-            if plan.quick and (not first or self._late(QUICK)):
+            if plan.quick and (not first or self._passed() > QUICK):
                 continue
             for name, side in (("ours", row.ours), ("peer", row.peer)):
                 if side is not None:

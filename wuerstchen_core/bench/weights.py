@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.parts import NETWORKS, Params, params_from_json, params_to_json
@@ -27,6 +29,7 @@ from .cases import STAGES
 SIZES_FILE = "sizes.json"
 PARTS = ("prior", "decoder", "vqgan", "image_encoder")
 FILE = "diffusion_pytorch_model.safetensors"
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}  # in such a file
 CLASSES = {"prior": "WuerstchenPrior", "decoder": "WuerstchenDiffNeXt", "vqgan": "PaellaVQModel"}
 
 
@@ -77,11 +80,12 @@ def weights_of(
         pool = pool_for(parts, sizes)
         for i, (part, dtype) in enumerate(wanted):
             tell(f"weights of the {part} in {dtype}", i, len(wanted))
-            write(folder, part, sizes, dtype, pool)
+            write(folder, part, sizes, dtype, pool.to(DTYPES[dtype]))
         del pool
         yield folder
 
 
+@lru_cache
 def shapes(part: str, sizes: Sizes) -> dict[str, Tensor]:
     """The tensors of a network, without memory."""
     with torch.device("meta"):
@@ -106,31 +110,55 @@ def write(folder: Path, part: str, sizes: Sizes, dtype: str, pool: Tensor) -> No
     """A network's weights as a file, beside what diffusers wants to know of its sizes."""
     path = weight_file(folder, part, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state, offset = {}, 0
-    for key, like in shapes(part, sizes).items():
-        state[key.replace("vquantizer.codebook.", "vquantizer.embedding.")] = _fill(key, like, pool, offset, dtype)
-        offset += like.numel()
-    save_file(state, path)
+    offset = 0
+    for key, x in _new_file(path, shapes(part, sizes), DTYPES[dtype]).items():
+        _fill(key, x, pool, offset)
+        offset += x.numel()
     if part in CLASSES:
         text = json.dumps({"_class_name": CLASSES[part], **config(part, sizes)})
         (path.parent / "config.json").write_text(text, encoding="utf-8")
 
 
-def _fill(key: str, like: Tensor, pool: Tensor, offset: int, dtype: str) -> Tensor:
-    """A tensor of a network in which every layer counts and whose activations stay about 1."""
-    if not like.is_floating_point():  # how many batches a BatchNorm has seen
-        return torch.zeros(like.shape, dtype=like.dtype)
-    start = offset % (len(pool) - like.numel())
-    x = pool[start : start + like.numel()].view(like.shape)
-    if key.endswith("running_var") or (like.dim() == 1 and key.endswith(".weight")):  # a norm's scale
-        x = 1 + 0.1 * x.tanh()
+def _new_file(path: Path, like: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A safetensors file under diffusers' keys, and its tensors as they lie in it: filling them writes the file.
+
+    Each weight is written once this way, where the library copies it three times.
+    """
+    tensors = {key: x.to(dtype if x.is_floating_point() else x.dtype) for key, x in like.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for key, x in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        places[key] = end
+        end += x.numel() * x.dtype.itemsize
+        name = key.replace("vquantizer.codebook.", "vquantizer.embedding.")
+        header[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [places[key], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, start + end)  # a file that torch has to make longer begins with a zero byte
+    data = torch.from_file(str(path), shared=True, size=start + end, dtype=torch.uint8)[start:]
+    return {
+        key: data[places[key] : places[key] + x.numel() * x.dtype.itemsize].view(x.dtype).view(x.shape)
+        for key, x in tensors.items()
+    }
+
+
+def _fill(key: str, x: Tensor, pool: Tensor, offset: int) -> None:
+    """Fill a tensor of a network in which every layer counts and whose activations stay about 1."""
+    if not x.is_floating_point():  # how many batches a BatchNorm has seen
+        x.zero_()
+        return
+    start = offset % (len(pool) - x.numel())
+    numbers = pool[start : start + x.numel()].view(x.shape)
+    if key.endswith("running_var") or (x.dim() == 1 and key.endswith(".weight")):  # a norm's scale
+        x.copy_(1 + 0.1 * numbers.tanh())
     elif key.endswith((".gamma", ".gammas")):
-        x = 0.3 * x
-    elif like.dim() == 1 or key.endswith(".beta"):
-        x = 0.1 * x
+        x.copy_(0.3 * numbers)
+    elif x.dim() == 1 or key.endswith(".beta"):
+        x.copy_(0.1 * numbers)
     else:
-        x = x * (_gain(key) / math.sqrt(like[0].numel()))
-    return x.to(DTYPES[dtype])
+        torch.mul(numbers, _gain(key) / math.sqrt(x[0].numel()), out=x)
 
 
 def _gain(key: str) -> float:
