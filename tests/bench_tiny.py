@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from wuerstchen_core.bench.cases import Case
 from wuerstchen_core.bench.weights import Sizes
 from wuerstchen_core.models.decoder import DecoderParams
 from wuerstchen_core.models.prior import PriorParams
@@ -16,3 +19,10 @@ TINY = Sizes(
 
 def silent(words: str, done: int, total: int) -> None:
     """No progress is shown."""
+
+
+def made_up(side: str, case: Case, rounds: int, told: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own says: made up."""
+    megabytes = {"ours": 30, "peer": 60}[side] * 10**6
+    times = {"import_seconds": 1.0, "load_seconds": 2.0, "first_seconds": 3.0 if side == "ours" else 6.0}
+    return {"peak": megabytes, "load_peak": megabytes, "load_private": 10**6, **times}

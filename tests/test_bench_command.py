@@ -1,0 +1,108 @@
+"""The bench command on tiny networks: what it prints, writes, draws and refuses. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_tiny import TINY, made_up
+from painting import failure, run
+from PIL import Image
+
+from wuerstchen_core.bench import run as running
+from wuerstchen_core.bench.cases import STAGES, stage_names
+from wuerstchen_core.bench.report import Report
+from wuerstchen_core.bench.run import Plan
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The command on tiny networks, without processes of their own."""
+    real = running.run
+
+    def tiny(plan: Plan, *given: Any) -> Report:
+        return real(replace(plan, networks=TINY, gemm_side=64), *given, apart=made_up)
+
+    monkeypatch.setattr(running, "run", tiny)
+
+
+def test_command(small: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench --stages prior,vqgan --sizes 128 --batch 1,2 --dtypes fp32 --repeat 1 --device cpu"
+    assert run(*command.split(), "--json", folder / "b.json", "--plot", folder / "b.png") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for words in ("| prior ", "| vqgan-decode ", "| vqgan-encode ", "times faster", "of GEMM peak", "difference"):
+        assert words in out
+    told = json.loads((folder / "b.json").read_text("utf-8"))
+    assert told["gemm_flops_per_second"]["fp32"] > 0 and told["machine"]["packages"]["torch"] == torch.__version__
+    assert [(row["stage"], row["batch"]) for row in told["rows"]] == [
+        (stage, batch) for stage in ("prior", "vqgan-decode", "vqgan-encode") for batch in (1, 2)
+    ]
+    row = told["rows"][0]
+    assert row["times_faster"] == row["peer"]["median"] / row["ours"]["median"]
+    assert row["ours"]["share_of_peak"] == pytest.approx(
+        row["flops"] / row["ours"]["median"] / told["gemm_flops_per_second"]["fp32"]
+    )
+    assert row["memory_ratio"] == 0.5 and row["load_times_faster"] == 2.0
+    assert "load_seconds" in told["rows"][2]["ours"] and told["rows"][1]["ours"]["load_seconds"] is None  # once each
+    with Image.open(folder / "b.png") as image:
+        assert image.width == 1000
+    assert {path.name for path in folder.glob("*b*") if path.is_file()} == {"b.json", "b.png"}
+
+
+def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
+    command = ("bench", "--stages", "decoder", "--sizes", "128", "--dtypes", "fp32", "--repeat", "1", "--device", "cpu")
+    words = failure(capsys, *command)
+    assert "diffusers" in words and "requirements-bench.txt" in words and "--no-peer" in words
+    assert run(*command, "--no-peer") == 0
+    out = capsys.readouterr().out
+    assert "| decoder " in out and "peer" not in out.replace("above", "") and "times faster" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--stages cellar", "stage 'cellar' is unknown"),
+        ("--sizes 500", "nearest legal size is 512x512"),
+        ("--sizes big", "--sizes 'big' is no list of numbers"),
+        ("--batch 0", "holds no picture"),
+        ("--dtypes fp8", "dtype 'fp8' is unknown"),
+        ("--repeat 0", "measure nothing"),
+        ("--steps 30", "--steps takes those of Stage C and of Stage B"),
+        ("--device cuda:7", "cuda:7"),
+        ("--json nowhere/b.json", "does not exist"),
+        ("--plot b.gif", "no PNG"),
+        ("--plot b.png --no-peer", "compares ours with the peer"),
+        ("--comfyui .", "holds no ComfyUI"),
+    ],
+)
+def test_bad_arguments(options: str, words: str, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in failure(capsys, "bench", *options.split())
+
+
+def test_a_full_disk_is_told_before_the_work(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    assert "set TMPDIR" in failure(capsys, "bench", "--stages", "prior", "--no-peer")
+
+
+def test_groups_of_stages() -> None:
+    assert stage_names(["vqgan", "prior", "vqgan-decode"]) == ["vqgan-decode", "vqgan-encode", "prior"]
+    assert stage_names(["all"]) == list(STAGES)
