@@ -4,31 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from .latents import STAGE_B, check_latent
 from .schema import schema
-
-STRIP = 128  # rows of latents that are decoded at once
-HALO = 16  # rows around them that they depend on: 12 blocks of radius 1, the upsampling, and a finer block
-
-
-def decode_in_strips(vae: Any, latents: Tensor) -> Tensor:
-    """Latents [B, 4, h, w] to pictures [B, 4h, 4w, 3]: what `vae.decode` gives, in memory that height does not raise.
-
-    Stage A normalises over channels only, so that a strip with its halo lacks nothing.
-    """
-    height = latents.shape[2]
-    if height <= STRIP + HALO:
-        return vae.decode(latents)
-    strips = []
-    for top in range(0, height, STRIP):
-        bottom, start = min(top + STRIP, height), max(top - HALO, 0)
-        picture = vae.decode(latents[:, :, start : bottom + HALO])
-        strips.append(picture[:, (top - start) * 4 : (bottom - start) * 4])
-    return torch.cat(strips, dim=1)
 
 
 def check_stage_a(vae: Any, node: str) -> None:
@@ -60,4 +39,4 @@ class WuerstchenVAEDecode(io.ComfyNode):
         node = "Würstchen VAE Decode"
         samples = check_latent(stage_b, STAGE_B, node)
         check_stage_a(vae, node)
-        return io.NodeOutput(decode_in_strips(vae, samples))
+        return io.NodeOutput(vae.decode(samples))

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from golden_data import Golden, assert_near
 from networks import VQ
+from torch import Tensor
 
+from wuerstchen_core.models import pointwise
+from wuerstchen_core.models import vqgan as vqgan_module
 from wuerstchen_core.models.layers import nearest_codes
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock
 
@@ -108,3 +111,29 @@ def test_initial_weights() -> None:
         assert not block.gammas.any() and not block.depthwise[1].bias.any() and not block.channelwise[0].bias.any()
     assert 0.95 * bound < float(blocks[1].channelwise[0].weight.detach().abs().max()) <= bound
     assert 0.9 / 64 < float(vqgan.vquantizer.codebook.weight.detach().abs().max()) <= 1 / 64
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_bands_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their height, without a seam; and what is worked on at once does not grow with the picture's."""
+    held: list[int] = []
+
+    def counted(x: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
+        held.append(x[..., 0].numel())
+        return pointwise.product(x, *args, **kwargs)
+
+    monkeypatch.setattr(vqgan_module, "product", counted)
+    monkeypatch.setattr(vqgan_module, "band_rows", lambda *_: rows)
+    network = VQGAN(VQ).requires_grad_(False)
+    torch.manual_seed(0)
+    for x in network.parameters():
+        x.normal_(std=0.1)
+    most = []
+    for height in (20 * rows, 50 * rows):
+        latents = torch.randn(2, 4, height, 5)
+        held.clear()
+        banded = network.decode(latents)
+        most.append(max(held))
+        whole = network.decode(latents.requires_grad_())
+        assert_near(banded, whole, 1e-5)
+    assert most[0] == most[1] < 20 * rows * 5 * 2 * 4  # of all that there are

@@ -18,7 +18,7 @@ from .diffusion.sizes import decoder_side, prior_side
 from .diffusion.tokens import SeededTokenNoise, sample_tokens
 from .models.decoder import Decoder
 from .models.image_encoder import ImageEncoder, semantic_view
-from .models.prior import Prior, features_from_latents, latents_from_features
+from .models.prior import Prior, ReadOnce, features_from_latents, latents_from_features
 from .models.text_encoder import TextEncoder
 from .models.token_decoder import TokenDecoder
 from .models.vqgan import VQGAN
@@ -108,7 +108,7 @@ class Stages:
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would be left
             x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
         x = sample(
-            guided(in_fp32(prior), cond, uncond, scale),
+            guided(in_fp32(prior, ReadOnce(prior)), cond, uncond, scale),
             x,
             times,
             draw=draw,
@@ -200,12 +200,13 @@ def need(network: T | None, name: str) -> T:
     return network
 
 
-def in_fp32(network: nn.Module) -> Callable[..., Tensor]:
-    """The network in its own precision, between samplers that work in fp32."""
+def in_fp32(network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text) -> Callable[..., Tensor]:
+    """The network in its own precision, between samplers that work in fp32; it is given `read` of its last argument."""
     dtype = weight_of(network).dtype
 
     def model(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
-        return network(x.to(dtype) if x.is_floating_point() else x, t, *cond).float()
+        *others, text = cond
+        return network(x.to(dtype) if x.is_floating_point() else x, t, *others, read(text)).float()
 
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.conds
@@ -17,6 +18,7 @@ from ...wuerstchen_core.diffusion.sizes import prior_side
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
 from .latents import STAGE_C, check_shape
+from .networks import HostPrior
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
 VERSION_KEY = "wuerstchen_version"  # the release whose prior painted the Stage C latents of a LATENT or a CONDITIONING
@@ -184,12 +186,12 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     return conds
 
 
-def fit_areas_of(patcher: Any) -> None:
-    """Have a MODEL of ours read areas in its own latents.
+def prepare_runs_of(patcher: Any) -> None:
+    """Have a MODEL of ours read areas in its own latents, and a prior each text once.
 
     The host takes 8 pixels for a latent where it is told pixels, and cuts out areas that Stage B cannot halve.
     """
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen areas", _outer_sample)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen", _outer_sample)
 
 
 def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,4 +200,7 @@ def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kw
     pixels, multiple = patcher.get_model_object("latent_format").spacial_downscale_ratio, patcher.model.area_multiple
     for name, conds in guider.conds.items():
         guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
-    return sample(noise, *args, **kwargs)
+    network = patcher.model.diffusion_model
+    hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # they patch it between steps
+    with network.reading_once() if isinstance(network, HostPrior) and not hooked else nullcontext():
+        return sample(noise, *args, **kwargs)

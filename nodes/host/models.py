@@ -17,10 +17,12 @@ from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.formats import split_attention
 from ...wuerstchen_core.checkpoints.parts import release
 from .advice import advise
-from .conditioning import PRIOR_KEY, check_no_prior, fit_areas_of, prior_cond, text_cond
+from .conditioning import PRIOR_KEY, check_no_prior, prepare_runs_of, prior_cond, text_cond
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .networks import HostDecoder, HostPrior, HostTokenDecoder
 from .time import WuerstchenSampling
+
+TOKENS = 77  # of a text
 
 
 class StageModel(comfy.model_base.BaseModel):
@@ -69,6 +71,12 @@ class PriorModel(StageModel):
     def numbers_held(self) -> float:
         return 14 * self.diffusion_model.params.c
 
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """Bytes of one call, and of what it has read of the texts: keys and values of each block."""
+        params, size = self.diffusion_model.params, comfy.model_management.dtype_size(self.get_dtype_inference())
+        read = 2 * params.depth * params.c * TOKENS * size * input_shape[0]
+        return super().memory_required(input_shape, cond_shapes) + read
+
 
 class DecoderModel(StageModel):
     """Stage B in the host."""
@@ -90,7 +98,13 @@ class DecoderModel(StageModel):
 
     @property
     def numbers_held(self) -> float:
-        return 4.5 * self.diffusion_model.params.c_hidden[0]
+        return 4.2 * self.diffusion_model.params.c_hidden[0]
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+        """Bytes of one call, and of the matrix that a block makes of two."""
+        params, size = self.diffusion_model.params, comfy.model_management.dtype_size(self.get_dtype_inference())
+        widest = max(params.c_hidden)
+        return super().memory_required(input_shape, cond_shapes) + 4 * widest * (widest + params.effnet_embd) * size
 
 
 class TokenModel(StageModel):
@@ -173,7 +187,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
     if part.name != "token_decoder":  # the host's own sampling has no part in that
-        fit_areas_of(patcher)
+        prepare_runs_of(patcher)
         advise(patcher, ancestral=part.name == "decoder")
     if hasattr(patcher, "cached_patcher_init"):  # how the newer host copies models, for torch.compile and several GPUs
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))

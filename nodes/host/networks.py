@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.ops
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...wuerstchen_core.models.attention import Attention
 from ...wuerstchen_core.models.decoder import Decoder
-from ...wuerstchen_core.models.layers import Attention, GlobalResponseNorm
-from ...wuerstchen_core.models.prior import Prior
+from ...wuerstchen_core.models.layers import GlobalResponseNorm
+from ...wuerstchen_core.models.pointwise import Ready, by_onednn, product
+from ...wuerstchen_core.models.prior import Prior, ReadOnce
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
 
 
@@ -25,6 +30,21 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
 def castable(operations: Any) -> Any:
     """The host's layer namespace, with our layers in a form that it can cast and offload."""
 
+    class Cast(Ready):
+        def ready(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            weight, bias = comfy.ops.cast_bias_weight(self, x)
+            return weight, bias
+
+    class Linear(Cast, operations.Linear):
+        def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+            if by_onednn(x):
+                return product(x, *self.ready(x), gelu)
+            out = super().forward(x)
+            return F.gelu(out) if gelu else out
+
+    class Conv2d(Cast, operations.Conv2d):
+        pass
+
     class Embedding(operations.Embedding):
         """Tokens say nothing of the dtype to compute in, without which fp8 would be read as it is."""
 
@@ -32,7 +52,13 @@ def castable(operations: Any) -> Any:
             return super().forward(tokens, out_dtype=torch.float32)
 
     # A bare matrix beside a layer, as the original's attention has it, is never offloaded: the weights come divided.
-    own = {"GlobalResponseNorm": CastGlobalResponseNorm, "PackedAttention": Attention, "Embedding": Embedding}
+    own = {
+        "GlobalResponseNorm": CastGlobalResponseNorm,
+        "PackedAttention": Attention,
+        "Linear": Linear,
+        "Conv2d": Conv2d,
+        "Embedding": Embedding,
+    }
     return type("Operations", (operations,), own)
 
 
@@ -47,8 +73,21 @@ class Hosted(nn.Module):
 class HostPrior(Hosted, Prior):
     """Stage C as the host builds and calls it."""
 
+    reading: ReadOnce | None = None  # of the texts of a run, whose tensors come as new ones at each step
+
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        return super().forward(x, timestep, context)
+        if self.reading is None or torch.compiler.is_compiling():
+            return super().forward(x, timestep, context)
+        return super().forward(x, timestep, self.reading(context))
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Read each text once, as long as the weights stay as they are."""
+        self.reading = ReadOnce(self)
+        try:
+            yield
+        finally:
+            self.reading = None
 
 
 class HostedStageB(Hosted):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.versions import version_of
 from ...wuerstchen_core.models.image_encoder import semantic_view
+from ...wuerstchen_core.models.vqgan import band_rows
 
 
 class SemanticCompressor(nn.Module):
@@ -94,7 +95,7 @@ def load_stage_a(part: Part) -> WuerstchenVAE:
     vae.codebook = codebook  # before it is rounded: tokens stand for these very numbers
     # Numbers held at the peak for each pixel, measured at full width (docs/memory.md); they scale with it.
     width = part.params.c_hidden / 384
-    vae.memory_used_decode = lambda shape, dtype: 11_000 * shape[2] * shape[3] * _size(dtype) * width
+    vae.memory_used_decode = lambda shape, dtype: _decoded(shape) * _size(dtype) * width
     vae.memory_used_encode = lambda shape, dtype: 700 * shape[2] * shape[3] * _size(dtype) * width
     return vae
 
@@ -111,6 +112,12 @@ def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
     width = part.params.stages[0][4] / 24
     vae.memory_used_encode = lambda shape, dtype: 27 * shape[2] * shape[3] * _size(dtype) * width
     return vae
+
+
+def _decoded(shape: Any) -> int:
+    """Numbers held for one picture of latents of a shape, in the bands of rows in which it is decoded."""
+    height, width = shape[2:]
+    return 17_000 * min(height, band_rows(1, width, "")) * width + 100 * height * width
 
 
 def _size(dtype: Any) -> int:

@@ -163,6 +163,24 @@ def strength(bundle: Bundle) -> Results:
     return tensors, {}
 
 
+def reading(bundle: Bundle) -> Results:
+    """How often Stage C reads its texts in a run, and in one whose conditioning patches weights between its steps."""
+    import comfy.hooks
+    from pack.nodes.sampling import WuerstchenPriorSample
+
+    network, seen = bundle.prior.model.diffusion_model, []
+    handle = network.cond_mapper.register_forward_hook(lambda *_: seen.append(1))
+    counts = []
+    for options in ({}, {"hooks": comfy.hooks.create_hook_lora({}, 1.0, 0.0)}):
+        seen.clear()
+        positive, negative = [[bundle.text, options]], [[bundle.text * 0.5, {}]]
+        empty = {"samples": torch.zeros(1, 16, 3, 5)}
+        WuerstchenPriorSample.execute(bundle.prior, positive, negative, empty, "linear", STEPS, CFG, SEED)
+        counts.append(len(seen))
+    handle.remove()
+    return {}, {"texts read": counts, "reading left": network.reading is not None}
+
+
 def interpolation(bundle: Bundle) -> Results:
     """Between two latents of each stage, and two prompts."""
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
@@ -267,7 +285,7 @@ def main(path: str) -> Results:
     bundle = Bundle(path)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (encode, saved, strength, interpolation, mistakes):
+    for compute in (encode, saved, strength, reading, interpolation, mistakes):
         more, told = compute(bundle)
         tensors |= more
         facts |= told

@@ -132,28 +132,6 @@ def inpainting(bundle: str) -> Results:
     return tensors, {}
 
 
-def strips(bundle: str) -> Results:
-    """The rows of latents that Stage A is given at once, for pictures of several heights."""
-    from pack.nodes.host.vae import load_stage_a
-    from pack.nodes.pictures import decode_in_strips
-    from pack.wuerstchen_core.checkpoints import read_part
-
-    vae = load_stage_a(read_part(bundle, "vqgan"))
-    whole, rows = vae.decode, []
-
-    def decode(latents: Tensor) -> Tensor:
-        rows.append(latents.shape[2])
-        return whole(latents)
-
-    vae.decode = decode
-    most = {}
-    for height in (128, 320, 512):
-        rows.clear()
-        decode_in_strips(vae, seeded(1, 4, height, 8))
-        most[str(height)] = max(rows)
-    return {}, {"most rows at once": most}
-
-
 def named(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"got/{key}": x for key, x in got.items()} | {f"want/{key}": x for key, x in want.items()}
 
@@ -162,7 +140,7 @@ def main(bundle: str) -> Results:
     load_pack()
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (stage_a, image_encoder, inpainting, strips):
+    for compute in (stage_a, image_encoder, inpainting):
         more, said = compute(bundle)
         tensors |= more
         facts |= said

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui import Inside, Install, run_inside
 from conftest import TINY
-from inside_pictures_in import SIZES
+from inside_pictures_in import SIZES, STEPS
 
 LEGAL = {"as it is": [128, 192], "odd": [64, 128], "one pixel": [64, 64], "very wide": [64, 2048]}
 
@@ -67,6 +67,12 @@ def test_a_mask_keeps_what_is_outside_and_forgets_what_is_inside(inside: Inside,
     check(inside, f"{stage} outside", 2e-5)
     check(inside, f"{stage} masked at 1", 0)
     check(inside, f"{stage} masked between", {"prior": 2e-3, "decoder": 1e-4}[stage])  # the core, at the same seed
+
+
+def test_texts_are_read_once_a_run_unless_weights_change_in_it(inside: Inside) -> None:
+    once, hooked = inside[1]["texts read"]
+    assert once == 1 and hooked >= STEPS
+    assert not inside[1]["reading left"]
 
 
 BETWEEN = ("c between", "raw between", "b between", "prompts between", "prompts' latents", "average")

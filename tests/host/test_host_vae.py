@@ -70,7 +70,3 @@ def test_only_what_the_mask_covers_is_painted(inside: Inside, way: str) -> None:
 
 def test_a_mask_of_the_image_encoder_is_as_large_as_the_picture(inside: Inside) -> None:
     assert inside[1]["semantic mask"] == [1, 1, *ODD]
-
-
-def test_strips_never_hold_more_than_their_rows(inside: Inside) -> None:
-    assert inside[1]["most rows at once"] == {"128": 128, "320": 160, "512": 160}

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import EPS, ChannelNorm, channels_last, timestep_embedding, xavier_init
+from .initial import xavier_init
+from .layers import EPS, ChannelNorm, Injected, channels_last, timestep_embedding
+from .pointwise import Operations
 from .unet import UNet
 
 
@@ -51,7 +52,7 @@ def resize_prior_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
 class Decoder(UNet):
     """Predicts the noise in Stage A latents from Stage C latents and text states."""
 
-    def __init__(self, params: DecoderParams, *, operations: Any = nn, device: Any = None, dtype: Any = None):
+    def __init__(self, params: DecoderParams, *, operations: Any = Operations, device: Any = None, dtype: Any = None):
         super().__init__()
         p = params
         self.params = params
@@ -86,11 +87,11 @@ class Decoder(UNet):
         nn.init.zeros_(self.clf[1].get_parameter("weight"))
         self.init_levels(sum(self.params.blocks))
 
-    def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int]) -> Injected | None:
         mapper = self.effnet_mappers[index]
         if mapper is None:
             return None
-        return mapper(channels_last(resize_prior_latents(prior_latents, size).to(dtype)))
+        return Injected(channels_last(resize_prior_latents(prior_latents, size)), mapper)
 
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The two maps (a, b), fp32, from which the noise is (latents - a) / b; shapes as in `forward`."""

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import EPS, ChannelNorm, channels_last, timestep_embedding, xavier_init
+from .initial import xavier_init
+from .layers import EPS, ChannelNorm, channels_last, timestep_embedding
+from .pointwise import Operations
 from .unet import UNet
 
 
@@ -43,7 +45,9 @@ class TokenDecoderParams:
 class TokenDecoder(UNet):
     """Predicts the clean Stage A tokens from noised ones, Stage C latents and text states."""
 
-    def __init__(self, params: TokenDecoderParams, *, operations: Any = nn, device: Any = None, dtype: Any = None):
+    def __init__(
+        self, params: TokenDecoderParams, *, operations: Any = Operations, device: Any = None, dtype: Any = None
+    ):
         super().__init__()
         p, factory = params, {"device": device, "dtype": dtype}
         self.params = params

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from .layers import AttnBlock, ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock, init_blocks
+from .attention import AttnBlock
+from .initial import init_blocks
+from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, Injected, ResBlock, TimestepBlock
 
 
 class UNetParams(Protocol):
@@ -95,31 +96,29 @@ class UNet(nn.Module):
         x: Tensor,
         time: Tensor,
         cond: Tensor,
-        inject: Callable[[int, tuple[int, int], torch.dtype], Tensor | None] = lambda *_: None,
+        inject: Callable[[int, tuple[int, int]], Injected | None] = lambda *_: None,
     ) -> Tensor:
         """Down and up again: x [B, c_hidden[0], H, W], time embeddings [B, c_r], conditioning [B, M, c_cond].
 
-        `inject(i, size, dtype)` gives what joins every convolution of pass i (down, then up), or None.
+        `inject(i, size)` gives what joins every convolution of pass i (down, then up), or None.
         """
         depth = len(self.down_blocks)
         sizes = [(x.shape[-2] >> i, x.shape[-1] >> i) for i in range(depth)]
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down_blocks):
-            x = _run(blocks, x, time, cond, inject(i, sizes[i], x.dtype), None)
+            x = _run(blocks, x, time, cond, inject(i, sizes[i]), None)
             skips.insert(0, x)
         for i, blocks in enumerate(self.up_blocks):
-            injected = inject(depth + i, sizes[depth - 1 - i], x.dtype)
+            injected = inject(depth + i, sizes[depth - 1 - i])
             x = _run(blocks, x, time, cond, injected, skips[i] if i > 0 else None)
         return x
 
 
-def _run(blocks: Any, x: Tensor, time: Tensor, cond: Tensor, injected: Tensor | None, skip: Tensor | None) -> Tensor:
+def _run(blocks: Any, x: Tensor, time: Tensor, cond: Tensor, injected: Injected | None, skip: Tensor | None) -> Tensor:
     """Run one level; `injected` joins every ResBlock, `skip` (from the way down) only the first."""
     for block in blocks:
         if isinstance(block, ResBlock):
-            extra = [y for y in (skip, injected) if y is not None]
-            x = block(x, torch.cat(extra, dim=1) if extra else None)
-            skip = None
+            x, skip = block(x, skip, injected), None
         elif isinstance(block, AttnBlock):
             x = block(x, cond)
         elif isinstance(block, TimestepBlock):
