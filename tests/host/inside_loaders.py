@@ -44,6 +44,7 @@ MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "whole.safetensors"): ("several parts", "checkpoints folder", "Würstchen Bundle Loader"),
     ("model", "cut.safetensors"): ("cut short or damaged", "fetch it again"),
     ("model", "cut.pt"): ("cut short or damaged", "fetch it again"),
+    ("model", "payload.pt"): ("payload.pt holds Python objects", "is not opened", "take a safetensors file"),
     ("model", "half.safetensors"): ("weights of the prior", "missing: 1 (out.1.bias)"),
     ("model", "gone.safetensors"): ("there is no 'gone.safetensors' in the diffusion_models folder",),
     ("clip", "sd2.safetensors"): ("last layer was left out", "warp-ai/wuerstchen "),

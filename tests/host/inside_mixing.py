@@ -167,6 +167,28 @@ def others(session: Session) -> dict[str, Any]:
     return facts
 
 
+def another_model() -> Any:
+    """Stable Cascade's Stage C, in the smallest size, as the host's loaders give it."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models import Stable_Cascade_C
+
+    sizes = {"c_hidden": [64], "nhead": [1], "blocks": [[1], [1]], "block_repeat": [[1], [1]], "level_config": ["C"]}
+    more = {"c_cond": 64, "dropout": [0.0], "switch_level": [], "stable_cascade_stage": "c"}
+    cpu = torch.device("cpu")
+    return ModelPatcher(Stable_Cascade_C(sizes | more).get_model({}, device=cpu), cpu, cpu)
+
+
+def other_models(session: Session) -> dict[str, Any]:
+    """Another family's MODEL in the place of ours."""
+    stage_c, stage_b = session.empty(256, 256)
+    positive = session.with_prior(stage_c)
+    session.prior = session.decoder = another_model()
+    return {
+        "another model in our prior node": answer(lambda: session.paint_c(stage_c)),
+        "another model in our decoder node": answer(lambda: session.paint_b(positive, stage_b)),
+    }
+
+
 def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The host's nodes for batches, sizes and masks on our latents."""
     import comfy_extras.nodes_post_processing  # noqa: F401 before the next: in one host each imports the other
@@ -222,7 +244,7 @@ def main(bundle: str, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for group, (found, more) in given.items():
         tensors |= {f"{group}/{key}": x for key, x in found.items()}
         facts |= more
-    return tensors, facts
+    return tensors, facts | other_models(session)
 
 
 if __name__ == "__main__":

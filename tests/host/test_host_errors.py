@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfyui import Outcome, Server
 from conftest import FOREIGN, HALF, V1, find
+from safetensors.torch import save_file
 
 Graph = dict[str, Any]
 
@@ -54,6 +57,7 @@ def _stock_decode(graph: Graph) -> None:
 LOADER, TEXT, EMPTY = "WuerstchenBundleLoader", "WuerstchenTextEncode", "WuerstchenEmptyLatents"
 PRIOR, COND, DECODER = "WuerstchenPriorSample", "WuerstchenDecoderConditioning", "WuerstchenDecoderSample"
 DECODE = "WuerstchenVAEDecode"
+CASCADE = "cascade_stage_c.safetensors"
 
 # What is done wrong, and words of the answer.
 MISTAKES: dict[str, tuple[Callable[[Graph], None], tuple[str, ...]]] = {
@@ -74,8 +78,19 @@ MISTAKES: dict[str, tuple[Callable[[Graph], None], tuple[str, ...]]] = {
     "encoder in stock decode": (_stock_decode, ("only encodes", "Stage A")),
     "one part only": (_sockets(LOADER, bundle=HALF), ("no prior", "vqgan")),
     "first version": (_sockets(LOADER, bundle=V1), ("Würstchen v1", "Token Decoder Loader")),
-    "another model's file": (_sockets(LOADER, bundle=FOREIGN), (FOREIGN,)),
+    "another model's file": (_sockets(LOADER, bundle=FOREIGN), (FOREIGN, "it holds a Stable Diffusion model")),
+    "stable cascade's file": (
+        _sockets(LOADER, bundle=CASCADE),
+        (CASCADE, "it holds a Stable Cascade model, whose latents are not Würstchen's"),
+    ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cascade(checkpoints: Path) -> None:
+    """Stage C of Stable Cascade among the checkpoints, as ComfyUI's all-in-one file has it."""
+    names = ("clip_txt_mapper.weight", "clip_txt_pooled_mapper.weight", "clip_img_mapper.weight")
+    save_file({f"model.diffusion_model.{name}": torch.zeros(2, 2) for name in names}, checkpoints / CASCADE)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -28,7 +28,15 @@ from inside_loaders import (
     inputs,
     seeded,
 )
-from layouts import clip_of_open_clip, clip_of_transformers, comfyui, encoder_state, original, vqgan_of_diffusers
+from layouts import (
+    Payload,
+    clip_of_open_clip,
+    clip_of_transformers,
+    comfyui,
+    encoder_state,
+    original,
+    vqgan_of_diffusers,
+)
 from networks import DECODER, NETWORKS, PRIOR
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +52,7 @@ TORCH = dict(zip(DTYPES[1:], KEPT, strict=True))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTH = 64  # of both text towers
 WHOLE = "loaders.safetensors"
+MADE = "made_by_a_pickle"
 
 
 def cut(path: Path, write: Callable[[Path], Any]) -> None:
@@ -79,6 +88,7 @@ def write_models(folder: Path, networks: dict[str, nn.Module]) -> None:
     save_file({key: x for key, x in prior.items() if key != "out.1.bias"}, folder / "half.safetensors")
     cut(folder / "cut.safetensors", lambda path: save_file(prior, path))
     cut(folder / "cut.pt", lambda path: torch.save(original(prior), path))
+    torch.save({"state_dict": original(prior), "extra": Payload(folder / MADE)}, folder / "payload.pt")
 
 
 def write_towers(folder: Path, networks: dict[str, nn.Module]) -> None:
@@ -212,6 +222,11 @@ def test_a_wrong_file_is_answered_by_one_sentence(inside: Inside, mistake: tuple
     answer = inside[1]["mistakes"].get(" ".join(mistake), "no error")
     assert all(word in answer for word in MISTAKES[mistake]), answer
     assert "\n" not in answer and len(answer) < 300
+
+
+def test_no_code_in_a_file_was_run(inside: Inside, models: Path) -> None:
+    assert "model payload.pt" in inside[1]["mistakes"]
+    assert not (models / "diffusion_models" / MADE).exists()
 
 
 def test_the_users_folders_are_read_and_left_as_they_are(inside: Inside, models: Path) -> None:

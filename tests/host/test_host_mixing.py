@@ -83,11 +83,19 @@ SENTENCES = {
     "video in a KSampler on stage c": ("Stage C needs", "[1, 16, 1, 12, 12]"),
     "empty sd3 in our prior node": ("Würstchen Prior Sample", "64x64", "stage_c output"),
     "flux in our conditioning node": ("Würstchen Decoder Conditioning", "64x64", "stage_c output"),
+    "another model in our prior node": (
+        "Würstchen Prior Sample was given another model (StableCascade_C)",
+        "connect the prior output of a Würstchen loader",
+    ),
+    "another model in our decoder node": (
+        "Würstchen Decoder Sample was given another model (StableCascade_C)",
+        "connect the decoder output of a Würstchen loader",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", SENTENCES)
-def test_another_familys_latents_are_refused_in_a_sentence(mixed: Inside, case: str) -> None:
+def test_what_is_another_familys_is_refused_in_a_sentence(mixed: Inside, case: str) -> None:
     said = mixed[1][case]
     assert isinstance(said, str) and "\n" not in said and len(said) < 300, said
     assert all(word in said for word in SENTENCES[case]), said
