@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.ops
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...wuerstchen_core.models.attention import Attention
@@ -36,11 +35,8 @@ def castable(operations: Any) -> Any:
             return weight, bias
 
     class Linear(Cast, operations.Linear):
-        def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-            if by_onednn(x):
-                return product(x, *self.ready(x), gelu)
-            out = super().forward(x)
-            return F.gelu(out) if gelu else out
+        def forward(self, x: Tensor) -> Tensor:
+            return product(x, *self.ready(x)) if by_onednn(x) else super().forward(x)
 
     class Conv2d(Cast, operations.Conv2d):
         pass
@@ -76,7 +72,7 @@ class HostPrior(Hosted, Prior):
     reading: ReadOnce | None = None  # of the texts of a run, whose tensors come as new ones at each step
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        if self.reading is None or torch.compiler.is_compiling():
+        if self.reading is None or torch.is_grad_enabled() or torch.compiler.is_compiling():  # training, or a graph
             return super().forward(x, timestep, context)
         return super().forward(x, timestep, self.reading(context))
 

@@ -117,7 +117,7 @@ def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
 def _decoded(shape: Any) -> int:
     """Numbers held for one picture of latents of a shape, in the bands of rows in which it is decoded."""
     height, width = shape[2:]
-    return 17_000 * min(height, band_rows(1, width, "")) * width + 100 * height * width
+    return 17_000 * min(height, band_rows(1, width, cpu=False)) * width + 100 * height * width
 
 
 def _size(dtype: Any) -> int:

@@ -86,6 +86,7 @@ def storage(part: Any) -> Results:
         "one": whole.memory_required((1, *rest)),
         "batch of 2": whole.memory_required((2, *rest)),
         "twice the area": whole.memory_required((1, rest[0], 2 * rest[1], rest[2])),
+        "thrice the area": whole.memory_required((1, rest[0], 3 * rest[1], rest[2])),
         "fp16": patcher.model.memory_required((1, *rest)),
     }
     tensors[f"half/{part.name}"] = host(patcher, part, torch.float16)

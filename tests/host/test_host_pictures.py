@@ -170,18 +170,6 @@ def test_an_unknown_word_is_named_even_behind_another_node(graph: dict[str, Any]
     assert len(lines) == 1 and "apple" in lines[0]
 
 
-def test_tall_pictures_are_decoded_in_strips_without_seams(graph: dict[str, Any], paint: Paint) -> None:
-    find(graph, "WuerstchenEmptyLatents").update(width=64, height=1216)
-    find(graph, "WuerstchenDecoderSample")["steps"] = 1
-    decode = next(node for node in graph.values() if node["class_type"] == "WuerstchenVAEDecode")
-    [strips] = paint(graph).pictures
-    stock = {"samples": decode["inputs"]["stage_b"], "vae": decode["inputs"]["vae"]}
-    decode.update(class_type="VAEDecode", inputs=stock)
-    [whole] = paint(graph).pictures
-    assert np.abs(np.asarray(strips, dtype=int) - np.asarray(whole, dtype=int)).max() <= 1
-    assert np.asarray(whole).std() > 5
-
-
 def test_the_image_encoder_is_a_vae_that_encodes_any_size(
     server: Server, graph: dict[str, Any], paint: Paint, checkpoints: Path
 ) -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints.parts import NETWORKS
 from ..devices import DTYPES
+from ..models.pointwise import product
 from .cases import PICTURE, STAGES, Case
 from .inputs import inputs, one_call
 from .setting import Clock
@@ -20,14 +21,13 @@ TRIES, LONGEST = 8, 4.0  # of the product; seconds that they may take
 
 
 def gemm_peak(dtype: str, device: Any, clock: Clock, side: int | None = None) -> float:
-    """FLOP/s of a large square product: the best of several, in either order of the second factor."""
+    """FLOP/s of a large square product: the best of several, by torch's plain product and by the networks' own."""
     side = side or (4096 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     best, begun = float("inf"), clock()
     for i in range(TRIES):
-        factor = b.t() if i % 2 else b
         started = clock()
-        torch.mm(a, factor)
+        product(a, b, None) if i % 2 else torch.mm(a, b)
         now = clock()
         best = min(best, now - started)
         if now - begun > LONGEST and i:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if q.device.type == "cpu" and q.requires_grad:
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return F.dropout(weights, dropout) @ v
-    if q.dtype == torch.bfloat16 and plain_cpu(q, k, v):
+    if q.dtype == torch.bfloat16 and plain_cpu(q, k, v) and not dropout and not _has_amx():
         return _in_pieces(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether the processor multiplies bf16 by tiles, as torch's fused attention then does, too."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def _in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

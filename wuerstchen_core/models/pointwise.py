@@ -36,7 +36,7 @@ def plain_cpu(*tensors: Tensor | None) -> bool:
 
 def by_onednn(x: Tensor, *others: Tensor | None) -> bool:
     """Whether `product` multiplies these by oneDNN."""
-    return plain_cpu(x, *others) and x.dtype in _dtypes()
+    return plain_cpu(x, *others) and bool(torch.backends.mkldnn.enabled) and x.dtype in _dtypes()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -63,11 +63,20 @@ class Ready:
         return self.weight, self.bias
 
 
+def bare(layer: nn.Module) -> bool:
+    """Whether a layer is its weights' product and nothing else: no adapter wraps it, and nobody listens to it."""
+    return (
+        isinstance(layer, Ready)
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks | layer._forward_pre_hooks
+    )
+
+
 class Linear(Ready, nn.Linear):
     """`nn.Linear`, by `product`."""
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return product(x, *self.ready(x), gelu)
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, *self.ready(x))
 
 
 class Conv2d(Ready, nn.Conv2d):

@@ -134,9 +134,9 @@ class VQResBlock(nn.Module):
         return (x + h).permute(0, 3, 1, 2)
 
 
-def band_rows(count: int, width: int, device: str) -> int:
+def band_rows(count: int, width: int, cpu: bool) -> int:
     """How many rows of `count` latents of a width `VQGAN.decode` works on at once: on a CPU what fits its cache."""
-    return max(4, (2**12 if device == "cpu" else 2**13) // (count * width))
+    return max(4, (2**12 if cpu else 2**13) // (count * width))
 
 
 def _in_bands(layer: nn.Module) -> Callable[[Tensor, bool], Tensor | None]:
@@ -223,7 +223,7 @@ class VQGAN(nn.Module):
         count, _, height, width = latents.shape
         scale = 2**self.params.levels
         images = latents.new_empty(count, 3, scale * height, scale * width)
-        rows = band_rows(count, width, latents.device.type)
+        rows = band_rows(count, width, latents.device.type == "cpu")
         layers, done = [_in_bands(layer) for layer in (*self.up_blocks, self.out_block)], 0
         for top in range(0, height, rows):
             x: Tensor | None = latents[:, :, top : top + rows]
