@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from networks import NETWORKS
 from safetensors.torch import save_file
+from tiny_model import tiny_parts
 from torch.serialization import skip_data
 
-from wuerstchen_core.checkpoints import PARTS_OF, describe, save_bundle
-from wuerstchen_core.checkpoints.inspect import BUNDLE, STAGES
+from wuerstchen_core.checkpoints import PARTS_OF, describe, read_metadata, save_bundle
+from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.checkpoints.inspect import STAGES, WHOLE
 from wuerstchen_core.checkpoints.read import open_source
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +75,7 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
 def test_nodes_and_folders_are_those_of_the_nodes() -> None:
     """The loaders' own table is in the nodes, which the core does not import."""
     nodes = "".join(file.read_text("utf-8") for file in (ROOT / "nodes").glob("*.py"))
-    for _, folder, node in (*STAGES.values(), ("", *BUNDLE)):
+    for _, folder, node in (*STAGES.values(), ("", *WHOLE)):
         assert f'"{node}"' in nodes, node
         assert f'"{folder}"' in nodes or folder == "checkpoints", folder
 
@@ -119,6 +125,90 @@ def test_bundle(tmp_path: Path) -> None:
     assert lines[1].startswith("  prior (Stage C): ") and "bf16" in lines[1] and "c_cond 32" in lines[1]
     assert lines[-1] == "  complete"
     assert json.loads(json.dumps(description.as_dict()))["parts"][0]["sizes"]["c"] == 64
+
+
+@pytest.fixture(scope="module")
+def loaders() -> Iterator[Any]:
+    """The module of the loaders' own `open_from` and shelves, over a host whose every folder is `folders.root`."""
+
+    def v1_bundles() -> dict[str, tuple[str, ...]]:
+        told = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
+        return {name: tuple(says["parts"]) for name, says in told.items() if says.get("version") == "v1"}
+
+    folders: Any = ModuleType("node_pack.nodes.host.folders")
+    folders.file_names = lambda folder: []
+    folders.file_path = lambda folder, name: folders.root / name
+    folders.bundle_path = lambda name: folders.root / name
+    folders.v1_bundles = v1_bundles
+    sys.modules[folders.__name__] = folders
+    for name, path in (("node_pack", ROOT), ("node_pack.nodes", ROOT / "nodes"), ("node_pack.nodes.host", ROOT)):
+        package: Any = ModuleType(name)
+        package.__path__, package.folders = [str(path)], folders
+        sys.modules[name] = package
+    yield importlib.import_module("node_pack.nodes.shelves")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "node_pack"]:
+        del sys.modules[name]
+
+
+TOWERS = ("prior_text_encoder", "decoder_text_encoder")
+HELD = {  # the parts of a bundle, and those that no loader takes out of it
+    "all": (PARTS_OF["v2"], ()),
+    "all but the image encoder": (PARTS_OF["v2"][:3] + TOWERS, ("prior", "decoder")),
+    "no towers": (("prior", "decoder", "vqgan"), ("prior", "decoder")),
+    "two towers": (TOWERS, TOWERS),
+    "pictures": (("vqgan", "image_encoder", "prior"), ("vqgan", "image_encoder")),
+    "one of each shelf": (("decoder", "vqgan", "prior_text_encoder"), ()),
+    "one": (("prior",), ()),
+    "v1": (PARTS_OF["v1"], ()),
+    "half of v1": (("prior", "token_decoder", "vqgan", "image_encoder"), ()),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, held: str) -> None:
+    loaders.folders.root = tmp_path
+    names, left = HELD[held]
+    parts = tiny_parts("v1" if "v1" in held else "v2")
+    if held == "two towers":
+        parts["decoder_text_encoder"] = NETWORKS["text_encoder"].build()
+    file = tmp_path / "file.safetensors"
+    save_bundle(file, {name: parts[name] for name in names}, {})
+    description = describe(file)
+    assert tuple(part.name for part in description.parts if part.node is None) == left
+    all_shelves = [loaders.MODEL, loaders.TOKENS, loaders.CLIP, loaders.VAE]
+    for part in description.parts:
+        possible = {part.name, f"prior_{part.name}"}
+        shelf = next(shelf for shelf in all_shelves if possible & set(shelf.parts))
+        if part.node is None:
+            with pytest.raises(ValueError, match="holds several parts of a model"):
+                loaders.open_from(file.name, shelf)
+            assert not set(PARTS_OF["v2"]) <= set(names)  # all of which Würstchen Bundle Loader needs
+        elif part.node == shelf.node and part.folder == shelf.folder:
+            assert loaders.open_from(file.name, shelf)[1] in possible
+        elif part.node == shelf.node:
+            offered = [loaders.open_from(name, shelf)[1] for name in loaders.choices(shelf)]
+            assert part.folder == "checkpoints" and possible & set(offered)
+        else:
+            assert (part.folder, part.node) == WHOLE and set(PARTS_OF["v2"]) <= set(names)
+
+
+def test_what_no_loader_takes_is_to_be_converted(tmp_path: Path) -> None:
+    """And after that a loader takes it."""
+    parts, file = tiny_parts(), tmp_path / "half.safetensors"
+    save_bundle(file, {name: parts[name] for name in ("prior", "decoder", "vqgan")}, {})
+    assert describe(file).lines()[-4:] == [
+        "  in ComfyUI no loader takes prior, decoder out of this file: `convert` it into a folder of",
+        "    single files, or with what is missing into one bundle",
+        "  in ComfyUI: models/vae, Würstchen VAE Loader (vqgan)",
+        "  missing for a complete model: image_encoder (only pictures as input need it), prior_text_encoder, "
+        "decoder_text_encoder",
+    ]
+    for single in (tmp_path / "single", *convert([file], tmp_path / "single")):
+        assert all(part.node for part in describe(single).parts)
+    missing = tmp_path / "missing.safetensors"
+    save_bundle(missing, {name: parts[name] for name in describe(file).missing}, {})
+    [whole] = convert([file, missing], tmp_path / "whole.safetensors")
+    assert {(part.folder, part.node) for part in describe(whole).parts} == {WHOLE}
 
 
 def test_original_stage_b_of_v1(tmp_path: Path) -> None:

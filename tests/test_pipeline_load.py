@@ -16,10 +16,17 @@ from tiny_model import METADATA, write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline, devices
 from wuerstchen_core.checkpoints import PARTS_OF, read_part, save_bundle
+from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.devices import pick_dtype
 from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.models.vqgan import VQGAN
 from wuerstchen_core.sampling import Sampling
+
+# The stages that are trained, and the part that each writes.
+STAGES = {
+    "vqgan": "vqgan", "encoder": "image_encoder", "text": "text_encoder", "decoder": "decoder", "prior": "prior",
+}  # fmt: skip
+TOWER = {"text_encoder": "prior_text_encoder"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,23 @@ def test_files_by_part(pipe: WuerstchenPipeline, bundle: Path, tmp_path: Path) -
         save_bundle(sources[name], {name: read_part(bundle, name)}, METADATA if name == "prior" else {})
     loaded = WuerstchenPipeline.load(sources, device="cpu", dtype="fp32")
     assert np.abs(pixels(loaded.generate(PROMPT)) - pixels(pipe.generate(PROMPT))).max() <= ROUNDING
+
+
+@pytest.mark.parametrize("main", ["prior", "vqgan"])
+def test_files_by_part_in_a_folder_say_how_the_model_is_used(bundle: Path, tmp_path: Path, main: str) -> None:
+    convert([bundle], tmp_path / "folder")
+    sources: dict[str, Any] = {main: tmp_path / "folder", "image_encoder": bundle}
+    loaded = WuerstchenPipeline.load(sources, device="cpu")
+    assert loaded.metadata["vocabulary"] == METADATA["vocabulary"]
+    assert loaded.sampling == WuerstchenPipeline.load(bundle, device="cpu").sampling != Sampling()
+
+
+def test_a_trainers_files_in_a_folder_paint(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
+    for stage, name in STAGES.items():
+        save_bundle(tmp_path / stage / f"{stage}.safetensors", {name: read_part(bundle, TOWER.get(name, name))}, {})
+    loaded = WuerstchenPipeline.load(tmp_path, device="cpu", dtype="fp32")
+    options = METADATA["sampling"]
+    assert np.abs(pixels(loaded.generate(PROMPT, **options)) - pixels(pipe.generate(PROMPT))).max() <= ROUNDING
 
 
 def test_a_model_without_its_prior_still_reconstructs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .checkpoints import PARTS, Part, build_part, read_metadata, read_part
+from .checkpoints import PARTS, Part, build_part
 from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
 from .checkpoints.versions import check_release
@@ -39,7 +39,8 @@ class WuerstchenPipeline(Editing):
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
     ) -> WuerstchenPipeline:
-        """The shipped model ("demo"), a bundle file, a diffusers folder, or sources by part: {"prior": FILE, ...}.
+        """The shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or sources by part:
+        {"prior": FILE, ...}, of which the prior's, or else the first, says how the model is used.
 
         `version` ("v1" or "v2") decides about a prior 1024 wide that nothing else tells apart.
         A source that holds some parts only gives a pipeline with these. Raises ValueError where one can't be read.
@@ -118,7 +119,8 @@ def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str
         return {name: opened.part(name) for name in opened.networks}, opened.metadata
     if not source:
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
-    main = source.get("prior", next(iter(source.values())))
+    main = "prior" if "prior" in source else next(iter(source))
     if version == "auto":  # the Stage B beside it tells whose a prior is
         version = next((told for name, told in _DECODERS.items() if name in source), version)
-    return {name: read_part(where, name, version) for name, where in source.items()}, read_metadata(main)
+    sources = {name: open_source(where, name, version=version) for name, where in source.items()}
+    return {name: opened.part(name) for name, opened in sources.items()}, sources[main].metadata

@@ -1,14 +1,16 @@
-"""Folders of weights, as diffusers, the trainers built on it, and `convert` write them."""
+"""Folders of weights, as diffusers, the trainers built on it, `convert` and our own trainers write them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from .bundle import parse_metadata
-from .files import WeightFile, read_json, read_weight_file
+from .files import WeightFile, read_file_metadata, read_json, read_weight_file
 from .parts import PARTS, TEXT_ENCODER, State
-from .sources import TOWERS, ForeignFile, Source, absent, merged, recognise
+from .single import open_file
+from .sources import BUNDLE, TOWERS, ForeignFile, Source, absent, merged, recognise
 
 # Where diffusers keeps each part (pipelines of one stage, and the combined one); towers: see `_component`.
 _FOLDERS = {
@@ -49,19 +51,39 @@ def _component(root: Path, name: str) -> Path | None:
     return next((root / folder for folder in candidates if _weights_of(root / folder)), None)
 
 
+def _bundled(root: Path, found: Mapping[str, Path]) -> dict[str, Path]:
+    """The parts in bundles of any name, in a folder or (`STAGE/STAGE.safetensors`) in that of a trainer's run.
+
+    Those beside a part that was `found` elsewhere are another model's. ValueError where two hold the same part.
+    """
+    runs = (folder / f"{folder.name}.safetensors" for folder in root.iterdir() if folder.is_dir())
+    parts: dict[str, Path] = {}
+    for file in sorted((*root.glob("*.safetensors"), *runs)):
+        told = parse_metadata(file, read_file_metadata(file)).get("parts", {}) if file.is_file() else {}
+        held = [name for part in told for name in (TOWERS if part == TEXT_ENCODER else (part,))]
+        if any(found.get(name, file) != file for name in held):
+            continue
+        if twice := next((name for name in held if name in parts), None):
+            raise ValueError(f"both {parts[twice]} and {file} hold a {twice}: give one of them")
+        parts |= dict.fromkeys(held, file)
+    return parts
+
+
 def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     """Open a pipeline's or a component's folder; of a pipeline only the part `wanted`, if one is named."""
     if _weights_of(root) is not None:
         return _open_component(root, headers_only)
     found = {name: folder for name in PARTS if (folder := _component(root, name)) is not None}
     index = root / "model_index.json"
+    if not index.is_file():
+        found |= _bundled(root, found)
     of_class = read_json(index).get("_class_name", "") if index.is_file() else ""
     if of_class and not str(of_class).startswith(_PIPELINES):
         raise ForeignFile(root, (f"the parts of a {of_class}",))
     if not found:
         folders = ", ".join((*(name for names in _FOLDERS.values() for name in names), TEXT_ENCODER))
         raise ValueError(
-            f"{root} is no diffusers folder: expected {_STEMS[0]}.safetensors or .bin in it, "
+            f"{root} is no diffusers folder and holds no bundle: expected {_STEMS[0]}.safetensors or .bin in it, "
             f"or in a folder of it named {folders}"
         )
     if wanted is not None and wanted not in found:
@@ -75,20 +97,21 @@ def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     told = "v2" if of_class else next((source.told for source in opened.values() if source.told), None)
     files = all(folder.is_file() for folder in opened)
     layout = "folder of single files" if files else "diffusers folder"
+    if [source.layout for source in opened.values()] == [BUNDLE]:
+        layout = BUNDLE
     return Source(root, layout, networks, merged(opened.values()), told=told)
 
 
 def _open_component(folder: Path, headers_only: bool) -> Source:
     """Open a component's folder: its weights, in one file or divided, and its config.json; or a part's single file."""
     if folder.is_file():
-        content = read_weight_file(folder, headers_only)
-        return recognise(folder, content, {}, parse_metadata(folder, content.metadata))
+        return open_file(folder, headers_only)
     file = _weights_of(folder)
     if file is None:
         raise ValueError(f"{folder} holds no weights: expected {_STEMS[0]}.safetensors or .bin in it")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if file.suffix != ".json":
-        content = read_weight_file(file, headers_only)
+        source = open_file(file, headers_only, config)
     else:
         state: State = {}
         shards = read_json(file).get("weight_map")
@@ -98,7 +121,7 @@ def _open_component(folder: Path, headers_only: bool) -> Source:
             if not (folder / shard).is_file():
                 raise ValueError(f"{file} names {shard}, which is not beside it: fetch the whole folder")
             state |= read_weight_file(folder / shard, headers_only).states.get("", {})
-        content = WeightFile({"": state}, {})
-    source = recognise(file, content, config, {})
+        source = recognise(file, WeightFile({"": state}, {}), config, {})
     told = "v2" if str(config.get("_class_name", "")).startswith(_PIPELINES) else None
-    return replace(source, path=folder, layout="diffusers component", told=told)
+    layout = BUNDLE if source.layout == BUNDLE else "diffusers component"
+    return replace(source, path=folder, layout=layout, told=told)

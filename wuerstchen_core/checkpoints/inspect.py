@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..models.prior import PriorParams
 from .parts import PARTS, PARTS_OF, TEXT_ENCODER, PlannedPart, kind_of, params_to_json, text_width, tower_name
 from .precision import FP8
 from .read import open_source
-from .sources import TOWERS, Source
+from .sources import BUNDLE, TOWERS, Source
 from .versions import version_of
 
 _DTYPES = {
@@ -38,20 +38,23 @@ STAGES = {
     "image_encoder": ("semantic compressor", "vae", "Würstchen VAE Loader"),
     TEXT_ENCODER: ("text", "text_encoders", "Würstchen CLIP Loader"),
 }
-BUNDLE = ("checkpoints", "Würstchen Bundle Loader")  # takes a whole v2
+WHOLE = ("checkpoints", "Würstchen Bundle Loader")  # takes a whole v2
 
 
 @dataclass(frozen=True)
 class PartInfo:
-    """One part: how many parameters (buffers not counted), stored how, of which sizes, and what takes it in ComfyUI."""
+    """One part: how many parameters (buffers not counted), stored how, of which sizes, and what takes it in ComfyUI.
+
+    `folder` and `node` are None where no node takes it out of this file.
+    """
 
     name: str
     stage: str
     parameters: int
     dtype: str
     sizes: dict[str, Any]
-    folder: str
-    node: str
+    folder: str | None
+    node: str | None
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,20 @@ class Description:
         if self.licence:
             out.append(f"  licence: {self.licence}")
         for (folder, node), names in self._places().items():
-            out.append(f"  in ComfyUI: models/{folder}, {node} ({', '.join(names)})")
+            if folder is not None:
+                out.append(f"  in ComfyUI: models/{folder}, {node} ({', '.join(names)})")
+                continue
+            out.append(
+                f"  in ComfyUI no loader takes {', '.join(names)} out of this file: `convert` it into a folder of"
+            )
+            out.append(f"    single files, or {'with what is missing ' if self.missing else ''}into one bundle")
         missing = [f"{name} ({_WHY[name]})" if name in _WHY else name for name in self.missing]
         out.append(f"  missing for a complete model: {', '.join(missing)}" if missing else "  complete")
         return out
 
-    def _places(self) -> dict[tuple[str, str], list[str]]:
+    def _places(self) -> dict[tuple[str | None, str | None], list[str]]:
         """The parts by the folder and the node that take them."""
-        places: dict[tuple[str, str], list[str]] = {}
+        places: dict[tuple[str | None, str | None], list[str]] = {}
         for part in self.parts:
             places.setdefault((part.folder, part.node), []).append(part.name)
         return places
@@ -108,14 +117,12 @@ def describe(source: str | os.PathLike[str]) -> Description:
     of_release = PARTS_OF["v1" if version in ("v1", OPEN) else "v2"]
     words = content.metadata.get("vocabulary", {}).get("words")
     widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
-    v1_bundle = content.layout == "bundle" and version == "v1" and len(parts) > 1
-    whole = content.layout == "bundle" and version == "v2" and set(PARTS_OF["v2"]) <= content.networks.keys()
-    place = BUNDLE if whole else (BUNDLE[0], None) if v1_bundle else (None, None)
+    places = _places(content, parts)
     return Description(
         source=str(source),
         kind="weights alone" if content.layout == "bare" else content.layout,
         version=version,
-        parts=tuple(_part_info(part, content, *place) for part in parts.values()),
+        parts=tuple(_part_info(part, content, *places[name]) for name, part in parts.items()),
         text_towers={name: tower_name(width) for name, width in widths.items()},
         missing=tuple(name for name in of_release if name not in content.networks),
         refused=content.refused,
@@ -135,20 +142,35 @@ def _parts(content: Source) -> dict[str, PlannedPart]:
     return parts
 
 
-def _part_info(part: PlannedPart, content: Source, in_folder: str | None, by_node: str | None) -> PartInfo:
+def _places(content: Source, parts: Mapping[str, PlannedPart]) -> dict[str, tuple[str | None, str | None]]:
+    """The folder and the node that take each part in ComfyUI; no loader takes a file with two of its parts, but the one
+    of whole bundles, and those of v1's offer them by name.
+    """
+    own: dict[str, tuple[str, str]] = {name: STAGES[kind_of(name)][1:] for name in parts}
+    if content.layout == BUNDLE:
+        if content.metadata.get("version") == "v1":
+            return {name: (WHOLE[0] if len(parts) > 1 else folder, node) for name, (folder, node) in own.items()}
+        if set(PARTS_OF["v2"]) <= content.networks.keys():
+            return dict.fromkeys(parts, WHOLE)
+    elif content.path.is_dir():  # each part is in a file of its own
+        return dict(own)
+    places = list(own.values())
+    return {name: place if places.count(place) == 1 else (None, None) for name, place in own.items()}
+
+
+def _part_info(part: PlannedPart, content: Source, folder: str | None, node: str | None) -> PartInfo:
     floats = {key: x for key, x in part.tensors.items() if x.dtype.is_floating_point}
-    stage, folder, node = STAGES[kind_of(part.name)]
     network = content.networks.get(part.name) or content.networks[f"prior_{TEXT_ENCODER}"]
     return PartInfo(
         name=part.name,
-        stage=stage,
+        stage=STAGES[kind_of(part.name)][0],
         parameters=sum(
             math.prod(x.shape) for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))
         ),
         dtype=_dtypes((x.dtype for x in floats.values()), network.scaled),
         sizes=params_to_json(part.params),
-        folder=in_folder or folder,
-        node=by_node or node,
+        folder=folder,
+        node=node,
     )
 
 

@@ -7,15 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .bundle import parse_metadata, split_bundle
-from .files import read_file_metadata, read_weight_file
+from .bundle import parse_metadata
+from .files import read_file_metadata
 from .folders import open_folder
-from .formats import LORA, foreign
-from .parts import PARTS, Part, kind_of
-from .planned import all_as_they_are
-from .precision import is_scaled, widened
-from .rows import complete
-from .sources import Network, Source, named, recognise
+from .parts import PARTS, Part
+from .single import open_file
+from .sources import Source
 from .versions import check_version
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
@@ -43,20 +40,20 @@ def open_source(
     `version` ("v1" or "v2") decides about a prior where nothing else tells the two apart (see `versions`).
     """
     check_version(version)
+    if wanted is not None and wanted not in PARTS:
+        raise ValueError(f"{wanted!r} is no part of a model: the parts are {', '.join(PARTS)}")
     path = _path(source)
-    opened = open_folder(path, wanted, headers_only) if path.is_dir() else _open_file(path, headers_only)
+    opened = open_folder(path, wanted, headers_only) if path.is_dir() else open_file(path, headers_only)
     return replace(opened, version=version, by_headers=headers_only)
 
 
 def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") -> Part:
     """One part of a source: a .safetensors or PyTorch file (the original's, diffusers', transformers', open_clip's,
-    ComfyUI's), a folder (a pipeline's or one component's), a bundle, "demo" or "demo-v1"; `version` as for
+    ComfyUI's), a folder (a pipeline's, one component's, or of bundles), a bundle, "demo" or "demo-v1"; `version` as for
     `open_source`.
 
     ValueError if the source has no such part or can't be read.
     """
-    if name not in PARTS:
-        raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
     return open_source(source, name, version=version).part(name)
 
 
@@ -64,18 +61,3 @@ def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     """A bundle's JSON; {} for every other source."""
     path = _path(source)
     return {} if path.is_dir() else parse_metadata(path, read_file_metadata(path))
-
-
-def _open_file(path: Path, headers_only: bool) -> Source:
-    content = read_weight_file(path, headers_only)
-    metadata = parse_metadata(path, content.metadata)
-    bare = content.states.get("", {})
-    bundled = split_bundle(bare) if foreign(bare) != LORA else None  # the keys of LoRA files may begin as a bundle's
-    if bundled is None:
-        return recognise(path, content, {}, metadata)
-    networks: dict[str, Network] = {}
-    for name, stored in bundled.items():
-        sizes = metadata.get("parts", {}).get(name)
-        stored = complete(stored, sizes)
-        networks |= named(name, Network(kind_of(name), widened(all_as_they_are(stored)), is_scaled(stored), sizes))
-    return Source(path, "bundle", networks, metadata)

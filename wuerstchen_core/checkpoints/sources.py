@@ -17,6 +17,7 @@ from .precision import dequantised, is_scaled
 from .sizes import READERS, WHOLE_TOWERS
 from .versions import assumed_version, of_others, sure_version, version_of, with_units
 
+BUNDLE = "bundle"  # the layout of our own file format
 TOWERS = tuple(f"{stage}_{TEXT_ENCODER}" for stage in ("prior", "decoder"))
 
 # diffusers' and transformers' names for what no tensor shows.
