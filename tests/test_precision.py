@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from math import isnan
+from math import isinf, isnan
 
 import pytest
 import torch
-from torch import nn
 
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.demo.recipe import precision
-from wuerstchen_core.demo.recipe.precision import KINDS, MARKS, largest_inside, relative_error
+from wuerstchen_core.demo.recipe.precision import KINDS, MARKS, Largest, relative_error
 from wuerstchen_core.demo.recipe.precision_cases import Case, golden_cases, golden_image_encoders
+from wuerstchen_core.models.layers import MANY, ChannelwiseMLP
+from wuerstchen_core.models.pointwise import Operations
 
 # In percent of the result, twice what was measured (the README's table).
 MOST = {"bf16": 2.6, "fp16": 0.4, "fp8, computed in bf16": 7.5, "fp8, computed in fp32": 7.5}
@@ -50,10 +52,30 @@ def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, Case]) -> N
     assert relative_error(large, torch.bfloat16, torch.bfloat16) < 100
 
 
-def test_the_largest_number_inside_is_found() -> None:
-    network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh())
-    nn.init.constant_(network[0].weight, -300.0)
-    assert largest_inside(network, lambda: network(torch.ones(1, 1))) == (300.0, "0")
+def largest(call: Callable[[], object]) -> float:
+    with torch.inference_mode(), Largest() as inside:
+        call()
+    return float(inside.value)
+
+
+@torch.no_grad()
+def test_the_largest_number_in_fp16_is_found_before_a_gelu() -> None:
+    mlp = ChannelwiseMLP(2, 2, 0.0, Operations).eval()
+    mlp[0].bias.fill_(-3000.0)  # of which the GELU leaves nothing
+    x = torch.zeros(1, 32, MANY // 32, 2)
+    assert largest(lambda: mlp(x + 6e4).half()) == 0  # fp32 does not count
+    mlp.half()
+    assert largest(lambda: mlp(x.half())) == 3000
+    assert isinf(largest(lambda: mlp(x.half()) + 1 / x.half()))
+
+
+def test_what_is_no_number_is_not_lost_among_larger_ones() -> None:
+    def call() -> None:
+        torch.full((2,), float("nan"), dtype=torch.float16)
+        torch.full((2,), 3, dtype=torch.float16)
+
+    assert isnan(largest(call))
+    assert largest(lambda: torch.empty(10**6, dtype=torch.float16)[1:].fill_(7)) == 7
     assert FP8 not in (dtype for _, dtype in KINDS.values())  # for storage alone
 
 
