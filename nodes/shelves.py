@@ -9,7 +9,7 @@ from typing import Any
 
 from ..wuerstchen_core.checkpoints import Part
 from ..wuerstchen_core.checkpoints.formats import LORA
-from ..wuerstchen_core.checkpoints.parts import TEXT_ENCODER
+from ..wuerstchen_core.checkpoints.parts import PARTS_OF, TEXT_ENCODER
 from ..wuerstchen_core.checkpoints.read import open_source
 from ..wuerstchen_core.checkpoints.sources import TOWERS, ForeignFile, Source
 from .host import folders
@@ -112,11 +112,13 @@ def open_from(name: str, shelf: Shelf, version: str = "auto") -> tuple[Source, s
     if not found:
         raise _refusal(name, shelf, tuple(source.networks), source.refused)
     if len(found) > 1:
-        offered = "where it is offered here part by part" if is_v1(source) else "for Würstchen Bundle Loader"
-        raise ValueError(
-            f"{name!r} holds several parts of a model, and {shelf.node} takes one: put it into the checkpoints folder, "
-            f"{offered}"
-        )
+        if is_v1(source):
+            advice = "put it into the checkpoints folder, where it is offered here part by part"
+        elif set(PARTS_OF["v2"]) <= set(source.networks):
+            advice = "put it into the checkpoints folder, for Würstchen Bundle Loader"
+        else:
+            advice = "`convert` it into a folder of single files, or with what is missing into one bundle"
+        raise ValueError(f"{name!r} holds several parts of a model, and {shelf.node} takes one: {advice}")
     return source, next(iter(found.values()))
 
 

@@ -55,7 +55,7 @@ MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
         "diffusion_models folder",
         "Würstchen Model Loader",
     ),
-    ("clip", "two_towers.safetensors"): ("several parts", "Würstchen Bundle Loader"),
+    ("clip", "two_towers.safetensors"): ("several parts", "`convert` it", "what is missing"),
     ("vae", "v1_parts.safetensors"): ("several parts", "checkpoints folder", "offered here part by part"),
     ("vae", "sd_vae.safetensors"): ("a VAE of Stable Diffusion's kind", "ComfyUI's own loaders"),
     ("vae", "prior.safetensors"): ("holds a prior (Stage C),", "diffusion_models folder", "Würstchen Model Loader"),
