@@ -41,7 +41,7 @@ MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "sd.safetensors"): ("a Stable Diffusion model", "a prior (Stage C) or v2's decoder (Stage B)"),
     ("model", "lora.safetensors"): ("a LoRA", "loras folder"),
     ("model", "unknown.safetensors"): ("nothing known of Würstchen", "some.key", "choose another file"),
-    ("model", "whole.safetensors"): ("several parts", "checkpoints folder", "Würstchen Bundle Loader"),
+    ("model", "whole.safetensors"): ("several parts", "`convert` it into a folder", "what is missing"),
     ("model", "cut.safetensors"): ("cut short or damaged", "fetch it again"),
     ("model", "cut.pt"): ("cut short or damaged", "fetch it again"),
     ("model", "payload.pt"): ("payload.pt holds Python objects", "is not opened", "take a safetensors file"),
