@@ -151,7 +151,7 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
 )
 def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, held: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ForeignFile, match=f"is no file of Würstchen: it holds {held}, so choose another$") as refusal:
+    with pytest.raises(ForeignFile, match=f"is no model of Würstchen: it holds {held}, so choose another$") as refusal:
         load_prior(tmp_path / "foreign.safetensors")
     assert refusal.value.held == (held,)
 

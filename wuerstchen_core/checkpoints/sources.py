@@ -34,7 +34,7 @@ class ForeignFile(ValueError):
     """A file that holds weights, but none of Würstchen's; `held` says what they are."""
 
     def __init__(self, path: Path, held: tuple[str, ...]):
-        super().__init__(f"{path} is no file of Würstchen: it holds {', '.join(held)}, so choose another")
+        super().__init__(f"{path} is no model of Würstchen: it holds {', '.join(held)}, so choose another")
         self.held = held
 
 
