@@ -45,7 +45,12 @@ class StageModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """Bytes of one call, whatever the conditioning."""
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        return self.numbers_held * size * input_shape[0] * math.prod(input_shape[2:])
+        grows = self.numbers_held * input_shape[0] * math.prod(input_shape[2:])
+        return size * (grows + self.numbers_besides(input_shape[0]))
+
+    def numbers_besides(self, batch: int) -> int:
+        """How many numbers it holds whatever the pixels."""
+        return 0
 
     def get_dtype_inference(self) -> torch.dtype:
         """The dtype of the computation (the older host has no such method)."""
@@ -71,11 +76,10 @@ class PriorModel(StageModel):
     def numbers_held(self) -> float:
         return 14 * self.diffusion_model.params.c
 
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes of one call, and of what it has read of the texts: keys and values of each block."""
-        params, size = self.diffusion_model.params, comfy.model_management.dtype_size(self.get_dtype_inference())
-        read = 2 * params.depth * params.c * TOKENS * size * input_shape[0]
-        return super().memory_required(input_shape, cond_shapes) + read
+    def numbers_besides(self, batch: int) -> int:
+        """Keys and values of each block, of the texts that it has read."""
+        params = self.diffusion_model.params
+        return 2 * params.depth * params.c * TOKENS * batch
 
 
 class DecoderModel(StageModel):
@@ -100,11 +104,11 @@ class DecoderModel(StageModel):
     def numbers_held(self) -> float:
         return 4.2 * self.diffusion_model.params.c_hidden[0]
 
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes of one call, and of the matrix that a block makes of two."""
-        params, size = self.diffusion_model.params, comfy.model_management.dtype_size(self.get_dtype_inference())
+    def numbers_besides(self, batch: int) -> int:
+        """The matrix that a block makes of two."""
+        params = self.diffusion_model.params
         widest = max(params.c_hidden)
-        return super().memory_required(input_shape, cond_shapes) + 4 * widest * (widest + params.effnet_embd) * size
+        return 4 * widest * (widest + params.effnet_embd)
 
 
 class TokenModel(StageModel):
