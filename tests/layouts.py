@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wuerstchen_core.models.decoder import DecoderParams
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
-from wuerstchen_core.models.prior import PriorParams
-from wuerstchen_core.models.token_decoder import TokenDecoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 
 State = dict[str, Tensor]
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
@@ -55,6 +55,16 @@ def random_state(network: nn.Module, seed: int = 0) -> State:
     return {
         key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
         for key, x in network.state_dict().items()
+    }
+
+
+def stage_states() -> dict[str, State]:
+    """Weights of Stages C and B of both releases, and of the prior that was uploaded first."""
+    return {
+        "prior": random_state(Prior(PRIOR)),
+        "first_prior": random_state(Prior(FIRST_PRIOR)),
+        "decoder": random_state(Decoder(DECODER)),
+        "token_decoder": random_state(TokenDecoder(TOKENS)),
     }
 
 

@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 import torch
 from layouts import (
-    DECODER,
-    FIRST_PRIOR,
-    PRIOR,
-    TOKENS,
     State,
     clip_of_transformers,
     comfyui,
@@ -23,6 +19,7 @@ from layouts import (
     manifest_keys,
     original,
     random_state,
+    stage_states,
     vae_save,
     vqgan_of_diffusers,
 )
@@ -31,10 +28,8 @@ from safetensors.torch import save_file
 from wuerstchen_core.checkpoints import describe, load_prior, read_part
 from wuerstchen_core.checkpoints.read import open_source
 from wuerstchen_core.checkpoints.sources import ForeignFile
-from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams
-from wuerstchen_core.models.prior import Prior, PriorParams
-from wuerstchen_core.models.token_decoder import TokenDecoder
+from wuerstchen_core.models.prior import PriorParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 VQ = VQGANParams(c_hidden=8, codebook_size=16)
@@ -44,10 +39,7 @@ EFFNET_L = ImageEncoderParams(EFFICIENTNET_V2_L)
 @pytest.fixture(scope="module")
 def states() -> dict[str, State]:
     return {
-        "prior": random_state(Prior(PRIOR)),
-        "first_prior": random_state(Prior(FIRST_PRIOR)),
-        "decoder": random_state(Decoder(DECODER)),
-        "token_decoder": random_state(TokenDecoder(TOKENS)),
+        **stage_states(),
         "vqgan": random_state(VQGAN(VQ)),
         "encoder_s": encoder_state(),
         "encoder_l": encoder_state(EFFNET_L),

@@ -9,30 +9,19 @@ from typing import Any
 
 import pytest
 from layouts import (
-    DECODER,
-    FIRST_PRIOR,
-    PRIOR,
-    TOKENS,
     State,
-    random_state,
+    stage_states,
 )
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import describe, load_prior, read_part, versions
 from wuerstchen_core.checkpoints.read import open_source
-from wuerstchen_core.models.decoder import Decoder
-from wuerstchen_core.models.prior import V1, Prior
-from wuerstchen_core.models.token_decoder import TokenDecoder
+from wuerstchen_core.models.prior import V1
 
 
 @pytest.fixture(scope="module")
 def states() -> dict[str, State]:
-    return {
-        "prior": random_state(Prior(PRIOR)),
-        "first_prior": random_state(Prior(FIRST_PRIOR)),
-        "decoder": random_state(Decoder(DECODER)),
-        "token_decoder": random_state(TokenDecoder(TOKENS)),
-    }
+    return stage_states()
 
 
 @pytest.fixture
