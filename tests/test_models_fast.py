@@ -135,6 +135,16 @@ def test_what_is_added_to_a_layer_counts(
     assert fast and (plain - unchanged).abs().max() > 0.2
 
 
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "image_encoder"])  # torchvision's own
+def test_networks_without_memory_draw_no_normal_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("torch imports its compiler for this")
+
+    monkeypatch.setattr(nn.init, "normal_", draw)
+    with torch.device("meta"):
+        NETWORKS[name].build()
+
+
 def test_a_prior_reads_a_text_once() -> None:
     module = NETWORKS["prior"].perturbed()
     assert isinstance(module, Prior)

@@ -83,10 +83,19 @@ class Conv2d(Ready, nn.Conv2d):
     """`nn.Conv2d`."""
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, but that none without memory is drawn: torch would import its compiler for it, 890 modules (the
+    load of Stage A: 1.1 s and 80 MB with them, 0.04 s and 1 MB without)."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Operations:
     """The layers that networks are made of, unless they are told others."""
 
     Linear = Linear
     Conv2d = Conv2d
     ConvTranspose2d = nn.ConvTranspose2d
-    Embedding = nn.Embedding
+    Embedding = Embedding

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pointwise import Embedding
+
 # open_clip is imported where a tower or the tokenizer is built: it takes seconds to import.
 
 START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>; the latter also pads
@@ -39,7 +41,7 @@ class TextEncoder(nn.Module):
 
         super().__init__()
         self.params = params
-        self.token_embedding = nn.Embedding(params.vocab_size, params.width)
+        self.token_embedding = Embedding(params.vocab_size, params.width)
         self.positional_embedding = nn.Parameter(torch.zeros(params.context_length, params.width))
         self.transformer = Transformer(params.width, params.layers, params.heads, params.mlp_ratio)
         self.ln_final = nn.LayerNorm(params.width)
