@@ -22,6 +22,7 @@ from wuerstchen_core.pictures import (
     legal_size,
     open_mask,
     open_picture,
+    picture_size,
     read_batch,
     read_masked,
     read_pixels,
@@ -111,6 +112,33 @@ def test_exif_turns(tmp_path: Path) -> None:
 
 
 # sizes
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_is_that_of_the_turned_picture(kind: str) -> None:
+    for orientation in range(1, 9):
+        turned, file = Image.Exif(), io.BytesIO()
+        turned[274] = orientation
+        noise(5, 3).save(file, kind, exif=turned)
+        assert picture_size(file, "it") == open_picture(file, "it").size == ((5, 3) if orientation < 5 else (3, 5))
+
+
+def test_the_size_of_a_png_is_known_without_its_pixels() -> None:
+    file = io.BytesIO(png(7, 5, 8, 0, bytes(40))[:45])  # the header, and the start of the pixels
+    assert picture_size(file, "it") == (7, 5)
+    with pytest.raises(ValueError, match=r"^it is cut short or damaged"):
+        open_picture(file, "it")
+
+
+def test_broken_exif_data_are_damage() -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[270], exif[274] = "hello", 6
+    noise(5, 3).save(file, "JPEG", exif=exif)
+    text = b"\x01\x0e\x00\x02"  # the description's tag, and that it is a text
+    assert file.getvalue().count(text) == 1
+    broken = io.BytesIO(file.getvalue().replace(text, b"\x01\x24\x00\x02"))  # a tag for numbers
+    with pytest.raises(ValueError, match=r"^it is cut short or damaged"):
+        open_picture(broken, "it")
 
 
 @pytest.mark.parametrize(

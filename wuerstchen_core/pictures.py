@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .diffusion.masks import PAINTED
@@ -18,14 +21,16 @@ from .diffusion.sizes import LARGEST, check_size, covering_legal, nearest_legal
 Picture = str | PathLike[str] | Image.Image
 
 SIXTEEN_BITS = 257  # a 16-bit value is 257 times the 8-bit one: 65535 / 255
+LYING = (5, 6, 7, 8)  # EXIF's orientations of a picture whose sides are swapped
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def open_picture(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
     """A picture, or the file of one, as RGB: turned as its EXIF data says, transparency on white, 16 bits cut to 8.
 
-    CMYK is converted as Pillow does, without colour profiles. Raises ValueError where a file is no picture.
+    CMYK is converted as Pillow does, without colour profiles. Raises ValueError where a file is no picture; it calls
+    the file by `name`, which an open file needs.
     """
-    upright = _in_8_bits(_upright(picture))
+    upright = _in_8_bits(_upright(picture, name))
     if upright.has_transparency_data:
         upright = _on_ground(upright, "white")
     return upright.convert("RGB")
@@ -37,6 +42,19 @@ def open_mask(mask: Picture) -> Image.Image:
     if upright.has_transparency_data:
         upright = _on_ground(upright, "black")
     return upright.convert("L")
+
+
+def picture_size(picture: str | PathLike[str] | BinaryIO, name: str = "") -> tuple[int, int]:
+    """Width and height of the file of a picture as `open_picture` would turn it, read off its header.
+
+    Raises ValueError where a file is no picture; it calls the file by `name`, which an open file needs.
+    """
+    with _opened(picture, name or str(picture)) as file:
+        if file.format == "TIFF":  # whose size only the newer Pillows have turned already
+            return ImageOps.exif_transpose(file).size
+        # By the base class: that of PNG decodes the whole picture, in case EXIF data stand behind it.
+        lies = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in LYING
+        return (file.height, file.width) if lies else file.size
 
 
 def legal_size(width: int, height: int) -> tuple[int, int]:
@@ -132,23 +150,30 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
 
 
-def _upright(picture: Picture) -> Image.Image:
+def _upright(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
     if isinstance(picture, Image.Image):
         return ImageOps.exif_transpose(picture)
+    with _opened(picture, name or str(picture)) as file:
+        return ImageOps.exif_transpose(file)
+
+
+@contextmanager
+def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The file of a picture as Pillow opens it; what goes wrong in there is a ValueError that names it."""
     try:
         with warnings.catch_warnings():  # from 89 million pixels Pillow warns, from twice as many it raises
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(picture) as file:
-                return ImageOps.exif_transpose(file)
+                yield file
     except FileNotFoundError:
-        raise ValueError(f"{picture} does not exist") from None
+        raise ValueError(f"{name} does not exist") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise ValueError(f"{picture} has more than {limit} million pixels: scale it down first") from None
+        raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
     except (UnidentifiedImageError, IsADirectoryError):
-        raise ValueError(f"{picture} is no picture that can be read: give a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
-        raise ValueError(f"{picture} is cut short or damaged ({error}): save it again") from error
+        raise ValueError(f"{name} is no picture that can be read: give a PNG, JPEG or WebP file") from None
+    except (OSError, SyntaxError, TypeError, struct.error) as error:  # Pillow's own, for broken PNG and EXIF data
+        raise ValueError(f"{name} is cut short or damaged ({error}): save it again") from error
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
