@@ -75,6 +75,12 @@ def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "| decoder " in out and "peer" not in out.replace("above", "") and "times faster" not in out
 
 
+def test_the_fast_schedule_of_ours(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    given = "--stages text-to-picture --sizes 64 --dtypes fp32 --repeat 1 --no-peer --no-memory --steps fast"
+    assert run("bench", *given.split()) == 0
+    assert "ours in 6+4 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -66,6 +66,18 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
     }  # fmt: skip
 
 
+def test_the_fast_schedule(bundle: Path, here: Path) -> None:
+    assert run("generate", PROMPT, "--model", bundle, "--schedule", "fast", "--output", "fast.png") == 0
+    with Image.open("fast.png") as image:
+        made, painted = json.loads(image.text[output.METADATA_KEY]), np.asarray(image).astype(int)
+    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 6, 4)
+    seen: list[str] = []
+    pipeline, watch = WuerstchenPipeline.load(bundle), lambda stage, *_: seen.append(stage)
+    [expected] = pipeline.generate(PROMPT, schedule="fast", callback=watch)
+    assert (seen.count("prior"), seen.count("decoder")) == (6, 4)
+    assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
+
+
 def test_a_picture_is_never_overwritten_unless_named(
     bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,7 +120,7 @@ def test_every_held_out_scene_counts_and_batches_keep_their_seeds() -> None:
 
 
 def test_reconstruction_is_measured(pipe: WuerstchenPipeline) -> None:
-    one, two, own = (evaluate.reconstruct(pipe, WANTED[:1], steps)[1] for steps in (1, 2, None))
+    one, two, own = (evaluate.reconstruct(pipe, WANTED[:1], decoder_steps=steps)[1] for steps in (1, 2, None))
     assert len(one) == 1 and 0 < one[0] < 40 and one != two
     assert own == two  # the model's own number of steps
     images, values = evaluate.reconstruct(pipe, WANTED[2:])
@@ -140,7 +140,7 @@ def test_the_command_writes_the_numbers(
     monkeypatch.setattr(evaluate, "evaluate", fake)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda model: model)
     evaluate.main(["--model", "m", "--seeds", "1", "--prior-steps", "9", "--json", str(tmp_path / "out.json")])
-    rest = {"every": 1, "prior_guidance": None, "decoder_steps": None}
+    rest = {"every": 1, "schedule": None, "prior_guidance": None, "decoder_steps": None}
     assert calls == [("m", {"seeds": 1, "prior_steps": 9, **rest})]
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(capsys.readouterr().out) == {"thing": 1}
 

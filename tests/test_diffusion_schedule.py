@@ -7,6 +7,7 @@ import torch
 from golden_data import Golden, assert_near
 
 from wuerstchen_core.diffusion.schedule import (
+    FAST_STEPS,
     alpha_bar,
     diffuse,
     diffusers_times,
@@ -74,10 +75,16 @@ def test_schedules_by_name() -> None:
     assert torch.equal(named_times("original", 5), original_times())
     assert torch.equal(named_times("diffusers", 5), diffusers_times())
     assert torch.equal(named_times("linear", 5), linear_times(5))
-    with pytest.raises(ValueError, match="'karras' is unknown: choose original, diffusers or linear"):
+    with pytest.raises(ValueError, match="'karras' is unknown: choose original, diffusers, fast or linear"):
         named_times("karras", 5)
     with pytest.raises(ValueError, match="0 sampling steps"):
         linear_times(0)
+
+
+def test_the_fast_schedules_steps_shrink_towards_the_picture() -> None:
+    times, steps = named_times("fast", 5), FAST_STEPS[0]
+    assert times.tolist() == pytest.approx([(1 - i / steps) ** 2 for i in range(steps + 1)], abs=1e-7)
+    assert times[0] == 1 and times[-1] == 0 and (times.diff().diff() > 0).all()
 
 
 def test_sides_of_latents() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from golden_data import Golden, assert_near
 from painting import PROMPT, ROUNDING, latents, pixels
 from test_diffusion_samplers import replay
@@ -18,10 +19,11 @@ from torch import Tensor
 from wuerstchen_core import WuerstchenPipeline, stages
 from wuerstchen_core.checkpoints import demo_path
 from wuerstchen_core.diffusion.samplers import NoiseSource
+from wuerstchen_core.diffusion.schedule import FAST_STEPS, fast_times, linear_times
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
-from wuerstchen_core.sampling import Sampling
+from wuerstchen_core.sampling import V1, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +170,9 @@ def test_the_models_own_size(pipe: WuerstchenPipeline) -> None:
         ({"height": 0}, "nearest legal size is 128x64"),
         ({"prior_steps": 0}, "at least 1 is needed"),
         ({"decoder_steps": 0}, "at least 1 is needed"),
-        ({"schedule": "cosine"}, "choose original, diffusers or linear"),
+        ({"schedule": "cosine"}, "choose original, diffusers, fast or linear"),
         ({"schedule": "original", "prior_steps": 12}, "has 30 steps, not 12"),
+        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 6 steps, not 12"),
         ({"prior_guidance": float("nan")}, "a guidance of nan cannot be used"),
         ({"seed": -1}, "choose a number from 0 to"),
         ({"seed": 2**63 - 1}, "choose a number from 0 to"),
@@ -191,6 +194,16 @@ def test_defaults_are_the_published_ones() -> None:
     assert Sampling.of(METADATA) == Sampling(128, 64, "linear", 3, 2.0, 2, 1.0)
     assert Sampling.of(METADATA).changed(schedule="diffusers").prior_steps == 29
     assert Sampling().changed(prior_steps=8).schedule == "linear"
+
+
+def test_the_fast_schedule_sets_the_steps_of_both_stages() -> None:
+    fast = Sampling().changed(schedule="fast")
+    assert (fast.prior_steps, fast.decoder_steps) == FAST_STEPS
+    assert Sampling.of({"sampling": {"schedule": "fast"}}) == fast
+    assert torch.equal(fast.prior_times(), fast_times()) and torch.equal(fast.decoder_times(), linear_times(4))
+    assert Sampling().changed(schedule="fast", decoder_steps=7).decoder_steps == 7
+    assert fast.changed(decoder_steps=7).prior_steps == FAST_STEPS[0]
+    assert V1.changed(schedule="fast").decoder_steps == V1.decoder_steps  # tokens were not measured
 
 
 # callbacks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .diffusion.samplers import Progress
-from .diffusion.schedule import linear_times, named_times
+from .diffusion.schedule import FAST_STEPS, linear_times, named_times
 from .diffusion.sizes import check_size
 from .diffusion.tokens import MODES
 
@@ -32,7 +32,7 @@ class Sampling:
 
     width: int = 1024  # pixels
     height: int = 1024
-    schedule: str = "original"  # of Stage C: original, diffusers or linear
+    schedule: str = "original"  # of Stage C: original, diffusers, fast or linear
     prior_steps: int = 30
     prior_guidance: float = 4.0  # 1 and less: none
     decoder_steps: int = 12
@@ -82,7 +82,8 @@ class Sampling:
     def changed(self, **given: Any) -> Sampling:
         """These numbers with `given` in their place; None means unchanged.
 
-        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps.
+        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps; the
+        fast one asks for few of Stage B too.
         """
         asked = {name: value for name, value in given.items() if value is not None}
         if idle := [name.replace("_", " ") for name in TOKENS if name in asked and not self.tokens]:
@@ -94,6 +95,8 @@ class Sampling:
             asked.setdefault("schedule", "linear")
         elif "schedule" in asked:
             asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
+        if asked.get("schedule") == "fast" and not self.tokens:
+            asked.setdefault("decoder_steps", FAST_STEPS[1])
         return replace(self, **asked)
 
     def numbers(self) -> dict[str, Any]:

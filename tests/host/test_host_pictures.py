@@ -115,6 +115,16 @@ def test_the_seed_means_the_same_here_and_on_the_command_line(
     assert deviation(picture, other) > 5
 
 
+def test_the_fast_schedule_means_the_same(graph: dict[str, Any], paint: Paint, checkpoints: Path) -> None:
+    find(graph, "WuerstchenTextEncode")["text"] = "a red apple"
+    find(graph, "WuerstchenPriorSample")["schedule"], find(graph, "WuerstchenDecoderSample")["steps"] = "fast", 4
+    find(graph, "PrimitiveInt")["value"] = 3
+    [picture] = paint(graph).pictures
+    pipeline = WuerstchenPipeline.load(checkpoints / TINY, device="cpu", dtype="fp32")
+    fast, other = (pipeline.generate("a red apple", seed=3, schedule=name)[0] for name in ("fast", None))
+    assert deviation(picture, fast) <= LIMIT < deviation(picture, other)
+
+
 def test_a_negative_prompt_and_guidance_mean_the_same(graph: dict[str, Any], paint: Paint, checkpoints: Path) -> None:
     negative = next(
         node for node in graph.values() if node["class_type"] == "WuerstchenTextEncode" and not node["inputs"]["text"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wuerstchen_core.checkpoints import build_part, read_part
 from wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
-from wuerstchen_core.diffusion.schedule import diffuse, linear_times
+from wuerstchen_core.diffusion.schedule import FAST_STEPS, diffuse, fast_times, linear_times
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.models.vqgan import VQGANParams
 
@@ -79,6 +79,8 @@ def test_our_schedule_and_sampler_give_the_cores_result(inside: Inside, checkpoi
         close(given[name], out(wanted))
     close(given["unguided"], out(core.sample(given["noise"], linear_times(STEPS), SEED, 1.0)[0]))
     close(given["one step"], out(core.sample(given["noise"], linear_times(1), SEED)[0]))
+    few = fast_times() if stage == "prior" else linear_times(FAST_STEPS[1])
+    close(given["fast"], out(core.sample(given["noise"], few, SEED)[0]))
     # The host's ddpm takes the same steps, and returns the denoised picture at the end.
     close(given["ddpm"], out(clean))
     assert given["selected ddpm"].isfinite().all()

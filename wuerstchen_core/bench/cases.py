@@ -85,7 +85,7 @@ def check(
     if repeat < 1:
         raise ValueError(f"{repeat} repetitions measure nothing: give at least 1")
     if len(steps) != 2 or min(steps) < 1:
-        raise ValueError("--steps takes those of Stage C and of Stage B, each at least 1: such as 30+12")
+        raise ValueError("--steps takes those of Stage C and of Stage B, each at least 1: such as 30+12, or fast")
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"dtype {unknown[0] if unknown else ''!r} is unknown: choose of {', '.join(DTYPES)}")

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     option("--repeat", type=int, metavar="N", help=f"rounds that count (default: {DEFAULTS['repeat']})")
     option("--threads", type=int, default=0, metavar="N", help="of the processor (default: torch's choice)")
     option("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    option("--steps", default="30+12", metavar="C+B", help="of our pictures (default: 30+12, as the peer's are)")
+    option("--steps", default="30+12", metavar="C+B", help="of our pictures, or fast (default: 30+12, as the peer's)")
     option("--full", action="store_true", help="paint pictures with all their steps, which takes long")
     option("--compile", action="store_true", help="let torch compile both sides' networks")
     option("--accuracy", action="store_true", help="say how far both sides are from fp32")
@@ -84,12 +84,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     from ..bench.cases import check, stage_names
     from ..bench.run import Plan
     from ..devices import pick_device
+    from ..diffusion.schedule import FAST_STEPS
 
     chosen = {**DEFAULTS, **(QUICK if options.quick else {})}
     chosen |= {name: value for name, value in vars(options).items() if name in chosen and value is not None}
     stages, dtypes = stage_names(_names(chosen["stages"])), _names(chosen["dtypes"])
     sizes, batches = _numbers("--sizes", chosen["sizes"]), _numbers("--batch", options.batch)
-    steps = _numbers("--steps", options.steps, "+")
+    steps = list(FAST_STEPS) if options.steps == "fast" else _numbers("--steps", options.steps, "+")
     check(stages, sizes, batches, dtypes, chosen["repeat"], steps)
     return Plan(
         stages,

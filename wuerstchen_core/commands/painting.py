@@ -47,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
     option("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what to stay away from")
-        option("--schedule", choices=("original", "diffusers", "linear"), help="of Stage C (default: the model's own)")
+        text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
+        option("--schedule", choices=("original", "diffusers", "linear", "fast"), help=text)
         option("--prior-steps", type=int, metavar="N", help="steps of Stage C, linear unless --schedule says otherwise")
         option("--prior-guidance", type=float, metavar="SCALE", help="how closely Stage C follows the prompt; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")

@@ -56,11 +56,11 @@ def judge_pictures(judge: Judge, wanted: Sequence[Scene], images: Sequence[Image
 
 @torch.inference_mode()
 def reconstruct(
-    pipe: WuerstchenPipeline, wanted: Sequence[Scene], decoder_steps: int | None = None
+    pipe: WuerstchenPipeline, wanted: Sequence[Scene], **changes: Any
 ) -> tuple[list[Image.Image], list[float]]:
     """Each scene's true picture after the 42.67x bottleneck (no text), and the PSNR of it in dB."""
     assert pipe.image_encoder is not None
-    sampling = pipe.sampling.changed(width=CANVAS, height=CANVAS, decoder_steps=decoder_steps)
+    sampling = pipe.sampling.changed(width=CANVAS, height=CANVAS, **changes)
     images: list[Image.Image] = []
     values: list[float] = []
     for start in range(0, len(wanted), BATCH):
@@ -112,7 +112,7 @@ def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes
     judge, rows = Judge(), []
     for seed in tqdm(range(seeds), desc="seeds"):
         rows += judge_pictures(judge, wanted, paint(pipe, wanted, 1000 * (seed + 1), **changes))
-    images, values = reconstruct(pipe, wanted, changes.get("decoder_steps"))
+    images, values = reconstruct(pipe, wanted, **changes)
     return summary(rows, judge_pictures(judge, wanted, images), values)
 
 
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="demo", help="bundle to measure")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=1, help="take only every N-th held-out (thing, background) pair")
+    parser.add_argument("--schedule", help="of Stage C: original, diffusers, fast or linear")
     parser.add_argument("--prior-steps", type=int)
     parser.add_argument("--prior-guidance", type=float)
     parser.add_argument("--decoder-steps", type=int)
