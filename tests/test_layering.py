@@ -34,6 +34,7 @@ FLOORS = {
     "wuerstchen_core.editing": 5,
     "wuerstchen_core.pipeline": 6,
     "wuerstchen_core.training": 7,
+    "wuerstchen_core.training.data": 3,
     "wuerstchen_core.bench": 7,
     "nodes": 4,
     "wuerstchen_core": 7,  # the package itself, which gives the pipeline
@@ -53,7 +54,7 @@ NODES_MAY = (
     "wuerstchen_core.sampling",
 )
 HOST = ("comfy", "folder_paths", "execution", "server", "latent_preview", "node_helpers")
-SLOW = ("torchvision", "open_clip", "transformers", "diffusers", "resvg_py")
+SLOW = ("torchvision", "open_clip", "transformers", "diffusers", "resvg_py", "webdataset", "braceexpand")
 TRAINERS = ("accelerate", "tqdm", "tomli")  # of requirements-train.txt
 TRAINING = ("wuerstchen_core.training", "wuerstchen_core.demo.recipe")
 
