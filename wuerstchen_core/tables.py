@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -43,10 +44,14 @@ def _name(hint: Any) -> str:
     if hint in _NAMES:
         return _NAMES[hint]
     kinds = get_args(hint)
+    if isinstance(hint, UnionType):
+        return " or ".join(_name(kind) for kind in kinds if kind is not NoneType)
     return f"a list of {'' if kinds[-1] is Ellipsis else f'{len(kinds)} '}{_MANY.get(kinds[0], 'lists')}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
     expected = get_origin(hint) or hint
     if expected is tuple:
         kinds = get_args(hint)
