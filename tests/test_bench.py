@@ -184,19 +184,29 @@ def test_steps_left_out_take_as_long_as_the_later_ones() -> None:
 def test_numbers_of_a_row() -> None:
     case = Case("decoder", 1024, 2, "bf16")
     row = Row(case, flops=6 * 10**12, weights=2 * 10**9, ours=Measured(median=2.0), peer=Measured(median=5.0))
-    apart_of = {"first_seconds": 2.0, "import_seconds": 1.0, "load_peak": 3 * 10**9, "load_private": 10**9}
+    apart_of = {
+        "load_seconds": 0.5,
+        "first_seconds": 2.0,
+        "import_seconds": 1.0,
+        "load_peak": 3 * 10**9,
+        "load_private": 10**9,
+    }
     row.ours.remember({"peak": 3 * 10**9, **apart_of}, row.weights, loading=True)
     assert row.peer is not None
-    row.peer.remember({"peak": 4 * 10**9, **apart_of, "first_seconds": 5.0}, row.weights, loading=True)
+    row.peer.remember(
+        {"peak": 4 * 10**9, **apart_of, "load_seconds": 1.0, "first_seconds": 5.0}, row.weights, loading=True
+    )
     told = json.loads(json.dumps(row.as_dict()))
-    assert (told["times_faster"], told["memory_ratio"], told["load_times_faster"]) == (2.5, 0.75, 2.5)
+    assert (told["times_faster"], told["memory_ratio"]) == (2.5, 0.75)
+    assert (told["load_times_faster"], told["cold_times_faster"]) == (2.0, 2.5)
     assert told["ours"]["memory_above_weights"] == 10**9
     head, _, line = table([row]).splitlines()
     cells = dict(zip(*([cell.strip() for cell in text.strip("|").split("|")] for text in (head, line)), strict=True))
     assert cells == {
         "stage": "decoder", "pixels": "1024²", "batch": "2", "dtype": "bf16", "ours s": "2", "peer s": "5",
         "times faster": "2.50x", "ours GB": "3.00", "peer GB": "4.00", "memory ratio": "0.75x",
-        "above weights GB": "1.00", "peer above": "2.00", "load s": "2.00", "peer load s": "5.00",
+        "above weights GB": "1.00", "peer above": "2.00", "load s": "0.50", "peer load s": "1.00",
+        "cold s": "2.00", "peer cold s": "5.00",
         "load private, of weights": "50%", "peer's": "50%",
     }  # fmt: skip
 

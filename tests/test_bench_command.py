@@ -57,7 +57,7 @@ def test_command(small: None, folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert row["ours"]["share_of_peak"] == pytest.approx(
         row["flops"] / row["ours"]["median"] / told["gemm_flops_per_second"]["fp32"]
     )
-    assert row["memory_ratio"] == 0.5 and row["load_times_faster"] == 2.0
+    assert row["memory_ratio"] == 0.5 and row["cold_times_faster"] == 2.0
     assert "load_seconds" in told["rows"][2]["ours"] and told["rows"][1]["ours"]["load_seconds"] is None  # once each
     with Image.open(folder / "b.png") as image:
         assert image.width == 1000

@@ -24,7 +24,8 @@ class Measured:
     share_of_peak: float | None = None  # of a large product's FLOP/s
     memory: int | None = None
     memory_above_weights: int | None = None
-    load_seconds: float | None = None  # from the file, in memory already, to the end of the first round
+    load_seconds: float | None = None  # from the file, which the system has in memory, to networks that can work
+    cold_seconds: float | None = None  # from the file to the end of the first round
     import_seconds: float | None = None  # of what is imported before that
     load_memory: int | None = None  # the peak while loading,
     load_private: int | None = None  # and what of it the process shares with no file
@@ -41,7 +42,8 @@ class Measured:
         self.memory = found["peak"]
         self.memory_above_weights = None if self.memory is None else self.memory - weights
         if loading:
-            self.load_seconds, self.import_seconds = found["first_seconds"], found["import_seconds"]
+            self.load_seconds, self.cold_seconds = found["load_seconds"], found["first_seconds"]
+            self.import_seconds = found["import_seconds"]
             self.load_memory, self.load_private = found["load_peak"], found["load_private"]
 
 
@@ -70,6 +72,7 @@ class Row:
             "times_faster": self.ratio("median"),
             "memory_ratio": self.ratio("memory", upwards=True),
             "load_times_faster": self.ratio("load_seconds"),
+            "cold_times_faster": self.ratio("cold_seconds"),
         }
         told = {"flops": self.flops, "weights": self.weights, "difference": self.difference}
         return {**case, **told, **ratios, **sides}
@@ -109,7 +112,7 @@ def table(rows: Sequence[Row]) -> str:
     head = (
         "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "ours TFLOP/s", "of GEMM peak",
         "difference", "ours off fp32", "peer off fp32", "ours GB", "peer GB", "memory ratio", "above weights GB",
-        "peer above", "load s", "peer load s", "load private, of weights", "peer's",
+        "peer above", "load s", "peer load s", "cold s", "peer cold s", "load private, of weights", "peer's",
     )  # fmt: skip
     lines = [[*head], ["---" if i in (0, 3) else "---:" for i in range(len(head))], *map(_cells, rows)]
     return aligned(_without_empty(lines))
@@ -149,6 +152,8 @@ def _cells(row: Row) -> list[str]:
         _number(peer.memory_above_weights, "{:.2f}", 1e9),
         _number(ours.load_seconds, "{:.2f}"),
         _number(peer.load_seconds, "{:.2f}"),
+        _number(ours.cold_seconds, "{:.2f}"),
+        _number(peer.cold_seconds, "{:.2f}"),
         _number(ours.load_private, "{:.0%}", row.weights),
         _number(peer.load_private, "{:.0%}", row.weights),
     ]
