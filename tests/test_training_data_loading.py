@@ -15,6 +15,7 @@ from training_pictures import examples, picture, shard, write_folder
 from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.data.loading import Batch, IndexedPictures, Pictures
 from wuerstchen_core.training.data.opening import PicturesConfig, open_pictures
+from wuerstchen_core.training.data.tally import Tally
 
 SHAPES = [[64, 64], [64, 128]]
 Seen = list[tuple[list[int], list[str], tuple[int, ...]]]
@@ -97,6 +98,8 @@ def test_a_random_crop_is_one_of_its_step(tmp_path: Path) -> None:
         batches = itertools.islice(opened(folder, batch=2, crop=crop).batches(), 3)
         lefts[crop] = [left for batch in batches for left in batch.images[:, 0, 0, 0].tolist()]
     assert set(lefts["centre"]) == {96} and len(set(lefts["random"])) > 3
+    second = itertools.islice(opened(folder, batch=1, rank=1, world=2, crop="random").batches(), 3)
+    assert [int(batch.images[0, 0, 0, 0]) for batch in second] == lefts["random"][1::2]
 
 
 def test_what_is_broken_is_replaced_named_once_and_counted(
@@ -130,6 +133,15 @@ def test_too_many_bad_pictures_stop_the_run(folder: Path) -> None:
     failed, _, total = str(told.value).split()[:3]
     assert int(total) >= 20 and int(failed) > 0.05 * int(total)
     assert len(read(opened(folder, bad_share=0.3), 100)) == 100
+
+
+def test_a_share_is_allowed_up_to_itself() -> None:
+    tally = Tally("pictures", 0.05)
+    tally.add(19, {"a": "a is broken"})  # too few to say anything
+    tally.add(1, {})
+    tally.add(20, {"b": "b is broken"})
+    with pytest.raises(ValueError, match=r"^3 of 41 pictures could not be used, .* = 0.05 allows: a, b; the log "):
+        tally.add(1, {"a": "a is broken"})
 
 
 def test_too_many_bad_files_stop_the_run_at_once(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_a_shard_is_read_up_to_where_it_is_cut(tmp_path: Path) -> None:
         (example, [1], ["the rest"]),  # between two examples
         (example + 600, [1], ["002", "the rest"]),  # within a picture
         (example + member + 200, [1, 2], ["the rest"]),  # within the header of a caption, which is lost
+        (example + member + 512 + 4, [1], ["002", "the rest"]),  # within a caption
         (3 * example, [1, 2, 3], ["the rest"]),  # before the mark of the end
         (len(whole), [1, 2, 3], []),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -99,9 +100,9 @@ def test_processes_and_workers_share_the_shards(shards: Path) -> None:
     whole = read(opened(local(shards)), 12)
     parts = [read(opened(local(shards), rank=rank, world=2), 6) for rank in (0, 1)]
     assert [parts[0], parts[1]] == [whole[0::2], whole[1::2]]
-    batches = list(itertools.islice(opened(local(shards), workers=2).batches(), 8))
-    assert sorted(map(numbers, batches)) == sorted(whole[:8])
-    assert [batch.next for batch in batches] == sorted(batch.next for batch in batches)
+    batches = list(itertools.islice(opened(local(shards), batch=2, workers=2).batches(), 8))
+    assert sorted(sum(map(numbers, batches), [])) == sorted(sum(whole[:4], []))
+    assert [batch.next for batch in batches] == [1, 2, 2, 2, 3, 4, 4, 4]  # never back to what was begun
 
 
 def test_buckets_and_filters(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,6 +157,16 @@ def test_a_pipe_runs_only_when_it_is_allowed(shards: Path, tmp_path: Path) -> No
         opened(source, allow_pipe=False)
     assert not (tmp_path / "ran").exists()
     assert read(opened(source), 1) == [[0, 1, 2, 3]] and (tmp_path / "ran").exists()
+
+
+def test_what_streams_need_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"^shards from the web are read through curl, which is not installed"):
+        opened(["http://localhost/1.tar", "pipe:cat 1.tar"])
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        opened("pipe:cat 1.tar")
+    assert error.value.name == "webdataset"
 
 
 def test_what_is_secret_in_an_address_is_not_logged() -> None:

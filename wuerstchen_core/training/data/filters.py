@@ -52,8 +52,7 @@ class Filters:
         )
         for score, limit, sign, reason in limits:
             if limit is not None:
-                # In the scores' own precision, so that a score of just the limit passes.
-                leave_out(sign * entries[score] > sign * np.float32(limit), reason)
+                leave_out(sign * entries[score] > sign * limit, reason)
                 leave_out(np.isnan(entries[score]), f"without {score} score")
         return out
 

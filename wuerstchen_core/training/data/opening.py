@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,7 @@ def _check_streams(names: Sequence[str], streams: Sequence[str], allow_pipe: boo
         )
     if not all(name.startswith("pipe:") for name in streams) and shutil.which("curl") is None:
         raise ValueError("shards from the web are read through curl, which is not installed: install it")
+    import_module("webdataset")  # now, before workers need it and cannot say so well that it is not there
 
 
 def _check_bad(source: Source, share: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +52,7 @@ def scores_from_table(table: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for key, value in table.items():
         score = SCORES.get(key.lower())
-        if score and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if score and isinstance(value, int | float) and not isinstance(value, bool):
             found[score] = float(value)
     return found
 
