@@ -28,6 +28,7 @@ FLOORS = {
     "wuerstchen_core.sampling": 2,
     "wuerstchen_core.pictures": 2,
     "wuerstchen_core.checkpoints": 2,
+    "wuerstchen_core.compiling": 2,
     "nodes.host": 3,
     "wuerstchen_core.stages": 3,
     "wuerstchen_core.prompts": 4,

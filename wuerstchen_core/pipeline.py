@@ -38,11 +38,13 @@ class WuerstchenPipeline(Editing):
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
+        compile: bool = False,
     ) -> WuerstchenPipeline:
         """The shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or sources by part:
         {"prior": FILE, ...}, of which the prior's, or else the first, says how the model is used.
 
-        `version` ("v1" or "v2") decides about a prior 1024 wide that nothing else tells apart.
+        `version` ("v1" or "v2") decides about a prior 1024 wide that nothing else tells apart. `compile` calls
+        the method of that name.
         A source that holds some parts only gives a pipeline with these. Raises ValueError where one can't be read.
         """
         target = pick_device(device)
@@ -56,7 +58,10 @@ class WuerstchenPipeline(Editing):
             wanted = torch.float32 if name in FP32_PARTS else chosen
             # A twin is the one text tower that serves both stages.
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=wanted)
-        return cls(**networks, metadata=metadata)
+        pipeline = cls(**networks, metadata=metadata)
+        if compile:
+            pipeline.compile()
+        return pipeline
 
     @torch.inference_mode()
     def generate(

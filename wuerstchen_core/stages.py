@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoints import PARTS
 from .checkpoints.parts import release
+from .compiling import can_compile, compile_network
 from .diffusion.samplers import guidance, guided, sample, seeded_noise
 from .diffusion.schedule import diffuse, strength_times
 from .diffusion.sizes import decoder_side, prior_side
@@ -25,7 +27,11 @@ from .models.vqgan import VQGAN
 from .pictures import to_pictures
 from .sampling import Callback, Sampling, sampler_progress
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+DENOISERS = ("prior", "decoder", "token_decoder")
 
 
 class Stages:
@@ -62,6 +68,18 @@ class Stages:
     def networks(self) -> Iterator[Any]:
         """The networks that there are."""
         return (network for name in PARTS if (network := getattr(self, name)) is not None)
+
+    def compile(self, **options: Any) -> None:
+        """Let torch compile Stages C and B at their first steps, which take longer; `options` are `torch.compile`'s.
+
+        Where it can't, it says so in the log, and they stay as they are. On a CPU nothing is gained (docs/speed.md).
+        """
+        if not can_compile(self.device, **options):
+            logger.warning("torch.compile finds no compiler here: the networks run without it")
+            return
+        for name in DENOISERS:
+            if getattr(self, name) is not None:
+                compile_network(getattr(self, name), **options)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

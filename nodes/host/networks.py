@@ -72,7 +72,7 @@ class HostPrior(Hosted, Prior):
     reading: ReadOnce | None = None  # of the texts of a run, whose tensors come as new ones at each step
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        if self.reading is None or torch.is_grad_enabled() or torch.compiler.is_compiling():  # training, or a graph
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.reading is None:  # a graph, or training
             return super().forward(x, timestep, context)
         return super().forward(x, timestep, self.reading(context))
 

@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
         option("--height", type=int)
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
     option("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    text = "let torch compile Stages C and B, where it can: a minute more for the first picture, no faster on a CPU"
+    option("--compile", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what to stay away from")
         text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
@@ -78,9 +80,8 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
     started = time.perf_counter()
     from ..pipeline import WuerstchenPipeline
 
-    pipeline = WuerstchenPipeline.load(
-        options.model, device=options.device, dtype=options.dtype, version=options.version
-    )
+    told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
+    pipeline = WuerstchenPipeline.load(options.model, **told)
     report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
     sampling = pipeline.sampling.changed(**numbers).numbers()
     report["load_seconds"] = round(time.perf_counter() - started, 3)

@@ -34,6 +34,11 @@ def time_frequencies(dim: int, device: Any = None) -> Tensor:
     return torch.arange(half, device=device, dtype=torch.float32).mul(-step).exp()
 
 
+# A compiled network has them as they are computed above: the last digit of the compiler's own exponential moves phases
+# by 5e-4. This is all that `torch.compiler.assume_constant_result` does, and that would import the compiler.
+time_frequencies._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding [B, dim] of times in [0, 1], [B]; computed in fp32.
 
@@ -112,7 +117,8 @@ class ChannelwiseMLP(nn.Sequential):
         layers: Any = self
         first, gelu, norm, dropout, last = layers
         linear = (first, last) if injected is None else (first, last, injected.mapper)
-        if x.shape[1] * x.shape[2] >= MANY and not self.training and all(map(bare, linear)) and plain_cpu(x):
+        # In this order: a graph is not to depend on how many places there are.
+        if plain_cpu(x) and not self.training and x.shape[1] * x.shape[2] >= MANY and all(map(bare, linear)):
             return self._fast(x, injected)
         if injected is not None:
             x = torch.cat([x, injected.mapper(injected.latents.to(x.dtype)).permute(0, 2, 3, 1)], dim=-1)

@@ -1,0 +1,72 @@
+"""Run by a ComfyUI's own Python, `inside_compile.py COMFYUI BUNDLE BACKEND OUTPUT`: what ComfyUI's node Torch Compile
+Model makes of both stages, beside what they paint without it, for test_host_compile.py to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from in_host import load_pack, seeded, write_results
+from inside_samplers import CFG, SEED, SHAPES, STAGES, conditions, first
+from torch import Tensor
+
+SIZES = {"other size": (2, 16, 5, 3), "third size": (2, 16, 4, 6)}  # of the prior, which compiles the quickest
+
+PATCHED = {"prior": "blocks.0.channelwise.4.weight", "decoder": "down_blocks.1.1.channelwise.4.weight"}
+
+
+def counting(graphs: list[int]) -> Callable[..., Any]:
+    """A compiler that compiles nothing and counts."""
+
+    def backend(graph: Any, example: Any, **_: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    return backend
+
+
+def painter(stage: str, widths: dict[str, int]) -> Callable[..., Tensor]:
+    """What paints latents of a shape with a MODEL of a stage."""
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+    from pack.nodes.sampling import WuerstchenSampler, WuerstchenScheduler
+
+    def paint(model: Any, shape: tuple[int, ...] = SHAPES[stage]) -> Tensor:
+        sigmas, latent = first(WuerstchenScheduler.execute(model, "linear", 2)), {"samples": torch.zeros(shape)}
+        common = (*conditions(stage, widths), first(WuerstchenSampler.execute()), sigmas, latent)
+        return first(SamplerCustom().sample(model, True, SEED, CFG[stage], *common))["samples"]
+
+    return paint
+
+
+def main(bundle: str, backend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    load_pack()
+    from pack.nodes.host import models
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    parts = {stage: read_part(bundle, stage) for stage in STAGES}
+    widths = {"prior": parts["prior"].params.c_cond, "decoder": parts["decoder"].params.clip_embd}
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for stage in STAGES:
+        graphs: list[int] = []
+        plain, paint = models.load_model(parts[stage]), painter(stage, widths)
+        compiled = first(TorchCompileModel.execute(plain, counting(graphs) if backend == "counting" else backend))
+        sizes = SIZES if stage == "prior" and backend == "counting" else {}
+        for name, shape in {"first": SHAPES[stage], "again": SHAPES[stage], **sizes}.items():
+            tensors[f"plain/{stage} {name}"] = paint(plain, shape)
+            tensors[f"compiled/{stage} {name}"] = paint(compiled, shape)
+            facts[f"{stage} {name}"] = len(graphs)
+        key = f"diffusion_model.{PATCHED[stage]}"
+        patch = {key: (seeded(*plain.model.state_dict()[key].shape),)}
+        for way, model in (("plain", plain.clone()), ("compiled", compiled)):
+            model.add_patches(patch, 0.5)
+            tensors[f"{way}/{stage} patched"] = paint(model)
+        facts[f"{stage} patched"] = len(graphs)
+    return tensors, facts
+
+
+if __name__ == "__main__":
+    write_results(main)
