@@ -70,11 +70,11 @@ def test_the_fast_schedule(bundle: Path, here: Path) -> None:
     assert run("generate", PROMPT, "--model", bundle, "--schedule", "fast", "--output", "fast.png") == 0
     with Image.open("fast.png") as image:
         made, painted = json.loads(image.text[output.METADATA_KEY]), np.asarray(image).astype(int)
-    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 6, 4)
+    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 8, 4)
     seen: list[str] = []
     pipeline, watch = WuerstchenPipeline.load(bundle), lambda stage, *_: seen.append(stage)
     [expected] = pipeline.generate(PROMPT, schedule="fast", callback=watch)
-    assert (seen.count("prior"), seen.count("decoder")) == (6, 4)
+    assert (seen.count("prior"), seen.count("decoder")) == (8, 4)
     assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
 
 

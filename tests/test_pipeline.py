@@ -172,7 +172,7 @@ def test_the_models_own_size(pipe: WuerstchenPipeline) -> None:
         ({"decoder_steps": 0}, "at least 1 is needed"),
         ({"schedule": "cosine"}, "choose original, diffusers, fast or linear"),
         ({"schedule": "original", "prior_steps": 12}, "has 30 steps, not 12"),
-        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 6 steps, not 12"),
+        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 8 steps, not 12"),
         ({"prior_guidance": float("nan")}, "a guidance of nan cannot be used"),
         ({"seed": -1}, "choose a number from 0 to"),
         ({"seed": 2**63 - 1}, "choose a number from 0 to"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
-FAST_STEPS = 6, 4  # of Stage C and of Stage B
+FAST_STEPS = 8, 4  # of Stage C and of Stage B
 
 
 def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
