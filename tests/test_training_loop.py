@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,8 @@ from training_line import CONFIG, LineStage, files
 from training_stages import checkpoint, ema_of, read_log, shown
 
 from wuerstchen_core.training import loop
-from wuerstchen_core.training.loop import learning_rate, replace_file, train
+from wuerstchen_core.training.loop import learning_rate, train
+from wuerstchen_core.training.saved import checkpoints, replace_file
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder(whole: Path) -> None:
-    names = {"checkpoint.pt", "log.jsonl", "prior.safetensors", "sheet-000004.png", "sheet-000008.png"}
+    names = {
+        "checkpoint-00000004.pt",
+        "checkpoint-00000008.pt",
+        "log.jsonl",
+        "prior.safetensors",
+        "sheet-000004.png",
+        "sheet-000008.png",
+    }
     assert files(whole) == names
     rows = read_log(whole)
     assert [row["step"] for row in rows] == [3, 6, 8]
-    assert all(set(row) == {"step", "loss", "lr", "seconds"} for row in rows)
+    assert all(set(row) == {"step", "loss", "lr", "seconds", "skipped"} for row in rows)
     with Image.open(whole / "sheet-000008.png") as sheet:
         assert sheet.format == "PNG" and sheet.getpixel((0, 0)) == (1, 2, 3)
 
@@ -49,7 +58,7 @@ def test_the_ema_is_the_moving_average(tmp_path: Path) -> None:
     for weights in kept[1:]:
         ema = {key: 0.8 * ema[key] + 0.2 * weights[key] for key in ema}
     for key, value in ema_of(tmp_path).items():
-        torch.testing.assert_close(value, ema[key.removeprefix("module.")], rtol=0, atol=1e-6)
+        torch.testing.assert_close(value, ema[key], rtol=0, atol=1e-6)
     assert not torch.allclose(ema["layer.weight"], kept[-1]["layer.weight"], atol=1e-4)
 
 
@@ -63,24 +72,63 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert [learning_rate(constant, step) for step in range(100)] == [1.0] * 100
 
 
-def test_a_loss_that_is_no_number_stops_before_it_spoils_the_checkpoint(tmp_path: Path) -> None:
-    config = replace(CONFIG, log_every=100)
-    with pytest.raises(ValueError, match="^the loss of prior is nan at step 8: lower the learning rate$"):
-        train(LineStage(spoil=6), config, tmp_path)
-    assert checkpoint(tmp_path)["step"] == 4
+def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path, whole: Path) -> None:
+    train(LineStage(spoil=[6]), CONFIG, tmp_path)
+    assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
+    assert all(math.isfinite(row["loss"]) for row in read_log(tmp_path))
     assert all(x.isfinite().all() for x in ema_of(tmp_path).values())
+    assert shown(read_log(tmp_path))[0] == shown(read_log(whole))[0]
+    assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])
+
+
+def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_checkpoint(tmp_path: Path) -> None:
+    message = (
+        "^no step of prior since the last row of the log had a finite loss, up to step 6: lower the learning rate$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(LineStage(spoil=range(4, 100)), CONFIG, tmp_path / "all")
+    assert checkpoint(tmp_path / "all")["step"] == 4
+    config = replace(CONFIG, steps=40, log_every=5, save_every=5)
+    message = r"^11 of 22 steps of prior had no finite loss or gradients, more than \[train\] bad_share = 0.05 allows"
+    with pytest.raises(ValueError, match=message):
+        train(LineStage(spoil=range(2, 100, 2)), config, tmp_path / "half")
+    assert all(x.isfinite().all() for x in ema_of(tmp_path / "half").values())
+
+
+def test_old_checkpoints_go_only_when_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, save_every=1, keep=3)
+    train(LineStage(), config, tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(LineStage(), replace(config, steps=12), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
+
+
+def test_a_step_of_several_batches_is_that_of_one(tmp_path: Path) -> None:
+    for name, change in (("one", {"batch": 4}), ("four", {"batch": 1, "accumulate": 4})):
+        train(LineStage(dropout=0.0), replace(CONFIG, **change), tmp_path / name)
+    one, four = (checkpoint(tmp_path / name)["net"] for name in ("one", "four"))
+    torch.testing.assert_close(one["layer.weight"], four["layer.weight"], rtol=1e-6, atol=1e-6)
 
 
 def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     message = (
-        r"checkpoint.pt is damaged or of a network of other sizes: restore \[model\], or choose another run folder$"
+        r"checkpoint-00000008.pt is damaged or of a network of other sizes: restore \[model\], delete the file to go "
+        "on from the one before, or choose another run folder$"
     )
     with pytest.raises(ValueError, match=message):
         train(LineStage(width=5), CONFIG, folder)
-    whole_file = (folder / "checkpoint.pt").read_bytes()
+    newest = folder / "checkpoint-00000008.pt"
+    whole_file = newest.read_bytes()
     for content in (whole_file[: len(whole_file) // 2], b"", b"no checkpoint", b"\x80\x02"):
-        (folder / "checkpoint.pt").write_bytes(content)
+        newest.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             train(LineStage(), CONFIG, folder)
     assert shown(read_log(folder)) == shown(read_log(whole))

@@ -11,6 +11,7 @@ from golden_data import Golden, assert_near
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.layers import TimestepBlock, timestep_embedding
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from wuerstchen_core.training.chance import Chance
 from wuerstchen_core.training.objectives import (
     DecoderNoiseConfig,
     NoiseConfig,
@@ -107,7 +108,7 @@ def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_times_cover_all_with_a_share_of_exactly_one(stratified: bool) -> None:
-    t = draw_times(NoiseConfig(stratified=stratified), 0, DRAWS, rng())
+    t = draw_times(NoiseConfig(stratified=stratified), 0, Chance(0, 0, DRAWS))
     assert 0.001 <= t.min() < 0.002 and t.max() == 1
     share = t.eq(1).float().mean().item()
     spread = 1e-4 if stratified else 4 * math.sqrt(0.075 * 0.925 / DRAWS)
@@ -116,7 +117,7 @@ def test_times_cover_all_with_a_share_of_exactly_one(stratified: bool) -> None:
 
 def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
     count = 16
-    t = draw_times(NoiseConfig(stratified=True), 0, count, rng())
+    t = draw_times(NoiseConfig(stratified=True), 0, Chance(0, 0, count))
     uniform = 1 - (t[t < 1] - 0.001) / 1.08
     strata = (uniform * count).floor().long()
     assert len(strata.unique()) == len(strata) >= count - 2
@@ -124,7 +125,7 @@ def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
 
 
 def test_focus_draws_times_near_1_but_no_more_that_are_1() -> None:
-    t, even = (draw_times(NoiseConfig(focus=focus), 0, DRAWS, rng()) for focus in (2.0, 1.0))
+    t, even = (draw_times(NoiseConfig(focus=focus), 0, Chance(0, 0, DRAWS)) for focus in (2.0, 1.0))
     torch.testing.assert_close(1 - t, (1 - even).square())
     assert ((t == 1) != (even == 1)).float().mean().item() < 1e-3  # what is that near to 1 rounds to it
     assert (t > 0.75).float().mean().item() > 0.5 > (even > 0.75).float().mean().item()
@@ -132,8 +133,9 @@ def test_focus_draws_times_near_1_but_no_more_that_are_1() -> None:
 
 def test_a_regression_knows_one_time_alone() -> None:
     config = NoiseConfig(regression=10, stratified=True)
-    assert draw_times(config, 9, 16, rng()).eq(0.95).all()
-    assert torch.equal(draw_times(config, 10, 16, rng()), draw_times(NoiseConfig(stratified=True), 10, 16, rng()))
+    assert draw_times(config, 9, Chance(0, 0, 16)).eq(0.95).all()
+    later, plain = (draw_times(one, 10, Chance(0, 0, 16)) for one in (config, NoiseConfig(stratified=True)))
+    assert torch.equal(later, plain)
 
 
 def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
@@ -150,7 +152,7 @@ def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
 
 def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
     features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
-    out = corrupt_features(DecoderNoiseConfig(), features, rng())
+    out = corrupt_features(DecoderNoiseConfig(), features, Chance(0, 0, DRAWS))
     dropped = out.flatten(1).eq(0).all(1)
     kept = out.flatten(1).eq(features.flatten(1)).all(1)
     noised = ~(dropped | kept)
@@ -165,9 +167,9 @@ def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
 
 def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
     features = torch.randn(64, 4, 2, 2, generator=rng(1))
-    assert torch.equal(corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, rng()), features)
-    assert corrupt_features(DecoderNoiseConfig(drop=1), features, rng()).eq(0).all()
-    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, rng())
+    assert torch.equal(corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, Chance(0, 0, 64)), features)
+    assert corrupt_features(DecoderNoiseConfig(drop=1), features, Chance(0, 0, 64)).eq(0).all()
+    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, Chance(0, 0, 64))
     assert not noised.flatten(1).eq(features.flatten(1)).any(1).any()
 
 

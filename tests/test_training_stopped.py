@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from training_line import CONFIG, Line, LineParams, LineStage, assert_same_training, files
-from training_stages import assert_equal_states, checkpoint, ema_of, read_log
+from training_line import CONFIG, DeepLineStage, LineStage, assert_same_training, files
+from training_stages import checkpoint, read_log
 
 from wuerstchen_core.checkpoints import write
 from wuerstchen_core.training.loop import build_optimizers, learning_rate, train
@@ -34,28 +33,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path, w
     train(stage, CONFIG, tmp_path)
     assert stage.losses == (8 if stop <= 4 else 4)  # from the last checkpoint, at step 4
     assert_same_training(tmp_path, whole)
-
-
-class DeepLine(Line):
-    """A line with a block before it, whose matrix Muon can train."""
-
-    def __init__(self, params: LineParams):
-        super().__init__(params)
-        self.blocks = nn.ModuleList([nn.Linear(params.width, params.width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.blocks[0](x))
-
-
-class DeepLineStage(LineStage):
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.net = DeepLine(LineParams())
-
-    def parts(self, net: Line) -> dict[str, nn.Module]:
-        part = Line(net.params)  # a bundle's prior is one of ours: the block is left out
-        part.load_state_dict(net.state_dict(), strict=False)
-        return {"prior": part}
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path: Path) -> None:
@@ -139,17 +116,6 @@ def test_seconds_are_those_of_all_runs_together(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(f'"seconds": {read_log(tmp_path)[0]["seconds"]}', '"seconds": 5000.0'))
     train(LineStage(), CONFIG, tmp_path)
     assert [row["seconds"] >= 5000 for row in read_log(tmp_path)] == [True] * 3
-
-
-def test_a_checkpoint_without_losses_is_read_too(tmp_path: Path, whole: Path) -> None:
-    """As the first trainers wrote it; only the row after it then averages over fewer steps."""
-    with pytest.raises(KeyboardInterrupt):
-        train(LineStage(stop=5), CONFIG, tmp_path)
-    contents = checkpoint(tmp_path)
-    assert len(contents.pop("losses")) == 1
-    torch.save(contents, tmp_path / "checkpoint.pt")
-    train(LineStage(), CONFIG, tmp_path)
-    assert_equal_states(ema_of(tmp_path), ema_of(whole))
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.01}, {"betas": (0.5, 0.9)}, {"weight_decay": 3.0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
 
+from wuerstchen_core.training.chance import Chance
 from wuerstchen_core.training.config import LoopConfig
 from wuerstchen_core.training.loop import Stage
 
@@ -26,30 +28,33 @@ class LineParams:
 class Line(nn.Module):
     """A linear layer behind dropout."""
 
-    def __init__(self, params: LineParams):
+    def __init__(self, params: LineParams, dropout: float = 0.3):
         super().__init__()
-        self.params = params
+        self.params, self.dropout = params, dropout
         self.layer = nn.Linear(params.width, 1)
         self.register_buffer("seen", torch.zeros(params.width))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.seen += x.mean(0)
-        return self.layer(F.dropout(x, 0.3, self.training))
+        return self.layer(F.dropout(x, self.dropout, self.training))
 
 
 class LineStage(Stage[Line]):
-    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes a loss that is none."""
+    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes losses that are none."""
 
     name, tables = "prior", ()
 
-    def __init__(self, width: int = 4, stop: int | None = None, spoil: int | None = None):
+    def __init__(
+        self, width: int = 4, stop: int | None = None, spoil: Container[int] = (), dropout: float = 0.3
+    ):  # fmt: skip
         torch.manual_seed(1)
-        self.net, self.stop, self.spoil, self.width, self.losses = Line(LineParams(width)), stop, spoil, width, 0
+        self.net = Line(LineParams(width), dropout)
+        self.stop, self.spoil, self.width, self.losses = stop, spoil, width, 0
         self.trained_in_train_mode: list[bool] = []
 
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        return (torch.randn(size, self.width, generator=rng),)
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        return (chance.normal(self.width),)
 
     def loss(self, net: Line, *batch: Any) -> Tensor:
         self.losses += 1
@@ -58,7 +63,7 @@ class LineStage(Stage[Line]):
         self.trained_in_train_mode.append(net.training)
         (x,) = batch
         loss = F.mse_loss(net(x), x.sum(1, keepdim=True))
-        return loss * torch.nan if self.losses == self.spoil else loss
+        return loss * torch.nan if self.losses in self.spoil else loss
 
     def sheet(self, net: Line) -> Image.Image | None:
         assert not net.training and not torch.is_grad_enabled()
@@ -66,6 +71,28 @@ class LineStage(Stage[Line]):
 
     def parts(self, net: Line) -> dict[str, nn.Module]:
         return {"prior": net}
+
+
+class DeepLine(Line):
+    """A line with a block before it, whose matrix Muon can train."""
+
+    def __init__(self, params: LineParams, dropout: float):
+        super().__init__(params, dropout)
+        self.blocks = nn.ModuleList([nn.Linear(params.width, params.width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.blocks[0](x))
+
+
+class DeepLineStage(LineStage):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.net = DeepLine(LineParams(), self.net.dropout)
+
+    def parts(self, net: Line) -> dict[str, nn.Module]:
+        part = Line(net.params)  # a bundle's prior is one of ours: the block is left out
+        part.load_state_dict(net.state_dict(), strict=False)
+        return {"prior": part}
 
 
 def files(folder: Path) -> set[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from wuerstchen_core.training.saved import checkpoints
 
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of v2, in the order in which they need each other
 ALL = (*STAGES, "token-decoder")
@@ -113,6 +118,18 @@ def config_of(folder: Path, stage: str) -> Path:
     return folder / f"{stage.replace('-', '_')}.toml"
 
 
+def launch(*command: str) -> None:
+    """Run a script, or a module after "-m", in two processes on the CPU, as `torchrun` does."""
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    told = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *command], env={**os.environ, **told}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -123,11 +140,11 @@ def shown(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    return torch.load(checkpoints(folder)[0], weights_only=True)
 
 
 def ema_of(folder: Path) -> dict[str, Tensor]:
-    return {k: x for k, x in checkpoint(folder)["ema"].items() if k.startswith("module.")}
+    return checkpoint(folder)["average"]
 
 
 def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

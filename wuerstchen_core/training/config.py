@@ -13,6 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+PRECISIONS = ("no", "bf16", "fp16")
 COMMON = ("run", "inputs", "data", "model", "train")  # what every stage's configuration may hold
 
 
@@ -21,8 +22,10 @@ class LoopConfig:
     """The `[train]` table: how long, how fast, how often."""
 
     steps: int
-    batch: int
+    batch: int  # of each process, at a time
     lr: float
+    accumulate: int = 1  # batches of each process that a step is made of
+    checkpointing: bool = False  # compute blocks again for the gradients instead of keeping what they held
     muon_lr: float = 0.0  # of Muon, which then trains the matrices of the blocks in AdamW's place; 0: AdamW alone
     warmup: int = 100  # steps of linear warmup
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls linearly to zero
@@ -30,16 +33,23 @@ class LoopConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995
-    precision: str = "no"  # accelerate's mixed precision: no, bf16, fp16
+    precision: str = ""  # mixed: no, bf16, fp16; "": as accelerate is configured
     seed: int = 0
+    bad_share: float = 0.05  # of steps, without a finite loss, that are left out before it is given up
+    keep: int = 2  # checkpoints
+    trackers: tuple[str, ...] = ()  # of accelerate: tensorboard, wandb, ...
     log_every: int = 20
     save_every: int = 250
     sheet_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "log_every", "save_every", "sheet_every"):
+        for name in ("steps", "batch", "lr", "accumulate", "keep", "log_every", "save_every", "sheet_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"[train] {name} must be more than 0, got {getattr(self, name)}")
+        if self.precision not in ("", *PRECISIONS):
+            raise ValueError(f"[train] precision {self.precision!r} is unknown: choose {', '.join(PRECISIONS)}")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"[train] bad_share is a share from 0 to 1, got {self.bad_share}")
 
 
 def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder, DecoderParams
@@ -14,6 +13,7 @@ from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
 from ..tables import from_table
+from .chance import Chance
 from .diffusion import DiffusionStage, NoisePrediction
 from .inputs import features_of, frozen, latents_of
 from .loop import N
@@ -33,8 +33,8 @@ class StageB(DiffusionStage[N]):
         self.features = features_of(self.encoder, self.pictures)
         self.held_features = features_of(self.encoder, self.held)
 
-    def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
-        return (corrupt_features(self.spoilt, self.features[picked], rng, self.units),)
+    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+        return (corrupt_features(self.spoilt, self.features[picked], chance, self.units),)
 
     def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
         """What is left of the pictures after 42.67x compression."""

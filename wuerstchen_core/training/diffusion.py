@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ..diffusion.schedule import diffuse
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import TextEncoder
 from ..sampling import Sampling
+from .chance import Chance
 from .inputs import frozen, text_states
 from .loop import N, Stage
 from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
@@ -36,28 +36,28 @@ class DiffusionStage(Stage[N]):
         self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
 
     @abstractmethod
-    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
         """The pictures `picked` noised to times t [B], and what the loss compares the network's answer with."""
 
     @abstractmethod
-    def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
         """What the network is given of the pictures `picked`, beside their text."""
 
     @abstractmethod
     def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
         """What `net` makes of held-out pictures [B, 3, H, W] in 0..1; None if it can't yet."""
 
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        picked = self.pictures.pick(size, rng)
-        text = text_states(self.tower, self.pictures.captions(picked, rng, self.noise.text_drop))
-        given = self.given(picked, rng)
-        t = draw_times(self.noise, step, size, rng)
-        return *self.noised(picked, t, rng), t, *given, text
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        picked = self.pictures.pick(chance)
+        text = text_states(self.tower, self.pictures.captions(picked, chance, self.noise.text_drop))
+        given = self.given(picked, chance)
+        t = draw_times(self.noise, step, chance)
+        return *self.noised(picked, t, chance), t, *given, text
 
     def sheet(self, net: N) -> Image.Image | None:
         """Held-out pictures, and under each what the network makes of it."""
         picked = self.held.spread(24)
-        text = text_states(self.tower, self.held.captions(picked, torch.Generator().manual_seed(0)))
+        text = text_states(self.tower, self.held.captions(picked, Chance(0, 0, len(picked))))
         truth = self.held.view(picked)
         height, width = truth.shape[-2:]
         sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
@@ -71,8 +71,8 @@ class NoisePrediction(DiffusionStage[N]):
     noise: NoiseConfig
     latents: Tensor  # of all pictures
 
-    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
-        noise = torch.randn(self.latents[picked].shape, generator=rng)
+    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+        noise = chance.normal(*self.latents.shape[1:])
         return diffuse(self.latents[picked], t, noise), noise
 
     def loss(self, net: N, *batch: Any) -> Tensor:

@@ -20,6 +20,7 @@ from ..diffusion.schedule import expand
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ..models.prior import PriorParams, latents_from_features
 from ..tables import from_table
+from .chance import Chance
 from .loop import Stage
 from .pictures import DemoPictures, sheet
 
@@ -78,11 +79,11 @@ class EncoderStage(Stage[Compressor]):
         self.pictures = DemoPictures(config)
         self.held = DemoPictures(config, held=True)
 
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        images = self.pictures.view(self.pictures.pick(size, rng))
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        images = self.pictures.view(self.pictures.pick(chance))
         side = semantic_view(images[:1]).shape[-1] // 32
-        noise = torch.randn(size, self.net.image_encoder.params.c_latent, side, side, generator=rng)
-        return images, noise * expand(torch.rand(size, generator=rng) * self.options.noise, noise)
+        noise = chance.normal(self.net.image_encoder.params.c_latent, side, side)
+        return images, noise * expand(chance.uniform() * self.options.noise, noise)
 
     def loss(self, net: Compressor, *batch: Any) -> Tensor:
         images, noise = batch

@@ -1,33 +1,37 @@
-"""The one training loop: accelerate's devices and precision, EMA, exact resume, log, progress and sample sheets."""
+"""The one training loop: accelerate's devices, processes and precision, EMA, exact resume, log and sample sheets."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoints import save_bundle
+from .average import Average, skeleton, worn
+from .chance import Chance
 from .config import LoopConfig
+from .memory import recompute_blocks
+from .pieces import like, load_optimizer, whole
+from .saved import append_row, read_checkpoint, replace_file, rows_until, write_checkpoint, write_rows
 
 log = logging.getLogger(__name__)
 
-
 N = TypeVar("N", bound=nn.Module)
+
+FEW = 10  # steps that may have no finite loss, whatever their share
 
 
 class Stage(ABC, Generic[N]):
@@ -36,14 +40,16 @@ class Stage(ABC, Generic[N]):
     name: str
     tables: tuple[str, ...]  # of the configuration, that only this stage reads
     net: N  # everything that learns
+    idle_weights = False  # whether there are steps in which some weights get no gradient
 
     @abstractmethod
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        """The batch of a step; all chance comes from `rng`, so that a resumed run sees what it would have seen."""
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        """The samples of a step that `chance` draws for; all chance comes from it, so that a resumed run, and one of
+        more processes, sees what it would have seen."""
 
     @abstractmethod
     def loss(self, net: N, *batch: Any) -> Tensor:
-        """The loss of a batch (scalar); `net` is `self.net`, perhaps wrapped."""
+        """The loss of a batch (scalar), the mean of its samples'; `net` is `self.net`, perhaps wrapped."""
 
     @abstractmethod
     def sheet(self, net: N) -> Image.Image | None:
@@ -73,128 +79,169 @@ def build_optimizers(net: nn.Module, config: LoopConfig) -> dict[str, torch.opti
     return optimizers
 
 
-def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: LoopConfig, step: int) -> None:
-    """Give every optimizer what the configuration says for a step, whatever a checkpoint said before."""
-    share, common = learning_rate(config, step), {"weight_decay": config.weight_decay}
-    settings: dict[str, dict[str, Any]] = {
-        "adamw": {"lr": config.lr * share, "betas": config.betas, **common},
-        "muon": {"lr": config.muon_lr * share, **common},
-    }
-    for name, optimizer in optimizers.items():
-        for group in optimizer.param_groups:
-            group.update(settings[name])
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in place of `path` in one move."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights.
 
     What is stopped at any moment goes on from its last checkpoint as if it had never been: same weights, same log.
+    Under `accelerate launch` or `torchrun` all processes call this; the first of them writes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=config.precision)
-    optimizers = build_optimizers(stage.net, config)
-    ema = AveragedModel(stage.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    state = {"net": stage.net, "ema": ema, **optimizers}
-    start, losses, seconds = _resume(folder, state)
-    net, *steppers = accelerator.prepare(stage.net, *optimizers.values())
-    net.train()
-    progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=stage.name, mininterval=2)
-    recent = list(torch.tensor(losses, device=accelerator.device))  # since the last row of the log
-    began = time.monotonic() - seconds
-    for step in progress:
-        set_rates(optimizers, config, step)
-        torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
-        rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        batch = [_to(item, accelerator.device) for item in stage.batch(step, config.batch, rng)]
-        with accelerator.autocast():
-            loss = stage.loss(net, *batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(net.parameters(), config.clip)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update_parameters(accelerator.unwrap_model(net))
-        recent.append(loss.detach().float())
-        done = step + 1
-        log_now, save_now, draw_now = (
-            done == config.steps or done % every == 0
-            for every in (config.log_every, config.save_every, config.sheet_every)
+    return _Run(stage, config, folder).train()
+
+
+class _Run:
+    """A training as one process sees it."""
+
+    def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
+        self.stage, self.config, self.folder = stage, config, folder
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision or None,
+            log_with=list(config.trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.idle_weights)],
         )
-        if log_now or save_now:
-            mean = torch.stack(recent).mean().item()
-            if not math.isfinite(mean):  # nor may such weights replace the last good checkpoint
-                raise ValueError(f"the loss of {stage.name} is {mean} at step {done}: lower the learning rate")
-        if log_now:
-            recent.clear()
-            rate = optimizers["adamw"].param_groups[0]["lr"]
-            progress.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.1e}")
-            seconds = round(time.monotonic() - began, 1)
-            _append(folder / "log.jsonl", {"step": done, "loss": mean, "lr": rate, "seconds": seconds})
-        if draw_now:
-            _draw_sheet(stage, ema, folder, done)
-        if save_now:  # last: what an interrupt leaves undone before it is done again
-            save_bundle(folder / f"{stage.name}.safetensors", stage.parts(ema.module), {"training": {"step": done}})
-            contents = {"step": done, "losses": [value.item() for value in recent]}
-            contents |= {name: item.state_dict() for name, item in state.items()}
-            replace_file(folder / "checkpoint.pt", partial(torch.save, contents))
-    return folder / f"{stage.name}.safetensors"
+        self.main = self.accelerator.is_main_process
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bones = skeleton(stage.net)
+        if config.checkpointing:
+            recompute_blocks(stage.net)
+        optimizers = build_optimizers(stage.net, config)
+        self.net, *self.steppers = self.accelerator.prepare(stage.net, *optimizers.values())
+        self.optimizers = dict(zip(optimizers, (one.optimizer for one in self.steppers), strict=True))
+        self.plain = self.accelerator.unwrap_model(self.net)
+        self.average = Average(self.plain, config.ema)
+        self.recent: list[Tensor] = []  # losses since the last row of the log
+        self.skipped = 0  # steps without a finite loss
+
+    def train(self) -> Path:
+        config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
+        start, before = self._resume()
+        if config.trackers:
+            self.accelerator.init_trackers(self.stage.name)
+        self.net.train()
+        progress = tqdm(
+            range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
+            disable=not self.main,
+        )  # fmt: skip
+        began = time.monotonic() - before
+        for step in progress:
+            self._step(step)
+            done = step + 1
+            log_now, save_now, draw_now = (
+                done == config.steps or done % every == 0
+                for every in (config.log_every, config.save_every, config.sheet_every)
+            )
+            if log_now:
+                self._log(done, round(time.monotonic() - began, 1), progress)
+            if draw_now or save_now:  # last: what an interrupt leaves undone before it is done again
+                self._keep(done, file, draw_now, save_now)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return file
+
+    def _step(self, step: int) -> None:
+        config, accelerator = self.config, self.accelerator
+        processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch
+        for optimizer, name in zip(self.steppers, self.optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group.update(self._settings(name, step))
+        losses = []
+        for turn in range(config.accumulate):
+            part = turn * processes + rank
+            torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # of dropout
+            places = range(part * size, (part + 1) * size)
+            chance = Chance(config.seed, step, size * processes * config.accumulate, places)
+            batch = [_to(item, accelerator.device) for item in self.stage.batch(step, chance)]
+            last = turn == config.accumulate - 1
+            with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(self.net):
+                loss = self.stage.loss(self.net, *batch) / config.accumulate
+                accelerator.backward(loss)
+            losses.append(loss.detach().float())
+        norm = accelerator.clip_grad_norm_(self.net.parameters(), config.clip)
+        finite = math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        for optimizer in self.steppers:
+            if finite or accelerator.scaler is not None:  # fp16's scaler steps over what overflows, and learns from it
+                optimizer.step()
+            optimizer.zero_grad()
+        if finite:
+            self.average.update(self.plain, first=step == self.skipped)
+            self.recent.append(torch.stack(losses).sum())
+        else:
+            self._skip(step)
+
+    def _settings(self, name: str, step: int) -> dict[str, Any]:
+        """What the configuration says for a step, whatever a checkpoint said before."""
+        config, share = self.config, learning_rate(self.config, step)
+        if name == "muon":
+            return {"lr": config.muon_lr * share, "weight_decay": config.weight_decay}
+        return {"lr": config.lr * share, "weight_decay": config.weight_decay, "betas": config.betas}
+
+    def _skip(self, step: int) -> None:
+        self.skipped += 1
+        log.warning("step %d of %s is left out: its loss or gradients are not finite", step + 1, self.stage.name)
+        if self.skipped > max(FEW, self.config.bad_share * (step + 1)):
+            raise ValueError(
+                f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients, more than "
+                f"[train] bad_share = {self.config.bad_share:g} allows: lower the learning rate"
+            )
+
+    def _log(self, done: int, seconds: float, progress: tqdm[int]) -> None:
+        """The mean loss since the last row, over all processes."""
+        if not self.recent:
+            raise ValueError(
+                f"no step of {self.stage.name} since the last row of the log had a finite loss, up to step {done}: "
+                "lower the learning rate"
+            )
+        mean: Tensor = self.accelerator.reduce(torch.stack(self.recent).mean(), reduction="mean")
+        self.recent.clear()
+        loss, rate = mean.item(), self.optimizers["adamw"].param_groups[0]["lr"]
+        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+        self.accelerator.log({"loss": loss, "lr": rate}, step=done)
+        if self.main:
+            row = {"step": done, "loss": loss, "lr": rate, "seconds": seconds, "skipped": self.skipped}
+            append_row(self.folder, row)
+
+    def _keep(self, done: int, file: Path, draw: bool, save: bool) -> None:
+        """Draw a sheet, and save the weights and a checkpoint; whichever is due."""
+        average = whole(self.average.values, self.main)
+        if save:
+            weights = whole(self.plain.state_dict(), self.main)
+            states = whole({name: one.state_dict() for name, one in self.optimizers.items()}, self.main)
+            losses = self.accelerator.reduce(torch.stack(self.recent), "mean").tolist() if self.recent else []
+        if self.main:
+            net = worn(self.bones, average)
+            if draw:
+                with torch.no_grad():
+                    sheet = self.stage.sheet(net)
+                if sheet is not None:
+                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(sheet.save, format="PNG"))
+            if save:
+                save_bundle(file, self.stage.parts(net), {"training": {"step": done}})
+                contents = {"step": done, "skipped": self.skipped, "losses": losses}
+                contents |= {"net": weights, "average": average, "optimizers": states}
+                write_checkpoint(self.folder, done, contents, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> tuple[int, float]:
+        """Go on from the checkpoint, if there is one, and drop what the log says beyond it; the step and the seconds
+        that training has taken."""
+        contents = read_checkpoint(self.folder, self._take)
+        step = contents["step"] if contents else 0
+        if contents:
+            self.skipped = contents["skipped"]
+            self.recent = list(torch.tensor(contents["losses"], device=self.accelerator.device))
+        kept = rows_until(self.folder, step)
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            write_rows(self.folder, kept)
+        return step, kept[-1]["seconds"] if kept else 0.0
+
+    def _take(self, contents: dict[str, Any]) -> None:
+        own = self.plain.state_dict()
+        self.plain.load_state_dict({key: like(x, own[key]) for key, x in contents["net"].items()})
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, contents["optimizers"][name])
+        self.average.load(contents["average"])
 
 
 def _to(item: Any, device: torch.device) -> Any:
     return item.to(device) if isinstance(item, Tensor) else item
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _resume(folder: Path, state: dict[str, Any]) -> tuple[int, list[float], float]:
-    """Load the checkpoint, if there is one, and drop what the log says beyond it.
-
-    Returns its step, the losses since the last row of the log, and the seconds that training has taken.
-    """
-    path, step, losses = folder / "checkpoint.pt", 0, []
-    if path.exists():
-        try:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-            for name, item in state.items():
-                item.load_state_dict(contents[name])
-        except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{path} is damaged or of a network of other sizes: restore [model], or choose another run folder"
-            ) from error
-        step, losses = contents["step"], contents.get("losses", [])
-        log.info("going on from step %d of %s", step, path)
-    kept = [row for row in _rows(folder / "log.jsonl") if row["step"] <= step]
-    text = "".join(f"{json.dumps(row)}\n" for row in kept)
-    replace_file(folder / "log.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
-    return step, losses, kept[-1]["seconds"] if kept else 0.0
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last one that an interrupt cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _draw_sheet(stage: Stage[Any], ema: AveragedModel, folder: Path, step: int) -> None:
-    was_training = ema.module.training
-    ema.module.eval()
-    with torch.no_grad():
-        sheet = stage.sheet(ema.module)
-    ema.module.train(was_training)
-    if sheet is not None:
-        replace_file(folder / f"sheet-{step:06d}.png", partial(sheet.save, format="PNG"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
 from ..models.layers import TIME_SCALE, TimestepBlock, time_frequencies
 from ..models.prior import PriorParams, features_from_latents, latents_from_features
+from .chance import Chance
 
 REGRESSION_TIME = 0.95  # 0.6 % of the variance is the picture's
 QUICKEST_TURNS = 16.0  # of a frequency, from t = 0 to 1
@@ -100,13 +101,11 @@ class TokenNoiseConfig(SpoiltFeatures, TimesConfig):
             raise ValueError(f"[noise] places must be 0 (all) or more, got {self.places}")
 
 
-def draw_times(config: TimesConfig, step: int, count: int, rng: torch.Generator) -> Tensor:
-    """Training times [count] of a step; after the regression 7.5 % are exactly 1, whatever the focus."""
+def draw_times(config: TimesConfig, step: int, chance: Chance) -> Tensor:
+    """Training times [n] of a step; after the regression 7.5 % are exactly 1, whatever the focus."""
     if step < config.regression:
-        return torch.full((count,), REGRESSION_TIME)
-    uniform = torch.rand(count, generator=rng)
-    if config.stratified:
-        uniform = (torch.randperm(count, generator=rng) + uniform) / count
+        return torch.full((len(chance),), REGRESSION_TIME)
+    uniform = chance.strata() if config.stratified else chance.uniform()
     return 1 - (1 - training_times(uniform)) ** config.focus
 
 
@@ -152,7 +151,7 @@ def token_loss(config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replace
 def corrupt_features(
     config: SpoiltFeatures,
     features: Tensor,
-    rng: torch.Generator,
+    chance: Chance,
     units: PriorParams = PriorParams(),  # noqa: B008 (frozen)
 ) -> Tensor:
     """What Stage B sees of the features [B, 16, h, w] in training: some dropped (0), some noised up to t = 0.5.
@@ -160,11 +159,10 @@ def corrupt_features(
     The noise is added in the `units` of the release's prior. The default shares are the original's, which draws once a
     batch; here each sample draws for itself.
     """
-    count = len(features)
-    t = torch.rand(count, generator=rng) * 0.5
-    noise = torch.randn(features.shape, generator=rng)
+    t = chance.uniform() * 0.5
+    noise = chance.normal(*features.shape[1:])
     noisy = features_from_latents(diffuse(latents_from_features(features, units), t, noise), units)
-    draw = torch.rand(count, generator=rng)
+    draw = chance.uniform()
     spoilt = config.drop + config.noised * (1 - config.drop)
     features = torch.where(expand(draw < spoilt, features), noisy, features)
     return torch.where(expand(draw < config.drop, features), torch.zeros_like(features), features)

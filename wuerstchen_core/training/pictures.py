@@ -15,6 +15,7 @@ from torch import Tensor
 from ..demo.artwork import CANVAS, draw_all
 from ..demo.vocabulary import THINGS, Scene, caption, held_out, scenes
 from ..tables import from_table
+from .chance import Chance
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,19 @@ class DemoPictures:
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def pick(self, count: int, rng: torch.Generator) -> Tensor:
-        """Indices [count] of random pictures, without repetition where there are enough."""
-        if count <= len(self):
-            return torch.randperm(len(self), generator=rng)[:count]
-        return torch.randint(len(self), (count,), generator=rng)
+    def pick(self, chance: Chance) -> Tensor:
+        """Indices [n] of random pictures, without repetition in a batch where there are enough."""
+        return chance.pick(len(self))
 
     def spread(self, count: int) -> Tensor:
         """Indices of up to `count` pictures from all over, for a sheet."""
         return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
-    def captions(self, indices: Tensor, rng: torch.Generator, drop: float = 0.0) -> list[str]:
+    def captions(self, indices: Tensor, chance: Chance, drop: float = 0.0) -> list[str]:
         """A wording for each picture; a share of `drop` is empty."""
-        words = random.Random(int(torch.randint(2**31, (1,), generator=rng)))
-        return ["" if words.random() < drop else caption(self.scenes[i], words) for i in indices.tolist()]
+        dropped, words = chance.uniform() < drop, map(random.Random, chance.integers(2**31).tolist())
+        wordings = [caption(self.scenes[i], word) for i, word in zip(indices.tolist(), words, strict=True)]
+        return ["" if empty else wording for empty, wording in zip(dropped.tolist(), wordings, strict=True)]
 
     def view(self, indices: Tensor | slice) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..checkpoints.parts import release
@@ -17,6 +16,7 @@ from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
 from ..sampling import Sampling
 from ..tables import from_table
+from .chance import Chance
 from .diffusion import NoisePrediction
 from .inputs import features_of, frozen
 from .objectives import NoiseConfig
@@ -40,7 +40,7 @@ class PriorStage(NoisePrediction[Prior]):
         super().__init__(config)
         self.latents = latents_from_features(features_of(self.encoder, self.pictures), self.net.params)
 
-    def given(self, picked: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
         return ()
 
     def reconstruct(self, net: Prior, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:

@@ -15,6 +15,7 @@ from ..models.image_encoder import ImageEncoder
 from ..models.prior import latents_from_features
 from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from ..tables import from_table
+from .chance import Chance
 from .inputs import features_of, frozen
 from .loop import Stage
 from .objectives import contrastive_loss
@@ -70,10 +71,10 @@ class TextStage(Stage[Contrast]):
         params = from_table(TextEncoderParams, config["model"], "model")
         self.net = Contrast(params, self.features[0].numel(), options.joint)
 
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
-        picked = self.pictures.pick(size, rng)
-        features = self.features[picked] + 0.3 * torch.randn(self.features[picked].shape, generator=rng)
-        return (*tokenize(self.pictures.captions(picked, rng)), features)
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        picked = self.pictures.pick(chance)
+        features = self.features[picked] + 0.3 * chance.normal(*self.features.shape[1:])
+        return (*tokenize(self.pictures.captions(picked, chance)), features)
 
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
@@ -81,7 +82,7 @@ class TextStage(Stage[Contrast]):
     def sheet(self, net: Contrast) -> Image.Image:
         """Held-out pictures, and under each the one that its caption finds among them."""
         picked = self.held.spread(12)
-        captions = self.held.captions(picked, torch.Generator().manual_seed(0))
+        captions = self.held.captions(picked, Chance(0, 0, len(picked)))
         found = (net.texts(*tokenize(captions)) @ net.pictures(self.held_features).T).argmax(1)
         return sheet([self.held.view(picked), self.held.view(found)])
 

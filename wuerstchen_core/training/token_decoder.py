@@ -15,6 +15,7 @@ from ..models.prior import V1, PriorParams
 from ..models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..sampling import Sampling
 from ..tables import from_table
+from .chance import Chance
 from .decoder import StageB
 from .inputs import tokens_of
 from .objectives import TokenNoiseConfig, token_loss
@@ -77,12 +78,12 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             features = code_features(codebook, weight.shape[1], width)
             weight.copy_(features.view(weight.shape))
 
-    def noised(self, picked: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
         tokens = self.tokens[picked]
-        noise = torch.randint(self.net.params.num_labels, tokens.shape, generator=rng)
-        seen, replaced = renoise(tokens, noise, t, torch.rand(tokens.shape, generator=rng))
-        count = tokens[0].numel()
-        places = torch.stack([torch.randperm(count, generator=rng) for _ in tokens])[:, : self.noise.places or count]
+        shape, count = tokens.shape[1:], tokens[0].numel()
+        noise = chance.integers(self.net.params.num_labels, *shape)
+        seen, replaced = renoise(tokens, noise, t, chance.uniform(*shape))
+        places = chance.permutations(count)[:, : self.noise.places or count]
         tokens, replaced = (x.flatten(1).gather(1, places)[..., None] for x in (tokens, replaced))
         return seen, tokens, replaced, places
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
+from .chance import Chance
 from .loop import Stage
 from .pictures import DemoPictures, sheet
 
@@ -73,6 +74,7 @@ class VQGANStage(Stage[Autoencoder]):
 
     name = "vqgan"
     tables = ("vqgan",)
+    idle_weights = True  # the codebook's, until it is used
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
@@ -83,11 +85,11 @@ class VQGANStage(Stage[Autoencoder]):
         if not 0 < crop <= room:
             raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
 
-    def batch(self, step: int, size: int, rng: torch.Generator) -> tuple[Any, ...]:
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
-        images = self.pictures.view(self.pictures.pick(size, rng))
+        images = self.pictures.view(self.pictures.pick(chance))
         room = images.shape[-1] - 2 * margin - crop
-        corners = margin + torch.randint(room + 1, (size, 2), generator=rng)
+        corners = margin + chance.integers(room + 1, 2)
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         return (torch.stack(crops),)
 

@@ -19,6 +19,7 @@ from ...diffusion.schedule import diffuse
 from ...models.image_encoder import semantic_view
 from ...models.prior import Prior, latents_from_features
 from ...pipeline import WuerstchenPipeline
+from ...training.chance import Chance
 from ...training.inputs import text_states
 from ...training.objectives import NoiseConfig, draw_times, noise_loss
 from ...training.pictures import DemoPictures
@@ -87,14 +88,15 @@ def train(pipe: WuerstchenPipeline, steps: int = STEPS) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
         all_latents, states = examples(pipe)
-    rng, config = torch.Generator().manual_seed(0), NoiseConfig(weight="v", stratified=True)
+    config = NoiseConfig(weight="v", stratified=True)
     added = attach(pipe.prior)
     optimizer = torch.optim.AdamW([p for part in added.values() for p in part.parameters()], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        picked = torch.randint(len(all_latents), (BATCH,), generator=rng)
-        latents, text, t = all_latents[picked], states[picked], draw_times(config, step, BATCH, rng)
-        noise = torch.randn(latents.shape, generator=rng)
+        chance = Chance(0, step, BATCH)
+        picked = chance.pick(len(all_latents))
+        latents, text, t = all_latents[picked], states[picked], draw_times(config, step, chance)
+        noise = chance.normal(*latents.shape[1:])
         loss = noise_loss(config, pipe.prior(diffuse(latents, t, noise), t, text), noise, t)
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,25 @@
+"""Less memory for more time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..models.attention import AttnBlock
+from ..models.layers import FeedForwardBlock, ResBlock
+
+BLOCKS = (ResBlock, AttnBlock, FeedForwardBlock)
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """Let the blocks of a network keep only their inputs, and compute the rest again for the gradients
+    (gradient checkpointing, arXiv 1604.06174)."""
+    for block in net.modules():
+        if isinstance(block, BLOCKS):
+            _recompute(block)
+
+
+def _recompute(block: nn.Module) -> None:
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
