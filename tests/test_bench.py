@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 from bench_tiny import TINY, made_up, silent
 
-from wuerstchen_core.bench import child, compiling
+from wuerstchen_core.bench import child, ours, peer
 from wuerstchen_core.bench import run as running
 from wuerstchen_core.bench.cases import PICTURE, STAGES, Case
 from wuerstchen_core.bench.limits import flops
@@ -91,18 +92,30 @@ def test_image_encoder_alone(folder: Path) -> None:
 
 
 def test_without_a_compiler_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Any) -> Callable[..., Any]:
-        def call(*_: Any) -> Any:
-            raise RuntimeError("no compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not compiling.can_compile("cpu")
+    monkeypatch.setattr(running, "can_compile", lambda device: False)
     plan = replace(PLAN, stages=["vqgan-decode"], compile=True, memory=False, peer=False)
     report = running.run(plan, silent)
     assert report.rows[0].ours.median is not None
     assert report.notes == ["torch.compile finds no compiler here: both sides ran without it"]
+
+
+def test_both_sides_are_compiled_in_every_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    told_apart: list[bool] = []
+    monkeypatch.setattr(running, "can_compile", lambda device: True)
+    monkeypatch.setattr(ours.Ours, "compile", lambda self: compiled.append("ours"))
+    monkeypatch.setattr(peer.Peer, "compile", lambda self: compiled.append("peer"))
+
+    def apart(side: str, case: Case, rounds: int, told: dict[str, Any]) -> dict[str, Any]:
+        told_apart.append(told["compile"])
+        return made_up(side, case, rounds, told)
+
+    report = running.run(replace(PLAN, stages=["prior"], compile=True), silent, apart=apart)
+    assert compiled == ["ours", "peer"] and told_apart == [True, True]
+    [row] = report.as_dict()["rows"]
+    assert (row["ours"]["cold_seconds"], row["ours"]["cold_compile_seconds"]) == (None, 3.0)
+    assert "cold s, compiling" in report.text() and "| cold s " not in report.text()
+    assert report.notes == ["compiled were the blocks of our Stages C and B, and all of the peer's networks"]
 
 
 def test_an_interruption_leaves_no_files(folder: Path) -> None:
@@ -191,10 +204,13 @@ def test_numbers_of_a_row() -> None:
         "load_peak": 3 * 10**9,
         "load_private": 10**9,
     }
-    row.ours.remember({"peak": 3 * 10**9, **apart_of}, row.weights, loading=True)
+    row.ours.remember({"peak": 3 * 10**9, **apart_of}, row.weights, loading=True, compiled=False)
     assert row.peer is not None
     row.peer.remember(
-        {"peak": 4 * 10**9, **apart_of, "load_seconds": 1.0, "first_seconds": 5.0}, row.weights, loading=True
+        {"peak": 4 * 10**9, **apart_of, "load_seconds": 1.0, "first_seconds": 5.0},
+        row.weights,
+        loading=True,
+        compiled=False,
     )
     told = json.loads(json.dumps(row.as_dict()))
     assert (told["times_faster"], told["memory_ratio"]) == (2.5, 0.75)
@@ -239,10 +255,21 @@ def test_the_work_is_counted_of_the_peer_and_includes_attention() -> None:
 def test_memory_and_loading_in_a_process_of_its_own(folder: Path) -> None:
     case = Case("vqgan-decode", 128, 1, "fp32")
     with weights_of([case.stage], ["fp32"], TINY, silent) as files:
-        told = {"folder": str(files), "device": "cpu", "threads": 1, "steps": [30, 12]}
+        told = {"folder": str(files), "device": "cpu", "threads": 1, "steps": [30, 12], "compile": False}
         found = child.measure_apart("ours", case, 1, told)
         assert 0 < found["load_seconds"] <= found["first_seconds"] and found["import_seconds"] > 0
         if sys.platform == "linux":
             assert 0 < found["peak"] < 10**9 and found["load_private"] >= 0
         with pytest.raises(ValueError, match="ours could not be measured apart"):
             child.measure_apart("ours", replace(case, stage="prior"), 1, told)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_process_of_its_own_compiles_from_nothing(folder: Path) -> None:
+    case = Case("prior", 128, 1, "fp32")
+    with weights_of([case.stage], ["fp32"], TINY, silent) as files:
+        told = {"folder": str(files), "device": "cpu", "threads": 1, "steps": [30, 12], "compile": True}
+        found = child.measure_apart("ours", case, 2, told)
+        assert list(files.rglob("*.so"))
+    assert found["first_seconds"] > 2 * found["load_seconds"]

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,11 @@ def measure_apart(side: str, case: Case, rounds: int, told: dict[str, Any]) -> d
     words = {"side": side, "case": asdict(case), "rounds": rounds, **told}
     package = Path(__file__).parents[1]
     paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # A place of its own for what is compiled, that compiling is not finding what was compiled before.
+    place = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=told["folder"])} if told["compile"] else {}
     done = subprocess.run(
         [sys.executable, "-m", f"{package.name}.bench.child", json.dumps(words)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, **place, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
@@ -46,6 +49,7 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
     make = _side(words["side"])
     imported = time.perf_counter() - begun
 
+    from ..compiling import can_compile
     from .memory import Peak, Private
     from .setting import Setting
     from .timing import clock_of
@@ -56,6 +60,8 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
     case, device, folder = Case(**words["case"]), torch.device(words["device"]), Path(words["folder"])
     clock, sizes = clock_of(device), sizes_of(folder)
     torch.zeros(1, device=device)  # a device's own context isn't the model's
+    if words["compile"]:  # nor is what the compiler imports
+        can_compile(device)
     peak, started = Peak(device), clock()
     with torch.inference_mode():
         with Private() as private:
@@ -63,6 +69,8 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
         loaded, load_peak = clock() - started, peak.read()
         peak.restart()
         ends: list[float] = []
+        if words["compile"]:
+            side.compile()
         side.run(case, words["rounds"], lambda: ends.append(clock() - started))
     return {
         "peak": peak.read(),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -44,14 +43,8 @@ class Ours:
             self.pipeline = WuerstchenPipeline(**networks)
 
     def compile(self) -> None:
-        """Let torch compile the networks, when they are first called."""
-        pipeline = self.pipeline
-        for network in (pipeline.prior, pipeline.decoder, pipeline.image_encoder):
-            if network is not None:
-                network.compile()
-        if pipeline.vqgan is not None:
-            for name in ("encode", "decode"):
-                setattr(pipeline.vqgan, name, torch.compile(getattr(pipeline.vqgan, name)))
+        """Let torch compile what it does for the pipeline's users."""
+        self.pipeline.compile()
 
     def output(self, case: Case) -> Tensor:
         """What one call of the network gives; of a picture, its pixels [B, 3, H, W]."""

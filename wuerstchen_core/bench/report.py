@@ -25,7 +25,8 @@ class Measured:
     memory: int | None = None
     memory_above_weights: int | None = None
     load_seconds: float | None = None  # from the file, which the system has in memory, to networks that can work
-    cold_seconds: float | None = None  # from the file to the end of the first round
+    cold_seconds: float | None = None  # from the file to the end of the first round,
+    cold_compile_seconds: float | None = None  # or, where that compiles from nothing, the same
     import_seconds: float | None = None  # of what is imported before that
     load_memory: int | None = None  # the peak while loading,
     load_private: int | None = None  # and what of it the process shares with no file
@@ -37,13 +38,13 @@ class Measured:
         self.flops_per_second = work / times.median
         self.share_of_peak = self.flops_per_second / peak
 
-    def remember(self, found: dict[str, Any], weights: int, loading: bool) -> None:
+    def remember(self, found: dict[str, Any], weights: int, loading: bool, compiled: bool) -> None:
         """Take over what a process of its own found."""
         self.memory = found["peak"]
         self.memory_above_weights = None if self.memory is None else self.memory - weights
         if loading:
-            self.load_seconds, self.cold_seconds = found["load_seconds"], found["first_seconds"]
-            self.import_seconds = found["import_seconds"]
+            self.load_seconds, self.import_seconds = found["load_seconds"], found["import_seconds"]
+            setattr(self, "cold_compile_seconds" if compiled else "cold_seconds", found["first_seconds"])
             self.load_memory, self.load_private = found["load_peak"], found["load_private"]
 
 
@@ -112,7 +113,8 @@ def table(rows: Sequence[Row]) -> str:
     head = (
         "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "ours TFLOP/s", "of GEMM peak",
         "difference", "ours off fp32", "peer off fp32", "ours GB", "peer GB", "memory ratio", "above weights GB",
-        "peer above", "load s", "peer load s", "cold s", "peer cold s", "load private, of weights", "peer's",
+        "peer above", "load s", "peer load s", "cold s", "peer cold s", "cold s, compiling", "peer cold s, compiling",
+        "load private, of weights", "peer's",
     )  # fmt: skip
     lines = [[*head], ["---" if i in (0, 3) else "---:" for i in range(len(head))], *map(_cells, rows)]
     return aligned(_without_empty(lines))
@@ -154,6 +156,8 @@ def _cells(row: Row) -> list[str]:
         _number(peer.load_seconds, "{:.2f}"),
         _number(ours.cold_seconds, "{:.2f}"),
         _number(peer.cold_seconds, "{:.2f}"),
+        _number(ours.cold_compile_seconds, "{:.2f}"),
+        _number(peer.cold_compile_seconds, "{:.2f}"),
         _number(ours.load_private, "{:.0%}", row.weights),
         _number(peer.load_private, "{:.0%}", row.weights),
     ]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiling import can_compile
 from . import cases as catalogue
 from .cases import PICTURE, STAGES, STEPS, Case
 from .child import measure_apart
-from .compiling import can_compile
 from .limits import flops, gemm_peak
 from .machine import machine
 from .ours import Ours
@@ -98,6 +98,8 @@ class _Run:
             self.report.notes.append(_made_of(plan))
         if plan.compile and not self.compile:
             self.report.notes.append("torch.compile finds no compiler here: both sides ran without it")
+        if self.compile:
+            self.report.notes.append("compiled were the blocks of our Stages C and B, and all of the peer's networks")
 
     def all(self) -> Report:
         plan, report = self.plan, self.report
@@ -138,7 +140,8 @@ class _Run:
         for case in same:
             self.tell(case.label, len(self.report.rows), total)
             begun, known = time.monotonic(), (case.stage, case.dtype) in self.taken
-            yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare=not (plan.quick and known))
+            compare = self.compile or not (plan.quick and known)  # nobody is to compile while the time is taken
+            yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare)
             self.taken[case.stage, case.dtype] = (time.monotonic() - begun) / case.pixels
         del sides, exact
         gc.collect()
@@ -175,6 +178,7 @@ class _Run:
         """Fill in what is measured in processes of their own: memory, and for each network once, its loading."""
         plan, rows = self.plan, self.report.rows
         told = {"folder": str(folder), "device": plan.device, "threads": plan.threads, "steps": plan.steps}
+        told["compile"] = self.compile
         seen: set[tuple[str, str]] = set()
         for i, row in enumerate(rows):
             case, stage = row.case, STAGES[row.case.stage]
@@ -189,7 +193,7 @@ class _Run:
                 if side is not None:
                     self.tell(f"memory of {case.label}, {name}", i, len(rows))
                     found = self.apart(name, case, 2 if stage.steps else 1, told)
-                    side.remember(found, row.weights, loading=first)
+                    side.remember(found, row.weights, loading=first, compiled=self.compile)
             self.keep(self.report)
 
 
