@@ -72,7 +72,7 @@ class Stages:
     def compile(self, **options: Any) -> None:
         """Let torch compile Stages C and B at their first steps, which take longer; `options` are `torch.compile`'s.
 
-        Where it can't, it says so in the log, and they stay as they are. On a CPU nothing is gained (docs/speed.md).
+        Where it can't, it says so in the log, and they stay as they are. It is meant for GPUs: a CPU is slower with it.
         """
         if not can_compile(self.device, **options):
             logger.warning("torch.compile finds no compiler here: the networks run without it")

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
         option("--height", type=int)
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
     option("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    text = "let torch compile Stages C and B, where it can: a minute more for the first picture, no faster on a CPU"
+    text = "let torch compile Stages C and B, where it can: a minute more at first, slower on a CPU, untried on a GPU"
     option("--compile", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what to stay away from")
