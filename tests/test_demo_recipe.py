@@ -94,7 +94,9 @@ def test_a_size_that_was_not_painted_is_left_out(judge: Judge) -> None:
 
 def test_evaluation_paints_held_out_scenes_with_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        evaluate, "reconstruct", lambda pipe, wanted, steps: (pictures(wanted), [float(steps), len(wanted)])
+        evaluate,
+        "reconstruct",
+        lambda pipe, wanted, decoder_steps: (pictures(wanted), [float(decoder_steps), len(wanted)]),
     )
     pipe: Any = TruePictures()
     every = 39  # of 116 pairs: three, so six scenes
@@ -210,7 +212,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
     fewer = NUMBERS | {"another_thing": NUMBERS["thing"]}
     monkeypatch.setattr(remake, "evaluate", lambda pipe: fewer if pipe is v1 else NUMBERS)
-    few = DemoPictures({"data": {"canvas": 64, "things": 2}}, held=True)
+    few = DemoPictures({"canvas": 64, "things": 2}, held=True)
     monkeypatch.setattr(remake, "DemoPictures", lambda held: few)
     trained: list[Path] = []
     monkeypatch.setattr(lora, "remake", trained.append)
@@ -231,7 +233,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
 
 
 def test_the_lora_is_of_diffusers_form_and_changes_the_prior_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = DemoPictures({"data": {"canvas": 64, "things": 2}})
+    few = DemoPictures({"canvas": 64, "things": 2})
     monkeypatch.setattr(lora, "DemoPictures", lambda: few)
     networks = {name: NETWORKS[name].perturbed() for name in ("prior", "image_encoder")}
     pipe = WuerstchenPipeline(**networks, prior_text_encoder=NETWORKS["text_encoder"].perturbed())

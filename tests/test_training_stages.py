@@ -105,7 +105,7 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
     with Image.open(trained(run_folder, stage) / "sheet-000004.png") as image:
         pixels = np.asarray(image)
     assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
-    held = DemoPictures(DATA, held=True)
+    held = DemoPictures(DATA["data"], held=True)
     truth = np.asarray(sheet([held.view(held.spread(12))]))
     assert np.array_equal(pixels[:TILE], truth)
     columns = len(held) * TILE
@@ -300,7 +300,7 @@ def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path:
 
 
 def test_pictures_of_a_trial(run_folder: Path) -> None:
-    trained, held = DemoPictures(DATA), DemoPictures(DATA, held=True)
+    trained, held = DemoPictures(DATA["data"]), DemoPictures(DATA["data"], held=True)
     assert len(trained) == 24 and len(held) == 8 and trained.images.shape[1:] == (3, 64, 64)
     assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
     assert len(set(trained.pick(Chance(0, 0, 24)).tolist())) == 24 and trained.pick(Chance(0, 0, 30)).shape == (30,)

@@ -16,6 +16,7 @@ from training_stages import assert_equal_states, checkpoint, ema_of, read_log, s
 from wuerstchen_core.training.chance import Chance
 from wuerstchen_core.training.config import LoopConfig
 from wuerstchen_core.training.loop import Stage
+from wuerstchen_core.training.pictures import Shown
 
 CONFIG = LoopConfig(steps=8, batch=4, lr=0.05, warmup=2, ema=0.8, log_every=3, save_every=4, sheet_every=4)
 
@@ -44,6 +45,7 @@ class LineStage(Stage[Line]):
     """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes losses that are none."""
 
     name, tables = "prior", ()
+    pictures = Shown(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # which it does not look at
 
     def __init__(
         self, width: int = 4, stop: int | None = None, spoil: Container[int] = (), dropout: float = 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,18 @@ class Average:
 
 
 def skeleton(net: nn.Module) -> nn.Module:
-    """A copy of a network without memory, in evaluation mode, which `worn` gives weights."""
-    return copy.deepcopy(net).to("meta").eval().requires_grad_(False)
+    """A copy of a network in evaluation mode, without memory for its state dict, which `worn` gives it.
+
+    What a network leaves out of its state dict, as a LoRA's base is, both have in common.
+    """
+    memo: dict[int, Any] = {id(x): x for x in (*net.parameters(), *net.buffers())}
+    memo |= {id(x): _bare(x) for x in net.state_dict(keep_vars=True).values()}
+    return copy.deepcopy(net, memo).eval().requires_grad_(False)
+
+
+def _bare(x: Tensor) -> Tensor:
+    bare = torch.empty_like(x, device="meta")
+    return nn.Parameter(bare, requires_grad=False) if isinstance(x, nn.Parameter) else bare
 
 
 def worn(bones: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

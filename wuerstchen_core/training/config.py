@@ -52,15 +52,16 @@ class LoopConfig:
             raise ValueError(f"[train] bad_share is a share from 0 to 1, got {self.bad_share}")
 
 
-def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    """Raise ValueError unless a configuration names its run folder and a model, and no table that nothing reads."""
-    known = (*COMMON, *own)
+def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = True) -> None:
+    """Raise ValueError unless a configuration names its run folder and, if `sized`, a model, and no table that nothing
+    reads."""
+    known = [table for table in (*COMMON, *own) if sized or table != "model"]
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
     if not isinstance(config.get("run"), str):
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
-    if "model" not in config:
+    if sized and "model" not in config:
         raise ValueError("the configuration has no [model] table: add one with the sizes of the network")
 
 

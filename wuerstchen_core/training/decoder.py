@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,17 +31,17 @@ class StageB(DiffusionStage[N]):
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
         self.vqgan = frozen(config, "vqgan", "vqgan", VQGAN)
-        self.features = features_of(self.encoder, self.pictures)
-        self.held_features = features_of(self.encoder, self.held)
+        self.frozen = (*self.frozen, self.vqgan)
+        self.features = self.pictures.each(partial(features_of, self.encoder))
 
-    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
-        return (corrupt_features(self.spoilt, self.features[picked], chance, self.units),)
+    def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
+        return (corrupt_features(self.spoilt, self.features(picked), chance, self.units),)
 
-    def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
+    def reconstruct(self, net: N, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
         """What is left of the pictures after 42.67x compression."""
         networks: dict[str, Any] = {self.part: net}
         pipeline = WuerstchenPipeline(vqgan=self.vqgan, **networks)
-        return self.vqgan.decode(pipeline.sample_decoder(self.held_features[picked], text, sampling))
+        return self.vqgan.decode(pipeline.sample_decoder(features_of(self.encoder, images), text, sampling))
 
     def parts(self, net: N) -> dict[str, nn.Module]:
         return {self.part: net}
@@ -57,4 +58,4 @@ class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
         self.net = Decoder(from_table(DecoderParams, config["model"], "model"))
         self.net.init_weights()
         super().__init__(config)
-        self.latents = latents_of(self.vqgan, self.pictures)
+        self.latents = self.pictures.each(partial(latents_of, self.vqgan))

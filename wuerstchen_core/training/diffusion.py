@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -14,10 +14,11 @@ from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import TextEncoder
 from ..sampling import Sampling
 from .chance import Chance
+from .files import pictures_of
 from .inputs import frozen, text_states
 from .loop import N, Stage
 from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
-from .pictures import DemoPictures, sheet
+from .pictures import sheet
 
 
 class DiffusionStage(Stage[N]):
@@ -30,22 +31,22 @@ class DiffusionStage(Stage[N]):
         if self.noise.slow_times:
             freeze_quick_times(self.net)
         self.config = config
-        self.pictures = DemoPictures(config)
-        self.held = DemoPictures(config, held=True)
+        self.pictures = pictures_of(config)
         self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
+        self.frozen = (self.encoder, self.tower)
 
     @abstractmethod
-    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+    def noised(self, picked: Any, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
         """The pictures `picked` noised to times t [B], and what the loss compares the network's answer with."""
 
     @abstractmethod
-    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+    def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
         """What the network is given of the pictures `picked`, beside their text."""
 
     @abstractmethod
-    def reconstruct(self, net: N, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
-        """What `net` makes of held-out pictures [B, 3, H, W] in 0..1; None if it can't yet."""
+    def reconstruct(self, net: N, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
+        """What `net` makes of pictures [B, 3, H, W] in [0, 1] with these text states; None if it can't yet."""
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         picked = self.pictures.pick(chance)
@@ -56,12 +57,15 @@ class DiffusionStage(Stage[N]):
 
     def sheet(self, net: N) -> Image.Image | None:
         """Held-out pictures, and under each what the network makes of it."""
-        picked = self.held.spread(24)
-        text = text_states(self.tower, self.held.captions(picked, Chance(0, 0, len(picked))))
-        truth = self.held.view(picked)
+        held = self.pictures.held()
+        if held is None:
+            return None
+        picked = held.spread(24)
+        text = text_states(self.tower, held.captions(picked, Chance(0, 0, len(picked))))
+        truth = held.view(picked)
         height, width = truth.shape[-2:]
         sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
-        out = self.reconstruct(net, picked, text, sampling)
+        out = self.reconstruct(net, truth, text, sampling)
         return None if out is None else sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
 
@@ -69,11 +73,12 @@ class NoisePrediction(DiffusionStage[N]):
     """A network that predicts the noise in `latents`."""
 
     noise: NoiseConfig
-    latents: Tensor  # of all pictures
+    latents: Callable[[Any], Tensor]  # of the pictures of a batch
 
-    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
-        noise = chance.normal(*self.latents.shape[1:])
-        return diffuse(self.latents[picked], t, noise), noise
+    def noised(self, picked: Any, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+        latents = self.latents(picked)
+        noise = chance.normal(*latents.shape[1:])
+        return diffuse(latents, t, noise), noise
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         latents, noise, t, *given = batch

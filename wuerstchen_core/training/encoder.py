@@ -21,8 +21,9 @@ from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_vi
 from ..models.prior import PriorParams, latents_from_features
 from ..tables import from_table
 from .chance import Chance
+from .files import pictures_of
 from .loop import Stage
-from .pictures import DemoPictures, sheet
+from .pictures import sheet
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,12 @@ class EncoderStage(Stage[Compressor]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
         params = from_table(ImageEncoderParams, config["model"], "model")
         self.net = Compressor(params, self.options)
-        self.pictures = DemoPictures(config)
-        self.held = DemoPictures(config, held=True)
+        self.pictures = pictures_of(config, captions=False)
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         images = self.pictures.view(self.pictures.pick(chance))
-        side = semantic_view(images[:1]).shape[-1] // 32
-        noise = chance.normal(self.net.image_encoder.params.c_latent, side, side)
+        height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
+        noise = chance.normal(self.net.image_encoder.params.c_latent, height, width)
         return images, noise * expand(chance.uniform() * self.options.noise, noise)
 
     def loss(self, net: Compressor, *batch: Any) -> Tensor:
@@ -91,9 +91,12 @@ class EncoderStage(Stage[Compressor]):
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return F.mse_loss(out, target)
 
-    def sheet(self, net: Compressor) -> Image.Image:
-        truth = self.held.view(self.held.spread(24))
-        out = torch.cat([net(part, torch.zeros(())) for part in truth.split(12)])
+    def sheet(self, net: Compressor) -> Image.Image | None:
+        held = self.pictures.held()
+        if held is None:
+            return None
+        truth = held.view(held.spread(24)).to(next(net.parameters()).device)
+        out = torch.cat([net(part, truth.new_zeros(())) for part in truth.split(12)])
         return sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
     def parts(self, net: Compressor) -> dict[str, nn.Module]:

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import build_part, read_part
+from ..checkpoints.read import SHIPPED
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.text_encoder import TextEncoder, tokenize
 from ..models.vqgan import VQGAN
-from .pictures import DemoPictures
 
 N = TypeVar("N", bound=nn.Module)
 
 
+def source_of(config: Mapping[str, Any], stage: str) -> str | Path:
+    """Where a stage's network is: where `[inputs]` says, or where the same run puts it."""
+    return config.get("inputs", {}).get(stage, Path(config["run"]) / stage / f"{stage}.safetensors")
+
+
+def is_there(source: str | Path) -> bool:
+    """Whether it is a shipped model's name, or a file or folder."""
+    return source in SHIPPED or Path(source).exists()
+
+
 def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
-    """A network that an earlier stage of the same run trained, or that `[inputs]` names a file for."""
-    own = Path(config["run"]) / stage / f"{stage}.safetensors"
-    source = Path(config.get("inputs", {}).get(stage, own))
-    if not source.exists():
+    """A network that an earlier stage of the same run trained, or that `[inputs]` names a source of."""
+    source = source_of(config, stage)
+    if not is_there(source):
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
     network = build_part(read_part(source, part), dtype=torch.float32)
     assert isinstance(network, kind)
@@ -30,29 +39,28 @@ def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N
 
 
 @torch.no_grad()
-def features_of(encoder: ImageEncoder, pictures: DemoPictures) -> Tensor:
-    """Stage C features [N, 16, h, w] of all pictures."""
-    return torch.cat([encoder(semantic_view(pictures.view(part))) for part in _parts(pictures)])
+def features_of(encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """Stage C features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
+    return encoder(semantic_view(images.to(_place(encoder)))).cpu()
 
 
 @torch.no_grad()
-def latents_of(vqgan: VQGAN, pictures: DemoPictures) -> Tensor:
-    """Stage A latents [N, 4, H, W] of all pictures, as Stage B works on them (unit variance)."""
-    encoded = [vqgan.encode(pictures.view(part)) for part in _parts(pictures)]
-    return torch.cat(encoded) / vqgan.params.scale_factor
+def latents_of(vqgan: VQGAN, images: Tensor) -> Tensor:
+    """Stage A latents [B, 4, H / 4, W / 4] of pictures, as Stage B works on them (unit variance)."""
+    return vqgan.encode(images.to(_place(vqgan))).cpu() / vqgan.params.scale_factor
 
 
 @torch.no_grad()
-def tokens_of(vqgan: VQGAN, pictures: DemoPictures) -> Tensor:
-    """Stage A tokens [N, H, W] of all pictures."""
-    return torch.cat([vqgan.quantize(vqgan.encode(pictures.view(part))).indices for part in _parts(pictures)])
+def tokens_of(vqgan: VQGAN, images: Tensor) -> Tensor:
+    """Stage A tokens [B, H / 4, W / 4] of pictures."""
+    return vqgan.quantize(vqgan.encode(images.to(_place(vqgan)))).indices.cpu()
 
 
 @torch.no_grad()
 def text_states(tower: TextEncoder, prompts: list[str]) -> Tensor:
     """Text states [B, 77, c]."""
-    return tower(*tokenize(prompts))
+    return tower(*(x.to(_place(tower)) for x in tokenize(prompts))).cpu()
 
 
-def _parts(pictures: DemoPictures, size: int = 32) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, len(pictures), size)]
+def _place(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from .average import Average, skeleton, worn
 from .chance import Chance
 from .config import LoopConfig
 from .memory import recompute_blocks
+from .pictures import Pictures
 from .pieces import like, load_optimizer, whole
 from .saved import append_row, read_checkpoint, replace_file, rows_until, write_checkpoint, write_rows
 
@@ -39,7 +41,10 @@ class Stage(ABC, Generic[N]):
 
     name: str
     tables: tuple[str, ...]  # of the configuration, that only this stage reads
+    sized = True  # whether a [model] table says how large the network is
     net: N  # everything that learns
+    frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
+    pictures: Pictures  # what it learns from
     idle_weights = False  # whether there are steps in which some weights get no gradient
 
     @abstractmethod
@@ -58,6 +63,10 @@ class Stage(ABC, Generic[N]):
     @abstractmethod
     def parts(self, net: N) -> dict[str, nn.Module]:
         """The parts of a bundle that `net` (the EMA) holds."""
+
+    def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
+        """Write `net` (the EMA) as what the training is for."""
+        save_bundle(path, self.parts(net), metadata)
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -114,7 +123,8 @@ class _Run:
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
-        start, before = self._resume()
+        start, before, data = self._resume()
+        self._begin(data)
         if config.trackers:
             self.accelerator.init_trackers(self.stage.name)
         self.net.train()
@@ -137,6 +147,17 @@ class _Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return file
+
+    def _begin(self, data: dict[str, Any]) -> None:
+        """Make the stage ready for its first batch, on pictures read up to where `data` says."""
+        config, accelerator = self.config, self.accelerator
+        for network in self.stage.frozen:
+            network.to(accelerator.device)
+        self.stage.pictures.begin(
+            data.get("position", 0), data.get("fingerprint", ""),
+            batch=config.batch, seed=config.seed, cache=self.folder,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
 
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator
@@ -206,6 +227,7 @@ class _Run:
         if save:
             weights = whole(self.plain.state_dict(), self.main)
             states = whole({name: one.state_dict() for name, one in self.optimizers.items()}, self.main)
+            data = self._read_so_far()
             losses = self.accelerator.reduce(torch.stack(self.recent), "mean").tolist() if self.recent else []
         if self.main:
             net = worn(self.bones, average)
@@ -215,15 +237,21 @@ class _Run:
                 if sheet is not None:
                     replace_file(self.folder / f"sheet-{done:06d}.png", partial(sheet.save, format="PNG"))
             if save:
-                save_bundle(file, self.stage.parts(net), {"training": {"step": done}})
-                contents = {"step": done, "skipped": self.skipped, "losses": losses}
+                self.stage.save(file, net, {"training": {"step": done}})
+                contents = {"step": done, "skipped": self.skipped, "losses": losses, "data": data}
                 contents |= {"net": weights, "average": average, "optimizers": states}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> tuple[int, float]:
-        """Go on from the checkpoint, if there is one, and drop what the log says beyond it; the step and the seconds
-        that training has taken."""
+    def _read_so_far(self) -> dict[str, Any]:
+        """How far the pictures were read: as far as the process that is furthest, where they read streams."""
+        position = torch.tensor([self.stage.pictures.position], device=self.accelerator.device)
+        furthest = self.accelerator.gather(position).max().item()
+        return {"position": furthest, "fingerprint": self.stage.pictures.fingerprint}
+
+    def _resume(self) -> tuple[int, float, dict[str, Any]]:
+        """Go on from the checkpoint, if there is one, and drop what the log says beyond it; the step, the seconds that
+        training has taken, and how far the pictures were read."""
         contents = read_checkpoint(self.folder, self._take)
         step = contents["step"] if contents else 0
         if contents:
@@ -233,7 +261,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.main:
             write_rows(self.folder, kept)
-        return step, kept[-1]["seconds"] if kept else 0.0
+        return step, kept[-1]["seconds"] if kept else 0.0, contents["data"] if contents else {}
 
     def _take(self, contents: dict[str, Any]) -> None:
         own = self.plain.state_dict()

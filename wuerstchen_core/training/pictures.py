@@ -1,10 +1,12 @@
-"""The pictures that the demo is trained on, and sheets of pictures to look at."""
+"""Pictures as the stages take them, those of the demo, and sheets of pictures to look at."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,36 +15,57 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo.artwork import CANVAS, draw_all
-from ..demo.vocabulary import THINGS, Scene, caption, held_out, scenes
+from ..demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
 from ..tables import from_table
 from .chance import Chance
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `[data]` table, for a trial that need not take hours."""
-
-    canvas: int = CANVAS  # pixels, a multiple of 64
-    things: int = len(THINGS)  # only the first so many
-
-    def __post_init__(self) -> None:
-        if self.canvas < 64 or self.canvas % 64:
-            raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
-        if not 0 < self.things <= len(THINGS):
-            raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
+AT_ONCE = 32  # pictures that a network sees
 
 
-class DemoPictures:
-    """The demo's scenes as pictures [N, 3, canvas, canvas] uint8, without the held-out ones (or only these)."""
+class Pictures(ABC):
+    """What stages train on. What `pick` gives stands for the pictures of a batch wherever they are asked for."""
 
-    def __init__(self, config: Mapping[str, Any] | None = None, held: bool = False):
-        data = from_table(DataConfig, (config or {}).get("data", {}), "data")
-        shown = [scene for scene in scenes() if scene.thing < data.things]
-        self.scenes: list[Scene] = [scene for scene in shown if held_out(scene) == held]
-        self.images = torch.from_numpy(draw_all(self.scenes, data.canvas)).permute(0, 3, 1, 2)
+    side: int  # the shortest there is, in pixels
+    position = 0  # where to go on reading after the last batch
+    fingerprint = ""  # of what is read and how, if that can change
+
+    def begin(
+        self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
+    ) -> None:
+        """Be ready to read on from a `position` of pictures that had a `fingerprint`: `batch` pictures a time for
+        process `rank` of `world`. What is in memory is."""
+        self.position = position
+
+    @abstractmethod
+    def pick(self, chance: Chance) -> Any:
+        """The pictures of a batch."""
+
+    @abstractmethod
+    def captions(self, picked: Any, chance: Chance, drop: float = 0.0) -> list[str]:
+        """A wording for each; a share of `drop` is empty."""
+
+    @abstractmethod
+    def view(self, picked: Any) -> Tensor:
+        """The pictures [B, 3, H, W] in [0, 1]."""
+
+    @abstractmethod
+    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+        """What `compute` makes of the pictures [B, 3, H, W] in [0, 1] of a batch."""
+
+    @abstractmethod
+    def held(self) -> Shown | None:
+        """Pictures for a sheet, best such that are not trained on."""
+
+
+class Shown(Pictures):
+    """Pictures [N, 3, H, W] uint8 in memory, all of one size; a batch is their indices."""
+
+    def __init__(self, images: Tensor, texts: Sequence[str] = ()):
+        self.images, self.texts = images, texts
+        self.side = min(images.shape[-2:])
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.images)
 
     def pick(self, chance: Chance) -> Tensor:
         """Indices [n] of random pictures, without repetition in a batch where there are enough."""
@@ -52,15 +75,64 @@ class DemoPictures:
         """Indices of up to `count` pictures from all over, for a sheet."""
         return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
-    def captions(self, indices: Tensor, chance: Chance, drop: float = 0.0) -> list[str]:
-        """A wording for each picture; a share of `drop` is empty."""
+    def captions(self, picked: Tensor, chance: Chance, drop: float = 0.0) -> list[str]:
         dropped, words = chance.uniform() < drop, map(random.Random, chance.integers(2**31).tolist())
-        wordings = [caption(self.scenes[i], word) for i, word in zip(indices.tolist(), words, strict=True)]
-        return ["" if empty else wording for empty, wording in zip(dropped.tolist(), wordings, strict=True)]
+        texts = [self.wording(i, word) for i, word in zip(picked.tolist(), words, strict=True)]
+        return ["" if empty else text for empty, text in zip(dropped.tolist(), texts, strict=True)]
 
-    def view(self, indices: Tensor | slice) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1]."""
-        return self.images[indices].float() / 255
+    def wording(self, index: int, words: random.Random) -> str:
+        """What a picture shows, in words of which `words` may choose."""
+        return self.texts[index]
+
+    def view(self, picked: Tensor | slice) -> Tensor:
+        return self.images[picked].float() / 255
+
+    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor | slice], Tensor]:
+        """It is computed here and now, of all pictures."""
+        starts = range(0, len(self), AT_ONCE)
+        known = torch.cat([compute(self.view(slice(start, start + AT_ONCE))) for start in starts])
+        return lambda picked: known[picked]
+
+    def held(self) -> Shown | None:
+        return self
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `[data]` table of the demo's pictures, for a trial that need not take hours."""
+
+    canvas: int = CANVAS  # pixels, a multiple of 64
+    things: int = len(THINGS)  # only the first so many
+    background: str = ""  # only pictures on this one, of which captions say that it is any: for a LoRA to learn
+
+    def __post_init__(self) -> None:
+        if self.canvas < 64 or self.canvas % 64:
+            raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
+        if not 0 < self.things <= len(THINGS):
+            raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
+        if self.background and self.background not in COLOURS:
+            raise ValueError(f"[data] background {self.background!r} is unknown: choose {', '.join(COLOURS)}")
+
+
+class DemoPictures(Shown):
+    """The demo's scenes, without the held-out ones (or only these)."""
+
+    def __init__(self, data: Mapping[str, Any] | None = None, held: bool = False):
+        self._data = data or {}
+        self.config = config = from_table(DataConfig, self._data, "data")
+        colours = [i for i, name in enumerate(COLOURS) if config.background in ("", name)]
+        shown = [scene for scene in scenes() if scene.thing < config.things and scene.colour in colours]
+        self.scenes: list[Scene] = [scene for scene in shown if held_out(scene) == held]
+        super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas)).permute(0, 3, 1, 2))
+
+    def wording(self, index: int, words: random.Random) -> str:
+        scene = self.scenes[index]
+        if self.config.background:
+            scene = scene._replace(colour=words.randrange(len(COLOURS)))
+        return caption(scene, words)
+
+    def held(self) -> Shown:
+        return DemoPictures(self._data, held=True)
 
 
 def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
@@ -75,5 +147,5 @@ def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Imag
 
 
 def _tile(image: Tensor, width: int) -> Image.Image:
-    array = (image.float().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    array = (image.float().cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(array).resize((width, width * array.shape[0] // array.shape[1]), Image.Resampling.LANCZOS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .diffusion import NoisePrediction
-from .inputs import features_of, frozen
+from .inputs import features_of, frozen, is_there, source_of
 from .objectives import NoiseConfig
 
 # Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
@@ -35,18 +34,26 @@ class PriorStage(NoisePrediction[Prior]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
-        self.net = Prior(from_table(PriorParams, config["model"], "model"))
-        self.net.init_weights()
+        self.net = self.start(config)
         super().__init__(config)
-        self.latents = latents_from_features(features_of(self.encoder, self.pictures), self.net.params)
+        self.latents = self.pictures.each(self._latents_of)
 
-    def given(self, picked: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+    def _latents_of(self, images: Tensor) -> Tensor:
+        return latents_from_features(features_of(self.encoder, images), self.net.params)
+
+    def start(self, config: Mapping[str, Any]) -> Prior:
+        """The network before its first step."""
+        net = Prior(from_table(PriorParams, config["model"], "model"))
+        net.init_weights()
+        return net
+
+    def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
         return ()
 
-    def reconstruct(self, net: Prior, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
-        """The captions painted; only once the run has a decoder to paint with."""
+    def reconstruct(self, net: Prior, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
+        """The captions painted; only once there is a decoder to paint with."""
         stage, part, kind = PAINTERS[release([net.params])]
-        if not (Path(self.config["run"]) / stage / f"{stage}.safetensors").exists():
+        if not all(is_there(source_of(self.config, name)) for name in (stage, "vqgan")):
             return None
         painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind)}
         vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)

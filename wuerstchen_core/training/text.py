@@ -16,10 +16,11 @@ from ..models.prior import latents_from_features
 from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from ..tables import from_table
 from .chance import Chance
+from .files import pictures_of
 from .inputs import features_of, frozen
 from .loop import Stage
 from .objectives import contrastive_loss
-from .pictures import DemoPictures, sheet
+from .pictures import sheet
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,36 @@ class TextStage(Stage[Contrast]):
 
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
-        self.pictures = DemoPictures(config)
-        encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
-        self.features = latents_from_features(features_of(encoder, self.pictures))
-        self.held = DemoPictures(config, held=True)
-        self.held_features = latents_from_features(features_of(encoder, self.held))
+        self.pictures = pictures_of(config)
+        self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
+        self.frozen = (self.encoder,)
+        self.features = self.pictures.each(self._features_of)
+        blank = torch.zeros(1, 3, self.pictures.side, self.pictures.side)  # all pictures are squares of this side
         params = from_table(TextEncoderParams, config["model"], "model")
-        self.net = Contrast(params, self.features[0].numel(), options.joint)
+        self.net = Contrast(params, self._features_of(blank).numel(), options.joint)
+
+    def _features_of(self, images: Tensor) -> Tensor:
+        return latents_from_features(features_of(self.encoder, images))
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         picked = self.pictures.pick(chance)
-        features = self.features[picked] + 0.3 * chance.normal(*self.features.shape[1:])
+        features = self.features(picked)
+        features += 0.3 * chance.normal(*features.shape[1:])
         return (*tokenize(self.pictures.captions(picked, chance)), features)
 
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
 
-    def sheet(self, net: Contrast) -> Image.Image:
+    def sheet(self, net: Contrast) -> Image.Image | None:
         """Held-out pictures, and under each the one that its caption finds among them."""
-        picked = self.held.spread(12)
-        captions = self.held.captions(picked, Chance(0, 0, len(picked)))
-        found = (net.texts(*tokenize(captions)) @ net.pictures(self.held_features).T).argmax(1)
-        return sheet([self.held.view(picked), self.held.view(found)])
+        held = self.pictures.held()
+        if held is None:
+            return None
+        device, picked = net.scale.device, held.spread(12)
+        ids, mask = (x.to(device) for x in tokenize(held.captions(picked, Chance(0, 0, len(picked)))))
+        features = held.each(self._features_of)(slice(None)).to(device)
+        found = (net.texts(ids, mask) @ net.pictures(features).T).argmax(1).cpu()
+        return sheet([held.view(picked), held.view(found)])
 
     def parts(self, net: Contrast) -> dict[str, nn.Module]:
         return {"text_encoder": net.tower}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             )
         if codes.width:
             self._acquaint(codebook, codes.width)
-        self.tokens = tokens_of(self.vqgan, self.pictures)
+        self.tokens = self.pictures.each(partial(tokens_of, self.vqgan))
 
     @torch.no_grad()
     def _acquaint(self, codebook: Tensor, width: float) -> None:
@@ -78,8 +79,8 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             features = code_features(codebook, weight.shape[1], width)
             weight.copy_(features.view(weight.shape))
 
-    def noised(self, picked: Tensor, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
-        tokens = self.tokens[picked]
+    def noised(self, picked: Any, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
+        tokens = self.tokens(picked)
         shape, count = tokens.shape[1:], tokens[0].numel()
         noise = chance.integers(self.net.params.num_labels, *shape)
         seen, replaced = renoise(tokens, noise, t, chance.uniform(*shape))
@@ -91,5 +92,5 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         seen, tokens, replaced, places, t, features, text = batch
         return token_loss(self.noise, net(seen, t, features, text, places), tokens, replaced, t)
 
-    def reconstruct(self, net: TokenDecoder, picked: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
-        return super().reconstruct(net, picked, text, sampling.changed(decoder_steps=8))
+    def reconstruct(self, net: TokenDecoder, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
+        return super().reconstruct(net, images, text, sampling.changed(decoder_steps=8))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
 from .chance import Chance
+from .files import pictures_of
 from .loop import Stage
-from .pictures import DemoPictures, sheet
+from .pictures import sheet
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,16 @@ class VQGANStage(Stage[Autoencoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.net = Autoencoder(from_table(VQGANParams, config["model"], "model"))
-        self.pictures = DemoPictures(config)
-        self.held = DemoPictures(config, held=True)
-        crop, room = self.options.crop, self.pictures.images.shape[-1] - 2 * self.options.margin
+        self.pictures = pictures_of(config, captions=False)
+        crop, room = self.options.crop, self.pictures.side - 2 * self.options.margin
         if not 0 < crop <= room:
             raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
         images = self.pictures.view(self.pictures.pick(chance))
-        room = images.shape[-1] - 2 * margin - crop
-        corners = margin + chance.integers(room + 1, 2)
+        room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
+        corners = margin + (chance.uniform(2) * (room + 1)).long()
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         return (torch.stack(crops),)
 
@@ -97,8 +97,11 @@ class VQGANStage(Stage[Autoencoder]):
         (images,) = batch
         return net(images, int(len(images) * self.options.quantized), self.options.quantize_from)
 
-    def sheet(self, net: Autoencoder) -> Image.Image:
-        truth = self.held.view(self.held.spread(12))
+    def sheet(self, net: Autoencoder) -> Image.Image | None:
+        held = self.pictures.held()
+        if held is None:
+            return None
+        truth = held.view(held.spread(12)).to(next(net.parameters()).device)
         latents = net.vqgan.encode(truth)
         return sheet([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
 

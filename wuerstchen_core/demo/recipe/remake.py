@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
     assert pipe.image_encoder is not None and pipe.vqgan is not None
     pictures = DemoPictures(held=True)
     images = pictures.view(slice(None))
-    features = latents_from_features(features_of(pipe.image_encoder, pictures))
-    return {"prior": fit_factors(features, images), "decoder": fit_factors(latents_of(pipe.vqgan, pictures), images)}
+    features = pictures.each(partial(features_of, pipe.image_encoder))(slice(None))
+    latents = pictures.each(partial(latents_of, pipe.vqgan))(slice(None))
+    return {"prior": fit_factors(latents_from_features(features), images), "decoder": fit_factors(latents, images)}
 
 
 def number_table(numbers: dict[str, Any]) -> str:
