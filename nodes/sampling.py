@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..wuerstchen_core.diffusion.samplers import STEPS, sampler_of
 from ..wuerstchen_core.diffusion.schedule import FAST_STEPS, linear_times, named_times, strength_times
 from ..wuerstchen_core.sampling import LARGEST_SEED
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
@@ -46,8 +47,8 @@ def _schedule_input() -> io.Combo.Input:
         "schedule",
         options=SCHEDULES,
         default=SCHEDULES[0],
-        tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says; fast: "
-        f"{FAST_STEPS[0]} steps, and {FAST_STEPS[1]} equal ones of Stage B, measured for the shipped demo alone.",
+        tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says; "
+        f"fast: {FAST_STEPS[0]} steps of DDIM, and {FAST_STEPS[1]} equal ones of Stage B, measured for the demo alone.",
     )
 
 
@@ -137,7 +138,8 @@ class WuerstchenPriorSample(io.ComfyNode):
                 "take the image encoder and the prior of one release"
             )
         times = strength_times(named_times(schedule, steps), denoise)
-        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed)
+        step = STEPS[sampler_of(schedule)]
+        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, step)
         return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
@@ -269,12 +271,20 @@ class WuerstchenSampler(io.ComfyNode):
             node_id="WuerstchenSampler",
             display_name="Würstchen Sampler",
             category="Würstchen/sampling",
-            description="The original's DDPM sampler, last step included, for SamplerCustom.",
-            search_aliases=["ddpm", "ksampler select", "sampler custom"],
-            inputs=[],
+            description="The original's samplers, last step included, for SamplerCustom.",
+            search_aliases=["ddpm", "ddim", "ksampler select", "sampler custom"],
+            inputs=[
+                io.Combo.Input(
+                    "sampler_name",
+                    options=list(STEPS),
+                    default="ddpm",
+                    optional=True,
+                    tooltip="ddpm: as published; ddim: for the fast schedule of Stage C.",
+                )
+            ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler of SamplerCustom.")],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(sampler())
+    def execute(cls, sampler_name: str = "ddpm") -> io.NodeOutput:
+        return io.NodeOutput(sampler(sampler_name))

@@ -78,7 +78,7 @@ def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_the_fast_schedule_of_ours(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     given = "--stages text-to-picture --sizes 64 --dtypes fp32 --repeat 1 --no-peer --no-memory --steps fast"
     assert run("bench", *given.split()) == 0
-    assert "ours in 8+4 steps" in capsys.readouterr().out
+    assert "ours in 6+4 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     assert made == {
         "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
         "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2, "decoder_guidance": 1.0,
+        "sampler": "ddpm",
     }  # fmt: skip
     [expected] = WuerstchenPipeline.load(bundle, device="cpu").generate(PROMPT, negative="small", seed=7)
     assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
@@ -52,7 +53,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
         lambda self, prompt, **options: given.update(options) or [Image.new("RGB", (64, 64))],
     )
     command = (
-        "--width 64 --height 128 --schedule linear --prior-steps 5 --prior-guidance 3.5 "
+        "--width 64 --height 128 --schedule linear --sampler ddim --prior-steps 5 --prior-guidance 3.5 "
         "--decoder-steps 4 --decoder-guidance 1.5 --decoder-guidance-end 2 --temperature 1 0.5 --token-mode argmax "
         "--seed 3 --negative fog --dtype bf16 --device cpu"
     )
@@ -63,6 +64,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
         "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear", "prior_steps": 5,
         "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5, "decoder_guidance_end": 2.0,
         "temperature": (1.0, 0.5), "token_mode": "argmax",
+        "sampler": "ddim",
     }  # fmt: skip
 
 
@@ -70,11 +72,12 @@ def test_the_fast_schedule(bundle: Path, here: Path) -> None:
     assert run("generate", PROMPT, "--model", bundle, "--schedule", "fast", "--output", "fast.png") == 0
     with Image.open("fast.png") as image:
         made, painted = json.loads(image.text[output.METADATA_KEY]), np.asarray(image).astype(int)
-    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 8, 4)
+    assert made["sampler"] == "ddim"
+    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 6, 4)
     seen: list[str] = []
     pipeline, watch = WuerstchenPipeline.load(bundle), lambda stage, *_: seen.append(stage)
     [expected] = pipeline.generate(PROMPT, schedule="fast", callback=watch)
-    assert (seen.count("prior"), seen.count("decoder")) == (8, 4)
+    assert (seen.count("prior"), seen.count("decoder")) == (6, 4)
     assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
 
 

@@ -172,7 +172,8 @@ def test_the_models_own_size(pipe: WuerstchenPipeline) -> None:
         ({"decoder_steps": 0}, "at least 1 is needed"),
         ({"schedule": "cosine"}, "choose original, diffusers, fast or linear"),
         ({"schedule": "original", "prior_steps": 12}, "has 30 steps, not 12"),
-        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 8 steps, not 12"),
+        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 6 steps, not 12"),
+        ({"sampler": "euler"}, "the sampler 'euler' is unknown: choose one of ddpm, ddim"),
         ({"prior_guidance": float("nan")}, "a guidance of nan cannot be used"),
         ({"seed": -1}, "choose a number from 0 to"),
         ({"seed": 2**63 - 1}, "choose a number from 0 to"),
@@ -198,12 +199,22 @@ def test_defaults_are_the_published_ones() -> None:
 
 def test_the_fast_schedule_sets_the_steps_of_both_stages() -> None:
     fast = Sampling().changed(schedule="fast")
-    assert (fast.prior_steps, fast.decoder_steps) == FAST_STEPS
+    assert (fast.prior_steps, fast.decoder_steps) == FAST_STEPS and fast.sampler == "ddim"
     assert Sampling.of({"sampling": {"schedule": "fast"}}) == fast
     assert torch.equal(fast.prior_times(), fast_times()) and torch.equal(fast.decoder_times(), linear_times(4))
     assert Sampling().changed(schedule="fast", decoder_steps=7).decoder_steps == 7
     assert fast.changed(decoder_steps=7).prior_steps == FAST_STEPS[0]
+    assert Sampling().changed(schedule="fast", sampler="ddpm").sampler == "ddpm"
+    for other in ({"schedule": "original"}, {"prior_steps": 8}):
+        assert fast.changed(**other).sampler == "ddpm"
     assert V1.changed(schedule="fast").decoder_steps == V1.decoder_steps  # tokens were not measured
+
+
+def test_the_sampler_reaches_stage_c(pipe: WuerstchenPipeline) -> None:
+    fast = pipe.sampling.changed(schedule="fast")
+    text, _ = pipe.encode_text([PROMPT])
+    wanted, other = (pipe.sample_prior(text, fast.changed(sampler=name), seed=1) for name in ("ddim", "ddpm"))
+    assert torch.equal(pipe.sample_prior(text, fast, seed=1), wanted) and not torch.allclose(wanted, other, atol=0.01)
 
 
 # callbacks

@@ -81,6 +81,7 @@ class WuerstchenPipeline(Editing):
         decoder_guidance_end: float | None = None,
         temperature: tuple[float, float] | None = None,
         token_mode: str | None = None,
+        sampler: str | None = None,
         callback: Callback | None = None,
     ) -> list[Image.Image]:
         """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i.
@@ -101,6 +102,7 @@ class WuerstchenPipeline(Editing):
             decoder_guidance_end=decoder_guidance_end,
             temperature=temperature,
             token_mode=token_mode,
+            sampler=sampler,
         )
         self.check([*prompts, negative], len(prompts) * count, seed)
         report = callback or ignore

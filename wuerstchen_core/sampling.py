@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .diffusion.samplers import Progress
+from .diffusion.samplers import STEPS, Progress, sampler_of
 from .diffusion.schedule import FAST_STEPS, linear_times, named_times
 from .diffusion.sizes import check_size
 from .diffusion.tokens import MODES
@@ -41,6 +41,7 @@ class Sampling:
     tokens: bool = False  # whether Stage B paints them, as v1's does: else the rest is of no use
     temperature: tuple[float, float] = (1.0, 0.6)  # at the first step and the last; below 1, likelier tokens
     token_mode: str = "multinomial"  # how a token is chosen: multinomial, argmax or quantised
+    sampler: str = "ddpm"  # of Stage C: ddpm or ddim
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -50,6 +51,8 @@ class Sampling:
                 f"the {self.schedule} schedule has {steps} steps, not {self.prior_steps}: "
                 "leave the prior's steps out, or choose the linear schedule"
             )
+        if self.sampler not in STEPS:
+            raise ValueError(f"the sampler {self.sampler!r} is unknown: choose one of {', '.join(STEPS)}")
         self.decoder_times()
         for scale in (self.prior_guidance, *self.decoder_scales()):
             if not math.isfinite(scale):
@@ -82,8 +85,8 @@ class Sampling:
     def changed(self, **given: Any) -> Sampling:
         """These numbers with `given` in their place; None means unchanged.
 
-        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps; the
-        fast one asks for few of Stage B too.
+        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps, and
+        for its sampler; the fast one asks for few steps of Stage B too.
         """
         asked = {name: value for name, value in given.items() if value is not None}
         if idle := [name.replace("_", " ") for name in TOKENS if name in asked and not self.tokens]:
@@ -95,6 +98,8 @@ class Sampling:
             asked.setdefault("schedule", "linear")
         elif "schedule" in asked:
             asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
+        if "schedule" in asked and asked["schedule"] != self.schedule:
+            asked.setdefault("sampler", sampler_of(asked["schedule"]))
         if asked.get("schedule") == "fast" and not self.tokens:
             asked.setdefault("decoder_steps", FAST_STEPS[1])
         return replace(self, **asked)

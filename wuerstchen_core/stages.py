@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checkpoints import PARTS
 from .checkpoints.parts import release
 from .compiling import can_compile, compile_network
-from .diffusion.samplers import guidance, guided, sample, seeded_noise
+from .diffusion.samplers import STEPS, guidance, guided, sample, seeded_noise
 from .diffusion.schedule import diffuse, strength_times
 from .diffusion.sizes import decoder_side, prior_side
 from .diffusion.tokens import SeededTokenNoise, sample_tokens
@@ -130,6 +130,7 @@ class Stages:
             x,
             times,
             draw=draw,
+            step=STEPS[sampling.sampler],
             init=None if mask is None else clean,
             mask=mask,
             kept_noise=noise,

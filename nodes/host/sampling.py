@@ -1,4 +1,4 @@
-"""Würstchen's exact DDPM inside the host's own sampling: its guidance, hooks, masks, progress and loading."""
+"""Würstchen's exact samplers inside the host's own sampling: its guidance, hooks, masks, progress and loading."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...wuerstchen_core.diffusion.samplers import NoiseSource, sample, seeded_noise
+from ...wuerstchen_core.diffusion.samplers import STEPS, NoiseSource, Step, ddpm_step, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
 from ...wuerstchen_core.sampling import LARGEST_SEED
 from .time import WuerstchenSampling
 
 
-def sample_ddpm(
+def sample_core(
     model: Any,
     x: Tensor,
     sigmas: Tensor,
@@ -29,6 +29,7 @@ def sample_ddpm(
     *,
     draw: NoiseSource | None = None,
     start: Tensor | None = None,
+    step: Step = ddpm_step,
 ) -> Tensor:
     """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it.
 
@@ -51,7 +52,7 @@ def sample_ddpm(
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
     x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
-    x = sample(noise_in, x, times, draw=draw, callback=progress)
+    x = sample(noise_in, x, times, draw=draw, step=step, callback=progress)
     mask = extra_args.get("denoise_mask")
     if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise, also where nothing is painted
         x = torch.lerp(model.latent_image, x, mask)
@@ -77,13 +78,20 @@ def stage_sigmas(model: Any, times: Tensor) -> Tensor:
     return sigmas
 
 
-def sampler() -> Any:
-    """The core's DDPM as a SAMPLER."""
-    return comfy.samplers.KSAMPLER(sample_ddpm)
+def sampler(name: str = "ddpm") -> Any:
+    """A sampler of the core, ddpm or ddim, as a SAMPLER."""
+    return comfy.samplers.KSAMPLER(sample_core, {"step": STEPS[name]})
 
 
 def sample_stage(
-    model: Any, positive: Any, negative: Any, latent: dict[str, Any], times: Tensor, cfg: float, seed: int
+    model: Any,
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Any],
+    times: Tensor,
+    cfg: float,
+    seed: int,
+    step: Step = ddpm_step,
 ) -> Tensor:
     """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives.
 
@@ -100,7 +108,7 @@ def sample_stage(
         model,
         noise,
         cfg,
-        comfy.samplers.KSAMPLER(partial(sample_ddpm, draw=draw, start=start)),
+        comfy.samplers.KSAMPLER(partial(sample_core, draw=draw, start=start, step=step)),
         stage_sigmas(model, times),
         positive,
         negative,

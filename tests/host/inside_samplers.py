@@ -119,7 +119,9 @@ def runs(host: Host, stage: str) -> dict[str, Tensor]:
         "whole": host.ksampler("euler", "simple", STEPS),
         "halves": host.halves("euler", "simple"),
         "one step": host.custom(ours, first(WuerstchenScheduler.execute(host.patcher, "linear", 1))),
-        "fast": host.custom(ours, first(WuerstchenScheduler.execute(host.patcher, "fast", STEPS))),
+        "fast": host.custom(
+            first(WuerstchenSampler.execute("ddim")), first(WuerstchenScheduler.execute(host.patcher, "fast", STEPS))
+        ),
         "still": host.custom(ours, basic.repeat_interleave(2)),
         "large seed": host.custom(ours, basic, 2**64 - 1),
     }

@@ -22,7 +22,7 @@ NODES = {
     "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative denoise", "stage_b:LATENT"),
     "WuerstchenVAEDecode": ("vae stage_b", "image:IMAGE"),
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
-    "WuerstchenSampler": ("", "sampler:SAMPLER"),
+    "WuerstchenSampler": ("sampler_name", "sampler:SAMPLER"),
     "WuerstchenQuickLook": ("stage_c scale", "image:IMAGE"),
     "WuerstchenModelLoader": ("model_name weight_dtype version", "model:MODEL"),
     "WuerstchenCLIPLoader": ("clip_name", "clip:CLIP"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-PRIOR = ("schedule", "prior_steps", "prior_guidance")
+PRIOR = ("schedule", "sampler", "prior_steps", "prior_guidance")
 DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", "temperature", "token_mode")
 SMALLER = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
 
@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
         option("--negative", default="", metavar="PROMPT", help="what to stay away from")
         text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
         option("--schedule", choices=("original", "diffusers", "linear", "fast"), help=text)
+        option("--sampler", choices=("ddpm", "ddim"), help="of Stage C (default: ddpm; ddim with the fast schedule)")
         option("--prior-steps", type=int, metavar="N", help="steps of Stage C, linear unless --schedule says otherwise")
         option("--prior-guidance", type=float, metavar="SCALE", help="how closely Stage C follows the prompt; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")

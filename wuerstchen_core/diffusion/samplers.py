@@ -50,6 +50,11 @@ def ddim_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSo
 STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
+def sampler_of(schedule: str) -> str:
+    """The sampler that a schedule is for: few steps that each add noise would come out wrong now and then."""
+    return "ddim" if schedule == "fast" else "ddpm"
+
+
 def guidance(
     model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...]
 ) -> Callable[[Tensor, Tensor, float], Tensor]:
