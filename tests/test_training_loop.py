@@ -32,6 +32,7 @@ def test_a_run_folder(whole: Path) -> None:
     names = {
         "checkpoint-00000004.pt",
         "checkpoint-00000008.pt",
+        "diffusers",
         "log.jsonl",
         "prior.safetensors",
         "sheet-000004.png",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from training_stages import (
 )
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part
+from wuerstchen_core.bench.peer import network_class
+from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
+from wuerstchen_core.checkpoints.components import component_key
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.cli import main
 from wuerstchen_core.demo.recipe import build, build_v1
@@ -46,6 +49,7 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 ROOT = Path(__file__).parents[1]
 DATA = {"data": {"canvas": 64, "things": 2}}
 TILE = 128  # pixels of a sheet
+DIFFUSERS = ("vqgan", "decoder", "prior")  # stages whose networks it has
 ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "prior": 2}  # of a sheet of 8 pictures
 
 
@@ -68,9 +72,9 @@ def trained(run_folder: Path, stage: str) -> Path:
     return (run_folder if stage in STAGES else run_folder / "v1") / stage
 
 
-def inputs_of(run: Path) -> list[str]:
-    """Overrides with which a stage in another folder takes the networks of a run."""
-    files = {stage: run / stage / f"{stage}.safetensors" for stage in ALL}
+def inputs_of(run: Path, but: str = "") -> list[str]:
+    """Overrides with which a stage in another folder takes the networks of a run, all but one's."""
+    files = {stage: run / stage / f"{stage}.safetensors" for stage in ALL if stage != but}
     return [f"inputs.{stage}='{file}'" for stage, file in files.items() if file.exists()]
 
 
@@ -88,6 +92,7 @@ def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> N
     folder = trained(run_folder, stage)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint-00000002.pt", "checkpoint-00000004.pt", "log.jsonl", f"{stage}.safetensors", "sheet-000004.png",
+        *(["diffusers"] if stage in DIFFUSERS else []),
     }  # fmt: skip
     rows = read_log(folder)
     assert [row["step"] for row in rows] == [2, 4]
@@ -153,8 +158,7 @@ def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: st
     changes = [f"run='{tmp_path}'", *inputs_of(whole.parent), "train.batch=2"]
     config = ["--config", str(config_of(run_folder, stage)), *(f"--set={change}" for change in changes)]
     launch("-m", "wuerstchen_core", "train", stage, *config)
-    sheets = set(whole.glob("sheet-*")) if stage == "prior" else set()  # of which it has no decoder here to paint one
-    assert {path.name for path in (tmp_path / stage).iterdir()} == {path.name for path in {*whole.iterdir()} - sheets}
+    assert {path.name for path in (tmp_path / stage).iterdir()} == {path.name for path in whole.iterdir()}
     assert all(x.isfinite().all() for x in ema_of(tmp_path / stage).values())
     if stage in ("decoder", "token-decoder"):
         one, two = ([row["loss"] for row in read_log(folder)] for folder in (whole, tmp_path / stage))
@@ -165,6 +169,38 @@ def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, 
     run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.checkpointing=true"])
     assert shown(read_log(tmp_path / "prior")) == shown(read_log(run_folder / "prior"))
     assert_equal_states(ema_of(tmp_path / "prior"), ema_of(run_folder / "prior"))
+
+
+@pytest.mark.parametrize("stage", DIFFUSERS)
+def test_diffusers_reads_what_was_trained(run_folder: Path, stage: str) -> None:
+    pytest.importorskip("diffusers")
+    theirs = network_class(stage).from_pretrained(run_folder / stage / "diffusers" / stage)
+    ours = read_part(run_folder / stage / f"{stage}.safetensors", stage)
+    sizes = {name: value for name, value in asdict(ours.params).items() if name != "dropout"}  # which it has no key for
+    assert asdict(read_part(run_folder / stage / "diffusers" / stage, stage).params).items() >= sizes.items()
+    assert_equal_states({component_key(key): x for key, x in ours.state_dict.items()}, dict(theirs.state_dict()))
+
+
+def test_a_stage_starts_from_weights(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """A prior of another run, with dropout that its file has none of; nothing learns at next to no rate."""
+    base = tmp_path / "base.safetensors"
+    part = read_part(run_folder / "prior" / "prior.safetensors", "prior")
+    save_bundle(base, {"prior": replace(part, params=replace(part.params, dropout=0.0))}, {"licence": "MIT, of a base"})
+    before = base.read_bytes()
+    config = tmp_path / "tune.toml"
+    text = (run_folder / "prior.toml").read_text("utf-8")
+    model = text.index("[model]")
+    config.write_text(f"start = '{base}'\n" + text[:model] + text[text.index("[noise]") :], encoding="utf-8")
+    told = [f"run='{tmp_path}'", *inputs, "train.lr=1e-12", "train.muon_lr=0"]
+    tuned = run("prior", config, [*told, "model.dropout=0.3"])
+    assert read_part(tuned, "prior").params == replace(part.params, dropout=0.3)
+    for key, x in read_part(tuned, "prior").state_dict.items():
+        torch.testing.assert_close(x, part.state_dict[key], rtol=0, atol=1e-9)
+    metadata = read_metadata(tuned)
+    assert (metadata["licence"], metadata["base"]) == ("MIT, of a base", "base.safetensors")
+    assert base.read_bytes() == before
+    with pytest.raises(ValueError, match="missing"):
+        run("prior", config, [*told, "model.depth=2", "run='elsewhere'"])
 
 
 def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
@@ -276,9 +312,11 @@ def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
         ]
 
 
-def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
-    run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs])
-    assert not list((tmp_path / "prior").glob("*.png")) and (tmp_path / "prior" / "prior.safetensors").exists()
+def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, tmp_path: Path) -> None:
+    for missing in ("decoder", "vqgan"):
+        run("prior", run_folder / "prior.toml", [f"run='{tmp_path / missing}'", *inputs_of(run_folder, but=missing)])
+        folder = tmp_path / missing / "prior"
+        assert not list(folder.glob("*.png")) and (folder / "prior.safetensors").exists()
 
 
 def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:

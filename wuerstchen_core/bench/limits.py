@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checkpoints.components import component_config
 from ..checkpoints.parts import NETWORKS
 from ..devices import DTYPES
 from ..models.pointwise import product
 from .cases import PICTURE, STAGES, Case
 from .inputs import inputs, one_call
 from .setting import Clock
-from .weights import Sizes, config
+from .weights import Sizes
 
 TRIES, LONGEST = 8, 4.0  # of the product; seconds that they may take
 
@@ -72,6 +73,8 @@ def _peers(part: str, sizes: Sizes) -> Any:
     from .peer import image_encoder, network_class
 
     network: nn.Module = (
-        image_encoder(sizes.image_encoder) if part == "image_encoder" else network_class(part)(**config(part, sizes))
+        image_encoder(sizes.image_encoder)
+        if part == "image_encoder"
+        else network_class(part)(**component_config(part, sizes.of(part)))
     )
     return network

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoints.components import CLASSES
 from ..devices import DTYPES
 from ..diffusion.schedule import linear_times
 from ..diffusion.sizes import decoder_side, prior_side
@@ -23,7 +24,7 @@ from .cases import PICTURE, STAGES, Case
 from .inputs import DECODER_GUIDANCE, PRIOR_GUIDANCE, SEED, inputs, one_call
 from .peer_picture import Painter
 from .setting import Setting
-from .weights import CLASSES, weight_file
+from .weights import weight_file
 
 PACKAGES = ("diffusers", "transformers", "accelerate")
 REQUIREMENTS = "requirements-bench.txt"

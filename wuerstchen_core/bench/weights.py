@@ -10,7 +10,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.components import CLASSES, FILE, component_key, config_text
 from ..checkpoints.parts import NETWORKS, Params, params_from_json, params_to_json
 from ..devices import DTYPES
 from ..models.decoder import DecoderParams
@@ -28,9 +29,7 @@ from .cases import STAGES
 
 SIZES_FILE = "sizes.json"
 PARTS = ("prior", "decoder", "vqgan", "image_encoder")
-FILE = "diffusion_pytorch_model.safetensors"
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}  # in such a file
-CLASSES = {"prior": "WuerstchenPrior", "decoder": "WuerstchenDiffNeXt", "vqgan": "PaellaVQModel"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ def write(folder: Path, part: str, sizes: Sizes, dtype: str, pool: Tensor) -> No
         _fill(key, x, pool, offset)
         offset += x.numel()
     if part in CLASSES:
-        text = json.dumps({"_class_name": CLASSES[part], **config(part, sizes)})
-        (path.parent / "config.json").write_text(text, encoding="utf-8")
+        (path.parent / "config.json").write_text(config_text(part, sizes.of(part)), encoding="utf-8")
 
 
 def _new_file(path: Path, like: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,8 +128,11 @@ def _new_file(path: Path, like: Mapping[str, Tensor], dtype: torch.dtype) -> dic
     for key, x in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         places[key] = end
         end += x.numel() * x.dtype.itemsize
-        name = key.replace("vquantizer.codebook.", "vquantizer.embedding.")
-        header[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [places[key], end]}
+        header[component_key(key)] = {
+            "dtype": NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [places[key], end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -165,13 +166,3 @@ def _gain(key: str) -> float:
     if key.startswith(("out.", "clf.")):  # the noise is divided by what comes of these
         return 0.1
     return 0.5 if key.endswith(("channelwise.4.weight", "to_out.0.weight", "mapper.weight")) else 1.0
-
-
-def config(part: str, sizes: Sizes) -> dict[str, Any]:
-    """A network's sizes under diffusers' names."""
-    values = asdict(sizes.of(part))
-    if part == "vqgan":
-        names = {"c_hidden": "embed_dim", "c_latent": "latent_channels", "codebook_size": "num_vq_embeddings"}
-        return {names.get(key, key): value for key, value in values.items()}
-    unknown = ("feature_scale", "feature_shift", "self_attn")
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in values.items() if key not in unknown}

@@ -14,7 +14,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("no", "bf16", "fp16")
-COMMON = ("run", "inputs", "data", "model", "train")  # what every stage's configuration may hold
+COMMON = ("run", "start", "inputs", "data", "model", "train")  # what every stage's configuration may hold
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,19 @@ class LoopConfig:
 
 
 def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = True) -> None:
-    """Raise ValueError unless a configuration names its run folder and, if `sized`, a model, and no table that nothing
-    reads."""
-    known = [table for table in (*COMMON, *own) if sized or table != "model"]
+    """Raise ValueError unless a configuration names its run folder and, if `sized`, a model or what to start from, and
+    no table that nothing reads."""
+    known = [table for table in (*COMMON, *own) if sized or table not in ("start", "model")]
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
     if not isinstance(config.get("run"), str):
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
-    if sized and "model" not in config:
-        raise ValueError("the configuration has no [model] table: add one with the sizes of the network")
+    if sized and "model" not in config and "start" not in config:
+        raise ValueError(
+            "the configuration has no [model] table: add one with the sizes of the network, or name weights to start "
+            'from at its top, such as start = "demo"'
+        )
 
 
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:

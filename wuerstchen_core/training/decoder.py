@@ -16,7 +16,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .diffusion import DiffusionStage, NoisePrediction
-from .inputs import features_of, frozen, latents_of
+from .inputs import features_of, frozen, latents_of, started
 from .loop import N
 from .objectives import DecoderNoiseConfig, SpoiltFeatures, corrupt_features
 
@@ -55,7 +55,6 @@ class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = self.spoilt = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
-        self.net = Decoder(from_table(DecoderParams, config["model"], "model"))
-        self.net.init_weights()
+        self.net = started(config, "decoder", Decoder, DecoderParams)
         super().__init__(config)
         self.latents = self.pictures.each(partial(latents_of, self.vqgan))

@@ -22,6 +22,7 @@ from ..models.prior import PriorParams, latents_from_features
 from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
+from .inputs import started
 from .loop import Stage
 from .pictures import sheet
 
@@ -51,15 +52,15 @@ def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn
 class Compressor(nn.Module):
     """The encoder and its throw-away decoder."""
 
-    def __init__(self, params: ImageEncoderParams, options: EncoderConfig):
+    def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig):
         super().__init__()
-        self.image_encoder = ImageEncoder(params)
+        self.image_encoder = image_encoder
         # Fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1.
         norm = self.image_encoder.mapper[1]
         norm.get_parameter("weight").data.fill_(PriorParams.feature_scale)
         norm.get_parameter("bias").data.fill_(-PriorParams.feature_shift)
         norm.requires_grad_(False)
-        self.decoder = regression_decoder(params.c_latent, options.widths, options.patch)
+        self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] as they come through latents with `noise` on them."""
@@ -75,8 +76,8 @@ class EncoderStage(Stage[Compressor]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
-        params = from_table(ImageEncoderParams, config["model"], "model")
-        self.net = Compressor(params, self.options)
+        encoder = started(config, "image_encoder", ImageEncoder, ImageEncoderParams)
+        self.net = Compressor(encoder, self.options)
         self.pictures = pictures_of(config, captions=False)
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:

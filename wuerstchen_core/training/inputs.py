@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import build_part, read_part
+from ..checkpoints import build_part, read_metadata, read_part
 from ..checkpoints.read import SHIPPED
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.text_encoder import TextEncoder, tokenize
 from ..models.vqgan import VQGAN
+from ..tables import from_table
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -26,6 +28,33 @@ def source_of(config: Mapping[str, Any], stage: str) -> str | Path:
 def is_there(source: str | Path) -> bool:
     """Whether it is a shipped model's name, or a file or folder."""
     return source in SHIPPED or Path(source).exists()
+
+
+def started(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) -> N:
+    """The network that a stage trains: of `[model]` sizes with its first weights, or that of the source `start`.
+
+    Of that `[model]` may change what is no size, such as the dropout. ValueError where one can't be had.
+    """
+    given, source = config.get("model", {}), config.get("start")
+    if source is None:
+        network = kind(from_table(sizes, given, "model"))
+        if callable(begin := getattr(network, "init_weights", None)):
+            begin()
+        return network
+    found = read_part(source, part)
+    built = build_part(replace(found, params=from_table(sizes, {**asdict(found.params), **given}, "model")))
+    assert isinstance(built, kind)
+    for p in (*built.parameters(), *built.buffers()):  # what lies in the file is not to change
+        p.data = p.data.to(torch.float32 if p.is_floating_point() else None, copy=True)
+    return built.train().requires_grad_(True)
+
+
+def told_of(source: str | Path | None) -> dict[str, Any]:
+    """What a network that is trained from a source says of it: its name and, if known, its licence."""
+    if source is None:
+        return {}
+    licence = read_metadata(source).get("licence")
+    return {"base": Path(source).name, **({"licence": licence} if licence else {})}
 
 
 def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:

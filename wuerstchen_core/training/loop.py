@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoints import save_bundle
+from ..checkpoints.components import is_component, save_component
 from .average import Average, skeleton, worn
 from .chance import Chance
 from .config import LoopConfig
@@ -45,6 +46,7 @@ class Stage(ABC, Generic[N]):
     net: N  # everything that learns
     frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
     pictures: Pictures  # what it learns from
+    told: Mapping[str, Any] = {}  # what the weights' metadata say of where they began
     idle_weights = False  # whether there are steps in which some weights get no gradient
 
     @abstractmethod
@@ -67,6 +69,12 @@ class Stage(ABC, Generic[N]):
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         """Write `net` (the EMA) as what the training is for."""
         save_bundle(path, self.parts(net), metadata)
+
+    def finish(self, folder: Path, net: N) -> None:
+        """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
+        for name, part in self.parts(net).items():
+            if is_component(name, part):
+                save_component(folder / "diffusers" / name, name, part)
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -237,7 +245,9 @@ class _Run:
                 if sheet is not None:
                     replace_file(self.folder / f"sheet-{done:06d}.png", partial(sheet.save, format="PNG"))
             if save:
-                self.stage.save(file, net, {"training": {"step": done}})
+                self.stage.save(file, net, {**self.stage.told, "training": {"step": done}})
+                if done == self.config.steps:
+                    self.stage.finish(self.folder, net)
                 contents = {"step": done, "skipped": self.skipped, "losses": losses, "data": data}
                 contents |= {"net": weights, "average": average, "optimizers": states}
                 write_checkpoint(self.folder, done, contents, self.config.keep)

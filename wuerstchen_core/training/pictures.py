@@ -131,8 +131,9 @@ class DemoPictures(Shown):
             scene = scene._replace(colour=words.randrange(len(COLOURS)))
         return caption(scene, words)
 
-    def held(self) -> Shown:
-        return DemoPictures(self._data, held=True)
+    def held(self) -> Shown | None:
+        held = DemoPictures(self._data, held=True)
+        return held if len(held) else None
 
 
 def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:

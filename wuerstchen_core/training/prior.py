@@ -17,7 +17,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .diffusion import NoisePrediction
-from .inputs import features_of, frozen, is_there, source_of
+from .inputs import features_of, frozen, is_there, source_of, started
 from .objectives import NoiseConfig
 
 # Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
@@ -43,9 +43,7 @@ class PriorStage(NoisePrediction[Prior]):
 
     def start(self, config: Mapping[str, Any]) -> Prior:
         """The network before its first step."""
-        net = Prior(from_table(PriorParams, config["model"], "model"))
-        net.init_weights()
-        return net
+        return started(config, "prior", Prior, PriorParams)
 
     def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
         return ()

@@ -9,6 +9,7 @@ import torch
 
 from ..tables import from_table
 from .config import LoopConfig, check_tables, read_config
+from .inputs import source_of, told_of
 from .loop import train
 
 STAGES = {
@@ -18,7 +19,9 @@ STAGES = {
     "decoder": "DecoderStage",
     "token-decoder": "TokenDecoderStage",
     "prior": "PriorStage",
+    "lora": "LoraStage",
 }
+INPUTS = tuple(stage for stage in STAGES if stage != "lora")  # whose networks other stages ask
 
 
 def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
@@ -28,10 +31,12 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     """
     config = read_config(config_path, overrides)
     kind = getattr(importlib.import_module(f".{stage.replace('-', '_')}", __package__), STAGES[stage])
-    check_tables(config, kind.tables)
-    unknown = sorted(set(config.get("inputs", {})) - set(STAGES))
+    check_tables(config, kind.tables, kind.sized)
+    unknown = sorted(set(config.get("inputs", {})) - set(INPUTS))
     if unknown:
-        raise ValueError(f"[inputs] has no key {', '.join(unknown)}: it takes {', '.join(STAGES)}")
+        raise ValueError(f"[inputs] has no key {', '.join(unknown)}: it takes {', '.join(INPUTS)}")
     loop = from_table(LoopConfig, config.get("train", {}), "train")
     torch.manual_seed(loop.seed)  # of the first weights
-    return train(kind(config), loop, Path(config["run"]) / stage)
+    trained = kind(config)
+    trained.told = told_of(config.get("start") if kind.sized else source_of(config, "prior"))
+    return train(trained, loop, Path(config["run"]) / stage)

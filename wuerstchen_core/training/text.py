@@ -17,7 +17,7 @@ from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
-from .inputs import features_of, frozen
+from .inputs import features_of, frozen, started
 from .loop import Stage
 from .objectives import contrastive_loss
 from .pictures import sheet
@@ -33,11 +33,10 @@ class TextConfig:
 class Contrast(nn.Module):
     """The tower, and two throw-away projections into the joint space."""
 
-    def __init__(self, params: TextEncoderParams, features: int, joint: int):
+    def __init__(self, tower: TextEncoder, features: int, joint: int):
         super().__init__()
-        self.tower = TextEncoder(params)
-        self.tower.init_weights()
-        self.text_projection = nn.Linear(params.width, joint, bias=False)
+        self.tower = tower
+        self.text_projection = nn.Linear(tower.params.width, joint, bias=False)
         self.picture_projection = nn.Sequential(nn.Linear(features, 2 * joint), nn.GELU(), nn.Linear(2 * joint, joint))
         self.scale = nn.Parameter(torch.tensor(14.3).log())  # CLIP's first temperature, 0.07
 
@@ -69,8 +68,8 @@ class TextStage(Stage[Contrast]):
         self.frozen = (self.encoder,)
         self.features = self.pictures.each(self._features_of)
         blank = torch.zeros(1, 3, self.pictures.side, self.pictures.side)  # all pictures are squares of this side
-        params = from_table(TextEncoderParams, config["model"], "model")
-        self.net = Contrast(params, self._features_of(blank).numel(), options.joint)
+        tower = started(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
+        self.net = Contrast(tower, self._features_of(blank).numel(), options.joint)
 
     def _features_of(self, images: Tensor) -> Tensor:
         return latents_from_features(features_of(self.encoder, images))

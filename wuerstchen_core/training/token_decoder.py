@@ -18,7 +18,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .decoder import StageB
-from .inputs import tokens_of
+from .inputs import started, tokens_of
 from .objectives import TokenNoiseConfig, token_loss
 
 WIDEST = 8.0  # the coarsest frequency of `code_features` is so much slower than the finest
@@ -59,8 +59,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.noise = self.spoilt = from_table(TokenNoiseConfig, config.get("noise", {}), "noise")
         codes = from_table(CodesConfig, config.get("codes", {}), "codes")
-        self.net = TokenDecoder(from_table(TokenDecoderParams, config["model"], "model"))
-        self.net.init_weights()
+        self.net = started(config, "token_decoder", TokenDecoder, TokenDecoderParams)
         super().__init__(config)
         codebook = self.vqgan.vquantizer.codebook.weight
         if len(codebook) != self.net.params.num_labels:
@@ -68,7 +67,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
                 f"[model] num_labels is {self.net.params.num_labels}, but Stage A has {len(codebook)} codes: "
                 "give it as many"
             )
-        if codes.width:
+        if codes.width and "start" not in config:
             self._acquaint(codebook, codes.width)
         self.tokens = self.pictures.each(partial(tokens_of, self.vqgan))
 

@@ -19,6 +19,7 @@ from ..models.vqgan import VQGAN, VQGANParams
 from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
+from .inputs import started
 from .loop import Stage
 from .pictures import sheet
 
@@ -36,10 +37,9 @@ class VQGANConfig:
 class Autoencoder(nn.Module):
     """A VQGAN that takes pictures through its codes, or past them."""
 
-    def __init__(self, params: VQGANParams):
+    def __init__(self, vqgan: VQGAN):
         super().__init__()
-        self.vqgan = VQGAN(params)
-        self.vqgan.init_weights()
+        self.vqgan, params = vqgan, vqgan.params
         # A fixed scale leaves the latents at unit variance once divided by the scale factor.
         scale = self.vqgan.down_blocks[-1].get_parameter("1.weight")
         scale.data.fill_(params.scale_factor)
@@ -79,7 +79,7 @@ class VQGANStage(Stage[Autoencoder]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
-        self.net = Autoencoder(from_table(VQGANParams, config["model"], "model"))
+        self.net = Autoencoder(started(config, "vqgan", VQGAN, VQGANParams))
         self.pictures = pictures_of(config, captions=False)
         crop, room = self.options.crop, self.pictures.side - 2 * self.options.margin
         if not 0 < crop <= room:
