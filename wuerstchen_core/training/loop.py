@@ -28,7 +28,7 @@ from .config import LoopConfig
 from .memory import recompute_blocks
 from .pictures import Pictures
 from .pieces import like, load_optimizer, whole
-from .saved import append_row, read_checkpoint, replace_file, rows_until, write_checkpoint, write_rows
+from .saved import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +270,7 @@ class _Run:
         kept = rows_until(self.folder, step)
         self.accelerator.wait_for_everyone()
         if self.main:
+            sweep(self.folder)
             write_rows(self.folder, kept)
         return step, kept[-1]["seconds"] if kept else 0.0, contents["data"] if contents else {}
 

@@ -31,6 +31,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob("*.part"):
+        path.unlink()
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)

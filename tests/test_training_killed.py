@@ -1,0 +1,105 @@
+"""A training that is killed without warning, anywhere, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_line import CONFIG, LineStage, assert_same_training, files
+
+from wuerstchen_core.training.loop import train
+from wuerstchen_core.training.saved import LOG
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that was not there before is forked")
+
+LONG = replace(CONFIG, steps=60, log_every=1, save_every=7, sheet_every=9)
+WAIT = 60.0  # seconds at most
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All steps at once."""
+    return train(LineStage(), LONG, tmp_path_factory.mktemp("whole")).parent
+
+
+@contextmanager
+def apart(work: Callable[[], object]) -> Iterator[int]:
+    """`work` in a process of its own, by its number; it is killed at the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # threads do not come along
+            work()
+        finally:
+            os._exit(0)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def rows(folder: Path) -> int:
+    log = folder / LOG
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def check_killed(folder: Path, whole: Path, seed: int) -> None:
+    """Kill a training at a moment that the seed chooses, twice, and let it go on to its end."""
+    chance = random.Random(seed)
+    steps = sorted(chance.sample(range(1, 55), 2))
+    for step in steps:
+        with apart(lambda: train(LineStage(), LONG, folder)):
+            wait_for(lambda step=step: rows(folder) >= step)  # type: ignore[misc]
+            time.sleep(chance.random() * 0.01)
+    train(LineStage(), LONG, folder)
+    assert_same_training(folder, whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed(tmp_path: Path, whole: Path, seed: int) -> None:
+    check_killed(tmp_path, whole, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3, 23))
+def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
+    check_killed(tmp_path, whole, seed)
+
+
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the file of step 14 is on the disk: it goes on from step 7, and the half is gone."""
+    write = torch.save
+
+    def halfway(contents: dict[str, Any], path: Path) -> None:
+        write(contents, path)
+        if contents["step"] == 14:
+            os.truncate(path, path.stat().st_size // 2)
+            time.sleep(WAIT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", halfway)
+        with apart(lambda: train(LineStage(), LONG, tmp_path)):
+            half = tmp_path / "checkpoint-00000014.pt.part"
+            wait_for(half.exists)
+            wait_for(lambda: 0 < half.stat().st_size < (whole / "checkpoint-00000056.pt").stat().st_size * 0.6)
+    assert half.exists() and "checkpoint-00000014.pt" not in files(tmp_path)
+    (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # as another process left it
+    train(LineStage(), LONG, tmp_path)
+    assert_same_training(tmp_path, whole)
