@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, PRIOR
 from PIL import Image
 from tiny_model import write_tiny_bundle
 
@@ -230,23 +229,6 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     assert json.loads((tmp_path / "evaluation_v1.json").read_text()) == fewer
     tables = (f"{remake.number_table(numbers)}\n" for numbers in (NUMBERS, fewer))
     assert (tmp_path / "README.md").read_text() == readme.format(*marks, *tables)
-
-
-def test_the_lora_is_of_diffusers_form_and_changes_the_prior_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = DemoPictures({"canvas": 64, "things": 2})
-    monkeypatch.setattr(lora, "DemoPictures", lambda: few)
-    networks = {name: NETWORKS[name].perturbed() for name in ("prior", "image_encoder")}
-    pipe = WuerstchenPipeline(**networks, prior_text_encoder=NETWORKS["text_encoder"].perturbed())
-    before = {key: tensor.clone() for key, tensor in pipe.prior.state_dict().items()}
-    state = lora.train(pipe, steps=2)
-    after = pipe.prior.state_dict()
-    base = {key.replace("parametrizations.weight.original", "weight"): x for key, x in after.items()}
-    assert all(torch.equal(base[key], tensor) for key, tensor in before.items())
-    layers = [f"blocks.{3 * i + 2}.attention.{name}" for i in range(PRIOR.depth) for name in lora.PROJECTIONS]
-    assert set(state) == {f"prior.{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
-    for layer in layers:
-        down, up = (state[f"prior.{layer}.lora_{half}.weight"] for half in "AB")
-        assert down.shape == (lora.RANK, PRIOR.c) and up.shape == (PRIOR.c, lora.RANK) and up.any()
 
 
 def test_a_readme_without_marks_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

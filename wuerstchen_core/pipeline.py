@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .checkpoints import PARTS, Part, build_part
+from .checkpoints.merge import Loras, merge_loras
 from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
 from .checkpoints.versions import check_release
@@ -39,12 +40,13 @@ class WuerstchenPipeline(Editing):
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
         compile: bool = False,
+        lora: Source | Loras | None = None,
     ) -> WuerstchenPipeline:
         """The shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or sources by part:
         {"prior": FILE, ...}, of which the prior's, or else the first, says how the model is used.
 
         `version` ("v1" or "v2") decides about a prior 1024 wide that nothing else tells apart. `compile` calls
-        the method of that name.
+        the method of that name. `lora` is a LoRA file for the prior (and its text tower), or strengths by file.
         A source that holds some parts only gives a pipeline with these. Raises ValueError where one can't be read.
         """
         target = pick_device(device)
@@ -58,6 +60,8 @@ class WuerstchenPipeline(Editing):
             wanted = torch.float32 if name in FP32_PARTS else chosen
             # A twin is the one text tower that serves both stages.
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=wanted)
+        if lora is not None:
+            merge_loras(networks, lora if isinstance(lora, Mapping) else {lora: 1.0})
         pipeline = cls(**networks, metadata=metadata)
         if compile:
             pipeline.compile()

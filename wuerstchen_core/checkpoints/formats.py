@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import reduce
 
@@ -137,6 +138,22 @@ def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
             _transformers_layer(key, own, out)
         elif key not in dropped:
             out[key] = x  # strict loading will name it
+    return out
+
+
+def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """The layers of a text tower in transformers' names, without their prefix; the rest stays."""
+    theirs = {ours: name for name, ours in _TRANSFORMERS_LAYER.items()}
+    out: dict[str, AnyTensor] = {}
+    for key, x in state.items():
+        found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+        if found is None:
+            out[key] = x
+        elif found[2] == "attn.in_proj":
+            for index, name in enumerate("qkv"):
+                out[f"encoder.layers.{found[1]}.self_attn.{name}_proj.{found[3]}"] = _third(x, index)
+        else:
+            out[f"encoder.layers.{found[1]}.{theirs[found[2]]}.{found[3]}"] = x
     return out
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
     option("--compile", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what to stay away from")
+        text = "a LoRA of Stage C, and how much of it (default: 1); can be given several times"
+        option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
         text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
         option("--schedule", choices=("original", "diffusers", "linear", "fast"), help=text)
         option("--sampler", choices=("ddpm", "ddim"), help="of Stage C (default: ddpm; ddim with the fast schedule)")
@@ -82,7 +85,11 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
     from ..pipeline import WuerstchenPipeline
 
     told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
-    pipeline = WuerstchenPipeline.load(options.model, **told)
+    loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
+    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **told)
+    models: dict[str, Any] = {"model": Path(options.model).name}
+    if loras:
+        models["loras"] = {Path(file).name: strength for file, strength in loras.items()}
     report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
     sampling = pipeline.sampling.changed(**numbers).numbers()
     report["load_seconds"] = round(time.perf_counter() - started, 3)
@@ -95,13 +102,22 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
         for image in images:
             number = len(report["images"]) if (pictures or len(jobs)) > 1 else None
             path = output_path(options.output, title, number)
-            made = {**job.made, "seed": job.seed, "model": Path(options.model).name, **_told(sampling, image)}
+            made = {**job.made, "seed": job.seed, **models, **_told(sampling, image)}
             save_picture(image, path, made)
             report["images"].append({"path": str(path), "seed": job.seed, "seconds": progress.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")
     if options.json:
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file and its strength out of FILE or FILE:STRENGTH; a drive's colon is a part of the file."""
+    file, _, strength = text.rpartition(":")
+    try:
+        return file, float(strength)
+    except ValueError:
+        return text, 1.0
 
 
 def _told(sampling: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:

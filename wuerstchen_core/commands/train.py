@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior")
+STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
 
 
 def add(commands: Any) -> None:

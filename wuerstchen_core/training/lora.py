@@ -1,0 +1,110 @@
+"""Train a LoRA (arXiv 2106.09685) of a prior: low-rank changes of some of its weights, which stay as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..checkpoints.write import write_tensors
+from ..models.prior import Prior
+from ..tables import from_table
+from .inputs import frozen
+from .prior import PriorStage
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The `[lora]` table."""
+
+    rank: int = 4
+    alpha: float = 0.0  # the change is scaled by alpha / rank; 0: alpha is the rank
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the paths of the changed layers end
+    dropout: float = 0.0  # of what the adapters see; the prior's own is as in its file
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"[lora] rank must be 1 or more, got {self.rank}")
+        if self.alpha < 0:
+            raise ValueError(f"[lora] alpha must be above 0, or 0 for the rank, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"[lora] dropout is a share from 0 to below 1, got {self.dropout}")
+
+    def of_peft(self) -> LoraConfig:
+        """As peft takes it."""
+        from peft import LoraConfig
+
+        alpha: Any = self.alpha or self.rank  # which peft calls a whole number, and multiplies with
+        return LoraConfig(
+            r=self.rank, lora_alpha=alpha, target_modules=list(self.targets), lora_dropout=self.dropout
+        )  # fmt: skip
+
+
+def attach(net: nn.Module, config: AdapterConfig) -> None:
+    """Freeze a network and put adapters on it, which start as no change; its state dict is then theirs alone.
+
+    ValueError if a target names no linear layer.
+    """
+    from peft import inject_adapter_in_model
+
+    layers = [f".{path}" for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    for target in config.targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            raise ValueError(f"[lora] targets: no linear layer's path ends in {target!r}; to_q and kv_mapper.1 are two")
+    inject_adapter_in_model(config.of_peft(), net.requires_grad_(False))
+    learned = {name for name, p in net.named_parameters() if p.requires_grad}
+
+    def leave_out(net: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+        for key in [key for key in state if key.removeprefix(prefix) not in learned]:
+            del state[key]
+
+    def ask_for_no_more(net: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key in learned]
+
+    net.register_state_dict_post_hook(leave_out)
+    net.register_load_state_dict_post_hook(ask_for_no_more)
+
+
+class LoraStage(PriorStage):
+    """Adapters on a prior, trained as the prior itself is."""
+
+    name = "lora"
+    tables: tuple[str, ...] = ("noise", "lora")
+    sized = False
+
+    def start(self, config: Mapping[str, Any]) -> Prior:
+        """The prior that `[inputs]` names, with adapters on it."""
+        if self.noise.slow_times:
+            raise ValueError("[noise] slow_times is of no use to a LoRA, which leaves the time as it is: take it out")
+        self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
+        prior = frozen(config, "prior", "prior", Prior)
+        attach(prior, self.adapters)
+        return prior
+
+    def finish(self, folder: Path, net: Prior) -> None:
+        """There is no more to write."""
+
+    def parts(self, net: Prior) -> dict[str, nn.Module]:
+        """None: a LoRA is no network."""
+        return {}
+
+    def save(self, path: Path, net: Prior, metadata: Mapping[str, Any]) -> None:
+        """Write the adapters under diffusers' names.
+
+        The scale is multiplied into them: not every reader knows a place for alpha (`load_lora_adapter` of diffusers
+        knows none), and all take it for the rank where it is missing.
+        """
+        scale = {"A": 1.0, "B": (self.adapters.alpha or self.adapters.rank) / self.adapters.rank}
+        state = {}
+        for key, x in net.state_dict().items():
+            layer, half = key.removesuffix(".default.weight").rsplit(".lora_", 1)
+            state[f"prior.{layer}.lora_{half}.weight"] = x * scale[half]
+        told = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
+        write_tensors(path, state, {"format": "pt", **told})
