@@ -17,6 +17,32 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe's one command over tiny configurations; `bundle.safetensors` beside the stages."""
+    from training_stages import write_configs
+
+    from wuerstchen_core.demo.recipe import build, build_v1
+
+    folder = tmp_path_factory.mktemp("run")
+    write_configs(folder, Path("overridden"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "RECIPE", folder)
+        build.main(["--run", str(folder), "--output", str(folder / "bundle.safetensors")])
+        patch.setattr(build_v1, "RECIPE", folder)
+        patch.setattr(build_v1, "demo_path", lambda name="demo": folder / "bundle.safetensors")
+        build_v1.main(["--run", str(folder / "v1"), "--output", str(folder / "v1" / "bundle.safetensors")])
+    return folder
+
+
+@pytest.fixture
+def inputs(run_folder: Path) -> list[str]:
+    """Overrides with which a stage in another folder takes the networks of that run."""
+    from training_stages import inputs_of
+
+    return inputs_of(run_folder)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     """Count after pytest's own summary: host tests tell their version by `record_property("host_version", ...)`."""

@@ -96,7 +96,7 @@ MISTAKES = {
     "train": r"^--set 'train' is not of the form table.key=value$",
     "train.steps.more=1": r"^--set 'train.steps.more=1' names a key inside steps, which is no table$",
     "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, feature_scale, ",
-    "modle.depth=2": r"^the configuration has no place for modle: it takes run, start, inputs, data, model, train, noise$",
+    "modle.depth=2": r"^the configuration has no place for modle: it takes run, start, inputs, data, ",
     "vqgan.crop=32": r"^the configuration has no place for vqgan: ",
     "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
     "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",

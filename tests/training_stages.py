@@ -16,6 +16,7 @@ from wuerstchen_core.training.saved import checkpoints
 
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of v2, in the order in which they need each other
 ALL = (*STAGES, "token-decoder")
+DIFFUSERS = ("vqgan", "decoder", "prior")  # stages whose networks it has
 
 COMMON = """
 run = {run}
@@ -128,6 +129,12 @@ def launch(*command: str) -> None:
         [*launcher, *command], env={**os.environ, **told}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def inputs_of(run: Path, but: str = "") -> list[str]:
+    """Overrides with which a stage in another folder takes the networks of a run, all but one's."""
+    files = {stage: run / stage / f"{stage}.safetensors" for stage in ALL if stage != but}
+    return [f"inputs.{stage}='{file}'" for stage, file in files.items() if file.exists()]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,124 @@
+"""What comes of trainings: bundles that paint, files that diffusers reads, weights to start from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_stages import DIFFUSERS, STAGES, assert_equal_states, ema_of, inputs_of, read_log
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.bench.peer import network_class
+from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
+from wuerstchen_core.checkpoints.components import component_key
+from wuerstchen_core.checkpoints.precision import FP8
+from wuerstchen_core.demo.recipe import build, build_v1
+from wuerstchen_core.models.image_encoder import ImageEncoder
+from wuerstchen_core.training.run import run
+
+pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+
+@pytest.mark.parametrize("stage", DIFFUSERS)
+def test_diffusers_reads_what_was_trained(run_folder: Path, stage: str) -> None:
+    pytest.importorskip("diffusers")
+    theirs = network_class(stage).from_pretrained(run_folder / stage / "diffusers" / stage)
+    ours = read_part(run_folder / stage / f"{stage}.safetensors", stage)
+    sizes = {name: value for name, value in asdict(ours.params).items() if name != "dropout"}  # which it has no key for
+    assert asdict(read_part(run_folder / stage / "diffusers" / stage, stage).params).items() >= sizes.items()
+    assert_equal_states({component_key(key): x for key, x in ours.state_dict.items()}, dict(theirs.state_dict()))
+
+
+def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
+    """A prior of another run, with dropout that its file has none of; nothing learns at next to no rate."""
+    base = tmp_path / "base.safetensors"
+    part = read_part(run_folder / "prior" / "prior.safetensors", "prior")
+    save_bundle(base, {"prior": replace(part, params=replace(part.params, dropout=0.0))}, {"licence": "MIT, of a base"})
+    before = base.read_bytes()
+    config = tmp_path / "tune.toml"
+    text = (run_folder / "prior.toml").read_text("utf-8")
+    model = text.index("[model]")
+    config.write_text(f"start = '{base}'\n" + text[:model] + text[text.index("[noise]") :], encoding="utf-8")
+    told = [f"run='{tmp_path}'", *inputs_of(run_folder), "train.lr=1e-12", "train.muon_lr=0"]
+    tuned = run("prior", config, [*told, "model.dropout=0.3"])
+    assert read_part(tuned, "prior").params == replace(part.params, dropout=0.3)
+    for key, x in read_part(tuned, "prior").state_dict.items():
+        torch.testing.assert_close(x, part.state_dict[key], rtol=0, atol=1e-9)
+    metadata = read_metadata(tuned)
+    assert (metadata["licence"], metadata["base"]) == ("MIT, of a base", "base.safetensors")
+    assert base.read_bytes() == before
+    with pytest.raises(ValueError, match="missing"):
+        run("prior", config, [*told, "model.depth=2", "run='elsewhere'"])
+
+
+def test_the_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == set(STAGES) and metadata["training"]["prior"]["step"] == 4
+    assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert all(getattr(pipe, part) is not None for part in PARTS_OF["v2"])
+    assert pipe.prior_text_encoder is pipe.decoder_text_encoder
+    assert (pipe.sampling.width, pipe.sampling.prior_steps) == (256, 20)
+    trained = ema_of(run_folder / "prior")["projection.weight"]
+    assert torch.equal(pipe.prior.projection.weight, trained.bfloat16().float())
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_the_v1_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "v1" / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "token_decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == {"vqgan", "encoder", "text", "token-decoder", "prior"}
+    assert metadata["version"] == "v1" and "apple" in metadata["vocabulary"]["words"]
+    assert any(x.dtype == FP8 for x in load_file(bundle).values())
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert pipe.version == "v1" and all(getattr(pipe, part) is not None for part in PARTS_OF["v1"])
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
+    """The same encoder but for its last layer, before fp8."""
+    of_v2 = read_part(run_folder / "bundle.safetensors", "image_encoder")
+    encoders: list[ImageEncoder] = []
+    for part in (of_v2, build_v1.in_v1_units(of_v2)):
+        encoder = ImageEncoder(part.params).eval()
+        encoder.load_state_dict({key: x.double() if x.is_floating_point() else x for key, x in part.state_dict.items()})
+        encoders.append(encoder.double())
+    pixels = torch.rand(1, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (encoder(pixels) for encoder in encoders)
+    torch.testing.assert_close(after, (before + 1) / 42, rtol=0, atol=1e-9)
+    assert after.std() > 0
+
+
+def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prior.safetensors is missing: train the prior first$"):
+        build.assemble(tmp_path, tmp_path / "bundle.safetensors")
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ValueError, match=r"log.jsonl is missing or empty: train the "):
+        build.last_step(tmp_path)
+
+
+def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "again.safetensors"
+    monkeypatch.setattr(build, "RECIPE", tmp_path)
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
+    assert not (tmp_path / "logs").exists()
+    monkeypatch.setattr(build, "demo_path", lambda: target)
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    for stage in STAGES:
+        assert read_log(run_folder / stage) == [
+            json.loads(line) for line in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
+        ]
