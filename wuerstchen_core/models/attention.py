@@ -19,10 +19,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c].
 
     For training on a CPU the plain products are used: with a backward pass, in bf16, they take a third of the time of
-    torch's fused attention (measured at 64 and 36 queries).
+    torch's fused attention at 64 and 36 queries, and three quarters at 576.
     """
     if q.device.type == "cpu" and q.requires_grad:
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
         return F.dropout(weights, dropout) @ v
     if q.dtype == torch.bfloat16 and plain_cpu(q, k, v) and not dropout and not _has_amx():
         return _in_pieces(q, k, v)
