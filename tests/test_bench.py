@@ -77,6 +77,9 @@ def test_pictures_are_compared_only_in_equal_steps(folder: Path) -> None:
     report = running.run(plan, silent)
     assert report.rows[0].difference is None
     assert "ours in 2+2 steps, the peer in 30+12" in report.notes[0]
+    told = report.as_dict()["rows"][0]
+    ours, peer = (told[side]["flops_per_second"] * told[side]["median"] for side in ("ours", "peer"))
+    assert ours == pytest.approx(told["flops"]) and peer > 4 * ours  # each by its own steps
 
 
 def test_how_far_both_sides_are_from_fp32(folder: Path) -> None:

@@ -53,7 +53,7 @@ class Row:
     """A case, and what was measured of it."""
 
     case: Case
-    flops: int  # of one round, by the peer's network
+    flops: int  # of one round of ours, by the peer's network
     weights: int  # bytes
     ours: Measured = field(default_factory=Measured)
     peer: Measured | None = None

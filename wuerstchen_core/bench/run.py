@@ -158,9 +158,10 @@ class _Run:
         plan = self.plan
         outputs = [side.output(case) if side is not None and compare else None for side in (ours, peer, exact)]
         alike = case.stage != PICTURE or plan.steps == STEPS
+        work = {steps: flops(case, plan.networks, plan.peer, steps) for steps in {plan.steps, STEPS}}
         row = Row(
             case,
-            flops=flops(case, plan.networks, plan.peer, STEPS),
+            flops=work[plan.steps],
             weights=sum(bytes_of(part, plan.networks, case.dtype) for part in STAGES[case.stage].parts),
             difference=_relative(outputs[0], outputs[1]) if alike else None,
         )
@@ -169,9 +170,9 @@ class _Run:
             row.peer = Measured(error=_relative(outputs[1], outputs[2]))
         del outputs
         times = interleave(ours, peer, case, plan.repeat, self.clock)
-        for side, time_of in zip((row.ours, row.peer), times, strict=True):
+        for side, time_of, steps in zip((row.ours, row.peer), times, (plan.steps, STEPS), strict=True):
             if side is not None and time_of is not None:
-                side.fill(time_of, row.flops, self.report.peaks[case.dtype])
+                side.fill(time_of, work[steps], self.report.peaks[case.dtype])
         return row
 
     def _apart(self, folder: Path) -> None:
