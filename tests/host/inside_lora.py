@@ -17,6 +17,7 @@ WEIGHT = "blocks.2.attention.to_q.weight"
 # What is loaded over the untouched models, one after the other: file, strength of the model and of the CLIP.
 RUNS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "golden": (("golden", 1.0, 1.0),),
+    "trained": (("trained", 1.0, 1.0),),
     "stacked": (("diffusers", 1.0, 1.0), ("other", -0.5, 2.0)),
     "there and back": (("diffusers", 3.0, 3.0), ("diffusers", -3.0, -3.0)),
     "model only": (("diffusers", 1.0, 0.0),),

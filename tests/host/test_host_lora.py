@@ -20,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wuerstchen_core.checkpoints import load_text_encoder, read_part, save_bundle
+from wuerstchen_core.checkpoints import load_prior, load_text_encoder, read_part, save_bundle
 from wuerstchen_core.checkpoints.adapters import merge_lora
 from wuerstchen_core.checkpoints.lora import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
+from wuerstchen_core.training.lora import AdapterConfig, attach, write_lora
 
 Graph = dict[str, Any]
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
@@ -38,6 +39,7 @@ SCALE = ALPHA / RANK
 NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_of_tower(64), seed=1)
 OTHER = random_factors(attention_of_prior(), seed=2), random_factors(attention_of_tower(64), seed=3)
 DIFFUSERS = FORMS["diffusers"]
+TRAINED = AdapterConfig(RANK, ALPHA)
 
 
 def sdxl() -> dict[str, Tensor]:
@@ -89,10 +91,21 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     states["golden"] = {f"prior.{key}": x for key, x in Golden("prior_lora_diffusers").under("prior.").items()}
     for name, state in states.items():
         save_file(state, folder / f"{name}.safetensors")
+    write_lora(folder / "trained.safetensors", trained(golden_bundle), TRAINED, {"training": {"step": 1}})
     (folder / "inputs").mkdir()
     inputs = {"x": golden["in/x"], "t": golden["in/r_tmix"], "text": golden["in/c"]}
     save_file(inputs, folder / "inputs" / "prior.safetensors")
     return run_inside(install, "inside_lora.py", folder / "inputs", golden_bundle, folder)
+
+
+def trained(bundle: Path) -> Prior:
+    """The core's prior with adapters of peft on it."""
+    prior = load_prior(bundle)
+    attach(prior, TRAINED)
+    for name, half in (("B", 0), ("A", 1)):
+        factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in NETWORK.items()}
+        prior.load_state_dict(prior.state_dict() | factors)
+    return prior.eval().requires_grad_(False)
 
 
 def noise(bundle: Path, *loras: tuple[dict[str, Tensor], float]) -> Tensor:
@@ -124,6 +137,15 @@ def test_the_golden_lora_gives_diffusers_numbers(inside: Inside) -> None:
     assert_near(tensors["golden/noise"], Golden("prior_lora_diffusers")["golden/eps_tmix_with_lora"], TOLERANCE)
     assert_near(tensors["untouched/noise"], Golden("prior_small")["out/eps_tmix"], TOLERANCE)
     assert facts["golden"] == [False, True, []] and facts["untouched"] == [True, True, []]
+
+
+def test_what_our_trainer_writes_changes_the_model_as_peft_does(inside: Inside, golden_bundle: Path) -> None:
+    tensors, facts = inside
+    golden = Golden("prior_small")
+    wanted = trained(golden_bundle)(golden["in/x"], golden["in/r_tmix"], golden["in/c"])
+    assert facts["trained"] == [False, True, []]
+    assert_near(tensors["trained/noise"], wanted, TOLERANCE)
+    assert (wanted - tensors["untouched/noise"]).abs().max() > 0.01
 
 
 def test_every_naming_changes_model_and_clip_alike(inside: Inside, golden_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -26,6 +27,8 @@ def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
     """
     for file, strength in loras.items():
         name, lora = Path(file).name, read_lora(file)
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength}")
         if lora.unknown:
             raise ValueError(
                 f"{len(lora.unknown)} keys of {name} are no LoRA's that is understood ({listed(lora.unknown)}): "

@@ -72,6 +72,21 @@ def attach(net: nn.Module, config: AdapterConfig) -> None:
     net.register_load_state_dict_post_hook(ask_for_no_more)
 
 
+def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapping[str, Any]) -> None:
+    """Write what `attach` put on a prior as a file with diffusers' names; the metadata stand in its header.
+
+    The scale is multiplied into the tensors: not every reader knows a place for alpha (`load_lora_adapter` of diffusers
+    knows none), and all take it for the rank where it is missing.
+    """
+    scale = {"A": 1.0, "B": (config.alpha or config.rank) / config.rank}
+    state = {}
+    for key, x in net.state_dict().items():
+        layer, half = key.removesuffix(".default.weight").rsplit(".lora_", 1)
+        state[f"prior.{layer}.lora_{half}.weight"] = x * scale[half]
+    told = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
+    write_tensors(path, state, {"format": "pt", **told})
+
+
 class LoraStage(PriorStage):
     """Adapters on a prior, trained as the prior itself is."""
 
@@ -96,15 +111,4 @@ class LoraStage(PriorStage):
         return {}
 
     def save(self, path: Path, net: Prior, metadata: Mapping[str, Any]) -> None:
-        """Write the adapters under diffusers' names.
-
-        The scale is multiplied into them: not every reader knows a place for alpha (`load_lora_adapter` of diffusers
-        knows none), and all take it for the rank where it is missing.
-        """
-        scale = {"A": 1.0, "B": (self.adapters.alpha or self.adapters.rank) / self.adapters.rank}
-        state = {}
-        for key, x in net.state_dict().items():
-            layer, half = key.removesuffix(".default.weight").rsplit(".lora_", 1)
-            state[f"prior.{layer}.lora_{half}.weight"] = x * scale[half]
-        told = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
-        write_tensors(path, state, {"format": "pt", **told})
+        write_lora(path, net, self.adapters, metadata)
