@@ -90,7 +90,7 @@ class WuerstchenPriorSample(io.ComfyNode):
             node_id="WuerstchenPriorSample",
             display_name="Würstchen Prior Sample",
             category="Würstchen/sampling",
-            description="Stage C: decides what the picture shows, with the original's DDPM sampler.",
+            description="Stage C: decides what the picture shows, by the original's DDPM, or DDIM along the fast schedule.",
             search_aliases=["ksampler", "stage c", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior of a Würstchen loader."),
@@ -237,7 +237,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
 
 
 class WuerstchenScheduler(io.ComfyNode):
-    """The published schedules, for the host's own samplers."""
+    """The schedules, for the host's own samplers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -245,7 +245,7 @@ class WuerstchenScheduler(io.ComfyNode):
             node_id="WuerstchenScheduler",
             display_name="Würstchen Scheduler",
             category="Würstchen/sampling",
-            description="The noise levels of Würstchen's published schedules, for SamplerCustom.",
+            description="The noise levels of Würstchen's schedules, for SamplerCustom.",
             search_aliases=["sigmas", "schedule", "steps", "noise levels"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior or decoder of a Würstchen loader."),

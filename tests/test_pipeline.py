@@ -206,7 +206,8 @@ def test_the_fast_schedule_sets_the_steps_of_both_stages() -> None:
     assert fast.changed(decoder_steps=7).prior_steps == FAST_STEPS[0]
     assert Sampling().changed(schedule="fast", sampler="ddpm").sampler == "ddpm"
     for other in ({"schedule": "original"}, {"prior_steps": 8}):
-        assert fast.changed(**other).sampler == "ddpm"
+        assert (fast.changed(**other).sampler, fast.changed(**other).decoder_steps) == ("ddpm", 12)
+    assert fast.changed(decoder_steps=7).changed(schedule="fast").decoder_steps == 7
     assert V1.changed(schedule="fast").decoder_steps == V1.decoder_steps  # tokens were not measured
 
 

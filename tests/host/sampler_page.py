@@ -19,7 +19,8 @@ What ComfyUI's own sampling nodes make of Würstchen. This page is written by `t
 ## What to use
 
 1. **Würstchen Prior Sample** and **Würstchen Decoder Sample**, or SamplerCustom and SamplerCustomAdvanced with
-   **Würstchen Scheduler** and **Würstchen Sampler**: the original's DDPM and its schedules, last step included.
+   **Würstchen Scheduler** and **Würstchen Sampler**: the original's DDPM and its schedules, last step included; or,
+   for the shipped model, *fast* with *ddim* ([fewer steps](steps.md)).
    Würstchen was trained for it, and its authors judged it with it.
 2. KSampler with **ddpm** and **simple**: the same steps at the same times; only the last one differs, which returns
    the clean picture where the original keeps a hundredth of the noise. The times of 10, 12, 20, 30 and 60 steps are
