@@ -16,6 +16,7 @@ from .checkpoints.parts import check_towers
 from .checkpoints.read import open_source
 from .checkpoints.versions import check_release
 from .devices import pick_device, pick_dtype
+from .diffusion.samplers import Seed
 from .editing import Editing
 from .prompts import Prompt
 from .sampling import Callback, ignore
@@ -75,7 +76,7 @@ class WuerstchenPipeline(Editing):
         negative: str = "",
         width: int | None = None,
         height: int | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         count: int = 1,
         schedule: str | None = None,
         prior_steps: int | None = None,
@@ -88,7 +89,8 @@ class WuerstchenPipeline(Editing):
         sampler: str | None = None,
         callback: Callback | None = None,
     ) -> list[Image.Image]:
-        """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i.
+        """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i, or
+        `seed[i]`.
 
         A prompt with weights, {"a cat": 2, "a dog": 1}, is a mix: the weighted average of what the texts say.
         None stands for the model's own default. Raises ValueError, before any work, where a value cannot be used.
@@ -116,7 +118,8 @@ class WuerstchenPipeline(Editing):
         images: list[Image.Image] = []
         for _, alike in groupby(wanted, lambda states: states[0].shape):  # only texts of one length share a batch
             texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*alike, strict=True)]
-            told: dict[str, Any] = {"seed": seed + len(images), "callback": report}
+            seeds = seed[len(images) :] if isinstance(seed, Sequence) else seed + len(images)
+            told: dict[str, Any] = {"seed": seeds, "callback": report}
             features = self.sample_prior(texts[0], sampling, negative=unwanted[0], **told)
             images += self.decode(self.sample_decoder(features, texts[1], sampling, negative=unwanted[1], **told))
         report("picture", 1, 1, None)

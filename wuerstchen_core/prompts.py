@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoints import PARTS_OF
 from .demo.vocabulary import vocabulary_note
+from .diffusion.samplers import Seed
 from .sampling import Callback, check_count, ignore
 from .stages import Stages, need
 
@@ -35,7 +36,7 @@ class Prompts(Stages):
             return prior, prior
         return prior, self.prompt_states(prompt, "decoder_text_encoder")
 
-    def check(self, prompts: Sequence[Prompt], count: int, seed: int, *, with_pictures: bool = False) -> None:
+    def check(self, prompts: Sequence[Prompt], count: int, seed: Seed, *, with_pictures: bool = False) -> None:
         """Raise ValueError where no picture can come of it; words that the model never learned are logged, once."""
         check_count(count, seed)
         for name in PARTS_OF[self.version]:

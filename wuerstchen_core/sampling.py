@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .diffusion.samplers import STEPS, Progress, sampler_of
+from .diffusion.samplers import STEPS, Progress, Seed, sampler_of
 from .diffusion.schedule import FAST_STEPS, linear_times, named_times
 from .diffusion.sizes import check_size
 from .diffusion.tokens import MODES
@@ -86,7 +86,7 @@ class Sampling:
         """These numbers with `given` in their place; None means unchanged.
 
         A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps, and
-        for its sampler; the fast one asks for few steps of Stage B too.
+        for its sampler; with the fast one the steps of Stage B change, too.
         """
         asked = {name: value for name, value in given.items() if value is not None}
         if idle := [name.replace("_", " ") for name in TOKENS if name in asked and not self.tokens]:
@@ -100,8 +100,9 @@ class Sampling:
             asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
         if "schedule" in asked and asked["schedule"] != self.schedule:
             asked.setdefault("sampler", sampler_of(asked["schedule"]))
-        if asked.get("schedule") == "fast" and not self.tokens:
-            asked.setdefault("decoder_steps", FAST_STEPS[1])
+            if "fast" in (asked["schedule"], self.schedule) and not self.tokens:
+                few, many = FAST_STEPS[1], Sampling.decoder_steps
+                asked.setdefault("decoder_steps", few if asked["schedule"] == "fast" else many)
         return replace(self, **asked)
 
     def numbers(self) -> dict[str, Any]:
@@ -140,11 +141,16 @@ def _like(default: Any, value: Any) -> Any:
     return type(default)(value)
 
 
-def check_count(count: int, seed: int) -> None:
+def check_count(count: int, seed: Seed) -> None:
     """Raise ValueError unless there is something to paint, and a seed for each picture."""
     if count < 1:
         raise ValueError(f"{count} pictures were asked for: give at least one prompt, and a count of at least 1")
-    if not 0 <= seed <= LARGEST_SEED - count:
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds were given for {count} pictures: give one number, or one for each")
+        for one in seed:
+            check_count(1, one)
+    elif not 0 <= seed <= LARGEST_SEED - count:
         raise ValueError(f"seed {seed} cannot be used: choose a number from 0 to {LARGEST_SEED - count}")
 
 

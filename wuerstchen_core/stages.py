@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoints import PARTS
 from .checkpoints.parts import release
 from .compiling import can_compile, compile_network
-from .diffusion.samplers import STEPS, guidance, guided, sample, seeded_noise
+from .diffusion.samplers import STEPS, Seed, guidance, guided, sample, seeded_noise
 from .diffusion.schedule import diffuse, strength_times
 from .diffusion.sizes import decoder_side, prior_side
 from .diffusion.tokens import SeededTokenNoise, sample_tokens
@@ -26,8 +25,6 @@ from .models.token_decoder import TokenDecoder
 from .models.vqgan import VQGAN
 from .pictures import to_pictures
 from .sampling import Callback, Sampling, sampler_progress
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -73,9 +70,9 @@ class Stages:
         """Let torch compile Stages C and B at their first steps, which take longer; `options` are `torch.compile`'s.
 
         Where it can't, it says so in the log, and they stay as they are. It is meant for GPUs: a CPU is slower with it.
+        ValueError where torch doesn't know the options. What compiled networks do otherwise: `compile_network`.
         """
         if not can_compile(self.device, **options):
-            logger.warning("torch.compile finds no compiler here: the networks run without it")
             return
         for name in DENOISERS:
             if getattr(self, name) is not None:
@@ -96,7 +93,7 @@ class Stages:
         sampling: Sampling,
         *,
         negative: Tensor | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         callback: Callback | None = None,
         init: Tensor | None = None,
         mask: Tensor | None = None,
@@ -146,7 +143,7 @@ class Stages:
         sampling: Sampling,
         *,
         negative: Tensor | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         callback: Callback | None = None,
         init: Tensor | None = None,
         mask: Tensor | None = None,
@@ -235,7 +232,7 @@ def _paint_tokens(
     vqgan: VQGAN,
     shape: tuple[int, int, int],
     sampling: Sampling,
-    seed: int,
+    seed: Seed,
     callback: Callback | None,
     init: Tensor | None,
     mask: Tensor | None,

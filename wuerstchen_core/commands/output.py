@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "wuerstchen"  # of the PNG text that says how a picture was made
 SLUG_LENGTH = 60
@@ -44,13 +45,18 @@ def output_path(output: Path | None, prompt: str, number: int | None) -> Path:
 
 def save_picture(image: Image.Image, path: Path, made: dict[str, Any]) -> None:
     """Write a picture, complete or not at all; a PNG carries as text how it was `made`."""
+    draft = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    try:
+        image.save(draft, pnginfo=png_text(made), quality=95)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def png_text(made: dict[str, Any]) -> PngInfo:
+    """The text of a PNG that says how it was `made`."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_itxt(METADATA_KEY, json.dumps(made, ensure_ascii=False))
-    draft = path.with_name(f".{os.getpid()}.part{path.suffix}")
-    try:
-        image.save(draft, pnginfo=text, quality=95)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    return text

@@ -18,7 +18,9 @@ from .progress import Progress
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..pipeline import WuerstchenPipeline
 
+SIZE = ("width", "height")
 PRIOR = ("schedule", "sampler", "prior_steps", "prior_guidance")
 DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", "temperature", "token_mode")
 SMALLER = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
@@ -76,20 +78,11 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
 
     `pictures` is how many come of all the jobs, if not one of each.
     """
-    numbers = {name: getattr(options, name) for name in (*PRIOR, *DECODER) if hasattr(options, name)}
-    if numbers["temperature"] is not None:
-        numbers["temperature"] = tuple(numbers["temperature"])
-    size = {name: getattr(options, name) for name in ("width", "height") if hasattr(options, name)}
+    numbers = numbers_of(options)
+    size = {name: getattr(options, name) for name in SIZE if hasattr(options, name)}
     check_output(options.output)
     started = time.perf_counter()
-    from ..pipeline import WuerstchenPipeline
-
-    told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
-    loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
-    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **told)
-    models: dict[str, Any] = {"model": Path(options.model).name}
-    if loras:
-        models["loras"] = {Path(file).name: strength for file, strength in loras.items()}
+    pipeline, models = load(options)
     report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
     sampling = pipeline.sampling.changed(**numbers).numbers()
     report["load_seconds"] = round(time.perf_counter() - started, 3)
@@ -109,6 +102,27 @@ def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: 
                 sys.stdout.write(f"{path}\n")
     if options.json:
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def numbers_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of sampling that the options give, by the pipeline's names."""
+    numbers = {name: getattr(options, name) for name in (*PRIOR, *DECODER) if hasattr(options, name)}
+    if numbers["temperature"] is not None:
+        numbers["temperature"] = tuple(numbers["temperature"])
+    return numbers
+
+
+def load(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any]]:
+    """The model that the options name, and what the text of a picture says of it."""
+    from ..pipeline import WuerstchenPipeline
+
+    told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
+    loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
+    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **told)
+    models: dict[str, Any] = {"model": Path(options.model).name}
+    if loras:
+        models["loras"] = {Path(file).name: strength for file, strength in loras.items()}
+    return pipeline, models
 
 
 def _lora(text: str) -> tuple[str, float]:

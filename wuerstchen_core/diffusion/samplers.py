@@ -12,6 +12,7 @@ from .schedule import alpha_bar, diffuse, expand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 NoiseSource = Callable[[Tensor], Tensor]  # noise of the shape, dtype and device of its argument
+Seed = int | Sequence[int]  # of a batch: one number for seed, seed + 1, ..., or that of each picture
 
 
 class Step(Protocol):
@@ -119,14 +120,14 @@ def sample(
     return x
 
 
-def seeded_generators(seed: int, pictures: int | Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a picture, seeds seed, seed + 1, ...; `pictures`: their number, or their places in a batch."""
+def seeded_generators(seed: Seed, pictures: int | Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a picture; `pictures`: their number, or their places in a batch."""
     places = range(pictures) if isinstance(pictures, int) else pictures
-    return [torch.Generator().manual_seed(seed + i) for i in places]
+    return [torch.Generator().manual_seed(seed[i] if isinstance(seed, Sequence) else seed + i) for i in places]
 
 
-def seeded_noise(seed: int, pictures: int | Sequence[int]) -> NoiseSource:
-    """Noise from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles.
+def seeded_noise(seed: Seed, pictures: int | Sequence[int]) -> NoiseSource:
+    """Noise from one CPU generator a picture: a batch equals its singles.
 
     `pictures` is how many there are, or the places that they had in the batch that they were taken from.
     """

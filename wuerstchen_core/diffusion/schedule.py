@@ -13,6 +13,7 @@ from torch import Tensor
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
 FAST_STEPS = 6, 4  # of Stage C and of Stage B
+MOST_STEPS = 10_000  # above which it is a slip, that would fill the memory
 
 
 def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
@@ -55,6 +56,8 @@ def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     """`steps` equal steps from start to end: [steps + 1] times."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps were asked for: at least 1 is needed")
+    if steps > MOST_STEPS:
+        raise ValueError(f"{steps} sampling steps were asked for: at most {MOST_STEPS} can be taken")
     return torch.linspace(start, end, steps + 1)
 
 

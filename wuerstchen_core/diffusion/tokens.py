@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.layers import nearest_codes
-from .samplers import Progress, seeded_generators
+from .samplers import Progress, Seed, seeded_generators
 
 MODES = ("multinomial", "argmax", "quantised")
 
@@ -27,12 +27,12 @@ class TokenNoise(Protocol):
 
 
 class SeededTokenNoise:
-    """Randomness from one CPU generator a picture, seeds seed, seed + 1, ...: a batch equals its singles.
+    """Randomness from one CPU generator a picture: a batch equals its singles.
 
     `pictures` is how many there are, or the places that they had in the batch that they were taken from.
     """
 
-    def __init__(self, seed: int, pictures: int | Sequence[int]):
+    def __init__(self, seed: Seed, pictures: int | Sequence[int]):
         self.generators = seeded_generators(seed, pictures)
 
     def tokens(self, num_labels: int, height: int, width: int) -> Tensor:

@@ -1,0 +1,134 @@
+"""Where the pictures of a bulk run go: a folder, or shards of the webdataset form. Both are sources for training.
+
+Whatever stands there under its own name is whole; what a killed process leaves is a draft, which is written over when
+its picture comes up again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import png_text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Made = Mapping[str, Any]
+
+
+class PictureFolder:
+    """NAME.png beside NAME.json, which says how it was made, its prompt among it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def made(self, names: Iterable[str]) -> dict[str, Made]:
+        """How those of the pictures were made that are there, by name."""
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        whole = [name for name in names if f"{name}.png" in there and f"{name}.json" in there]
+        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in whole}
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def add(self, name: str, image: Image.Image, made: Made) -> None:
+        """Write a picture; the file that makes it count, its PNG, comes last."""
+        from ..training.saved import replace_file
+
+        self.folder.mkdir(exist_ok=True)
+        text = json.dumps(made, ensure_ascii=False)
+        replace_file(self.folder / f"{name}.json", lambda part: part.write_text(text, encoding="utf-8"))
+        info = png_text(dict(made))
+        replace_file(self.folder / f"{name}.png", lambda part: image.save(part, "PNG", pnginfo=info))
+
+    def close(self) -> None:
+        """Nothing is left to do: every picture is in its place."""
+
+
+class Shard(PictureFolder):
+    """A tar file; until all its pictures are painted they wait in a hidden folder beside it."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.with_name(f".{path.stem}"))
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def made(self, names: Iterable[str]) -> dict[str, Made]:
+        packed = {name[:-5]: _read(content, self.path / name) for name, content in self._packed(".json")}
+        return {**packed, **super().made(names)}
+
+    def close(self) -> None:
+        """Pack what waits, with what was packed before."""
+        from ..training.saved import replace_file
+
+        if not self.folder.is_dir():
+            return
+        stems = sorted(path.stem for path in self.folder.glob("*.png"))
+        files = {name: self.folder / name for stem in stems for name in (f"{stem}.json", f"{stem}.png")}
+        if files:
+            replace_file(self.path, lambda part: self._pack(part, files))
+        shutil.rmtree(self.folder)
+
+    def _pack(self, part: Path, files: Mapping[str, Path]) -> None:
+        with tarfile.open(part, "w") as tar:
+            for name, content in self._packed():
+                if name not in files:
+                    _add(tar, name, content)
+            for name, path in files.items():
+                _add(tar, name, path.read_bytes())
+
+    def _packed(self, kind: str = "") -> Iterator[tuple[str, bytes]]:
+        """The files in the shard, if it is there, whose names end so."""
+        if not self.path.exists():
+            return
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                for member in tar:
+                    if member.name.endswith(kind) and (file := tar.extractfile(member)) is not None:
+                        yield member.name, file.read()
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.path} is no shard that can be read ({error}): remove it") from error
+
+
+def shard_path(folder: Path, number: int, lines: int) -> Path:
+    """The file of a shard of so many lines of the prompts."""
+    return folder / f"{number:06d}{_of(lines)}"
+
+
+def check_form(folder: Path, lines: int | None) -> None:
+    """Make the folder; ValueError if it holds other pictures than shards of so many lines (None: than single files)."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give one as --output for the pictures of --prompts")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".png"))
+    if other := next((name for name in names if not name.endswith(_of(lines) if lines else ".png")), ""):
+        raise ValueError(f"{folder} holds {other}, from a run with other --shards: give the same, or another folder")
+
+
+def _of(lines: int) -> str:
+    return f"-by-{lines}.tar"
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _read(raw: bytes, where: Path) -> Made:
+    """A table that says how a picture was made."""
+    try:
+        table = json.loads(raw)
+    except ValueError:
+        table = None
+    if not isinstance(table, dict):
+        raise ValueError(f"what {where} says of its picture is no JSON table: remove it, and it is painted again")
+    return table
