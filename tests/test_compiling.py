@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from networks import NETWORKS
 from painting import PROMPT, ROUNDING, pixels, run
 from PIL import Image
 from tiny_model import write_tiny_bundle
+from torch import nn
 
 from wuerstchen_core import WuerstchenPipeline, stages
 from wuerstchen_core.compiling import can_compile, compile_network
+from wuerstchen_core.models.layers import FeedForwardBlock
 
 SIZES = ((128, 128), (192, 192), (256, 128), (64, 192))
 BLOCKS_B = 8  # of either Stage B's blocks, those that differ in more than their weights,
@@ -40,17 +45,18 @@ def counting(graphs: list[Any]) -> Callable[..., Any]:
     return backend
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where there is no compiler."""
+@pytest.fixture(params=[RuntimeError("no compiler"), FileNotFoundError("no folder")], ids=["compiler", "folder"])
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As where there is no compiler, or no place to write to. What torch says of it."""
 
     def compiled(function: Any, **_: Any) -> Callable[..., Any]:
         def call(*_: Any) -> Any:
-            raise RuntimeError("no compiler")
+            raise request.param
 
         return call
 
     monkeypatch.setattr(torch, "compile", compiled)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("release", ["v2", pytest.param("v1", marks=pytest.mark.long)])
@@ -94,16 +100,81 @@ def test_compiled_networks_keep_their_keys_and_follow_their_weights(graphs: list
     assert (after - before).abs().max() > 0.01 and len(graphs) == 3
 
 
+def test_every_thread_compiles_all_it_meets(graphs: list[Any]) -> None:
+    """Torch's own limit of a block's graphs is 8, and what a thread sets it to holds in that thread."""
+    network = nn.Sequential(*(FeedForwardBlock(c) for c in range(8, 20))).requires_grad_(False).eval()
+    compile_network(network, backend=counting(graphs))
+
+    def call() -> None:
+        for block in network:
+            block(torch.zeros(2, block.channelwise[0].in_features, 3, 4))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+    assert len(graphs) == len(network)
+
+
+def test_copies_are_plain_and_go_by_their_own_weights(graphs: list[Any]) -> None:
+    network = NETWORKS["prior"]
+    module = network.perturbed().requires_grad_(False)
+    compile_network(module, backend=counting(graphs))
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    with torch.inference_mode():
+        before = network.call(module, *network.inputs())
+        graphs.clear()
+        for one in copies:
+            torch.testing.assert_close(network.call(one, *network.inputs()), before)
+            one.get_parameter("blocks.0.channelwise.0.weight").mul_(2)
+            assert (network.call(one, *network.inputs()) - before).abs().max() > 0.01
+    assert graphs == []
+
+
+def test_hooks_of_a_compiled_block_are_heard(graphs: list[Any]) -> None:
+    block, x = FeedForwardBlock(8).requires_grad_(False).eval(), torch.ones(2, 8, 3, 4)
+    compile_network(block, backend=counting(graphs))
+    plain = block(x)
+    hook = block.register_forward_hook(lambda module, given, out: out + 1)
+    assert torch.equal(block(x), plain + 1)
+    hook.remove()
+    assert torch.equal(block(x), plain) and len(graphs) == 1
+
+
+def test_a_compiled_network_can_be_compiled_as_a_whole(graphs: list[Any]) -> None:
+    network = NETWORKS["prior"]
+    module, whole = network.perturbed().requires_grad_(False), []
+    compile_network(module, backend=counting(graphs))
+    with torch.inference_mode():
+        plain = network.call(network.perturbed(), *network.inputs())
+        out = network.call(torch.compile(module, backend=counting(whole)), *network.inputs())
+    torch.testing.assert_close(out, plain)
+    assert whole and graphs == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "quick"}, "torch.compile refuses mode='quick': Unrecognized mode=quick"),
+        ({"backend": "inductr"}, "torch.compile refuses backend='inductr': Invalid backend"),
+        ({"options": {"speed": 1}}, "torch.compile refuses options={'speed': 1}: Unexpected optimization option speed"),
+        ({"dynamic": False}, "compile takes no 'dynamic': its graphs serve all sizes"),
+        ({"fullgraf": True}, "compile takes no 'fullgraf'; of torch.compile's options it takes backend, fullgraph"),
+    ],
+)
+def test_options_that_torch_does_not_know(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        can_compile("cpu", **options)
+    assert str(error.value).startswith(words) and len(str(error.value)) < 300
+
+
 def test_without_a_compiler_it_paints_and_says_so(
-    bundle: Path, tmp_path: Path, broken: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert not can_compile("cpu")
     command = ("generate", PROMPT, "--model", bundle, "--output")
     assert run(*command, "plain.png") == 0
     assert caplog.messages == []
     assert run(*command, "compiled.png", "--compile") == 0
-    assert caplog.messages == ["torch.compile finds no compiler here: the networks run without it"]
+    assert caplog.messages == [f"torch.compile does not work here, the networks run without it: {broken}"]
     with Image.open("plain.png") as plain, Image.open("compiled.png") as compiled:
         assert plain.text == compiled.text and np.array_equal(plain, compiled)
 
