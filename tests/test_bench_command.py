@@ -96,6 +96,10 @@ def test_the_fast_schedule_of_ours(small: None, capsys: pytest.CaptureFixture[st
         ("--plot b.gif", "no PNG"),
         ("--plot b.png --no-peer", "compares ours with the peer"),
         ("--comfyui .", "holds no ComfyUI"),
+        ("--comfyui . --compile --accuracy", "leave out --compile, --accuracy"),
+        ("--comfyui . --plot b.png --steps fast", "leave out --plot, --steps"),
+        ("--comfyui . --no-peer", "leave out --no-peer"),
+        ("--quick --compile", "--quick leaves no time for --compile"),
     ],
 )
 def test_bad_arguments(options: str, words: str, small: None, capsys: pytest.CaptureFixture[str]) -> None:

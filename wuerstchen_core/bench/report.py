@@ -74,6 +74,7 @@ class Row:
             "memory_ratio": self.ratio("memory", upwards=True),
             "load_times_faster": self.ratio("load_seconds"),
             "cold_times_faster": self.ratio("cold_seconds"),
+            "cold_compile_times_faster": self.ratio("cold_compile_seconds"),
         }
         told = {"flops": self.flops, "weights": self.weights, "difference": self.difference}
         return {**case, **told, **ratios, **sides}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..compiling import can_compile
+from ..stages import DENOISERS
 from . import cases as catalogue
 from .cases import PICTURE, STAGES, STEPS, Case
 from .child import measure_apart
@@ -194,7 +195,8 @@ class _Run:
                 if side is not None:
                     self.tell(f"memory of {case.label}, {name}", i, len(rows))
                     found = self.apart(name, case, 2 if stage.steps else 1, told)
-                    side.remember(found, row.weights, loading=first, compiled=self.compile)
+                    compiled = self.compile and (name == "peer" or stage.parts[0] in DENOISERS)
+                    side.remember(found, row.weights, loading=first, compiled=compiled)
             self.keep(self.report)
 
 

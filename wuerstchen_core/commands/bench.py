@@ -14,6 +14,7 @@ from .progress import Bar
 if TYPE_CHECKING:
     from ..bench.run import Plan
 
+STEPS = "30+12"
 DEFAULTS: dict[str, Any] = {"stages": "all", "sizes": "512,1024,1536,2048", "dtypes": "bf16,fp32", "repeat": 3}
 QUICK: dict[str, Any] = {"stages": "prior,decoder,vqgan-decode", "sizes": "512,1024", "dtypes": "bf16", "repeat": 1}
 
@@ -32,7 +33,7 @@ def add(commands: Any) -> None:
     option("--repeat", type=int, metavar="N", help=f"rounds that count (default: {DEFAULTS['repeat']})")
     option("--threads", type=int, default=0, metavar="N", help="of the processor (default: torch's choice)")
     option("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    option("--steps", default="30+12", metavar="C+B", help="of our pictures, or fast (default: 30+12, as the peer's)")
+    option("--steps", default=STEPS, metavar="C+B", help=f"of our pictures, or fast (default: {STEPS}, as the peer's)")
     option("--full", action="store_true", help="paint pictures with all their steps, which takes long")
     option("--compile", action="store_true", help="let torch compile both sides' networks")
     option("--accuracy", action="store_true", help="say how far both sides are from fp32")
@@ -49,6 +50,7 @@ def _run(options: argparse.Namespace) -> None:
     from ..bench import host
     from ..bench.run import run
 
+    _check_together(options)
     plan = _plan(options)
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
@@ -77,6 +79,17 @@ def _run(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{report.text()}\n")
     if options.plot is not None:
         plot.plot(report, options.plot)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise ValueError for options of which one would be ignored."""
+    if options.quick and options.compile:
+        raise ValueError("--quick leaves no time for --compile: give --stages, --sizes and --dtypes instead of --quick")
+    ignored = [f"--{name}" for name in ("full", "compile", "accuracy", "plot") if getattr(options, name)]
+    ignored += [] if options.steps == STEPS else ["--steps"]
+    ignored += [] if options.peer else ["--no-peer"]
+    if options.comfyui is not None and ignored:
+        raise ValueError(f"--comfyui measures single steps beside Stable Cascade's: leave out {', '.join(ignored)}")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
