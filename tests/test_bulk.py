@@ -128,6 +128,13 @@ def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, painted
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
     assert painted[2 * len(alone) :] == [1, 2]
     assert before.items() < files(tmp_path / "shards").items()
+    before = files(tmp_path / "shards")
+    left = tmp_path / "shards/.000000-by-2"  # as a process leaves it that is killed when all is packed
+    left.mkdir()
+    for name in ("000001.json", "000001.png", "000002.png"):
+        (left / name).write_bytes((tmp_path / "files" / name).read_bytes())
+    assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
+    assert not left.exists() and files(tmp_path / "shards").keys() == before.keys()
     read = by_name(tmp_path / "shards", tmp_path / "index")
     assert list(read) == [*NAMES, "000007", "000008"] and read["000008"][1] == BLUE
 

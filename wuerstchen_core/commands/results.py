@@ -6,11 +6,14 @@ its picture comes up again.
 
 from __future__ import annotations
 
+import heapq
 import io
 import json
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +33,7 @@ class PictureFolder:
 
     def made(self, names: Iterable[str]) -> dict[str, Made]:
         """How those of the pictures were made that are there, by name."""
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        whole = [name for name in names if f"{name}.png" in there and f"{name}.json" in there]
+        whole = self._whole().intersection(names)
         return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in whole}
 
     def __str__(self) -> str:
@@ -49,6 +51,11 @@ class PictureFolder:
 
     def close(self) -> None:
         """Nothing is left to do: every picture is in its place."""
+
+    def _whole(self) -> set[str]:
+        """The names of the pictures in the folder."""
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return {name[:-4] for name in there if name.endswith(".png") and f"{name[:-4]}.json" in there}
 
 
 class Shard(PictureFolder):
@@ -71,19 +78,18 @@ class Shard(PictureFolder):
 
         if not self.folder.is_dir():
             return
-        stems = sorted(path.stem for path in self.folder.glob("*.png"))
-        files = {name: self.folder / name for stem in stems for name in (f"{stem}.json", f"{stem}.png")}
-        if files:
-            replace_file(self.path, lambda part: self._pack(part, files))
+        # What lacks a half is packed: a process was killed while it tidied up.
+        if whole := sorted(self._whole()):
+            replace_file(self.path, lambda part: self._pack(part, whole))
         shutil.rmtree(self.folder)
 
-    def _pack(self, part: Path, files: Mapping[str, Path]) -> None:
+    def _pack(self, part: Path, names: list[str]) -> None:
+        waiting = ((f"{name}.{kind}", self.folder / f"{name}.{kind}") for name in names for kind in ("json", "png"))
+        files = ((name, path.read_bytes()) for name, path in waiting)
+        merged = heapq.merge(self._packed(), files, key=lambda file: file[0].rpartition("."))  # both are sorted so
         with tarfile.open(part, "w") as tar:
-            for name, content in self._packed():
-                if name not in files:
-                    _add(tar, name, content)
-            for name, path in files.items():
-                _add(tar, name, path.read_bytes())
+            for name, same in groupby(merged, key=itemgetter(0)):
+                _add(tar, name, next(same)[1])
 
     def _packed(self, kind: str = "") -> Iterator[tuple[str, bytes]]:
         """The files in the shard, if it is there, whose names end so."""
