@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 from training_line import CONFIG, LineStage, assert_same_training, files
 
 from wuerstchen_core.training.loop import train
@@ -38,6 +40,7 @@ def apart(work: Callable[[], object]) -> Iterator[int]:
     if child == 0:
         try:
             torch.set_num_threads(1)  # threads do not come along
+            tqdm.set_lock(threading.RLock())  # its own lock is one for all processes, and would die with this one
             work()
         finally:
             os._exit(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_stages import DIFFUSERS, STAGES, assert_equal_states, ema_of, inputs_of, read_log
+from training_stages import ALL, DIFFUSERS, STAGES, assert_equal_states, config_of, ema_of, inputs_of, read_log
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.bench.peer import network_class
@@ -22,6 +22,19 @@ from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.training.run import run
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_every_stage_starts_from_its_own_weights(run_folder: Path, tmp_path: Path, stage: str) -> None:
+    """At next to no rate they stay as they are: no first value is put in place of what was learned."""
+    base = (run_folder if stage in STAGES else run_folder / "v1") / stage / f"{stage}.safetensors"
+    changes = [f"run='{tmp_path}'", *inputs_of(base.parents[1]), f"start='{base}'", "train.lr=1e-12", "train.muon_lr=0"]
+    if stage == "vqgan":
+        changes.append("vqgan.quantize_from=2")
+    tuned = run(stage, config_of(run_folder, stage), changes)
+    for key, x in load_file(tuned).items():
+        if "running_" not in key and "num_batches" not in key:
+            torch.testing.assert_close(x, load_file(base)[key], rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("stage", DIFFUSERS)

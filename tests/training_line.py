@@ -15,8 +15,8 @@ from training_stages import assert_equal_states, checkpoint, ema_of, read_log, s
 
 from wuerstchen_core.training.chance import Chance
 from wuerstchen_core.training.config import LoopConfig
-from wuerstchen_core.training.loop import Stage
 from wuerstchen_core.training.pictures import Shown
+from wuerstchen_core.training.stage import Stage
 
 CONFIG = LoopConfig(steps=8, batch=4, lr=0.05, warmup=2, ema=0.8, log_every=3, save_every=4, sheet_every=4)
 
@@ -42,7 +42,7 @@ class Line(nn.Module):
 
 
 class LineStage(Stage[Line]):
-    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes losses that are none."""
+    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes inputs that are none."""
 
     name, tables = "prior", ()
     pictures = Shown(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # which it does not look at
@@ -63,9 +63,8 @@ class LineStage(Stage[Line]):
         if self.losses == self.stop:
             raise KeyboardInterrupt
         self.trained_in_train_mode.append(net.training)
-        (x,) = batch
-        loss = F.mse_loss(net(x), x.sum(1, keepdim=True))
-        return loss * torch.nan if self.losses in self.spoil else loss
+        x = batch[0] * torch.nan if self.losses in self.spoil else batch[0]
+        return F.mse_loss(net(x), x.sum(1, keepdim=True))
 
     def sheet(self, net: Line) -> Image.Image | None:
         assert not net.training and not torch.is_grad_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,4 +48,6 @@ def save_component(folder: Path, name: str, network: nn.Module) -> None:
     """Write a network to a folder that diffusers' `from_pretrained` reads, each file whole or not at all."""
     params: Any = network.params
     write_tensors(folder / FILE, {component_key(key): x for key, x in network.state_dict().items()}, {"format": "pt"})
-    (folder / "config.json").write_text(config_text(name, params), encoding="utf-8")
+    draft = folder / ".config.json.part"
+    draft.write_text(config_text(name, params), encoding="utf-8")
+    os.replace(draft, folder / "config.json")

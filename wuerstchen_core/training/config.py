@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ class LoopConfig:
         for name in ("steps", "batch", "lr", "accumulate", "keep", "log_every", "save_every", "sheet_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"[train] {name} must be more than 0, got {getattr(self, name)}")
+        for name, least, most in (
+            ("clip", 1e-12, math.inf), ("ema", 0, 1), ("decay", 0, 1), ("warmup", 0, math.inf),
+            ("muon_lr", 0, math.inf), ("weight_decay", 0, math.inf), ("seed", 0, math.inf),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"[train] {name} must be from {least:g} to {most:g}, got {getattr(self, name)}")
         if self.precision not in ("", *PRECISIONS):
             raise ValueError(f"[train] precision {self.precision!r} is unknown: choose {', '.join(PRECISIONS)}")
         if not 0 <= self.bad_share <= 1:
@@ -59,6 +66,11 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = 
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
+    if not isinstance(config.get("start", ""), str):
+        raise ValueError(f"start is a text, the name of weights to go on from, not {config['start']!r}")
+    inputs = config.get("inputs", {})
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs.values()):
+        raise ValueError("[inputs] is a table of texts: what a stage asks, and the name of its weights")
     if not isinstance(config.get("run"), str):
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
     if sized and "model" not in config and "start" not in config:

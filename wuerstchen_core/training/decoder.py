@@ -17,8 +17,8 @@ from ..tables import from_table
 from .chance import Chance
 from .diffusion import DiffusionStage, NoisePrediction
 from .inputs import features_of, frozen, latents_of, started
-from .loop import N
 from .objectives import DecoderNoiseConfig, SpoiltFeatures, corrupt_features
+from .stage import N
 
 
 class StageB(DiffusionStage[N]):

@@ -16,9 +16,9 @@ from ..sampling import Sampling
 from .chance import Chance
 from .files import pictures_of
 from .inputs import frozen, text_states
-from .loop import N, Stage
 from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
 from .pictures import sheet
+from .stage import N, Stage
 
 
 class DiffusionStage(Stage[N]):

@@ -23,8 +23,8 @@ from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
 from .inputs import started
-from .loop import Stage
 from .pictures import sheet
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn
 class Compressor(nn.Module):
     """The encoder and its throw-away decoder."""
 
-    def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig):
+    def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig, begun: bool):
+        """`begun`: it was trained before."""
         super().__init__()
         self.image_encoder = image_encoder
-        # Fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1.
-        norm = self.image_encoder.mapper[1]
-        norm.get_parameter("weight").data.fill_(PriorParams.feature_scale)
-        norm.get_parameter("bias").data.fill_(-PriorParams.feature_shift)
-        norm.requires_grad_(False)
+        if not begun:  # fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1
+            norm = self.image_encoder.mapper[1]
+            norm.get_parameter("weight").data.fill_(PriorParams.feature_scale)
+            norm.get_parameter("bias").data.fill_(-PriorParams.feature_shift)
+            norm.requires_grad_(False)
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class EncoderStage(Stage[Compressor]):
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
         encoder = started(config, "image_encoder", ImageEncoder, ImageEncoderParams)
-        self.net = Compressor(encoder, self.options)
+        self.net = Compressor(encoder, self.options, begun="start" in config)
         self.pictures = pictures_of(config, captions=False)
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from .pictures import DemoPictures, Pictures, Shown
 log = logging.getLogger(__name__)
 
 SHOWN = 24  # pictures of a sheet
+STREAM = "stream"  # in place of a fingerprint
 
 
 class FilePictures(Pictures):
@@ -28,6 +29,7 @@ class FilePictures(Pictures):
     def __init__(self, data: Mapping[str, Any], captions: bool = True):
         self.config, self._captions = from_table(PicturesConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
+        self.square = set(self.config.sizes) == {(self.side, self.side)}
         self._batches: Iterator[Batch] = iter(())
 
     def begin(
@@ -35,10 +37,12 @@ class FilePictures(Pictures):
     ) -> None:
         told: dict[str, Any] = {"batch": batch, "seed": seed, "cache": cache, "rank": rank, "world": world}
         self._pictures = open_pictures(self.config, **told, captions=self._captions)
-        if isinstance(self._pictures, IndexedPictures):
-            self.fingerprint = self._pictures.fingerprint()
+        indexed = isinstance(self._pictures, IndexedPictures)
+        self.fingerprint = self._pictures.fingerprint() if isinstance(self._pictures, IndexedPictures) else STREAM
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the pictures or how they are read have changed: this run does not go on exactly")
+            if (fingerprint == STREAM) == indexed:  # a position is the number of a shard in the one, of a batch else
+                position = 0
         self.position, self._batches = position, self._pictures.batches(position)
 
     def pick(self, chance: Chance) -> Batch:

@@ -5,76 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from PIL import Image
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..checkpoints import save_bundle
-from ..checkpoints.components import is_component, save_component
 from .average import Average, skeleton, worn
 from .chance import Chance
 from .config import LoopConfig
 from .memory import recompute_blocks
-from .pictures import Pictures
 from .pieces import like, load_optimizer, whole
 from .saved import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
+from .stage import Stage
 
 log = logging.getLogger(__name__)
 
-N = TypeVar("N", bound=nn.Module)
-
-FEW = 10  # steps that may have no finite loss, whatever their share
-
-
-class Stage(ABC, Generic[N]):
-    """What the loop needs to know of what it trains."""
-
-    name: str
-    tables: tuple[str, ...]  # of the configuration, that only this stage reads
-    sized = True  # whether a [model] table says how large the network is
-    net: N  # everything that learns
-    frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
-    pictures: Pictures  # what it learns from
-    told: Mapping[str, Any] = {}  # what the weights' metadata say of where they began
-    idle_weights = False  # whether there are steps in which some weights get no gradient
-
-    @abstractmethod
-    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
-        """The samples of a step that `chance` draws for; all chance comes from it, so that a resumed run, and one of
-        more processes, sees what it would have seen."""
-
-    @abstractmethod
-    def loss(self, net: N, *batch: Any) -> Tensor:
-        """The loss of a batch (scalar), the mean of its samples'; `net` is `self.net`, perhaps wrapped."""
-
-    @abstractmethod
-    def sheet(self, net: N) -> Image.Image | None:
-        """A picture of what `net` (the EMA) can do by now; None if it can't be shown yet."""
-
-    @abstractmethod
-    def parts(self, net: N) -> dict[str, nn.Module]:
-        """The parts of a bundle that `net` (the EMA) holds."""
-
-    def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
-        """Write `net` (the EMA) as what the training is for."""
-        save_bundle(path, self.parts(net), metadata)
-
-    def finish(self, folder: Path, net: N) -> None:
-        """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
-        for name, part in self.parts(net).items():
-            if is_component(name, part):
-                save_component(folder / "diffusers" / name, name, part)
+FEW = 10  # steps that may have no finite loss, whatever their share, but not in a row
+PATIENCE = timedelta(hours=2)  # of the other processes, while the first draws and writes
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -105,6 +60,17 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     return _Run(stage, config, folder).train()
 
 
+def check_setup(accelerator: Accelerator, config: LoopConfig) -> None:
+    """Raise ValueError where the loop can't do what was asked for."""
+    if accelerator.scaler is not None and config.muon_lr:
+        raise ValueError("[train] muon_lr does not go with fp16, whose gradients are scaled: set precision to bf16")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 can't be saved here: set fsdp_version to 2 in accelerate's configuration")
+    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing := [name for name in config.trackers if name not in there]:
+        raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install it, or leave it out")
+
+
 class _Run:
     """A training as one process sees it."""
 
@@ -114,8 +80,12 @@ class _Run:
             mixed_precision=config.precision or None,
             log_with=list(config.trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.idle_weights)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=stage.idle_weights),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
+        check_setup(self.accelerator, config)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
         self.bones = skeleton(stage.net)
@@ -127,7 +97,7 @@ class _Run:
         self.plain = self.accelerator.unwrap_model(self.net)
         self.average = Average(self.plain, config.ema)
         self.recent: list[Tensor] = []  # losses since the last row of the log
-        self.skipped = 0  # steps without a finite loss
+        self.skipped = self.lost = 0  # steps without a finite loss: all, and the last in a row
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
@@ -173,7 +143,7 @@ class _Run:
         for optimizer, name in zip(self.steppers, self.optimizers, strict=True):
             for group in optimizer.param_groups:
                 group.update(self._settings(name, step))
-        losses = []
+        losses, buffers = [], [(x, x.clone()) for x in self.plain.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank
             torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # of dropout
@@ -194,7 +164,10 @@ class _Run:
         if finite:
             self.average.update(self.plain, first=step == self.skipped)
             self.recent.append(torch.stack(losses).sum())
+            self.lost = 0
         else:
+            for x, before in buffers:  # of which batch norms are full of it
+                x.copy_(before)
             self._skip(step)
 
     def _settings(self, name: str, step: int) -> dict[str, Any]:
@@ -205,21 +178,18 @@ class _Run:
         return {"lr": config.lr * share, "weight_decay": config.weight_decay, "betas": config.betas}
 
     def _skip(self, step: int) -> None:
-        self.skipped += 1
+        self.skipped, self.lost = self.skipped + 1, self.lost + 1
         log.warning("step %d of %s is left out: its loss or gradients are not finite", step + 1, self.stage.name)
-        if self.skipped > max(FEW, self.config.bad_share * (step + 1)):
+        if self.lost == FEW or self.skipped > max(FEW, self.config.bad_share * (step + 1)):
             raise ValueError(
-                f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients, more than "
-                f"[train] bad_share = {self.config.bad_share:g} allows: lower the learning rate"
+                f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients, {self.lost} "
+                f"of them now in a row; [train] bad_share = {self.config.bad_share:g} allows no more: lower the rate"
             )
 
     def _log(self, done: int, seconds: float, progress: tqdm[int]) -> None:
-        """The mean loss since the last row, over all processes."""
+        """The mean loss since the last row, over all processes; no row where none was finite."""
         if not self.recent:
-            raise ValueError(
-                f"no step of {self.stage.name} since the last row of the log had a finite loss, up to step {done}: "
-                "lower the learning rate"
-            )
+            return
         mean: Tensor = self.accelerator.reduce(torch.stack(self.recent).mean(), reduction="mean")
         self.recent.clear()
         loss, rate = mean.item(), self.optimizers["adamw"].param_groups[0]["lr"]
@@ -238,7 +208,7 @@ class _Run:
             data = self._read_so_far()
             losses = self.accelerator.reduce(torch.stack(self.recent), "mean").tolist() if self.recent else []
         if self.main:
-            net = worn(self.bones, average)
+            net = worn(self.bones, average).to(self.accelerator.device)
             if draw:
                 with torch.no_grad():
                     sheet = self.stage.sheet(net)
@@ -250,6 +220,7 @@ class _Run:
                     self.stage.finish(self.folder, net)
                 contents = {"step": done, "skipped": self.skipped, "losses": losses, "data": data}
                 contents |= {"net": weights, "average": average, "optimizers": states}
+                contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
 
@@ -264,6 +235,9 @@ class _Run:
         training has taken, and how far the pictures were read."""
         contents = read_checkpoint(self.folder, self._take)
         step = contents["step"] if contents else 0
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
+        if (steps != step).any():
+            raise ValueError(f"{self.folder} is not the same folder for all processes: let all machines share it")
         if contents:
             self.skipped = contents["skipped"]
             self.recent = list(torch.tensor(contents["losses"], device=self.accelerator.device))
@@ -272,6 +246,7 @@ class _Run:
         if self.main:
             sweep(self.folder)
             write_rows(self.folder, kept)
+        self.accelerator.wait_for_everyone()
         return step, kept[-1]["seconds"] if kept else 0.0, contents["data"] if contents else {}
 
     def _take(self, contents: dict[str, Any]) -> None:
@@ -280,6 +255,8 @@ class _Run:
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, contents["optimizers"][name])
         self.average.load(contents["average"])
+        if self.accelerator.scaler is not None and "scaler" in contents:
+            self.accelerator.scaler.load_state_dict(contents["scaler"])
 
 
 def _to(item: Any, device: torch.device) -> Any:

@@ -15,10 +15,14 @@ BLOCKS = (ResBlock, AttnBlock, FeedForwardBlock)
 
 def recompute_blocks(net: nn.Module) -> None:
     """Let the blocks of a network keep only their inputs, and compute the rest again for the gradients
-    (gradient checkpointing, arXiv 1604.06174)."""
-    for block in net.modules():
-        if isinstance(block, BLOCKS):
-            _recompute(block)
+    (gradient checkpointing, arXiv 1604.06174). ValueError if it has none of them."""
+    blocks = [block for block in net.modules() if isinstance(block, BLOCKS)]
+    if not blocks:
+        raise ValueError(
+            "[train] checkpointing is for priors and decoders, whose blocks it computes again: leave it out"
+        )
+    for block in blocks:
+        _recompute(block)
 
 
 def _recompute(block: nn.Module) -> None:

@@ -26,6 +26,7 @@ class Pictures(ABC):
     """What stages train on. What `pick` gives stands for the pictures of a batch wherever they are asked for."""
 
     side: int  # the shortest there is, in pixels
+    square: bool  # whether all are squares of it
     position = 0  # where to go on reading after the last batch
     fingerprint = ""  # of what is read and how, if that can change
 
@@ -62,7 +63,7 @@ class Shown(Pictures):
 
     def __init__(self, images: Tensor, texts: Sequence[str] = ()):
         self.images, self.texts = images, texts
-        self.side = min(images.shape[-2:])
+        self.side, self.square = min(images.shape[-2:]), images.shape[-1] == images.shape[-2]
 
     def __len__(self) -> int:
         return len(self.images)

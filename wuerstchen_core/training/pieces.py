@@ -15,7 +15,7 @@ def whole(tree: Any, keep: bool = True) -> Any:
 
     def join(x: Any) -> Any:
         if isinstance(x, DTensor):
-            x = x.full_tensor()
+            x = x.full_tensor().cpu()
         return x if keep else None
 
     return tree_map(join, tree)

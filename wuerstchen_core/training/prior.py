@@ -53,8 +53,9 @@ class PriorStage(NoisePrediction[Prior]):
         stage, part, kind = PAINTERS[release([net.params])]
         if not all(is_there(source_of(self.config, name)) for name in (stage, "vqgan")):
             return None
-        painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind)}
-        vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN)
+        place = next(net.parameters()).device
+        painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind).to(place)}
+        vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
         pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=self.tower, **painter)
         return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), text, sampling))
 

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written."""
-    for path in folder.glob("*.part"):
-        path.unlink()
+    for path in folder.rglob("*.part"):
+        path.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -43,8 +44,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint, and only then remove what goes beyond the newest `keep`."""
-    replace_file(folder / f"checkpoint-{step:08d}.pt", partial(torch.save, contents))
+    """Write a checkpoint, and only then remove what goes beyond the newest `keep`. OSError if it can't be written."""
+    path = folder / f"checkpoint-{step:08d}.pt"
+    try:
+        replace_file(path, partial(torch.save, contents))
+    except (RuntimeError, OSError) as error:  # of a full disk, torch says the first
+        raise OSError(
+            f"{path} was not written ({shorten(str(error), 80)}): see that the disk has room, then go on from the last"
+        ) from error
     for path in checkpoints(folder)[keep:]:
         path.unlink()
 
@@ -57,10 +64,12 @@ def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> d
     try:
         contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         load(contents)
+    except torch.OutOfMemoryError:
+        raise
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} is damaged or of a network of other sizes: restore [model], delete the file to go on from the one "
-            "before, or choose another run folder"
+            f"{path} is damaged or of a run with another [model] or muon_lr: restore these, delete the file to go on "
+            "from the one before, or choose another run folder"
         ) from error
     log.info("going on from step %d of %s", contents["step"], path)
     return contents

@@ -18,9 +18,9 @@ from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
 from .inputs import features_of, frozen, started
-from .loop import Stage
 from .objectives import contrastive_loss
 from .pictures import sheet
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class TextStage(Stage[Contrast]):
         self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
         self.frozen = (self.encoder,)
         self.features = self.pictures.each(self._features_of)
+        if not self.pictures.square:
+            raise ValueError("[data] the text stage learns from squares of one size: leave ratio at 1, and buckets out")
         blank = torch.zeros(1, 3, self.pictures.side, self.pictures.side)  # all pictures are squares of this side
         tower = started(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
         self.net = Contrast(tower, self._features_of(blank).numel(), options.joint)

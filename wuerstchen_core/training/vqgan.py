@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
 from .inputs import started
-from .loop import Stage
 from .pictures import sheet
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,23 @@ class VQGANConfig:
 class Autoencoder(nn.Module):
     """A VQGAN that takes pictures through its codes, or past them."""
 
-    def __init__(self, vqgan: VQGAN):
+    def __init__(self, vqgan: VQGAN, begun: bool):
+        """`begun`: it was trained before."""
         super().__init__()
-        self.vqgan, params = vqgan, vqgan.params
-        # A fixed scale leaves the latents at unit variance once divided by the scale factor.
-        scale = self.vqgan.down_blocks[-1].get_parameter("1.weight")
-        scale.data.fill_(params.scale_factor)
-        scale.requires_grad_(False)
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.vqgan = vqgan
+        if not begun:  # a fixed scale leaves the latents at unit variance once divided by the scale factor
+            scale = vqgan.down_blocks[-1].get_parameter("1.weight")
+            scale.data.fill_(vqgan.params.scale_factor)
+            scale.requires_grad_(False)
 
-    def forward(self, images: Tensor, through_codes: int, quantize_from: int) -> Tensor:
-        """The loss of pictures [B, 3, H, W], the first `through_codes` of which go through the codebook."""
+    def forward(self, images: Tensor, through_codes: int | None, seeding: bool) -> Tensor:
+        """The loss of pictures [B, 3, H, W], the first `through_codes` of which go through the codebook; None: of all
+        past it, and if `seeding` it starts from them."""
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
-        if self.training:
-            self.steps += 1
-            if self.steps == quantize_from:
-                self.seed_codebook(latents.detach())
-        if self.steps > quantize_from:
+        if seeding:
+            self.seed_codebook(latents.detach())
+        if through_codes is not None:
             codes = self.vqgan.quantize(latents)
             loss = codes.codebook_loss + 0.25 * codes.commit_loss
             latents = torch.cat([codes.latents[:through_codes], latents[through_codes:]])
@@ -63,11 +62,13 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def seed_codebook(self, latents: Tensor) -> None:
-        """Start the codes from latents of a batch, spread a little."""
+        """Start the codes from latents of a batch, spread a little: the first process's."""
         book = self.vqgan.vquantizer.codebook.weight
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
         picked = rows[torch.randint(len(rows), (len(book),), device=rows.device)]
         book.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(book, 0)
 
 
 class VQGANStage(Stage[Autoencoder]):
@@ -79,7 +80,8 @@ class VQGANStage(Stage[Autoencoder]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
-        self.net = Autoencoder(started(config, "vqgan", VQGAN, VQGANParams))
+        self.begun = "start" in config
+        self.net = Autoencoder(started(config, "vqgan", VQGAN, VQGANParams), self.begun)
         self.pictures = pictures_of(config, captions=False)
         crop, room = self.options.crop, self.pictures.side - 2 * self.options.margin
         if not 0 < crop <= room:
@@ -91,11 +93,13 @@ class VQGANStage(Stage[Autoencoder]):
         room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
         corners = margin + (chance.uniform(2) * (room + 1)).long()
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
-        return (torch.stack(crops),)
+        return torch.stack(crops), step + 1
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
-        (images,) = batch
-        return net(images, int(len(images) * self.options.quantized), self.options.quantize_from)
+        images, step = batch
+        quantised = self.begun or step > self.options.quantize_from
+        through_codes = int(len(images) * self.options.quantized) if quantised else None
+        return net(images, through_codes, seeding=not self.begun and step == self.options.quantize_from)
 
     def sheet(self, net: Autoencoder) -> Image.Image | None:
         held = self.pictures.held()

@@ -17,7 +17,7 @@ METADATA = "metadata.jsonl"  # of Hugging Face's imagefolder: a table a line, wi
 
 
 class Folder(Source):
-    """Every picture below some folders, sorted by name within each; hidden files are none.
+    """Every picture below some folders, sorted by name within each; hidden files and folders are left out.
 
     A caption stands in a metadata.jsonl that names the picture, else beside it in .txt, else in .json; scores in
     metadata.jsonl or .json. Only the headers of the pictures are read until a picture is asked for.
@@ -31,7 +31,7 @@ class Folder(Source):
         self._rows: dict[Path, dict[str, Any]] = {}  # of metadata.jsonl
         entries = []
         for root in roots:
-            files = {path for path in root.rglob("*") if not path.name.startswith(".")}
+            files = {path for path in root.rglob("*") if not _hidden(path.relative_to(root))}
             names = {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in sorted(files)}
             for path, name in names.items():
                 if path.name == METADATA:
@@ -85,6 +85,10 @@ class Folder(Source):
                 self.bad[name] = str(error)
                 continue
             self._rows[picture] = row
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
