@@ -90,7 +90,7 @@ class WuerstchenPriorSample(io.ComfyNode):
             node_id="WuerstchenPriorSample",
             display_name="Würstchen Prior Sample",
             category="Würstchen/sampling",
-            description="Stage C: decides what the picture shows, by the original's DDPM, or DDIM along the fast schedule.",
+            description="Stage C: decides what the picture shows, by the original's DDPM, or DDIM if it is to be fast.",
             search_aliases=["ksampler", "stage c", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior of a Würstchen loader."),

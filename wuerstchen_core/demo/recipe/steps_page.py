@@ -51,12 +51,13 @@ Stage C decided, the PSNR against the drawing.
 **Bold**: as good as {reference_prior}, or as
 {reference_decoder}: right things and backgrounds within the 95 % intervals, at Stage C no
 larger error, at Stage B a PSNR at most {loss} dB lower and as much detail (the mean size of the Laplacian) within
-{change:.0%}. (PSNR rewards what is smooth and falls with more steps: it is the detail that a step too few costs. On sheets,
-one step of Stage B shows a woven texture.) `fast` takes a step of Stage C, and two of Stage B, more than the fewest in bold.
-Not measured with it: pictures to start from, masks, and v1, of which it changes Stage C alone.
+{change:.0%}. PSNR rewards what is smooth, and falls with more steps: it is the detail that a step too few costs. On
+sheets, one step of Stage B shows a woven texture. `fast` takes a step of Stage C, and two of Stage B, more than the
+fewest in bold. Not measured with it: pictures to start from, masks, and v1, of which it changes Stage C alone.
 
 What few steps get wrong now and then shows in more seeds of hard prompts. Of {hard_count} pictures of
-{hard} were wrong (0 means fewer than 9 %, with 95 % confidence):
+{hard} were wrong (0 means fewer than 9 %,
+with 95 % confidence):
 
 {hard_trials}
 
