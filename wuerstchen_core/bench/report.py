@@ -36,7 +36,12 @@ class Measured:
         """Take over the times of rounds of `work` FLOP, on a machine that can do `peak` FLOP/s."""
         self.median, self.spread, self.first, self.seconds = times.median, times.spread, times.first, times.seconds
         self.flops_per_second = work / times.median
-        self.share_of_peak = self.flops_per_second / peak
+        self.compare(peak)
+
+    def compare(self, peak: float) -> None:
+        """Say what share of `peak` FLOP/s it reached."""
+        if self.flops_per_second is not None:
+            self.share_of_peak = self.flops_per_second / peak
 
     def remember(self, found: dict[str, Any], weights: int, loading: bool, compiled: bool) -> None:
         """Take over what a process of its own found."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +25,12 @@ from .picture import SHORT
 from .report import Measured, Report, Row
 from .setting import Clock, Setting
 from .timing import clock_of, interleave
-from .weights import Sizes, bytes_of, weights_of
+from .weights import Sizes, bytes_of, weight_file, weights_of
 
 Tell = Callable[[str, int, int], None]  # what is done now, the number of what is done, of how many
 Apart = Callable[[str, Case, int, dict[str, Any]], dict[str, Any]]
 QUICK, QUICK_TIMES = 95.0, 70.0  # seconds after which a quick run begins nothing, and takes no time any more
+CHUNK = 2**24  # bytes that are read at once
 Keep = Callable[[Report], None]  # is given the report as it grows
 
 
@@ -105,19 +106,29 @@ class _Run:
     def all(self) -> Report:
         plan, report = self.plan, self.report
         with weights_of(plan.stages, plan.dtypes, plan.networks, self.tell) as folder, torch.inference_mode():
-            self.tell("a large product", 0, 1)
-            for dtype in plan.dtypes:
-                report.peaks[dtype] = gemm_peak(dtype, plan.device, self.clock, plan.gemm_side)
+            self._measure_peaks()
             todo = plan.cases()
             for _, same in groupby(todo, lambda case: (case.stage, case.dtype)):
                 for row in self._timed(list(same), folder, len(todo)):
                     report.rows.append(row)
                     self.keep(report)
+            self._measure_peaks()
             if plan.memory:
                 self._apart(folder)
         if self.left_out:
             report.notes.append(f"left out for lack of time: {', '.join(self.left_out)}")
         return report
+
+    def _measure_peaks(self) -> None:
+        """Before and after the rest, since a machine has better and worse moments; shares are of the better one."""
+        peaks = self.report.peaks
+        self.tell("a large product", 0, 1)
+        for dtype in self.plan.dtypes:
+            found = gemm_peak(dtype, self.plan.device, self.clock, self.plan.gemm_side)
+            peaks[dtype] = max(found, peaks.get(dtype, 0.0))
+        for row in self.report.rows:
+            for side in filter(None, (row.ours, row.peer)):
+                side.compare(peaks[row.case.dtype])
 
     def _timed(self, same: list[Case], folder: Path, total: int) -> Iterator[Row]:
         """Rows of cases that the same networks work on."""
@@ -194,10 +205,20 @@ class _Run:
             for name, side in (("ours", row.ours), ("peer", row.peer)):
                 if side is not None:
                     self.tell(f"memory of {case.label}, {name}", i, len(rows))
+                    if first:
+                        _read_through(weight_file(folder, part, case.dtype) for part in (*stage.parts, *stage.beside))
                     found = self.apart(name, case, 2 if stage.steps else 1, told)
                     compiled = self.compile and (name == "peer" or stage.parts[0] in DENOISERS)
                     side.remember(found, row.weights, loading=first, compiled=compiled)
             self.keep(self.report)
+
+
+def _read_through(files: Iterable[Path]) -> None:
+    """Let the system have files in memory, so that whoever loads them first has no harder time."""
+    for path in files:
+        with path.open("rb") as file:
+            while file.read(CHUNK):
+                pass
 
 
 def _relative(x: Tensor | None, reference: Tensor | None) -> float | None:
