@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +14,36 @@ from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 from training_line import CONFIG, LineStage, assert_same_training, files
 
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.saved import LOG
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that was not there before is forked")
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+pytestmark = pytest.mark.skipif(not FORKS, reason="processes are forked off one that has torch in memory")
 
 LONG = replace(CONFIG, steps=60, log_every=1, save_every=7, sheet_every=9)
 WAIT = 60.0  # seconds at most
+
+
+def train_long(folder: Path) -> None:
+    """What is killed."""
+    torch.set_num_threads(1)
+    train(LineStage(), LONG, folder)
+
+
+def stop_halfway(folder: Path) -> None:
+    """The same, but it stops when half of the checkpoint of step 14 is on the disk."""
+    write = torch.save
+
+    def halfway(contents: dict[str, Any], path: Path) -> None:
+        write(contents, path)
+        if contents["step"] == 14:
+            os.truncate(path, path.stat().st_size // 2)
+            time.sleep(WAIT)
+
+    torch.save = halfway  # type: ignore[assignment]
+    train_long(folder)
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +53,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def apart(work: Callable[[], object]) -> Iterator[int]:
-    """`work` in a process of its own, by its number; it is killed at the end."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # threads do not come along
-            tqdm.set_lock(threading.RLock())  # its own lock is one for all processes, and would die with this one
-            work()
-        finally:
-            os._exit(0)
+def apart(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
+    """`work` in a process of its own, which is killed at the end."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "torch.distributed.tensor"])
+    process = context.Process(target=work, args=(folder,))
+    process.start()
     try:
-        yield child
+        yield
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        process.join()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -68,7 +83,7 @@ def check_killed(folder: Path, whole: Path, seed: int) -> None:
     chance = random.Random(seed)
     steps = sorted(chance.sample(range(1, 55), 2))
     for step in steps:
-        with apart(lambda: train(LineStage(), LONG, folder)):
+        with apart(train_long, folder):
             wait_for(lambda step=step: rows(folder) >= step)  # type: ignore[misc]
             time.sleep(chance.random() * 0.01)
     train(LineStage(), LONG, folder)
@@ -86,22 +101,11 @@ def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
     check_killed(tmp_path, whole, seed)
 
 
-def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> None:
     """Half of the file of step 14 is on the disk: it goes on from step 7, and the half is gone."""
-    write = torch.save
-
-    def halfway(contents: dict[str, Any], path: Path) -> None:
-        write(contents, path)
-        if contents["step"] == 14:
-            os.truncate(path, path.stat().st_size // 2)
-            time.sleep(WAIT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", halfway)
-        with apart(lambda: train(LineStage(), LONG, tmp_path)):
-            half = tmp_path / "checkpoint-00000014.pt.part"
-            wait_for(half.exists)
-            wait_for(lambda: 0 < half.stat().st_size < (whole / "checkpoint-00000056.pt").stat().st_size * 0.6)
+    half, size = tmp_path / "checkpoint-00000014.pt.part", (whole / "checkpoint-00000056.pt").stat().st_size
+    with apart(stop_halfway, tmp_path):
+        wait_for(lambda: half.exists() and 0 < half.stat().st_size < size * 0.6)
     assert half.exists() and "checkpoint-00000014.pt" not in files(tmp_path)
     (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # as another process left it
     train(LineStage(), LONG, tmp_path)
