@@ -103,9 +103,6 @@ class LoraStage(PriorStage):
         attach(prior, self.adapters)
         return prior
 
-    def finish(self, folder: Path, net: Prior) -> None:
-        """There is no more to write."""
-
     def parts(self, net: Prior) -> dict[str, nn.Module]:
         """None: a LoRA is no network."""
         return {}
