@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,12 @@ class DemoPictures(Shown):
         return caption(scene, words)
 
     def held(self) -> Shown | None:
-        held = DemoPictures(self._data, held=True)
-        return held if len(held) else None
+        return self._held if len(self._held) else None
+
+    @cached_property
+    def _held(self) -> DemoPictures:
+        """Drawn once, not for each sheet."""
+        return DemoPictures(self._data, held=True)
 
 
 def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
