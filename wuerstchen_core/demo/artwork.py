@@ -1,4 +1,4 @@
-"""Draw the scenes of the demo: Noto Emoji vector drawings, centred on a flat background.
+"""Draw the scenes of the demo: Noto Emoji vector drawings on a flat background.
 
 Only training and judging need this; it asks for `resvg-py`, which generation never imports.
 """
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .vocabulary import COLOURS, SIZES, THINGS, Scene
+from .vocabulary import COLOURS, PLACES, SHAPES, SIZES, THINGS, Scene
 
 CANVAS = 256  # pixels; the canvas that `SIZES` is given for
+MARGIN = 8  # pixels between the edge and what is in a corner or beside another
 
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -47,25 +48,38 @@ def _sprite(thing: int, edge: int) -> np.ndarray:
     return sprite
 
 
+def _corner(place: int, edge: int, width: int, height: int, margin: int) -> tuple[int, int]:
+    """The first column and row of a drawing."""
+    if PLACES[place] == "centre":
+        return (width - edge) // 2, (height - edge) // 2
+    row, side = PLACES[place].split()
+    return (margin if side == "left" else width - margin - edge), (margin if row == "top" else height - margin - edge)
+
+
 def _compose(scene: Scene, canvas: int) -> np.ndarray:
-    """One scene as uint8 [canvas, canvas, 3]."""
-    edge = round(list(SIZES.values())[scene.size] * canvas / CANVAS)
-    sprite = _sprite(scene.thing, edge)
+    """One scene as uint8 [H, W, 3]."""
+    width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[scene.shape])
+    edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
     ground = np.array(list(COLOURS.values())[scene.colour], dtype=np.float32)
-    picture = np.broadcast_to(ground, (canvas, canvas, 3)).copy()
-    start = (canvas - edge) // 2
-    window = picture[start : start + edge, start : start + edge]
-    window += (sprite[..., :3] - window) * sprite[..., 3:]
+    picture = np.broadcast_to(ground, (height, width, 3)).copy()
+    column, row = _corner(scene.place, edge, width, height, margin)
+    drawn = [(scene.thing, column)]
+    if scene.other is not None:
+        drawn = [(scene.thing, margin), (scene.other, width - margin - edge)]
+    for thing, column in drawn:
+        sprite = _sprite(thing, edge)
+        window = picture[row : row + edge, column : column + edge]
+        window += (sprite[..., :3] - window) * sprite[..., 3:]
     return np.rint(picture).astype(np.uint8)
 
 
 def draw(scene: Scene, canvas: int = CANVAS) -> Image.Image:
-    """A scene as a square RGB picture of `canvas` pixels, sizes scaled along."""
+    """A scene as an RGB picture, `canvas` pixels on its shorter side, sizes scaled along."""
     return Image.fromarray(draw_all([scene], canvas)[0])
 
 
 def draw_all(scenes: Iterable[Scene], canvas: int = CANVAS) -> np.ndarray:
-    """Scenes as uint8 [N, canvas, canvas, 3]; each drawing is rendered once per size."""
+    """Scenes of one shape as uint8 [N, H, W, 3]; each drawing is rendered once per size."""
     if canvas < 16:
         raise ValueError(f"canvas must be at least 16 pixels, got {canvas}")
     pictures = [_compose(scene, canvas) for scene in scenes]

@@ -1,7 +1,8 @@
-"""The small world of the demo model: 72 things on 8 backgrounds in 2 sizes, and its captions.
+"""The small world of the demo model: 128 things on 8 backgrounds, and its captions.
 
-A scene is one thing, centred on a flat background. A fifth of the (thing, background) pairs is
-held out of training, so that the model can be asked for pictures it has never seen.
+A scene is one thing on a flat background, large or small in the middle or small in a corner, or two small things side
+by side. A fifth of the (thing, background) pairs is held out of training, so that the model can be asked for pictures
+that it has never seen.
 """
 
 from __future__ import annotations
@@ -111,6 +112,68 @@ THINGS: tuple[Thing, ...] = (
     # faces
     Thing("robot", "robot", ("robot face",)),
     Thing("pumpkin", "jack-o-lantern", ("halloween pumpkin",)),
+    # food that came later, as all below did
+    Thing("tomato", "tomato"),
+    Thing("peach", "peach"),
+    Thing("chili pepper", "hot-pepper", ("chili", "hot pepper")),
+    Thing("croissant", "croissant"),
+    Thing("bread", "bread", ("loaf of bread", "toast"), bare=True),
+    Thing("cheese", "cheese-wedge", ("piece of cheese",), bare=True),
+    Thing("cookie", "cookie", ("biscuit",)),
+    Thing("fried egg", "cooking", ("egg in a pan",)),
+    Thing("taco", "taco"),
+    Thing("honey pot", "honey-pot", ("pot of honey", "honey")),
+    Thing("cake", "birthday-cake", ("birthday cake",)),
+    Thing("cup of coffee", "hot-beverage", ("coffee", "cup of tea")),
+    # animals
+    Thing("lion", "lion"),
+    Thing("shark", "shark"),
+    Thing("koala", "koala"),
+    Thing("monkey", "monkey"),
+    Thing("cow", "cow"),
+    Thing("chicken", "chicken", ("hen",)),
+    Thing("unicorn", "unicorn"),
+    Thing("swan", "swan"),
+    Thing("duck", "duck"),
+    Thing("snail", "snail"),
+    Thing("spider", "spider"),
+    Thing("dolphin", "dolphin"),
+    Thing("whale", "spouting-whale"),
+    Thing("bat", "bat"),
+    Thing("chick", "baby-chick", ("baby chick",)),
+    Thing("wolf", "wolf"),
+    # vehicles
+    Thing("bus", "bus"),
+    Thing("ambulance", "ambulance"),
+    Thing("scooter", "motor-scooter", ("moped",)),
+    Thing("flying saucer", "flying-saucer", ("ufo",)),
+    # objects
+    Thing("teapot", "teapot"),
+    Thing("drum", "drum"),
+    Thing("trumpet", "trumpet"),
+    Thing("violin", "violin", ("fiddle",)),
+    Thing("bell", "bell"),
+    Thing("balloon", "balloon"),
+    Thing("kite", "kite"),
+    Thing("scissors", "scissors", bare=True),
+    Thing("camera", "camera"),
+    Thing("telephone", "telephone", ("phone",)),
+    Thing("hat", "top-hat", ("top hat",)),
+    Thing("shirt", "t-shirt"),
+    Thing("diamond", "gem-stone", ("gem", "gemstone")),
+    Thing("anchor", "anchor"),
+    Thing("candle", "candle"),
+    Thing("trophy", "trophy", ("golden cup",)),
+    # nature
+    Thing("cloud", "cloud"),
+    Thing("fire", "fire", ("flame",)),
+    Thing("snowflake", "snowflake"),
+    Thing("tulip", "tulip"),
+    Thing("rose", "rose"),
+    Thing("leaf", "maple-leaf", ("maple leaf",)),
+    Thing("fir", "evergreen-tree", ("conifer",)),
+    # faces
+    Thing("ghost", "ghost"),
 )
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -125,6 +188,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES: dict[str, int] = {"large": 196, "small": 120}  # edge in pixels on a canvas of 256
+PLACES = ("centre", "top left", "top right", "bottom left", "bottom right")
+SHAPES: dict[str, tuple[int, int]] = {"square": (256, 256), "portrait": (256, 384), "landscape": (384, 256)}  # w, h
+LAYOUTS = ("large", "small", "corner", "pair")  # the kinds of scenes
+SIMPLE = LAYOUTS[:2]  # one thing in the middle
 
 _COLOUR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "violet")}
 _SIZE_WORDS = {"large": ("big", "large", "huge"), "small": ("small", "little", "tiny")}
@@ -144,27 +211,55 @@ _TEMPLATES = (
     "{subject} on {colour}",
 )
 _TEMPLATE_WEIGHTS = (10, 2, 2, 2, 1, 4, 4, 3, 2, 3)
+_CENTRE_WORDS = ("centre", "center", "middle")
+_PLACE_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
+_PLACED = ("in the {place}", "at the {place}", "in the {place} corner")
+_PAIRED = (
+    "{subject} and {other}",
+    "{subject} next to {other}",
+    "{subject} beside {other}",
+    "{subject} on the left and {other} on the right",
+)
+_PAIRED_WEIGHTS = (6, 1, 1, 2)
 _NAMED = 20  # unknown words of a long prompt that are named
 _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
 
 
 class Scene(NamedTuple):
-    """Positions in `THINGS`, `COLOURS` and `SIZES`."""
+    """Positions in `THINGS`, `COLOURS`, `SIZES`, `PLACES` and `SHAPES`; `other` is the thing on the right of two."""
 
     thing: int
     colour: int
     size: int
+    place: int = 0
+    shape: int = 0
+    other: int | None = None
+
+    @property
+    def layout(self) -> str:
+        """Which of `LAYOUTS` it is."""
+        if self.other is not None:
+            return "pair"
+        return "corner" if self.place else list(SIZES)[self.size]
 
 
-def scenes() -> list[Scene]:
-    """Every scene, in a fixed order: things slowest, sizes fastest."""
-    counts = (range(len(THINGS)), range(len(COLOURS)), range(len(SIZES)))
-    return [Scene(*indices) for indices in product(*counts)]
+def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
+    """Every scene of these layouts, in a fixed order: things slowest, backgrounds next."""
+    small, things = list(SIZES).index("small"), range(len(THINGS))
+    found = []
+    for thing, colour in product(things, range(len(COLOURS))):
+        found += [Scene(thing, colour, size, 0, shape) for size, name in enumerate(SIZES) if name in layouts]
+        if "corner" in layouts:
+            found += [Scene(thing, colour, small, place, shape) for place in range(1, len(PLACES))]
+        if "pair" in layouts:
+            found += [Scene(thing, colour, small, 0, shape, other) for other in things if other != thing]
+    return found
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether training never sees this (thing, colour) pair, at either size."""
-    return (3 * scene.thing + scene.colour) % 5 == 0
+    """Whether training never sees this (thing, colour) pair, or one of both, in any layout."""
+    things = [scene.thing] if scene.other is None else [scene.thing, scene.other]
+    return any((3 * thing + scene.colour) % 5 == 0 for thing in things)
 
 
 def _with_article(phrase: str, article: str = "a") -> str:
@@ -178,31 +273,51 @@ def _with_article(phrase: str, article: str = "a") -> str:
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """A sentence for a scene: the plain one, or with `rng` one of many wordings.
 
-    Small things are always called small; large ones mostly go without a word for it.
+    Small things in the middle are always called small; large ones mostly go without a word for it, and so do those in
+    corners and in twos, which are never large.
     """
-    thing = THINGS[scene.thing]
-    colour, size = list(COLOURS)[scene.colour], list(SIZES)[scene.size]
-    if rng is None:
-        phrase = f"small {thing.name}" if size == "small" else thing.name
-        subject = phrase if thing.bare else _with_article(phrase)
-        return f"{subject} on {_with_article(colour)} background"
-    return _finish(_random_wording(thing, colour, size, rng), rng)
+    colour = list(COLOURS)[scene.colour]
+    if rng is not None:
+        return _finish(_random_wording(scene, colour, rng), rng)
+    subject = _plain(THINGS[scene.thing], scene.layout in ("small", "corner"))
+    if scene.other is not None:
+        subject = _PAIRED[0].format(subject=subject, other=_plain(THINGS[scene.other], small=False))
+    if scene.place:
+        subject = f"{subject} {_PLACED[0].format(place=PLACES[scene.place])}"
+    return f"{subject} on {_with_article(colour)} background"
 
 
-def _random_wording(thing: Thing, colour: str, size: str, rng: random.Random) -> str:
+def _plain(thing: Thing, small: bool) -> str:
+    phrase = f"small {thing.name}" if small else thing.name
+    return phrase if thing.bare else _with_article(phrase)
+
+
+def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
     article = rng.choices(("a", "the", ""), (6, 1, 3))[0]
-    subject = rng.choice((thing.name, rng.choice(thing.names)))
-    if size == "small" or rng.random() < 0.2:
-        subject = f"{rng.choice(_SIZE_WORDS[size])} {subject}"
-    if not thing.bare:
-        subject = _with_article(subject, article)
+    subject = _random_subject(THINGS[scene.thing], scene, article, rng)
+    if scene.other is not None:
+        other = _random_subject(THINGS[scene.other], scene, article, rng)
+        subject = rng.choices(_PAIRED, _PAIRED_WEIGHTS)[0].format(subject=subject, other=other)
     if rng.random() < 0.2:
         depiction = _with_article(rng.choice(_DEPICTIONS), article)
         subject = _DEPICTED.format(depiction=depiction, subject=subject)
+    if scene.place:
+        height, side = PLACES[scene.place].split()
+        subject += " " + rng.choice(_PLACED).format(place=f"{rng.choice(_PLACE_WORDS[height])} {side}")
+    elif scene.other is None and rng.random() < 0.1:
+        subject += " " + rng.choice(_PLACED[:2]).format(place=rng.choice(_CENTRE_WORDS))
     colour = rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
     ground = _with_article(f"{colour} {rng.choices(_GROUND_WORDS, (4, 1))[0]}", article)
     template = rng.choices(_TEMPLATES, _TEMPLATE_WEIGHTS)[0]
     return template.format(subject=subject, ground=ground, colour=colour)
+
+
+def _random_subject(thing: Thing, scene: Scene, article: str, rng: random.Random) -> str:
+    subject = rng.choice((thing.name, rng.choice(thing.names)))
+    share = {"large": 0.2, "small": 1.0, "corner": 0.5, "pair": 0.1}[scene.layout]
+    if rng.random() < share:
+        subject = f"{rng.choice(_SIZE_WORDS[list(SIZES)[scene.size]])} {subject}"
+    return subject if thing.bare else _with_article(subject, article)
 
 
 def _finish(text: str, rng: random.Random) -> str:
@@ -220,13 +335,20 @@ def _letters(text: str) -> list[str]:
 
 
 @cache
-def known_words(things: tuple[Thing, ...] = THINGS) -> tuple[str, ...]:
-    """Every lower-case word that a caption of `things` can contain, sorted."""
+def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = LAYOUTS) -> tuple[str, ...]:
+    """Every lower-case word that a caption of `things` in `layouts` can contain, sorted."""
     phrases = [name for thing in things for name in thing.names]
     phrases += [*COLOURS, *_GROUND_WORDS, *_DEPICTIONS, "a", "an", "the"]
     phrases += [word for words in _COLOUR_WORDS.values() for word in words]
     phrases += [word for words in _SIZE_WORDS.values() for word in words]
-    phrases += [re.sub(r"\{\w+\}", " ", template) for template in (*_TEMPLATES, _DEPICTED)]
+    phrases += _CENTRE_WORDS
+    templates = [*_TEMPLATES, _DEPICTED, *_PLACED[:2]]
+    if "corner" in layouts:
+        phrases += [*PLACES, *(word for words in _PLACE_WORDS.values() for word in words)]
+        templates += _PLACED
+    if "pair" in layouts:
+        templates += _PAIRED
+    phrases += [re.sub(r"\{\w+\}", " ", template) for template in templates]
     return tuple(sorted({word for phrase in phrases for word in _letters(phrase)}))
 
 

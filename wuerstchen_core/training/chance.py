@@ -46,6 +46,10 @@ class Chance:
             return torch.stack([torch.randint(high, shape, generator=own) for own in self._own])
         return self.mine(torch.randint(high, (self.total,), generator=self._together))
 
+    def shared(self, high: int) -> int:
+        """One whole number from 0 to high - 1 for all samples."""
+        return int(torch.randint(high, (), generator=self._together))
+
     def permutations(self, length: int) -> Tensor:
         """The numbers from 0 to length - 1 in an order of its own for each sample, [n, length]."""
         return torch.stack([torch.randperm(length, generator=own) for own in self._own])

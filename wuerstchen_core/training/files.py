@@ -15,7 +15,7 @@ from .chance import Chance
 from .data.buckets import fit
 from .data.loading import Batch, IndexedPictures
 from .data.opening import PicturesConfig, open_pictures
-from .pictures import DemoPictures, Pictures, Shown
+from .pictures import DataConfig, DemoPictures, DemoShapes, Pictures, Shown
 
 log = logging.getLogger(__name__)
 
@@ -83,4 +83,7 @@ def pictures_of(config: Mapping[str, Any], captions: bool = True) -> Pictures:
     Without `captions` none are needed.
     """
     data = config.get("data", {})
-    return FilePictures(data, captions) if isinstance(data, Mapping) and "source" in data else DemoPictures(data)
+    if isinstance(data, Mapping) and "source" in data:
+        return FilePictures(data, captions)
+    several = len(from_table(DataConfig, data, "data").shapes) > 1
+    return DemoShapes(data) if several else DemoPictures(data)

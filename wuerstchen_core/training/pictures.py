@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo.artwork import CANVAS, draw_all
-from ..demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
+from ..demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, Scene, caption, held_out, scenes
 from ..tables import from_table
 from .chance import Chance
 
 AT_ONCE = 32  # pictures that a network sees
+MOST, FEWER = 1000, 400  # scenes of one layout: simple ones on squares, and others
 
 
 class Pictures(ABC):
@@ -105,6 +106,8 @@ class DataConfig:
 
     canvas: int = CANVAS  # pixels, a multiple of 64
     things: int = len(THINGS)  # only the first so many
+    layouts: tuple[str, ...] = SIMPLE
+    shapes: tuple[str, ...] = ("square",)
     background: str = ""  # only pictures on this one, of which captions say that it is any: for a LoRA to learn
 
     def __post_init__(self) -> None:
@@ -112,20 +115,45 @@ class DataConfig:
             raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
         if not 0 < self.things <= len(THINGS):
             raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
+        for name, given, known in (("layouts", self.layouts, LAYOUTS), ("shapes", self.shapes, tuple(SHAPES))):
+            if not given or not set(given) <= set(known) or len(set(given)) < len(given):
+                raise ValueError(f"[data] {name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
         if self.background and self.background not in COLOURS:
             raise ValueError(f"[data] background {self.background!r} is unknown: choose {', '.join(COLOURS)}")
 
 
 class DemoPictures(Shown):
-    """The demo's scenes, without the held-out ones (or only these)."""
+    """The demo's scenes of one shape, without the held-out ones (or only these)."""
 
-    def __init__(self, data: Mapping[str, Any] | None = None, held: bool = False):
+    def __init__(self, data: Mapping[str, Any] | None = None, held: bool = False, shape: str = ""):
+        """`shape`: the first that `data` names, unless told."""
         self._data = data or {}
         self.config = config = from_table(DataConfig, self._data, "data")
-        colours = [i for i, name in enumerate(COLOURS) if config.background in ("", name)]
-        shown = [scene for scene in scenes() if scene.thing < config.things and scene.colour in colours]
-        self.scenes: list[Scene] = [scene for scene in shown if held_out(scene) == held]
+        self._shape = shape or config.shapes[0]
+        self.scenes = [scene for layout in config.layouts for scene in self._some(layout, held)]
+        # Large things count twice where there are other layouts than the simple ones.
+        twice = {"large"} if set(config.layouts) > set(SIMPLE) else set()
+        counts = [1 + (scene.layout in twice) for scene in self.scenes]
+        self._order = torch.arange(len(self.scenes)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
         super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas)).permute(0, 3, 1, 2))
+
+    def _some(self, layout: str, held: bool) -> list[Scene]:
+        """The scenes of a layout in their order, or a sample: few enough to keep what networks make of them."""
+        shape, known = list(SHAPES).index(self._shape), range(self.config.things)
+        colours = [i for i, name in enumerate(COLOURS) if self.config.background in ("", name)]
+        shown = [
+            scene
+            for scene in scenes([layout], shape)
+            if held_out(scene) == held
+            and scene.colour in colours
+            and scene.thing in known
+            and (scene.other is None or scene.other in known)
+        ]
+        most = MOST if layout in SIMPLE and not shape else FEWER
+        return shown if len(shown) <= most else random.Random(f"{layout} {self._shape}").sample(shown, most)
+
+    def pick(self, chance: Chance) -> Tensor:
+        return self._order[chance.pick(len(self._order))]
 
     def wording(self, index: int, words: random.Random) -> str:
         scene = self.scenes[index]
@@ -140,6 +168,39 @@ class DemoPictures(Shown):
     def _held(self) -> DemoPictures:
         """Drawn once, not for each sheet."""
         return DemoPictures(self._data, held=True)
+
+
+class DemoShapes(Pictures):
+    """The demo's scenes of several shapes; a batch is of one, which is drawn in proportion to its scenes."""
+
+    square = False
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.shown = [DemoPictures(data, shape=shape) for shape in from_table(DataConfig, data, "data").shapes]
+        self.side = min(one.side for one in self.shown)
+
+    def pick(self, chance: Chance) -> tuple[int, Tensor]:
+        """Which of `shown`, and the indices [n] there."""
+        place, shape = chance.shared(sum(map(len, self.shown))), 0
+        while place >= len(self.shown[shape]):
+            place, shape = place - len(self.shown[shape]), shape + 1
+        return shape, self.shown[shape].pick(chance)
+
+    def captions(self, picked: tuple[int, Tensor], chance: Chance, drop: float = 0.0) -> list[str]:
+        shape, indices = picked
+        return self.shown[shape].captions(indices, chance, drop)
+
+    def view(self, picked: tuple[int, Tensor]) -> Tensor:
+        shape, indices = picked
+        return self.shown[shape].view(indices)
+
+    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[tuple[int, Tensor]], Tensor]:
+        known = [one.each(compute) for one in self.shown]
+        return lambda picked: known[picked[0]](picked[1])
+
+    def held(self) -> Shown | None:
+        """Of the first shape."""
+        return self.shown[0].held()
 
 
 def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
