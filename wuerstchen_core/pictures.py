@@ -146,7 +146,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Images [B, 3 or 1, H, W], clamped to [0, 1], as PIL pictures in RGB or grey."""
-    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
 
 

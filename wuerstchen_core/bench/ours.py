@@ -36,7 +36,7 @@ class Ours:
         self.setting, self.dtype = setting, setting.compute or DTYPES[setting.dtype]
         stage, device = STAGES[setting.stage], setting.device
         files = {part: weight_file(setting.folder, part, setting.dtype) for part in (*stage.parts, *stage.beside)}
-        if setting.stage == PICTURE:  # the pipeline has its own mind about the precision of Stage A
+        if setting.stage == PICTURE:  # as its users load it
             self.pipeline = WuerstchenPipeline.load(files, device=device, dtype=self.dtype)
         else:
             networks = {part: LOADERS[part](file, device=device, dtype=self.dtype) for part, file in files.items()}
