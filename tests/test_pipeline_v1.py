@@ -163,7 +163,7 @@ def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_paints(bundle: Path, dtype: str) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype)
-    assert pixels(half.generate(PROMPTS[0], decoder_steps=2)).std() > 1
+    assert pixels(half.generate(PROMPTS[0], decoder_steps=2)).std() > 0.5  # NaN would be black all over
 
 
 def test_the_command_line_tells_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
