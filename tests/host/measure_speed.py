@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ class Stage:
         from pack.wuerstchen_core.devices import DTYPES
 
         folder = Path(plan["folder"])
-        self.sizes, self.device, self.dtype = sizes_of(folder), plan["device"], DTYPES[dtype]
-        self.ours = Ours(Setting(name, dtype, folder, self.sizes, self.device, time.perf_counter, (STEPS, STEPS)))
-        self.model = models.load_model(read_part(weight_file(folder, name, dtype), name), self.dtype)
+        self.sizes, self.device = sizes_of(folder), plan["device"]
+        self.model = models.load_model(read_part(weight_file(folder, name, dtype), name), DTYPES[dtype])
+        self.dtype = self.model.model.get_dtype_inference()  # which ComfyUI chooses, and all others then work in
+        setting = Setting(name, dtype, folder, self.sizes, self.device, time.perf_counter, (STEPS, STEPS))
+        self.ours = Ours(replace(setting, compute=self.dtype))
         self.cascade = cascade(name, self.sizes, self.device, self.dtype)
 
     def ways(self, case: Any) -> dict[str, Way]:
@@ -157,12 +160,11 @@ def main(plan: dict[str, Any]) -> list[dict[str, Any]]:
             if name not in plan["stages"]:
                 continue
             stage = Stage(plan, name, dtype)
-            computed = stage.model.model.get_dtype_inference()
             for side in plan["sizes"]:
                 for batch in plan["batches"]:
                     case = Case(name, side, batch, dtype)
                     ways = measure(stage, case, plan["repeat"], clock)
-                    row = {"stage": name, "side": side, "batch": batch, "dtype": dtype, "host_dtype": str(computed)}
+                    row = {"stage": name, "side": side, "batch": batch, "dtype": dtype, "host_dtype": str(stage.dtype)}
                     rows.append({**row, "flops": work(stage, case), "ways": ways})
     return rows
 
