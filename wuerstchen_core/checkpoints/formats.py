@@ -55,6 +55,8 @@ _TRANSFORMERS_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_OUR_LAYER = {ours: theirs for theirs, ours in _TRANSFORMERS_LAYER.items()}
+_OUR_LAYER |= {f"attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"}  # which are one tensor of ours
 _TEXT_PREFIXES = ("positional_embedding", "token_embedding.", "transformer.", "ln_final.", "cls_emb")
 
 
@@ -143,18 +145,23 @@ def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
 
 def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """The layers of a text tower in transformers' names, without their prefix; the rest stays."""
-    theirs = {ours: name for name, ours in _TRANSFORMERS_LAYER.items()}
     out: dict[str, AnyTensor] = {}
     for key, x in state.items():
-        found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+        found = re.fullmatch(r"(transformer\.resblocks\.\d+)\.(.+)[._](weight|bias)", key)
         if found is None:
             out[key] = x
         elif found[2] == "attn.in_proj":
             for index, name in enumerate("qkv"):
-                out[f"encoder.layers.{found[1]}.self_attn.{name}_proj.{found[3]}"] = _third(x, index)
+                out[f"{transformers_path(f'{found[1]}.attn.{name}_proj')}.{found[3]}"] = _third(x, index)
         else:
-            out[f"encoder.layers.{found[1]}.{theirs[found[2]]}.{found[3]}"] = x
+            out[f"{transformers_path(f'{found[1]}.{found[2]}')}.{found[3]}"] = x
     return out
+
+
+def transformers_path(path: str) -> str:
+    """What transformers calls a module in the layers of a text tower, without its prefix."""
+    _, _, number, module = path.split(".", 3)
+    return f"encoder.layers.{number}.{_OUR_LAYER[module]}"
 
 
 def _transformers_layer(key: str, state: dict[str, AnyTensor], out: dict[str, AnyTensor]) -> None:
