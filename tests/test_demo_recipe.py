@@ -1,9 +1,8 @@
-"""How the shipped model is measured and shown: numbers that count mistakes, the README's table, preview factors."""
+"""What the shipped model says of itself, and what is remade of it: the README's table, sheets, preview factors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,13 @@ from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
-from wuerstchen_core.demo.judge import Judge, wilson_interval
-from wuerstchen_core.demo.recipe import edits, evaluate, lora, remake
-from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene, caption, held_out, scenes
-from wuerstchen_core.training.pictures import DemoPictures
+from wuerstchen_core.demo.recipe import build, edits, lora, remake
+from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, known_words
+from wuerstchen_core.training.pictures import DataConfig, DemoPictures
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
 ROOT = Path(__file__).parents[1]
-# On the two grounds of test_demo_judge, whose references are slow to draw; the first and the last share a ground.
-WANTED = [Scene(0, 0, 0), Scene(4, 3, 1), Scene(9, 3, 1), Scene(5, 0, 0)]
-RECONSTRUCTED = [30.0, 26.0]
-
-
-def pictures(wanted: Sequence[Scene]) -> list[Image.Image]:
-    from wuerstchen_core.demo.artwork import draw
-
-    return [draw(scene) for scene in wanted]
-
-
-@pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge()
 
 
 @pytest.fixture(scope="module")
@@ -45,105 +29,21 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> WuerstchenPipeline:
     return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
 
 
-class TruePictures:
-    """A pipeline that paints every prompt perfectly."""
-
-    def __init__(self) -> None:
-        self.scenes = {caption(scene): scene for scene in scenes()}
-        self.metadata: dict[str, Any] = {}  # all that can be drawn
-        self.asked: list[tuple[list[str], int, dict[str, Any]]] = []
-
-    def generate(self, prompts: list[str], seed: int, **changes: Any) -> list[Image.Image]:
-        self.asked.append((prompts, seed, changes))
-        return pictures([self.scenes[prompt] for prompt in prompts])
-
-
-def test_true_pictures_are_all_right(judge: Judge) -> None:
-    rows = evaluate.judge_pictures(judge, WANTED, pictures(WANTED))
-    numbers = evaluate.summary(rows, rows[:2], RECONSTRUCTED)
-    low = round(100 * wilson_interval(4, 4)[0], 1)
-    assert numbers["thing"] == numbers["background"] == {"percent": 100.0, "interval": [low, 100.0], "count": 4}
-    assert {size: part["count"] for size, part in numbers["by_size"].items()} == {"large": 2, "small": 2}
-    assert numbers["psnr"] == {"mean": 28.0, "min": 26.0, "count": 2}
-    assert numbers["mistakes"] == numbers["backgrounds_missed"] == []
-    assert json.loads(json.dumps(numbers)) == numbers
-
-
-def test_mistakes_are_counted_and_named(judge: Judge) -> None:
-    """Two show another thing of the same ground, the third nothing at all, on cyan; only the last is right."""
-    nothing = Image.new("RGB", (256, 256), (0, 255, 255))
-    other, last = pictures(WANTED[2:])
-    rows = evaluate.judge_pictures(judge, WANTED, [last, other, nothing, last])
-    numbers = evaluate.summary(rows, rows[2:], RECONSTRUCTED)
-    assert numbers["thing"]["percent"] == 25.0 and numbers["another_thing"]["percent"] == 50.0
-    assert numbers["background"]["percent"] == 75.0
-    assert numbers["compressed"]["percent"] == 50.0 and numbers["compressed"]["count"] == 2
-    assert numbers["thing"]["interval"] == [round(100 * bound, 1) for bound in wilson_interval(1, 4)]
-    assert numbers["by_size"]["large"]["percent"] == 50.0 and numbers["by_size"]["small"]["percent"] == 0.0
-    names = [THINGS[5].name, THINGS[9].name, "nothing"]
-    assert numbers["mistakes"] == [f"{caption(s)}: {name}" for s, name in zip(WANTED, names, strict=False)]
-    assert numbers["backgrounds_missed"] == [caption(WANTED[2])]
-
-
-def test_a_size_that_was_not_painted_is_left_out(judge: Judge) -> None:
-    rows = evaluate.judge_pictures(judge, WANTED[:1], pictures(WANTED[:1]))
-    numbers = evaluate.summary(rows, rows, RECONSTRUCTED)
-    assert list(numbers["by_size"]) == ["large"]
-
-
-def test_evaluation_paints_held_out_scenes_with_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        evaluate,
-        "reconstruct",
-        lambda pipe, wanted, decoder_steps: (pictures(wanted), [float(decoder_steps), len(wanted)]),
-    )
-    pipe: Any = TruePictures()
-    every = 39  # of 116 pairs: three, so six scenes
-    numbers = evaluate.evaluate(pipe, seeds=2, every=every, decoder_steps=7)
-    assert numbers["thing"]["percent"] == numbers["background"]["percent"] == 100 and numbers["thing"]["count"] == 12
-    assert {size: part["count"] for size, part in numbers["by_size"].items()} == {"large": 6, "small": 6}
-    assert numbers["psnr"] == {"mean": 6.5, "min": 6.0, "count": 2}
-    assert numbers["compressed"]["percent"] == 100 and numbers["compressed"]["count"] == 6
-    assert [(seed, changes) for _, seed, changes in pipe.asked] == [
-        (1000, {"decoder_steps": 7}),
-        (2000, {"decoder_steps": 7}),
-    ]
-    assert all(held_out(pipe.scenes[prompt]) for prompts, *_ in pipe.asked for prompt in prompts)
-
-
-def test_every_held_out_scene_counts_and_batches_keep_their_seeds() -> None:
-    wanted = evaluate.held_out_scenes()
-    assert len(wanted) == 232 and {scene.thing for scene in wanted} == set(range(len(THINGS)))
-    assert {scene.colour for scene in wanted} == set(range(len(COLOURS)))
-    pipe: Any = TruePictures()
-    assert len(evaluate.paint(pipe, wanted[:20], 100, prior_steps=2)) == 20
-    assert [(len(prompts), seed) for prompts, seed, _ in pipe.asked] == [(16, 100), (4, 116)]
-
-
-def test_reconstruction_is_measured(pipe: WuerstchenPipeline) -> None:
-    one, two, own = (evaluate.reconstruct(pipe, WANTED[:1], decoder_steps=steps)[1] for steps in (1, 2, None))
-    assert len(one) == 1 and 0 < one[0] < 40 and one != two
-    assert own == two  # the model's own number of steps
-    images, values = evaluate.reconstruct(pipe, WANTED[2:])
-    pairs = zip(pictures(WANTED[2:]), images, strict=True)
-    assert values == [evaluate.psnr(np.asarray(a), np.asarray(b)) for a, b in pairs]
-
-
-def test_the_command_writes_the_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls: list[tuple[Any, dict[str, Any]]] = []
-
-    def fake(pipe: Any, **options: Any) -> dict[str, Any]:
-        calls.append((pipe, options))
-        return {"thing": 1}
-
-    monkeypatch.setattr(evaluate, "evaluate", fake)
-    monkeypatch.setattr(WuerstchenPipeline, "load", lambda model: model)
-    evaluate.main(["--model", "m", "--seeds", "1", "--prior-steps", "9", "--json", str(tmp_path / "out.json")])
-    rest = {"every": 1, "schedule": None, "prior_guidance": None, "decoder_steps": None}
-    assert calls == [("m", {"seeds": 1, "prior_steps": 9, **rest})]
-    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(capsys.readouterr().out) == {"thing": 1}
+def test_a_bundle_names_what_its_prior_was_trained_on() -> None:
+    v1, v2 = (build.trained_on(build.RECIPE / name) for name in ("prior_v1.toml", "prior.toml"))
+    assert v1 == DataConfig(things=12) and v2 == DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+    assert build.vocabulary(v1) == {
+        "words": known_words(THINGS[:12], SIMPLE),
+        "things": [thing.name for thing in THINGS[:12]],
+        "colours": list(COLOURS),
+        "sizes": ["large", "small"],
+        "layouts": SIMPLE,
+        "shapes": ("square",),
+    }
+    all_of_it = build.vocabulary(v2)
+    assert all_of_it["words"] == known_words() and len(all_of_it["things"]) == len(THINGS)
+    assert all_of_it["layouts"] == LAYOUTS and all_of_it["shapes"] == tuple(SHAPES)
+    assert "corner" in all_of_it["words"] and "corner" not in build.vocabulary(v1)["words"]
 
 
 def test_factors_of_a_linear_map_are_found() -> None:
@@ -166,10 +66,26 @@ NUMBERS = {
 }
 
 
-def test_the_table_holds_the_numbers() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in remake.number_table(NUMBERS).splitlines()]
+def table_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in remake.number_table(numbers).splitlines()]
     assert all(len(row) == 4 for row in rows)
-    assert rows[2:] == [
+    return rows[2:]
+
+
+def test_the_table_holds_what_a_model_knows_further() -> None:
+    part = NUMBERS["thing"]
+    more = {"by_place": {"top left": part}, "by_shape": {"portrait": part}, "pairs": {"both": part, "one": part}}
+    rows, simple = table_rows({**NUMBERS, **more}), table_rows(NUMBERS)
+    assert [row for row in rows if row not in simple] == [
+        ["the right thing in its place, top left", "96.5 %", "95.0 to 97.6 %", "696"],
+        ["the right thing, whole and alone, portrait", "96.5 %", "95.0 to 97.6 %", "696"],
+        ["two things, both right", "96.5 %", "95.0 to 97.6 %", "696"],
+        ["two things, one right", "96.5 %", "95.0 to 97.6 %", "696"],
+    ]
+
+
+def test_the_table_holds_the_numbers() -> None:
+    assert table_rows(NUMBERS) == [
         ["the right thing", "96.5 %", "95.0 to 97.6 %", "696"],
         ["the right thing, large", "97.0 %", "94.6 to 98.3 %", "348"],
         ["another thing", "1.0 %", "0.5 to 2.1 %", "696"],

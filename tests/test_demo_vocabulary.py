@@ -9,6 +9,10 @@ import pytest
 from wuerstchen_core.demo import artwork
 from wuerstchen_core.demo.vocabulary import (
     COLOURS,
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    SIMPLE,
     SIZES,
     THINGS,
     Scene,
@@ -26,7 +30,7 @@ YELLOW, ORANGE = list(COLOURS).index("yellow"), list(COLOURS).index("orange")
 
 
 def test_there_are_enough_things_and_none_twice():
-    assert len(THINGS) >= 64
+    assert len(THINGS) >= 128
     assert len({thing.icon for thing in THINGS}) == len(THINGS)
     names = [name for thing in THINGS for name in thing.names]
     assert len(set(names)) == len(names)
@@ -46,9 +50,16 @@ def test_a_colour_word_in_a_name_never_stands_alone():
 
 
 def test_scenes_are_all_combinations_in_a_fixed_order():
-    everything = scenes()
-    assert len(set(everything)) == len(everything) == len(THINGS) * len(COLOURS) * len(SIZES)
+    everything, each = scenes(), len(THINGS) * len(COLOURS)
+    assert len(set(everything)) == len(everything) == each * len(SIZES)
     assert everything[:3] == [Scene(0, 0, 0), Scene(0, 0, 1), Scene(0, 1, 0)]
+    corners, pairs = scenes(["corner"]), scenes(["pair"], shape=2)
+    assert len(set(corners)) == each * 4 and corners[:2] == [Scene(0, 0, 1, 1), Scene(0, 0, 1, 2)]
+    assert len(set(pairs)) == each * (len(THINGS) - 1) and pairs[0] == Scene(0, 0, 1, 0, 2, 1)
+    for found, layout in ((everything, {"large", "small"}), (corners, {"corner"}), (pairs, {"pair"})):
+        assert {scene.layout for scene in found} == layout
+    assert not [scene for scene in pairs if scene.other == scene.thing]
+    assert set(scenes(LAYOUTS)) == {*everything, *corners, *(scene._replace(shape=0) for scene in pairs)}
 
 
 def test_a_fifth_of_the_pairs_is_held_out_and_every_part_stays_known():
@@ -60,6 +71,16 @@ def test_a_fifth_of_the_pairs_is_held_out_and_every_part_stays_known():
     assert all(held_out(scene) == held_out(scene._replace(size=0)) for scene in scenes())
 
 
+def test_what_is_held_out_is_so_in_every_layout_and_shape():
+    for scene in scenes(["corner"], shape=1):
+        assert held_out(scene) == held_out(Scene(scene.thing, scene.colour, 0))
+    pairs = scenes(["pair"], shape=2)
+    for scene in pairs:
+        alone = [held_out(Scene(thing, scene.colour, 0)) for thing in (scene.thing, scene.other)]
+        assert held_out(scene) == any(alone)
+    assert 0.34 <= sum(map(held_out, pairs)) / len(pairs) <= 0.38  # 1 - 0.8 * 0.8
+
+
 @pytest.mark.parametrize(
     ("scene", "text"),
     [
@@ -67,34 +88,76 @@ def test_a_fifth_of_the_pairs_is_held_out_and_every_part_stays_known():
         (Scene(NAMES["cat"], YELLOW, SMALL), "a small cat on a yellow background"),
         (Scene(NAMES["umbrella"], ORANGE, LARGE), "an umbrella on an orange background"),
         (Scene(NAMES["grapes"], ORANGE, SMALL), "small grapes on an orange background"),
+        (Scene(NAMES["unicorn"], YELLOW, LARGE), "a unicorn on a yellow background"),
+        (Scene(NAMES["cat"], YELLOW, SMALL, 3), "a small cat in the bottom left on a yellow background"),
+        (Scene(NAMES["owl"], YELLOW, SMALL, 0, 1, NAMES["corn"]), "an owl and corn on a yellow background"),
     ],
 )
 def test_the_plain_caption(scene, text):
     assert caption(scene) == text
 
 
-def test_plain_captions_tell_all_scenes_apart():
-    assert len({caption(scene) for scene in scenes()}) == len(scenes())
+def some_scenes(seed):
+    """All with one thing, and of those with two as many as have one alone."""
+    return scenes(["large", "small", "corner"]) + random.Random(seed).sample(scenes(["pair"]), 2000)
 
 
-def test_captions_use_known_words_and_together_all_of_them():
+def test_plain_captions_tell_all_scenes_of_a_shape_apart():
+    assert len({caption(scene) for scene in scenes(LAYOUTS)}) == len(scenes(LAYOUTS))
+
+
+def words_of(texts):
+    return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+
+
+@pytest.mark.parametrize("layouts", [SIMPLE, ("small", "corner"), ("large", "pair"), LAYOUTS], ids="+".join)
+def test_captions_use_known_words_and_together_all_of_them(layouts):
+    """Those of the first things alone too, as a smaller model knows them."""
+    rng, things = random.Random(0), THINGS[:12]
+    shown = [scene for scene in scenes(layouts) if scene.thing < 12 and (scene.other or 0) < 12]
+    shown = shown if "pair" not in layouts else random.Random(1).sample(shown, 600)
+    texts = [caption(scene, rng) for scene in shown for _ in range(20)] + [caption(scene) for scene in shown]
+    known = known_words(things, layouts)
+    assert list(known) == sorted(known)
+    sizes = {"large": {"big", "large", "huge"}, "small": {"small", "little", "tiny"}}
+    missing = set(known) - words_of(texts)
+    assert words_of(texts) <= set(known) and missing <= (sizes["large"] if "large" not in layouts else set())
+
+
+def test_captions_of_all_things_use_all_words():
     rng = random.Random(0)
-    texts = [caption(scene, rng) for scene in scenes() for _ in range(30)]
-    texts += [caption(scene) for scene in scenes()]
-    used = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
-    assert used == set(known_words())
-    assert list(known_words()) == sorted(known_words())
+    assert words_of(caption(scene, rng) for scene in some_scenes(0) for _ in range(8)) == set(known_words())
 
 
 def test_worded_captions_name_the_thing_the_background_and_smallness():
     rng = random.Random(1)
     colours = {"gray": "gray|grey", "purple": "purple|violet"}
-    for scene in scenes():
+    for scene in some_scenes(1):
         text = caption(scene, rng).lower()
         colour = list(COLOURS)[scene.colour]
         assert any(name in text for name in THINGS[scene.thing].names)
         assert re.search(rf"\b({colours.get(colour, colour)})\b", text)
-        assert bool(re.search(r"\b(small|little|tiny)\b", text)) == (scene.size == SMALL)
+        smallness = bool(re.search(r"\b(small|little|tiny)\b", text))
+        assert smallness == (scene.size == SMALL) or scene.layout in ("corner", "pair")
+
+
+def test_worded_captions_name_the_corner_and_no_other():
+    rng, words = random.Random(2), {"top": "top|upper", "bottom": "bottom|lower"}
+    for scene in some_scenes(2):
+        text = caption(scene, rng).lower()
+        found = re.findall(r"\b(top|upper|bottom|lower) (left|right)\b", text)
+        assert len(found) == bool(scene.place)
+        if scene.place:
+            height, side = PLACES[scene.place].split()
+            assert found[0][0] in words[height].split("|") and found[0][1] == side
+
+
+def test_worded_captions_name_two_things_from_left_to_right():
+    rng = random.Random(3)
+    for scene in random.Random(3).sample(scenes(["pair"]), 1000):
+        text = caption(scene, rng).lower()
+        left, right = ({text.find(name) for name in THINGS[thing].names} - {-1} for thing in (scene.thing, scene.other))
+        assert left and right and min(left) < max(right)
 
 
 def test_captions_repeat_with_their_seed_and_vary_without():
@@ -110,16 +173,44 @@ def test_unknown_words_are_listed_once_in_order():
     assert unknown_words("", known_words()) == []
 
 
-def test_drawings_are_centred_on_their_background():
+def extent(picture):
+    """The first column, the first row, and the last ones, of what is no background."""
+    rows, columns = np.nonzero((picture != picture[0, 0]).any(axis=-1))
+    return columns.min(), rows.min(), columns.max(), rows.max()
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
+@pytest.mark.parametrize("place", range(len(PLACES)), ids=PLACES)
+def test_drawings_are_where_they_should_be(shape, place):
+    """A ball, which is round and fills its box but for a pixel or two of 120."""
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
-    scene = Scene(NAMES["basketball"], YELLOW, SMALL)
-    picture = np.asarray(artwork.draw(scene))
-    assert picture.shape == (256, 256, 3)
-    ground = np.array(COLOURS["yellow"])
-    rows, columns = np.nonzero((picture != ground).any(axis=-1))
-    for places in (rows, columns):
-        assert 100 <= np.ptp(places) < SIZES["small"]
-        assert abs(places.mean() - 127.5) < 3
+    ball, (width, height) = NAMES["basketball"], list(SHAPES.values())[shape]
+    picture = np.asarray(artwork.draw(Scene(ball, YELLOW, SMALL, place, shape)))
+    assert picture.shape == (height, width, 3) and (picture[0, 0] == COLOURS["yellow"]).all()
+    edge, margin = SIZES["small"], artwork.MARGIN
+    column, row = (width - edge) // 2, (height - edge) // 2
+    if place:
+        column = margin if "left" in PLACES[place] else width - margin - edge
+        row = margin if "top" in PLACES[place] else height - margin - edge
+    assert extent(picture) == pytest.approx((column, row, column + edge - 1, row + edge - 1), abs=8)
+    assert artwork.boxes(Scene(ball, YELLOW, SMALL, place, shape)) == [(column, row, edge)]
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
+def test_two_things_are_drawn_side_by_side(shape):
+    pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+    ball, star = NAMES["basketball"], NAMES["star"]
+    picture = np.asarray(artwork.draw(Scene(ball, YELLOW, SMALL, 0, shape, star)))
+    width, edge, margin = picture.shape[1], SIZES["small"], artwork.MARGIN
+    row = (picture.shape[0] - edge) // 2
+    for thing, column in ((ball, margin), (star, width - margin - edge)):
+        alone = np.asarray(artwork.draw(Scene(thing, YELLOW, SMALL, 0, shape)))
+        middle = (width - edge) // 2
+        drawing = alone[row : row + edge, middle : middle + edge]
+        assert np.array_equal(picture[row : row + edge, column : column + edge], drawing)
+        picture = picture.copy()
+        picture[row : row + edge, column : column + edge] = COLOURS["yellow"]
+    assert (picture == COLOURS["yellow"]).all()
 
 
 def test_a_smaller_canvas_shows_the_same_picture():
@@ -144,3 +235,18 @@ def test_a_long_prompt_of_unknown_words_is_noted_in_a_short_line():
     note = vocabulary_note([" ".join(words)], {"vocabulary": {"words": ["apple"]}})
     assert note is not None and len(note) < 400
     assert "'aaax'" in note and "and 980 more words" in note
+
+
+def test_a_note_says_what_the_model_can_paint():
+    about = {"words": ["apple"], "things": ["red apple"], "colours": ["blue"], "sizes": ["large", "small"]}
+    simple = vocabulary_note(["a zebra"], {"vocabulary": about})
+    assert simple is not None and simple.endswith("; on a background of: blue; in sizes: large, small")
+    more = {**about, "layouts": list(LAYOUTS), "shapes": ["square", "portrait"]}
+    note = vocabulary_note(["a zebra"], {"vocabulary": more})
+    assert note == (
+        f"{simple}; small things in these places: centre, top left, top right, bottom left, bottom right; "
+        "two things side by side; on pictures that are: square, portrait"
+    )
+    only = vocabulary_note(["a zebra"], {"vocabulary": {**about, "layouts": list(SIMPLE), "shapes": ["square"]}})
+    assert only == f"{simple}; on pictures that are: square"
+    assert vocabulary_note(["an apple"], {"vocabulary": {**more, "words": ["an", "apple"]}}) is None

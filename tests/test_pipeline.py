@@ -286,12 +286,12 @@ def test_a_model_without_a_vocabulary_never_warns(tmp_path: Path, caplog: pytest
 @pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
 def test_the_shipped_model_paints_what_was_asked() -> None:
     from wuerstchen_core.demo.judge import Judge
-    from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS
+    from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, Scene
 
     demo = WuerstchenPipeline.load("demo", device="cpu")
     [image] = demo.generate("a red apple on a blue background", width=256, height=256, seed=1)
-    judge, blue = Judge(), list(COLOURS).index("blue")
-    assert judge.background(np.asarray(image)) == blue
-    shown = judge.identify(np.asarray(image), blue, list(SIZES).index("large"))
-    assert THINGS[shown].name == "red apple"
+    apple = Scene(
+        [thing.name for thing in THINGS].index("red apple"), list(COLOURS).index("blue"), list(SIZES).index("large")
+    )
+    assert Judge().identify(np.asarray(image), apple) == apple
     assert demo.sampling.width == demo.sampling.height == 256

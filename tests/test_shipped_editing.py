@@ -29,7 +29,7 @@ def scene(thing: str, colour: str, size: int) -> Scene:
 
 def shown(image: Image.Image, colour: str, size: int) -> str:
     """The thing that the judge sees on that background, at that size."""
-    seen = Judge().identify(np.asarray(image), list(COLOURS).index(colour), size)
+    seen = Judge().identify(np.asarray(image), Scene(0, list(COLOURS).index(colour), size)).thing
     return NAMES[seen] if seen >= 0 else "nothing"
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.demo.judge import Judge
-from wuerstchen_core.demo.recipe.evaluate import evaluate
+from wuerstchen_core.demo.recipe.evaluate import evaluate, held_out_scenes
 from wuerstchen_core.demo.recipe.remake import EVALUATION
 from wuerstchen_core.demo.vocabulary import COLOURS
 
@@ -51,6 +51,10 @@ def test_the_written_numbers_are_measured_again(pipe: WuerstchenPipeline) -> Non
     written, measured = json.loads(EVALUATION.read_text(encoding="utf-8")), evaluate(pipe)
     for name in ("thing", "another_thing", "background"):
         assert measured[name]["percent"] == pytest.approx(written[name]["percent"], abs=1.0)
-        assert measured[name]["count"] == written[name]["count"] == 696
+        assert measured[name]["count"] == written[name]["count"] == 3 * len(held_out_scenes(pipe.metadata))
+    for group in ("by_place", "by_shape", "pairs"):  # of samples: three of the pictures
+        assert measured.get(group, {}).keys() == written.get(group, {}).keys()
+        for name, share in written.get(group, {}).items():
+            assert measured[group][name]["percent"] == pytest.approx(share["percent"], abs=300 / share["count"])
     assert measured["compressed"]["percent"] == pytest.approx(written["compressed"]["percent"], abs=1.0)
     assert measured["psnr"]["mean"] == pytest.approx(written["psnr"]["mean"], abs=0.1)

@@ -49,7 +49,7 @@ class Painter:
         self.model = hashlib.sha256(demo_path().read_bytes()).hexdigest()[:12]
         self.pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32")
         self.patchers = {stage: models.load_model(read_part(demo_path(), stage)) for stage in STAGES}
-        self.scenes = random.Random(SEED).sample(held_out_scenes(), count)
+        self.scenes = random.Random(SEED).sample(held_out_scenes(self.pipe.metadata), count)
         prior, decoder = self.pipe.encode_text([caption(scene) for scene in self.scenes])
         nothing, _ = self.pipe.encode_text([""])
         self.text = decoder
@@ -90,10 +90,10 @@ class Painter:
     def judged(self, latents: Tensor) -> dict[str, float]:
         """Of Stage B's latents: how many pictures show the right thing and background, and how near to the truth."""
         pictures = [np.asarray(picture) for picture in self.pipe.decode(latents)]
-        pairs = list(zip(pictures, self.scenes, strict=True))
+        judged = [(s, self.judge.identify(p, s)) for p, s in zip(pictures, self.scenes, strict=True)]
         return {
-            "thing": sum(self.judge.identify(p, s.colour, s.size) == s.thing for p, s in pairs),
-            "background": sum(self.judge.background(p) == s.colour for p, s in pairs),
+            "thing": sum(asked.thing == seen.thing for asked, seen in judged),
+            "background": sum(asked.colour == seen.colour for asked, seen in judged),
             "psnr": round(float(np.mean([self.psnr(p, t) for p, t in zip(pictures, self.truth, strict=True)])), 2),
         }
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_host_workflows import check_picture, pixels, shows
 
 from wuerstchen_core.demo.judge import Judge, psnr
-from wuerstchen_core.demo.vocabulary import THINGS
+from wuerstchen_core.demo.vocabulary import THINGS, Scene
 
 Graph = dict[str, Any]
 Paint = Callable[[Graph], Outcome]
@@ -75,7 +75,7 @@ Load = Callable[[str], Workflow]
 
 def shown_small(judge: Judge, picture: Image.Image) -> str:
     array = pixels(picture)
-    return THINGS[judge.identify(array, judge.background(array), SMALL)].name
+    return THINGS[judge.identify(array, Scene(0, judge.background(array), SMALL)).thing].name
 
 
 def likeness(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> float:

@@ -67,8 +67,7 @@ def test_the_workflow_paints_its_prompt(shipped: dict[str, Any], paint: Paint, j
     outcome = paint(shipped)
     [picture] = outcome.pictures
     pixels = np.asarray(picture.convert("RGB"))
-    assert judge.background(pixels) == scene.colour
-    assert judge.identify(pixels, scene.colour, scene.size) == scene.thing
+    assert judge.identify(pixels, scene) == scene
     assert "never learned" not in outcome.log
     # The command line is given nothing but the prompt and the seed: one truth, one set of defaults.
     assert deviation(picture, command_line(caption(scene), seed)) <= LIMIT
@@ -96,8 +95,7 @@ def test_the_hosts_own_sampling_nodes_paint_with_our_schedule_and_sampler(
         shipped[key] = {"class_type": "SamplerCustom", "inputs": inputs}
     [picture] = paint(shipped).pictures
     pixels = np.asarray(picture.convert("RGB"))
-    assert judge.background(pixels) == RED_APPLE.colour
-    assert judge.identify(pixels, RED_APPLE.colour, RED_APPLE.size) == RED_APPLE.thing
+    assert judge.identify(pixels, RED_APPLE) == RED_APPLE
 
 
 def test_the_workflow_starts_with_a_prompt_of_the_models_words(shipped: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from workflow_pictures import in_rows
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.demo.judge import Judge
-from wuerstchen_core.demo.vocabulary import COLOURS, THINGS
+from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.prior import Prior
 
@@ -96,7 +96,7 @@ def shows(judge: Judge, picture: Image.Image) -> tuple[str, str]:
     array = pixels(picture)
     colour = judge.background(array)
     assert colour >= 0, "no known background"
-    thing = judge.identify(array, colour, LARGE)
+    thing = judge.identify(array, Scene(0, colour, LARGE)).thing
     return THINGS[thing].name if thing >= 0 else "nothing", list(COLOURS)[colour]
 
 
@@ -159,7 +159,7 @@ def test_weights_choose_the_thing_and_the_negative_the_background(load: Load, pa
 
     def unlike_a_cat(picture: Image.Image) -> float:
         array = pixels(picture)
-        return float(judge.distances(array, judge.background(array), LARGE)[THING["cat"]])
+        return float(judge.distances(array, Scene(0, judge.background(array), LARGE))[0, THING["cat"]])
 
     mixed, anyhow = load(name), load(name)
     find(mixed, "WuerstchenTextEncode")["text"] = "a cat, a frog"

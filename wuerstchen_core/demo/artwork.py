@@ -56,17 +56,22 @@ def _corner(place: int, edge: int, width: int, height: int, margin: int) -> tupl
     return (margin if side == "left" else width - margin - edge), (margin if row == "top" else height - margin - edge)
 
 
+def boxes(scene: Scene, canvas: int = CANVAS) -> list[tuple[int, int, int]]:
+    """Where a scene's one or two things are: the first column, the first row and the edge of each, in pixels."""
+    width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[scene.shape])
+    edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
+    column, row = _corner(scene.place, edge, width, height, margin)
+    columns = [column] if scene.other is None else [margin, width - margin - edge]
+    return [(column, row, edge) for column in columns]
+
+
 def _compose(scene: Scene, canvas: int) -> np.ndarray:
     """One scene as uint8 [H, W, 3]."""
     width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[scene.shape])
-    edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
     ground = np.array(list(COLOURS.values())[scene.colour], dtype=np.float32)
     picture = np.broadcast_to(ground, (height, width, 3)).copy()
-    column, row = _corner(scene.place, edge, width, height, margin)
-    drawn = [(scene.thing, column)]
-    if scene.other is not None:
-        drawn = [(scene.thing, margin), (scene.other, width - margin - edge)]
-    for thing, column in drawn:
+    things = (scene.thing,) if scene.other is None else (scene.thing, scene.other)
+    for thing, (column, row, edge) in zip(things, boxes(scene, canvas), strict=True):
         sprite = _sprite(thing, edge)
         window = picture[row : row + edge, column : column + edge]
         window += (sprite[..., :3] - window) * sprite[..., 3:]

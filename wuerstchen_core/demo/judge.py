@@ -1,34 +1,39 @@
-"""A judge of generated pictures that is no trained network: does a picture show what was asked?
+"""A judge of generated pictures that is no trained network: does a picture show what was asked, and where?
 
-A picture is compared with the true drawing of every thing on the asked background and at the
-asked size, by colour (OKLab, Ottosson 2020) and by edges (histograms of oriented gradients,
-Dalal and Triggs 2005). A thing counts as shown only if its true drawing is the nearest, nearer
-than any drawing of another size, than strongly blurred drawings and than the bare background.
+Around the place of each asked thing a picture is compared with the true drawing of every thing on the asked background,
+by colour (OKLab, Ottosson 2020) and by edges (histograms of oriented gradients, Dalal and Triggs 2005). A thing counts
+as shown only if its true drawing is the nearest, nearer than any drawing of another size, than strongly blurred
+drawings and than the bare background, and if the rest of the picture is of one colour: it is whole and alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .artwork import CANVAS, draw_all
-from .vocabulary import COLOURS, SIZES, THINGS, Scene
+from .artwork import CANVAS, boxes, draw_all
+from .vocabulary import COLOURS, SHAPES, SIZES, THINGS, Scene
 
 NOTHING = -1  # the answer when no thing, or no known background, is there
 
-_WORK = 64  # pixels per side at which pictures are compared
+_WORK = 64  # pixels of the shorter side at which pictures are compared
+_DRAWN = 128  # pixels per side of the true drawings, averaged down to that
 _SHIFT = 2  # work pixels that a thing may be off its place, each way (8 of 256)
 _CELL = 8  # work pixels per side of a gradient histogram
+_BLOCK = 2  # work pixels per side of what is one colour
 _BINS = 9  # orientations over half a turn
 _EDGE_FLOOR = 0.02  # mean gradient of a cell below which edges count for less: blur, noise
 _BLOB_SIGMA = 4.0  # work pixels (16 of 256): the blur that turns a drawing into a blob
 _BORDER = 2  # work pixels: a border this wide is clear of every drawing
 _BORDER_LIMIT = 0.07  # OKLab; the backgrounds are at least twice as far from each other
+_STRAY_LIMIT = 0.07  # OKLab: what is farther from the colour of the rest is not background
+_STRAYS = 16  # work pixels of the rest that may be so: a patch of 16 x 16 of 256
 
 # sRGB to OKLab, https://bottosson.github.io/posts/oklab/
 _TO_LMS = np.array(
@@ -56,26 +61,12 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
     return np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T
 
 
-def _checked(image: np.ndarray, canvas: int) -> np.ndarray:
-    image = np.asarray(image)
-    if image.shape != (canvas, canvas, 3) or image.dtype != np.uint8:
-        raise ValueError(f"expected a uint8 picture [{canvas}, {canvas}, 3], got {image.dtype} {image.shape}")
-    return image
-
-
 def _reduced(image: np.ndarray) -> np.ndarray:
-    """A uint8 picture [H, H, 3] averaged down to float32 [_WORK, _WORK, 3]."""
-    step = len(image) // _WORK
-    rows = image.reshape(_WORK, step, -1).sum(axis=1, dtype=np.float32)
-    return rows.reshape(_WORK, _WORK, step, 3).sum(axis=2) / step**2
-
-
-def _shifts(field: np.ndarray, reach: int) -> np.ndarray:
-    """Every shift of [H, W, D] by up to `reach`, edges repeated: [shifts, H, W, D]."""
-    height, width = field.shape[:2]
-    padded = np.pad(field, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-    offsets = range(2 * reach + 1)
-    return np.stack([padded[y : y + height, x : x + width] for y in offsets for x in offsets])
+    """A uint8 picture [H, W, 3] averaged down to OKLab float32, `_WORK` pixels on its shorter side."""
+    step = min(image.shape[:2]) // _WORK
+    height, width = (side // step for side in image.shape[:2])
+    rows = image.reshape(height, step, -1).sum(axis=1, dtype=np.float32)
+    return oklab(rows.reshape(height, width, step, 3).sum(axis=2) / step**2)
 
 
 def _oriented_gradients(lab: np.ndarray) -> np.ndarray:
@@ -90,17 +81,33 @@ def _oriented_gradients(lab: np.ndarray) -> np.ndarray:
     return strength[..., None] * np.maximum(1.0 - distance, 0.0).astype(np.float32)
 
 
-def _features(image: np.ndarray, reach: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [shifts, C] and edges [shifts, E] of a reduced picture, for shifts up to `reach`."""
-    lab = oklab(image)
-    colours = _shifts(lab, reach)
-    gradients = _shifts(_oriented_gradients(lab), reach)
-    count, cells, half = len(gradients), _WORK // _CELL, _WORK // 2
-    colours = colours.reshape(count, half, 2, half, 2, 3).mean(axis=(2, 4))  # judged at half size
-    cell_shape = (count, cells, _CELL, cells, _CELL, _BINS)
-    histograms = gradients.reshape(cell_shape).mean(axis=(2, 4))  # [shifts, cells, cells, bins]
-    norm = np.sqrt((histograms**2).sum(axis=-1, keepdims=True) + _EDGE_FLOOR**2)
-    return colours.reshape(count, -1), (histograms / norm).reshape(count, -1)
+def _means(field: np.ndarray, edge: int) -> np.ndarray:
+    """The mean of every square of that edge, [H, W, D] to [H - edge + 1, W - edge + 1, D]."""
+    for _ in range(2):  # downwards, and again with rows and columns swapped
+        sums = np.pad(field.cumsum(axis=0), ((1, 0), (0, 0), (0, 0)))
+        field = ((sums[edge:] - sums[:-edge]) / edge).swapaxes(0, 1)
+    return field
+
+
+def _features(view: np.ndarray, box: tuple[int, int, int], reach: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Colours [shifts, C] and edges [shifts, E] around a box of a view [H, W, 3], for shifts up to `reach`.
+
+    The window that is looked at is the box, made wider to whole cells; beyond the view its edges are repeated.
+    """
+    column, row, edge = box
+    window = edge + -edge % (4 * _CELL)
+    before, side = (window - edge) // 2 + reach + 1, window + 2 * reach + 2  # one more all around, for gradients
+    padded = np.pad(view, ((before, before + 1), (before, before + 1), (0, 0)), mode="edge")
+    area = padded[row : row + side, column : column + side]
+    colours = _means(area[1:-1, 1:-1], _BLOCK)
+    histograms = _means(_oriented_gradients(area)[1:-1, 1:-1], _CELL)
+    histograms = histograms / np.sqrt((histograms**2).sum(axis=-1, keepdims=True) + _EDGE_FLOOR**2)
+
+    def shifted(means: np.ndarray, step: int) -> np.ndarray:
+        shifts = product(range(2 * reach + 1), repeat=2)
+        return np.stack([means[y : y + window : step, x : x + window : step].ravel() for y, x in shifts])
+
+    return shifted(colours, _BLOCK), shifted(histograms, _CELL)
 
 
 def _squared_distances(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -111,40 +118,23 @@ def _squared_distances(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _References:
-    """What a picture can be nearest to: every thing, then what is not a thing as asked."""
+    """What a place can be nearest to: every thing, then what is not a thing as asked."""
 
     colours: np.ndarray
     edges: np.ndarray
     colour_scale: float
     edge_scale: float
 
-    def distances(self, image: np.ndarray) -> np.ndarray:
+    def distances(self, view: np.ndarray, box: tuple[int, int, int]) -> np.ndarray:
         """Distance to every reference at its best shift; 1 is typical of two different things."""
-        colours, edges = _features(_reduced(image), _SHIFT)
+        colours, edges = _features(view, box, _SHIFT)
         by_colour = _squared_distances(colours, self.colours) / self.colour_scale
         by_edge = _squared_distances(edges, self.edges) / self.edge_scale
         return ((by_colour + by_edge) / 2).min(axis=0)
 
 
-def _all_features(pictures: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [N, C] and edges [N, E] of reduced pictures, not shifted."""
-    colours, edges = zip(*map(_features, pictures), strict=True)
-    return np.concatenate(colours), np.concatenate(edges)
-
-
-@cache
-def _drawings(colour: int, size: int, canvas: int) -> list[np.ndarray]:
-    return [_reduced(draw_all([Scene(thing, colour, size)], canvas)[0]) for thing in range(len(THINGS))]
-
-
-@cache
-def _drawing_features(colour: int, size: int, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-    return _all_features(_drawings(colour, size, canvas))
-
-
 def _blob(drawing: np.ndarray) -> np.ndarray:
-    picture = Image.fromarray(np.rint(drawing).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(_BLOB_SIGMA)))
+    return np.asarray(Image.fromarray(drawing).filter(ImageFilter.GaussianBlur(_BLOB_SIGMA * _DRAWN / _WORK)))
 
 
 def _spread(features: np.ndarray) -> float:
@@ -153,19 +143,37 @@ def _spread(features: np.ndarray) -> float:
     return float(_squared_distances(features, features)[different].mean())
 
 
-@cache
-def _references(colour: int, size: int, canvas: int) -> _References:
-    asked = _drawing_features(colour, size, canvas)
-    wrong = [_drawing_features(colour, k, canvas) for k in range(len(SIZES)) if k != size]
-    drawings = _drawings(colour, size, canvas)
+@cache  # of 16, 52 MB in all: drawings are the same in all places and shapes
+def _references(colour: int, size: int) -> _References:
+    sizes = [size, *(k for k in range(len(SIZES)) if k != size)]
+    drawings = [draw_all([Scene(thing, colour, k)], _DRAWN)[0] for k in sizes for thing in range(len(THINGS))]
     bare = np.broadcast_to(drawings[0][0, 0], drawings[0].shape)
-    wrong.append(_all_features([*map(_blob, drawings), bare]))
-    colours, edges = map(np.concatenate, zip(asked, *wrong, strict=True))
-    return _References(colours, edges, *map(_spread, asked))
+    pictures = [*drawings, *map(_blob, drawings[: len(THINGS)]), bare]
+    [box] = boxes(Scene(0, colour, size), _WORK)
+    found = zip(*(_features(_reduced(picture), box) for picture in pictures), strict=True)
+    colours, edges = map(np.concatenate, found)
+    return _References(colours, edges, _spread(colours[: len(THINGS)]), _spread(edges[: len(THINGS)]))
+
+
+def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    """The picture, or its halves for two things, each with the box of its thing."""
+    found = boxes(scene, _WORK)
+    width = lab.shape[1] // len(found)
+    for index, (column, row, edge) in enumerate(found):
+        yield lab[:, index * width : (index + 1) * width], (column - index * width, row, edge)
+
+
+def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
+    """Whether all but the box, and what is near it, is of one colour."""
+    column, row, edge = box
+    rest, near = np.ones(view.shape[:2], dtype=bool), _SHIFT + 1
+    rest[max(row - near, 0) : row + edge + near, max(column - near, 0) : column + edge + near] = False
+    offsets = view[rest] - np.median(view[rest], axis=0)
+    return int((np.sqrt((offsets**2).sum(axis=-1)) > _STRAY_LIMIT).sum()) <= _STRAYS
 
 
 class Judge:
-    """Names the thing and the background of square pictures of `canvas` pixels.
+    """Names the things and the background of pictures that are `canvas` pixels on their shorter side.
 
     The true drawings of a background and size are made at their first use and kept.
     """
@@ -176,33 +184,52 @@ class Judge:
         self.canvas = canvas
         self._backgrounds = oklab(np.array(list(COLOURS.values())))
 
-    def distances(self, image: np.ndarray, colour: int, size: int) -> np.ndarray:
-        """Distance [things] of a uint8 picture to every thing on that background, at that size."""
-        return self._all_distances(image, colour, size)[: len(THINGS)]
+    def identify(self, image: np.ndarray, scene: Scene) -> Scene:
+        """What a uint8 picture [H, W, 3] shows of what was asked: `scene` with the things that are where it has its
+        own, and the colour of the border.
 
-    def thing_ranks(self, image: np.ndarray, colour: int, size: int) -> np.ndarray:
-        """The things' indices [things], nearest first, however far."""
-        return np.argsort(self.distances(image, colour, size), kind="stable")
+        `NOTHING` stands for a thing that is blurred, cut, elsewhere, of another size or not alone.
+        """
+        lab, size = self._lab(image, scene), scene.size
+        seen = []
+        for view, box in _views(lab, scene):
+            nearest = (
+                int(_references(scene.colour, size).distances(view, box).argmin()) if _alone(view, box) else NOTHING
+            )
+            seen.append(nearest if nearest < len(THINGS) else NOTHING)
+        other = None if scene.other is None else seen[1]
+        return scene._replace(thing=seen[0], other=other, colour=self._border(lab))
 
-    def identify(self, image: np.ndarray, colour: int, size: int) -> int:
-        """The index of the thing shown at that size, or -1: a blob, another size, or nothing."""
-        nearest = int(self._all_distances(image, colour, size).argmin())
-        return nearest if nearest < len(THINGS) else NOTHING
+    def distances(self, image: np.ndarray, scene: Scene) -> np.ndarray:
+        """Distance [1 or 2, things] of a uint8 picture to every thing at the place of each that was asked."""
+        references, views = _references(scene.colour, scene.size), _views(self._lab(image, scene), scene)
+        return np.stack([references.distances(view, box)[: len(THINGS)] for view, box in views])
 
     def background(self, image: np.ndarray) -> int:
-        """The index of the colour of the border, or -1 where the border is far from all."""
-        lab = oklab(_reduced(_checked(image, self.canvas)))
+        """The index of the colour of the border of a picture of any shape, or -1 where it is far from all."""
+        return self._border(self._lab(image))
+
+    def _lab(self, image: np.ndarray, scene: Scene | None = None) -> np.ndarray:
+        """The reduced picture, of a scene's shape and size unless it may be any."""
+        image = np.asarray(image)
+        if scene and not (0 <= scene.colour < len(COLOURS) and 0 <= scene.size < len(SIZES)):
+            raise ValueError(f"no background {scene.colour} or no size {scene.size} in the vocabulary")
+        allowed = [
+            (height * self.canvas // CANVAS, width * self.canvas // CANVAS, 3) for width, height in SHAPES.values()
+        ]
+        allowed = allowed if scene is None else [allowed[scene.shape]]
+        if image.shape not in allowed or image.dtype != np.uint8:
+            expected = " or ".join(map(str, map(list, allowed)))
+            raise ValueError(f"expected a uint8 picture {expected}, got {image.dtype} {image.shape}")
+        return _reduced(image)
+
+    def _border(self, lab: np.ndarray) -> int:
         border = np.ones(lab.shape[:2], dtype=bool)
         border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
         offsets = lab[border][:, None] - self._backgrounds  # [pixels, colours, 3]
         distances = np.sqrt((offsets**2).sum(axis=-1)).mean(axis=0)
         nearest = int(distances.argmin())
         return nearest if distances[nearest] <= _BORDER_LIMIT else NOTHING
-
-    def _all_distances(self, image: np.ndarray, colour: int, size: int) -> np.ndarray:
-        if not (0 <= colour < len(COLOURS) and 0 <= size < len(SIZES)):
-            raise ValueError(f"no background {colour} or no size {size} in the vocabulary")
-        return _references(colour, size, self.canvas).distances(_checked(image, self.canvas))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -368,9 +368,14 @@ def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str 
     unknown = unknown_words(" ".join(prompts), frozenset(vocabulary["words"]))
     if not unknown:
         return None
-    things, colours, sizes = (", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes"))
+    can = {key: ", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes", "shapes")}
+    layouts = vocabulary.get("layouts", ())
     more = f" and {len(unknown) - _NAMED} more words" if len(unknown) > _NAMED else ""
+    places = f"; small things in these places: {', '.join(PLACES)}" if "corner" in layouts else ""
+    pairs = "; two things side by side" if "pair" in layouts else ""
+    shapes = f"; on pictures that are: {can['shapes']}" if can["shapes"] else ""
     return (
         f"this small model never learned {', '.join(map(repr, unknown[:_NAMED]))}{more}; "
-        f"it paints these things: {things}; on a background of: {colours}; in sizes: {sizes}"
+        f"it paints these things: {can['things']}; on a background of: {can['colours']}; in sizes: {can['sizes']}"
+        f"{places}{pairs}{shapes}"
     )

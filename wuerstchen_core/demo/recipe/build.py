@@ -19,6 +19,9 @@ import torch
 
 from ...checkpoints import PARTS_OF, Part, demo_path, read_part, save_bundle
 from ...checkpoints.precision import FP8
+from ...tables import from_table
+from ...training.config import read_config
+from ...training.pictures import DataConfig
 from ..vocabulary import COLOURS, SIZES, THINGS, known_words
 
 RECIPE = Path(__file__).parent
@@ -44,13 +47,21 @@ EMBEDDINGS = "token_embedding.weight"
 LICENCE = "Weights: MIT. Trained on drawings of Google's Noto Emoji (Apache License 2.0), see ARTWORK-LICENSE.txt."
 
 
-def vocabulary(things: int = len(THINGS)) -> dict[str, Any]:
-    """What a model of the first `things` can paint, for the bundle's metadata."""
+def trained_on(config: Path) -> DataConfig:
+    """The pictures that a stage's TOML file names."""
+    return from_table(DataConfig, read_config(config, []).get("data", {}), "data")
+
+
+def vocabulary(data: DataConfig) -> dict[str, Any]:
+    """What a model that was trained on these pictures can paint, for the bundle's metadata."""
+    things = THINGS[: data.things]
     return {
-        "words": known_words(THINGS[:things]),
-        "things": [thing.name for thing in THINGS[:things]],
+        "words": known_words(things, data.layouts),
+        "things": [thing.name for thing in things],
         "colours": list(COLOURS),
         "sizes": list(SIZES),
+        "layouts": data.layouts,
+        "shapes": data.shapes,
     }
 
 
@@ -66,15 +77,16 @@ def collect(run: Path, version: str) -> dict[str, Part]:
     return parts
 
 
-def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], things: int = len(THINGS)) -> dict[str, Any]:
+def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
     """What a bundle says of itself."""
-    return {"vocabulary": vocabulary(things), "sampling": sampling, "licence": LICENCE, "training": training}
+    return {"vocabulary": vocabulary(data), "sampling": sampling, "licence": LICENCE, "training": training}
 
 
 def assemble(run: Path, target: Path) -> None:
     """Put the trained stages of a run folder together as one bundle in bf16."""
     parts = collect(run, "v2")
-    about = metadata(SAMPLING, {stage: last_step(run / stage) for stage in STAGES})
+    training = {stage: last_step(run / stage) for stage in STAGES}
+    about = metadata(SAMPLING, training, trained_on(RECIPE / "prior.toml"))
     save_bundle(target, parts, about, dtype=lambda part, key, x: FP8 if key == EMBEDDINGS else torch.bfloat16)
 
 

@@ -20,11 +20,8 @@ from ...checkpoints.rows import thinned
 from ...checkpoints.sources import TOWERS
 from ...models.prior import PriorParams
 from ...models.text_encoder import tokenize
-from ...tables import from_table
-from ...training.config import read_config
-from ...training.pictures import DataConfig
 from ..vocabulary import known_words
-from .build import RECIPE, collect, keep_logs, last_step, metadata, told
+from .build import RECIPE, collect, keep_logs, last_step, metadata, told, trained_on
 
 TAKEN = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # from v2, by stage
 SINGLES = 512  # CLIP's first tokens: each byte, inside a word and at its end
@@ -70,11 +67,10 @@ def assemble(run: Path, target: Path, source: Path) -> None:
     """Put what was taken and what was trained together as one bundle in fp8."""
     training = read_metadata(source)["training"]
     training = {stage: training[stage] for stage in TAKEN} | {stage: last_step(run / stage) for stage in STAGES}
-    things = from_table(DataConfig, read_config(RECIPE / STAGES["prior"], []).get("data", {}), "data").things
     parts = collect(run, "v1")
     for name in TOWERS:
         parts[name] = thinned(parts[name], known_rows())
-    save_bundle(target, parts, metadata(SAMPLING, training, things), dtype=FP8)
+    save_bundle(target, parts, metadata(SAMPLING, training, trained_on(RECIPE / STAGES["prior"])), dtype=FP8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

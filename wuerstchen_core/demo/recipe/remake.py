@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ COLUMNS, ROWS, TILE = 8, 4, 128  # of the sheet; pixels a tile
 
 def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
     """Held-out prompts, painted: never seen in training."""
-    wanted = held_out_scenes()[:: len(held_out_scenes()) // (COLUMNS * ROWS)][: COLUMNS * ROWS]
+    held = held_out_scenes(pipe.metadata)
+    wanted = held[:: max(1, len(held) // (COLUMNS * ROWS))][: COLUMNS * ROWS]
     sheet = Image.new("RGB", (COLUMNS * TILE, ROWS * TILE))
     for index, image in enumerate(paint(pipe, wanted, seed=1)):
         sheet.paste(
@@ -65,8 +67,8 @@ def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
     assert pipe.image_encoder is not None and pipe.vqgan is not None
     pictures = DemoPictures(held=True)
     images = pictures.view(slice(None))
-    features = pictures.each(partial(features_of, pipe.image_encoder))(slice(None))
-    latents = pictures.each(partial(latents_of, pipe.vqgan))(slice(None))
+    features = pictures.each("features", partial(features_of, pipe.image_encoder))(slice(None))
+    latents = pictures.each("latents", partial(latents_of, pipe.vqgan))(slice(None))
     return {"prior": fit_factors(latents_from_features(features), images), "decoder": fit_factors(latents, images)}
 
 
@@ -77,6 +79,10 @@ def number_table(numbers: dict[str, Any]) -> str:
         low, high = share["interval"]
         return f"| {name} | {share['percent']} % | {low} to {high} % | {share['count']} |"
 
+    def part(name: str) -> Iterable[tuple[str, dict[str, Any]]]:
+        found: dict[str, dict[str, Any]] = numbers.get(name, {})  # not all models have it
+        return found.items()
+
     psnr = numbers["psnr"]
     return "\n".join(
         [
@@ -86,6 +92,9 @@ def number_table(numbers: dict[str, Any]) -> str:
             *(line(f"the right thing, {size}", share) for size, share in numbers["by_size"].items()),
             line("another thing", numbers["another_thing"]),
             line("the right background", numbers["background"]),
+            *(line(f"the right thing in its place, {name}", share) for name, share in part("by_place")),
+            *(line(f"the right thing, whole and alone, {name}", share) for name, share in part("by_shape")),
+            *(line(f"two things, {name} right", share) for name, share in part("pairs")),
             line("the right thing after 42.67x compression", numbers["compressed"]),
             f"| the picture itself after it | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
         ]

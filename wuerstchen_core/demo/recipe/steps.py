@@ -43,7 +43,7 @@ def main() -> None:
             results["rows"].append(study.measure(*trial))
             write_results(results)
     if "hard" not in results:
-        study = Study([scene for scene in held_out_scenes() if caption(scene) in HARD] * HARD_SEEDS)
+        study = Study([scene for scene in held_out_scenes({}) if caption(scene) in HARD] * HARD_SEEDS)
         results["hard"] = [study.measure(*trial) for trial in HARD_TRIALS]
         write_results(results)
     for name, changes in WHOLE.items():

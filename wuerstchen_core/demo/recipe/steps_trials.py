@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...checkpoints import demo_path
+from ...checkpoints import demo_path, read_metadata
 from ...diffusion.samplers import Step, ddim_step, ddpm_step, guided, predict_x0, sample, seeded_noise
 from ...diffusion.schedule import ALPHA_BAR_MAX, ALPHA_BAR_MIN, FAST_STEPS, S, alpha_bar, expand, linear_times
 from ...models.image_encoder import semantic_view
@@ -140,8 +140,8 @@ class Study:
         judged = judge_pictures(self.judge, self.scenes, pictures)
         pairs = list(zip(map(np.asarray, pictures), self.truth, strict=True))
         return row | {
-            "thing": sum(one["thing"] == one["scene"].thing for one in judged),
-            "background": sum(one["background"] == one["scene"].colour for one in judged),
+            "thing": sum(asked.thing == seen.thing for asked, seen in judged),
+            "background": sum(asked.colour == seen.colour for asked, seen in judged),
             "psnr": round(float(np.mean([psnr(*pair) for pair in pairs])), 2),
             "detail": round(float(np.mean([edges(a) / edges(b) for a, b in pairs])), 3),
         }
@@ -156,7 +156,8 @@ def edges(picture: np.ndarray) -> float:
 
 def some_scenes() -> list[Scene]:
     """What the trials paint."""
-    return [scene for index, scene in enumerate(held_out_scenes()) if index // len(SIZES) % EVERY == 0]
+    held = held_out_scenes(read_metadata("demo"))
+    return [scene for index, scene in enumerate(held) if index // len(SIZES) % EVERY == 0]
 
 
 def trials() -> Iterator[Trial]:
