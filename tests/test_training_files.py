@@ -108,6 +108,6 @@ def test_captions_are_dropped_by_chance_and_pictures_are_those_of_the_file(tmp_p
     reds = (pictures.view(picked)[:, 0, 0, 0] * 255).round().int().tolist()
     assert pictures.captions(picked, Chance(0, 0, 8)) == [f"picture {red}" for red in reds]
     assert sorted(reds) == list(range(8)) and pictures.captions(picked, chance, drop=1.0) == [""] * 8
-    assert torch.equal(pictures.each(lambda images: images * 2)(picked), pictures.view(picked) * 2)
+    assert torch.equal(pictures.each("twice", lambda images: images * 2)(picked), pictures.view(picked) * 2)
     held = pictures.held()
     assert held is not None and len(held) == 8 and held.texts == [f"picture {i}" for i in range(8)]

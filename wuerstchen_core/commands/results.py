@@ -7,7 +7,6 @@ its picture comes up again.
 from __future__ import annotations
 
 import heapq
-import io
 import json
 import shutil
 import tarfile
@@ -17,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..training.data.shards import add_member
 from .output import png_text
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Shard(PictureFolder):
         merged = heapq.merge(self._packed(), files, key=lambda file: file[0].rpartition("."))  # both are sorted so
         with tarfile.open(part, "w") as tar:
             for name, same in groupby(merged, key=itemgetter(0)):
-                _add(tar, name, next(same)[1])
+                add_member(tar, name, next(same)[1])
 
     def _packed(self, kind: str = "") -> Iterator[tuple[str, bytes]]:
         """The files in the shard, if it is there, whose names end so."""
@@ -121,12 +121,6 @@ def check_form(folder: Path, lines: int | None) -> None:
 
 def _of(lines: int) -> str:
     return f"-by-{lines}.tar"
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def _read(raw: bytes, where: Path) -> Made:

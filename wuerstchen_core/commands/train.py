@@ -1,4 +1,4 @@
-"""`train`: train one stage."""
+"""`train`: train one stage, or compute first what others of its networks make of the pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
+CACHE = "cache"
 
 
 def add(commands: Any) -> None:
@@ -14,12 +15,17 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("train", help="train one stage")
     smaller = "choose a smaller batch, such as --set train.batch=8"
     parser.set_defaults(run=_run, requirements="requirements-train.txt", smaller=smaller)
-    parser.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
+    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=f"{', '.join(STAGES)}; or {CACHE}")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the file")
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.stage == CACHE:
+        from ..training.cache import make_cache
+
+        make_cache(options.config, options.set)
+        return
     from ..training.run import run
 
     run(options.stage, options.config, options.set)

@@ -15,7 +15,8 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("no", "bf16", "fp16")
-COMMON = ("run", "start", "inputs", "data", "model", "train")  # what every stage's configuration may hold
+COMMON = ("run", "start", "inputs", "data", "cache", "model", "train")  # what every stage's configuration may hold
+INPUTS = ("vqgan", "encoder", "text", "decoder", "token-decoder", "prior")  # stages whose networks others ask
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = 
     inputs = config.get("inputs", {})
     if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs.values()):
         raise ValueError("[inputs] is a table of texts: what a stage asks, and the name of its weights")
+    if other := sorted(set(inputs) - set(INPUTS)):
+        raise ValueError(f"[inputs] has no key {', '.join(other)}: it takes {', '.join(INPUTS)}")
     if not isinstance(config.get("run"), str):
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
     if sized and "model" not in config and "start" not in config:

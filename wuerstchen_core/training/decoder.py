@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .diffusion import DiffusionStage, NoisePrediction
-from .inputs import features_of, frozen, latents_of, started
+from .inputs import features_of, frozen, latents_of, started, text_states
 from .objectives import DecoderNoiseConfig, SpoiltFeatures, corrupt_features
 from .stage import N
 
@@ -27,21 +27,31 @@ class StageB(DiffusionStage[N]):
     part: str  # of a bundle
     units = PriorParams()  # of the features
     spoilt: SpoiltFeatures
+    networks = {**DiffusionStage.networks, "latents": "vqgan"}
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
-        self.vqgan = frozen(config, "vqgan", "vqgan", VQGAN)
-        self.frozen = (*self.frozen, self.vqgan)
-        self.features = self.pictures.each(partial(features_of, self.encoder))
+        self.features = self.pictures.each("features", self.features_of)
+
+    @cached_property
+    def vqgan(self) -> VQGAN:
+        return frozen(self.config, "vqgan", "vqgan", VQGAN)
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """Latents [B, 4, H / 4, W / 4] of unit variance of pictures [B, 3, H, W] in [0, 1]."""
+        return latents_of(self.vqgan, images)
 
     def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
         return (corrupt_features(self.spoilt, self.features(picked), chance, self.units),)
 
-    def reconstruct(self, net: N, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
+    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor:
         """What is left of the pictures after 42.67x compression."""
         networks: dict[str, Any] = {self.part: net}
-        pipeline = WuerstchenPipeline(vqgan=self.vqgan, **networks)
-        return self.vqgan.decode(pipeline.sample_decoder(features_of(self.encoder, images), text, sampling))
+        place = next(net.parameters()).device
+        encoder, vqgan = self.encoder.to(place), self.vqgan.to(place)
+        text = text_states(self.tower.to(place), prompts)
+        pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
+        return vqgan.decode(pipeline.sample_decoder(features_of(encoder, images), text, sampling))
 
     def parts(self, net: N) -> dict[str, nn.Module]:
         return {self.part: net}
@@ -57,4 +67,4 @@ class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
         self.noise = self.spoilt = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
         self.net = started(config, "decoder", Decoder, DecoderParams)
         super().__init__(config)
-        self.latents = self.pictures.each(partial(latents_of, self.vqgan))
+        self.latents = self.pictures.each("latents", self.latents_of)

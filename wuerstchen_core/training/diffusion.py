@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -15,7 +16,7 @@ from ..models.text_encoder import TextEncoder
 from ..sampling import Sampling
 from .chance import Chance
 from .files import pictures_of
-from .inputs import frozen, text_states
+from .inputs import features_of, frozen, text_states
 from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
 from .pictures import sheet
 from .stage import N, Stage
@@ -26,15 +27,32 @@ class DiffusionStage(Stage[N]):
 
     tables: tuple[str, ...] = ("noise",)
     noise: TimesConfig
+    # What is asked of pictures, and the network that computes it: only read where it has to, or when a sheet needs it.
+    networks: Mapping[str, str] = {"features": "encoder", "text": "tower"}
 
     def __init__(self, config: Mapping[str, Any]):
         if self.noise.slow_times:
             freeze_quick_times(self.net)
         self.config = config
         self.pictures = pictures_of(config)
-        self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
-        self.tower = frozen(config, "text", "prior_text_encoder", TextEncoder)
-        self.frozen = (self.encoder, self.tower)
+        self.frozen = tuple(getattr(self, self.networks[name]) for name in self.networks if self.pictures.lacks(name))
+        self.text = self.texts()
+
+    @cached_property
+    def encoder(self) -> ImageEncoder:
+        return frozen(self.config, "encoder", "image_encoder", ImageEncoder)
+
+    @cached_property
+    def tower(self) -> TextEncoder:
+        return frozen(self.config, "text", "prior_text_encoder", TextEncoder)
+
+    def features_of(self, images: Tensor) -> Tensor:
+        """Features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
+        return features_of(self.encoder, images)
+
+    def texts(self) -> Callable[[Any, Chance, float], Tensor]:
+        """What the network is given of the captions of pictures, a share of which is dropped: their states."""
+        return self.pictures.states(lambda prompts: text_states(self.tower, prompts))
 
     @abstractmethod
     def noised(self, picked: Any, t: Tensor, chance: Chance) -> tuple[Tensor, ...]:
@@ -45,12 +63,12 @@ class DiffusionStage(Stage[N]):
         """What the network is given of the pictures `picked`, beside their text."""
 
     @abstractmethod
-    def reconstruct(self, net: N, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
-        """What `net` makes of pictures [B, 3, H, W] in [0, 1] with these text states; None if it can't yet."""
+    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor | None:
+        """What `net` makes of pictures [B, 3, H, W] in [0, 1] with these captions; None if it can't yet."""
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         picked = self.pictures.pick(chance)
-        text = text_states(self.tower, self.pictures.captions(picked, chance, self.noise.text_drop))
+        text = self.text(picked, chance, self.noise.text_drop)
         given = self.given(picked, chance)
         t = draw_times(self.noise, step, chance)
         return *self.noised(picked, t, chance), t, *given, text
@@ -61,11 +79,11 @@ class DiffusionStage(Stage[N]):
         if held is None:
             return None
         picked = held.spread(24)
-        text = text_states(self.tower, held.captions(picked, Chance(0, 0, len(picked))))
+        prompts = held.captions(picked, Chance(0, 0, len(picked)))
         truth = held.view(picked)
         height, width = truth.shape[-2:]
         sampling = Sampling(width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12)
-        out = self.reconstruct(net, truth, text, sampling)
+        out = self.reconstruct(net, truth, prompts, sampling)
         return None if out is None else sheet([truth[:12], out[:12], truth[12:], out[12:]])
 
 

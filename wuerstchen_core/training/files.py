@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from ..tables import from_table
 from .chance import Chance
 from .data.buckets import fit
+from .data.cached import Record, no_words
 from .data.loading import Batch, IndexedPictures
-from .data.opening import PicturesConfig, open_pictures
-from .pictures import DataConfig, DemoPictures, DemoShapes, Pictures, Shown
+from .data.opening import PicturesConfig, cache_of, open_pictures
+from .inputs import fingerprint_of
+from .pictures import Compute, DataConfig, DemoPictures, DemoShapes, Pictures, Shown, as_it_is
 
 log = logging.getLogger(__name__)
 
@@ -24,19 +27,28 @@ STREAM = "stream"  # in place of a fingerprint
 
 
 class FilePictures(Pictures):
-    """The batches of a `[data]` table that names a source; what networks make of them is computed as they come."""
+    """The batches of a `[data]` table that names a source; what networks make of them is computed as they come, or
+    taken of a cache."""
 
-    def __init__(self, data: Mapping[str, Any], captions: bool = True):
+    def __init__(self, data: Mapping[str, Any], captions: bool = True, made_by: Callable[[str], str] = str):
+        """`made_by` gives the fingerprint of the network that would compute something, by the name of that."""
         self.config, self._captions = from_table(PicturesConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self._batches: Iterator[Batch] = iter(())
+        self.cache, self._made_by = cache_of(self.config), made_by
+        self._kept: set[str] = set()  # names of what is taken of the cache
+        self._computed: set[str] = set()  # and of what is made of pictures
 
     def begin(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
         told: dict[str, Any] = {"batch": batch, "seed": seed, "cache": cache, "rank": rank, "world": world}
-        self._pictures = open_pictures(self.config, **told, captions=self._captions)
+        told["captions"] = self._captions and "text" not in self._kept
+        told["images"] = bool(self._computed) or not self._kept  # who asks for nothing by name views them
+        if self.cache is not None:
+            self._check(*self.cache, told["images"])
+        self._pictures = open_pictures(self.config, **told, kept=tuple(sorted(self._kept)))
         indexed = isinstance(self._pictures, IndexedPictures)
         self.fingerprint = self._pictures.fingerprint() if isinstance(self._pictures, IndexedPictures) else STREAM
         if fingerprint and fingerprint != self.fingerprint:
@@ -44,6 +56,14 @@ class FilePictures(Pictures):
             if (fingerprint == STREAM) == indexed:  # a position is the number of a shard in the one, of a batch else
                 position = 0
         self.position, self._batches = position, self._pictures.batches(position)
+
+    @staticmethod
+    def _check(folder: Path, record: Record, images: bool) -> None:
+        """Say what a cache lacks; ValueError if it is all that is needed."""
+        if images and not record.pictures:
+            raise ValueError(f"{folder} keeps no pictures, of which this stage learns: name these as [data] source")
+        if (there := len(list(folder.glob("*.tar")))) < record.shards:
+            log.warning("%s has %d of its %d shards: `train cache` makes the rest", folder, there, record.shards)
 
     def pick(self, chance: Chance) -> Batch:
         picked = next(self._batches)
@@ -56,12 +76,48 @@ class FilePictures(Pictures):
     def view(self, picked: Batch) -> Tensor:
         return picked.images.float() / 255
 
-    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Batch], Tensor]:
-        return lambda picked: compute(self.view(picked))
+    def lacks(self, name: str) -> bool:
+        """Whether no cache holds it. ValueError if a cache holds what another network made, or lacks what is needed."""
+        if self.cache is None:
+            return True
+        folder, record = self.cache
+        if name in record.networks:
+            if record.networks[name] != self._made_by(name):
+                raise ValueError(
+                    f"the {name} in {folder} are of another network than this run's: name that one under [inputs], or "
+                    "make another cache by `train cache`"
+                )
+            return False
+        if name != "text" and not record.pictures:
+            raise ValueError(
+                f"{folder} keeps neither {name} nor pictures to compute them of: make it again by `train cache`, with "
+                f'"{name}" among what is kept under [cache]'
+            )
+        return True
+
+    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Batch], Tensor]:
+        if self.lacks(name):
+            self._computed.add(name)
+            return lambda picked: derive(compute(self.view(picked)))
+        self._kept.add(name)
+        return lambda picked: derive(picked.kept[name].float())
+
+    def states(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Batch, Chance, float], Tensor]:
+        if self.cache is None or self.lacks("text"):
+            return super().states(compute)
+        self._kept.add("text")
+        nothing = no_words(self.cache.folder)
+
+        def kept(picked: Batch, chance: Chance, drop: float) -> Tensor:
+            empty = chance.uniform() < drop
+            return torch.where(empty[:, None, None], nothing, picked.kept["text"].float())
+
+        return kept
 
     def held(self) -> Shown | None:
-        """The first pictures of the fullest bucket, which are trained on, too; of a stream none."""
-        if not isinstance(self._pictures, IndexedPictures):
+        """The first pictures of the fullest bucket, which are trained on, too; None of a stream, and of a cache that
+        keeps none."""
+        if not isinstance(self._pictures, IndexedPictures) or (self.cache and not self.cache.record.pictures):
             return None
         source, plan = self._pictures.source, self._pictures.plan
         bucket = max(range(len(plan.members)), key=lambda i: len(plan.members[i]))
@@ -84,6 +140,6 @@ def pictures_of(config: Mapping[str, Any], captions: bool = True) -> Pictures:
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        return FilePictures(data, captions)
+        return FilePictures(data, captions, partial(fingerprint_of, config))
     several = len(from_table(DataConfig, data, "data").shapes) > 1
     return DemoShapes(data) if several else DemoPictures(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import build_part, read_metadata, read_part
+from ..checkpoints import Part, build_part, read_metadata, read_part
 from ..checkpoints.read import SHIPPED
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.text_encoder import TextEncoder, tokenize
@@ -18,6 +19,12 @@ from ..models.vqgan import VQGAN
 from ..tables import from_table
 
 N = TypeVar("N", bound=nn.Module)
+
+MADE_BY = {  # what may be computed before a training: by the network of which stage, which part of a bundle it is
+    "latents": ("vqgan", "vqgan"),
+    "features": ("encoder", "image_encoder"),
+    "text": ("text", "prior_text_encoder"),
+}
 
 
 def source_of(config: Mapping[str, Any], stage: str) -> str | Path:
@@ -57,14 +64,28 @@ def told_of(source: str | Path | None) -> dict[str, Any]:
     return {"base": Path(source).name, **({"licence": licence} if licence else {})}
 
 
-def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
-    """A network that an earlier stage of the same run trained, or that `[inputs]` names a source of."""
+def weights_of(config: Mapping[str, Any], stage: str, part: str) -> Part:
+    """What an earlier stage of the same run trained, or `[inputs]` names a source of; ValueError if it's not there."""
     source = source_of(config, stage)
     if not is_there(source):
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
-    network = build_part(read_part(source, part), dtype=torch.float32)
+    return read_part(source, part)
+
+
+def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
+    """A network that an earlier stage of the same run trained, or that `[inputs]` names a source of."""
+    network = build_part(weights_of(config, stage, part), dtype=torch.float32)
     assert isinstance(network, kind)
     return network
+
+
+def fingerprint_of(config: Mapping[str, Any], name: str) -> str:
+    """The sha256 of the weights that compute what `MADE_BY` knows by this name."""
+    digest = hashlib.sha256()
+    for key, x in sorted(weights_of(config, *MADE_BY[name]).state_dict.items()):
+        digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -80,9 +101,9 @@ def latents_of(vqgan: VQGAN, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tokens_of(vqgan: VQGAN, images: Tensor) -> Tensor:
-    """Stage A tokens [B, H / 4, W / 4] of pictures."""
-    return vqgan.quantize(vqgan.encode(images.to(_place(vqgan)))).indices.cpu()
+def tokens_of(vqgan: VQGAN, latents: Tensor) -> Tensor:
+    """Stage A tokens [B, h, w] of latents [B, 4, h, w] of unit variance."""
+    return vqgan.quantize(latents.to(_place(vqgan)) * vqgan.params.scale_factor).indices.cpu()
 
 
 @torch.no_grad()

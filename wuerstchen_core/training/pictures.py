@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from .chance import Chance
 
 AT_ONCE = 32  # pictures that a network sees
 MOST, FEWER = 1000, 400  # scenes of one layout: simple ones on squares, and others
+
+Compute: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class Pictures(ABC):
@@ -51,9 +57,18 @@ class Pictures(ABC):
     def view(self, picked: Any) -> Tensor:
         """The pictures [B, 3, H, W] in [0, 1]."""
 
+    def lacks(self, name: str) -> bool:
+        """Whether what `each` (or, for "text", `states`) calls by this name has to be computed."""
+        return True
+
     @abstractmethod
-    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
-        """What `compute` makes of the pictures [B, 3, H, W] in [0, 1] of a batch."""
+    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Any], Tensor]:
+        """What `derive` makes of the `name` of the pictures of a batch: of what `compute` makes of these pictures
+        [B, 3, H, W] in [0, 1], or made of them before."""
+
+    def states(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, Chance, float], Tensor]:
+        """What `compute` makes of the `captions` of a batch."""
+        return lambda picked, chance, drop: compute(self.captions(picked, chance, drop))
 
     @abstractmethod
     def held(self) -> Shown | None:
@@ -90,10 +105,10 @@ class Shown(Pictures):
     def view(self, picked: Tensor | slice) -> Tensor:
         return self.images[picked].float() / 255
 
-    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor | slice], Tensor]:
+    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Tensor | slice], Tensor]:
         """It is computed here and now, of all pictures."""
         starts = range(0, len(self), AT_ONCE)
-        known = torch.cat([compute(self.view(slice(start, start + AT_ONCE))) for start in starts])
+        known = torch.cat([derive(compute(self.view(slice(start, start + AT_ONCE)))) for start in starts])
         return lambda picked: known[picked]
 
     def held(self) -> Shown | None:
@@ -194,8 +209,8 @@ class DemoShapes(Pictures):
         shape, indices = picked
         return self.shown[shape].view(indices)
 
-    def each(self, compute: Callable[[Tensor], Tensor]) -> Callable[[tuple[int, Tensor]], Tensor]:
-        known = [one.each(compute) for one in self.shown]
+    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[tuple[int, Tensor]], Tensor]:
+        known = [one.each(name, compute, derive) for one in self.shown]
         return lambda picked: known[picked[0]](picked[1])
 
     def held(self) -> Shown | None:

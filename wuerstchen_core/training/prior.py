@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints.parts import release
 from ..models.decoder import Decoder
 from ..models.prior import Prior, PriorParams, latents_from_features
+from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from ..pipeline import WuerstchenPipeline
@@ -17,7 +19,7 @@ from ..sampling import Sampling
 from ..tables import from_table
 from .chance import Chance
 from .diffusion import NoisePrediction
-from .inputs import features_of, frozen, is_there, source_of, started
+from .inputs import frozen, is_there, source_of, started, text_states
 from .objectives import NoiseConfig
 
 # Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
@@ -36,10 +38,8 @@ class PriorStage(NoisePrediction[Prior]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
         self.net = self.start(config)
         super().__init__(config)
-        self.latents = self.pictures.each(self._latents_of)
-
-    def _latents_of(self, images: Tensor) -> Tensor:
-        return latents_from_features(features_of(self.encoder, images), self.net.params)
+        units = partial(latents_from_features, params=self.net.params)
+        self.latents = self.pictures.each("features", self.features_of, units)
 
     def start(self, config: Mapping[str, Any]) -> Prior:
         """The network before its first step."""
@@ -48,7 +48,11 @@ class PriorStage(NoisePrediction[Prior]):
     def given(self, picked: Any, chance: Chance) -> tuple[Tensor, ...]:
         return ()
 
-    def reconstruct(self, net: Prior, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor | None:
+    def reader(self, net: Prior) -> TextEncoder:
+        """Who reads texts for `net`."""
+        return self.tower
+
+    def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor | None:
         """The captions painted; only once there is a decoder to paint with."""
         stage, part, kind = PAINTERS[release([net.params])]
         if not all(is_there(source_of(self.config, name)) for name in (stage, "vqgan")):
@@ -56,8 +60,12 @@ class PriorStage(NoisePrediction[Prior]):
         place = next(net.parameters()).device
         painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind).to(place)}
         vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
-        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=self.tower, **painter)
-        return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), text, sampling))
+        tower = self.reader(net).to(place)
+        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=tower, **painter)
+        text = words = text_states(tower, prompts)
+        if tower is not self.tower:  # which the decoder goes on reading with
+            words = text_states(self.tower.to(place), prompts)
+        return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), words, sampling))
 
     def parts(self, net: Prior) -> dict[str, nn.Module]:
         return {"prior": net}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from ..tables import from_table
 from .config import LoopConfig, check_tables, read_config
 from .inputs import source_of, told_of
 from .loop import train
+from .stage import Stage
 
 STAGES = {
     "vqgan": "VQGANStage",
@@ -21,7 +23,12 @@ STAGES = {
     "prior": "PriorStage",
     "lora": "LoraStage",
 }
-INPUTS = tuple(stage for stage in STAGES if stage != "lora")  # whose networks other stages ask
+
+
+def kind_of(stage: str) -> type[Stage[Any]]:
+    """A stage's class."""
+    kind: type[Stage[Any]] = getattr(importlib.import_module(f".{stage.replace('-', '_')}", __package__), STAGES[stage])
+    return kind
 
 
 def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
@@ -30,11 +37,8 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     `run` in the file is the folder that all stages of a model share; each works in a folder of its own name there.
     """
     config = read_config(config_path, overrides)
-    kind = getattr(importlib.import_module(f".{stage.replace('-', '_')}", __package__), STAGES[stage])
+    kind: Any = kind_of(stage)  # a subclass, which takes a configuration
     check_tables(config, kind.tables, kind.sized)
-    unknown = sorted(set(config.get("inputs", {})) - set(INPUTS))
-    if unknown:
-        raise ValueError(f"[inputs] has no key {', '.join(unknown)}: it takes {', '.join(INPUTS)}")
     loop = from_table(LoopConfig, config.get("train", {}), "train")
     torch.manual_seed(loop.seed)  # of the first weights
     trained = kind(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..diffusion.sizes import prior_side
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import latents_from_features
 from ..models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from ..tables import from_table
 from .chance import Chance
 from .files import pictures_of
-from .inputs import features_of, frozen, started
+from .inputs import features_of, frozen, started, weights_of
 from .objectives import contrastive_loss
 from .pictures import sheet
 from .stage import Stage
@@ -64,17 +66,21 @@ class TextStage(Stage[Contrast]):
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
         self.pictures = pictures_of(config)
-        self.encoder = frozen(config, "encoder", "image_encoder", ImageEncoder)
-        self.frozen = (self.encoder,)
-        self.features = self.pictures.each(self._features_of)
+        self.config = config
+        self.frozen = (self.encoder,) if self.pictures.lacks("features") else ()
+        self.features = self.pictures.each("features", self._features_of, latents_from_features)
         if not self.pictures.square:
             raise ValueError("[data] the text stage learns from squares of one size: leave ratio at 1, and buckets out")
-        blank = torch.zeros(1, 3, self.pictures.side, self.pictures.side)  # all pictures are squares of this side
+        channels = weights_of(config, "encoder", "image_encoder").params.c_latent
         tower = started(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
-        self.net = Contrast(tower, self._features_of(blank).numel(), options.joint)
+        self.net = Contrast(tower, channels * prior_side(self.pictures.side) ** 2, options.joint)
+
+    @cached_property
+    def encoder(self) -> ImageEncoder:
+        return frozen(self.config, "encoder", "image_encoder", ImageEncoder)
 
     def _features_of(self, images: Tensor) -> Tensor:
-        return latents_from_features(features_of(self.encoder, images))
+        return features_of(self.encoder, images)
 
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
         picked = self.pictures.pick(chance)
@@ -92,7 +98,8 @@ class TextStage(Stage[Contrast]):
             return None
         device, picked = net.scale.device, held.spread(12)
         ids, mask = (x.to(device) for x in tokenize(held.captions(picked, Chance(0, 0, len(picked)))))
-        features = held.each(self._features_of)(slice(None)).to(device)
+        self.encoder.to(device)
+        features = held.each("features", self._features_of, latents_from_features)(slice(None)).to(device)
         found = (net.texts(ids, mask) @ net.pictures(features).T).argmax(1).cpu()
         return sheet([held.view(picked), held.view(found)])
 

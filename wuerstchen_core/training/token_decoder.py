@@ -61,6 +61,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         codes = from_table(CodesConfig, config.get("codes", {}), "codes")
         self.net = started(config, "token_decoder", TokenDecoder, TokenDecoderParams)
         super().__init__(config)
+        self.frozen = (*self.frozen, self.vqgan)  # for its codes, even where its latents are there
         codebook = self.vqgan.vquantizer.codebook.weight
         if len(codebook) != self.net.params.num_labels:
             raise ValueError(
@@ -69,7 +70,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             )
         if codes.width and "start" not in config:
             self._acquaint(codebook, codes.width)
-        self.tokens = self.pictures.each(partial(tokens_of, self.vqgan))
+        self.tokens = self.pictures.each("latents", self.latents_of, partial(tokens_of, self.vqgan))
 
     @torch.no_grad()
     def _acquaint(self, codebook: Tensor, width: float) -> None:
@@ -91,5 +92,5 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         seen, tokens, replaced, places, t, features, text = batch
         return token_loss(self.noise, net(seen, t, features, text, places), tokens, replaced, t)
 
-    def reconstruct(self, net: TokenDecoder, images: Tensor, text: Tensor, sampling: Sampling) -> Tensor:
-        return super().reconstruct(net, images, text, sampling.changed(decoder_steps=8))
+    def reconstruct(self, net: TokenDecoder, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor:
+        return super().reconstruct(net, images, prompts, sampling.changed(decoder_steps=8))

@@ -43,6 +43,14 @@ def nearest_buckets(entries: np.ndarray, buckets: tuple[Size, ...], enlarge: flo
     return best
 
 
+def same_buckets(entries: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
+    """The bucket of the size in which each of a cache's entries [N] is kept, as indices [N]; -1 is one of none."""
+    out = np.full(len(entries), -1)
+    for bucket, (wide, high) in enumerate(buckets):
+        out[(entries["wide"] == wide) & (entries["high"] == high)] = bucket
+    return out
+
+
 def fit(picture: Image.Image, size: Size, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """A picture in RGB scaled to cover a size and cropped, as [3, height, width] uint8.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buckets import Size, nearest_buckets
+from .buckets import Size, nearest_buckets, same_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,17 @@ class Choice:
     enlarge: float = 1.0  # times that a picture may be scaled up
     random_crop: bool = False
     captions: bool = True  # whether one is needed
+    images: bool = True  # whether they are
+    kept: tuple[str, ...] = ()  # what is taken of a cache
 
     def of(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Why each of the entries [N] is left out, "" for what stays, and the bucket of what stays."""
-        reasons, buckets = self.filters.reasons(entries), nearest_buckets(entries, self.sizes, self.enlarge)
-        return np.where((reasons == "") & (buckets < 0), "smaller than every bucket", reasons), buckets
+        reasons, reason = self.filters.reasons(entries), "smaller than every bucket"
+        if "wide" in (entries.dtype.names or ()):  # of a cache, where it has its size
+            buckets, reason = same_buckets(entries, self.sizes), "cached in other sizes"
+        else:
+            buckets = nearest_buckets(entries, self.sizes, self.enlarge)
+        return np.where((reasons == "") & (buckets < 0), reason, reasons), buckets
 
 
 def left_out(reasons: Counter[str]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...pictures import open_picture, picture_size
 from .sidecars import caption_from_table, caption_from_text, no_caption, scores_from_table, table_from_json
-from .sources import ENTRY, SUFFIXES, Source, entry
+from .sources import ENTRY, SUFFIXES, Source, content, entry
 
 METADATA = "metadata.jsonl"  # of Hugging Face's imagefolder: a table a line, with `file_name` beside the file itself
 
@@ -62,15 +62,15 @@ class Folder(Source):
         if row is not None:
             return caption_from_table(row, name)
         if text is not None:
-            return caption_from_text(_content(text), name)
+            return caption_from_text(content(text), name)
         if table is not None:
-            return caption_from_table(table_from_json(_content(table), f"the .json of {name}"), name)
+            return caption_from_table(table_from_json(content(table), f"the .json of {name}"), name)
         raise no_caption(name)
 
     def _scores(self, path: Path, beside: Path | None, name: str) -> Mapping[str, float]:
         row = self._rows.get(path)
         if row is None:
-            row = {} if beside is None else table_from_json(_content(beside), f"the .json of {name}")
+            row = {} if beside is None else table_from_json(content(beside), f"the .json of {name}")
         return scores_from_table(row)
 
     def _read_rows(self, path: Path, place: str) -> None:
@@ -93,13 +93,6 @@ def _hidden(path: Path) -> bool:
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
     """The lines of a file that are not empty, each with the name of its place."""
-    for number, line in enumerate(_content(path).splitlines(), 1):
+    for number, line in enumerate(content(path).splitlines(), 1):
         if line.strip():
             yield f"{name}:{number}", line
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -27,10 +27,11 @@ TRIES = 20  # spares for one bad picture, before that is given up
 class Batch:
     """What one process trains on in one step."""
 
-    images: Tensor  # [n, 3, H, W] uint8
+    images: Tensor  # [n, 3, H, W] uint8; [n, 0] where they are not asked for
     captions: list[str]
     names: list[str]
     next: int  # where to start, to go on after this batch
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of a cache, [n, ...] by name
 
 
 @dataclass
@@ -113,26 +114,39 @@ class _Steps(Dataset[Reading]):
     def __getitem__(self, step: int) -> Reading:
         bucket, indices = self.plan.at(step)
         size, out = self.plan.batch // self.world, Reading()
-        images, captions, names = [], [], []
+        examples, names = [], []
         for slot in range(self.rank * size, (self.rank + 1) * size):
             spares = itertools.islice(self.plan.spares(step, slot), TRIES)
             for index in itertools.chain([int(indices[slot])], spares):
                 out.pictures += 1
+                centre = crop_centre(self.choice.random_crop, self.plan.seed, step, slot)
                 try:
-                    caption = self.source.caption(index) if self.choice.captions else ""
-                    picture = self.source.picture(index)
+                    examples.append(read_example(self.source, self.choice, index, bucket, centre))
                 except ValueError as error:
                     out.bad[self.source.name(index)] = str(error)
                     continue
-                centre = crop_centre(self.choice.random_crop, self.plan.seed, step, slot)
-                images.append(fit(picture, self.choice.sizes[bucket], centre))
-                captions.append(caption)
                 names.append(self.source.name(index))
                 break
             else:
                 return out
-        out.batch = Batch(torch.stack(images), captions, names, step + 1)
+        images, captions, kept = zip(*examples, strict=True)
+        tensors = {name: torch.stack([one[name] for one in kept]) for name in self.choice.kept}
+        out.batch = Batch(torch.stack(images), list(captions), names, step + 1, tensors)
         return out
+
+
+def read_example(
+    source: Source, choice: Choice, index: int, bucket: int, centre: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Tensor, str, dict[str, Tensor]]:
+    """Of an example the picture [3, H, W] uint8 (empty if it isn't asked for), the caption, and what a cache keeps.
+
+    ValueError says what can't be read.
+    """
+    caption = source.caption(index) if choice.captions else ""
+    kept = source.kept(index, choice.kept)
+    if not choice.images:
+        return torch.empty(0, dtype=torch.uint8), caption, kept
+    return fit(source.picture(index), choice.sizes[bucket], centre), caption, kept
 
 
 def crop_centre(random: bool, *key: int) -> tuple[float, float]:

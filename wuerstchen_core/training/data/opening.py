@@ -14,6 +14,7 @@ import numpy as np
 
 from ...diffusion.sizes import LARGEST, check_size
 from .buckets import Size, bucket_sizes
+from .cached import Cache, CachedShards, find_cache
 from .filters import Choice, Filters, left_out
 from .folder import Folder
 from .loading import IndexedPictures, Pictures
@@ -69,23 +70,30 @@ class PicturesConfig(Filters):
         return (self.source,) if isinstance(self.source, str) else self.source
 
     @property
+    def names(self) -> list[str]:
+        """The sources, with {000..127} and {a,b} spelled out."""
+        return _expanded(self.sources)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """Width and height of each bucket."""
         return tuple(dict.fromkeys(self.buckets)) or bucket_sizes(self.size, self.ratio, self.multiple)
 
 
 def open_pictures(
-    config: PicturesConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1, captions: bool = True
-) -> Pictures:
+    config: PicturesConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
+    captions: bool = True, images: bool = True, kept: tuple[str, ...] = (),
+) -> Pictures:  # fmt: skip
     """The pictures that a table describes, in batches of `batch` for each of `world` processes.
 
-    Indexes of shards are kept in the folder `cache`. Without `captions` they are not asked for, and are "". ValueError
-    says what is wrong with the source, or that nothing is left of it.
+    Indexes of shards are kept in the folder `cache`. Without `captions` they are not asked for, and are "", and so it
+    is with `images`; `kept` is what is taken of a cache. ValueError says what is wrong with the source, or that
+    nothing is left of it.
     """
     if seed < 0:
         raise ValueError(f"[train] seed must be 0 or more, got {seed}")
-    choice = Choice(config, config.sizes, config.enlarge, config.crop == "random", captions)
-    names = _expanded(config.sources)
+    choice = Choice(config, config.sizes, config.enlarge, config.crop == "random", captions, images, kept)
+    names = config.names
     streams = [name for name in names if name.startswith(STREAMS)]
     if streams:
         _check_streams(names, streams, config.allow_pipe)
@@ -98,6 +106,15 @@ def open_pictures(
     return IndexedPictures(
         source, plan, choice, workers=config.workers, bad_share=config.bad_share, rank=rank, world=world
     )
+
+
+def cache_of(config: PicturesConfig) -> Cache | None:
+    """The cache that a table names as its source, if it does. ValueError if what it asks for is not in any."""
+    names = config.names
+    cache = None if any(name.startswith(STREAMS) for name in names) else find_cache(names)
+    if cache is not None and config.crop != "centre":
+        raise ValueError(f'[data] crop = "{config.crop}" cannot be, since a cache keeps what was cropped at the centre')
+    return cache
 
 
 def local_source(names: Sequence[str], cache: Path) -> Source:
@@ -115,7 +132,7 @@ def local_source(names: Sequence[str], cache: Path) -> Source:
         shards = [shard for part in found for shard in part]
         if wrong := next((shard for shard in shards if shard.suffix != ".tar"), None):
             raise ValueError(f"[data] source {wrong} is no shard: give .tar files that are not compressed, or folders")
-        return LocalShards(shards, cache)
+        return CachedShards(shards, cache) if find_cache(names) else LocalShards(shards, cache)
     if any(found):
         raise ValueError("[data] source names both shards and folders of pictures: give either")
     return Folder(paths)

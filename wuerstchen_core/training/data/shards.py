@@ -10,10 +10,10 @@ import hashlib
 import os
 import tarfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,6 @@ from .sources import ENTRY, SUFFIXES, Source, entry
 MEMBER = [*ENTRY, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?")]
 HEADER = 65536  # bytes that nearly every picture's header fits into
 REST = "the rest"  # the key of what a damaged shard lost
-LAYOUT = 1  # of an index file: rises when what is in it changes its meaning
 
 Group = dict[str, tuple[int, int]]
 
@@ -39,17 +38,40 @@ class Index(NamedTuple):
     bad: dict[str, str]  # what can't be read, by key: why
 
 
+class Form(NamedTuple):
+    """What an index holds of examples."""
+
+    number: int  # of its meaning, which no other has or had
+    fields: list[Any]
+    row: Callable[[BinaryIO, Group, str], tuple[float, ...] | None]  # of an example by its name; None: it is none
+
+
+def _row(file: BinaryIO, group: Group, name: str) -> tuple[float, ...] | None:
+    """The row of MEMBER of a picture."""
+    kind = next((kind for kind in SUFFIXES if kind in group), None)
+    if kind is None:
+        return None
+    scores: Mapping[str, float] = {}
+    if "json" in group:
+        scores = scores_from_table(table_from_json(_read(file, *group["json"]), f"the .json of {name}"))
+    caption = "txt" if "txt" in group else "json"
+    place = group.get(caption, (0, -1))
+    return (*entry(_picture_size(file, group[kind], name), scores), *group[kind], *place, caption == "json")
+
+
 class LocalShards(Source):
     """The examples of tar files, shard by shard, in the order in which they stand there."""
+
+    form = Form(1, MEMBER, _row)
 
     def __init__(self, paths: Sequence[Path], cache: Path):
         self.paths, self.bad = list(paths), {}
         self.bad_shards: dict[str, str] = {}  # which hold no picture that can be read, by path: why
         self.names: list[str] = []
-        parts, owners = [np.empty(0, MEMBER)], [np.empty(0, np.int32)]
+        parts, owners = [np.empty(0, self.form.fields)], [np.empty(0, np.int32)]
         together = len({path.parent for path in paths}) == 1
         for number, path in enumerate(paths):
-            index, name = shard_index(path, cache), path.name if together else str(path)
+            index, name = shard_index(path, cache, self.form), path.name if together else str(path)
             if not len(index.entries):
                 self.bad_shards[str(path)] = index.bad.pop(REST, f"{path} holds no picture that can be read")
             self.bad |= {f"{name}:{key}": reason for key, reason in index.bad.items()}
@@ -83,16 +105,23 @@ class LocalShards(Source):
             raise ValueError(f"{self.names[index]} cannot be read: {error.strerror}") from error
 
 
-def shard_index(path: Path, cache: Path) -> Index:
+def shard_index(path: Path, cache: Path, form: Form) -> Index:
     """The index of a shard, out of the folder `cache` if it is still right, else made and put there."""
     stat = path.stat()
-    stamp = np.array([LAYOUT, stat.st_size, stat.st_mtime_ns])
+    stamp = np.array([form.number, stat.st_size, stat.st_mtime_ns])
     kept = cache / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.npz"
     if (index := _load(kept, stamp)) is not None:
         return index
-    index = _walk(path)
+    index = _walk(path, form)
     _save(kept, stamp, index)
     return index
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Write a file into a tar file, with nothing of when or by whom."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, BytesIO(content))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -102,22 +131,23 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{key}" if folder else key, kind.lower()
 
 
-def _walk(path: Path) -> Index:
-    """Read the headers of all members, and of their pictures."""
+def _walk(path: Path, form: Form) -> Index:
+    """Read the headers of all members, and what else a row needs."""
     rows, names = [], []
     with path.open("rb") as file:
         groups, bad = _members(file, path)
         for key, group in groups.items():
-            kind = next((kind for kind in SUFFIXES if kind in group), None)
-            if kind is None or key in bad:
+            if key in bad:
                 continue
             try:
-                rows.append(_row(file, group, kind, f"{path.name}:{key}"))
+                row = form.row(file, group, f"{path.name}:{key}")
             except ValueError as error:
                 bad[key] = str(error)
                 continue
-            names.append(key)
-    return Index(np.array(rows, dtype=MEMBER), names, bad)
+            if row is not None:
+                rows.append(row)
+                names.append(key)
+    return Index(np.array(rows, dtype=form.fields), names, bad)
 
 
 def _members(file: BinaryIO, path: Path) -> tuple[dict[str, Group], dict[str, str]]:
@@ -137,16 +167,6 @@ def _members(file: BinaryIO, path: Path) -> tuple[dict[str, Group], dict[str, st
     except (tarfile.TarError, OSError) as error:  # what stands before the damage is whole
         bad[REST] = f"{path} is cut short, or no tar file that is not compressed ({error})"
     return groups, bad
-
-
-def _row(file: BinaryIO, group: Group, kind: str, name: str) -> tuple[float, ...]:
-    """The row of MEMBER of an example whose picture is of a kind."""
-    scores: Mapping[str, float] = {}
-    if "json" in group:
-        scores = scores_from_table(table_from_json(_read(file, *group["json"]), f"the .json of {name}"))
-    caption = "txt" if "txt" in group else "json"
-    place = group.get(caption, (0, -1))
-    return (*entry(_picture_size(file, group[kind], name), scores), *group[kind], *place, caption == "json")
 
 
 def _picture_size(file: BinaryIO, place: tuple[int, int], name: str) -> tuple[int, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")  # of files that are taken for pictures
 ENTRY = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4")]
@@ -16,6 +18,14 @@ ENTRY = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "
 def entry(size: tuple[int, int], scores: Mapping[str, float]) -> tuple[float, ...]:
     """A row of `Source.entries`; a score that is not known is NaN."""
     return (*size, *(scores.get(name, math.nan) for name, _ in ENTRY[2:]))
+
+
+def content(path: Path) -> bytes:
+    """A file's; ValueError if it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Source(ABC):
@@ -34,6 +44,11 @@ class Source(ABC):
     @abstractmethod
     def picture(self, index: int) -> Image.Image:
         """The picture as `open_picture` reads it; raises ValueError with a sentence that names it if it's broken."""
+
+    def kept(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What a cache keeps of an example, by these names; raises ValueError with a sentence that names the example
+        if it can't be read."""
+        return {}
 
     @abstractmethod
     def caption(self, index: int) -> str:
