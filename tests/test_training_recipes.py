@@ -1,0 +1,102 @@
+"""The recipes at full size: what they build, and that they run, in a tiny size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_pictures import examples, shard, table
+from training_stages import TABLES, read_log
+
+from wuerstchen_core import training
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import V1, Prior, PriorParams
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+from wuerstchen_core.tables import from_table
+from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
+from wuerstchen_core.training.data.opening import PicturesConfig
+from wuerstchen_core.training.run import STAGES, run
+
+RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
+# The network of each, its sizes, and the parameters of the published one (the encoders' without ImageNet's classes).
+SIZES: Mapping[str, tuple[Any, Any, int]] = {
+    "vqgan": (VQGAN, VQGANParams, 18_406_894),
+    "v1_encoder": (ImageEncoder, ImageEncoderParams, 117_254_784),
+    "v2_encoder": (ImageEncoder, ImageEncoderParams, 20_198_000),
+    "v1_token_decoder": (TokenDecoder, TokenDecoderParams, 730_814_336),
+    "v2_decoder": (Decoder, DecoderParams, 1_055_365_280),
+    "v1_prior": (Prior, PriorParams, 993_243_680),
+    "v2_prior": (Prior, PriorParams, 993_636_896),
+}
+SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
+
+
+def stage_of(recipe: str) -> str:
+    return recipe.removeprefix("v1_").removeprefix("v2_").replace("_", "-")
+
+
+def test_there_is_one_for_each_stage() -> None:
+    assert set(RECIPES) == {*SIZES, "v2_lora"}
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_it_builds_the_published_network(recipe: str) -> None:
+    kind, sizes, count = SIZES[recipe]
+    config = read_config(RECIPES[recipe], [])
+    params = from_table(sizes, config["model"], "model")
+    with torch.device("meta"):
+        network = kind(params)
+    assert sum(p.numel() for p in network.parameters()) == count
+    told = asdict(params)
+    if "prior" in recipe:
+        assert {key: told[key] for key in V1} == (
+            V1 if "v1" in recipe else {key: asdict(PriorParams())[key] for key in V1}
+        )
+    if "encoder" in recipe:
+        assert params.stages == (EFFICIENTNET_V2_L if "v1" in recipe else EFFICIENTNET_V2_S)
+    if "encoder" not in recipe and recipe != "vqgan":
+        assert params.dropout == 0.1  # as the original trains
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_its_tables_are_read(recipe: str) -> None:
+    config = read_config(RECIPES[recipe], [])
+    stage = stage_of(recipe)
+    kind = getattr(importlib.import_module(f"wuerstchen_core.training.{stage.replace('-', '_')}"), STAGES[stage])
+    check_tables(config, kind.tables, kind.sized)
+    loop = from_table(LoopConfig, config["train"], "train")
+    data = from_table(PicturesConfig, config["data"], "data")
+    assert loop.precision == "bf16" and loop.steps > 1000
+    assert all(width % 128 == height % 128 == 0 for width, height in data.sizes)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_it_takes_two_steps_in_a_tiny_size(recipe: str, run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    files = examples(range(8))
+    scores = {f"{number:03d}.json": SCORES for number in range(8)}
+    (tmp_path / "a.tar").write_bytes(shard(dict(sorted({**files, **scores}.items()))))
+    stage = stage_of(recipe)
+    (tmp_path / "sizes.toml").write_text(TABLES.get(stage, "[model]"), encoding="utf-8")
+    small = {} if recipe == "v2_prior" else read_config(tmp_path / "sizes.toml", [])["model"]
+    told = {
+        "run": str(tmp_path), "data.source": str(tmp_path / "a.tar"), "data.size": 64, "data.multiple": 64,
+        "data.ratio": 1.0, "data.min_side": 1, "data.workers": 0, "train.steps": 2, "train.batch": 2,
+        "train.log_every": 1, "train.precision": "no", **{f"model.{key}": value for key, value in small.items()},
+    }  # fmt: skip
+    if stage == "vqgan":
+        told |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
+    if stage == "encoder":
+        told["encoder.widths"] = [16, 8, 8]
+    if recipe == "v2_prior":
+        told["start"] = str(run_folder / "prior" / "prior.safetensors")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in told.items()]
+    made = run(stage, RECIPES[recipe], [*inputs, *overrides])
+    assert made.exists() and [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]
