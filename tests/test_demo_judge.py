@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from wuerstchen_core.demo.judge import NOTHING, Judge, psnr, wilson_interval
-from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, PLACES, SHAPES, THINGS, Scene
+from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, PLACES, SHAPES, SIMPLE, SIZES, THINGS, Scene
 
 KINDS = list(product(LAYOUTS, range(len(SHAPES))))
 GROUNDS = {"large": 0, "small": 3, "corner": 3, "pair": 3}  # one for each size: references are slow to draw
@@ -109,6 +109,23 @@ def test_another_layout_is_rejected(judge, shape):
             [picture] = drawn([there._replace(colour=asked.colour)])
             seen = judge.identify(picture, asked)
             assert seen == asked if asked == there else thing not in things_of(seen), (asked, there)
+
+
+@pytest.mark.parametrize("asked", range(len(SIZES)), ids=SIZES)
+def test_things_of_another_size_pass_for_no_thing(judge, asked):
+    scenes = [Scene(thing, 3 * asked, 1 - asked) for thing in range(len(THINGS))]
+    shown = [
+        judge.identify(picture, scene._replace(size=asked))
+        for scene, picture in zip(scenes, drawn(scenes), strict=True)
+    ]
+    assert sum(map(len, map(things_of, shown))) == 0
+
+
+def test_things_may_be_a_little_off_their_place(judge, pictures):
+    middle = [(scene, picture) for scene, picture in pictures if scene.layout in SIMPLE]
+    for shift, accepted in ((10, 1.0), (-10, 1.0), (28, 0.0)):
+        shown = [judge.identify(np.roll(picture, (shift, shift), (0, 1)), scene) == scene for scene, picture in middle]
+        assert sum(shown) / len(shown) == pytest.approx(accepted, abs=0.01)
 
 
 def test_a_bare_background_shows_nothing(judge):

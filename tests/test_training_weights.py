@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
 ) -> None:
     target = tmp_path / "again.safetensors"
     monkeypatch.setattr(build, "RECIPE", tmp_path)
+    shutil.copy(run_folder / "prior.toml", tmp_path)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
     assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
     assert not (tmp_path / "logs").exists()
