@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from wuerstchen_core.checkpoints.lora import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from wuerstchen_core.training.lora import AdapterConfig, attach, write_lora
+from wuerstchen_core.training.tower import TOWER, let_read
 
 Graph = dict[str, Any]
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
@@ -39,7 +41,7 @@ SCALE = ALPHA / RANK
 NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_of_tower(64), seed=1)
 OTHER = random_factors(attention_of_prior(), seed=2), random_factors(attention_of_tower(64), seed=3)
 DIFFUSERS = FORMS["diffusers"]
-TRAINED = AdapterConfig(RANK, ALPHA)
+TRAINED = AdapterConfig(RANK, ALPHA, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"))
 
 
 def sdxl() -> dict[str, Tensor]:
@@ -99,11 +101,13 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
 
 
 def trained(bundle: Path) -> Prior:
-    """The core's prior with adapters of peft on it."""
-    prior = load_prior(bundle)
+    """The core's prior, which holds its tower, with adapters of peft on both."""
+    prior, words = load_prior(bundle), re.compile(r"^encoder\.layers\.(\d+)\.self_attn\.")
+    let_read(prior, load_text_encoder(bundle))
     attach(prior, TRAINED)
+    changed = NETWORK | {words.sub(rf"{TOWER}.transformer.resblocks.\1.attn.", path): x for path, x in TEXT.items()}
     for name, half in (("B", 0), ("A", 1)):
-        factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in NETWORK.items()}
+        factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in changed.items()}
         prior.load_state_dict(prior.state_dict() | factors)
     return prior.eval().requires_grad_(False)
 
@@ -143,9 +147,13 @@ def test_what_our_trainer_writes_changes_the_model_as_peft_does(inside: Inside, 
     tensors, facts = inside
     golden = Golden("prior_small")
     wanted = trained(golden_bundle)(golden["in/x"], golden["in/r_tmix"], golden["in/c"])
-    assert facts["trained"] == [False, True, []]
+    assert facts["trained"] == [False, False, []]
     assert_near(tensors["trained/noise"], wanted, TOLERANCE)
     assert (wanted - tensors["untouched/noise"]).abs().max() > 0.01
+    wanted = trained(golden_bundle).get_submodule(TOWER)(*tokenize(["a red apple"]))
+    assert_near(tensors["trained/states"], wanted, TOLERANCE)
+    assert_near(wanted, states(golden_bundle, (TEXT, 1.0)), TOLERANCE)
+    assert (wanted - tensors["untouched/states"]).abs().max() > 0.01
 
 
 def test_every_naming_changes_model_and_clip_alike(inside: Inside, golden_bundle: Path) -> None:
