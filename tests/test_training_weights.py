@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import TEXT
 from safetensors.torch import load_file
 from training_stages import ALL, DIFFUSERS, STAGES, assert_equal_states, config_of, ema_of, inputs_of, read_log
 
@@ -19,7 +21,9 @@ from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save
 from wuerstchen_core.checkpoints.components import component_key
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.demo.recipe import build, build_v1
+from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import ImageEncoder
+from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training.run import run
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -137,3 +141,18 @@ def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
         assert read_log(run_folder / stage) == [
             json.loads(line) for line in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
         ]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["its own tower", "no tower"])
+def test_a_decoder_that_reads_through_another_tower_paints_the_sheets(
+    run_folder: Path, inputs: list[str], tmp_path: Path, beside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As v2's does: CLIP-H beside the prior's CLIP-bigG."""
+    params = read_part(run_folder / "decoder" / "decoder.safetensors", "decoder").params
+    parts = {"decoder": Decoder(replace(params, clip_embd=32)), "decoder_text_encoder": TextEncoder(TEXT)}
+    save_bundle(tmp_path / "b.safetensors", {name: parts[name] for name in list(parts)[: 1 + beside]}, {})
+    changes = [*inputs, f"run='{tmp_path}'", f"inputs.decoder='{tmp_path / 'b.safetensors'}'", "train.steps=2"]
+    with caplog.at_level(logging.INFO):
+        run("prior", config_of(run_folder, "prior"), changes)
+    assert (tmp_path / "prior" / "sheet-000002.png").exists() == beside
+    assert ("b.safetensors holds no text encoder for the decoder" in caplog.text) == (not beside)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoints.parts import release
+from ..checkpoints.parts import release, text_width
+from ..checkpoints.read import open_source
 from ..models.decoder import Decoder
 from ..models.prior import Prior, PriorParams, latents_from_features
 from ..models.text_encoder import TextEncoder
@@ -21,6 +23,8 @@ from .chance import Chance
 from .diffusion import NoisePrediction
 from .inputs import frozen, is_there, source_of, started, text_states
 from .objectives import NoiseConfig
+
+log = logging.getLogger(__name__)
 
 # Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
 PAINTERS: dict[str, tuple[str, str, type[nn.Module]]] = {
@@ -53,19 +57,33 @@ class PriorStage(NoisePrediction[Prior]):
         return self.tower
 
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor | None:
-        """The captions painted; only once there is a decoder to paint with."""
+        """The captions painted; only once there is a decoder to paint with, and a tower to read them to it."""
         stage, part, kind = PAINTERS[release([net.params])]
         if not all(is_there(source_of(self.config, name)) for name in (stage, "vqgan")):
             return None
         place = next(net.parameters()).device
         painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind).to(place)}
+        words = self._words(stage, painter[part], prompts)
+        if words is None:
+            return None
         vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
         tower = self.reader(net).to(place)
         pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=tower, **painter)
-        text = words = text_states(tower, prompts)
-        if tower is not self.tower:  # which the decoder goes on reading with
-            words = text_states(self.tower.to(place), prompts)
+        text = text_states(tower, prompts)
         return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), words, sampling))
+
+    def _words(self, stage: str, painter: Any, prompts: list[str]) -> Tensor | None:
+        """Text states for the decoder `painter`: of the run's tower as it was, or where that is another's, such as
+        CLIP-bigG, of the tower beside the decoder; None if there is none."""
+        source, name = source_of(self.config, stage), "decoder_text_encoder"
+        if text_width(painter.params) == self.tower.params.width:
+            tower = self.tower
+        elif name in open_source(source, headers_only=True).networks:
+            tower = frozen(self.config, stage, name, TextEncoder)
+        else:
+            log.info("no sheet: %s holds no text encoder for the decoder", source)
+            return None
+        return text_states(tower.to(next(painter.parameters()).device), prompts)
 
     def parts(self, net: Prior) -> dict[str, nn.Module]:
         return {"prior": net}
