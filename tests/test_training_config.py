@@ -15,6 +15,7 @@ from wuerstchen_core.checkpoints.precision import FP8, planned
 from wuerstchen_core.checkpoints.sizes import HEAD_WIDTH
 from wuerstchen_core.cli import main
 from wuerstchen_core.demo.recipe import build, build_v1
+from wuerstchen_core.demo.vocabulary import LAYOUTS, SHAPES
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
@@ -101,7 +102,7 @@ MISTAKES = {
     "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
     "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
     "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
-    "data.things=73": r"^\[data\] things must be 1 to 72, got 73$",
+    "data.things=129": r"^\[data\] things must be 1 to 128, got 129$",
     "run=3": r"^the configuration names no run folder: ",
     "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
 }
@@ -142,6 +143,11 @@ def test_a_missing_drawing_package_is_named(
     assert capsys.readouterr().err == "resvg_py is not installed: python -m pip install -r requirements-train.txt\n"
 
 
+EVERYTHING = DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+SHOWN = dict.fromkeys(("encoder", "decoder", "prior"), EVERYTHING)  # Stage A crops, and a text has no shape
+SHOWN |= {"vqgan": DataConfig(), "text": replace(EVERYTHING, shapes=("square",))}
+
+
 @pytest.mark.parametrize(("stage", "file"), [*((stage, "") for stage in ALL), ("prior", build_v1.STAGES["prior"])])
 def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
     config, _ = recipe(stage, file)
@@ -151,7 +157,7 @@ def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
     data = from_table(DataConfig, config.get("data", {}), "data")
-    assert data == (DataConfig(things=12) if config["run"] == "runs/demo-v1" else DataConfig())
+    assert data == (DataConfig(things=12) if config["run"] == "runs/demo-v1" else SHOWN[stage])
     tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig", "codes": "CodesConfig"}
     tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
     for table in kind.tables:
