@@ -13,7 +13,7 @@ CACHE = "cache"
 def add(commands: Any) -> None:
     """Add the command to a parser's commands."""
     parser = commands.add_parser("train", help="train one stage")
-    smaller = "choose a smaller batch, such as --set train.batch=8"
+    smaller = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
     parser.set_defaults(run=_run, requirements="requirements-train.txt", smaller=smaller)
     parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=f"{', '.join(STAGES)}; or {CACHE}")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,6 @@ def pictures_of(config: Mapping[str, Any], captions: bool = True) -> Pictures:
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        return FilePictures(data, captions, partial(fingerprint_of, config))
+        return FilePictures(data, captions, cache(partial(fingerprint_of, config)))  # it is asked more than once
     several = len(from_table(DataConfig, data, "data").shapes) > 1
     return DemoShapes(data) if several else DemoPictures(data)
