@@ -15,7 +15,9 @@ PACK = "pack"  # the repository's own name as a package: its folder's, which can
 
 # Floors, by the longest name that fits; a module may import from lower floors, and from its own package.
 FLOORS = {
-    "wuerstchen_core.models.pointwise": -1,
+    "wuerstchen_core.models.pointwise": -2,
+    "wuerstchen_core.models.dropout": -2,
+    "wuerstchen_core.models.mlp": -1,
     "wuerstchen_core.models.layers": 0,
     "wuerstchen_core.diffusion.schedule": 0,
     "wuerstchen_core.diffusion.sizes": 0,

@@ -12,9 +12,10 @@ from networks import NETWORKS, VQ, Network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wuerstchen_core.models import layers, pointwise
+from wuerstchen_core.models import mlp, pointwise
 from wuerstchen_core.models.attention import Attention
-from wuerstchen_core.models.layers import FeedForwardBlock, GlobalResponseNorm
+from wuerstchen_core.models.layers import FeedForwardBlock
+from wuerstchen_core.models.mlp import GlobalResponseNorm
 from wuerstchen_core.models.vqgan import VQGAN
 
 
@@ -64,7 +65,7 @@ def test_training_computes_the_same(network: Network) -> None:
 
 
 def test_compiles_into_one_graph(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layers, pointwise):  # a graph has the plain products, which differ in the last digit
+    for module in (mlp, pointwise):  # a graph has the plain products, which differ in the last digit
         monkeypatch.setattr(module, "plain_cpu", lambda *_: False)
     module, inputs = network.perturbed(), network.inputs()
     torch.compiler.reset()

@@ -11,7 +11,7 @@ from golden_data import assert_near
 from networks import NETWORKS, PRIOR
 from torch import Tensor, nn
 
-from wuerstchen_core.models import attention, layers, pointwise
+from wuerstchen_core.models import attention, mlp, pointwise
 from wuerstchen_core.models.pointwise import product
 from wuerstchen_core.models.prior import Prior, ReadOnce
 
@@ -54,15 +54,15 @@ def test_attention_in_pieces_is_attention(scores: int, monkeypatch: pytest.Monke
 def fast(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Has MLPs of any size take the fast way, in pieces of a few places; lists how many places each had."""
     taken: list[int] = []
-    plain = layers.ChannelwiseMLP._fast
+    plain = mlp.ChannelwiseMLP._fast
 
-    def counted(self: layers.ChannelwiseMLP, x: Tensor, injected: layers.Injected | None) -> Tensor:
+    def counted(self: mlp.ChannelwiseMLP, x: Tensor, injected: mlp.Injected | None) -> Tensor:
         taken.append(x.shape[1] * x.shape[2])
         return plain(self, x, injected)
 
-    monkeypatch.setattr(layers.ChannelwiseMLP, "_fast", counted)
-    monkeypatch.setattr(layers, "MANY", 10**9)
-    monkeypatch.setattr(layers, "ROWS", 7)
+    monkeypatch.setattr(mlp.ChannelwiseMLP, "_fast", counted)
+    monkeypatch.setattr(mlp, "MANY", 10**9)
+    monkeypatch.setattr(mlp, "ROWS", 7)
     return taken
 
 
@@ -78,9 +78,9 @@ def test_mlps_by_the_fast_way_are_the_same(
     with torch.no_grad():
         plain = network.call(module, *inputs).float()
         assert not fast
-        monkeypatch.setattr(layers, "MANY", 1)
+        monkeypatch.setattr(mlp, "MANY", 1)
         assert_near(network.call(module, *inputs).float(), plain, tolerance)  # in bf16 observed 0.03 of 4
-    assert len(fast) == sum(isinstance(layer, layers.ChannelwiseMLP) for layer in module.modules())
+    assert len(fast) == sum(isinstance(layer, mlp.ChannelwiseMLP) for layer in module.modules())
 
 
 class Wrapped(nn.Module):
@@ -130,7 +130,7 @@ def test_what_is_added_to_a_layer_counts(
         unchanged = network.call(module, *inputs)
         change(module.get_submodule(parent), name)
         plain = network.call(module, *inputs).float()
-        monkeypatch.setattr(layers, "MANY", 1)
+        monkeypatch.setattr(mlp, "MANY", 1)
         assert_near(network.call(module, *inputs).float(), plain, 1e-5 if dtype == torch.float32 else 0.1)
     assert fast and (plain - unchanged).abs().max() > 0.2
 

@@ -13,7 +13,7 @@ from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.demo.recipe import precision
 from wuerstchen_core.demo.recipe.precision import KINDS, MARKS, Largest, relative_error
 from wuerstchen_core.demo.recipe.precision_cases import Case, golden_cases, golden_image_encoders
-from wuerstchen_core.models.layers import MANY, ChannelwiseMLP
+from wuerstchen_core.models.mlp import MANY, ChannelwiseMLP
 from wuerstchen_core.models.pointwise import Operations
 
 # In percent of the result, twice what was measured (the README's table).

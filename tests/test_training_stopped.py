@@ -15,7 +15,8 @@ from training_line import CONFIG, DeepLineStage, LineStage, assert_same_training
 from training_stages import checkpoint, read_log
 
 from wuerstchen_core.checkpoints import write
-from wuerstchen_core.training.loop import build_optimizers, learning_rate, train
+from wuerstchen_core.training.loop import learning_rate, train
+from wuerstchen_core.training.optimizers import build_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path, w
 
 def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path: Path) -> None:
     config = replace(CONFIG, muon_lr=0.05)
-    optimizers = build_optimizers(DeepLineStage().net, config)
+    optimizers = build_optimizers(DeepLineStage().net, torch.device("cpu"), config.muon_lr)
     assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
     assert len(optimizers["adamw"].param_groups[0]["params"]) == 3
-    assert set(build_optimizers(DeepLineStage().net, CONFIG)) == {"adamw"}
+    assert set(build_optimizers(DeepLineStage().net, torch.device("cpu"))) == {"adamw"}
     train(DeepLineStage(), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(DeepLineStage(stop=6), config, tmp_path / "stopped")

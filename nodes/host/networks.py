@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.models.attention import Attention
 from ...wuerstchen_core.models.decoder import Decoder
-from ...wuerstchen_core.models.layers import GlobalResponseNorm
+from ...wuerstchen_core.models.mlp import GlobalResponseNorm
 from ...wuerstchen_core.models.pointwise import Ready, by_onednn, product
 from ...wuerstchen_core.models.prior import Prior, ReadOnce
 from ...wuerstchen_core.models.token_decoder import TokenDecoder

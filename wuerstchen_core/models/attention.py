@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .layers import ChannelNorm, own
-from .pointwise import Operations, plain_cpu, product
+from .dropout import Dropout
+from .layers import ChannelNorm
+from .mlp import own
+from .pointwise import Operations, learning_cpu, plain_cpu, product
 
+LEARNT_SCORES = 2**19  # the same in training
 SCORES = 2**20  # of attention that are held at once on a CPU, for each thread: as much as its cache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c].
-
-    For training on a CPU the plain products are used: with a backward pass, in bf16, they take a third of the time of
-    torch's fused attention at 64 and 36 queries, and three quarters at 576.
-    """
-    if q.device.type == "cpu" and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
-        return F.dropout(weights, dropout) @ v
+    """softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of what is softmax's."""
+    if q.dtype == k.dtype == v.dtype and learning_cpu(q, k, v):
+        heads = (x.flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))
+        out: Tensor = _Attention.apply(Dropout(dropout), *heads)
+        return out.view_as(q)
     if q.dtype == torch.bfloat16 and plain_cpu(q, k, v) and not dropout and not _has_amx():
         return _in_pieces(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -50,6 +52,50 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for part, into in zip(q[some].split(length, 1), out[some].split(length, 1), strict=True):
             torch.bmm(torch.bmm(part, k[some].transpose(1, 2)).softmax(dim=-1), v[some], out=into)
     return out.view(batch, count, queries, width)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T) v over [heads, tokens, c], where gradients are wanted.
+
+    The scores are computed again for them, head by head in the processor's cache, where that takes as long as keeping
+    them; and these would be most of what a block keeps. Torch's fused attention has no dropout on a CPU, and with a
+    backward pass takes three times as long in bf16 at 64 and 36 queries, and 1.3 times at 576.
+    """
+
+    @staticmethod
+    def forward(dropout: Dropout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout, out = dropout.again(), torch.empty_like(q)
+        for q_, k_, v_, out_ in _heads(q, k, v, out):
+            weights = torch.bmm(q_, k_.transpose(1, 2)).softmax(dim=-1)
+            dropout(weights)
+            torch.bmm(weights, v_, out=out_)
+        return out.mul_(dropout.scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dropout, *heads = inputs
+        ctx.save_for_backward(*heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given, dropout = ctx.saved_tensors, ctx.dropout.again()
+        grads = [torch.empty_like(x) for x in given]
+        for q, k, v, grad_, *of in _heads(*given, (grad * dropout.scale).contiguous(), *grads):
+            weights = torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1)
+            used, of_used = weights.clone() if dropout.share else weights, torch.bmm(grad_, v.transpose(1, 2))
+            dropout(used, of_used)
+            torch.bmm(used.transpose(1, 2), grad_, out=of[2])
+            of_scores = torch._softmax_backward_data(of_used, weights, -1, weights.dtype)
+            torch.bmm(of_scores, k, out=of[0])
+            torch.bmm(of_scores.transpose(1, 2), q, out=of[1])
+        return None, *grads
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many heads [heads, tokens, c] of queries, keys and other tensors at a time as fit a cache."""
+    count = max(1, LEARNT_SCORES // (tensors[0].shape[1] * tensors[1].shape[1]))
+    return zip(*(x.split(count) for x in tensors), strict=True)
 
 
 class Read(NamedTuple):
@@ -165,10 +211,10 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | Read) -> Tensor:
         """Add to x [B, c, H, W] what it reads from cond [B, M, c_cond], or has read of it."""
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        known = cond if isinstance(cond, Read) else self.read(cond)
-        out = (
-            self.attention(tokens, self.attention.read(tokens), known)
-            if self.self_attn
-            else self.attention(tokens, known)
-        )
+        if isinstance(cond, Read):
+            out = self.attention(tokens, *([self.attention.read(tokens)] if self.self_attn else []), cond)
+        else:  # both at once: in training, a weight that is used twice has two gradients to be added
+            mapped: Tensor = self.kv_mapper(cond)
+            both = torch.cat([tokens, mapped.to(tokens.dtype)], dim=1) if self.self_attn else mapped
+            out = self.attention(tokens, self.attention.read(both))
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .initial import xavier_init
-from .layers import EPS, ChannelNorm, Injected, channels_last, timestep_embedding
+from .layers import ChannelNorm, channels_last, timestep_embedding
+from .mlp import EPS, Injected
 from .pointwise import Operations
 from .unet import UNet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Prior(nn.Module):
         Instead of the text, what was read of it will do.
         """
         x = self.projection(channels_last(latents))
-        known = iter(self.read(text) if isinstance(text, Tensor) else text)
+        known = repeat(self.cond_mapper(text)) if isinstance(text, Tensor) else iter(text)
         time = timestep_embedding(t, self.params.c_r).to(x.dtype)
         for block in self.blocks:
             if isinstance(block, AttnBlock):

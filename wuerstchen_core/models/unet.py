@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .attention import AttnBlock
 from .initial import init_blocks
-from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, Injected, ResBlock, TimestepBlock
+from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock
+from .mlp import Injected
 
 
 class UNetParams(Protocol):

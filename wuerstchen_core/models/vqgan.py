@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .initial import xavier_init
-from .layers import EPS, channels_last, nearest_codes
+from .layers import channels_last, nearest_codes
+from .mlp import EPS
 from .pointwise import Operations, product
 
 

@@ -22,6 +22,7 @@ from .average import Average, skeleton, worn
 from .chance import Chance
 from .config import LoopConfig
 from .memory import recompute_blocks
+from .optimizers import build_optimizers
 from .pieces import like, load_optimizer, whole
 from .saved import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
 from .stage import Stage
@@ -37,18 +38,6 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     decay_steps = max(1.0, config.steps * config.decay)
     return min(warmup, max(0.0, (config.steps - step) / decay_steps), 1.0)
-
-
-def build_optimizers(net: nn.Module, config: LoopConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and for the matrices of the blocks Muon (kellerjordan.github.io/posts/muon), if `muon_lr` is set."""
-    learning = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in learning.items() if config.muon_lr and "blocks." in name and p.ndim == 2}
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW([p for name, p in learning.items() if name not in matrices])
-    }
-    if matrices:
-        optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")
-    return optimizers
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
@@ -91,7 +80,7 @@ class _Run:
         self.bones = skeleton(stage.net)
         if config.checkpointing:
             recompute_blocks(stage.net)
-        optimizers = build_optimizers(stage.net, config)
+        optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
         self.net, *self.steppers = self.accelerator.prepare(stage.net, *optimizers.values())
         self.optimizers = dict(zip(optimizers, (one.optimizer for one in self.steppers), strict=True))
         self.plain = self.accelerator.unwrap_model(self.net)
@@ -151,8 +140,9 @@ class _Run:
             chance = Chance(config.seed, step, size * processes * config.accumulate, places)
             batch = [_to(item, accelerator.device) for item in self.stage.batch(step, chance)]
             last = turn == config.accumulate - 1
-            with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(self.net):
-                loss = self.stage.loss(self.net, *batch) / config.accumulate
+            with nullcontext() if last else accelerator.no_sync(self.net):
+                with accelerator.autocast():  # not of the backward pass, in which it would hold on to its weights
+                    loss = self.stage.loss(self.net, *batch) / config.accumulate
                 accelerator.backward(loss)
             losses.append(loss.detach().float())
         norm = accelerator.clip_grad_norm_(self.net.parameters(), config.clip)

