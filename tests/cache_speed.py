@@ -1,6 +1,6 @@
 """What a cache saves: CPU seconds of a batch's preparation and of a whole step, with and without it, on one thread.
 
-`python tests/cache_speed.py FOLDER` takes about ten minutes and 8 GB of memory, and prints rows of seconds: of a batch
+`PYTHONPATH=. python tests/cache_speed.py FOLDER` takes about ten minutes and 8 GB of memory, and prints rows of seconds: of a batch
 without a cache and with it, of a step without and with it, and what the cache took. The batches of rows ...-512 are
 prepared by networks of the released sizes with random weights, for a tiny one: their steps say nothing.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from training_stages import TABLES
 
 from wuerstchen_core.checkpoints import save_bundle
 from wuerstchen_core.demo.recipe import build
@@ -32,17 +33,9 @@ from wuerstchen_core.training.pictures import DemoPictures
 from wuerstchen_core.training.prior import PriorStage
 from wuerstchen_core.training.run import run
 
-PRIOR = "[model]\nc = 64\nc_cond = 1280\ndepth = 1\nnhead = 1\n"  # what is prepared does not depend on it
-DECODER = """
-[model]
-c_hidden = [8, 64]
-nhead = [-1, 1]
-blocks = [1, 1]
-level_config = ["CT", "CTA"]
-inject_effnet = [false, true]
-c_cond = 16
-clip_embd = 1280
-"""
+WIDTHS = {"prior": "c_cond", "decoder": "clip_embd"}
+# What is prepared does not depend on the network that it is for, but on the width of its text.
+PRIOR, DECODER = (TABLES[name].replace(f"{key} = 64", f"{key} = 1280") for name, key in WIDTHS.items())
 TRAIN = "[train]\nlr = 1e-4\nlog_every = 1000\nsave_every = 1000\nsheet_every = 1000\n"
 
 
