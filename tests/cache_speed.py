@@ -2,7 +2,7 @@
 
 `PYTHONPATH=. python tests/cache_speed.py FOLDER` takes about ten minutes and 8 GB of memory, and prints rows of
 seconds: of a batch without a cache and with it, of a step without and with it, and what the cache took. The batches of
-rows ...-512 are prepared by networks of the released sizes with random weights, for a tiny one: their steps say nothing.
+rows ...-512 are prepared by networks of the released sizes with random weights for a tiny one: their steps say nothing.
 """
 
 from __future__ import annotations
