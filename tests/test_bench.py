@@ -22,8 +22,9 @@ from wuerstchen_core.bench.limits import flops
 from wuerstchen_core.bench.picture import Steps
 from wuerstchen_core.bench.report import Measured, Row, table
 from wuerstchen_core.bench.run import Plan
+from wuerstchen_core.bench.sides import side_of
 from wuerstchen_core.bench.timing import interleave
-from wuerstchen_core.bench.weights import weights_of
+from wuerstchen_core.bench.weights import weight_file, weights_of
 
 WORK = tuple(name for name in STAGES if name != "image-encoder")  # whose peer exists at its full size alone
 PLAN = Plan(WORK, [128], dtypes=["fp32"], repeat=1, networks=TINY, gemm_side=64)
@@ -87,6 +88,21 @@ def test_how_far_both_sides_are_from_fp32(folder: Path) -> None:
     [row] = running.run(plan, silent).rows
     assert row.peer is not None and row.ours.error is not None and row.peer.error is not None
     assert 1e-4 < row.ours.error < 2e-2 and row.ours.error <= row.peer.error
+
+
+def test_both_sides_learn_with_dropout_and_in_memory_of_their_own(folder: Path) -> None:
+    case = Case("train-prior", 128, 2, "bf16")
+    with weights_of([case.stage], ["bf16"], TINY, silent) as files:
+        before = weight_file(files, "prior", "fp32").read_bytes()
+        for name in ("ours", "peer"):
+            side = side_of(name, case.stage)(PLAN.setting(case, files, lambda: 0.0))
+            drops = [layer.p for layer in side.network.modules() if isinstance(layer, torch.nn.Dropout)]
+            assert drops and set(drops) == {0.1} and side.network.training
+            weights = [p.detach().clone() for p in side.network.parameters()]
+            side.run(case, 2, lambda: None)
+            changed = [not torch.equal(p, old) for p, old in zip(side.network.parameters(), weights, strict=True)]
+            assert sum(changed) == len(weights) and {p.dtype for p in side.network.parameters()} == {torch.float32}
+        assert weight_file(files, "prior", "fp32").read_bytes() == before
 
 
 def test_image_encoder_alone(folder: Path) -> None:

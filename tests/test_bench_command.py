@@ -16,10 +16,12 @@ from bench_tiny import TINY, made_up
 from painting import failure, run
 from PIL import Image
 
+from wuerstchen_core.bench import learning
 from wuerstchen_core.bench import run as running
 from wuerstchen_core.bench.cases import STAGES, stage_names
 from wuerstchen_core.bench.report import Report
 from wuerstchen_core.bench.run import Plan
+from wuerstchen_core.bench.weights import Sizes
 
 
 @pytest.fixture
@@ -81,6 +83,31 @@ def test_the_fast_schedule_of_ours(small: None, capsys: pytest.CaptureFixture[st
     assert "ours in 6+4 steps" in capsys.readouterr().out
 
 
+def test_training_steps(
+    small: None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "bench --stages train --sizes 128 --batch 2,3 --dtypes bf16 --repeat 2 --device cpu --depth 8"
+    assert run(*command.split(), "--json", folder / "b.json") == 0
+    out = capsys.readouterr().out
+    for words in ("| train-prior ", "| train-decoder ", "samples/s", "with our optimiser", "trained were 2 blocks"):
+        assert words in out
+    first, more, *others = json.loads((folder / "b.json").read_text("utf-8"))["rows"]
+    assert more["difference"] is None and more["samples_per_second"] == 3 / more["ours"]["median"]  # after some steps
+    for row in (first, others[0]):
+        ours, peer = row["ours"], row["peer"]
+        assert 0 < row["difference"] < 0.1 and row["memory_ratio"] == 0.5 and ours["load_seconds"] is None
+        assert 0 < ours["optimizer"] < ours["median"] and row["samples_per_second"] == 2 / ours["median"]
+        alike = (peer["median"] - peer["optimizer"] + ours["optimizer"]) / ours["median"]
+        assert row["times_faster_with_our_optimizer"] == pytest.approx(alike)
+    monkeypatch.setattr(learning, "_room", lambda device: 10**6)
+    assert "train fewer blocks" in failure(capsys, *command.split())
+
+
+def test_shallower_networks() -> None:
+    sizes = learning.shallower(Sizes(), 8)
+    assert (sizes.prior.depth, sizes.decoder.blocks) == (8, (1, 1, 4, 1)) and sizes.prior.c == Sizes().prior.c
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -100,6 +127,10 @@ def test_the_fast_schedule_of_ours(small: None, capsys: pytest.CaptureFixture[st
         ("--comfyui . --plot b.png --steps fast", "leave out --plot, --steps"),
         ("--comfyui . --no-peer", "leave out --no-peer"),
         ("--quick --compile", "--quick leaves no time for --compile"),
+        ("--stages train --compile", "--compile is for what paints"),
+        ("--stages train --dtypes fp16", "leave out fp16"),
+        ("--stages prior,train --depth 4", "--depth is for training steps"),
+        ("--stages train --depth 0", "give 1 to 32"),
     ],
 )
 def test_bad_arguments(options: str, words: str, small: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,4 +146,5 @@ def test_a_full_disk_is_told_before_the_work(
 
 def test_groups_of_stages() -> None:
     assert stage_names(["vqgan", "prior", "vqgan-decode"]) == ["vqgan-decode", "vqgan-encode", "prior"]
-    assert stage_names(["all"]) == list(STAGES)
+    assert stage_names(["all", "train"]) == list(STAGES)
+    assert set(STAGES) - set(stage_names(["all"])) == {"train-prior", "train-decoder"}

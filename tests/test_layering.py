@@ -38,6 +38,8 @@ FLOORS = {
     "wuerstchen_core.pipeline": 6,
     "wuerstchen_core.training": 7,
     "wuerstchen_core.training.data": 3,
+    "wuerstchen_core.training.inputs": 3,
+    "wuerstchen_core.training.optimizers": 0,
     "wuerstchen_core.bench": 7,
     "nodes": 4,
     "wuerstchen_core": 7,  # the package itself, which gives the pipeline

@@ -18,6 +18,7 @@ class Stage:
     copies: int = 1  # of each picture in a network's batch: guided work computes two
     steps: bool = False  # what is measured is one of a sampler's
     beside: tuple[str, ...] = ()  # networks that ours asks for their sizes alone
+    learns: bool = False  # whether the step is one of training
 
 
 PICTURE = "text-to-picture"
@@ -29,8 +30,14 @@ STAGES = {
     "vqgan-encode": Stage(("vqgan",), "Stage A: pictures to latents"),
     "image-encoder": Stage(("image_encoder",), "the semantic compressor: pictures to features"),
     PICTURE: Stage(("prior", "decoder", "vqgan"), "all three stages, text states given"),
+    "train-prior": Stage(("prior",), "a training step of Stage C", steps=True, learns=True),
+    "train-decoder": Stage(("decoder",), "a training step of Stage B", steps=True, learns=True),
 }
-GROUPS = {"vqgan": ("vqgan-decode", "vqgan-encode"), "all": tuple(STAGES)}
+GROUPS = {
+    "vqgan": ("vqgan-decode", "vqgan-encode"),
+    "train": tuple(name for name, stage in STAGES.items() if stage.learns),
+    "all": tuple(name for name, stage in STAGES.items() if not stage.learns),  # that paint
+}
 STEPS = 30, 12  # of a picture: of Stage C and Stage B
 DTYPES = ("bf16", "fp32", "fp16")
 
@@ -57,6 +64,11 @@ class Case:
     def rows(self) -> int:
         """How many pictures a network sees at once."""
         return self.batch * STAGES[self.stage].copies
+
+
+def stored(stage: str, dtype: str) -> str:
+    """In which dtype the weights of a stage are: in training by mixed precision, fp32."""
+    return "fp32" if STAGES[stage].learns else dtype
 
 
 def stage_names(asked: Sequence[str]) -> list[str]:
@@ -89,6 +101,8 @@ def check(
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"dtype {unknown[0] if unknown else ''!r} is unknown: choose of {', '.join(DTYPES)}")
+    if "fp16" in dtypes and any(STAGES[name].learns for name in stages):
+        raise ValueError("training is measured in bf16, which is mixed precision, and fp32: leave out fp16")
 
 
 def cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from .cases import STAGES, Case
 
 LAST_WORDS = 200  # characters
 
@@ -46,7 +46,7 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
     import torch
 
-    make = _side(words["side"])
+    make = _side(words["side"], words["case"]["stage"])
     imported = time.perf_counter() - begun
 
     from ..compiling import can_compile
@@ -63,7 +63,7 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
     if words["compile"]:  # nor is what the compiler imports
         can_compile(device)
     peak, started = Peak(device), clock()
-    with torch.inference_mode():
+    with torch.inference_mode(not STAGES[case.stage].learns):
         with Private() as private:
             side = make(Setting(case.stage, case.dtype, folder, sizes, device, clock, tuple(words["steps"])))
         loaded, load_peak = clock() - started, peak.read()
@@ -82,16 +82,15 @@ def _main(words: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _side(name: str) -> Any:
+def _side(name: str, stage: str) -> Any:
     """A side's class, with all that it needs imported."""
-    if name == "ours":
-        from .ours import Ours
+    from .sides import side_of
 
-        return Ours
-    from .peer import Peer, import_packages
+    if name == "peer":
+        from .peer import import_packages
 
-    import_packages()
-    return Peer
+        import_packages()
+    return side_of(name, stage)
 
 
 if __name__ == "__main__":

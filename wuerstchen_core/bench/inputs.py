@@ -10,7 +10,7 @@ from torch import Tensor
 from ..devices import DTYPES
 from ..diffusion.sizes import decoder_side, prior_side
 from ..sampling import Sampling
-from .cases import PICTURE, Case
+from .cases import PICTURE, STAGES, Case
 from .weights import Sizes
 
 TOKENS = 77
@@ -45,7 +45,7 @@ def one_call(case: Case, sizes: Sizes, device: Any, dtype: torch.dtype | None = 
     draw = _drawer(case, device, dtype)
     rows, prior, latent = case.rows, prior_side(case.side), decoder_side(case.side)
     t = torch.full((rows,), 0.5, device=device, dtype=dtype or DTYPES[case.dtype])
-    if case.stage == "prior":
+    if STAGES[case.stage].parts == ("prior",):
         return draw(rows, sizes.prior.c_in, prior, prior), t, draw(rows, TOKENS, sizes.prior.c_cond)
     features = draw(rows, sizes.decoder.effnet_embd, prior, prior)
     return draw(rows, sizes.decoder.c_in, latent, latent), t, features, draw(rows, TOKENS, sizes.decoder.clip_embd)

@@ -49,8 +49,11 @@ def flops(case: Case, sizes: Sizes, peer: bool, steps: tuple[int, int]) -> int:
     with meta:
         network: Any = _peers(part, sizes) if peer else NETWORKS[part](sizes.of(part))
     network.eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        if STAGES[case.stage].steps:
+    learns = STAGES[case.stage].learns
+    with torch.inference_mode(not learns), FlopCounterMode(display=False) as counter:
+        if learns:
+            network(*one_call(case, sizes, meta, torch.float32)).sum().backward()
+        elif STAGES[case.stage].steps:
             network(*one_call(case, sizes, meta, torch.float32))
         else:
             given = inputs(case, sizes, meta, torch.float32)

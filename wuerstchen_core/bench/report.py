@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .cases import Case
+from .cases import STAGES, Case
 from .timing import Times
 
 NOTHING = "-"
@@ -30,6 +30,7 @@ class Measured:
     import_seconds: float | None = None  # of what is imported before that
     load_memory: int | None = None  # the peak while loading,
     load_private: int | None = None  # and what of it the process shares with no file
+    optimizer: float | None = None  # of a training step's median, the optimiser's
     error: float | None = None  # of the output: |x - exact| / |exact|, exact being the peer's in fp32
 
     def fill(self, times: Times, work: int, peak: float) -> None:
@@ -71,11 +72,27 @@ class Row:
             return None
         return ours / peer if upwards else peer / ours
 
+    def samples_per_second(self, side: Measured | None) -> float | None:
+        """Of a side that trains."""
+        if side is None or side.median is None or not STAGES[self.case.stage].learns:
+            return None
+        return self.case.batch / side.median
+
+    def times_faster_alike(self) -> float | None:
+        """How many times faster a training step would be if the peer had our optimiser."""
+        ours, peer = self.ours, self.peer
+        if peer is None or not ours.median or not peer.median or ours.optimizer is None or peer.optimizer is None:
+            return None
+        return (peer.median - peer.optimizer + ours.optimizer) / ours.median
+
     def as_dict(self) -> dict[str, Any]:
         case = asdict(self.case)
         sides = {"ours": asdict(self.ours), "peer": None if self.peer is None else asdict(self.peer)}
         ratios = {
             "times_faster": self.ratio("median"),
+            "times_faster_with_our_optimizer": self.times_faster_alike(),
+            "samples_per_second": self.samples_per_second(self.ours),
+            "peer_samples_per_second": self.samples_per_second(self.peer),
             "memory_ratio": self.ratio("memory", upwards=True),
             "load_times_faster": self.ratio("load_seconds"),
             "cold_times_faster": self.ratio("cold_seconds"),
@@ -117,7 +134,8 @@ class Report:
 def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown, without columns in which nothing was measured."""
     head = (
-        "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "ours TFLOP/s", "of GEMM peak",
+        "stage", "pixels", "batch", "dtype", "ours s", "peer s", "times faster", "with our optimiser", "ours samples/s",
+        "peer samples/s", "ours TFLOP/s", "of GEMM peak",
         "difference", "ours off fp32", "peer off fp32", "ours GB", "peer GB", "memory ratio", "above weights GB",
         "peer above", "load s", "peer load s", "cold s", "peer cold s", "cold s, compiling", "peer cold s, compiling",
         "load private, of weights", "peer's",
@@ -148,6 +166,9 @@ def _cells(row: Row) -> list[str]:
         _time(ours),
         _time(peer),
         _number(row.ratio("median"), "{:.2f}x"),
+        _number(row.times_faster_alike(), "{:.2f}x"),
+        _number(row.samples_per_second(ours), "{:.3g}"),
+        _number(row.samples_per_second(peer), "{:.3g}"),
         _number(ours.flops_per_second, "{:.2f}", 1e12),
         _number(ours.share_of_peak, "{:.0%}"),
         _number(row.difference, "{:.1e}"),

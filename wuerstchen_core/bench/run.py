@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,14 @@ from torch import Tensor
 from ..compiling import can_compile
 from ..stages import DENOISERS
 from . import cases as catalogue
-from .cases import PICTURE, STAGES, STEPS, Case
+from .cases import PICTURE, STAGES, STEPS, Case, stored
 from .child import measure_apart
 from .limits import flops, gemm_peak
 from .machine import machine
-from .ours import Ours
 from .picture import SHORT
 from .report import Measured, Report, Row
 from .setting import Clock, Setting
+from .sides import side_of
 from .timing import clock_of, interleave
 from .weights import Sizes, bytes_of, weight_file, weights_of
 
@@ -90,6 +91,11 @@ class _Run:
 
             check_installed()
             import_packages()
+        learn = [name for name in plan.stages if STAGES[name].learns]
+        if learn:
+            from .learning import check_room
+
+            check_room(learn, plan.networks, 1 + plan.peer, plan.device)
         if plan.threads:
             torch.set_num_threads(plan.threads)
         self.report = Report(machine(plan.device, plan.threads))
@@ -98,6 +104,8 @@ class _Run:
         self.taken: dict[tuple[str, str], float] = {}  # seconds a pixel, by stage and dtype
         if PICTURE in plan.stages:
             self.report.notes.append(_made_of(plan))
+        if learn:
+            self.report.notes.append(_trained(plan))
         if plan.compile and not self.compile:
             self.report.notes.append("torch.compile finds no compiler here: both sides ran without it")
         if self.compile:
@@ -108,10 +116,11 @@ class _Run:
         with weights_of(plan.stages, plan.dtypes, plan.networks, self.tell) as folder, torch.inference_mode():
             self._measure_peaks()
             todo = plan.cases()
-            for _, same in groupby(todo, lambda case: (case.stage, case.dtype)):
-                for row in self._timed(list(same), folder, len(todo)):
-                    report.rows.append(row)
-                    self.keep(report)
+            for (stage, _), same in groupby(todo, lambda case: (case.stage, case.dtype)):
+                with torch.inference_mode(not STAGES[stage].learns):
+                    for row in self._timed(list(same), folder, len(todo)):
+                        report.rows.append(row)
+                        self.keep(report)
             self._measure_peaks()
             if plan.memory:
                 self._apart(folder)
@@ -133,11 +142,7 @@ class _Run:
     def _timed(self, same: list[Case], folder: Path, total: int) -> Iterator[Row]:
         """Rows of cases that the same networks work on."""
         plan = self.plan
-        kinds: list[Any] = [Ours]
-        if plan.peer:
-            from .peer import Peer
-
-            kinds.append(Peer)
+        kinds = [side_of(name, same[0].stage) for name in ("ours", "peer")[: 1 + plan.peer]]
         self.tell(same[0].label, len(self.report.rows), total)
         if self._too_late(same[0]):
             self.left_out += [case.label for case in same]
@@ -153,6 +158,7 @@ class _Run:
             self.tell(case.label, len(self.report.rows), total)
             begun, known = time.monotonic(), (case.stage, case.dtype) in self.taken
             compare = self.compile or not (plan.quick and known)  # nobody is to compile while the time is taken
+            compare = compare and not (known and STAGES[case.stage].learns)  # whose weights are others by now
             yield self._row(case, sides[0], sides[1] if plan.peer else None, exact, compare)
             self.taken[case.stage, case.dtype] = (time.monotonic() - begun) / case.pixels
         del sides, exact
@@ -166,15 +172,16 @@ class _Run:
     def _passed(self) -> float:
         return time.monotonic() - self.begun
 
-    def _row(self, case: Case, ours: Ours, peer: Any, exact: Any, compare: bool) -> Row:
+    def _row(self, case: Case, ours: Any, peer: Any, exact: Any, compare: bool) -> Row:
         plan = self.plan
         outputs = [side.output(case) if side is not None and compare else None for side in (ours, peer, exact)]
         alike = case.stage != PICTURE or plan.steps == STEPS
+        dtype = stored(case.stage, case.dtype)
         work = {steps: flops(case, plan.networks, plan.peer, steps) for steps in {plan.steps, STEPS}}
         row = Row(
             case,
             flops=work[plan.steps],
-            weights=sum(bytes_of(part, plan.networks, case.dtype) for part in STAGES[case.stage].parts),
+            weights=sum(bytes_of(part, plan.networks, dtype) for part in STAGES[case.stage].parts),
             difference=_relative(outputs[0], outputs[1]) if alike else None,
         )
         row.ours.error = _relative(outputs[0], outputs[2])
@@ -182,9 +189,13 @@ class _Run:
             row.peer = Measured(error=_relative(outputs[1], outputs[2]))
         del outputs
         times = interleave(ours, peer, case, plan.repeat, self.clock)
-        for side, time_of, steps in zip((row.ours, row.peer), times, (plan.steps, STEPS), strict=True):
+        for side, worker, time_of, steps in zip(
+            (row.ours, row.peer), (ours, peer), times, (plan.steps, STEPS), strict=True
+        ):
             if side is not None and time_of is not None:
                 side.fill(time_of, work[steps], self.report.peaks[case.dtype])
+                if STAGES[case.stage].learns:
+                    side.optimizer = statistics.median(worker.optimizer_seconds[1:])
         return row
 
     def _apart(self, folder: Path) -> None:
@@ -196,7 +207,7 @@ class _Run:
         for i, row in enumerate(rows):
             case, stage = row.case, STAGES[row.case.stage]
             network = stage.parts[0], case.dtype
-            first = network not in seen and case.stage != PICTURE
+            first = network not in seen and case.stage != PICTURE and not stage.learns
             seen.add(network)
             if plan.quick and first and self._passed() > QUICK:
                 self.left_out.append(f"memory of {case.label}")
@@ -235,3 +246,12 @@ def _made_of(plan: Plan) -> str:
     if not plan.full:
         asked.append(f"{SHORT} of each stage measured, the others made up of the later of these")
     return "; ".join(asked)
+
+
+def _trained(plan: Plan) -> str:
+    """What learnt, and what of it differs between the sides."""
+    blocks = "+".join(map(str, plan.networks.decoder.blocks))
+    return (
+        f"trained were {plan.networks.prior.depth} blocks of Stage C, or {blocks} of Stage B and as many again; the "
+        "peer's AdamW is torch's default, as in diffusers' script, and ours its fused one, as in our loop"
+    )

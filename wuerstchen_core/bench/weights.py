@@ -25,7 +25,7 @@ from ..models.decoder import DecoderParams
 from ..models.image_encoder import ImageEncoderParams
 from ..models.prior import PriorParams
 from ..models.vqgan import VQGANParams
-from .cases import STAGES
+from .cases import STAGES, stored
 
 SIZES_FILE = "sizes.json"
 PARTS = ("prior", "decoder", "vqgan", "image_encoder")
@@ -63,8 +63,14 @@ def weights_of(
     stages: Sequence[str], dtypes: Sequence[str], sizes: Sizes, tell: Callable[[str, int, int], None]
 ) -> Iterator[Path]:
     """A folder with the weights of every network that stages need. ValueError if the disk has no room for them."""
-    parts = dict.fromkeys(part for name in stages for part in (*STAGES[name].parts, *STAGES[name].beside))
-    wanted = [(part, dtype) for dtype in dtypes for part in parts]
+    wanted = list(
+        dict.fromkeys(
+            (part, stored(name, dtype))
+            for dtype in dtypes
+            for name in stages
+            for part in (*STAGES[name].parts, *STAGES[name].beside)
+        )
+    )
     needed = sum(bytes_of(part, sizes, dtype) for part, dtype in wanted)
     place = tempfile.gettempdir()
     free = shutil.disk_usage(place).free
@@ -76,7 +82,7 @@ def weights_of(
     with tempfile.TemporaryDirectory(prefix="wuerstchen-bench-") as name:
         folder = Path(name)
         write_sizes(folder, sizes)
-        pool = pool_for(parts, sizes)
+        pool = pool_for({part for part, _ in wanted}, sizes)
         for i, (part, dtype) in enumerate(wanted):
             tell(f"weights of the {part} in {dtype}", i, len(wanted))
             write(folder, part, sizes, dtype, pool.to(DTYPES[dtype]))

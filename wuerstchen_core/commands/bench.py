@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .progress import Bar
 
 if TYPE_CHECKING:
     from ..bench.run import Plan
+    from ..bench.weights import Sizes
 
 STEPS = "30+12"
 DEFAULTS: dict[str, Any] = {"stages": "all", "sizes": "512,1024,1536,2048", "dtypes": "bf16,fp32", "repeat": 3}
@@ -26,9 +28,11 @@ def add(commands: Any) -> None:
     smaller = "choose smaller --sizes or a smaller --batch, or --dtypes bf16"
     parser.set_defaults(run=_run, requirements="requirements-bench.txt", smaller=smaller)
     option = parser.add_argument
-    option("--stages", metavar="NAME,...", help="prior, decoder, decoder-guided, vqgan-decode, ... (default: all)")
+    option("--stages", metavar="NAME,...", help="prior, decoder, train-prior, ... (default: all that paint)")
     option("--sizes", metavar="PIXELS,...", help=f"sides of square pictures (default: {DEFAULTS['sizes']})")
     option("--dtypes", metavar="NAME,...", help=f"of bf16, fp32 and fp16 (default: {DEFAULTS['dtypes']})")
+    text = "blocks of Stage C that train-prior trains, and as many of Stage B (default: all, 32)"
+    option("--depth", type=int, metavar="N", help=text)
     option("--batch", default="1", metavar="N,...", help="pictures at a time (default: 1)")
     option("--repeat", type=int, metavar="N", help=f"rounds that count (default: {DEFAULTS['repeat']})")
     option("--threads", type=int, default=0, metavar="N", help="of the processor (default: torch's choice)")
@@ -94,7 +98,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """What the options ask for. ValueError where that can't be measured."""
-    from ..bench.cases import check, stage_names
+    from ..bench.cases import STAGES, check, stage_names
     from ..bench.run import Plan
     from ..devices import pick_device
     from ..diffusion.schedule import FAST_STEPS
@@ -103,8 +107,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     chosen |= {name: value for name, value in vars(options).items() if name in chosen and value is not None}
     stages, dtypes = stage_names(_names(chosen["stages"])), _names(chosen["dtypes"])
     sizes, batches = _numbers("--sizes", chosen["sizes"]), _numbers("--batch", options.batch)
+    told = {name: getattr(options, name) for name in ("full", "peer", "memory", "accuracy", "compile", "quick")}
+    if options.compile and any(STAGES[name].learns for name in stages):
+        raise ValueError("--compile is for what paints: leave it out where training steps are measured")
     steps = list(FAST_STEPS) if options.steps == "fast" else _numbers("--steps", options.steps, "+")
     check(stages, sizes, batches, dtypes, chosen["repeat"], steps)
+    if options.depth is not None:
+        told["networks"] = _shallow(options.depth, stages)
     return Plan(
         stages,
         sizes,
@@ -114,8 +123,23 @@ def _plan(options: argparse.Namespace) -> Plan:
         str(pick_device(options.device)),
         options.threads,
         (steps[0], steps[1]),
-        **{name: getattr(options, name) for name in ("full", "peer", "memory", "accuracy", "compile", "quick")},
+        **told,
     )
+
+
+def _shallow(depth: int, stages: Sequence[str]) -> Sizes:
+    """Networks of so many blocks. ValueError where others than training steps are measured, or for no block."""
+    from ..bench.cases import STAGES
+    from ..bench.weights import Sizes
+
+    sizes = Sizes()
+    if not all(STAGES[name].learns for name in stages):
+        raise ValueError("--depth is for training steps: give it with --stages train, or one of its stages")
+    if not 1 <= depth <= sizes.prior.depth:
+        raise ValueError(f"--depth {depth} is no number of blocks: give 1 to {sizes.prior.depth}")
+    from ..bench.learning import shallower
+
+    return shallower(sizes, depth)
 
 
 def _keep(report: dict[str, Any], path: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
