@@ -22,6 +22,7 @@ from wuerstchen_core.demo.vocabulary import (
     PLACES,
     SHAPES,
     SIMPLE,
+    TAUGHT,
     THINGS,
     Scene,
     caption,
@@ -190,7 +191,7 @@ def test_further_mistakes_are_counted_and_named(judge: Judge) -> None:
 
 def test_every_held_out_scene_counts_and_batches_keep_their_seeds() -> None:
     wanted = evaluate.held_out_scenes({})
-    assert len(wanted) == 410 and {scene.thing for scene in wanted} == set(range(len(THINGS)))
+    assert len(wanted) == 410 and {scene.thing for scene in wanted} == set(range(TAUGHT))
     assert {scene.colour for scene in wanted} == set(range(len(COLOURS)))
     pipe: Any = TruePictures()
     assert len(evaluate.paint(pipe, wanted[:20], 100, prior_steps=2)) == 20

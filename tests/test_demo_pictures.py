@@ -126,7 +126,7 @@ def test_the_table_chooses_the_class() -> None:
             "[data] shapes must be some of square, portrait, landscape, got square, square",
         ),
         ({"shapes": "square"}, "[data] shapes must be a list of texts, got 'square'"),
-        ({"things": 129}, "[data] things must be 1 to 128, got 129"),
+        ({"things": 130}, "[data] things must be 1 to 129, got 130"),
     ],
 )
 def test_bad_tables_are_told_in_one_sentence(data: dict[str, Any], message: str) -> None:

@@ -102,7 +102,7 @@ MISTAKES = {
     "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
     "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
     "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
-    "data.things=129": r"^\[data\] things must be 1 to 128, got 129$",
+    "data.things=130": r"^\[data\] things must be 1 to 129, got 130$",
     "run=3": r"^the configuration names no run folder: ",
     "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
 }

@@ -31,6 +31,8 @@ class Thing:
         return (self.name, *self.words)
 
 
+STRANGER = Thing("potato", "potato")  # which `recipe.adapt` teaches a model that has never seen one
+
 # The order is part of the trained model: `held_out` counts by position.
 THINGS: tuple[Thing, ...] = (
     # fruit
@@ -174,7 +176,9 @@ THINGS: tuple[Thing, ...] = (
     Thing("fir", "evergreen-tree", ("conifer",)),
     # faces
     Thing("ghost", "ghost"),
+    STRANGER,
 )
+TAUGHT = len(THINGS) - 1  # things that models are trained on
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (196, 32, 52),

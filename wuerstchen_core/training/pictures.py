@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo.artwork import CANVAS, draw_all
-from ..demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, Scene, caption, held_out, scenes
+from ..demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, TAUGHT, THINGS, Scene, caption, held_out, scenes
 from ..tables import from_table
 from .chance import Chance
 
@@ -120,7 +120,7 @@ class DataConfig:
     """The `[data]` table of the demo's pictures, for a trial that need not take hours."""
 
     canvas: int = CANVAS  # pixels, a multiple of 64
-    things: int = len(THINGS)  # only the first so many
+    things: int = TAUGHT  # only the first so many
     layouts: tuple[str, ...] = SIMPLE
     shapes: tuple[str, ...] = ("square",)
     background: str = ""  # only pictures on this one, of which captions say that it is any: for a LoRA to learn

@@ -27,7 +27,7 @@ from ...models.image_encoder import semantic_view
 from ...pipeline import WuerstchenPipeline
 from ..artwork import CANVAS, draw_all
 from ..judge import NOTHING, Judge, psnr, wilson_interval
-from ..vocabulary import PLACES, SHAPES, SIMPLE, SIZES, THINGS, Scene, caption, held_out, scenes
+from ..vocabulary import PLACES, SHAPES, SIMPLE, SIZES, TAUGHT, THINGS, Scene, caption, held_out, scenes
 
 Rows = Sequence[tuple[Scene, Scene]]  # what was asked and what is seen
 
@@ -38,7 +38,7 @@ SAMPLE_SEED = 10_000  # of their pictures
 
 def held_out_scenes(metadata: Mapping[str, Any], layouts: Sequence[str] = SIMPLE, shape: str = "square") -> list[Scene]:
     """All scenes whose (thing, background) pair training never saw; of the things that a bundle's `metadata` names."""
-    names = metadata.get("vocabulary", {}).get("things", [thing.name for thing in THINGS])
+    names = metadata.get("vocabulary", {}).get("things", [thing.name for thing in THINGS[:TAUGHT]])
     known = {None, *(index for index, thing in enumerate(THINGS) if thing.name in names)}
     drawn = scenes(layouts, list(SHAPES).index(shape))
     return [scene for scene in drawn if scene.thing in known and scene.other in known and held_out(scene)]
