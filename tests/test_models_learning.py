@@ -62,6 +62,21 @@ def test_gradients_are_torchs_own(name: str, rows: int, monkeypatch: pytest.Monk
         assert_near(found[key] / scale, grad / scale, 1e-5)  # time embeddings and features go through fp32
 
 
+@pytest.mark.parametrize(
+    "layer", ["effnet_mappers.1", *(f"down_blocks.1.1.channelwise.{i}" for i in range(5)), "down_blocks.1.3.attention"]
+)
+def test_what_is_added_to_a_layer_counts(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer is asked, not its weights."""
+    module = NETWORKS["decoder"].perturbed().double()
+    inputs = [x.double() for x in NETWORKS["decoder"].inputs()]
+    without = all_of(gradients(module, inputs))
+    module.get_submodule(layer).register_forward_hook(lambda layer, given, out: 2 * out + 1)
+    found = all_of(gradients(module, inputs))
+    only_torch(monkeypatch)
+    expected = all_of(gradients(module, inputs))
+    assert (found - expected).norm() < 1e-5 * expected.norm() < 1e-4 * (without - expected).norm()
+
+
 @pytest.mark.parametrize("name", DENOISERS)
 def test_in_mixed_precision_they_are_as_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As near to those of fp32, within a half, as torch's own are under autocast."""
