@@ -1,4 +1,5 @@
-"""Dropout on a CPU, where torch's own draws a number at a time: 18 % of a training step of a full-size prior."""
+"""Dropout on a CPU, where torch's own draws a number at a time: a seventh of a full-size prior's
+training step. This takes a fifth of its time."""
 
 from __future__ import annotations
 

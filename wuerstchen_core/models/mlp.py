@@ -70,8 +70,8 @@ class Injected(NamedTuple):
 class _End(torch.autograd.Function):
     """What an MLP makes of its first layer's result [B, H, W, c], where gradients are wanted.
 
-    All but that is computed again for them, in the memory of the processor's cache: of the 17 numbers that torch keeps
-    for each of it, one is left.
+    All but that is computed again for them: of the four tensors of its size that torch keeps, one is left. The passes
+    that this takes are made up for by those that are made in place: a step of a full-size prior takes as long.
     """
 
     @staticmethod
@@ -153,8 +153,8 @@ class ChannelwiseMLP(nn.Sequential):
             return self._fast(x, injected)
         if injected is not None and learning_cpu(x) and all(map(bare, linear)):
             with torch.autocast("cpu", enabled=False):  # of weights, whose product is small
-                x, *weights = joined(x, injected, *first.ready(x))
-            x = product(x, *weights)
+                x, weight, bias = joined(x, injected, *first.ready(x))
+            x = product(x, weight, bias)
         else:
             if injected is not None:
                 x = torch.cat([x, injected.mapper(injected.latents.to(x.dtype)).permute(0, 2, 3, 1)], dim=-1)
@@ -188,7 +188,8 @@ def joined(x: Tensor, injected: Injected, weight: Tensor, bias: Tensor) -> tuple
     """The input, weight and bias of an MLP's first layer, with what is injected.
 
     This goes through two linear maps, one after the other. Made one, they take its 16 channels instead of 1024: a
-    sixth of all products of v2's Stage B, and a tenth of the time of its training step. They are multiplied anew each time, so that no patch of theirs is missed.
+    sixth of all products of v2's Stage B, and a tenth of the time of its training step. They are multiplied anew each
+    time, so that no patch of theirs is missed.
     """
     mapper: Any = injected.mapper
     inner, inner_bias = mapper.ready(x)
