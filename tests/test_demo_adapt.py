@@ -21,7 +21,8 @@ NUMBERS = {
     "thing": {
         "before": {"percent": 0.0, "count": 24},
         "after": {"percent": 75.0, "count": 24},
-        "others": {"percent": 90.0, "count": 48},
+        "known": {"percent": 100.0, "count": 48},
+        "kept": {"percent": 90.0, "count": 48},
         "seconds": 200,
     },
 }
@@ -60,7 +61,7 @@ def test_the_page_has_a_row_for_each_measurement() -> None:
     text = adapt.page(NUMBERS, cores=2)
     assert "| at 384x384 pixels | 48 | 400 s | 1.5 % | 98.0 % |" in text
     assert f"| {STRANGER.name}, from twelve pictures | 24 | 200 s | 0.0 % | 75.0 % |" in text
-    assert "| all others, with that LoRA | 48 |  |  | 90.0 % |" in text
+    assert "| what it knew, without and with that LoRA | 48 | 200 s | 100.0 % | 90.0 % |" in text
     assert "{" not in text
 
 

@@ -12,8 +12,10 @@ from networks import NETWORKS, PRIOR
 from torch import Tensor, nn
 
 from wuerstchen_core.models import attention, mlp, pointwise
+from wuerstchen_core.models.attention import attend
 from wuerstchen_core.models.dropout import Dropout
-from wuerstchen_core.models.pointwise import Linear
+from wuerstchen_core.models.mlp import ChannelwiseMLP
+from wuerstchen_core.models.pointwise import Linear, Operations
 from wuerstchen_core.models.prior import Prior
 
 DENOISERS = ("prior", "decoder", "token_decoder")
@@ -183,3 +185,29 @@ def test_a_compiled_training_step_is_the_same() -> None:
     module.compile(fullgraph=True, backend="eager")
     found = gradients(module, inputs)
     assert_near(all_of(found), all_of(expected), 1e-4)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(2, 4, 4, 8, requires_grad=True)
+    layer = Linear(8, 8)
+    (grad,) = torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=False)
+    assert grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="no gradients of gradients on a CPU"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("share", [1e-6, 1.0])
+def test_a_share_that_16_bits_do_not_hold_is_torchs_to_drop(share: float) -> None:
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, share)
+    out.sum().backward()
+    assert out.isfinite().all() and v.grad is not None
+
+
+def test_who_listens_to_gradients_hears_them() -> None:
+    heard: list[int] = []
+    network = ChannelwiseMLP(8, 8, 0.0, Operations)
+    for layer in network:
+        layer.register_full_backward_hook(lambda *_: heard.append(1))
+    network(torch.randn(2, 4, 4, 8, requires_grad=True)).sum().backward()
+    assert len(heard) == len(network)

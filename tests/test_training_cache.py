@@ -338,3 +338,13 @@ def stop_at(pick: Any, step: int) -> Any:
         return pick(*given)
 
     return picked
+
+
+def test_shards_that_are_no_caches_are_left_alone(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"somebody's")
+    with pytest.raises(
+        ValueError, match=r"shards holds shards that are no cache's: give another output under \[cache\]"
+    ):
+        make_cache(config, [f"cache.output='{tmp_path / 'shards'}'"])
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000.tar"]

@@ -95,7 +95,7 @@ class _Run:
         if learn:
             from .learning import check_room
 
-            check_room(learn, plan.networks, 1 + plan.peer, plan.device)
+            check_room(learn, plan.networks, 1 + plan.peer + plan.accuracy, plan.device)
         if plan.threads:
             torch.set_num_threads(plan.threads)
         self.report = Report(machine(plan.device, plan.threads))

@@ -1,4 +1,6 @@
-"""The small world of the demo model: 128 things on 8 backgrounds, and its captions.
+"""The small world of the demo models: 128 things on 8 backgrounds, and their captions.
+
+A model may know a part of it, and says which in its metadata: the first that shipped knows 72 things in the middle.
 
 A scene is one thing on a flat background, large or small in the middle or small in a corner, or two small things side
 by side. A fifth of the (thing, background) pairs is held out of training, so that the model can be asked for pictures

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .dropout import Dropout
+from .dropout import Dropout, can_draw
 from .layers import ChannelNorm
 from .mlp import own
-from .pointwise import Operations, learning_cpu, plain_cpu, product
+from .pointwise import Operations, first_order, learning_cpu, plain_cpu, product
 
 LEARNT_SCORES = 2**19  # the same in training
 SCORES = 2**20  # of attention that are held at once on a CPU, for each thread: as much as its cache
@@ -22,7 +21,8 @@ SCORES = 2**20  # of attention that are held at once on a CPU, for each thread: 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of what is softmax's."""
-    if q.dtype == k.dtype == v.dtype and learning_cpu(q, k, v):
+    alike = q.dtype == k.dtype == v.dtype != torch.float16
+    if alike and learning_cpu(q, k, v) and can_draw(dropout):
         heads = (x.flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))
         out: Tensor = _Attention.apply(Dropout(dropout), *heads)
         return out.view_as(q)
@@ -77,7 +77,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*heads)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, dropout = ctx.saved_tensors, ctx.dropout.again()
         grads = [torch.empty_like(x) for x in given]

@@ -9,6 +9,11 @@ from torch import Tensor
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numbers of so many bytes
 
 
+def can_draw(share: float) -> bool:
+    """Whether `Dropout` knows the share: none, or 16 bits of it that are not all."""
+    return not share or 2**-16 <= share < 1
+
+
 class Dropout:
     """Which numbers of one tensor after the other are dropped: a `share`, always the same for a seed.
 

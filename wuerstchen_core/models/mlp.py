@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .dropout import Dropout
-from .pointwise import back_through, bare, heard, learning_cpu, of_weights, plain_cpu, product
+from .dropout import Dropout, can_draw
+from .pointwise import back_through, bare, first_order, heard, learning_cpu, of_weights, plain_cpu, product
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +99,7 @@ class _End(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         norm, dropout = ctx.norm, ctx.dropout.again()
         x, gamma, beta, weight = ctx.saved_tensors
@@ -159,7 +158,8 @@ class ChannelwiseMLP(nn.Sequential):
             if injected is not None:
                 x = torch.cat([x, injected.mapper(injected.latents.to(x.dtype)).permute(0, 2, 3, 1)], dim=-1)
             x = first(x)
-        if x.dtype != torch.float16 and learning_cpu(x) and bare(last) and not any(map(heard, layers)):
+        ours = bare(last) and not any(map(heard, layers)) and can_draw(dropout.p) and x.numel()
+        if x.dtype != torch.float16 and learning_cpu(x) and ours:
             end: Tensor = _End.apply(
                 norm, Dropout(dropout.p if dropout.training else 0), x, *norm.affine(x), *last.ready(x)
             )

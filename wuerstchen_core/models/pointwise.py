@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # What inductor calls, too; private to torch: where it is missing the plain product serves.
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -61,7 +61,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     if by_onednn(x, weight, bias):
         kind, algorithm = ("gelu", "none") if gelu else ("none", "")
         return _LINEAR_POINTWISE(x, weight, bias, kind, [], algorithm)  # type: ignore[misc]
-    if learning_cpu(x, weight, bias) and (weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")):
+    if (
+        learning_cpu(x, weight, bias)
+        and x.ndim > 1
+        and x.numel()
+        and (weight.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+    ):
         out: Tensor = _Product.apply(_as_autocast(x), weight, bias)
     else:
         out = F.linear(x, weight, bias)
@@ -73,6 +78,18 @@ def _as_autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype("cpu"))
     return x
+
+
+def first_order(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """A backward pass that has none of its own, and says so to who asks for gradients of gradients."""
+
+    @wraps(backward)
+    def passed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("there are no gradients of gradients on a CPU: leave out create_graph, or use a GPU")
+        return backward(ctx, grad)
+
+    return passed
 
 
 class _Product(torch.autograd.Function):
@@ -96,7 +113,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = None if weight is None else back_through(grad, weight)
@@ -135,7 +152,8 @@ def bare(layer: nn.Module) -> bool:
 
 def heard(layer: nn.Module) -> bool:
     """Whether somebody listens to a layer, or has put something in its place."""
-    return "forward" in vars(layer) or bool(layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
 
 
 class Linear(Ready, nn.Linear):

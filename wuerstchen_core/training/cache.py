@@ -171,6 +171,8 @@ def _claim(folder: Path, record: Record, makers: Makers) -> None:
             raise ValueError(
                 f"{folder} was begun with other {', '.join(other)}: restore these, or give another output under [cache]"
             )
+    elif any(folder.glob("*.tar")):
+        raise ValueError(f"{folder} holds shards that are no cache's: give another output under [cache]")
     folder.mkdir(parents=True, exist_ok=True)
     if "text" in makers:
         states = makers["text"](torch.empty(0), [""])[0].to(DTYPES[record.dtype])

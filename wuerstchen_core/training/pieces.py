@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+WAYS = ("fused", "foreach")  # of an optimizer's groups: what goes with the device, not with the training
+
 
 def whole(tree: Any, keep: bool = True) -> Any:
     """Nested containers with every tensor in one piece, for which all processes must ask; None where it isn't kept."""
@@ -29,7 +31,11 @@ def like(x: Any, other: Tensor) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over the whole state dict of an optimizer, dividing its tensors as the weights are."""
+    """Take over the whole state dict of an optimizer, dividing its tensors as the weights are; how it computes is its
+    own."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {key: like(x, weights[i]) for key, x in values.items()} for i, values in saved["state"].items()}
+    ways = [{key: group[key] for key in WAYS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict({**saved, "state": state})
+    for group, way in zip(optimizer.param_groups, ways, strict=True):
+        group.update(way)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ...training.run import run
 from ..artwork import CANVAS, draw
 from ..judge import Judge
 from ..vocabulary import COLOURS, SIZES, STRANGER, THINGS, Scene, caption
+from .build import last_step
 from .evaluate import held_out_scenes, judge_pictures, share, some, things_right
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,8 @@ def resolution(folder: Path) -> tuple[dict[str, Any], list[list[Image.Image]]]:
     pipe = WuerstchenPipeline.load("demo")
     wanted = some(held_out_scenes(pipe.metadata), JUDGED)
     before, first = painted(pipe, wanted, LARGER)
-    began = time.monotonic()
     pipe.prior = load_prior(run("prior", RECIPE / "resolution.toml", [f"run='{folder}'"]))
-    seconds = time.monotonic() - began
+    seconds = last_step(folder / "prior")["seconds"]
     after, second = painted(pipe, wanted, LARGER)
     return {"before": before, "after": after, "seconds": round(seconds)}, [first, second]
 
@@ -75,19 +74,18 @@ def twelve_pictures(folder: Path) -> list[Scene]:
 
 
 def new_thing(folder: Path) -> tuple[dict[str, Any], list[list[Image.Image]]]:
-    """Numbers and rows of pictures before and after a LoRA has learnt a thing; `others` is what it does to the rest."""
+    """Numbers and rows of pictures before and after a LoRA has learnt a thing: of it, and of what the model knew."""
     asked = twelve_pictures(folder / "pictures") * SEEDS
     pipe = WuerstchenPipeline.load("demo")
     others = some(held_out_scenes(pipe.metadata), JUDGED)
-    before, first = painted(pipe, asked)
-    began = time.monotonic()
+    (before, first), (known, _) = painted(pipe, asked), painted(pipe, others)
     source = json.dumps(str(folder / "pictures"))
     lora = run("lora", RECIPE / "new_thing.toml", [f"run='{folder}'", f"data.source={source}"])
-    seconds = time.monotonic() - began
+    seconds = last_step(folder / "lora")["seconds"]
     pipe = WuerstchenPipeline.load("demo", lora=lora)
-    after, second = painted(pipe, asked)
-    kept, _ = painted(pipe, others)
-    return {"before": before, "after": after, "others": kept, "seconds": round(seconds)}, [first, second]
+    (after, second), (kept, _) = painted(pipe, asked), painted(pipe, others)
+    numbers = {"before": before, "after": after, "known": known, "kept": kept, "seconds": round(seconds)}
+    return numbers, [first, second]
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -125,14 +123,13 @@ def page(numbers: Mapping[str, Any], cores: int) -> str:
     """docs/adapting.md."""
 
     def line(name: str, part: Mapping[str, Any], before: str, after: str) -> str:
-        seconds = f"{part['seconds']} s" if before in part else ""
-        shares = [f"{part[key]['percent']} %" if key in part else "" for key in (before, after)]
-        return " | ".join([f"| {name}", str(part[after]["count"]), seconds, *shares]) + " |"
+        shares = [f"{part[key]['percent']} %" for key in (before, after)]
+        return " | ".join([f"| {name}", str(part[after]["count"]), f"{part['seconds']} s", *shares]) + " |"
 
     rows = [
         line(f"at {LARGER}x{LARGER} pixels", numbers["resolution"], "before", "after"),
         line(f"{STRANGER.name}, from twelve pictures", numbers["thing"], "before", "after"),
-        line("all others, with that LoRA", numbers["thing"], "", "others"),
+        line("what it knew, without and with that LoRA", numbers["thing"], "known", "kept"),
     ]
     return TEXT.format(cores=cores, larger=LARGER, new=STRANGER.name, rows="\n".join(rows))
 

@@ -67,7 +67,8 @@ class Cache(NamedTuple):
 def find_cache(names: Sequence[str]) -> Cache | None:
     """The cache that all of some files or folders are of; None if none is of one."""
     folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
-    cached = {folder for folder in folders if (folder / RECORD).is_file()}
+    # A picture called cache.png has its caption in a file of the same name; a cache has shards.
+    cached = {folder for folder in folders if (folder / RECORD).is_file() and any(folder.glob("*.tar"))}
     if not cached:
         return None
     if len(folders) > 1:
