@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.data.shards import add_member
+from ..training.data.tars import add_member
 from .output import png_text
 
 if TYPE_CHECKING:

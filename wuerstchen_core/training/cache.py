@@ -36,9 +36,9 @@ from .data.cached import DTYPES, KEPT, NO_WORDS, RECORD, Record, members_of, rea
 from .data.filters import Choice
 from .data.loading import IndexedPictures, read_example
 from .data.opening import PicturesConfig, cache_of, open_pictures
-from .data.shards import add_member
 from .data.sources import Source
 from .data.tally import Tally
+from .data.tars import add_member
 from .inputs import MADE_BY, features_of, fingerprint_of, frozen, latents_of, text_states
 from .run import STAGES, kind_of
 from .saved import replace_file

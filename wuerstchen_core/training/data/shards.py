@@ -117,13 +117,6 @@ def shard_index(path: Path, cache: Path, form: Form) -> Index:
     return index
 
 
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Write a file into a tar file, with nothing of when or by whom."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, BytesIO(content))
-
-
 def split_name(name: str) -> tuple[str, str]:
     """The key and the kind of a member: what stands before and behind the first dot of the file's own name."""
     folder, _, file = name.rpartition("/")
