@@ -74,7 +74,7 @@ class PriorModel(StageModel):
 
     @property
     def numbers_held(self) -> float:
-        return 14 * self.diffusion_model.params.c
+        return 18 * self.diffusion_model.params.c
 
     def numbers_besides(self, batch: int) -> int:
         """Keys and values of each block, of the texts that it has read."""

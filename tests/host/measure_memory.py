@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,12 @@ def stage(case: Case, device: str) -> Prepared:
         width, extra = 1024, {"stable_cascade_prior": features}
     t, text = torch.full((batch,), 0.5, device=device), torch.ones(batch, 77, width, **factory)
     network = model.diffusion_model
-    return network, lambda: network(x, t, text, **extra), model.memory_required(x.shape)
+
+    def step() -> None:
+        with network.reading_once() if name == "prior" else nullcontext():  # as in a sampler's run
+            network(x, t, text, **extra)
+
+    return network, step, model.memory_required(x.shape)
 
 
 def tokens(case: Case, device: str) -> Prepared:
