@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen_core.demo.recipe import adapt
+from wuerstchen_core.demo.recipe.edits import TILE, tiled
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, STRANGER, TAUGHT, THINGS, caption
 from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
@@ -67,6 +68,6 @@ def test_the_page_has_a_row_for_each_measurement() -> None:
 
 def test_a_sheet_shows_the_rows_one_below_the_other() -> None:
     red, blue = (Image.new("RGB", (256, 256), colour) for colour in ("red", "blue"))
-    sheet = adapt.sheet([[red], [red, blue]])
-    assert sheet.size == (adapt.COLUMNS * adapt.TILE, 2 * adapt.TILE)
-    assert sheet.getpixel((64, 64)) == (255, 0, 0) and sheet.getpixel((adapt.TILE + 64, adapt.TILE + 64)) == (0, 0, 255)
+    sheet = tiled([[red], [red, blue]], adapt.COLUMNS)
+    assert sheet.size == (adapt.COLUMNS * TILE, 2 * TILE)
+    assert sheet.getpixel((64, 64)) == (255, 0, 0) and sheet.getpixel((TILE + 64, TILE + 64)) == (0, 0, 255)

@@ -70,8 +70,7 @@ def _compose(scene: Scene, canvas: int) -> np.ndarray:
     width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[scene.shape])
     ground = np.array(list(COLOURS.values())[scene.colour], dtype=np.float32)
     picture = np.broadcast_to(ground, (height, width, 3)).copy()
-    things = (scene.thing,) if scene.other is None else (scene.thing, scene.other)
-    for thing, (column, row, edge) in zip(things, boxes(scene, canvas), strict=True):
+    for thing, (column, row, edge) in zip(scene.things, boxes(scene, canvas), strict=True):
         sprite = _sprite(thing, edge)
         window = picture[row : row + edge, column : column + edge]
         window += (sprite[..., :3] - window) * sprite[..., 3:]

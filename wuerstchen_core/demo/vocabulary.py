@@ -242,6 +242,11 @@ class Scene(NamedTuple):
     other: int | None = None
 
     @property
+    def things(self) -> tuple[int, ...]:
+        """Its one or two things."""
+        return (self.thing,) if self.other is None else (self.thing, self.other)
+
+    @property
     def layout(self) -> str:
         """Which of `LAYOUTS` it is."""
         if self.other is not None:
@@ -264,8 +269,7 @@ def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
 
 def held_out(scene: Scene) -> bool:
     """Whether training never sees this (thing, colour) pair, or one of both, in any layout."""
-    things = [scene.thing] if scene.other is None else [scene.thing, scene.other]
-    return any((3 * thing + scene.colour) % 5 == 0 for thing in things)
+    return any((3 * thing + scene.colour) % 5 == 0 for thing in scene.things)
 
 
 def _with_article(phrase: str, article: str = "a") -> str:

@@ -159,10 +159,7 @@ class DemoPictures(Shown):
         shown = [
             scene
             for scene in scenes([layout], shape)
-            if held_out(scene) == held
-            and scene.colour in colours
-            and scene.thing in known
-            and (scene.other is None or scene.other in known)
+            if held_out(scene) == held and scene.colour in colours and all(thing in known for thing in scene.things)
         ]
         most = MOST if layout in SIMPLE and not shape else FEWER
         return shown if len(shown) <= most else random.Random(f"{layout} {self._shape}").sample(shown, most)

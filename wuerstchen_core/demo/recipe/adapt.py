@@ -23,6 +23,7 @@ from ..artwork import CANVAS, draw
 from ..judge import Judge
 from ..vocabulary import COLOURS, SIZES, STRANGER, THINGS, Scene, caption
 from .build import last_step
+from .edits import tiled
 from .evaluate import held_out_scenes, judge_pictures, share, some, things_right
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ JUDGED = 48  # held-out pictures at the new resolution, and beside the LoRA
 SEEN = 6  # backgrounds of the twelve pictures; the others are asked for
 BATCH = 8  # pictures that are painted at once
 SEEDS = 6  # pictures of each scene of the new thing that are judged
-COLUMNS, TILE = 8, 128  # of the sheet; pixels a tile
+COLUMNS = 8  # of the sheet
 Shown = tuple[dict[str, Any], list[Image.Image]]  # the share of right things, and the first pictures
 
 
@@ -88,15 +89,6 @@ def new_thing(folder: Path) -> tuple[dict[str, Any], list[list[Image.Image]]]:
     return numbers, [first, second]
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures, one below the other."""
-    made = Image.new("RGB", (COLUMNS * TILE, len(rows) * TILE))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            made.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x * TILE, y * TILE))
-    return made
-
-
 TEXT = """# Adapting the shipped model
 
 Stage C decides what a picture shows, on latents 42 times smaller; Stages B and A draw what it decided. To adapt
@@ -144,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     thing, lower = new_thing(folder)
     numbers = {"resolution": larger, "thing": thing}
     logger.info("%s", json.dumps(numbers, indent=1))
-    sheet([*upper, *lower]).save(DOCS / "adapting.jpg", quality=90)
+    tiled([*upper, *lower], COLUMNS).save(DOCS / "adapting.jpg", quality=90)
     (DOCS / "adapting.md").write_text(page(numbers, torch.get_num_threads()), encoding="utf-8")
 
 

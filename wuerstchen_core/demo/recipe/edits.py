@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -24,11 +25,16 @@ def edits_sheet(pipe: WuerstchenPipeline) -> Image.Image:
         [draw(cat), *pipe.variations(draw(cat), strength=0.8, count=COLUMNS - 1, seed=1)],
         pipe.interpolate(draw(cat), draw(panda), steps=COLUMNS, seed=1),
     ]
-    sheet = Image.new("RGB", (COLUMNS * TILE, len(rows) * TILE))
+    return tiled(rows, COLUMNS)
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
+    """A sheet of rows of pictures, one below the other."""
+    made = Image.new("RGB", (columns * TILE, len(rows) * TILE))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x * TILE, y * TILE))
-    return sheet
+            made.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x * TILE, y * TILE))
+    return made
 
 
 def _scene(thing: str, colour: str, size: int) -> Scene:

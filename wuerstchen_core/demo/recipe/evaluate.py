@@ -39,9 +39,9 @@ SAMPLE_SEED = 10_000  # of their pictures
 def held_out_scenes(metadata: Mapping[str, Any], layouts: Sequence[str] = SIMPLE, shape: str = "square") -> list[Scene]:
     """All scenes whose (thing, background) pair training never saw; of the things that a bundle's `metadata` names."""
     names = metadata.get("vocabulary", {}).get("things", [thing.name for thing in THINGS[:TAUGHT]])
-    known = {None, *(index for index, thing in enumerate(THINGS) if thing.name in names)}
+    known = {index for index, thing in enumerate(THINGS) if thing.name in names}
     drawn = scenes(layouts, list(SHAPES).index(shape))
-    return [scene for scene in drawn if scene.thing in known and scene.other in known and held_out(scene)]
+    return [scene for scene in drawn if known.issuperset(scene.things) and held_out(scene)]
 
 
 def further_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str, dict[str, list[Scene]]]:
@@ -127,15 +127,13 @@ def share(hits: Iterable[bool]) -> dict[str, Any]:
 
 def things_right(rows: Rows) -> list[int]:
     """How many of a scene's things, one or two, each picture shows where they belong."""
-    return [
-        (seen.thing == asked.thing) + (asked.other is not None and seen.other == asked.other) for asked, seen in rows
-    ]
+    return [sum(a == b for a, b in zip(asked.things, seen.things, strict=True)) for asked, seen in rows]
 
 
 def shown(asked: Scene, seen: Scene) -> str:
     """A mistake in words."""
     names = [*(thing.name for thing in THINGS), "nothing"]
-    found = " and ".join(names[thing] for thing in (seen.thing, seen.other) if thing is not None)
+    found = " and ".join(names[thing] for thing in seen.things)
     return f"{told(asked)}: {found}"
 
 
@@ -169,7 +167,7 @@ def summary(
     return numbers | {
         "compressed": share(map(bool, things_right(compressed))),
         "psnr": {"mean": round(statistics.mean(values), 2), "min": round(min(values), 2), "count": len(values)},
-        "mistakes": [shown(*row) for row in every if (row[0].thing, row[0].other) != (row[1].thing, row[1].other)],
+        "mistakes": [shown(*row) for row in every if row[0].things != row[1].things],
         "backgrounds_missed": [told(asked) for asked, seen in every if asked.colour != seen.colour],
     }
 

@@ -34,19 +34,15 @@ SHEET = ROOT / "docs" / "held_out.jpg"
 EVALUATION = Path(__file__).with_name("evaluation.json")
 MARKS = "<!-- demo numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of v1 numbers -->"
-COLUMNS, ROWS, TILE = 8, 4, 128  # of the sheet; pixels a tile
+COLUMNS, ROWS = 8, 4  # of the sheet
 
 
 def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
     """Held-out prompts, painted: never seen in training."""
     held = held_out_scenes(pipe.metadata)
     wanted = held[:: max(1, len(held) // (COLUMNS * ROWS))][: COLUMNS * ROWS]
-    sheet = Image.new("RGB", (COLUMNS * TILE, ROWS * TILE))
-    for index, image in enumerate(paint(pipe, wanted, seed=1)):
-        sheet.paste(
-            image.resize((TILE, TILE), Image.Resampling.LANCZOS), (index % COLUMNS * TILE, index // COLUMNS * TILE)
-        )
-    return sheet
+    images = paint(pipe, wanted, seed=1)
+    return edits.tiled([images[y * COLUMNS : (y + 1) * COLUMNS] for y in range(ROWS)], COLUMNS)
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
