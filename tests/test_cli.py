@@ -251,6 +251,7 @@ def test_a_missing_package_is_named_with_its_file(
 ) -> None:  # fmt: skip
     for name in [name for name in sys.modules if name.startswith("wuerstchen_core.training")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("wuerstchen_core.training", raising=False)  # so that the package itself comes back afterwards
     monkeypatch.setitem(sys.modules, module, None)  # which Python takes for a package that is not there
     model = ("--model", bundle) if arguments[0] == "generate" else ()
     line = failure(capsys, *arguments, *model)
