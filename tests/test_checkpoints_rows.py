@@ -13,8 +13,8 @@ from networks import NETWORKS
 from wuerstchen_core.checkpoints import Part, describe, load_text_encoder, save_bundle
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.checkpoints.rows import complete, thinned
-from wuerstchen_core.demo.recipe.build_v1 import known_rows
-from wuerstchen_core.demo.vocabulary import caption, scenes
+from wuerstchen_core.demo.recipe.build import known_rows
+from wuerstchen_core.demo.vocabulary import LAYOUTS, caption, scenes
 from wuerstchen_core.models.text_encoder import tokenize
 
 ROWS = [5, 0, 511, 49406, 49407]
@@ -56,7 +56,7 @@ def test_rows_that_cannot_be_are_refused(tower: Part, rows: list[int]) -> None:
         complete(state, {"vocab_size": 49408})
 
 
-def test_what_v1_keeps_is_all_that_captions_are_made_of() -> None:
+def test_what_the_demos_keep_is_all_that_captions_are_made_of() -> None:
     words = random.Random(0)
-    ids, _ = tokenize([caption(scene, words) for scene in scenes() * 4] + ["Hm? 12!"])
+    ids, _ = tokenize([caption(scene, words) for scene in scenes(LAYOUTS)] + ["Hm? 12!"])
     assert set(ids.flatten().tolist()) - set(tokenize(["Hm"])[0].flatten().tolist()) <= known_rows()

@@ -11,20 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ...checkpoints import Part, demo_path, read_metadata, read_part, save_bundle
 from ...checkpoints.parts import kind_of
 from ...checkpoints.precision import FP8
-from ...checkpoints.rows import thinned
-from ...checkpoints.sources import TOWERS
 from ...models.prior import PriorParams
-from ...models.text_encoder import tokenize
-from ..vocabulary import known_words
 from .build import RECIPE, collect, keep_logs, last_step, metadata, told, trained_on
 
 TAKEN = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # from v2, by stage
-SINGLES = 512  # CLIP's first tokens: each byte, inside a word and at its end
 STAGES = {"token-decoder": "token_decoder.toml", "prior": "prior_v1.toml"}  # the prior's sheets need the decoder
 EVALUATION = RECIPE / "evaluation_v1.json"  # which `remake` writes
 # Guidance and steps that `evaluate` found to be enough for this model. On every third held-out scene the mode is worth
@@ -57,20 +50,12 @@ def take_over(run: Path, source: Path) -> None:
         save_bundle(run / stage / f"{stage}.safetensors", {kind_of(name): part}, {}, dtype=FP8)
 
 
-def known_rows() -> set[int]:
-    """The tokens that captions are made of, and all single letters and signs: the tower was trained on no others."""
-    words = [tokenize([word])[0] for word in known_words()]
-    return {*range(SINGLES), *torch.cat(words).flatten().tolist()}
-
-
 def assemble(run: Path, target: Path, source: Path) -> None:
     """Put what was taken and what was trained together as one bundle in fp8."""
     training = read_metadata(source)["training"]
     training = {stage: training[stage] for stage in TAKEN} | {stage: last_step(run / stage) for stage in STAGES}
-    parts = collect(run, "v1")
-    for name in TOWERS:
-        parts[name] = thinned(parts[name], known_rows())
-    save_bundle(target, parts, metadata(SAMPLING, training, trained_on(RECIPE / STAGES["prior"])), dtype=FP8)
+    about = metadata(SAMPLING, training, trained_on(RECIPE / STAGES["prior"]))
+    save_bundle(target, collect(run, "v1"), about, dtype=FP8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
