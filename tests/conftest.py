@@ -1,12 +1,16 @@
-"""What every test run shares: a tiny model, and the last line, which says how many host tests ran and in which
-ComfyUI versions."""
+"""What every test run shares: two processes, a tiny model, and the last line, which says how many host tests ran and in
+which ComfyUI versions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each process, and for those that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +45,19 @@ def inputs(run_folder: Path) -> list[str]:
     from training_stages import inputs_of
 
     return inputs_of(run_folder)
+
+
+def _together(item: pytest.Item) -> str:
+    """What runs in one process with this test: the tests of its ComfyUI, of the recipe's run, or of its file."""
+    function = item if isinstance(item, pytest.Function) else None
+    if function and "install" in function.fixturenames:
+        return str(function.callspec.params["install"])
+    return "run_folder" if function and "run_folder" in function.fixturenames else item.path.name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_together(item)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

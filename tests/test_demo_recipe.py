@@ -116,7 +116,8 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     marks = remake.MARKS, remake.MARKS_V1
     (tmp_path / "README.md").write_text(readme.format(*marks, "old\n", ""))
     v1 = WuerstchenPipeline()
-    quick = WuerstchenPipeline(metadata=pipe.metadata, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
+    knows = build.vocabulary(DataConfig(things=12, layouts=LAYOUTS, shapes=tuple(SHAPES)))
+    quick = WuerstchenPipeline(metadata={"vocabulary": knows}, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
     quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: v1 if source == "demo-v1" else quick)
     monkeypatch.setattr(remake, "ROOT", tmp_path)
@@ -132,7 +133,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     trained: list[Path] = []
     monkeypatch.setattr(lora, "remake", trained.append)
     remake.main()
-    assert Image.open(tmp_path / "docs" / "sheet.jpg").size == (1024, 512)
+    assert Image.open(tmp_path / "docs" / "sheet.jpg").size == (1536, 4 * 128 + 192 + 128)
     assert Image.open(tmp_path / "docs" / "edits.jpg").size == (768, 384)
     assert trained == [tmp_path]
     factors = json.loads((tmp_path / "preview_factors.json").read_text())

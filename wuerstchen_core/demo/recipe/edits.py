@@ -12,7 +12,7 @@ from ..artwork import CANVAS, draw
 from ..vocabulary import COLOURS, SIZES, THINGS, Scene, caption
 
 SHEET = Path(__file__).parents[3] / "docs" / "pictures.jpg"
-COLUMNS, TILE = 6, 128  # of the sheet; pixels a tile
+COLUMNS, TILE = 6, 128  # of the sheet; pixels of a tile's shorter side
 LARGE, SMALL = range(len(SIZES))
 
 
@@ -29,12 +29,20 @@ def edits_sheet(pipe: WuerstchenPipeline) -> Image.Image:
 
 
 def tiled(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
-    """A sheet of rows of pictures, one below the other."""
-    made = Image.new("RGB", (columns * TILE, len(rows) * TILE))
-    for y, row in enumerate(rows):
+    """A sheet of rows of pictures, one below the other, as wide as so many squares."""
+    small = [[_tile(image) for image in row] for row in rows]
+    made = Image.new("RGB", (columns * TILE, sum(row[0].height for row in small)))
+    y = 0
+    for row in small:
         for x, image in enumerate(row):
-            made.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x * TILE, y * TILE))
+            made.paste(image, (x * image.width, y))
+        y += row[0].height
     return made
+
+
+def _tile(image: Image.Image) -> Image.Image:
+    width, height = (side * TILE // min(image.size) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _scene(thing: str, colour: str, size: int) -> Scene:

@@ -22,9 +22,11 @@ from ...models.prior import latents_from_features
 from ...pipeline import WuerstchenPipeline
 from ...training.inputs import features_of, latents_of
 from ...training.pictures import DemoPictures
+from ..artwork import CANVAS
+from ..vocabulary import SHAPES, SIMPLE
 from . import edits, lora
 from .build_v1 import EVALUATION as EVALUATION_V1
-from .evaluate import evaluate, held_out_scenes, paint
+from .evaluate import evaluate, held_out_scenes, paint, some
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,19 @@ SHEET = ROOT / "docs" / "held_out.jpg"
 EVALUATION = Path(__file__).with_name("evaluation.json")
 MARKS = "<!-- demo numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: remade by wuerstchen_core.demo.recipe.remake -->", "<!-- end of v1 numbers -->"
-COLUMNS, ROWS = 8, 4  # of the sheet
+COLUMNS = 12  # of the sheet, of squares
 
 
 def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
-    """Held-out prompts, painted: never seen in training."""
-    held = held_out_scenes(pipe.metadata)
-    wanted = held[:: max(1, len(held) // (COLUMNS * ROWS))][: COLUMNS * ROWS]
-    images = paint(pipe, wanted, seed=1)
-    return edits.tiled([images[y * COLUMNS : (y + 1) * COLUMNS] for y in range(ROWS)], COLUMNS)
+    """Held-out prompts, painted: a row of each layout, then one of each shape that is no square."""
+    vocabulary = pipe.metadata["vocabulary"]
+    layouts = vocabulary.get("layouts", SIMPLE)
+    alone = [layout for layout in layouts if layout != "pair"]
+    rows = [some(held_out_scenes(pipe.metadata, [layout]), COLUMNS) for layout in layouts]
+    for shape in vocabulary.get("shapes", ["square"])[1:]:
+        count = COLUMNS * CANVAS // SHAPES[shape][0]
+        rows.append(some(held_out_scenes(pipe.metadata, alone, shape), count))
+    return edits.tiled([paint(pipe, row, seed=1) for row in rows], COLUMNS)
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
