@@ -14,7 +14,7 @@ from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
-from wuerstchen_core.demo.recipe import build, edits, lora, remake
+from wuerstchen_core.demo.recipe import build, curves, edits, lora, remake
 from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, TAUGHT, THINGS, known_words
 from wuerstchen_core.training.pictures import DataConfig, DemoPictures
 
@@ -54,6 +54,11 @@ def test_factors_of_a_linear_map_are_found() -> None:
     found = remake.fit_factors(latents, images)
     assert np.abs(np.array(found["factors"]) - factors.numpy()).max() < 1e-4
     assert np.abs(np.array(found["bias"]) - bias.numpy()).max() < 1e-4
+
+
+def test_curves_are_of_hundred_steps_each() -> None:
+    rows = [{"step": step, "loss": float(step > 100)} for step in (50, 100, 150, 200, 230)]
+    assert curves.means(rows) == ([50.0, 150.0, 250.0], [0.0, 1.0, 1.0])
 
 
 NUMBERS = {
@@ -132,9 +137,11 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(remake, "DemoPictures", lambda held: few)
     trained: list[Path] = []
     monkeypatch.setattr(lora, "remake", trained.append)
+    monkeypatch.setattr(curves, "PLOT", tmp_path / "docs" / "curves.png")
     remake.main()
     assert Image.open(tmp_path / "docs" / "sheet.jpg").size == (1536, 4 * 128 + 192 + 128)
     assert Image.open(tmp_path / "docs" / "edits.jpg").size == (768, 384)
+    assert Image.open(tmp_path / "docs" / "curves.png").width == 1080
     assert trained == [tmp_path]
     factors = json.loads((tmp_path / "preview_factors.json").read_text())
     assert {name: np.shape(value["factors"]) for name, value in factors.items()} == {

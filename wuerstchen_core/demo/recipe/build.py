@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...checkpoints import PARTS_OF, Part, demo_path, read_part, save_bundle
 from ...checkpoints.rows import thinned
@@ -98,21 +99,28 @@ def assemble(run: Path, target: Path) -> None:
     save_bundle(target, parts, about, dtype=torch.bfloat16)
 
 
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's log."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def last_step(folder: Path) -> dict[str, Any]:
     """The last row of a stage's log."""
     path = folder / "log.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = rows_of(path)
     if not rows:
         raise ValueError(f"{path} is missing or empty: train the {folder.name} first")
-    row: dict[str, Any] = json.loads(rows[-1])
-    return row
+    return rows[-1]
 
 
 def keep_logs(run: Path, folder: Path, stages: Iterable[str] = STAGES) -> None:
-    """Copy the stages' logs: what the weights came from."""
+    """Copy the stages' logs and their last sheets: what the weights came from."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         shutil.copyfile(run / stage / "log.jsonl", folder / f"{stage}.jsonl")
+        for sheet in sorted((run / stage).glob("sheet-*.png"))[-1:]:
+            Image.open(sheet).convert("RGB").save(folder / f"{stage}.jpg", quality=85)
 
 
 def told(arguments: Sequence[str] | None, name: str, about: str | None, run: str, target: Path) -> argparse.Namespace:

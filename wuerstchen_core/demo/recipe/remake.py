@@ -1,8 +1,8 @@
 """Remake what is derived from the shipped weights: `python -m wuerstchen_core.demo.recipe.remake`.
 
 The evaluations' numbers (`evaluation.json` and `evaluation_v1.json` here, and the README's tables), the sheets of
-pictures, the factors that turn latents into previews, and the LoRA beside its workflow. The pictures beside the
-workflows need a ComfyUI: `python tests/host/workflow_pictures.py` starts one.
+pictures, the factors that turn latents into previews, the LoRA beside its workflow, and the training's curves. The
+pictures beside the workflows need a ComfyUI: `python tests/host/workflow_pictures.py` starts one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ...training.inputs import features_of, latents_of
 from ...training.pictures import DemoPictures
 from ..artwork import CANVAS
 from ..vocabulary import SHAPES, SIMPLE
-from . import edits, lora
+from . import curves, edits, lora
+from .build import RECIPE
 from .build_v1 import EVALUATION as EVALUATION_V1
 from .evaluate import evaluate, held_out_scenes, paint, some
 
@@ -134,6 +135,7 @@ def main() -> None:
     remake_numbers(pipe, EVALUATION, MARKS)
     remake_numbers(WuerstchenPipeline.load("demo-v1"), EVALUATION_V1, MARKS_V1)
     lora.remake(ROOT)
+    curves.plot(RECIPE / "logs", curves.PLOT)
     logger.info("the workflows' pictures need a ComfyUI: now run python tests/host/workflow_pictures.py")
 
 
