@@ -20,6 +20,7 @@ from training_stages import launch
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.commands import bulk
 from wuerstchen_core.commands.output import METADATA_KEY
+from wuerstchen_core.commands.painting import fingerprint
 from wuerstchen_core.commands.wanted import seed_of
 from wuerstchen_core.training.data.folder import Folder
 from wuerstchen_core.training.data.shards import LocalShards
@@ -97,7 +98,7 @@ def test_each_line_is_what_generate_paints(bundle: Path, prompts: Path, tmp_path
     assert made["000001"] == {
         "prompt": PROMPT, "negative": "", "seed": seed_of(3, 1), "model": "tiny.safetensors", "width": 128,
         "height": 64, "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2,
-        "decoder_guidance": 1.0, "sampler": "ddim",
+        "decoder_guidance": 1.0, "sampler": "ddim", "weights": fingerprint(bundle),
     }  # fmt: skip
     assert [made[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
     assert len({one["seed"] for one in made.values()}) == len(NAMES)
@@ -194,6 +195,12 @@ def test_what_cannot_be_meant(bundle: Path, prompts: Path, tmp_path: Path, capsy
     capsys.readouterr()
     before = files(out)
     assert "000001 of another prompt, seed" in failure(capsys, *command(bundle, prompts, out, "--seed", "1"))
+    trained = tmp_path / "trained" / bundle.name  # of the same name and size
+    trained.parent.mkdir()
+    content = bytearray(bundle.read_bytes())
+    content[-len(content) // 2 :] = bytes(x ^ 1 for x in content[-len(content) // 2 :])
+    trained.write_bytes(content)
+    assert "000001 of another prompt, seed, model" in failure(capsys, *command(trained, prompts, out))
     assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, out, "--shards", "2"))
     (out / "000001.json").write_text("[]")
     assert "no JSON table" in failure(capsys, *command(bundle, prompts, out))

@@ -18,6 +18,7 @@ from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli import main
+from wuerstchen_core.commands.painting import fingerprint
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, tokenize
 
@@ -129,7 +130,10 @@ def test_the_command_paints_with_loras_and_says_so(
     plain, changed = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "changed"))
     told = [json.loads(image.info["wuerstchen"]) for image in (plain, changed)]
     assert "loras" not in told[0]
-    assert told[1]["loras"] == {"both.safetensors": -1.5, "prior.safetensors": 1.0}
+    assert told[1]["loras"] == [
+        {"file": f"{name}.safetensors", "weights": fingerprint(files[name]), "strength": strength}
+        for name, strength in (("both", -1.5), ("prior", 1.0))
+    ]
     assert (np.asarray(plain) != np.asarray(changed)).any()
     pipeline = load(bundle, lora={files["both"]: -1.5, files["prior"]: 1.0})
     [expected] = pipeline.generate("a red apple", seed=3)

@@ -16,6 +16,7 @@ from tiny_model import write_tiny_bundle
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.commands import output
+from wuerstchen_core.commands.painting import fingerprint
 
 PROMPT = "A red apple, on blue!"
 
@@ -39,7 +40,7 @@ def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     assert made == {
         "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
         "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2, "decoder_guidance": 1.0,
-        "sampler": "ddpm",
+        "sampler": "ddpm", "weights": fingerprint(bundle),
     }  # fmt: skip
     [expected] = WuerstchenPipeline.load(bundle, device="cpu").generate(PROMPT, negative="small", seed=7)
     assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding

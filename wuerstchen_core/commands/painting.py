@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 SIZE = ("width", "height")
 PRIOR = ("schedule", "sampler", "prior_steps", "prior_guidance")
 DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", "temperature", "token_mode")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+PIECES, PIECE = 64, 4096  # pieces of a file that its fingerprint is made of, and bytes of each
 SMALLER = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
 
 
@@ -119,10 +122,31 @@ def load(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any
     told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
     loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
     pipeline = WuerstchenPipeline.load(options.model, lora=loras, **told)
-    models: dict[str, Any] = {"model": Path(options.model).name}
+    models: dict[str, Any] = {"model": Path(options.model).name, "weights": fingerprint(options.model)}
     if loras:
-        models["loras"] = {Path(file).name: strength for file, strength in loras.items()}
+        models["loras"] = [
+            {"file": Path(file).name, "weights": fingerprint(file), "strength": strength}
+            for file, strength in loras.items()
+        ]
     return pipeline, models
+
+
+def fingerprint(source: str | PathLike[str]) -> str:
+    """Twelve digits that tell weights apart: of their files' sizes and of pieces spread over them, since all of a model
+    takes seconds to read."""
+    from ..checkpoints import demo_path
+    from ..checkpoints.read import SHIPPED
+
+    path, digest = demo_path(str(source)) if source in SHIPPED else Path(source), hashlib.sha256()
+    files = [file for file in path.rglob("*") if file.suffix in WEIGHTS] if path.is_dir() else [path]
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as content:
+            for piece in range(PIECES):
+                content.seek(size * piece // PIECES)
+                digest.update(content.read(PIECE))
+    return digest.hexdigest()[:12]
 
 
 def _lora(text: str) -> tuple[str, float]:
