@@ -17,12 +17,13 @@ from training_stages import TABLES, read_log
 from wuerstchen_core import training
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
-from wuerstchen_core.models.prior import V1, Prior, PriorParams
+from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_features
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.opening import PicturesConfig
+from wuerstchen_core.training.encoder import Compressor, EncoderConfig
 from wuerstchen_core.training.run import STAGES, run
 
 RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
@@ -36,6 +37,7 @@ SIZES: Mapping[str, tuple[Any, Any, int]] = {
     "v1_prior": (Prior, PriorParams, 993_243_680),
     "v2_prior": (Prior, PriorParams, 993_636_896),
 }
+SMALL = (("fused", 1, 3, 2, 8, 8, 1),)  # stages of an encoder
 SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
 
 
@@ -76,6 +78,24 @@ def test_its_tables_are_read(recipe: str) -> None:
     data = from_table(PicturesConfig, config["data"], "data")
     assert loop.precision == "bf16" and loop.steps > 1000
     assert all(width % 128 == height % 128 == 0 for width, height in data.sizes)
+
+
+@pytest.mark.parametrize("release", ["v1", "v2"])
+def test_a_release_has_its_encoders_features_in_its_priors_units(release: str) -> None:
+    """What the prior of a recipe works on has mean 0 and variance 1, as its new encoder normalises."""
+    encoder, prior = (read_config(RECIPES[f"{release}_{stage}"], []) for stage in ("encoder", "prior"))
+    options = from_table(EncoderConfig, encoder.get("encoder", {}), "encoder")
+    net = Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), options, begun=False)
+    norm = net.image_encoder.mapper[1]
+    units = from_table(PriorParams, prior["model"], "model")
+    mean, deviation = norm.get_parameter("bias"), norm.get_parameter("weight")
+    assert (latents_from_features(mean, units) == 0).all() and (deviation / units.feature_scale == 1).all()
+
+
+@pytest.mark.parametrize(("told", "why"), [({"widths": ()}, "widths must be"), ({"feature_scale": 0.0}, "more than 0")])
+def test_options_of_the_encoder_that_cannot_be_are_refused(told: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=rf"^\[encoder\] .*{why}"):
+        EncoderConfig(**told)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

@@ -34,6 +34,14 @@ class EncoderConfig:
     noise: float = 0.3  # largest standard deviation of the noise on the latents (which have 1)
     widths: tuple[int, ...] = (256, 192, 128)  # of the regression decoder, coarse to fine
     patch: int = 4  # pixels on a side that each of its last tokens becomes
+    feature_scale: float = PriorParams.feature_scale  # of a new encoder, as the prior's: v1 has 1 and 0
+    feature_shift: float = PriorParams.feature_shift
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise ValueError("[encoder] widths must be at least one number, got none")
+        if not self.feature_scale > 0:
+            raise ValueError(f"[encoder] feature_scale must be more than 0, got {self.feature_scale}")
 
 
 def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn.Sequential:
@@ -56,16 +64,17 @@ class Compressor(nn.Module):
         """`begun`: it was trained before."""
         super().__init__()
         self.image_encoder = image_encoder
-        if not begun:  # fixed, so that what the prior works on, (features + 1) / 42, has mean 0 and variance 1
+        self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
+        if not begun:  # fixed, so that what the prior works on, v2's (features + 1) / 42, has mean 0 and variance 1
             norm = self.image_encoder.mapper[1]
-            norm.get_parameter("weight").data.fill_(PriorParams.feature_scale)
-            norm.get_parameter("bias").data.fill_(-PriorParams.feature_shift)
+            norm.get_parameter("weight").data.fill_(self.units.feature_scale)
+            norm.get_parameter("bias").data.fill_(-self.units.feature_shift)
             norm.requires_grad_(False)
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] as they come through latents with `noise` on them."""
-        latents = latents_from_features(self.image_encoder(semantic_view(images))) + noise
+        latents = latents_from_features(self.image_encoder(semantic_view(images)), self.units) + noise
         return self.decoder(latents)
 
 
