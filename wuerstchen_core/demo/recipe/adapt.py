@@ -1,4 +1,4 @@
-"""What little training adapts the shipped model to: `python -m wuerstchen_core.demo.recipe.adapt [--run DIR]`.
+"""What little training adapts the shipped model to: `python -m wuerstchen_core.demo.recipe.adapt`.
 
 A resolution that it has not seen, by Stage C alone, and a thing that it has not seen, by a LoRA from twelve pictures:
 minutes on two cores each. Writes docs/adapting.md and its sheet.
@@ -6,9 +6,9 @@ minutes on two cores each. Writes docs/adapting.md and its sheet.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,12 @@ def page(numbers: Mapping[str, Any], cores: int) -> str:
     return TEXT.format(cores=cores, larger=LARGER, new=STRANGER.name, rows="\n".join(rows))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train both, and write what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m wuerstchen_core.demo.recipe.adapt", description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/adapted"), help="folder of the runs")
-    folder = parser.parse_args(arguments).run
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    larger, upper = resolution(folder)
-    thing, lower = new_thing(folder)
+    with tempfile.TemporaryDirectory() as folder:  # so that nothing goes on from what another model was adapted to
+        larger, upper = resolution(Path(folder))
+        thing, lower = new_thing(Path(folder))
     numbers = {"resolution": larger, "thing": thing}
     logger.info("%s", json.dumps(numbers, indent=1))
     tiled([*upper, *lower], COLUMNS).save(DOCS / "adapting.jpg", quality=90)

@@ -7,6 +7,7 @@ knows the first things of the demo's world alone: it is there to show that v1's 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,12 @@ def in_v1_units(encoder: Part) -> Part:
 
 
 def take_over(run: Path, source: Path) -> None:
-    """Put what v1 has from v2 into a run's folder, as if it had been trained there."""
+    """Put what v1 has from v2 into a run's folder, as if it had been trained there. ValueError if it has another's."""
+    mark, digest = run / "taken_from", hashlib.sha256(source.read_bytes()).hexdigest()
+    if mark.exists() and mark.read_text(encoding="utf-8") != digest:
+        raise ValueError(f"{run} stands on another v2 model than {source}: give another --run, or remove it")
+    run.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest, encoding="utf-8")
     for stage, name in TAKEN.items():
         part = read_part(source, name)
         part = in_v1_units(part) if name == "image_encoder" else part
