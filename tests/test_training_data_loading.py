@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +168,29 @@ def test_a_bucket_of_nothing_good(tmp_path: Path) -> None:
 
 
 def test_a_run_knows_when_its_pictures_have_changed(folder: Path) -> None:
-    first = opened(folder)
-    assert isinstance(first, IndexedPictures)
-
-    def print_of(**options: Any) -> str:
-        pictures = opened(folder, **options)
-        assert isinstance(pictures, IndexedPictures)
-        return pictures.fingerprint()
-
-    assert print_of(workers=1, bad_share=0.5) == print_of(batch=2, world=2, rank=1) == first.fingerprint()
-    changed = {print_of(seed=1), print_of(batch=5), print_of(crop="random"), print_of(max_side=100)}
+    first = print_of(folder)
+    assert print_of(folder, workers=1, bad_share=0.5) == print_of(folder, batch=2, world=2, rank=1) == first
+    options: list[dict[str, Any]] = [{"seed": 1}, {"batch": 5}, {"crop": "random"}, {"max_side": 100}]
+    changed = {print_of(folder, **one) for one in options}
     (folder / "008.png").unlink()
-    assert len(changed | {print_of(), first.fingerprint()}) == 6
+    assert len(changed | {print_of(folder), first}) == 6
+
+
+def print_of(source: Path, **options: Any) -> str:
+    pictures = opened(source, **options)
+    assert isinstance(pictures, IndexedPictures)
+    return pictures.fingerprint()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xfc")
+    files = {f"{name}.png": picture(1), f"{name}.txt": b"one"}
+    folder, tar = write_folder(tmp_path / name, files), tmp_path / f"{name}.tar"
+    tar.write_bytes(shard(files))
+    for source in (folder, tar, tar):  # of which the second is found in its index
+        assert read(opened(source), 1)[0][:2] == ([1] * 4, ["one"] * 4)
+    assert print_of(folder) != print_of(tar) == print_of(tar)
 
 
 # sources

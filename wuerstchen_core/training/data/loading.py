@@ -96,7 +96,8 @@ class IndexedPictures(Pictures):
         settings = self.choice.sizes, self.choice.random_crop, self.plan.batch, self.plan.seed
         digest = hashlib.sha256(repr(settings).encode())
         for members in self.plan.members:
-            digest.update("\n".join(self.source.name(index) for index in members.tolist()).encode())
+            names = "\n".join(self.source.name(index) for index in members.tolist())
+            digest.update(names.encode(errors="surrogatepass"))  # of file names that are no UTF-8
             digest.update(self.source.entries[members].tobytes())
         return digest.hexdigest()[:16]
 

@@ -109,7 +109,8 @@ def shard_index(path: Path, cache: Path, form: Form) -> Index:
     """The index of a shard, out of the folder `cache` if it is still right, else made and put there."""
     stat = path.stat()
     stamp = np.array([form.number, stat.st_size, stat.st_mtime_ns])
-    kept = cache / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.npz"
+    place = hashlib.sha256(str(path.resolve()).encode(errors="surrogatepass"))
+    kept = cache / f"{path.stem}-{place.hexdigest()[:16]}.npz"
     if (index := _load(kept, stamp)) is not None:
         return index
     index = _walk(path, form)
