@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,16 @@ def test_what_was_stopped_goes_on(made: Path, config: Path, monkeypatch: pytest.
     assert shards(folder) == whole and sorted(reads[9:]) == list(range(6, 16))
     with pytest.raises(ValueError, match="was begun with other networks, shard: restore these, or give another output"):
         make_cache(config, [*SHAPES, 'cache.what=["text"]', "cache.shard=9"])
+
+
+def test_other_pictures_of_the_same_names_are_refused(made: Path, folder: Path, tmp_path: Path) -> None:
+    """A folder that moved goes on."""
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    told = [*SHAPES, f"data.source='{moved}'"]
+    make_cache(made, told)
+    (moved / "003.png").write_bytes(picture(4))
+    with pytest.raises(ValueError, match="cache was begun with other data: restore these, or give another output"):
+        make_cache(made, told)
 
 
 def test_two_processes_make_what_one_makes(made: Path, config: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,31 @@ def print_of(source: Path, **options: Any) -> str:
     pictures = opened(source, **options)
     assert isinstance(pictures, IndexedPictures)
     return pictures.fingerprint()
+
+
+ROWS = b'{"file_name": "009.png", "caption": "%s"}'
+CHANGES = {  # one after the other
+    "008.txt": b"picture B",
+    "008.json": b'{"caption": "one"}',  # which the .txt hides
+    "009.png": picture(99),
+    "010.bmp": picture(98, kind="BMP"),
+    "011.json": b'{"caption": "two"}',
+    "metadata.jsonl": ROWS % b"three",
+}
+
+
+def test_other_pictures_and_captions_of_the_same_names_and_sizes_are_noticed(folder: Path) -> None:
+    """Wherever they lie and whenever they were written."""
+    (folder / "011.txt").unlink()
+    write_folder(folder, {"010.bmp": picture(10, kind="BMP"), "010.txt": b"ten", "011.json": b'{"caption": "owt"}'})
+    write_folder(folder, {"metadata.jsonl": ROWS % b"eerht"})
+    prints = [print_of(folder)]
+    for name, content in CHANGES.items():
+        (folder / name).write_bytes(content)
+        prints.append(print_of(folder))
+    assert prints[1] == prints[2] and len(set(prints)) == len(CHANGES)
+    shutil.copytree(folder, folder.parent / "copy")
+    assert print_of(folder.parent / "copy") == prints[-1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
