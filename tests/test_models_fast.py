@@ -83,6 +83,21 @@ def test_mlps_by_the_fast_way_are_the_same(
     assert len(fast) == sum(isinstance(layer, mlp.ChannelwiseMLP) for layer in module.modules())
 
 
+def test_tangents_pass_through_what_onednn_would_multiply(fast: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward-mode derivatives, of which oneDNN's products know nothing."""
+    monkeypatch.setattr(mlp, "MANY", 1)
+    module = mlp.ChannelwiseMLP(8, 8, 0.0, pointwise.Operations).requires_grad_(False).eval()
+    x, along = random(1, 4, 4, 8), random(1, 4, 4, 8)
+    value, tangent = torch.func.jvp(module, (x,), (along,))
+    moved = [module.double()(x.double() + step * along.double()) for step in (-1e-4, 1e-4)]
+    assert_near(tangent, ((moved[1] - moved[0]) / 2e-4).float(), 1e-4)
+    assert tangent.abs().max() > 1e-3 and len(fast) == 2
+
+
+def test_no_pictures_are_no_work(fast: list[int]) -> None:
+    assert mlp.ChannelwiseMLP(8, 4, 0.0, pointwise.Operations).eval()(torch.zeros(0, 32, 32, 8)).shape == (0, 32, 32, 4)
+
+
 class Wrapped(nn.Module):
     """A layer as an adapter wraps it: what it gives is not its weights' product alone."""
 
@@ -110,9 +125,7 @@ def hooked(parent: nn.Module, name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [wrapped, patched, hooked])
-@pytest.mark.parametrize(
-    "layer", ["effnet_mappers.1", "down_blocks.1.1.channelwise.0", "down_blocks.1.1.channelwise.4"]
-)
+@pytest.mark.parametrize("layer", ["effnet_mappers.1", *(f"down_blocks.1.1.channelwise.{i}" for i in (0, 1, 2, 4))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_added_to_a_layer_counts(
     change: Callable[[nn.Module, str], None],

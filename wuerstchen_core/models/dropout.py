@@ -11,7 +11,7 @@ WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numbers of so many b
 
 def can_draw(share: float) -> bool:
     """Whether `Dropout` knows the share: none, or 16 bits of it that are not all."""
-    return not share or 2**-16 <= share < 1
+    return not share or 2**-16 <= share <= 1 - 2**-16
 
 
 class Dropout:

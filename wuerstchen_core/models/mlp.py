@@ -148,8 +148,10 @@ class ChannelwiseMLP(nn.Sequential):
         first, gelu, norm, dropout, last = layers
         linear = (first, last) if injected is None else (first, last, injected.mapper)
         # In this order: a graph is not to depend on how many places there are.
-        if plain_cpu(x) and not self.training and x.shape[1] * x.shape[2] >= MANY and all(map(bare, linear)):
-            return self._fast(x, injected)
+        unheard = type(gelu) is nn.GELU and isinstance(norm, GlobalResponseNorm) and not any(map(heard, layers))
+        if plain_cpu(x) and not self.training and x.shape[1] * x.shape[2] >= MANY and len(x):
+            if unheard and all(map(bare, linear)):
+                return self._fast(x, injected)
         if injected is not None and learning_cpu(x) and all(map(bare, linear)):
             with torch.autocast("cpu", enabled=False):  # of weights, whose product is small
                 x, weight, bias = joined(x, injected, *first.ready(x))
@@ -158,7 +160,7 @@ class ChannelwiseMLP(nn.Sequential):
             if injected is not None:
                 x = torch.cat([x, injected.mapper(injected.latents.to(x.dtype)).permute(0, 2, 3, 1)], dim=-1)
             x = first(x)
-        ours = bare(last) and not any(map(heard, layers)) and can_draw(dropout.p) and x.numel()
+        ours = bare(last) and unheard and can_draw(dropout.p) and x.numel()
         if x.dtype != torch.float16 and learning_cpu(x) and ours:
             end: Tensor = _End.apply(
                 norm, Dropout(dropout.p if dropout.training else 0), x, *norm.affine(x), *last.ready(x)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # What inductor calls, too; private to torch: where it is missing the plain product serves.
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -24,9 +25,11 @@ def _dtypes() -> tuple[torch.dtype, ...]:
 
 
 def ordinary_cpu(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors on a CPU, and nobody wants a graph of what is done with them."""
-    return not torch.compiler.is_compiling() and all(
-        x is None or (x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)) for x in tensors
+    """Whether these are ordinary tensors on a CPU, and nobody wants a graph or tangents of what is done with them."""
+    return (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and all(x is None or (x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)) for x in tensors)
     )
 
 
@@ -86,7 +89,9 @@ def first_order(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) ->
     @wraps(backward)
     def passed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("there are no gradients of gradients on a CPU: leave out create_graph, or use a GPU")
+            raise RuntimeError(
+                "there are no gradients of gradients on a CPU, nor torch.func's: leave out create_graph, or use a GPU"
+            )
         return backward(ctx, grad)
 
     return passed
