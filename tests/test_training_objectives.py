@@ -182,3 +182,8 @@ def test_the_contrastive_loss_against_a_double_loop() -> None:
         columns = [math.exp(scale * float(texts[j] @ pictures[i])) for j in range(5)]
         total -= math.log(rows[i] / sum(rows)) + math.log(columns[i] / sum(columns))
     assert contrastive_loss(texts, pictures, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)
+
+
+def test_what_a_sample_draws_is_not_what_the_batch_draws() -> None:
+    for step in range(50):
+        assert not torch.isclose(Chance(0, step, 1).uniform(), Chance(0, step, 1).uniform(1)[:, 0]).any()

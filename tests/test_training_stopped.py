@@ -17,6 +17,7 @@ from training_stages import checkpoint, read_log
 from wuerstchen_core.checkpoints import write
 from wuerstchen_core.training.loop import learning_rate, train
 from wuerstchen_core.training.optimizers import build_optimizers
+from wuerstchen_core.training.pieces import load_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,8 @@ def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path
     assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
     assert len(optimizers["adamw"].param_groups[0]["params"]) == 3
     assert set(build_optimizers(DeepLineStage().net, torch.device("cpu"))) == {"adamw"}
+    with pytest.raises(ValueError, match=r"^\[train\] muon_lr leaves AdamW nothing to train here: leave it out$"):
+        build_optimizers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(4, 4, bias=False)}), torch.device("cpu"), 0.1)
     train(DeepLineStage(), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(DeepLineStage(stop=6), config, tmp_path / "stopped")
@@ -140,3 +143,20 @@ def test_a_changed_configuration_takes_effect_at_once(
     assert [row["lr"] for row in used] == pytest.approx(rates, rel=1e-12)
     assert all((row["betas"], row["weight_decay"]) == (config.betas, config.weight_decay) for row in used)
     assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, True), (True, None)])
+def test_how_an_optimizer_computes_is_not_taken_from_a_checkpoint(before: bool | None, now: bool | None) -> None:
+    def made(device: str, fused: bool | None) -> torch.optim.AdamW:
+        return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device=device))], fused=fused)
+
+    saved = made("cpu", before)
+    saved.param_groups[0]["params"][0].sum().backward()
+    saved.step()
+    resumed = made("cpu", now)
+    load_optimizer(resumed, saved.state_dict())
+    [(weight, state)] = resumed.state.items()
+    assert resumed.param_groups[0]["fused"] is now and state["step"] == 1 and state["exp_avg"].shape == weight.shape
+    meta = made("meta", True)  # stands for a GPU: there a fused optimizer wants its count beside the weights
+    load_optimizer(meta, saved.state_dict())
+    assert next(iter(meta.state.values()))["step"].device.type == "meta"

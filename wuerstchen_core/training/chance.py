@@ -21,7 +21,7 @@ class Chance:
         self.total = total
         self.places = list(range(total) if places is None else places)
         self._together = _generator(seed, step)
-        self._own = [_generator(seed, step, place) for place in self.places]
+        self._own = [_generator(seed, step, place + 1) for place in self.places]  # numpy takes a last 0 for nothing
 
     def __len__(self) -> int:
         return len(self.places)

@@ -33,6 +33,7 @@ class DiffusionStage(Stage[N]):
     def __init__(self, config: Mapping[str, Any]):
         if self.noise.slow_times:
             freeze_quick_times(self.net)
+            self.undivided = "[noise] slow_times"
         self.config = config
         self.pictures = pictures_of(config)
         self.frozen = tuple(getattr(self, self.networks[name]) for name in self.networks if self.pictures.lacks(name))

@@ -49,12 +49,14 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     return _Run(stage, config, folder).train()
 
 
-def check_setup(accelerator: Accelerator, config: LoopConfig) -> None:
+def check_setup(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -> None:
     """Raise ValueError where the loop can't do what was asked for."""
     if accelerator.scaler is not None and config.muon_lr:
         raise ValueError("[train] muon_lr does not go with fp16, whose gradients are scaled: set precision to bf16")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 can't be saved here: set fsdp_version to 2 in accelerate's configuration")
+    if accelerator.distributed_type == DistributedType.FSDP and stage.undivided:
+        raise ValueError(f"{stage.undivided} can't be trained by FSDP, which divides weights: train it by DDP")
     there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing := [name for name in config.trackers if name not in there]:
         raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install it, or leave it out")
@@ -74,7 +76,7 @@ class _Run:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-        check_setup(self.accelerator, config)
+        check_setup(self.accelerator, config, stage)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
         self.bones = skeleton(stage.net)
@@ -83,7 +85,7 @@ class _Run:
         optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
         self.net, *self.steppers = self.accelerator.prepare(stage.net, *optimizers.values())
         self.optimizers = dict(zip(optimizers, (one.optimizer for one in self.steppers), strict=True))
-        self.plain = self.accelerator.unwrap_model(self.net)
+        self.plain = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
         self.average = Average(self.plain, config.ema)
         self.recent: list[Tensor] = []  # losses since the last row of the log
         self.skipped = self.lost = 0  # steps without a finite loss: all, and the last in a row
@@ -170,11 +172,11 @@ class _Run:
     def _skip(self, step: int) -> None:
         self.skipped, self.lost = self.skipped + 1, self.lost + 1
         log.warning("step %d of %s is left out: its loss or gradients are not finite", step + 1, self.stage.name)
-        if self.lost == FEW or self.skipped > max(FEW, self.config.bad_share * (step + 1)):
-            raise ValueError(
-                f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients, {self.lost} "
-                f"of them now in a row; [train] bad_share = {self.config.bad_share:g} allows no more: lower the rate"
-            )
+        lost = f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients"
+        if self.lost == FEW:
+            raise ValueError(f"{lost}, {FEW} of them now in a row: lower the rate")
+        if self.skipped > max(FEW, self.config.bad_share * (step + 1)):
+            raise ValueError(f"{lost}; [train] bad_share = {self.config.bad_share:g} allows no more: lower the rate")
 
     def _log(self, done: int, seconds: float, progress: tqdm[int]) -> None:
         """The mean loss since the last row, over all processes; no row where none was finite."""
@@ -208,8 +210,8 @@ class _Run:
                 self.stage.save(file, net, {**self.stage.told, "training": {"step": done}})
                 if done == self.config.steps:
                     self.stage.finish(self.folder, net)
-                contents = {"step": done, "skipped": self.skipped, "losses": losses, "data": data}
-                contents |= {"net": weights, "average": average, "optimizers": states}
+                contents = {"step": done, "skipped": self.skipped, "lost": self.lost, "losses": losses}
+                contents |= {"data": data, "net": weights, "average": average, "optimizers": states}
                 contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
@@ -229,7 +231,7 @@ class _Run:
         if (steps != step).any():
             raise ValueError(f"{self.folder} is not the same folder for all processes: let all machines share it")
         if contents:
-            self.skipped = contents["skipped"]
+            self.skipped, self.lost = contents["skipped"], contents["lost"]
             self.recent = list(torch.tensor(contents["losses"], device=self.accelerator.device))
         kept = rows_until(self.folder, step)
         self.accelerator.wait_for_everyone()

@@ -110,7 +110,8 @@ def draw_times(config: TimesConfig, step: int, chance: Chance) -> Tensor:
 
 
 def freeze_quick_times(net: nn.Module) -> None:
-    """Let nothing change what the time mappers make of quick frequencies (nothing at all, in a new network)."""
+    """Let no gradient change what the time mappers make of quick frequencies: nothing at all, in a new network; in one
+    that was trained before, what weight decay leaves of it."""
     for block in net.modules():
         if isinstance(block, TimestepBlock):
             weight = block.mapper.get_parameter("weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-FUSED = ("cpu", "cuda")  # where torch has AdamW as one operation
+FUSED = ("cpu", "cuda")  # where AdamW is asked for as one operation
 
 
 def adamw(weights: list[nn.Parameter], device: torch.device) -> torch.optim.AdamW:
@@ -22,6 +22,8 @@ def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0)
     learning = {name: p for name, p in net.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in learning.items() if muon_lr and "blocks." in name and p.ndim == 2}
     others = [p for name, p in learning.items() if name not in matrices]
+    if not others:
+        raise ValueError("[train] muon_lr leaves AdamW nothing to train here: leave it out")
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(others, device)}
     if matrices:
         optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")

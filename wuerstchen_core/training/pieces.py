@@ -36,6 +36,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {key: like(x, weights[i]) for key, x in values.items()} for i, values in saved["state"].items()}
     ways = [{key: group[key] for key in WAYS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict({**saved, "state": state})
-    for group, way in zip(optimizer.param_groups, ways, strict=True):
-        group.update(way)
+    groups = [{**group, **way} for group, way in zip(saved["param_groups"], ways, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -29,6 +29,7 @@ class Stage(ABC, Generic[N]):
     pictures: Pictures  # what it learns from
     told: Mapping[str, Any] = {}  # what the weights' metadata say of where they began
     idle_weights = False  # whether there are steps in which some weights get no gradient
+    undivided = ""  # what of its configuration asks for whole weights, which FSDP divides
 
     @abstractmethod
     def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:

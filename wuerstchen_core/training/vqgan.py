@@ -77,6 +77,7 @@ class VQGANStage(Stage[Autoencoder]):
     name = "vqgan"
     tables = ("vqgan",)
     idle_weights = True  # the codebook's, until it is used
+    undivided = "the codes of vqgan"
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
