@@ -79,12 +79,17 @@ def test_what_is_broken_is_left_out_or_named_when_it_is_read(tmp_path: Path, kin
         "6.json": b"{broken",
         "7.json": b"[1]",
         "8.txt": b"fine",
+        "9.png": picture(3),
+        "9.json": b'{"caption": "a \\ud83d cat"}',
+        "10.png": picture(3),
+        "10.json": b'{"caption": "ten", "aesthetic": 1' + b"0" * 308 + b"9}",
     }
     source = either(tmp_path, kind, files)
     left = {name.removeprefix("a.tar:").partition(".")[0]: reason for name, reason in source.bad.items()}
-    assert sorted(left) == ["0", "1", "6", "7"]
+    assert sorted(left) == ["0", "1", "10", "6", "7"]
     assert "is no picture that can be read" in left["0"] and "is no picture that can be read" in left["1"]
     assert "is no JSON" in left["6"] and "holds no JSON table but list" in left["7"]
+    assert "the aesthetic of " in left["10"] and "is too large for a score" in left["10"]
     told = {}
     for index in range(len(source)):
         name = source.name(index).removeprefix("a.tar:").partition(".")[0]
@@ -92,9 +97,10 @@ def test_what_is_broken_is_left_out_or_named_when_it_is_read(tmp_path: Path, kin
             source.picture(index), source.caption(index)
         except ValueError as error:
             told[name] = str(error)
-    assert sorted(told) == ["2", "3", "4", "5"]
+    assert sorted(told) == ["2", "3", "4", "5", "9"]
     assert "is cut short or damaged" in told["2"] and "is not UTF-8" in told["3"]
     assert "has no caption" in told["4"] and "is no text but int" in told["5"]
+    assert "half of a surrogate pair" in told["9"]
     for sentence in (*left.values(), *told.values()):
         assert "\n" not in sentence and "BytesIO" not in sentence
 

@@ -112,7 +112,7 @@ def _row(file: BinaryIO, group: Group, name: str) -> tuple[float, ...] | None:
     table = table_from_json(file.read(group["json"][1]), f"the .json of {name}")
     width, height = _size([table.get("width"), table.get("height")], name)
     picture = group.get("png", (0, -1))
-    own = (*entry((width, height), scores_from_table(table)), *picture, *group["txt"], False)
+    own = (*entry((width, height), scores_from_table(table, name)), *picture, *group["txt"], False)
     return (*own, *_size(table.get("cropped"), name), *(number for place in places for number in place))
 
 

@@ -77,7 +77,7 @@ class Folder(Source):
         try:
             with path.open("rb") as file:
                 mark = _mark(file, caption)
-                return (*entry(picture_size(file, name), scores_from_table(table)), mark)
+                return (*entry(picture_size(file, name), scores_from_table(table, name)), mark)
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {error.strerror}") from error
 

@@ -53,7 +53,7 @@ def _row(file: BinaryIO, group: Group, name: str) -> tuple[float, ...] | None:
         return None
     scores: Mapping[str, float] = {}
     if "json" in group:
-        scores = scores_from_table(table_from_json(_read(file, *group["json"]), f"the .json of {name}"))
+        scores = scores_from_table(table_from_json(_read(file, *group["json"]), f"the .json of {name}"), name)
     caption = "txt" if "txt" in group else "json"
     place = group.get(caption, (0, -1))
     return (*entry(_picture_size(file, group[kind], name), scores), *group[kind], *place, caption == "json")

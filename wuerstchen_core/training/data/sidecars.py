@@ -47,17 +47,25 @@ def table_from_json(raw: bytes, name: str) -> dict[str, Any]:
     return table
 
 
-def scores_from_table(table: Mapping[str, Any]) -> dict[str, float]:
-    """The scores in a JSON table: chance of a watermark, aesthetic score (1 to 10), chance to be unsafe."""
+def scores_from_table(table: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The scores in a JSON table: chance of a watermark, aesthetic score (1 to 10), chance to be unsafe; ValueError if
+    one is a whole number of more than 308 digits."""
     found = {}
     for key, value in table.items():
         score = SCORES.get(key.lower())
         if score and isinstance(value, int | float) and not isinstance(value, bool):
-            found[score] = float(value)
+            try:
+                found[score] = float(value)
+            except OverflowError:
+                raise ValueError(f"the {key} of {name} is too large for a score: correct it, or leave it out") from None
     return found
 
 
 def _normal(text: str, name: str) -> str:
     if not (words := text.split()):
         raise no_caption(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON may hold it, UTF-8 may not
+        raise ValueError(f"the caption of {name} holds half of a surrogate pair, which is no text: mend it") from None
     return " ".join(words)

@@ -128,7 +128,7 @@ class _Shards(IterableDataset[Reading]):
         try:
             table = table_from_json(sample["json"], f"the .json of {name}") if "json" in sample else {}
             size = picture_size(BytesIO(sample[kind]), name)
-            (reason,), (bucket,) = choice.of(np.array([entry(size, scores_from_table(table))], dtype=ENTRY))
+            (reason,), (bucket,) = choice.of(np.array([entry(size, scores_from_table(table, name))], dtype=ENTRY))
             if not reason:
                 caption = _caption(sample, table, name) if choice.captions else ""
                 picture = open_picture(BytesIO(sample[kind]), name)
