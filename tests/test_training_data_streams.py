@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -26,8 +27,13 @@ SHARDS = 6
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Files, by their names or, as some stores have it, by a query: /get?shard=3."""
+
     def log_message(self, *_: Any) -> None:
         pass
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(re.sub(r"/get\?shard=(\d+)", r"/\1.tar", path))
 
 
 @pytest.fixture
@@ -149,6 +155,21 @@ def test_what_is_broken_is_named_and_left_out(site: str, shards: Path, caplog: p
         assert sum(f"{site}/{name} " in line and reason in line for line in said) == 1, name
     with pytest.raises(ValueError, match=r"^\d+ of 20 shards could not be used, more than \[data\] bad_share = 0.05"):
         read(opened([f"{site}/0.tar", f"{site}/1.tar"], batch=1), 100)
+
+
+def test_shards_of_which_none_can_be_read_are_named(tmp_path: Path) -> None:
+    source = [f"pipe:cat {tmp_path}/{name}.tar" for name in "ab"]
+    with pytest.raises(ValueError, match=r"^no shard of the stream holds a picture that can be read: ") as error:
+        read(opened(source), 1)
+    assert "/a.tar" in str(error.value) and "/b.tar" in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_shards_that_differ_in_their_query_are_several(site: str, shards: Path, bad: int) -> None:
+    """One that can't be read is not all of them, whichever comes first."""
+    (shards / f"{bad}.tar").write_bytes(b"")
+    ((first, *_),) = read(opened([f"{site}/get?shard={number}" for number in (0, 1)]), 1)
+    assert first == 10 * (1 - bad)
 
 
 def test_a_pipe_runs_only_when_it_is_allowed(shards: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Reading:
     batch: Batch | None = None
     pictures: int = 0  # read, the bad ones among them
     bad: dict[str, str] = field(default_factory=dict)  # pictures, by name: why
-    shards: dict[str, str] = field(default_factory=dict)  # read, by name: what was bad about it, or ""
+    shards: dict[str, str] = field(default_factory=dict)  # read, by whole URL: what was bad about it, or ""
     reasons: Counter[str] = field(default_factory=Counter)  # why pictures were left out, "" for those that stay
 
 

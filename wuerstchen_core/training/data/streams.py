@@ -23,7 +23,7 @@ from .filters import Choice, left_out
 from .loading import Batch, Pictures, Reading, crop_centre
 from .sidecars import caption_from_table, caption_from_text, scores_from_table, table_from_json
 from .sources import ENTRY, SUFFIXES, entry
-from .tally import Tally
+from .tally import Tally, listed
 
 log = logging.getLogger(__name__)
 
@@ -54,23 +54,28 @@ class StreamedPictures(Pictures):
             log.info("the stream goes on at its next shard, number %d: the rest of those before is skipped", start)
         shards = _Shards(self.urls, self.choice, self.batch, self.seed, self.rank, self.world, start)
         pictures, tars = Tally("pictures", self.bad_share), Tally("shards", self.bad_share)
-        names, seen = {shown(url) for url in self.urls}, set[str]()
+        every, seen = set(self.urls), set[str]()
         reasons: Counter[str] = Counter()
         following = start
         for reading in self._readings(shards, None):
-            tars.add(len(reading.shards), {url: reason for url, reason in reading.shards.items() if reason})
+            tars.add(len(reading.shards), {shown(url): reason for url, reason in reading.shards.items() if reason})
             pictures.add(reading.pictures, reading.bad)
             reasons.update(reading.reasons)
-            if not seen >= names:
+            if seen != every:
                 seen |= set(reading.shards)
-                if seen >= names:
-                    self._say(reasons, pictures)
+                if seen == every:
+                    self._say(reasons, pictures, tars)
             if reading.batch is not None:
                 following = reading.batch.next = max(following, reading.batch.next)
                 yield reading.batch
 
-    def _say(self, reasons: Counter[str], pictures: Tally) -> None:
+    def _say(self, reasons: Counter[str], pictures: Tally, tars: Tally) -> None:
         """Say once, after all shards, what was left out; ValueError if it was everything."""
+        if not pictures.read:
+            raise ValueError(
+                f"no shard of the stream holds a picture that can be read: {listed(list(tars.named))}; the log has the "
+                "reason for each"
+            )
         if not reasons[""]:
             raise ValueError(
                 f"none of the {pictures.read} pictures of the stream is left, without {left_out(reasons)} and "
@@ -115,8 +120,7 @@ class _Shards(IterableDataset[Reading]):
                 out.batch = Batch(torch.stack(images), list(captions), list(names), number + 1)
                 yield out
                 out = Reading()
-        name = shown(url)
-        out.shards[name] = problems[0] if problems else "" if found else f"{name} holds no picture"
+        out.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} holds no picture"
         yield out
 
     def _take(
