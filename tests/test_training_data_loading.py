@@ -261,6 +261,7 @@ def test_shards_by_pattern_by_list_and_by_folder(tmp_path: Path) -> None:
         ("{a,b", "{a,b opens a brace that it does not close"),
         (["good", "good/a.tar"], "names both shards and folders of pictures"),
         (["good", "http://localhost/a.tar"], "names streams and files"),
+        ("mixed", "mixed holds both shards and pictures: give a folder of either"),
     ],
 )
 def test_a_source_that_is_none(
@@ -268,8 +269,8 @@ def test_a_source_that_is_none(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path, {"empty/notes.txt": b"none", "good/1.png": picture(1), "a.tgz": b""})
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.tar").write_bytes(shard(examples([1])))
+    write_folder(tmp_path, {f"{name}/a.tar": shard(examples([1])) for name in ("other", "mixed")})
+    write_folder(tmp_path / "mixed", {"below/2.png": picture(2)})
     source = ["good", "other/a.tar"] if message.startswith("names both") else source
     with pytest.raises(ValueError) as error:
         opened(source)

@@ -35,13 +35,13 @@ class Folder(Source):
         self._rows: dict[Path, dict[str, Any]] = {}  # of metadata.jsonl
         entries = []
         for root in roots:
-            files = {path for path in root.rglob("*") if not _hidden(path.relative_to(root))}
+            files = set(_files(root))
             names = {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in sorted(files)}
             for path, name in names.items():
                 if path.name == METADATA:
                     self._read_rows(path, name)
             for path, name in names.items():
-                if path.suffix.lower().lstrip(".") in SUFFIXES and path.is_file():
+                if _is_picture(path):
                     ours = files if path not in self._rows else ()
                     text, table = (path.with_suffix(kind) for kind in (".txt", ".json"))
                     beside = text if text in ours else None, table if table in ours else None
@@ -101,8 +101,21 @@ class Folder(Source):
             self._rows[picture] = row
 
 
+def holds_pictures(root: Path) -> bool:
+    """Whether any lies below a folder."""
+    return any(map(_is_picture, _files(root)))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (path for path in root.rglob("*") if not _hidden(path.relative_to(root)))
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in SUFFIXES and path.is_file()
 
 
 def _mark(file: BinaryIO, caption: str) -> int:

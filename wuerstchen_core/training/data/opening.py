@@ -16,7 +16,7 @@ from ...diffusion.sizes import LARGEST, check_size
 from .buckets import Size, bucket_sizes
 from .cached import Cache, CachedShards, find_cache
 from .filters import Choice, Filters, left_out
-from .folder import Folder
+from .folder import Folder, holds_pictures
 from .loading import IndexedPictures, Pictures
 from .order import Plan
 from .shards import LocalShards
@@ -132,7 +132,11 @@ def local_source(names: Sequence[str], cache: Path) -> Source:
         shards = [shard for part in found for shard in part]
         if wrong := next((shard for shard in shards if shard.suffix != ".tar"), None):
             raise ValueError(f"[data] source {wrong} is no shard: give .tar files that are not compressed, or folders")
-        return CachedShards(shards, cache) if find_cache(names) else LocalShards(shards, cache)
+        if find_cache(names):
+            return CachedShards(shards, cache)
+        if mixed := next((path for path in paths if path.is_dir() and holds_pictures(path)), None):
+            raise ValueError(f"[data] source {mixed} holds both shards and pictures: give a folder of either")
+        return LocalShards(shards, cache)
     if any(found):
         raise ValueError("[data] source names both shards and folders of pictures: give either")
     return Folder(paths)
