@@ -297,6 +297,7 @@ MISTAKES = {
     "cache.batch=0": r"^\[cache\] batch must be at least 1, got 0$",
     "cache.size=1": r"^\[cache\] has no key size: it takes output, what, dtype, ",
     "cache={}": r"^\[cache\] lacks output$",
+    "data=3": r"^data is a table of keys, not 3$",
     "data={}": r"^\[data\] names no source of pictures to cache: the demo's own are kept in memory anyway$",
     'data.crop="random"': r"^\[data\] crop = \"random\" cannot be cached: leave it out, for crops at the centre$",
     "cash.output='x'": r"^the configuration has no place for cash: it takes run, start, inputs, data, cache, ",

@@ -92,6 +92,10 @@ MISTAKES = {
     "train.lr=.001": r"^\[train\] lr must be a number, got '.001'$",
     "train.betas=0.9": r"^\[train\] betas must be a list of 2 numbers, got 0.9$",
     "train.betas=[0.9]": r"^\[train\] betas must be a list of 2 numbers, got \(0.9,\)$",
+    "train.betas=[0.9, 1.5]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1.5\]$",
+    "train.betas=[0.9, 1]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1\]$",
+    "train.betas=[nan, 0.9]": r"^\[train\] betas must be at least 0 and less than 1, got \[nan, 0.9\]$",
+    "train.seed=4294967296": r"^\[train\] seed must be from 0 to 4294967295, got 4294967296$",
     "train.log_every=0": r"^\[train\] log_every must be more than 0, got 0$",
     "train=5": r"^train is a table of keys, not 5$",
     "train": r"^--set 'train' is not of the form table.key=value$",
@@ -103,6 +107,7 @@ MISTAKES = {
     "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
     "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
     "data.things=130": r"^\[data\] things must be 1 to 129, got 130$",
+    'data={"things"=1, "layouts"=["pair"]}': r"^\[data\] leaves no square scene to draw: of these layouts none",
     "run=3": r"^the configuration names no run folder: ",
     "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
 }
@@ -114,6 +119,11 @@ def test_a_mistake_is_named_in_one_sentence(file: Path, change: str) -> None:
         run("prior", file, [change])
     assert "\n" not in str(error.value)
     assert not (file.parent / "run").exists()
+
+
+def test_a_model_that_is_no_table_is_named_beside_a_start(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model is a table of keys, not 3$"):
+        run("prior", file, ["model=3", "start=demo", "inputs.encoder=demo", "inputs.text=demo"])
 
 
 def test_what_is_missing_is_named() -> None:

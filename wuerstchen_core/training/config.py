@@ -15,6 +15,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("no", "bf16", "fp16")
+LARGEST_SEED = 2**32 - 1  # of it the loop makes seeds for each step and process, which must stay below 2**64
 COMMON = ("run", "start", "inputs", "data", "cache", "model", "train")  # what every stage's configuration may hold
 INPUTS = ("vqgan", "encoder", "text", "decoder", "token-decoder", "prior")  # stages whose networks others ask
 
@@ -50,10 +51,12 @@ class LoopConfig:
                 raise ValueError(f"[train] {name} must be more than 0, got {getattr(self, name)}")
         for name, least, most in (
             ("clip", 1e-12, math.inf), ("ema", 0, 1), ("decay", 0, 1), ("warmup", 0, math.inf),
-            ("muon_lr", 0, math.inf), ("weight_decay", 0, math.inf), ("seed", 0, math.inf),
+            ("muon_lr", 0, math.inf), ("weight_decay", 0, math.inf), ("seed", 0, LARGEST_SEED),
         ):  # fmt: skip
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"[train] {name} must be from {least:g} to {most:g}, got {getattr(self, name)}")
+                raise ValueError(f"[train] {name} must be from {least} to {most}, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"[train] betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.precision not in ("", *PRECISIONS):
             raise ValueError(f"[train] precision {self.precision!r} is unknown: choose {', '.join(PRECISIONS)}")
         if not 0 <= self.bad_share <= 1:
@@ -67,6 +70,9 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = 
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
+    for name, table in config.items():
+        if name not in ("run", "start", "inputs") and not isinstance(table, Mapping):
+            raise ValueError(f"{name} is a table of keys, not {table!r}")
     if not isinstance(config.get("start", ""), str):
         raise ValueError(f"start is a text, the name of weights to go on from, not {config['start']!r}")
     inputs = config.get("inputs", {})

@@ -146,6 +146,11 @@ class DemoPictures(Shown):
         self.config = config = from_table(DataConfig, self._data, "data")
         self._shape = shape or config.shapes[0]
         self.scenes = [scene for layout in config.layouts for scene in self._some(layout, held)]
+        if not self.scenes and not held:
+            raise ValueError(
+                f"[data] leaves no {self._shape} scene to draw: of these layouts none has only the first "
+                f"{config.things} things{' on this background' if config.background else ''}; choose more of them"
+            )
         # Large things count twice where there are other layouts than the simple ones.
         twice = {"large"} if set(config.layouts) > set(SIMPLE) else set()
         counts = [1 + (scene.layout in twice) for scene in self.scenes]
