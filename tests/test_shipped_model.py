@@ -47,12 +47,13 @@ def test_the_smallest_and_largest_sizes_paint(pipe: WuerstchenPipeline, size: tu
 
 @pytest.mark.long
 def test_the_written_numbers_are_measured_again(pipe: WuerstchenPipeline) -> None:
-    """Within rounding of the arithmetic of another machine: a hundredth of the pictures, a tenth of a decibel."""
-    written, measured = json.loads(EVALUATION.read_text(encoding="utf-8")), evaluate(pipe)
+    """One of the three seeds: as many pictures as agree with what all three gave, within a hundredth of them; what has
+    one seed anyway within the rounding of another machine's arithmetic, three pictures or a tenth of a decibel."""
+    written, measured = json.loads(EVALUATION.read_text(encoding="utf-8")), evaluate(pipe, seeds=1)
     for name in ("thing", "another_thing", "background"):
         assert measured[name]["percent"] == pytest.approx(written[name]["percent"], abs=1.0)
-        assert measured[name]["count"] == written[name]["count"] == 3 * len(held_out_scenes(pipe.metadata))
-    for group in ("by_place", "by_shape", "pairs"):  # of samples: three of the pictures
+        assert 3 * measured[name]["count"] == written[name]["count"] == 3 * len(held_out_scenes(pipe.metadata))
+    for group in ("by_place", "by_shape", "pairs"):
         assert measured.get(group, {}).keys() == written.get(group, {}).keys()
         for name, share in written.get(group, {}).items():
             assert measured[group][name]["percent"] == pytest.approx(share["percent"], abs=300 / share["count"])

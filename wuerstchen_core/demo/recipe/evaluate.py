@@ -32,7 +32,7 @@ from ..vocabulary import PLACES, SHAPES, SIMPLE, SIZES, TAUGHT, THINGS, Scene, c
 Rows = Sequence[tuple[Scene, Scene]]  # what was asked and what is seen
 
 BATCH = 16
-SAMPLE = 120  # scenes of each place, of each shape and of two things
+SAMPLE = 60  # scenes of each place, of each shape and of two things
 SAMPLE_SEED = 10_000  # of their pictures
 
 
