@@ -231,7 +231,7 @@ class _Run:
         if (steps != step).any():
             raise ValueError(f"{self.folder} is not the same folder for all processes: let all machines share it")
         if contents:
-            self.skipped, self.lost = contents["skipped"], contents["lost"]
+            self.skipped, self.lost = contents["skipped"], contents.get("lost", 0)
             self.recent = list(torch.tensor(contents["losses"], device=self.accelerator.device))
         kept = rows_until(self.folder, step)
         self.accelerator.wait_for_everyone()
