@@ -58,5 +58,6 @@ def test_rows_that_cannot_be_are_refused(tower: Part, rows: list[int]) -> None:
 
 def test_what_the_demos_keep_is_all_that_captions_are_made_of() -> None:
     words = random.Random(0)
-    ids, _ = tokenize([caption(scene, words) for scene in scenes(LAYOUTS)] + ["Hm? 12!"])
+    some = words.sample(scenes(LAYOUTS), 5000)
+    ids, _ = tokenize([caption(scene, words) for scene in some] + ["Hm? 12!"])
     assert set(ids.flatten().tolist()) - set(tokenize(["Hm"])[0].flatten().tolist()) <= known_rows()
