@@ -68,6 +68,10 @@ def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest
     monkeypatch.setattr(module, "FEWER", 5)
     few = DemoPictures({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     assert len(few) == 10 < len(wide)
+    told = DemoPictures({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
+    assert Counter(scene.layout for scene in told.scenes) == dict.fromkeys(LAYOUTS, 7)
+    with pytest.raises(ValueError, match=r"^\[data\] most must be a number of scenes, or 0, got -1$"):
+        DemoPictures({**SMALL, "most": -1})
 
 
 def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: DemoShapes) -> None:

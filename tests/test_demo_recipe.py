@@ -31,7 +31,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> WuerstchenPipeline:
 
 def test_a_bundle_names_what_its_prior_was_trained_on() -> None:
     v1, v2 = (build.trained_on(build.RECIPE / name) for name in ("prior_v1.toml", "prior.toml"))
-    assert v1 == DataConfig(things=12) and v2 == DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+    assert v1 == DataConfig(things=12) and v2 == DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES), most=1200)
     assert build.vocabulary(v1) == {
         "words": known_words(THINGS[:12], SIMPLE),
         "things": [thing.name for thing in THINGS[:12]],

@@ -21,7 +21,7 @@ from ..tables import from_table
 from .chance import Chance
 
 AT_ONCE = 32  # pictures that a network sees
-MOST, FEWER = 1000, 400  # scenes of one layout: simple ones on squares, and others
+MOST, FEWER = 1000, 400  # scenes of one layout, if nobody says how many: simple ones on squares, and others
 
 Compute: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -123,6 +123,7 @@ class DataConfig:
     things: int = TAUGHT  # only the first so many
     layouts: tuple[str, ...] = SIMPLE
     shapes: tuple[str, ...] = ("square",)
+    most: int = 0  # scenes of each layout and shape, a sample of all that there are; 0: MOST and FEWER
     background: str = ""  # only pictures on this one, of which captions say that it is any: for a LoRA to learn
 
     def __post_init__(self) -> None:
@@ -130,6 +131,8 @@ class DataConfig:
             raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
         if not 0 < self.things <= len(THINGS):
             raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
+        if self.most < 0:
+            raise ValueError(f"[data] most must be a number of scenes, or 0, got {self.most}")
         for name, given, known in (("layouts", self.layouts, LAYOUTS), ("shapes", self.shapes, tuple(SHAPES))):
             if not given or not set(given) <= set(known) or len(set(given)) < len(given):
                 raise ValueError(f"[data] {name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
@@ -166,7 +169,7 @@ class DemoPictures(Shown):
             for scene in scenes([layout], shape)
             if held_out(scene) == held and scene.colour in colours and all(thing in known for thing in scene.things)
         ]
-        most = MOST if layout in SIMPLE and not shape else FEWER
+        most = self.config.most or (MOST if layout in SIMPLE and not shape else FEWER)
         return shown if len(shown) <= most else random.Random(f"{layout} {self._shape}").sample(shown, most)
 
     def pick(self, chance: Chance) -> Tensor:
