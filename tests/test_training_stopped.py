@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from training_line import CONFIG, DeepLineStage, LineStage, assert_same_training, files
 from training_stages import checkpoint, read_log
@@ -160,3 +162,19 @@ def test_how_an_optimizer_computes_is_not_taken_from_a_checkpoint(before: bool |
     meta = made("meta", True)  # stands for a GPU: there a fused optimizer wants its count beside the weights
     load_optimizer(meta, saved.state_dict())
     assert next(iter(meta.state.values()))["step"].device.type == "meta"
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has accelerate compile networks, which it asks of the environment once."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_network_that_accelerate_compiles_is_saved_as_it_is(whole: Path, compiling: None, tmp_path: Path) -> None:
+    train(LineStage(), CONFIG, tmp_path)
+    for name in ("net", "average"):
+        assert checkpoint(tmp_path)[name].keys() == checkpoint(whole)[name].keys()
+    assert files(tmp_path) == files(whole)
