@@ -23,7 +23,8 @@ def demo_path(name: str = "demo") -> Path:
     return Path(__file__).parent.parent / "demo" / SHIPPED[name]
 
 
-def _path(source: str | os.PathLike[str]) -> Path:
+def source_path(source: str | os.PathLike[str]) -> Path:
+    """The file or folder that a source names. ValueError if it does not exist."""
     path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
     if not path.exists():
         raise ValueError(
@@ -42,7 +43,7 @@ def open_source(
     check_version(version)
     if wanted is not None and wanted not in PARTS:
         raise ValueError(f"{wanted!r} is no part of a model: the parts are {', '.join(PARTS)}")
-    path = _path(source)
+    path = source_path(source)
     opened = open_folder(path, wanted, headers_only) if path.is_dir() else open_file(path, headers_only)
     return replace(opened, version=version, by_headers=headers_only)
 
@@ -59,5 +60,5 @@ def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") 
 
 def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     """A bundle's JSON; {} for every other source."""
-    path = _path(source)
+    path = source_path(source)
     return {} if path.is_dir() else parse_metadata(path, read_file_metadata(path))

@@ -134,10 +134,9 @@ def load(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any
 def fingerprint(source: str | PathLike[str]) -> str:
     """Twelve digits that tell weights apart: of their files' sizes and of pieces spread over them, since all of a model
     takes seconds to read."""
-    from ..checkpoints import demo_path
-    from ..checkpoints.read import SHIPPED
+    from ..checkpoints.read import source_path
 
-    path, digest = demo_path(str(source)) if source in SHIPPED else Path(source), hashlib.sha256()
+    path, digest = source_path(source), hashlib.sha256()
     files = [file for file in path.rglob("*") if file.suffix in WEIGHTS] if path.is_dir() else [path]
     for file in sorted(files):
         size = file.stat().st_size

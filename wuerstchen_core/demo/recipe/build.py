@@ -76,13 +76,14 @@ def known_rows() -> set[int]:
 def collect(run: Path, version: str) -> dict[str, Part]:
     """The trained parts of a release, out of a run's folder; of the table of tokens what was trained."""
     parts: dict[str, Part] = {}
+    rows = known_rows()
     for part in PARTS_OF[version]:
         stage = STAGE_OF_PART.get(part, "text")
         weights = run / stage / f"{stage}.safetensors"
         if not weights.exists():
             raise ValueError(f"{weights} is missing: train the {stage} first")
         read = read_part(weights, part)
-        parts[part] = thinned(read, known_rows()) if part in TOWERS else read
+        parts[part] = thinned(read, rows) if part in TOWERS else read
     return parts
 
 
