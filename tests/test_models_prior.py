@@ -11,7 +11,9 @@ from wuerstchen_core.checkpoints.formats import split_attention
 from wuerstchen_core.diffusion.schedule import diffuse, training_times
 from wuerstchen_core.models.layers import timestep_embedding
 from wuerstchen_core.models.prior import Prior, PriorParams, latents_from_features
+from wuerstchen_core.training.average import Average
 from wuerstchen_core.training.objectives import NoiseConfig, noise_loss
+from wuerstchen_core.training.optimizers import build_optimizers
 
 TOLERANCE = 1e-5  # observed 1e-6
 
@@ -55,7 +57,8 @@ def test_every_block(golden: Golden, prior: Prior) -> None:
 
 
 def test_a_training_step(golden: Golden) -> None:
-    """The original's loss and gradients, which also take the attention's own way through a backward pass."""
+    """The original's loss and gradients, which also take the attention's own way through a backward pass; then AdamW and
+    the EMA."""
     step = Golden("prior_train_step")
     prior = Prior(PriorParams(**golden.sizes())).eval()  # as the golden run: without dropout
     prior.load_state_dict(golden.weights())
@@ -74,6 +77,18 @@ def test_a_training_step(golden: Golden) -> None:
         gradient = prior.get_parameter(name).grad
         assert gradient is not None
         assert_near(gradient, expected, 2e-7)  # observed 2e-8
+    told = step.config["adamw"]
+    average = Average(prior, step.config["ema_beta"])
+    optimizers = build_optimizers(prior, torch.device("cpu"))
+    optimizers["adamw"].param_groups[0].update(told)
+    assert_near(torch.nn.utils.clip_grad_norm_(prior.parameters(), step.config["clip"]), step["out/grad_norm"], 1e-6)
+    optimizers["adamw"].step()
+    average.update(prior, first=False)
+    for group, found in (("after_adamw/", prior.state_dict()), ("ema_after/", average.values)):
+        expected = step.under(group)
+        assert len(expected) == 2
+        for name, x in expected.items():
+            assert_near(found[name], x, 1e-7)  # observed 2e-8; the average moves by 1e-5
 
 
 @pytest.mark.parametrize("width", [64, 16, 9])

@@ -106,7 +106,10 @@ def test_a_resumed_run_counts_steps_in_a_row_on(tmp_path: Path) -> None:
 
 
 def test_what_fsdp_would_lose_is_refused() -> None:
-    stage, accelerator = LineStage(), SimpleNamespace(scaler=None, distributed_type="FSDP", is_fsdp2=True, log_with=[])
+    stage = LineStage()
+    accelerator = SimpleNamespace(
+        scaler=None, distributed_type="FSDP", is_fsdp2=True, log_with=[], gradient_accumulation_steps=1
+    )
     loop.check_setup(accelerator, CONFIG, stage)
     stage.undivided = "the codes of vqgan"
     with pytest.raises(ValueError, match="^the codes of vqgan can't be trained by FSDP, which divides weights: train"):
@@ -187,6 +190,38 @@ def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytes
         and shown_values[-1]["lr"] == f"{learning_rate(CONFIG, 7) * CONFIG.lr:.1e}"
         and float(shown_values[-1]["loss"]) > 0
     )
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    """To next to nothing, which AdamW then divides by its epsilon and not by itself."""
+    train(LineStage(), replace(CONFIG, clip=1e-12, weight_decay=0.0), tmp_path)
+    start, end = LineStage().net.layer.bias, checkpoint(tmp_path)["net"]["layer.bias"]
+    torch.testing.assert_close(end, start.detach(), rtol=0, atol=1e-3)  # unclipped it moves by 0.1
+
+
+def test_batches_that_accelerate_would_gather_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would divide the gradients by their number, and leave the gathering to us."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(
+        ValueError, match=r"^accelerate is configured to take 4 batches a step: set that to 1 and \[train\]"
+    ):
+        train(LineStage(), CONFIG, tmp_path)
+
+
+def test_tensorboard_shows_the_log_also_of_a_run_that_was_stopped(tmp_path: Path, whole: Path) -> None:
+    """What was written after the last checkpoint, of which the log says nothing more, is not shown twice."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(CONFIG, trackers=("tensorboard",), log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=7), config, tmp_path)
+    train(LineStage(), config, tmp_path)
+    [folder] = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    seen = events.EventAccumulator(str(folder)).Reload()
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for name in ("loss", "lr"):
+        shown_values = [(event.step, event.value) for event in seen.Scalars(name)]
+        assert shown_values == [(row["step"], pytest.approx(row[name])) for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,10 @@ def check_setup(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any])
     there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing := [name for name in config.trackers if name not in there]:
         raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install it, or leave it out")
+    if (batches := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"accelerate is configured to take {batches} batches a step: set that to 1 and [train] accumulate to {batches}"
+        )
 
 
 class _Run:
@@ -95,7 +99,8 @@ class _Run:
         start, before, data = self._resume()
         self._begin(data)
         if config.trackers:
-            self.accelerator.init_trackers(self.stage.name)
+            of = {"tensorboard": {"purge_step": start + 1}}  # what a stopped run wrote beyond its last checkpoint
+            self.accelerator.init_trackers(self.stage.name, init_kwargs=of)
         self.net.train()
         progress = tqdm(
             range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
