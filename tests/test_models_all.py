@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from golden_data import assert_near
 from networks import NETWORKS, VQ, Network
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen_core.models import mlp, pointwise
-from wuerstchen_core.models.attention import Attention
+from wuerstchen_core.models.attention import Attention, MultiHeadAttention
 from wuerstchen_core.models.layers import FeedForwardBlock
 from wuerstchen_core.models.mlp import GlobalResponseNorm
 from wuerstchen_core.models.vqgan import VQGAN
@@ -149,3 +150,26 @@ def test_dropout_is_live_in_training_only(kind: type[Attention | FeedForwardBloc
         assert not torch.equal(run(), run())
         block.eval()
         assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "token_decoder"])
+def test_a_network_in_training_drops_in_its_attention_and_in_its_mlps(name: str) -> None:
+    """As the original does; each place alone changes what comes out, and without both nothing is left to chance."""
+    network = NETWORKS[name].perturbed()
+    dropping = type(network)(replace(network.params, dropout=0.1))
+    dropping.load_state_dict(network.state_dict())
+    attention = [module for module in dropping.modules() if isinstance(module, MultiHeadAttention)]
+    mlps = [module for module in dropping.modules() if isinstance(module, nn.Dropout)]
+    assert attention and all(module.dropout == 0.1 for module in attention)
+    assert len(mlps) >= len(attention) and all(module.p == 0.1 for module in mlps)
+
+    def changes() -> bool:
+        one, other = (NETWORKS[name].call(dropping.train(), *NETWORKS[name].inputs()) for _ in range(2))
+        return not torch.equal(one, other)
+
+    for shares in ((0.1, 0.0), (0.0, 0.1), (0.0, 0.0)):
+        for module in attention:
+            module.dropout = shares[0]
+        for mlp_dropout in mlps:
+            mlp_dropout.p = shares[1]
+        assert changes() == any(shares)

@@ -57,8 +57,8 @@ def test_every_block(golden: Golden, prior: Prior) -> None:
 
 
 def test_a_training_step(golden: Golden) -> None:
-    """The original's loss and gradients, which also take the attention's own way through a backward pass; then AdamW and
-    the EMA."""
+    """The original's loss and gradients, which also take the attention's own way through a backward pass; then
+    AdamW and the EMA."""
     step = Golden("prior_train_step")
     prior = Prior(PriorParams(**golden.sizes())).eval()  # as the golden run: without dropout
     prior.load_state_dict(golden.weights())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 from training_line import CONFIG, LineStage, assert_same_training, files
+from training_pictures import examples, write_folder
 
+from wuerstchen_core.training.chance import Chance
+from wuerstchen_core.training.files import FilePictures
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.saved import LOG
 
@@ -64,6 +68,7 @@ def apart(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
     finally:
         process.kill()
         process.join()
+    assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -76,6 +81,23 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def rows(folder: Path) -> int:
     log = folder / LOG
     return log.read_text().count("\n") if log.exists() else 0
+
+
+class PicturesStage(LineStage):
+    """Learns the sum of the mean colours of the pictures in a folder, which processes read."""
+
+    def __init__(self, folder: Path):
+        super().__init__(width=3)
+        source = {"source": str(folder), "buckets": [[64, 64], [128, 64]], "workers": 2}
+        self.pictures = FilePictures(source)
+
+    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+        return (self.pictures.view(self.pictures.pick(chance)).mean(dim=(2, 3)) + chance.normal(3),)
+
+
+def train_on_pictures(folder: Path) -> None:
+    torch.set_num_threads(1)
+    train(PicturesStage(folder.parent / "pictures"), LONG, folder)
 
 
 def check_killed(folder: Path, whole: Path, seed: int) -> None:
@@ -93,6 +115,17 @@ def check_killed(folder: Path, whole: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_killed(tmp_path: Path, whole: Path, seed: int) -> None:
     check_killed(tmp_path, whole, seed)
+
+
+def test_killed_amid_pictures_that_processes_read(tmp_path: Path) -> None:
+    """Of two shapes: the same pictures come after the checkpoint as would have come without the kill."""
+    write_folder(tmp_path / "pictures", {**examples(range(14)), **examples(range(20, 27), 128, 64)})
+    for seed in range(2):
+        with apart(train_on_pictures, tmp_path / "killed"):
+            wait_for(lambda seed=seed: rows(tmp_path / "killed") >= 10 + 20 * seed)  # type: ignore[misc]
+    for name in ("killed", "whole"):
+        train_on_pictures(tmp_path / name)
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from training_pictures import examples, write_folder
 from training_stages import assert_equal_states, checkpoint, ema_of, launch, read_log, shown
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.checkpoints.lora import read_lora
 from wuerstchen_core.demo.recipe import lora as recipe
 from wuerstchen_core.demo.vocabulary import COLOURS
@@ -27,6 +28,7 @@ from wuerstchen_core.training.average import skeleton, worn
 from wuerstchen_core.training.cache import make_cache
 from wuerstchen_core.training.chance import Chance
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
+from wuerstchen_core.training.inputs import told_of
 from wuerstchen_core.training.lora import AdapterConfig, LoraStage, attach
 from wuerstchen_core.training.objectives import NoiseConfig
 from wuerstchen_core.training.pictures import DataConfig, DemoPictures
@@ -97,6 +99,16 @@ def test_a_training_keeps_the_adapters_alone(trained: Path) -> None:
         assert torch.equal(state[names[name]], x * scale)
     with safe_open(trained / "lora.safetensors", "pt") as file:
         assert json.loads(file.metadata()["training"]) == {"step": 4}
+        assert (file.metadata()["base"], file.metadata()["licence"]) == ("tiny.safetensors", "MIT")
+
+
+def test_licences_of_both_that_a_lora_is_of_go_with_it(config: Path, bundle: Path, tmp_path: Path) -> None:
+    tower = tmp_path / "tower.safetensors"
+    save_bundle(tower, {"text_encoder": read_part(bundle, "prior_text_encoder")}, {"licence": "of a tower"})
+    for targets, licence in (('["fc2"]', "MIT / of a tower"), ("[]", "MIT")):
+        told = [f"run='{tmp_path}'", f"inputs.text='{tower}'", f"lora.text_targets={targets}"]
+        stage = LoraStage(changed := read_config(config, told))
+        assert told_of(stage.bases(changed))["licence"] == licence
 
 
 @torch.no_grad()

@@ -138,6 +138,16 @@ def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, 
     assert_equal_states(ema_of(tmp_path / "prior"), ema_of(run_folder / "prior"))
 
 
+@pytest.mark.parametrize("stage", ["decoder", "prior"])
+def test_bf16_trains_nearly_the_same_on_weights_in_fp32(
+    run_folder: Path, inputs: list[str], tmp_path: Path, stage: str
+) -> None:
+    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, "train.precision='bf16'"])
+    rounded, exact = ([row["loss"] for row in read_log(folder / stage)] for folder in (tmp_path, run_folder))
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
+    assert all(x.dtype == torch.float32 for x in checkpoint(tmp_path / stage)["net"].values())
+
+
 def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.seed=1"])
     assert shown(read_log(tmp_path / "prior")) != shown(read_log(run_folder / "prior"))

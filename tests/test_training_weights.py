@@ -19,6 +19,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.bench.peer import network_class
 from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
 from wuerstchen_core.checkpoints.components import component_key
+from wuerstchen_core.checkpoints.inspect import describe
 from wuerstchen_core.checkpoints.precision import FP8
 from wuerstchen_core.demo.recipe import build, build_v1
 from wuerstchen_core.models.decoder import Decoder
@@ -72,6 +73,21 @@ def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
     assert base.read_bytes() == before
     with pytest.raises(ValueError, match="missing"):
         run("prior", config, [*told, "model.depth=2", "run='elsewhere'"])
+
+
+def test_licences_go_with_what_is_trained_from_a_folder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """Said by a model card, as in published folders, then by files of ours, in each layout that a training leaves."""
+    base = tmp_path / "base"
+    shutil.copytree(run_folder / "prior" / "diffusers" / "prior", base / "prior")
+    (base / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-nc-4.0\n---\nlicense: none\n", encoding="utf-8")
+    changes = [*inputs, "model.depth=1", "train.steps=2"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    made = run("prior", config_of(run_folder, "prior"), [*changes, f"run='{first}'", f"start='{base}'"])
+    of_diffusers = first / "prior" / "diffusers" / "prior"
+    for source in (made, of_diffusers):
+        assert describe(source).licence == "cc-by-nc-4.0"
+    again = run("prior", config_of(run_folder, "prior"), [*changes, f"run='{second}'", f"start='{of_diffusers}'"])
+    assert (read_metadata(again)["licence"], read_metadata(again)["base"]) == ("cc-by-nc-4.0", "prior")
 
 
 def test_the_bundle_paints(run_folder: Path) -> None:

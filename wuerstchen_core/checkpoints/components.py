@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..models.prior import PriorParams
+from .bundle import FORMAT, METADATA_KEY
 from .parts import Params
 from .write import write_tensors
 
@@ -44,10 +46,11 @@ def is_component(name: str, network: nn.Module) -> bool:
     return name in CLASSES and scale == PriorParams.feature_scale
 
 
-def save_component(folder: Path, name: str, network: nn.Module) -> None:
+def save_component(folder: Path, name: str, network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write a network to a folder that diffusers' `from_pretrained` reads, each file whole or not at all."""
     params: Any = network.params
-    write_tensors(folder / FILE, {component_key(key): x for key, x in network.state_dict().items()}, {"format": "pt"})
+    told = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers asks for the first
+    write_tensors(folder / FILE, {component_key(key): x for key, x in network.state_dict().items()}, told)
     draft = folder / ".config.json.part"
     draft.write_text(config_text(name, params), encoding="utf-8")
     os.replace(draft, folder / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,17 @@ def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     layout = "folder of single files" if files else "diffusers folder"
     if [source.layout for source in opened.values()] == [BUNDLE]:
         layout = BUNDLE
-    return Source(root, layout, networks, merged(opened.values()), told=told)
+    metadata = _card_licence(root) | merged(opened.values())
+    return Source(root, layout, networks, metadata, told=told)
+
+
+def _card_licence(root: Path) -> dict[str, str]:
+    """The licence that a model card, as model hubs have them, names at its top; {} without one."""
+    card = root / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = text.partition("\n---")[0] if text.startswith("---\n") else ""
+    found = re.search(r"^license: *(\S.*?) *$", head, re.MULTILINE)
+    return {"licence": found[1]} if found else {}
 
 
 def _open_component(folder: Path, headers_only: bool) -> Source:

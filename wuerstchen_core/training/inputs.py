@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Part, build_part, read_metadata, read_part
-from ..checkpoints.read import SHIPPED
+from ..checkpoints import Part, build_part, read_part
+from ..checkpoints.read import SHIPPED, open_source
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.text_encoder import TextEncoder, tokenize
 from ..models.vqgan import VQGAN
@@ -56,12 +56,13 @@ def started(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) ->
     return built.train().requires_grad_(True)
 
 
-def told_of(source: str | Path | None) -> dict[str, Any]:
-    """What a network that is trained from a source says of it: its name and, if known, its licence."""
-    if source is None:
+def told_of(sources: Sequence[str | Path]) -> dict[str, Any]:
+    """What a network that is trained from sources says of them: the name of the first and, if known, all licences."""
+    if not sources:
         return {}
-    licence = read_metadata(source).get("licence")
-    return {"base": Path(source).name, **({"licence": licence} if licence else {})}
+    found = [open_source(source, headers_only=True).metadata.get("licence") for source in sources]
+    licences = dict.fromkeys(str(licence) for licence in found if licence)
+    return {"base": Path(sources[0]).name, **({"licence": " / ".join(licences)} if licences else {})}
 
 
 def weights_of(config: Mapping[str, Any], stage: str, part: str) -> Part:

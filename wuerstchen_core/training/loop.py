@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -62,7 +63,8 @@ def check_setup(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any])
         raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install it, or leave it out")
     if (batches := accelerator.gradient_accumulation_steps) != 1:
         raise ValueError(
-            f"accelerate is configured to take {batches} batches a step: set that to 1 and [train] accumulate to {batches}"
+            f"accelerate is configured to take {batches} batches a step: set that to 1 and [train] accumulate to "
+            f"{batches}"
         )
 
 
@@ -71,6 +73,7 @@ class _Run:
 
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
+        AcceleratorState._reset_state()  # so that an earlier training's precision is not this one's
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,
             log_with=list(config.trackers) or None,

@@ -18,7 +18,7 @@ from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder, tokenize
 from ..tables import from_table
 from .chance import Chance
-from .inputs import frozen
+from .inputs import frozen, source_of
 from .prior import PriorStage
 from .tower import TOWER, let_read
 
@@ -128,6 +128,9 @@ class LoraStage(PriorStage):
             let_read(prior, frozen(config, "text", "prior_text_encoder", TextEncoder))
         attach(prior, self.adapters)
         return prior
+
+    def bases(self, config: Mapping[str, Any]) -> list[str | Path]:
+        return [source_of(config, name) for name in ("prior", *(("text",) if self.adapters.text_targets else ()))]
 
     def texts(self) -> Callable[[Any, Chance, float], Tensor]:
         if not self.adapters.text_targets:

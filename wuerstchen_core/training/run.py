@@ -10,7 +10,7 @@ import torch
 
 from ..tables import from_table
 from .config import LoopConfig, check_tables, read_config
-from .inputs import source_of, told_of
+from .inputs import told_of
 from .loop import train
 from .stage import Stage
 
@@ -42,5 +42,5 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     loop = from_table(LoopConfig, config.get("train", {}), "train")
     torch.manual_seed(loop.seed)  # of the first weights
     trained = kind(config)
-    trained.told = told_of(config.get("start") if kind.sized else source_of(config, "prior"))
+    trained.told = told_of(trained.bases(config))
     return train(trained, loop, Path(config["run"]) / stage)

@@ -48,6 +48,10 @@ class Stage(ABC, Generic[N]):
     def parts(self, net: N) -> dict[str, nn.Module]:
         """The parts of a bundle that `net` (the EMA) holds."""
 
+    def bases(self, config: Mapping[str, Any]) -> list[str | Path]:
+        """The sources of the weights that it started from, whose licences go with what it trains."""
+        return [config["start"]] if "start" in config else []
+
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         """Write `net` (the EMA) as what the training is for."""
         save_bundle(path, self.parts(net), metadata)
@@ -56,4 +60,4 @@ class Stage(ABC, Generic[N]):
         """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
         for name, part in self.parts(net).items():
             if is_component(name, part):
-                save_component(folder / "diffusers" / name, name, part)
+                save_component(folder / "diffusers" / name, name, part, self.told)
