@@ -17,11 +17,14 @@ from wuerstchen_core.training.loop import train
 APART = Path(__file__).with_name("train_apart.py")
 
 
-@pytest.mark.parametrize(("way", "muon_lr"), [("replicated", CONFIG_APART.muon_lr), ("sharded", 0.0)])
-def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: float) -> None:
+@pytest.mark.parametrize(
+    ("way", "muon_lr", "launcher"),
+    [("replicated", CONFIG_APART.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
+)
+def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: float, launcher: str) -> None:
     """A batch of 4 in one process, or 2 in each of two: the same weights after 20 steps, and one log."""
     train(DeepLineStage(dropout=0.0), replace(CONFIG_APART, batch=4, muon_lr=muon_lr), tmp_path / "one")
-    launch(str(APART), way, str(tmp_path / "two"))
+    launch(str(APART), way, str(tmp_path / "two"), by=launcher)
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert one["step"] == two["step"] == 20
     for key in ("net", "average"):

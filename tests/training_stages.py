@@ -119,12 +119,21 @@ def config_of(folder: Path, stage: str) -> Path:
     return folder / f"{stage.replace('-', '_')}.toml"
 
 
-def launch(*command: str) -> None:
-    """Run a script, or a module after "-m", in two processes on the CPU, as `torchrun` does."""
+# Two processes on one machine. `accelerate launch` divides work over GPUs only, so it is told of some, and its
+# processes to leave them alone.
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(*command: str, by: str = "torchrun") -> None:
+    """Run a script, or a module after "-m", in two processes on the CPU, as `torchrun` or `accelerate launch` does."""
     tests = Path(__file__).parent
     paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", *LAUNCHERS[by].split()]
     done = subprocess.run(
         [*launcher, *command], env={**os.environ, **told}, capture_output=True, text=True, timeout=300, check=False
     )
