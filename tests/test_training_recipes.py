@@ -6,11 +6,13 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from training_pictures import examples, shard, table
 from training_stages import TABLES, read_log
 
@@ -23,7 +25,7 @@ from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.opening import PicturesConfig
-from wuerstchen_core.training.encoder import Compressor, EncoderConfig
+from wuerstchen_core.training.encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.run import STAGES, run
 
 RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
@@ -96,6 +98,33 @@ def test_a_release_has_its_encoders_features_in_its_priors_units(release: str) -
 def test_options_of_the_encoder_that_cannot_be_are_refused(told: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=rf"^\[encoder\] .*{why}"):
         EncoderConfig(**told)
+
+
+def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
+    """Of an EfficientNet of its sizes, with a classifier that it has no use for."""
+    from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig
+
+    def theirs(width: int) -> Path:
+        stages = [FusedMBConvConfig(1, 3, 2, 8, width, 1)]
+        network = EfficientNet(stages, dropout=0.2, last_channel=16, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+        torch.save(network.state_dict(), file := tmp_path / f"efficientnet-{width}.pth")
+        return file
+
+    path = theirs(8)
+    encoder = ImageEncoder(ImageEncoderParams(stages=SMALL, last_channel=16))
+    load_backbone(encoder, path)
+    given = torch.load(path, weights_only=True)
+    assert all(torch.equal(x, given[f"features.{key}"]) for key, x in encoder.backbone.state_dict().items())
+    told = {"run": str(tmp_path), "data": {"canvas": 64, "things": 2}, "encoder": {"backbone": str(path)}}
+    model = {"stages": [list(stage) for stage in SMALL], "last_channel": 16}
+    stage = EncoderStage({**told, "model": model})
+    assert torch.equal(stage.net.image_encoder.backbone[0][0].weight, given["features.0.0.weight"])
+    for wrong, why in ((theirs(16), "is of no EfficientNet of these sizes"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(ValueError, match=rf"^\[encoder\] backbone: .*{why}"):
+            load_backbone(encoder, wrong)
+    with pytest.raises(ValueError, match="holds no weights"):
+        (tmp_path / "none").write_bytes(b"no weights")
+        load_backbone(encoder, tmp_path / "none")
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checkpoints.files import read_weight_file
 from ..diffusion.schedule import expand
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ..models.prior import PriorParams, latents_from_features
@@ -36,6 +38,7 @@ class EncoderConfig:
     patch: int = 4  # pixels on a side that each of its last tokens becomes
     feature_scale: float = PriorParams.feature_scale  # of a new encoder, as the prior's: v1 has 1 and 0
     feature_shift: float = PriorParams.feature_shift
+    backbone: str = ""  # file of torchvision's EfficientNet of these sizes, to begin with: ImageNet's, in the original
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -55,6 +58,27 @@ def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn
         ]
     layers[-1] = nn.PixelShuffle(patch)
     return nn.Sequential(*layers)
+
+
+def load_backbone(encoder: ImageEncoder, path: Path) -> None:
+    """Begin with torchvision's weights of an EfficientNet, whose classifier is left out. ValueError if they are of
+    another, or none."""
+    if not path.is_file():
+        raise ValueError(f"[encoder] backbone: {path} does not exist; it is a file of torchvision's weights")
+    given = {
+        key.removeprefix("features."): x
+        for state in read_weight_file(path).states.values()
+        for key, x in state.items()
+        if key.startswith("features.")
+    }
+    own = encoder.backbone.state_dict()
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    if given.keys() - own.keys() or any(key not in given or given[key].shape != own[key].shape for key in needed):
+        raise ValueError(
+            f"[encoder] backbone: {path} is of no EfficientNet of these sizes: give the file of the one that [model] "
+            "stages describes (v2's is torchvision's efficientnet_v2_s, v1's efficientnet_v2_l)"
+        )
+    encoder.backbone.load_state_dict(given, strict=False)
 
 
 class Compressor(nn.Module):
@@ -87,6 +111,10 @@ class EncoderStage(Stage[Compressor]):
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
         encoder = started(config, "image_encoder", ImageEncoder, ImageEncoderParams)
+        if self.options.backbone:
+            if "start" in config:
+                raise ValueError("[encoder] backbone is for a new encoder: leave it out, or start")
+            load_backbone(encoder, Path(self.options.backbone))
         self.net = Compressor(encoder, self.options, begun="start" in config)
         self.pictures = pictures_of(config, captions=False)
 
