@@ -35,7 +35,7 @@ class TimesConfig:
     focus: float = 1.0
     regression: int = 0
     slow_times: bool = False
-    text_drop: float = 0.05  # share of captions that are empty; the default is the original's
+    text_drop: float = 0.05  # share of captions that are empty; the original empties as many whole batches
 
     def __post_init__(self) -> None:
         if not 0 <= self.text_drop <= 1:

@@ -1,7 +1,8 @@
 """Train Stage A: squared error, and the codebook loss once the latents have settled.
 
-The original's script was never published. Würstchen's Stage B reads latents that were not quantised, so most of the
-training is without the codebook; no discriminator is used.
+The original's script was never published. Würstchen's Stage B works on latents that were not quantised, so a part of
+each batch goes past the codebook. Of the original's discriminator the class is known, its weight in the loss is not:
+there is none here.
 """
 
 from __future__ import annotations
