@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
@@ -190,7 +191,7 @@ def _load(path: Path, stamp: np.ndarray) -> Index | None:
 def _save(path: Path, stamp: np.ndarray, index: Index) -> None:
     """Write an index file, whole or not at all, beside others who may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")
     names, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.names, index.bad, index.bad.values()))
     try:
         with draft.open("wb") as file:
