@@ -76,11 +76,28 @@ class PriorCond(comfy.conds.CONDRegular):
         return type(self)(cond, self.whole)
 
     def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> PriorCond:
-        prior = self.cond
-        if area is not None:
-            height, width, top, left = area
-            prior = resize_prior_latents(prior, self.whole)[..., top : top + height, left : left + width]
+        prior = self.cond if area is None else cut_prior(self.cond, self.whole, area)
         return self._copy_with(comfy.utils.repeat_to_batch_size(prior, batch_size))
+
+
+def cut_prior(prior: Tensor, whole: tuple[int, int], area: tuple[int, int, int, int]) -> Tensor:
+    """The part of Stage C latents that belongs to an area (h, w, top, left) of `whole` (h, w) latents of Stage B.
+
+    Where the area's edges are edges of Stage C latents these are cut out as they are, and the area is painted as the
+    same picture alone would be; else they are resized to Stage B's first.
+    """
+    starts, ends = area[2:], [start + size for start, size in zip(area[2:], area[:2], strict=True)]
+    scales = list(zip(prior.shape[-2:], whole, strict=True))
+    first, last = (
+        [divmod(edge * cells, size) for edge, (cells, size) in zip(edges, scales, strict=True)]
+        for edges in (starts, ends)
+    )
+    if any(rest for _, rest in (*first, *last)):
+        prior = resize_prior_latents(prior, whole)
+    else:
+        starts, ends = ([cell for cell, _ in edges] for edges in (first, last))
+    rows, columns = (slice(*edges) for edges in zip(starts, ends, strict=True))
+    return prior[..., rows, columns]
 
 
 def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from comfyui import REPOSITORY
+from PIL import Image
 
 NOTES = ("Note", "MarkdownNote")  # nodes of the canvas alone
 ALWAYS, MUTED = 0, 2  # modes of a node
@@ -56,3 +58,11 @@ def _inputs(node: Mapping[str, Any], info: Mapping[str, Any], sources: Mapping[i
     if values or linked:
         raise ValueError(f"node {node['id']} ({node['type']}) has more than its inputs: {values}, {list(linked)}")
     return inputs
+
+
+def halves(picture: Image.Image) -> list[Image.Image]:
+    """The left and the right half of a picture, without the few pixels beside their seam that Stage A blends."""
+    pixels, middle, blended = np.array(picture.convert("RGB")), picture.width // 2, 4
+    pixels[:, middle - blended : middle] = pixels[:, [middle - blended - 1]]
+    pixels[:, middle : middle + blended] = pixels[:, [middle + blended]]
+    return [Image.fromarray(half) for half in (pixels[:, :middle], pixels[:, middle:])]

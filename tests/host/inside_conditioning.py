@@ -143,6 +143,11 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
         )  # fmt: skip
         return sampler
 
+    # What Stage B is given in the right half of a picture whose halves have six latents of Stage C each.
+    cells = torch.arange(72.0).reshape(1, 1, 6, 12)
+    half = conditioning.PriorCond(cells, (64, 128)).process_cond(batch_size=2, area=(64, 64, 0, 64))
+    facts["half of Stage C"] = half.cond.tolist()
+
     # The upper and the lower part of a picture 1216 pixels high, which has 29 rows in Stage C, in the host's units.
     facts["parts in rows"] = [conditioning._in_latents((76, 8, top, 0), 8 / (128 / 3)) for top in (0, 76)]
 

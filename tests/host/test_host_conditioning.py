@@ -136,6 +136,8 @@ BOXES: dict[str, dict[str, Box]] = {
     "beyond the edge": {"prior": (1, 1, 5, 8), "decoder": (8, 8, 40, 56)},
     "bounds": {"prior": (6, 5, 0, 4), "decoder": (48, 32, 0, 32)},
 }
+# Stage B's boxes that are the left and the right half of Stage C's latents, and which of their columns these have.
+HALVES = {(48, 32, 0, 0): slice(PRIORS[-1] // 2), (48, 32, 0, 32): slice(PRIORS[-1] // 2, None)}
 
 
 class OneCall:
@@ -156,7 +158,10 @@ class OneCall:
         priors = self.priors if priors is None else priors
         if box:
             height, width, top, left = box
-            priors = resize_prior_latents(priors, x.shape[-2:])[..., top : top + height, left : left + width]
+            if box in HALVES:
+                priors = priors[..., HALVES[box]]
+            else:
+                priors = resize_prior_latents(priors, x.shape[-2:])[..., top : top + height, left : left + width]
             x = x[..., top : top + height, left : left + width]
         given = (text.expand(2, -1, -1),) if self.stage == "prior" else (priors, text.expand(2, -1, -1))
         return x - sigma * self.network(x * signal.sqrt(), torch.full((2,), T), *given)
@@ -213,6 +218,11 @@ def test_an_area_is_painted_for_itself_in_the_latents_of_its_stage(
     found, inner = one.found(case), one.found(case, box)
     torch.testing.assert_close(inner, one(case, one.a, box), rtol=1e-4, atol=1e-4)
     assert not found.abs().sum() - inner.abs().sum() > 1e-3 * inner.abs().sum()  # nothing is painted outside
+
+
+def test_an_area_of_whole_stage_c_latents_is_given_these_as_they_are(inside: Inside) -> None:
+    cells = torch.arange(72.0).reshape(1, 1, 6, 12)[..., 6:]
+    assert inside[1]["half of Stage C"] == cells.repeat(2, 1, 1, 1).tolist()
 
 
 def test_areas_side_by_side_leave_no_row_of_stage_c_unpainted(inside: Inside) -> None:
