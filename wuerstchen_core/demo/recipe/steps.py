@@ -21,6 +21,7 @@ from .steps_trials import (
     HARD_SEEDS,
     HARD_TRIALS,
     WHOLE,
+    WHOLE_EVERY,
     Study,
     read_results,
     some_scenes,
@@ -49,7 +50,7 @@ def main() -> None:
     for name, changes in WHOLE.items():
         if name not in results["whole"]:
             pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32")
-            results["whole"][name] = evaluate(pipe, **changes)
+            results["whole"][name] = evaluate(pipe, seeds=1, every=WHOLE_EVERY, **changes)
             write_results(results)
     (DOCS / "steps.md").write_text(page(results), encoding="utf-8")
     plot(results, DOCS / "steps.png")
