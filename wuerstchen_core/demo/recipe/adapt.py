@@ -93,7 +93,7 @@ TEXT = """# Adapting the shipped model
 
 Stage C decides what a picture shows, on latents 42 times smaller; Stages B and A draw what it decided. To adapt
 Würstchen is to train Stage C, or a LoRA of it. This page is written by `python -m wuerstchen_core.demo.recipe.adapt`,
-and measured for the shipped demo on {cores} cores.
+and measured for the shipped demo on {cores}.
 
 ![Before and after, twice](adapting.jpg)
 
@@ -123,7 +123,9 @@ def page(numbers: Mapping[str, Any], cores: int) -> str:
         line(f"{STRANGER.name}, from twelve pictures", numbers["thing"], "before", "after"),
         line("what it knew, without and with that LoRA", numbers["thing"], "known", "kept"),
     ]
-    return TEXT.format(cores=cores, larger=LARGER, new=STRANGER.name, rows="\n".join(rows))
+    return TEXT.format(
+        cores="one core" if cores == 1 else f"{cores} cores", larger=LARGER, new=STRANGER.name, rows="\n".join(rows)
+    )
 
 
 def main() -> None:
