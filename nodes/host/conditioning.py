@@ -86,7 +86,8 @@ def cut_prior(prior: Tensor, whole: tuple[int, int], area: tuple[int, int, int, 
     Where the area's edges are edges of Stage C latents these are cut out as they are, and the area is painted as the
     same picture alone would be; else they are resized to Stage B's first.
     """
-    starts, ends = area[2:], [start + size for start, size in zip(area[2:], area[:2], strict=True)]
+    starts = list(area[2:])
+    ends = [start + size for start, size in zip(starts, area[:2], strict=True)]
     scales = list(zip(prior.shape[-2:], whole, strict=True))
     first, last = (
         [divmod(edge * cells, size) for edge, (cells, size) in zip(edges, scales, strict=True)]

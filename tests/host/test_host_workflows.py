@@ -30,7 +30,6 @@ Graph = dict[str, Any]
 Paint = Callable[[Graph], Outcome]
 Load = Callable[[str], Graph]
 
-THING = {thing.name: i for i, thing in enumerate(THINGS)}
 LARGE = 0
 BIGG, CLIP_H = 128, 64  # widths of the small towers
 JPEG = 4.0  # of 255: what a picture may lose on average by being saved; another picture is off by 10 and more
@@ -157,13 +156,9 @@ def test_weights_choose_the_thing_and_the_negative_the_background(load: Load, pa
     assert thing == "cat" and background != "gray"
     check_picture(name, outcome)
 
-    def unlike_a_cat(picture: Image.Image) -> float:
-        array = pixels(picture)
-        return float(judge.distances(array, Scene(0, judge.background(array), LARGE))[0, THING["cat"]])
-
-    mixed, anyhow = load(name), load(name)
-    find(mixed, "WuerstchenTextEncode")["text"] = "a cat, a frog"
-    assert unlike_a_cat(outcome.pictures[0]) < unlike_a_cat(paint(mixed).pictures[0]) / 2  # 0.07 and 0.68 were observed
+    reversed_weights, anyhow = load(name), load(name)
+    find(reversed_weights, "WuerstchenTextEncode")["text"] = "a (cat:0.7), a (frog:1.3)"
+    assert shows(judge, paint(reversed_weights).pictures[0])[0] == "frog"
     negative = next(n["inputs"] for n in anyhow.values() if n["inputs"].get("text") == "a gray background")
     negative["text"] = ""
     assert shows(judge, paint(anyhow).pictures[0])[1] == "gray"
