@@ -22,7 +22,7 @@ def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-AREA = (16, 8, 0, 16)  # of Stage B's latents in `calls`: height, width, top, left
+AREA = (16, 12, 0, 12)  # of Stage B's latents in `calls`, amid one of Stage C's: height, width, top, left
 
 
 def preview(latent_format: Any, x: Tensor) -> Tensor:
