@@ -123,6 +123,13 @@ class Source:
             raise ValueError(f"{self.path}: {error}") from error
 
 
+def licences_of(sources: Iterable[Source]) -> dict[str, str]:
+    """All licences that sources name, as one "licence" of metadata; {} if none does."""
+    named = (source.metadata.get("licence") for source in sources)
+    found = dict.fromkeys(str(licence) for licence in named if licence)
+    return {"licence": " / ".join(found)} if found else {}
+
+
 def merged(sources: Iterable[Source]) -> dict[str, Any]:
     """What several sources say of the one model that they make: all parts, all licences, and of the rest the first
     word. ValueError where they name two releases.
@@ -135,8 +142,7 @@ def merged(sources: Iterable[Source]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for source in said:
         found = {**source.metadata, **found, "parts": {**source.metadata.get("parts", {}), **found.get("parts", {})}}
-    licences = dict.fromkeys(str(source.metadata["licence"]) for source in said if source.metadata.get("licence"))
-    return {**found, "licence": " / ".join(licences)} if licences else found
+    return {**found, **licences_of(said)}
 
 
 def absent(path: Path, name: str, held: list[str]) -> ValueError:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Part, build_part, read_part
 from ..checkpoints.read import SHIPPED, open_source
+from ..checkpoints.sources import licences_of
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.text_encoder import TextEncoder, tokenize
 from ..models.vqgan import VQGAN
@@ -60,9 +61,8 @@ def told_of(sources: Sequence[str | Path]) -> dict[str, Any]:
     """What a network that is trained from sources says of them: the name of the first and, if known, all licences."""
     if not sources:
         return {}
-    found = [open_source(source, headers_only=True).metadata.get("licence") for source in sources]
-    licences = dict.fromkeys(str(licence) for licence in found if licence)
-    return {"base": Path(sources[0]).name, **({"licence": " / ".join(licences)} if licences else {})}
+    opened = (open_source(source, headers_only=True) for source in sources)
+    return {"base": Path(sources[0]).name, **licences_of(opened)}
 
 
 def weights_of(config: Mapping[str, Any], stage: str, part: str) -> Part:
