@@ -18,7 +18,7 @@ from tiny_model import write_tiny_bundle
 from training_stages import launch
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.commands import bulk
+from wuerstchen_core.commands import bulk, progress
 from wuerstchen_core.commands.output import METADATA_KEY
 from wuerstchen_core.commands.painting import fingerprint
 from wuerstchen_core.commands.wanted import seed_of
@@ -155,6 +155,7 @@ BAD = [
     ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "the fast schedule has 6 steps, not 9"),
     ({"prompt": PROMPT, "token_mode": "argmax"}, "this model's Stage B paints no tokens"),
     ('{"prompt": "\\ud800"}', "surrogates not allowed"),
+    ({"prompt": PROMPT, "seed": json.loads("[" * 900 + "]" * 900)}, "recursion"),
 ]
 
 
@@ -166,13 +167,13 @@ def test_bad_lines_are_named_and_the_rest_is_painted(
     assert run(*command(bundle, prompts, out, "--json")) == 2
     out_text, last = capsys.readouterr()
     report, named = json.loads(out_text), caplog.messages
-    assert (report["painted"], report["there"]) == (2, 0) and set(files(out)) == both(["000001", "000017"])
+    assert (report["painted"], report["there"]) == (2, 0) and set(files(out)) == both(["000001", "000018"])
     assert len(named) == len(BAD) == len(report["left_out"])
     for number, (line, (_, reason)) in enumerate(zip(named, BAD, strict=True), 3):
         assert line.startswith(f"line {number} of {prompts} is left out: ") and reason in line and len(line) < 500
         assert reason in report["left_out"][str(number)]
     assert (
-        last == f"left out of {prompts}, for the reasons above, were lines 3, 4, 5 and 11 more; all else is painted\n"
+        last == f"left out of {prompts}, for the reasons above, were lines 3, 4, 5 and 12 more; all else is painted\n"
     )
 
 
@@ -210,18 +211,62 @@ def test_what_cannot_be_meant(bundle: Path, prompts: Path, tmp_path: Path, capsy
     capsys.readouterr()
     for more in ((), ("--shards", "2")):
         assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, shards, *more))
+    (shards / "000000-by-1.tar").rename(shards / ".000000-by-1")  # as a killed run has one that it began
+    (shards / ".000000-by-1").unlink(), (shards / ".000000-by-1").mkdir()
+    for more in ((), ("--shards", "2")):
+        assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, shards, *more))
     (shards / "000000-by-1.tar").write_bytes(b"no tar")
     assert "no shard that can be read" in failure(capsys, *command(bundle, prompts, shards, "--shards", "1"))
     new = tmp_path / "new"
     assert "--shards 0 cannot be used" in failure(capsys, *command(bundle, prompts, new, "--shards", "0"))
     assert "--batch 0 cannot be used" in failure(capsys, *command(bundle, prompts, new, "--batch", "0"))
     assert "100x64 pixels" in failure(capsys, *command(bundle, prompts, new, "--width", "100"))
+    assert "none.jsonl does not exist: name a file" in failure(
+        capsys, *command(bundle, tmp_path / "none.jsonl", tmp_path / "x")
+    )
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]), encoding="utf-16")
+    assert run(*command(bundle, tmp_path / "p.jsonl", new)) == 2 and "lines 1;" in capsys.readouterr().err
     assert "holds no prompt" in failure(capsys, *command(bundle, write(tmp_path / "empty", [""]), new))
     assert "is no folder" in failure(capsys, *command(bundle, prompts, prompts))
     assert "give one as --output" in failure(capsys, "generate", "--prompts", prompts)
     assert "either a PROMPT or" in failure(capsys, *command(bundle, prompts, new), PROMPT)
     assert "either a PROMPT or" in failure(capsys, "generate")
     assert "are for a file of --prompts" in failure(capsys, "generate", PROMPT, "--batch", "2")
+
+
+@pytest.mark.parametrize("more", [(), ("--shards", "1")])
+def test_nothing_is_painted_beside_pictures_that_were_made_otherwise(
+    bundle: Path, prompts: Path, tmp_path: Path, painted: list[int], more: tuple[str, ...], capsys: Any
+) -> None:
+    """Whatever is missing before them."""
+    out = tmp_path / "out"
+    assert run(*command(bundle, prompts, out, *more)) == 0
+    [first] = [path for path in out.iterdir() if path.name in ("000001.png", "000000-by-1.tar")]
+    first.unlink()
+    painted.clear(), capsys.readouterr()
+    assert "of another prompt, seed" in failure(capsys, *command(bundle, prompts, out, *more, "--seed", "1"))
+    assert not painted and not first.exists()
+    assert run(*command(bundle, prompts, out, *more)) == 0 and len(painted) == 1
+
+
+@pytest.mark.parametrize(("name", "content"), [("000002.png", b"mine"), ("000002.json", b'{"caption": "mine"}')])
+def test_what_somebody_else_put_there_is_left_alone(
+    bundle: Path, prompts: Path, tmp_path: Path, painted: list[int], name: str, content: bytes, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(content)
+    assert f"holds {name}, which no run with --prompts left" in failure(capsys, *command(bundle, prompts, out))
+    assert files(out) == {name: content} and not painted
+
+
+def test_a_run_without_a_terminal_says_now_and_then_how_far_it_is(
+    bundle: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    assert run(*command(bundle, prompts, tmp_path / "out")) == 0
+    assert capsys.readouterr().err.splitlines() == [f"{n} of 8 pictures are there" for n in range(1, 9)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that was not there before is forked")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.data.tally import listed
 from .painting import load, numbers_of
-from .progress import Progress
+from .progress import Lines, Progress
 from .results import PictureFolder, Shard, check_form, shard_path
 from .wanted import KEYS, NUMBERS, Wanted, read_lines, wanted
 
@@ -56,8 +56,12 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} {value} cannot be used: give a number of at least 1")
     if options.output is None:
         raise ValueError("--prompts needs a folder to paint into: give one as --output")
+    if not options.prompts.exists():
+        raise ValueError(f"{options.prompts} does not exist: name a file with a JSON table in each line as --prompts")
     check_form(options.output, options.shards)
     options.device = device_of(options.device, local)
+    if (options.batch or 1) > 1:
+        options.smaller = "choose a smaller --batch"
     started = time.perf_counter()
     pipeline, models = load(options)
     plan = read_plan(options, pipeline, rank, world)
@@ -97,7 +101,7 @@ def read_plan(options: argparse.Namespace, pipeline: WuerstchenPipeline, rank: i
             continue
         try:
             pictures = wanted(number, raw, defaults, pipeline.sampling, options.seed)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             plan.bad[number] = " ".join(str(error).split())
             log.warning("line %d of %s is left out: %s", number, options.prompts, plan.bad[number])
             continue
@@ -108,25 +112,28 @@ def read_plan(options: argparse.Namespace, pipeline: WuerstchenPipeline, rank: i
 def _paint_all(
     options: argparse.Namespace, pipeline: WuerstchenPipeline, plan: Plan, models: Mapping[str, Any], shown: bool
 ) -> tuple[int, int]:
-    """How many pictures were painted, and how many were there."""
-    total, painted, there = sum(map(len, plan.pictures.values())), 0, 0
+    """How many pictures were painted, and how many were there. Raises ValueError before it paints."""
+    work: list[tuple[PictureFolder, list[Wanted]]] = []
     for number, pictures in plan.pictures.items():
         place = PictureFolder(options.output)
         if options.shards:
             place = Shard(shard_path(options.output, number, options.shards))
-        missing = _missing(pictures, place, models)
-        there += len(pictures) - len(missing)
+        work.append((place, _missing(pictures, place, models)))
+    total, painted = sum(map(len, plan.pictures.values())), 0
+    there, told = total - sum(len(missing) for _, missing in work), Lines()
+    for place, missing in work:
         for alike in _batches(missing, options.batch or 1):
             progress = Progress(f"picture {there + painted + 1} of {total}: ") if shown else None
-            told = {**alike[0].sampling.numbers(), "negative": alike[0].negative, "callback": progress}
+            how = {**alike[0].sampling.numbers(), "negative": alike[0].negative, "callback": progress}
             try:
-                images = pipeline.generate([one.prompt for one in alike], seed=[one.seed for one in alike], **told)
+                images = pipeline.generate([one.prompt for one in alike], seed=[one.seed for one in alike], **how)
             finally:
                 if progress is not None:
                     progress.clear()
             for one, image in zip(alike, images, strict=True):
                 place.add(one.name, image, one.made(models))
             painted += len(images)
+            told.show(f"{there + painted} of {total} pictures are there")
         place.close()
     return painted, there
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAR = 30  # characters of the progress bar
+PAUSE = 30.0  # seconds between two lines where there is no terminal
 
 
 class Bar:
@@ -31,6 +32,20 @@ class Bar:
     def _write(self, line: str) -> None:
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
+
+
+class Lines:
+    """A line on stderr now and then, if that is no terminal but a file or another program."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def show(self, words: str) -> None:
+        """Show how far the work is, unless it was shown lately."""
+        if not sys.stderr.isatty() and time.monotonic() - self._last >= PAUSE:
+            self._last = time.monotonic()
+            sys.stderr.write(f"{words}\n")
+            sys.stderr.flush()
 
 
 class Progress:

@@ -32,9 +32,16 @@ class PictureFolder:
         self.folder = folder
 
     def made(self, names: Iterable[str]) -> dict[str, Made]:
-        """How those of the pictures were made that are there, by name."""
-        whole = self._whole().intersection(names)
-        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in whole}
+        """How those of the pictures were made that are there, by name; ValueError if one's file is somebody else's."""
+        names, there = set(names), self._files()
+        for name in sorted(names):
+            half = {f"{name}.json", f"{name}.png"} & there
+            if len(half) == 1 and not self._is_ours(*half):
+                raise ValueError(
+                    f"{self.folder} holds {min(half)}, which no run with --prompts left: "
+                    "move it away, or give another --output"
+                )
+        return self._tables(names)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -52,10 +59,22 @@ class PictureFolder:
     def close(self) -> None:
         """Nothing is left to do: every picture is in its place."""
 
+    def _files(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+
     def _whole(self) -> set[str]:
         """The names of the pictures in the folder."""
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        there = self._files()
         return {name[:-4] for name in there if name.endswith(".png") and f"{name[:-4]}.json" in there}
+
+    def _tables(self, names: Iterable[str]) -> dict[str, Made]:
+        """How those of the pictures were made that are in the folder."""
+        whole = self._whole().intersection(names)
+        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in whole}
+
+    def _is_ours(self, half: str) -> bool:
+        """Whether a file is what a killed process left of a picture: its table, which is written first."""
+        return half.endswith(".json") and "weights" in _read((self.folder / half).read_bytes(), self.folder / half)
 
 
 class Shard(PictureFolder):
@@ -70,7 +89,7 @@ class Shard(PictureFolder):
 
     def made(self, names: Iterable[str]) -> dict[str, Made]:
         packed = {name[:-5]: _read(content, self.path / name) for name, content in self._packed(".json")}
-        return {**packed, **super().made(names)}
+        return {**packed, **self._tables(names)}
 
     def close(self) -> None:
         """Pack what waits, with what was packed before."""
@@ -115,6 +134,7 @@ def check_form(folder: Path, lines: int | None) -> None:
         raise ValueError(f"{folder} is no folder: give one as --output for the pictures of --prompts")
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".png"))
+    names += sorted(f"{path.name}.tar" for path in folder.glob(".*-by-*") if path.is_dir())  # begun, of a killed run
     if other := next((name for name in names if not name.endswith(_of(lines) if lines else ".png")), ""):
         raise ValueError(f"{folder} holds {other}, from a run with other --shards: give the same, or another folder")
 

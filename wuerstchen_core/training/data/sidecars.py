@@ -40,7 +40,9 @@ def table_from_json(raw: bytes, name: str) -> dict[str, Any]:
     """The table in the bytes of JSON; ValueError if there is none."""
     try:
         table = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # what is no UTF-8 is a ValueError too
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
+    except (ValueError, RecursionError):
         raise ValueError(f"{name} is no JSON") from None
     if not isinstance(table, dict):
         raise ValueError(f"{name} holds no JSON table but {type(table).__name__}")
