@@ -352,6 +352,15 @@ def stop_at(pick: Any, step: int) -> Any:
     return picked
 
 
+def test_pictures_are_not_cached_among_themselves(config: Path, tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for output in ("", source / ".." / "pictures"):
+        with pytest.raises(ValueError, match=r"^\[cache\] output '.*' is no place for a cache: name a new folder$"):
+            make_cache(config, [f"data.source='{source}'", f"cache.output='{output}'"])
+    assert not list(source.iterdir())
+
+
 def test_shards_that_are_no_caches_are_left_alone(config: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.tar").write_bytes(b"somebody's")

@@ -18,8 +18,10 @@ from torch import Tensor
 from training_line import CONFIG, LineStage, files
 from training_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
 
+from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.training import loop
 from wuerstchen_core.training.loop import learning_rate, train
+from wuerstchen_core.training.optimizers import build_optimizers
 from wuerstchen_core.training.saved import checkpoints, replace_file
 
 
@@ -115,6 +117,28 @@ def test_what_fsdp_would_lose_is_refused() -> None:
     stage.undivided = "the codes of vqgan"
     with pytest.raises(ValueError, match="^the codes of vqgan can't be trained by FSDP, which divides weights: train"):
         loop.check_setup(accelerator, CONFIG, stage)
+
+
+def test_fsdp_takes_networks_whole() -> None:
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    for given in ({"fsdp_plugin": plugin}, {}):
+        loop.take_whole(SimpleNamespace(state=SimpleNamespace(**given)))
+    assert not plugin.cpu_ram_efficient_loading
+
+
+def test_an_older_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    net = Prior(PriorParams(c=64, c_cond=16, depth=1, nhead=1))
+    with pytest.raises(ValueError, match=r"^torch .* has no Muon: update it, or leave \[train\] muon_lr out$"):
+        build_optimizers(net, torch.device("cpu"), 1e-3)
+    assert list(build_optimizers(net, torch.device("cpu"))) == ["adamw"]
+
+
+def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(LineStage(), CONFIG, tmp_path)
+    with caplog.at_level("INFO"):
+        train(LineStage(), CONFIG, tmp_path)
+    assert f"{tmp_path} is at step {CONFIG.steps} already: raise [train] steps, or give another run" in caplog.text
 
 
 def test_a_batch_that_is_no_number_leaves_no_trace(tmp_path: Path) -> None:

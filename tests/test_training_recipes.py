@@ -26,6 +26,7 @@ from wuerstchen_core.tables import from_table
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.opening import PicturesConfig
 from wuerstchen_core.training.encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
+from wuerstchen_core.training.lora import AdapterConfig, attach
 from wuerstchen_core.training.run import STAGES, run
 
 RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
@@ -68,6 +69,15 @@ def test_it_builds_the_published_network(recipe: str) -> None:
         assert params.stages == (EFFICIENTNET_V2_L if "v1" in recipe else EFFICIENTNET_V2_S)
     if "encoder" not in recipe and recipe != "vqgan":
         assert params.dropout == 0.1  # as the original trains
+
+
+def test_the_lora_is_put_on_the_published_prior() -> None:
+    options = from_table(AdapterConfig, read_config(RECIPES["v2_lora"], [])["lora"], "lora")
+    with torch.device("meta"):
+        network = Prior(PriorParams())
+        attach(network, options)
+    learned = [p.numel() for p in network.parameters() if p.requires_grad]
+    assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

@@ -73,7 +73,8 @@ def _bundled(root: Path, found: Mapping[str, Path]) -> dict[str, Path]:
 def open_folder(root: Path, wanted: str | None, headers_only: bool) -> Source:
     """Open a pipeline's or a component's folder; of a pipeline only the part `wanted`, if one is named."""
     if _weights_of(root) is not None:
-        return _open_component(root, headers_only)
+        source = _open_component(root, headers_only)
+        return replace(source, metadata=_card_licence(root) | dict(source.metadata))
     found = {name: folder for name in PARTS if (folder := _component(root, name)) is not None}
     index = root / "model_index.json"
     if not index.is_file():

@@ -25,6 +25,7 @@ class StageB(DiffusionStage[N]):
     """What the Stages B of v1 and v2 share: features, spoilt at times, and Stage A's way back to pictures."""
 
     part: str  # of a bundle
+    reads = "decoder_text_encoder"
     units = PriorParams()  # of the features
     spoilt: SpoiltFeatures
     networks = {**DiffusionStage.networks, "latents": "vqgan"}

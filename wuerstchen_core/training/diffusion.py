@@ -10,13 +10,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoints.parts import text_width, tower_name
 from ..diffusion.schedule import diffuse
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import TextEncoder
 from ..sampling import Sampling
 from .chance import Chance
 from .files import pictures_of
-from .inputs import features_of, frozen, text_states
+from .inputs import features_of, frozen, text_states, weights_of
 from .objectives import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
 from .pictures import sheet
 from .stage import N, Stage
@@ -27,6 +28,7 @@ class DiffusionStage(Stage[N]):
 
     tables: tuple[str, ...] = ("noise",)
     noise: TimesConfig
+    reads = "prior_text_encoder"  # through this tower of a source that holds two
     # What is asked of pictures, and the network that computes it: only read where it has to, or when a sheet needs it.
     networks: Mapping[str, str] = {"features": "encoder", "text": "tower"}
 
@@ -35,8 +37,15 @@ class DiffusionStage(Stage[N]):
             freeze_quick_times(self.net)
             self.undivided = "[noise] slow_times"
         self.config = config
-        self.pictures = pictures_of(config)
+        self.pictures = pictures_of(config, tower=self.reads)
         self.frozen = tuple(getattr(self, self.networks[name]) for name in self.networks if self.pictures.lacks(name))
+        params: Any = self.net.params
+        width, needed = weights_of(config, "text", self.reads).params.width, text_width(params)
+        if needed is not None and width != needed:
+            raise ValueError(
+                f"this {self.name} reads the text through {tower_name(needed)}, but what [inputs] names as text is "
+                f"{tower_name(width)}: name another, or, to start from nothing, give [model] its width"
+            )
         self.text = self.texts()
 
     @cached_property
@@ -45,7 +54,7 @@ class DiffusionStage(Stage[N]):
 
     @cached_property
     def tower(self) -> TextEncoder:
-        return frozen(self.config, "text", "prior_text_encoder", TextEncoder)
+        return frozen(self.config, "text", self.reads, TextEncoder)
 
     def features_of(self, images: Tensor) -> Tensor:
         """Features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""

@@ -17,7 +17,7 @@ from .data.buckets import fit
 from .data.cached import Record, no_words
 from .data.loading import Batch, IndexedPictures
 from .data.opening import PicturesConfig, cache_of, open_pictures
-from .inputs import fingerprint_of
+from .inputs import MADE_BY, fingerprint_of
 from .pictures import Compute, DataConfig, DemoPictures, DemoShapes, Pictures, Shown, as_it_is
 
 log = logging.getLogger(__name__)
@@ -133,13 +133,14 @@ class FilePictures(Pictures):
         return Shown(torch.stack(images), texts)
 
 
-def pictures_of(config: Mapping[str, Any], captions: bool = True) -> Pictures:
+def pictures_of(config: Mapping[str, Any], captions: bool = True, tower: str = MADE_BY["text"][1]) -> Pictures:
     """The pictures that a configuration asks for: of the source that its `[data]` table names, or the demo's.
 
-    Without `captions` none are needed.
+    Without `captions` none are needed; `tower` is the part of a bundle that reads them.
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        return FilePictures(data, captions, cache(partial(fingerprint_of, config)))  # it is asked more than once
+        made_by = cache(partial(fingerprint_of, config, tower=tower))  # it is asked more than once
+        return FilePictures(data, captions, made_by)
     several = len(from_table(DataConfig, data, "data").shapes) > 1
     return DemoShapes(data) if several else DemoPictures(data)

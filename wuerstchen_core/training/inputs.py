@@ -80,10 +80,11 @@ def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N
     return network
 
 
-def fingerprint_of(config: Mapping[str, Any], name: str) -> str:
-    """The sha256 of the weights that compute what `MADE_BY` knows by this name."""
+def fingerprint_of(config: Mapping[str, Any], name: str, tower: str = MADE_BY["text"][1]) -> str:
+    """The sha256 of the weights that compute what `MADE_BY` knows by this name; of texts, this `tower` of a bundle."""
+    stage, part = MADE_BY[name]
     digest = hashlib.sha256()
-    for key, x in sorted(weights_of(config, *MADE_BY[name]).state_dict.items()):
+    for key, x in sorted(weights_of(config, stage, tower if name == "text" else part).state_dict.items()):
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

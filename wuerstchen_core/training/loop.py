@@ -68,6 +68,13 @@ def check_setup(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any])
         )
 
 
+def take_whole(accelerator: Accelerator) -> None:
+    """Let FSDP take networks as they are: made again of a state dict alone, as accelerate has it by default, they lose
+    what is not in it, such as the weights that a LoRA leaves as they are."""
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        plugin.cpu_ram_efficient_loading = False
+
+
 class _Run:
     """A training as one process sees it."""
 
@@ -86,6 +93,7 @@ class _Run:
         check_setup(self.accelerator, config, stage)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
+        take_whole(self.accelerator)
         self.bones = skeleton(stage.net)
         if config.checkpointing:
             recompute_blocks(stage.net)
@@ -100,6 +108,8 @@ class _Run:
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
         start, before, data = self._resume()
+        if start >= config.steps:
+            log.info("%s is at step %d already: raise [train] steps, or give another run folder", self.folder, start)
         self._begin(data)
         if config.trackers:
             of = {"tensorboard": {"purge_step": start + 1}}  # what a stopped run wrote beyond its last checkpoint

@@ -26,5 +26,7 @@ def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0)
         raise ValueError("[train] muon_lr leaves AdamW nothing to train here: leave it out")
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(others, device)}
     if matrices:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"torch {torch.__version__} has no Muon: update it, or leave [train] muon_lr out")
         optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")
     return optimizers

@@ -59,7 +59,9 @@ class PriorStage(NoisePrediction[Prior]):
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: Sampling) -> Tensor | None:
         """The captions painted; only once there is a decoder to paint with, and a tower to read them to it."""
         stage, part, kind = PAINTERS[release([net.params])]
-        if not all(is_there(source_of(self.config, name)) for name in (stage, "vqgan")):
+        sources = {name: source_of(self.config, name) for name in (stage, "vqgan")}
+        if missing := [name for name, source in sources.items() if not is_there(source)]:
+            log.info("no sheet: it is painted by what [inputs] names as %s", " and ".join(missing))
             return None
         place = next(net.parameters()).device
         painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind).to(place)}

@@ -62,6 +62,7 @@ class TextStage(Stage[Contrast]):
 
     name = "text"
     tables = ("text",)
+    undivided = "the temperature of text"
 
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")

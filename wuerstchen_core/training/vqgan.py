@@ -35,6 +35,15 @@ class VQGANConfig:
     quantized: float = 0.5  # share of a batch that is decoded from its codes
     quantize_from: int = 200  # steps without the codebook, which is then seeded with latents
 
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.quantize_from < 1:
+            raise ValueError(
+                "[vqgan] margin must be 0 or more and quantize_from 1 or more, "
+                f"got {self.margin} and {self.quantize_from}"
+            )
+        if not 0 <= self.quantized <= 1:
+            raise ValueError(f"[vqgan] quantized is a share from 0 to 1, got {self.quantized}")
+
 
 class Autoencoder(nn.Module):
     """A VQGAN that takes pictures through its codes, or past them."""
