@@ -61,6 +61,15 @@ def test_curves_are_of_hundred_steps_each() -> None:
     assert curves.means(rows) == ([50.0, 150.0, 250.0], [0.0, 1.0, 1.0])
 
 
+def test_the_curve_of_a_second_training_goes_on_behind_the_first(tmp_path: Path) -> None:
+    for name, steps in (("decoder", (20, 40)), ("decoder_again", (20,)), ("vqgan", (20,))):
+        rows = [{"step": step, "seconds": step / 10, "loss": 1.0} for step in steps]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [(row["step"], row["seconds"]) for row in curves.both(tmp_path, "decoder")]
+    assert told == [(20, 2.0), (40, 4.0), (60, 6.0)]
+    assert curves.both(tmp_path, "vqgan") == [{"step": 20, "seconds": 2.0, "loss": 1.0}]
+
+
 NUMBERS = {
     "thing": {"percent": 96.5, "interval": [95.0, 97.6], "count": 696},
     "another_thing": {"percent": 1.0, "interval": [0.5, 2.1], "count": 696},

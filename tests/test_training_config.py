@@ -161,11 +161,28 @@ SHOWN = {
     "decoder": EVERYTHING,
     "prior": replace(EVERYTHING, most=1200),
 }
+VQGAN_BAD = [
+    ("margin=-1", "margin must be 0 or more and quantize_from 1 or more, got -1 and 2"),
+    ("quantize_from=0", "margin must be 0 or more and quantize_from 1 or more, got 8 and 0"),
+    ("quantized=1.5", "quantized is a share from 0 to 1, got 1.5"),
+]
 
 
-@pytest.mark.parametrize(("stage", "file"), [*((stage, "") for stage in ALL), ("prior", build_v1.STAGES["prior"])])
+@pytest.mark.parametrize(("told", "why"), VQGAN_BAD)
+def test_options_of_stage_a_that_cannot_be_are_refused(told: str, why: str, tmp_path: Path) -> None:
+    write_configs(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"^\[vqgan\] {why}$"):
+        run("vqgan", config_of(tmp_path, "vqgan"), [f"vqgan.{told}"])
+
+
+SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND, ("prior", build_v1.STAGES["prior"])]
+)
 def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
-    config, _ = recipe(stage, file)
+    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
     trainer = importlib.import_module(f"wuerstchen_core.training.{stage.replace('-', '_')}")
     kind = getattr(trainer, TRAINERS[stage])
     check_tables(config, kind.tables)
@@ -177,6 +194,12 @@ def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
     tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
     for table in kind.tables:
         from_table(getattr(trainer, tables[table]), config.get(table, {}), table)
+
+
+@pytest.mark.parametrize(("stage", "file"), SECOND)
+def test_a_second_training_alone_goes_on_where_the_recipe_put_the_first(stage: str, file: str) -> None:
+    own, told = (read_config(build.RECIPE / file, given) for given in ([], build.from_first(Path("runs/demo"), stage)))
+    assert own == told and own["start"] == str(build.folders_of(Path("runs/demo"))[stage] / f"{stage}.safetensors")
 
 
 def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:

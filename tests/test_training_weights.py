@@ -25,6 +25,7 @@ from wuerstchen_core.demo.recipe import build, build_v1
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.models.text_encoder import TextEncoder
+from wuerstchen_core.sampling import Sampling
 from wuerstchen_core.training.run import run
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -88,20 +89,49 @@ def test_licences_go_with_what_is_trained_from_a_folder(run_folder: Path, inputs
         assert describe(source).licence == "cc-by-nc-4.0"
     again = run("prior", config_of(run_folder, "prior"), [*changes, f"run='{second}'", f"start='{of_diffusers}'"])
     assert (read_metadata(again)["licence"], read_metadata(again)["base"]) == ("cc-by-nc-4.0", "prior")
+    alone = shutil.copytree(base / "prior", tmp_path / "alone")  # a component with a card of its own
+    assert describe(alone).licence is None
+    shutil.copy(base / "README.md", alone)
+    assert describe(alone).licence == "cc-by-nc-4.0"
+
+
+def test_each_stage_reads_through_its_own_tower(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """Of a source that holds both, as v2 has them; one of another width than the stage's is refused."""
+    both = tmp_path / "both.safetensors"
+    towers = {"prior_text_encoder": TEXT, "decoder_text_encoder": replace(TEXT, width=64)}
+    save_bundle(both, {name: TextEncoder(params) for name, params in towers.items()}, {})
+    told = [*inputs, f"run='{tmp_path}'", f"inputs.text='{both}'", "train.steps=1"]
+    fits = {"prior": "model.c_cond=32", "decoder": "model.clip_embd=64"}
+    for stage, width in fits.items():
+        assert run(stage, config_of(run_folder, stage), [*told, width]).exists()
+        with pytest.raises(ValueError, match=rf"^this {stage} reads the text through .*, but what \[inputs\] names as"):
+            run(stage, config_of(run_folder, stage), [*told, width.replace("32", "48").replace("64", "48")])
+
+
+def test_a_prior_without_who_paints_its_sheets_says_so(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [*inputs_of(run_folder, but="decoder"), f"run='{tmp_path}'", "train.steps=1", "train.sheet_every=1"]
+    with caplog.at_level(logging.INFO):
+        run("prior", config_of(run_folder, "prior"), told)
+    assert "no sheet: it is painted by what [inputs] names as decoder" in caplog.text
 
 
 def test_the_bundle_paints(run_folder: Path) -> None:
     bundle = run_folder / "bundle.safetensors"
     metadata = read_metadata(bundle)
     assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
-    assert set(metadata["training"]) == set(STAGES) and metadata["training"]["prior"]["step"] == 4
+    assert set(metadata["training"]) == {*STAGES, "decoder_again", "prior_again"}
+    assert metadata["training"]["prior"]["step"] == 4
     assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
     pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
     assert all(getattr(pipe, part) is not None for part in PARTS_OF["v2"])
     assert pipe.prior_text_encoder is pipe.decoder_text_encoder
-    assert (pipe.sampling.width, pipe.sampling.prior_steps) == (256, 20)
-    trained = ema_of(run_folder / "prior")["projection.weight"]
-    assert torch.equal(pipe.prior.projection.weight, trained.bfloat16().float())
+    assert pipe.sampling == Sampling().changed(width=256, height=256, schedule="fast", prior_guidance=3.0)
+    for stage, network in (("prior", pipe.prior), ("decoder", pipe.decoder)):  # of the second training
+        trained, first = ema_of(run_folder / "again" / stage), load_file(run_folder / stage / f"{stage}.safetensors")
+        assert all(torch.equal(x, trained[key].bfloat16().float()) for key, x in network.state_dict().items())
+        assert any(not torch.equal(x, first[f"{stage}.{key}"]) for key, x in trained.items())
     [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
     assert image.size == (128, 64) and np.asarray(image).std() > 0
 
@@ -164,9 +194,10 @@ def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
     assert not (tmp_path / "logs").exists()
     monkeypatch.setattr(build, "demo_path", lambda: target)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
-    for stage in STAGES:
-        assert read_log(run_folder / stage) == [
-            json.loads(line) for line in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
+    folders = {**{stage: stage for stage in STAGES}, "decoder_again": "again/decoder", "prior_again": "again/prior"}
+    for name, folder in folders.items():
+        assert read_log(run_folder / folder) == [
+            json.loads(line) for line in (tmp_path / "logs" / f"{name}.jsonl").read_text().splitlines()
         ]
 
 

@@ -107,9 +107,10 @@ stratified = true
 
 
 def write_configs(folder: Path, run: Path) -> None:
-    """The recipe's TOML files, one a stage, and v1's own prior's."""
+    """The recipe's TOML files: one a stage, those of the second trainings, and v1's own prior's."""
     of_v1 = TABLES["prior"].replace("[noise]", "feature_scale = 1.0\nfeature_shift = 0.0\n[noise]")
-    for name, tables in {**TABLES, "prior_v1": of_v1}.items():
+    again = {f"{stage}_again": "[noise]" + TABLES[stage].split("[noise]")[1] for stage in ("decoder", "prior")}
+    for name, tables in {**TABLES, **again, "prior_v1": of_v1}.items():
         text = COMMON.format(run=json.dumps(str(run))) + tables
         config_of(folder, name).write_text(text, encoding="utf-8")
 

@@ -61,7 +61,8 @@ def assemble(run: Path, target: Path, source: Path) -> None:
     training = read_metadata(source)["training"]
     training = {stage: training[stage] for stage in TAKEN} | {stage: last_step(run / stage) for stage in STAGES}
     about = metadata(SAMPLING, training, trained_on(RECIPE / STAGES["prior"]))
-    save_bundle(target, collect(run, "v1"), about, dtype=FP8)
+    parts = collect({stage: run / stage for stage in (*TAKEN, *STAGES)}, "v1")
+    save_bundle(target, parts, about, dtype=FP8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(stage, RECIPE / file, [f"run='{options.run}'"])
     assemble(options.run, options.output, demo_path())
     if options.output == demo_path("demo-v1"):
-        keep_logs(options.run, RECIPE / "logs" / "v1", STAGES)
+        keep_logs({stage: options.run / stage for stage in STAGES}, RECIPE / "logs" / "v1")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ def means(rows: list[dict[str, Any]], steps: int = MEAN_OF) -> tuple[list[float]
     return [(group - 0.5) * steps for group in groups], [sum(losses) / len(losses) for losses in groups.values()]
 
 
+def both(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage's logs: its second training, if there is one, behind its first."""
+    first, more = (rows_of(folder / f"{name}.jsonl") for name in (stage, f"{stage}_again"))
+    return [*first, *({**row, **{key: row[key] + first[-1][key] for key in ("step", "seconds")}} for row in more)]
+
+
 def plot(folder: Path, path: Path) -> None:
     """The loss of each stage by its steps, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +33,7 @@ def plot(folder: Path, path: Path) -> None:
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
-        rows = rows_of(folder / f"{stage}.jsonl")
+        rows = both(folder, stage)
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="tab:blue", alpha=0.3)
         axes.plot(*means(rows), color="tab:blue")
         axes.set_yscale("log")
