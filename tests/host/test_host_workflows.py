@@ -145,8 +145,8 @@ def test_v1_paints_what_the_pipeline_paints(load: Load, paint: Paint, judge: Jud
     [expected] = WuerstchenPipeline.load("demo-v1", device="cpu", dtype="fp32").generate(
         "a red apple on a blue background", seed=1
     )
-    apart = np.abs(pixels(outcome.pictures[0]).astype(int) - pixels(expected))
-    assert np.median(apart) == 0 and apart.mean() < 0.5  # rounding tips the choice of a token here and there
+    more = pixels(expected).astype(int) - pixels(outcome.pictures[0])  # ComfyUI cuts off what we round
+    assert np.isin(more, (0, 1)).mean() > 0.99  # rounding may tip the choice of a token
 
 
 def test_weights_choose_the_thing_and_the_negative_the_background(load: Load, paint: Paint, judge: Judge) -> None:
