@@ -120,7 +120,7 @@ def test_a_metadata_file_is_believed_before_what_stands_beside(tmp_path: Path) -
     assert folder.entries["aesthetic"][0] == 5.5
     assert folder.bad == {
         "metadata.jsonl:4": "metadata.jsonl:4 names 3.png, which is not there",
-        "metadata.jsonl:5": "metadata.jsonl:5 is no JSON",
+        "metadata.jsonl:5": "metadata.jsonl:5 is not UTF-8: save it as UTF-8",
         "metadata.jsonl:6": "metadata.jsonl:6 names no picture: it needs a file_name",
     }
 

@@ -118,10 +118,10 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if "source" not in config.get("data", {}):
         raise ValueError("[data] names no source of pictures to cache: the demo's own are kept in memory anyway")
     data = from_table(PicturesConfig, config["data"], "data")
-    if not options.output or Path(options.output).resolve() in {Path(name).resolve() for name in data.names}:
-        raise ValueError(f"[cache] output {options.output!r} is no place for a cache: name a new folder")
     if cache_of(data) is not None:
         raise ValueError("[data] source is a cache itself: name the pictures that it was made of")
+    if not options.output or Path(options.output).resolve() in {Path(name).resolve() for name in data.names}:
+        raise ValueError(f"[cache] output {options.output!r} is no place for a cache: name a new folder")
     if data.crop != "centre":
         raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: leave it out, for crops at the centre')
     pictures = open_pictures(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
