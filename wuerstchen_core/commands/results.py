@@ -41,7 +41,7 @@ class PictureFolder:
                     f"{self.folder} holds {min(half)}, which no run with --prompts left: "
                     "move it away, or give another --output"
                 )
-        return self._tables(names)
+        return self._tables(self._whole(there) & names)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -62,15 +62,14 @@ class PictureFolder:
     def _files(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
 
-    def _whole(self) -> set[str]:
-        """The names of the pictures in the folder."""
-        there = self._files()
+    @staticmethod
+    def _whole(there: set[str]) -> set[str]:
+        """The names of the pictures of which both files are there."""
         return {name[:-4] for name in there if name.endswith(".png") and f"{name[:-4]}.json" in there}
 
     def _tables(self, names: Iterable[str]) -> dict[str, Made]:
-        """How those of the pictures were made that are in the folder."""
-        whole = self._whole().intersection(names)
-        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in whole}
+        """How pictures in the folder were made, by name."""
+        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in names}
 
     def _is_ours(self, half: str) -> bool:
         """Whether a file is what a killed process left of a picture: its table, which is written first."""
@@ -89,7 +88,7 @@ class Shard(PictureFolder):
 
     def made(self, names: Iterable[str]) -> dict[str, Made]:
         packed = {name[:-5]: _read(content, self.path / name) for name, content in self._packed(".json")}
-        return {**packed, **self._tables(names)}
+        return {**packed, **self._tables(self._whole(self._files()).intersection(names))}
 
     def close(self) -> None:
         """Pack what waits, with what was packed before."""
@@ -98,7 +97,7 @@ class Shard(PictureFolder):
         if not self.folder.is_dir():
             return
         # What lacks a half is packed: a process was killed while it tidied up.
-        if whole := sorted(self._whole()):
+        if whole := sorted(self._whole(self._files())):
             replace_file(self.path, lambda part: self._pack(part, whole))
         shutil.rmtree(self.folder)
 
