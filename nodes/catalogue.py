@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .encode import WuerstchenImageEncode
+from .image_encode import WuerstchenImageEncode
 from .interpolate import WuerstchenConditioningInterpolate, WuerstchenLatentInterpolate
 from .latents import WuerstchenEmptyLatents
 from .loaders import (
@@ -15,7 +15,6 @@ from .loaders import (
     WuerstchenVAELoader,
 )
 from .lora import WuerstchenLoraLoader
-from .pictures import WuerstchenVAEDecode
 from .quicklook import WuerstchenQuickLook
 from .sampling import (
     WuerstchenDecoderConditioning,
@@ -24,8 +23,9 @@ from .sampling import (
     WuerstchenSampler,
     WuerstchenScheduler,
 )
+from .sampling_v1 import WuerstchenTokenDecoderSample
 from .text import WuerstchenTextEncode
-from .tokens import WuerstchenTokenDecoderSample
+from .vae import WuerstchenVAEDecode
 
 NODES: list[type[io.ComfyNode]] = [
     WuerstchenBundleLoader,

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..wuerstchen_core.checkpoints.versions import with_units
+from ..wuerstchen_core.checkpoints.release import with_units
 from ..wuerstchen_core.diffusion.interpolate import TOKEN, slerp
 from ..wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from .host.conditioning import PRIOR_KEY, VERSION_KEY

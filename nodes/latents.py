@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..wuerstchen_core.diffusion.sizes import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
+from ..wuerstchen_core.common.geometry import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
 from .host.latents import CHANNELS, NAMES, PIXELS, STAGE_B, STAGE_C, check_shape
 from .schema import schema
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core.checkpoints.read import open_source
-from ..wuerstchen_core.checkpoints.versions import VERSIONS
+from ..wuerstchen_core.checkpoints.open import open_source
+from ..wuerstchen_core.checkpoints.release import VERSIONS
 from .host import clip, folders, models, vae
+from .model_files import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
+from .sampling_v1 import TokenDecoderType
 from .schema import schema
-from .shelves import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
-from .tokens import TokenDecoderType
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from .host import folders
 from .host.lora import apply_lora, write_converted
+from .model_files import fingerprint
 from .schema import schema
-from .shelves import fingerprint
 
 FOLDER = "loras"
 

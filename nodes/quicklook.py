@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..wuerstchen_core.checkpoints.versions import with_units
+from ..wuerstchen_core.checkpoints.release import with_units
 from ..wuerstchen_core.models.prior import PriorParams, latents_from_features
 from .host.conditioning import VERSION_KEY
 from .host.latents import PIXELS

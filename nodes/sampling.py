@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..wuerstchen_core.diffusion.samplers import STEPS, sampler_of
 from ..wuerstchen_core.diffusion.schedule import FAST_STEPS, linear_times, named_times, strength_times
-from ..wuerstchen_core.sampling import LARGEST_SEED
+from ..wuerstchen_core.inference.settings import LARGEST_SEED
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
 from .host.sampling import sample_stage, sampler, stage_sigmas

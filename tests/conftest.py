@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each process, and for th
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model of v2 as a file, which nobody changes."""
-    from tiny_model import write_tiny_bundle
+    from helpers.tiny_model import write_tiny_bundle
 
     return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
@@ -24,9 +24,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe's one command over tiny configurations; `bundle.safetensors` beside the stages."""
-    from training_stages import write_configs
+    from helpers.tiny_stages import write_configs
 
-    from wuerstchen_core.demo.recipe import build, build_v1
+    from tools.demo import build, build_v1
 
     folder = tmp_path_factory.mktemp("run")
     write_configs(folder, Path("overridden"))
@@ -42,7 +42,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inputs(run_folder: Path) -> list[str]:
     """Overrides with which a stage in another folder takes the networks of that run."""
-    from training_stages import inputs_of
+    from helpers.tiny_stages import inputs_of
 
     return inputs_of(run_folder)
 

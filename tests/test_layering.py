@@ -1,4 +1,4 @@
-"""Who may lean on whom: imports only run downwards, and the core knows nothing of ComfyUI."""
+"""Which folder may import which, and that the core imports without ComfyUI."""
 
 from __future__ import annotations
 
@@ -13,55 +13,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACK = "pack"  # the repository's own name as a package: its folder's, which can be any
 
-# Floors, by the longest name that fits; a module may import from lower floors, and from its own package.
-FLOORS = {
-    "wuerstchen_core.models.pointwise": -2,
-    "wuerstchen_core.models.dropout": -2,
-    "wuerstchen_core.models.mlp": -1,
-    "wuerstchen_core.models.layers": 0,
-    "wuerstchen_core.diffusion.schedule": 0,
-    "wuerstchen_core.diffusion.sizes": 0,
-    "wuerstchen_core.demo": 0,  # its vocabulary, drawings and judge
-    "wuerstchen_core.demo.recipe": 8,  # how the model is made: trains and paints
-    "wuerstchen_core.devices": 0,
-    "wuerstchen_core.tables": 0,
-    "wuerstchen_core.models": 1,
-    "wuerstchen_core.diffusion": 1,
-    "wuerstchen_core.sampling": 2,
-    "wuerstchen_core.pictures": 2,
-    "wuerstchen_core.checkpoints": 2,
-    "wuerstchen_core.compiling": 2,
-    "nodes.host": 3,
-    "wuerstchen_core.stages": 3,
-    "wuerstchen_core.prompts": 4,
-    "wuerstchen_core.editing": 5,
-    "wuerstchen_core.pipeline": 6,
-    "wuerstchen_core.training": 7,
-    "wuerstchen_core.training.data": 3,
-    "wuerstchen_core.training.inputs": 3,
-    "wuerstchen_core.training.optimizers": 0,
-    "wuerstchen_core.bench": 7,
-    "nodes": 4,
-    "wuerstchen_core": 7,  # the package itself, which gives the pipeline
-    "wuerstchen_core.commands": 8,
-    "wuerstchen_core.cli": 9,
-    "wuerstchen_core.__main__": 10,
-    "": 10,  # what ComfyUI imports
+# What the modules of a folder may import besides their own folder. Nothing else is allowed.
+MAY_IMPORT = {
+    "wuerstchen_core.common": (),
+    "wuerstchen_core.demo": ("common",),
+    "wuerstchen_core.kernels": ("common",),
+    "wuerstchen_core.models": ("common", "kernels"),
+    "wuerstchen_core.diffusion": ("common", "models"),
+    "wuerstchen_core.checkpoints": ("common", "models", "diffusion"),
+    "wuerstchen_core.inference": ("common", "models", "diffusion", "checkpoints", "demo"),
+    "wuerstchen_core.training": ("common", "kernels", "models", "diffusion", "checkpoints", "inference", "demo"),
+    "wuerstchen_core.cli": ("common", "diffusion", "checkpoints", "inference", "training", "demo"),
+    "wuerstchen_core": ("inference", "cli"),
+    "nodes": ("common", "kernels", "models", "diffusion", "checkpoints", "inference", "demo"),
+    "": ("nodes",),
 }
-# What the nodes stand on: in ComfyUI the graph is the pipeline.
-NODES_MAY = (
-    "nodes",
-    "wuerstchen_core.models",
-    "wuerstchen_core.diffusion",
-    "wuerstchen_core.checkpoints",
-    "wuerstchen_core.demo",
-    "wuerstchen_core.pictures",
-    "wuerstchen_core.sampling",
-)
 HOST = ("comfy", "folder_paths", "execution", "server", "latent_preview", "node_helpers")
 SLOW = ("torchvision", "open_clip", "transformers", "diffusers", "resvg_py", "webdataset", "braceexpand")
 TRAINERS = ("accelerate", "tqdm", "tomli")  # of requirements-train.txt
-TRAINING = ("wuerstchen_core.training", "wuerstchen_core.demo.recipe")
+TRAINING = ("wuerstchen_core.training",)
 
 
 def module_name(file: Path) -> str:
@@ -108,25 +78,36 @@ def edges(name: str) -> set[str]:
     return found
 
 
-def floor(name: str) -> int:
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        if (prefix := ".".join(parts[:length])) in FLOORS and not (prefix == "wuerstchen_core" and length < len(parts)):
-            return FLOORS[prefix]
-    pytest.fail(f"{name} has no floor: give it one in FLOORS")
+def folder(name: str) -> str:
+    """The row of MAY_IMPORT that a module belongs to."""
+    if FILES[name].name == "__main__.py" or name in ("", "wuerstchen_core"):
+        return "wuerstchen_core" if name else ""
+    return name.split(".")[0] if name.startswith("nodes") else ".".join(name.split(".")[:2])
+
+
+def rows() -> dict[str, list[str]]:
+    """MAY_IMPORT with whole names."""
+    return {row: [x if x == "nodes" else f"wuerstchen_core.{x}" for x in others] for row, others in MAY_IMPORT.items()}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_run_downwards(name: str) -> None:
-    package = name.rpartition(".")[0]
+def test_a_module_imports_only_what_its_folder_may(name: str) -> None:
+    allowed = {
+        folder(name),
+        *(f"wuerstchen_core.{other}" for other in MAY_IMPORT[folder(name)]),
+        *MAY_IMPORT[folder(name)],
+    }
     for target in edges(name):
-        assert target in FILES, f"{name} imports {target}, which is not there"
-        same_package = target.rpartition(".")[0] in {package, name} - {"", "wuerstchen_core"}
-        below = floor(target) < floor(name) or (same_package and floor(target) == floor(name))
-        lazily_exported = name == "wuerstchen_core" and target == "wuerstchen_core.pipeline"
-        assert below or lazily_exported, f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})"
-        if name.startswith("nodes"):
-            assert target.startswith(NODES_MAY), f"{name} imports {target}"
+        assert target in FILES, f"{name} imports {target}, which does not exist"
+        assert folder(target) in allowed, f"{name} imports {target}"
+
+
+def test_no_folder_is_imported_by_one_that_it_imports() -> None:
+    order = {
+        row: {f"wuerstchen_core.{other}" if other != "nodes" else other for other in rows}
+        for row, rows in MAY_IMPORT.items()
+    }
+    tuple(TopologicalSorter(order).static_order())
 
 
 def test_there_is_no_circle() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import WuerstchenPipeline
+    from .inference.pipeline import WuerstchenPipeline
 
 __all__ = ["WuerstchenPipeline"]
 
@@ -13,7 +13,7 @@ __all__ = ["WuerstchenPipeline"]
 def __getattr__(name: str) -> Any:
     """Import the pipeline, and torch with it, when it is first asked for."""
     if name == "WuerstchenPipeline":
-        from .pipeline import WuerstchenPipeline
+        from .inference.pipeline import WuerstchenPipeline
 
         return WuerstchenPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

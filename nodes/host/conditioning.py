@@ -14,11 +14,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...wuerstchen_core.diffusion.sizes import prior_side
+from ...wuerstchen_core.common.geometry import prior_side
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
+from .diffusion_models import HostPrior
 from .latents import STAGE_C, check_shape
-from .networks import HostPrior
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
 VERSION_KEY = "wuerstchen_version"  # the release whose prior painted the Stage C latents of a LATENT or a CONDITIONING

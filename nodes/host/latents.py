@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import comfy.latent_formats
 from torch import Tensor
 
-from ...wuerstchen_core.diffusion.sizes import LARGEST, prior_side
+from ...wuerstchen_core.common.geometry import LARGEST, prior_side
 from ...wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from ...wuerstchen_core.models.vqgan import VQGANParams
 from .previews import preview_factors

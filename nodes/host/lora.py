@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.adapters import Adapters, Fit, fit, keys_of
-from ...wuerstchen_core.checkpoints.files import read_file_metadata, read_weight_file
-from ...wuerstchen_core.checkpoints.lora import Lora, read_lora
-from ...wuerstchen_core.checkpoints.parts import listed
-from ...wuerstchen_core.checkpoints.write import write_tensors
+from ...wuerstchen_core.checkpoints.components import listed
+from ...wuerstchen_core.checkpoints.lora_files import Lora, read_lora
+from ...wuerstchen_core.checkpoints.weight_files import read_file_metadata, read_weight_file
+from ...wuerstchen_core.checkpoints.writer import write_tensors
 from .models import PriorModel, StageModel
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.formats import split_attention
-from ...wuerstchen_core.checkpoints.parts import release
-from .advice import advise
+from ...wuerstchen_core.checkpoints.components import release
+from ...wuerstchen_core.checkpoints.key_maps import split_attention
 from .conditioning import PRIOR_KEY, check_no_prior, prepare_runs_of, prior_cond, text_cond
+from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
-from .networks import HostDecoder, HostPrior, HostTokenDecoder
-from .time import WuerstchenSampling
+from .model_sampling import WuerstchenSampling
+from .sampler_warnings import advise
 
 TOKENS = 77  # of a text
 

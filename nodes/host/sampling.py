@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...wuerstchen_core.diffusion.samplers import STEPS, NoiseSource, Step, ddpm_step, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
-from ...wuerstchen_core.sampling import LARGEST_SEED
-from .time import WuerstchenSampling
+from ...wuerstchen_core.inference.settings import LARGEST_SEED
+from .model_sampling import WuerstchenSampling
 
 
 def sample_core(

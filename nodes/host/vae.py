@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.versions import version_of
+from ...wuerstchen_core.checkpoints.release import version_of
 from ...wuerstchen_core.models.image_encoder import semantic_view
 from ...wuerstchen_core.models.vqgan import band_rows
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from comfyui import RUN_SECONDS, Server
 from playwright.sync_api import Page, TimeoutError, sync_playwright
+
+from tools.comfyui.client import RUN_SECONDS, Server
 
 Place = tuple[float, float]
 

@@ -9,26 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import Install, Outcome, Server, installs
-from graphs import api_form, workflow
-from networks import NETWORKS, PRIOR
+from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, find
+from helpers.networks import NETWORKS, PRIOR
 from safetensors.torch import save_file
-from workflow_pictures import newest
 
+from tools.comfyui.client import Install, Outcome, Server, installs
+from tools.comfyui.graphs import api_form, workflow
+from tools.comfyui.workflow_pictures import newest
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 
-TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
-SAMPLING = {
-    "width": 256,
-    "height": 192,
-    "schedule": "linear",
-    "prior_steps": 4,
-    "prior_guidance": 5.0,
-    "decoder_steps": 3,
-}
-SAMPLING_V1 = {**SAMPLING, "decoder_guidance": 2.0}
 VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
 
 
@@ -138,11 +129,6 @@ def graph(shipped: dict[str, Any]) -> dict[str, Any]:
     )
     find(shipped, "WuerstchenDecoderSample").update(steps=SAMPLING["decoder_steps"])
     return shipped
-
-
-def find(graph: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The inputs of the first node of a kind."""
-    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 PROMPTS = ("a red apple", "", "a very small cat on a yellow background, and behind it the sun!")
 

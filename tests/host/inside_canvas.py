@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from in_host import enter
+from tools.comfyui.in_host import enter
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 HOST = ("comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers", "server")

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils as dynamo
-from in_host import load_pack, seeded, write_results
 from inside_samplers import CFG, SEED, SHAPES, STAGES, conditions, first
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 EAGER = "eager"  # torch's compiler that finds the graphs and leaves them as they are
 SIZES = {"other size": (2, 16, 5, 3), "third size": (2, 16, 4, 6)}  # of the prior, which compiles the quickest

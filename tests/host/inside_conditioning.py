@@ -8,8 +8,9 @@ import logging
 from typing import Any
 
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 STAGES = ("prior", "decoder")
 A, B = "a red apple", "a small cat on a yellow background"

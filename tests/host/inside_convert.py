@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 LATENTS = (1, 4, 8, 12)
 CALL = ((2, 4, 16, 24), (2, 16, 2, 3), (2, 7, 24))  # of the decoder: latents, features, text

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from in_host import load_pack, seeded, write_results
 from inside import PROMPTS
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 FILES = {  # which kind of part it is found to be

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from in_host import load_pack, write_results
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, write_results
 
 WEIGHT = "blocks.2.attention.to_q.weight"
 # What is loaded over the untouched models, one after the other: file, strength of the model and of the CLIP.

@@ -14,9 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from in_host import load_pack, seeded, write_results
-from measure_memory import NETWORKS, counted
 from torch import Tensor, nn
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
+from tools.comfyui.measure_memory import NETWORKS, counted
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 SIDES = (64, 128, 256, 448, 832, 1024, 2048)  # of pictures, in pixels
 Latent = dict[str, Any]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from in_host import load_pack, seeded, write_results
 from PIL import Image
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -45,8 +46,8 @@ def image(array: np.ndarray) -> Tensor:
 
 def encode(bundle: Bundle) -> Results:
     """Pictures of every size, with and without opacity, as the core encodes them."""
-    from pack.nodes.encode import WuerstchenImageEncode as Encode
-    from pack.wuerstchen_core.pictures import read_pixels
+    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
+    from pack.wuerstchen_core.inference.images import read_pixels
 
     tensors, facts = {}, {}
     for name, (height, width) in SIZES.items():
@@ -76,9 +77,9 @@ def saved(bundle: Bundle) -> Results:
     """v2's image encoder as the host's VAESave writes it, read back as our loader reads it; and v1's, told from it."""
     import folder_paths
     from comfy_extras.nodes_model_merging import VAESave
-    from pack.nodes.encode import WuerstchenImageEncode as Encode
     from pack.nodes.host.conditioning import VERSION_KEY
     from pack.nodes.host.vae import load_image_encoder
+    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
     from pack.nodes.loaders import WuerstchenVAELoader
     from pack.wuerstchen_core.checkpoints import Part
     from pack.wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoder, ImageEncoderParams
@@ -239,12 +240,12 @@ def interpolation(bundle: Bundle) -> Results:
 
 def mistakes(bundle: Bundle) -> Results:
     """What is said of wrong sockets."""
-    from pack.nodes.encode import WuerstchenImageEncode as Encode
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
+    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
-    from pack.nodes.pictures import WuerstchenVAEDecode
     from pack.nodes.sampling import WuerstchenPriorSample
+    from pack.nodes.vae import WuerstchenVAEDecode
 
     picture, c, b = image(pixels(64, 64, 3)), {"samples": seeded(2, 16, 2, 2)}, {"samples": seeded(1, 4, 16, 16)}
     text, long = [[seeded(1, 77, 8), {}]], [[seeded(1, 154, 8), {}]]

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 STAGES = ("prior", "decoder")
 SHAPES = {"prior": (2, 16, 3, 4), "decoder": (2, 4, 16, 16)}
@@ -158,7 +159,7 @@ def advised(load: Callable[[str], Host]) -> list[list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pack.nodes.host.advice").addHandler(handler)
+    logging.getLogger("pack.nodes.host.sampler_warnings").addHandler(handler)
 
     def lines(host: Host, sampler: Any, *levels: float) -> list[str]:
         said.clear()
@@ -187,7 +188,7 @@ def each_sampler(host: Host) -> dict[str, dict[str, bool]]:
     against."""
     import comfy.sample
     import comfy.samplers
-    from pack.nodes.host.advice import NO_NEW_NOISE, remark
+    from pack.nodes.host.sampler_warnings import NO_NEW_NOISE, remark
 
     sigmas = comfy.samplers.calculate_sigmas(host.patcher.get_model_object("model_sampling"), "simple", 3)
     noise, facts = seeded(*host.latent["samples"].shape), {}

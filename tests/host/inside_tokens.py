@@ -10,9 +10,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from in_host import load_pack, seeded, write_results
 from inside_memory import small_device
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 SIZE = (16, 32)  # of Stage B's latents; Stage C's are 2x3
 HOW = {"steps": 3, "cfg": 2.0, "cfg_end": 0.0, "temperature": 1.0, "temperature_end": 0.6, "mode": "multinomial"}
@@ -50,9 +51,9 @@ class Painter:
 
     def __init__(self, source: Any):
         from pack.nodes.host import models, vae
-        from pack.nodes.tokens import WuerstchenTokenDecoderSample
+        from pack.nodes.sampling_v1 import WuerstchenTokenDecoderSample
         from pack.wuerstchen_core.checkpoints import build_part
-        from pack.wuerstchen_core.stages import Stages
+        from pack.wuerstchen_core.inference.stages import Stages
 
         self.node = WuerstchenTokenDecoderSample
         self.decoder = models.load_model(source.part("token_decoder"))
@@ -73,7 +74,7 @@ class Painter:
         return self.node.execute(**self.given(**more)).args[0]["samples"]
 
     def want(self, how: dict[str, Any], seed: int = SEED, **told: Any) -> Tensor:
-        from pack.wuerstchen_core.sampling import V1
+        from pack.wuerstchen_core.inference.settings import V1
 
         how = {**HOW, **how}
         sampling = replace(
@@ -210,9 +211,9 @@ def prior(source: Any) -> dict[str, Tensor]:
     from pack.nodes.host import models
     from pack.nodes.sampling import WuerstchenPriorSample
     from pack.wuerstchen_core.checkpoints import build_part
+    from pack.wuerstchen_core.inference.settings import V1
+    from pack.wuerstchen_core.inference.stages import Stages
     from pack.wuerstchen_core.models.prior import PriorParams, latents_from_features
-    from pack.wuerstchen_core.sampling import V1
-    from pack.wuerstchen_core.stages import Stages
 
     part = source.part("prior")
     units = {name: getattr(PriorParams(), name) for name in ("feature_scale", "feature_shift")}
@@ -250,7 +251,7 @@ def evicted(painter: Painter, source: Any) -> tuple[dict[str, Tensor], list[list
 
 def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     load_pack()
-    from pack.wuerstchen_core.checkpoints.read import open_source
+    from pack.wuerstchen_core.checkpoints.open import open_source
 
     source = open_source(Path(bundle))
     painter = Painter(source)

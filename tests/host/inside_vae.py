@@ -7,8 +7,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from in_host import load_pack, seeded, write_results
 from torch import Tensor
+
+from tools.comfyui.in_host import load_pack, seeded, write_results
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bench_tiny import TINY, silent
-from comfyui import Install
+from helpers.tiny_bench import TINY, silent
 
-from wuerstchen_core.bench import host
-from wuerstchen_core.bench.run import Plan
+from tools.bench import host
+from tools.bench.run import Plan
+from tools.comfyui.client import Install
 
 
 def test_steps_of_every_way_are_timed(install: Install) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import PACK, Server
-from conftest import TINY, find
-from graphs import api_form, workflow
+from bundles import TINY, find
 from PIL import Image
 
-from wuerstchen_core.demo.judge import Judge
+from tools.comfyui.client import PACK, Server
+from tools.comfyui.graphs import api_form, workflow
+from tools.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
 pytest.importorskip("playwright", reason="playwright is not installed: the canvas was not tested in a browser")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import PACK, REPOSITORY, Install, Server
-from conftest import find
+from bundles import find
 from test_host_nodes import NODES, _inputs
 
+from tools.comfyui.client import PACK, REPOSITORY, Install, Server, script_environment
 from wuerstchen_core.demo.vocabulary import COLOURS
 
 INPUTS = {node: inputs.split() for node, (inputs, _) in NODES.items()}
@@ -75,7 +75,7 @@ def facts(install: Install, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """What loading the pack changed in this ComfyUI."""
     command = [install.python, str(Path(__file__).with_name("inside_canvas.py")), str(install.root)]
     folder = tmp_path_factory.mktemp("canvas")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=script_environment())
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
 

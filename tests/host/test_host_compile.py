@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside_samplers import STAGES
+
+from tools.comfyui.client import Inside, Install, run_inside
 
 
 @pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.long)])

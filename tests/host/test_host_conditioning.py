@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside_conditioning import LONG, PRIORS, STAGES, A, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints import load_decoder, load_prior, load_text_encoder
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents

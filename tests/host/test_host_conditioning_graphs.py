@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import Outcome, Server
-from conftest import TINY, find
-from graphs import halves
+from bundles import TINY, find
 from test_host_pictures import LIMIT, deviation
 
+from tools.comfyui.client import Outcome, Server
+from tools.comfyui.graphs import halves
+from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
 Graph = dict[str, Any]

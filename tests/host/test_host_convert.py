@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
-from in_host import seeded
+from bundles import TINY
 from inside_convert import LATENTS, calls
 
+from tools.comfyui.client import Inside, Install, run_inside
+from tools.comfyui.in_host import seeded
 from wuerstchen_core.checkpoints import Part, load_decoder, load_vqgan, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.read import open_source
+from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 

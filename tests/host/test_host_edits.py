@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import Outcome
-from graphs import api_form, workflow
 from PIL import Image
 from test_host_workflows import LARGE, check_picture, pixels, shows
 
-from wuerstchen_core.demo.judge import Judge, psnr
+from tools.comfyui.client import Outcome
+from tools.comfyui.graphs import api_form, workflow
+from tools.demo.judge import Judge, psnr
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
 
 Graph = dict[str, Any]

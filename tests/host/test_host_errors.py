@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import Outcome, Server
-from conftest import FOREIGN, HALF, V1, find
+from bundles import FOREIGN, HALF, V1, find
 from safetensors.torch import save_file
+
+from tools.comfyui.client import Outcome, Server
 
 Graph = dict[str, Any]
 

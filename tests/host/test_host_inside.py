@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside import AREA, PROMPTS, calls
 from torch import Tensor
 
+from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints import build_part, demo_path, load_text_encoder, read_part
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents

@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui import Inside, Install, Outcome, Server, run_inside
-from conftest import find
+from bundles import find
+from helpers.layouts import (
+    Payload,
+    clip_of_open_clip,
+    clip_of_transformers,
+    comfyui,
+    encoder_state,
+    original,
+    vqgan_of_diffusers,
+)
+from helpers.networks import DECODER, NETWORKS, PRIOR
 from inside_loaders import (
     BY_WIDTH,
     DTYPES,
@@ -28,19 +37,10 @@ from inside_loaders import (
     inputs,
     seeded,
 )
-from layouts import (
-    Payload,
-    clip_of_open_clip,
-    clip_of_transformers,
-    comfyui,
-    encoder_state,
-    original,
-    vqgan_of_diffusers,
-)
-from networks import DECODER, NETWORKS, PRIOR
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tools.comfyui.client import Inside, Install, Outcome, Server, run_inside
 from wuerstchen_core.checkpoints import Part, build_part, load_text_encoder, read_part, save_bundle
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams, semantic_view

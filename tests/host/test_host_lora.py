@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui import Inside, Install, Outcome, Server, run_inside
-from conftest import find
-from golden_data import Golden, assert_near
+from bundles import find
+from helpers.golden_data import Golden, assert_near
+from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
+from helpers.networks import NETWORKS
 from inside_lora import STORED, WEIGHT
-from lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
-from networks import NETWORKS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tools.comfyui.client import Inside, Install, Outcome, Server, run_inside
 from wuerstchen_core.checkpoints import load_prior, load_text_encoder, read_part, save_bundle
 from wuerstchen_core.checkpoints.adapters import merge_lora
-from wuerstchen_core.checkpoints.lora import lora_from_state
+from wuerstchen_core.checkpoints.lora_files import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
-from wuerstchen_core.training.lora import AdapterConfig, attach, write_lora
+from wuerstchen_core.training.stages.lora import AdapterConfig, attach, write_lora
 from wuerstchen_core.training.tower import TOWER, let_read
 
 Graph = dict[str, Any]

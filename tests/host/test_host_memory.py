@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY, V1
+from bundles import TINY, V1
 from inside_memory import STORED, TIMES
 from torch import Tensor
+
+from tools.comfyui.client import Inside, Install, run_inside
 
 STAGES = ("prior", "decoder", "token_decoder")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from safetensors.torch import save_file
 
+from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 OURS, CASCADES = 0.3764, 0.43  # what each family's Stage B divides codebook units by

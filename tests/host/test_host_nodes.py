@@ -6,8 +6,9 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from comfyui import PACK, Server
-from graphs import names, workflow
+
+from tools.comfyui.client import PACK, Server
+from tools.comfyui.graphs import names, workflow
 
 # Frozen: ids, inputs and outputs in order. Later additions come last.
 NODES = {

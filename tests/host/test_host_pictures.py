@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import REPOSITORY, RUN_SECONDS, Outcome, Server
-from conftest import TINY, find
+from bundles import TINY, find
 from PIL import Image
 
+from tools.comfyui.client import REPOSITORY, RUN_SECONDS, Outcome, Server
+from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
 RED_APPLE, SMALL_CAT = Scene(0, 4, 0), Scene(23, 2, 1)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside_pictures_in import SIZES, STEPS
+
+from tools.comfyui.client import Inside, Install, run_inside
 
 LEGAL = {"as it is": [128, 192], "odd": [64, 128], "one pixel": [64, 64], "very wide": [64, 2048]}
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import Inside, Install, Outcome, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside_samplers import CFG, COUNTS, HALF, LONG, SEED, SPLIT_SEED, STAGES, STEPS, conditions
 from torch import Tensor
 
+from tools.comfyui.client import Inside, Install, Outcome, run_inside
 from wuerstchen_core.checkpoints import build_part, read_part
 from wuerstchen_core.diffusion.samplers import Step, ddim_step, ddpm_step, guided, sample, seeded_noise
 from wuerstchen_core.diffusion.schedule import FAST_STEPS, diffuse, fast_times, linear_times

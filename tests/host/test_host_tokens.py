@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui import Inside, Install, Outcome, Server, run_inside
-from conftest import SAMPLING_V1, V1, find
-from graphs import RELEASED_V1, api_form, workflow
+from bundles import SAMPLING_V1, V1, find
+from helpers.layouts import clip_of_transformers, encoder_state, original
+from helpers.networks import NETWORKS, PRIOR, TOKEN_DECODER
 from inside_tokens import BATCH, MISTAKES, RENOISED, RUNS
-from layouts import clip_of_transformers, encoder_state, original
-from networks import NETWORKS, PRIOR, TOKEN_DECODER
 from safetensors.torch import save_file
 from test_host_pictures import LIMIT, deviation
 
+from tools.comfyui.client import Inside, Install, Outcome, Server, run_inside
+from tools.comfyui.graphs import RELEASED_V1, api_form, workflow
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior

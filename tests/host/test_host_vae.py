@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Inside, Install, run_inside
-from conftest import TINY
+from bundles import TINY
 from inside_vae import ODD
+
+from tools.comfyui.client import Inside, Install, run_inside
 
 # In standard deviations of the picture, on average. Tiles miss their surroundings, the larger the less.
 TILED = {"64 32": 0.015, "96 64": 0.006, "128 32": 0.003, "512 64": 1e-6}

@@ -11,17 +11,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui import Outcome, Server
-from conftest import find
-from graphs import ALWAYS, LORA, MUTED, RELEASED, RELEASED_V1, WORKFLOWS, api_form, halves, names, workflow
-from layouts import clip_of_transformers, vqgan_of_diffusers
-from networks import DECODER, NETWORKS, PRIOR, Network
+from bundles import find
+from helpers.layouts import clip_of_transformers, vqgan_of_diffusers
+from helpers.networks import DECODER, NETWORKS, PRIOR, Network
 from PIL import Image
 from safetensors.torch import save_file
-from workflow_pictures import in_rows
 
+from tools.comfyui.client import Outcome, Server
+from tools.comfyui.graphs import (
+    ALWAYS,
+    LORA,
+    MUTED,
+    RELEASED,
+    RELEASED_V1,
+    WORKFLOWS,
+    api_form,
+    halves,
+    names,
+    workflow,
+)
+from tools.comfyui.workflow_pictures import in_rows
+from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.prior import Prior

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from .bundle import save_bundle
-from .inspect import Description, PartInfo, describe
-from .load import (
+from .build import (
     build_part,
     load_decoder,
     load_image_encoder,
@@ -13,8 +11,10 @@ from .load import (
     load_token_decoder,
     load_vqgan,
 )
-from .parts import PARTS, PARTS_OF, Part
-from .read import demo_path, read_metadata, read_part
+from .bundle import save_bundle
+from .components import PARTS, PARTS_OF, Part
+from .inspect import Description, PartInfo, describe
+from .open import demo_path, read_metadata, read_part
 
 __all__ = [
     "PARTS",

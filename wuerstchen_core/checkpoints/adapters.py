@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .parts import State, listed
+from .components import State, listed
 
 
 @dataclass

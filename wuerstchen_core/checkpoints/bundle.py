@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .parts import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json
-from .planned import Planned, all_as_they_are
-from .precision import planned
-from .versions import of_others, told_by
-from .write import Progress, write_tensors
+from .components import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json
+from .lazy import Planned, all_as_they_are
+from .quant import planned
+from .release import of_others, told_by
+from .writer import Progress, write_tensors
 
 DtypeOf: TypeAlias = Callable[[str, str, Planned], torch.dtype | None]  # of a part's name, a key in it and its tensor
 AnyPart: TypeAlias = nn.Module | Part | PlannedPart

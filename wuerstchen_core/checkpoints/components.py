@@ -1,56 +1,130 @@
-"""Networks in diffusers' layout: a folder each, with the sizes in config.json beside the weights."""
+"""The parts a model is made of: their names, their networks, and their sizes as JSON."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..models.prior import PriorParams
-from .bundle import FORMAT, METADATA_KEY
-from .parts import Params
-from .write import write_tensors
+from ..common.dataclass_config import from_table
+from ..models.decoder import Decoder, DecoderParams
+from ..models.image_encoder import ImageEncoder, ImageEncoderParams
+from ..models.prior import V1, Prior, PriorParams
+from ..models.text_encoder import TextEncoder, TextEncoderParams
+from ..models.token_decoder import TokenDecoder, TokenDecoderParams
+from ..models.vqgan import VQGAN, VQGANParams
+from .lazy import Planned
 
-FILE = "diffusion_pytorch_model.safetensors"
-CLASSES = {"prior": "WuerstchenPrior", "decoder": "WuerstchenDiffNeXt", "vqgan": "PaellaVQModel"}
-_VQGAN_NAMES = {"c_hidden": "embed_dim", "c_latent": "latent_channels", "codebook_size": "num_vq_embeddings"}
-_UNKNOWN = ("feature_scale", "feature_shift", "self_attn")  # to diffusers
+PARTS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
+PARTS_OF = {  # what a complete model of a release has
+    "v1": tuple(name for name in PARTS if name != "decoder"),
+    "v2": tuple(name for name in PARTS if name != "token_decoder"),
+}
+TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
+NAMED = 3  # how many keys a sentence names
+
+_TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
+
+State: TypeAlias = dict[str, Tensor]
+Params: TypeAlias = (
+    PriorParams | DecoderParams | TokenDecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
+)
+
+PARAMS: dict[str, type[Params]] = {
+    "prior": PriorParams,
+    "decoder": DecoderParams,
+    "token_decoder": TokenDecoderParams,
+    "vqgan": VQGANParams,
+    "image_encoder": ImageEncoderParams,
+    TEXT_ENCODER: TextEncoderParams,
+}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "prior": Prior,
+    "decoder": Decoder,
+    "token_decoder": TokenDecoder,
+    "vqgan": VQGAN,
+    "image_encoder": ImageEncoder,
+    TEXT_ENCODER: TextEncoder,
+}
 
 
-def component_config(name: str, params: Params) -> dict[str, Any]:
-    """A network's sizes under diffusers' names."""
-    values = asdict(params)
-    if name == "vqgan":
-        return {_VQGAN_NAMES.get(key, key): value for key, value in values.items()}
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in values.items() if key not in _UNKNOWN}
+@dataclass
+class Part:
+    """One network's sizes (its params dataclass) and weights under our names, as in the file, mapped if possible."""
+
+    name: str
+    params: Any
+    state_dict: State
 
 
-def component_key(key: str) -> str:
-    """What diffusers calls a tensor of ours."""
-    return key.replace("vquantizer.codebook.", "vquantizer.embedding.")
+@dataclass
+class PlannedPart:
+    """A part whose tensors are made one by one, as they are written."""
+
+    name: str
+    params: Any
+    tensors: dict[str, Planned]
 
 
-def config_text(name: str, params: Params) -> str:
-    """The content of config.json."""
-    return json.dumps({"_class_name": CLASSES[name], **component_config(name, params)}, indent=2)
+def kind_of(name: str) -> str:
+    """The kind of network that a part is: its name, but `text_encoder` for either stage's tower."""
+    kind = TEXT_ENCODER if name.endswith(TEXT_ENCODER) else name
+    if name not in PARTS and name != TEXT_ENCODER:
+        raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
+    return kind
 
 
-def is_component(name: str, network: nn.Module) -> bool:
-    """Whether diffusers has such a network: of v1 it knows Stage A alone."""
-    scale = getattr(network.params, "feature_scale", PriorParams.feature_scale)
-    return name in CLASSES and scale == PriorParams.feature_scale
+def listed(keys: Sequence[str]) -> str:
+    """The first few keys."""
+    return f"{', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
 
 
-def save_component(folder: Path, name: str, network: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Write a network to a folder that diffusers' `from_pretrained` reads, each file whole or not at all."""
-    params: Any = network.params
-    told = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers asks for the first
-    write_tensors(folder / FILE, {component_key(key): x for key, x in network.state_dict().items()}, told)
-    draft = folder / ".config.json.part"
-    draft.write_text(config_text(name, params), encoding="utf-8")
-    os.replace(draft, folder / "config.json")
+def text_width(params: Params) -> int | None:
+    """How wide the text states are that a stage reads; None if it reads none."""
+    if isinstance(params, PriorParams):
+        return params.c_cond
+    if isinstance(params, TokenDecoderParams):
+        return params.byt5_embd
+    return params.clip_embd if isinstance(params, DecoderParams) else None
+
+
+def tower_name(width: int) -> str:
+    """The text tower that gives states of this width."""
+    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
+
+
+def check_towers(parts: Mapping[str, Part | PlannedPart]) -> None:
+    """Raise ValueError unless each text tower is as wide as the stage that reads it needs."""
+    for stage in ("prior", "decoder", "token_decoder"):
+        tower = parts.get(f"{stage.removeprefix('token_')}_{TEXT_ENCODER}")
+        needed = text_width(parts[stage].params) if stage in parts else None
+        if tower is not None and needed is not None and tower.params.width != needed:
+            raise ValueError(
+                f"the {stage.replace('_', ' ')} reads the text through {tower_name(needed)}, but its text encoder is "
+                f"{tower_name(tower.params.width)}: give it its own"
+            )
+
+
+def release(sizes: Iterable[Params]) -> str:
+    """The release that networks belong to: "v1" if one is of a kind or works in units that v2 does not know."""
+    for params in sizes:
+        if isinstance(params, TokenDecoderParams):
+            return "v1"
+        if isinstance(params, PriorParams) and params.feature_scale == V1["feature_scale"]:
+            return "v1"
+    return "v2"
+
+
+def params_to_json(params: Params) -> dict[str, Any]:
+    """Sizes as plain JSON values."""
+    return asdict(params)
+
+
+def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
+    """Sizes of part `name` from the values that `params_to_json` gave."""
+    try:
+        return from_table(PARAMS[kind_of(name)], values, name)
+    except ValueError as error:
+        raise ValueError(f"the sizes in the file's metadata do not fit this version: {error}") from error

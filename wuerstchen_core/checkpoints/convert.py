@@ -13,12 +13,12 @@ from typing import TypeAlias
 import torch
 
 from .bundle import merge_towers, save_bundle, save_part
-from .parts import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
-from .planned import Planned
-from .precision import FP8
-from .read import open_source
-from .sources import TOWERS, Source, merged
-from .versions import check_release, of_others
+from .components import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
+from .lazy import Planned
+from .open import open_source
+from .quant import FP8
+from .release import check_release, of_others
+from .source import TOWERS, Source, merged
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
 ENDING = ".safetensors"

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .bundle import parse_metadata
-from .files import WeightFile, read_file_metadata, read_json, read_weight_file
-from .parts import PARTS, TEXT_ENCODER, State
+from .components import PARTS, TEXT_ENCODER, State
 from .single import open_file
-from .sources import BUNDLE, TOWERS, ForeignFile, Source, absent, merged, recognise
+from .source import BUNDLE, TOWERS, ForeignFile, Source, absent, merged, recognise
+from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
 
 # Where diffusers keeps each part (pipelines of one stage, and the combined one); towers: see `_component`.
 _FOLDERS = {

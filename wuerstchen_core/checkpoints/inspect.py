@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..models.prior import PriorParams
-from .parts import PARTS, PARTS_OF, TEXT_ENCODER, PlannedPart, kind_of, params_to_json, text_width, tower_name
-from .precision import FP8
-from .read import open_source
-from .sources import BUNDLE, TOWERS, Source
-from .versions import version_of
+from .components import PARTS, PARTS_OF, TEXT_ENCODER, PlannedPart, kind_of, params_to_json, text_width, tower_name
+from .open import open_source
+from .quant import FP8
+from .release import version_of
+from .source import BUNDLE, TOWERS, Source
 
 _DTYPES = {
     torch.float64: "fp64",

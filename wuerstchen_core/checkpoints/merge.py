@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from .adapters import Adapters, fit, keys_of, merge_lora
-from .formats import text_from_transformers, text_to_transformers
-from .lora import Lora, read_lora
-from .parts import State, listed
+from .components import State, listed
+from .key_maps import text_from_transformers, text_to_transformers
+from .lora_files import Lora, read_lora
 
 Loras = Mapping[str | os.PathLike[str], float]  # strengths by file
 TOWER = "prior_text_encoder"  # whose LoRAs are trained with the prior's

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import Part, State
+from .components import Part, State
 
 TABLE = "token_embedding"  # of a text tower: a few hundred of its 49408 rows are what a small model has learned
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import parse_metadata, split_bundle
-from .files import read_weight_file
-from .formats import LORA, foreign
-from .parts import kind_of
-from .planned import all_as_they_are
-from .precision import is_scaled, widened
+from .components import kind_of
+from .key_maps import LORA, foreign
+from .lazy import all_as_they_are
+from .quant import is_scaled, widened
 from .rows import complete
-from .sources import BUNDLE, Network, Source, named, recognise
+from .source import BUNDLE, Network, Source, named, recognise
+from .weight_files import read_weight_file
 
 
 def open_file(path: Path, headers_only: bool, config: Mapping[str, Any] | None = None) -> Source:

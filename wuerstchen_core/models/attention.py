@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dropout import Dropout, can_draw
+from ..kernels.dropout import Dropout, can_draw
+from ..kernels.linear import Operations, first_order, learning_cpu, plain_cpu, product
 from .layers import ChannelNorm
 from .mlp import own
-from .pointwise import Operations, first_order, learning_cpu, plain_cpu, product
 
 LEARNT_SCORES = 2**19  # the same in training
 SCORES = 2**20  # of attention that are held at once on a CPU, for each thread: as much as its cache

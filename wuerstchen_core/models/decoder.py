@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .initial import xavier_init
+from ..kernels.linear import Operations
+from .init import xavier_init
 from .layers import ChannelNorm, channels_last, timestep_embedding
 from .mlp import EPS, Injected
-from .pointwise import Operations
 from .unet import UNet
 
 

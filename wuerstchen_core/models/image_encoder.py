@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion.sizes import semantic_view_size
+from ..common.geometry import semantic_view_size
 
 # torchvision is imported where a network is built: it takes longer to import than all the rest of the package.
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.linear import Operations
 from .mlp import EPS, ChannelwiseMLP, Injected
-from .pointwise import Operations
 
 TIME_SCALE = 10_000  # radians that the quickest frequency of a time embedding turns from t = 0 to 1
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dropout import Dropout, can_draw
-from .pointwise import back_through, bare, first_order, heard, learning_cpu, of_weights, plain_cpu, product
+from ..kernels.dropout import Dropout, can_draw
+from ..kernels.linear import back_through, bare, first_order, heard, learning_cpu, of_weights, plain_cpu, product
 
 M = TypeVar("M", bound=nn.Module)
 

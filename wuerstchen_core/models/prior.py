@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import Operations
 from .attention import AttnBlock, Read
-from .initial import init_blocks, xavier_init
+from .init import init_blocks, xavier_init
 from .layers import ChannelNorm, ResBlock, TimestepBlock, channels_last, timestep_embedding
-from .pointwise import Operations
 
 
 @dataclass(frozen=True)

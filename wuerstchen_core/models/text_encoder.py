@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pointwise import Embedding
+from ..kernels.linear import Embedding
 
 # open_clip is imported where a tower or the tokenizer is built: it takes seconds to import.
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .attention import AttnBlock
-from .initial import init_blocks
+from .init import init_blocks
 from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock
 from .mlp import Injected
 

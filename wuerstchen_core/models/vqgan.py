@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .initial import xavier_init
+from ..kernels.linear import Operations, product
+from .init import xavier_init
 from .layers import channels_last, nearest_codes
 from .mlp import EPS
-from .pointwise import Operations, product
 
 
 @dataclass(frozen=True)

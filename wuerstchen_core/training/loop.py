@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .average import Average, skeleton, worn
-from .chance import Chance
+from .checkpoint import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
 from .config import LoopConfig
+from .ema import EMA, load_into, meta_copy
 from .memory import recompute_blocks
-from .optimizers import build_optimizers
-from .pieces import like, load_optimizer, whole
-from .saved import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
+from .optim import build_optimizers
+from .rng import StepRandom
+from .sharding import like, load_optimizer, whole
 from .stage import Stage
 
 log = logging.getLogger(__name__)
@@ -94,14 +94,14 @@ class _Run:
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
         take_whole(self.accelerator)
-        self.bones = skeleton(stage.net)
+        self.bones = meta_copy(stage.net)
         if config.checkpointing:
             recompute_blocks(stage.net)
         optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
         self.net, *self.steppers = self.accelerator.prepare(stage.net, *optimizers.values())
         self.optimizers = dict(zip(optimizers, (one.optimizer for one in self.steppers), strict=True))
         self.plain = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
-        self.average = Average(self.plain, config.ema)
+        self.average = EMA(self.plain, config.ema)
         self.recent: list[Tensor] = []  # losses since the last row of the log
         self.skipped = self.lost = 0  # steps without a finite loss: all, and the last in a row
 
@@ -157,8 +157,8 @@ class _Run:
             part = turn * processes + rank
             torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # of dropout
             places = range(part * size, (part + 1) * size)
-            chance = Chance(config.seed, step, size * processes * config.accumulate, places)
-            batch = [_to(item, accelerator.device) for item in self.stage.batch(step, chance)]
+            rng = StepRandom(config.seed, step, size * processes * config.accumulate, places)
+            batch = [_to(item, accelerator.device) for item in self.stage.batch(step, rng)]
             last = turn == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.net):
                 with accelerator.autocast():  # not of the backward pass, in which it would hold on to its weights
@@ -218,7 +218,7 @@ class _Run:
             data = self._read_so_far()
             losses = self.accelerator.reduce(torch.stack(self.recent), "mean").tolist() if self.recent else []
         if self.main:
-            net = worn(self.bones, average).to(self.accelerator.device)
+            net = load_into(self.bones, average).to(self.accelerator.device)
             if draw:
                 with torch.no_grad():
                     sheet = self.stage.sheet(net)

@@ -8,26 +8,27 @@ from typing import Any
 
 import torch
 
-from ..tables import from_table
+from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
-from .inputs import told_of
 from .loop import train
 from .stage import Stage
+from .stages.networks import told_of
 
 STAGES = {
-    "vqgan": "VQGANStage",
-    "encoder": "EncoderStage",
-    "text": "TextStage",
-    "decoder": "DecoderStage",
-    "token-decoder": "TokenDecoderStage",
-    "prior": "PriorStage",
-    "lora": "LoraStage",
+    "vqgan": "vqgan.VQGANStage",
+    "encoder": "image_encoder.EncoderStage",
+    "text": "text_encoder.TextStage",
+    "decoder": "decoder.DecoderStage",
+    "token-decoder": "token_decoder.TokenDecoderStage",
+    "prior": "prior.PriorStage",
+    "lora": "lora.LoraStage",
 }
 
 
 def kind_of(stage: str) -> type[Stage[Any]]:
     """A stage's class."""
-    kind: type[Stage[Any]] = getattr(importlib.import_module(f".{stage.replace('-', '_')}", __package__), STAGES[stage])
+    module, name = STAGES[stage].split(".")
+    kind: type[Stage[Any]] = getattr(importlib.import_module(f".stages.{module}", __package__), name)
     return kind
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
-from ..checkpoints.components import is_component, save_component
-from .chance import Chance
-from .pictures import Pictures
+from ..checkpoints.diffusers_layout import is_component, save_component
+from .data.dataset import Pictures
+from .rng import StepRandom
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -32,7 +32,7 @@ class Stage(ABC, Generic[N]):
     undivided = ""  # what of its configuration asks for whole weights, which FSDP divides
 
     @abstractmethod
-    def batch(self, step: int, chance: Chance) -> tuple[Any, ...]:
+    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         """The samples of a step that `chance` draws for; all chance comes from it, so that a resumed run, and one of
         more processes, sees what it would have seen."""
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...diffusion.sizes import LARGEST
+from ...common.geometry import LARGEST
 
 Size = tuple[int, int]  # width, height in pixels
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from ...pictures import open_picture, picture_size
+from ...inference.images import open_picture, picture_size
 from .sidecars import caption_from_table, caption_from_text, scores_from_table, table_from_json
-from .sources import ENTRY, SUFFIXES, Source, content, entry
+from .source import ENTRY, SUFFIXES, Source, content, entry
 
 METADATA = "metadata.jsonl"  # of Hugging Face's imagefolder: a table a line, with `file_name` beside the file itself
 MARKED = [*ENTRY, ("mark", "u8")]  # which another picture or caption would hardly have

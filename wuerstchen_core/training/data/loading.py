@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .buckets import fit
+from .epoch_order import EpochOrder
+from .error_budget import ErrorBudget, listed
 from .filters import Choice
-from .order import Plan
-from .sources import Source
-from .tally import Tally, listed
+from .source import Source
 
 TRIES = 20  # spares for one bad picture, before that is given up
 
@@ -76,7 +76,7 @@ class IndexedPictures(Pictures):
     exact = True
 
     def __init__(
-        self, source: Source, plan: Plan, choice: Choice, *, workers: int = 0, bad_share: float = 0.05,
+        self, source: Source, plan: EpochOrder, choice: Choice, *, workers: int = 0, bad_share: float = 0.05,
         rank: int = 0, world: int = 1,
     ):  # fmt: skip
         super().__init__(choice, workers, bad_share)
@@ -84,7 +84,7 @@ class IndexedPictures(Pictures):
         self._steps = _Steps(source, plan, choice, rank, world)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        tally = Tally("pictures", self.bad_share)
+        tally = ErrorBudget("pictures", self.bad_share)
         for reading in self._readings(self._steps, itertools.count(start)):
             tally.add(reading.pictures, reading.bad)
             if reading.batch is None:
@@ -107,7 +107,7 @@ class _Steps(Dataset[Reading]):
     """The reading of a step, by its number: what workers run."""
 
     source: Source
-    plan: Plan
+    plan: EpochOrder
     choice: Choice
     rank: int
     world: int

@@ -19,9 +19,9 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from ...pictures import open_picture, picture_size
+from ...inference.images import open_picture, picture_size
 from .sidecars import caption_from_table, caption_from_text, no_caption, scores_from_table, table_from_json
-from .sources import ENTRY, SUFFIXES, Source, entry
+from .source import ENTRY, SUFFIXES, Source, entry
 
 # Where an example lies in its shard: the first byte and the size of its picture, and of its caption (none: size -1).
 MEMBER = [*ENTRY, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?")]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...pictures import open_picture, picture_size
+from ...inference.images import open_picture, picture_size
 from .buckets import fit
+from .error_budget import ErrorBudget, listed
 from .filters import Choice, left_out
 from .loading import Batch, Pictures, Reading, crop_centre
 from .sidecars import caption_from_table, caption_from_text, scores_from_table, table_from_json
-from .sources import ENTRY, SUFFIXES, entry
-from .tally import Tally, listed
+from .source import ENTRY, SUFFIXES, entry
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class StreamedPictures(Pictures):
         if start:
             log.info("the stream goes on at its next shard, number %d: the rest of those before is skipped", start)
         shards = _Shards(self.urls, self.choice, self.batch, self.seed, self.rank, self.world, start)
-        pictures, tars = Tally("pictures", self.bad_share), Tally("shards", self.bad_share)
+        pictures, tars = ErrorBudget("pictures", self.bad_share), ErrorBudget("shards", self.bad_share)
         every, seen = set(self.urls), set[str]()
         reasons: Counter[str] = Counter()
         following = start
@@ -69,7 +69,7 @@ class StreamedPictures(Pictures):
                 following = reading.batch.next = max(following, reading.batch.next)
                 yield reading.batch
 
-    def _say(self, reasons: Counter[str], pictures: Tally, tars: Tally) -> None:
+    def _say(self, reasons: Counter[str], pictures: ErrorBudget, tars: ErrorBudget) -> None:
         """Say once, after all shards, what was left out; ValueError if it was everything."""
         if not pictures.read:
             raise ValueError(

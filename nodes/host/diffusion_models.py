@@ -1,0 +1,101 @@
+"""The core's networks with the host's layers and calling convention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ...wuerstchen_core.kernels.linear import Ready, by_onednn, product
+from ...wuerstchen_core.models.attention import Attention
+from ...wuerstchen_core.models.decoder import Decoder
+from ...wuerstchen_core.models.mlp import GlobalResponseNorm
+from ...wuerstchen_core.models.prior import Prior, ReadOnce
+from ...wuerstchen_core.models.token_decoder import TokenDecoder
+
+
+class CastGlobalResponseNorm(GlobalResponseNorm):
+    """Brings its bare parameters to the input's device and dtype: in a partial load the host leaves them behind."""
+
+    def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gamma, beta = (comfy.ops.cast_to_input(parameter, x) for parameter in (self.gamma, self.beta))
+        return gamma, beta
+
+
+def castable(operations: Any) -> Any:
+    """The host's layer namespace, with our layers in a form that it can cast and offload."""
+
+    class Cast(Ready):
+        def ready(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            weight, bias = comfy.ops.cast_bias_weight(self, x)
+            return weight, bias
+
+    class Linear(Cast, operations.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return product(x, *self.ready(x)) if by_onednn(x) else super().forward(x)
+
+    class Conv2d(Cast, operations.Conv2d):
+        pass
+
+    class Embedding(operations.Embedding):
+        """Tokens say nothing of the dtype to compute in, without which fp8 would be read as it is."""
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens, out_dtype=torch.float32)
+
+    # A bare matrix beside a layer, as the original's attention has it, is never offloaded: the weights come divided.
+    own = {
+        "GlobalResponseNorm": CastGlobalResponseNorm,
+        "PackedAttention": Attention,
+        "Linear": Linear,
+        "Conv2d": Conv2d,
+        "Embedding": Embedding,
+    }
+    return type("Operations", (operations,), own)
+
+
+class Hosted(nn.Module):
+    """Before one of the core's networks: as the host builds it."""
+
+    def __init__(self, params: Any, *, operations: Any, device: Any = None, dtype: Any = None):
+        super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
+        self.dtype = dtype
+
+
+class HostPrior(Hosted, Prior):
+    """Stage C as the host builds and calls it."""
+
+    reading: ReadOnce | None = None  # of the texts of a run, whose tensors come as new ones at each step
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.reading is None:  # a graph, or training
+            return super().forward(x, timestep, context)
+        return super().forward(x, timestep, self.reading(context))
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Read each text once, as long as the weights stay as they are."""
+        self.reading = ReadOnce(self)
+        try:
+            yield
+        finally:
+            self.reading = None
+
+
+class HostedStageB(Hosted):
+    """As the host calls Stage B of either release; the prior's latents come under Stable Cascade's name."""
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any) -> Tensor:
+        return super().forward(x, timestep, stable_cascade_prior, context)
+
+
+class HostDecoder(HostedStageB, Decoder):  # type: ignore[misc]
+    """v2's Stage B as the host builds and calls it."""
+
+
+class HostTokenDecoder(HostedStageB, TokenDecoder):  # type: ignore[misc]
+    """v1's Stage B; its attention has the weights of the other networks' under their names."""

@@ -1,0 +1,230 @@
+"""`convert` writes a file whole or not at all, in little memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.layouts import clip_of_transformers, original
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from wuerstchen_core.checkpoints import describe, writer
+from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.models.prior import Prior, PriorParams
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_nothing_is_written_over_without_force(bundle: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine.safetensors"
+    target.write_bytes(b"mine")
+    (tmp_path / "vqgan.safetensors").write_bytes(b"mine")
+    for goal in (target, tmp_path):
+        with pytest.raises(ValueError, match="exists already: choose another name, or write over it with --force"):
+            convert([bundle], goal)
+    assert target.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+    convert([bundle], target, force=True)
+    assert target.read_bytes() == bundle.read_bytes()
+    convert([target], target, force=True, dtype="bf16")  # onto the file that is being read
+    assert describe(target).parts[0].dtype == "bf16"
+
+
+def test_targets_that_are_no_target(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="is a folder: give another name"):
+        convert([bundle], tmp_path / "folder.safetensors")
+    with pytest.raises(ValueError, match="let it end in .safetensors, or in nothing"):
+        convert([bundle], tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="nothing was given"):
+        convert([], tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("replace", PermissionError(errno.EACCES, "locked"), "it is read-only or in use: close what uses it"),
+        ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error: choose another name or disk"),
+        ("fsync", OSError(errno.EFAULT, "Bad address"), "what goes into it can no longer be read: look whether"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence_and_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: OSError, said: str
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise error
+
+    (tmp_path / "x.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(os, place, refuse)
+    with pytest.raises(OSError, match="x.safetensors was not written, ") as refusal:
+        convert([bundle], tmp_path / "x.safetensors", force=True)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what a full disk looks like, without one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_no_room_on_the_disk(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserves: bool) -> None:
+    if not reserves:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with largest_file(100_000), pytest.raises(OSError, match="there is no room for its 0.0. GB: free some"):
+        convert([bundle], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [(-5, os.SEEK_END), (9, os.SEEK_SET)], ids=["a weight", "the header"])
+def test_a_disk_that_keeps_other_bytes_is_found_out(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]
+) -> None:
+    def spoil(file: Any) -> None:
+        file.seek(*place)
+        file.write(b"?")
+        file.flush()
+
+    monkeypatch.setattr(writer, "_forget", spoil)
+    with pytest.raises(OSError, match="it reads back other than it was written"):
+        convert([bundle], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seen", ["between two tensors", "as a failure to write"])
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_a_source_that_is_cut_short_meanwhile_is_named(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str, dtype: str
+) -> None:
+    source = tmp_path / "given.safetensors"
+    source.write_bytes(bundle.read_bytes())
+
+    def cut(*arguments: Any) -> None:
+        os.truncate(source, 1000)
+        if seen == "as a failure to write":
+            raise OSError(errno.EFAULT, "Bad address")
+
+    if seen == "as a failure to write":
+        monkeypatch.setattr(writer, "_write_one", cut)
+    with pytest.raises(ValueError, match="given.safetensors was cut short while it was read: fetch it again"):
+        convert([source], tmp_path / "x.safetensors", dtype=dtype, progress=None if "write" in seen else cut)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_stopped_half_way_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    def stop(path: Path, done: int, total: int) -> None:
+        assert path == tmp_path / "x.safetensors" and any(tmp_path.iterdir())
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert([bundle], tmp_path / "x.safetensors", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.checkpoints import save_bundle
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+small, source, target, dtype = sys.argv[1:]
+convert([small], Path(target).with_name("warm.safetensors"), dtype=dtype)  # imports, allocators, threads
+before, peak = held(), 0.0
+def watch(path, done, total):
+    global peak
+    peak = max(peak, held() - before)
+convert([source], target, dtype=dtype, progress=watch)
+print(peak)
+"""
+
+
+tells_memory = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="this system does not tell how much memory a process holds"
+)
+
+
+@tells_memory
+@pytest.mark.parametrize(("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors")])
+def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
+    """A prior of 136 MB in fp32 is converted within a tenth of the file that is written."""
+    state = Prior(PriorParams(c=512, nhead=8, depth=10)).state_dict()
+    source = tmp_path / f"prior.{ending}"
+    if ending == "pt":
+        torch.save({"ema_state_dict": original(state)}, source)
+    else:
+        save_file(state, source)
+    target = tmp_path / "out.safetensors"
+    assert source.stat().st_size / 2**20 > 130
+    assert_small(bundle, source, target, dtype)
+
+
+@pytest.fixture(scope="module")
+def towers_of_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tower of 151 MB in transformers' layout, and in fp8: whose tensors are made out of those in the files."""
+    folder = tmp_path_factory.mktemp("towers")
+    save_file(clip_of_transformers(256, 48, vocab_size=2000), folder / "fp32.safetensors")
+    convert([folder / "fp32.safetensors"], folder / "fp8.safetensors", dtype="fp8")
+    return folder
+
+
+@tells_memory
+@pytest.mark.parametrize(("given", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
+def test_memory_of_what_is_joined_or_widened(
+    bundle: Path, towers_of_others: Path, tmp_path: Path, given: str, dtype: str
+) -> None:
+    assert_small(bundle, towers_of_others / f"{given}.safetensors", tmp_path / "out.safetensors", dtype)
+
+
+def assert_small(bundle: Path, source: Path, target: Path, dtype: str) -> None:
+    """Convert in a process of its own, which may hold a third of what it writes."""
+    command = [sys.executable, "-c", MEASURE, str(bundle), str(source), str(target), dtype]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    written = target.stat().st_size / 2**20
+    assert float(result.stdout) < 0.35 * written, (result.stdout, written)
+
+
+# the command
+
+
+def test_command(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "half.safetensors"
+    assert main(["convert", str(bundle), str(target), "--dtype", "bf16,vqgan=fp32"]) == 0
+    assert capsys.readouterr() == (f"{target}\n", "")
+    assert main(["convert", str(bundle), str(target)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"{target} exists already: choose another name, or write over it with --force\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["convert", str(bundle), str(target), "--force"]) == 0
+    err = capsys.readouterr().err
+    assert "half.safetensors [###" in err and err.endswith("\x1b[K")
+
+
+def test_files_are_those_of_safetensors(bundle: Path, tmp_path: Path) -> None:
+    """The same bytes that its own writer makes of the same tensors and metadata."""
+    with safe_open(bundle, "pt") as file:
+        save_file(load_file(bundle), tmp_path / "theirs.safetensors", metadata=file.metadata())
+    theirs, ours = (tmp_path / "theirs.safetensors").read_bytes(), bundle.read_bytes()
+    assert len(theirs) == len(ours) and sorted(theirs[:8]) == sorted(ours[:8])
+    assert theirs[-1_000_000:] == ours[-1_000_000:]

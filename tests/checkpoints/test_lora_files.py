@@ -1,0 +1,216 @@
+"""LoRA files in every naming, against diffusers' numbers and against one another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.golden_data import Golden, assert_near
+from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
+from helpers.networks import NETWORKS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wuerstchen_core.checkpoints.adapters import Adapter, delta, fit, merge_lora
+from wuerstchen_core.checkpoints.lora_files import address, lora_from_state, read_lora
+from wuerstchen_core.models.prior import Prior, PriorParams
+
+NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_of_tower(32), seed=1)
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key.removesuffix(".weight"): x.shape for key, x in network.state_dict().items() if key.endswith(".weight")}
+
+
+def of(**tensors: Tensor) -> dict[str, Adapter]:
+    """Adapters of one module, from tensors named with _ for the dot in their names."""
+    state = {f"prior.blocks.2.attention.to_q.{name.replace('__', '.')}": x for name, x in tensors.items()}
+    return lora_from_state(state).network
+
+
+def test_a_merged_lora_equals_diffusers() -> None:
+    golden, lora = Golden("prior_small"), Golden("prior_lora_diffusers")
+    prior = Prior(PriorParams(**golden.sizes())).eval().requires_grad_(False)
+    adapters = lora_from_state({f"prior.{key}": x for key, x in lora.under("prior.").items()}).network
+    inputs = (golden["in/x"], golden["in/r_tmix"], golden["in/c"])
+    expected = lora["golden/eps_tmix_with_lora"]
+    prior.load_state_dict(merge_lora(golden.weights(), adapters))
+    assert_near(prior(*inputs), expected, 1e-5)  # observed 1e-6
+    prior.load_state_dict(merge_lora(golden.weights(), adapters, 0.5))
+    assert (prior(*inputs) - expected).abs().max() > 1e-3
+    prior.load_state_dict(merge_lora(merge_lora(golden.weights(), adapters, 3.0), adapters, -3.0))
+    assert_near(prior(*inputs), golden["out/eps_tmix"], 1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_naming_gives_the_same_adapters(name: str) -> None:
+    lora = lora_from_state(FORMS[name].write(NETWORK, TEXT))
+    assert not lora.unknown and not lora.embeddings
+    for adapters, factors in ((lora.network, NETWORK), (lora.text, TEXT)):
+        assert list(adapters) == list(factors)
+        for path, (up, down) in factors.items():
+            assert_near(delta(adapters[path].tensors), up @ down * (ALPHA / RANK), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_flat_names_find_every_module(name: str) -> None:
+    for path in shapes(NETWORKS[name].build()):
+        assert address(f"lora_unet_{path.replace('.', '_')}.alpha") == ("network", path, "alpha")
+        assert address(f"prior.{path}.lora_A.weight") == ("network", path, "lora_down.weight")
+
+
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"])
+def test_flat_names_find_every_module_of_a_tower(module: str) -> None:
+    flat = f"lora_te_text_model_encoder_layers_11_{module.replace('.', '_')}.lora_up.weight"
+    assert address(flat) == ("text", f"encoder.layers.11.{module}", "lora_up.weight")
+
+
+def test_loha_and_lokr() -> None:
+    draw = torch.Generator().manual_seed(2)
+
+    def factor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    a, b, c, d = factor(64, 2), factor(2, 64), factor(64, 2), factor(2, 64)
+    loha = of(hada_w1_a=a, hada_w1_b=b, hada_w2_a=c, hada_w2_b=d, alpha=torch.tensor(1.0))
+    assert_near(delta(*tensors_of(loha)), (a @ b) * (c @ d) * 0.5, 1e-6)
+    one, two = factor(8, 8), factor(8, 8)
+    assert_near(delta(*tensors_of(of(lokr_w1=one, lokr_w2=two, alpha=torch.tensor(1.0)))), torch.kron(one, two), 0)
+    a, b = factor(8, 2), factor(2, 8)
+    lokr = of(lokr_w1=one, lokr_w2_a=a, lokr_w2_b=b, alpha=torch.tensor(1.0))
+    assert_near(delta(*tensors_of(lokr)), torch.kron(one, a @ b) * 0.5, 1e-6)
+    path = "blocks.2.attention.to_q"
+    for adapters in (loha, lokr):
+        assert fit(adapters, {path: torch.Size([64, 64])}).fitting
+        assert fit(adapters, {path: torch.Size([64, 32])}).misshaped
+
+
+def tensors_of(adapters: dict[str, Adapter]) -> list[dict[str, Tensor]]:
+    return [adapter.tensors for adapter in adapters.values()]
+
+
+def test_onetrainers_convolutions() -> None:
+    """A depthwise one's factors span its groups, and a LoHa's are kernels."""
+    up, down = torch.randn(1, 2, 1, 1), torch.randn(2, 64, 3, 3)
+    state = {"prior.blocks.0.depthwise.lora_up.weight": up, "prior.blocks.0.depthwise.lora_down.weight": down}
+    prior = NETWORKS["prior"].perturbed()
+    merged = merge_lora(prior.state_dict(), lora_from_state(state).network)
+    change = merged["blocks.0.depthwise.weight"] - prior.state_dict()["blocks.0.depthwise.weight"]
+    assert_near(change, (up.flatten(1) @ down.flatten(1)).view(64, 1, 3, 3), 1e-5)
+    sizes = {"w1_a": (64, 2, 1, 1), "w1_b": (2, 16, 1, 1), "w2_a": (64, 2, 1, 1), "w2_b": (2, 16, 1, 1)}
+    state = {f"prior.projection.hada_{name}": torch.ones(size) for name, size in sizes.items()}
+    assert list(fit(lora_from_state(state).network, shapes(prior)).fitting) == ["projection"]
+
+
+def test_doras_magnitudes_come_in_one_shape() -> None:
+    factors = {"lora_A__weight": torch.ones(2, 64), "lora_B__weight": torch.ones(64, 2)}
+    prior = NETWORKS["prior"].perturbed()
+    for name, shape in {
+        "lora_magnitude_vector": (64,), "lora_magnitude_vector__default__weight": (64,), "dora_scale": (64, 1),
+    }.items():  # fmt: skip
+        adapters = of(**factors, **{name: torch.ones(shape)})
+        assert adapters["blocks.2.attention.to_q"].tensors["dora_scale"].shape == (64, 1)
+        assert fit(adapters, shapes(prior)).fitting
+        with pytest.raises(ValueError, match="DoRA"):
+            merge_lora(prior.state_dict(), adapters)
+    assert fit(of(**factors, dora_scale=torch.ones(1, 64)), shapes(prior)).fitting
+    assert fit(of(**factors, dora_scale=torch.ones(1, 32)), shapes(prior)).misshaped
+
+
+@pytest.mark.parametrize("tensor", ["lora_mid__weight", "lora_B__bias", "oft_blocks", "a1__weight", "diff"])
+def test_modules_that_are_more_than_understood_are_left_out_whole(tensor: str) -> None:
+    adapters = {"lora_A__weight": torch.ones(2, 64), "lora_B__weight": torch.ones(64, 2), tensor: torch.ones(1)}
+    lora = lora_from_state({f"prior.projection.{name.replace('__', '.')}": x for name, x in adapters.items()})
+    assert not lora.network and len(lora.unknown) == 3
+
+
+def test_what_is_no_adapter_is_named() -> None:
+    state = FORMS["diffusers"].write(NETWORK, {})
+    first = next(iter(state))
+    state |= {
+        "bundle_emb.<cat>.clip_g": torch.ones(2, 32),
+        "some.weight": torch.ones(1),
+        "prior.x.alpha": torch.ones(1),
+    }
+    state[first.replace("prior.", "unet.")] = torch.ones(1)  # the same once more
+    lora = lora_from_state(state)
+    assert lora.embeddings == ("bundle_emb.<cat>.clip_g",)
+    assert set(lora.unknown) == {"some.weight", "prior.x.alpha", first.replace("prior.", "unet.")}
+    assert_near(
+        lora.network["blocks.2.attention.to_q"].tensors["lora_down.weight"], NETWORK["blocks.2.attention.to_q"][1], 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"prior.r": RANK, "prior.lora_alpha": 8}, 2.0),
+        ({"prior.lora_alpha": 8, "prior.use_rslora": True}, 4.0),
+        ({"prior.lora_alpha": 8, "prior.alpha_pattern": {"attention.to_q": 4}}, 1.0),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+    ],
+)
+def test_an_alpha_in_diffusers_header_counts(config: dict[str, object], scale: float) -> None:
+    state = FORMS["diffusers"].write(NETWORK, TEXT)
+    lora = lora_from_state(state, {"lora_adapter_metadata": json.dumps(config)})
+    up, down = NETWORK["blocks.2.attention.to_q"]
+    assert_near(delta(lora.network["blocks.2.attention.to_q"].tensors), up @ down * (ALPHA / RANK) * scale, 1e-6)
+
+
+def test_a_lora_of_another_width_is_refused() -> None:
+    wide = lora_from_state(FORMS["diffusers"].write(random_factors(attention_of_prior(128)), {})).network
+    prior = NETWORKS["prior"].perturbed()
+    found = fit(wide, shapes(prior))
+    assert not found.fitting and len(found.misshaped) == 8
+    assert found.example == "blocks.2.attention.to_q's weight is 64x64, its change 128x128"
+    with pytest.raises(ValueError, match="16 keys of this LoRA fit nothing"):
+        merge_lora(prior.state_dict(), wide)
+    torn = of(lora_A__weight=torch.ones(2, 64), lora_B__weight=torch.ones(64, 3))
+    assert "factors that differ in rank" in fit(torn, shapes(prior)).example
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_merging_keeps_the_weights_dtype(dtype: torch.dtype) -> None:
+    state = {key: x.to(dtype) for key, x in NETWORKS["prior"].perturbed().state_dict().items()}
+    adapters = lora_from_state(FORMS["diffusers"].write(NETWORK, {})).network
+    merged = merge_lora(state, adapters)
+    key = "blocks.2.attention.to_q.weight"
+    up, down = NETWORK["blocks.2.attention.to_q"]
+    exact = state[key].float() + up @ down * (ALPHA / RANK)
+    assert merged[key].dtype == dtype and torch.equal(merged[key].float(), exact.to(dtype).float())
+    assert merged["projection.weight"] is state["projection.weight"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "bin"])
+def test_a_file_is_read(tmp_path: Path, ending: str) -> None:
+    path, state = tmp_path / f"lora.{ending}", FORMS["onetrainer kohya"].write(NETWORK, TEXT)
+    save_file(state, path, {"author": "me"}) if ending == "safetensors" else torch.save(state, path)
+    lora = read_lora(path)
+    assert lora.network.keys() == NETWORK.keys() and lora.text.keys() == TEXT.keys()
+    assert lora.metadata == ({"author": "me"} if ending == "safetensors" else {})
+
+
+def test_files_without_adapters_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"blocks.0.weight": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"x.safetensors is no LoRA that is understood \(its keys: blocks.0.weight\)"):
+        read_lora(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_lora(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_up.weight", "Stable Diffusion or SDXL"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "Stable Diffusion or SDXL"),
+        ("lora_prior_unet_down_blocks_0_2_attention_attn_to_q.lora_down.weight", "Stable Cascade"),
+        ("unet.down_blocks.0.2.attention.to_q.lora_A.weight", "Würstchen's decoder or Stable Cascade"),
+        ("lora_prior_unet_blocks_2_attention_to_q.lora_down.weight", "Würstchen's prior"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
+    ],
+)
+def test_what_a_lora_was_made_for_is_told(key: str, family: str) -> None:
+    assert lora_from_state({key: torch.ones(1, 1)}).family() == family

@@ -1,0 +1,84 @@
+"""What the dtypes cost on the golden data, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import isinf, isnan
+
+import pytest
+import torch
+
+from tools.demo import precision
+from tools.demo.precision import KINDS, MARKS, Largest, relative_error
+from tools.demo.precision_cases import Case, golden_cases, golden_image_encoders
+from wuerstchen_core.checkpoints.quant import FP8
+from wuerstchen_core.kernels.linear import Operations
+from wuerstchen_core.models.mlp import MANY, ChannelwiseMLP
+
+# In percent of the result, twice what was measured (the README's table).
+MOST = {"bf16": 2.6, "fp16": 0.4, "fp8, computed in bf16": 7.5, "fp8, computed in fp32": 7.5}
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    return {case.name: case for case in golden_cases()}
+
+
+def check(case: Case, most: dict[str, float]) -> None:
+    errors = {kind: relative_error(case, *dtypes) for kind, dtypes in KINDS.items()}
+    assert all(0 < error < most[kind] for kind, error in errors.items()), errors
+    assert errors["fp16"] < errors["bf16"] < errors["fp8, computed in bf16"]
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "token_decoder", "vqgan"])
+def test_errors_on_the_golden_data(cases: dict[str, Case], name: str) -> None:
+    check(cases[name], MOST)
+
+
+@pytest.mark.long
+def test_errors_of_the_golden_image_encoders() -> None:
+    for case in golden_image_encoders():
+        check(case, MOST | {"fp8, computed in bf16": 16, "fp8, computed in fp32": 16})
+
+
+def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, Case]) -> None:
+    case = cases["decoder"]
+    assert relative_error(case, torch.float32, torch.float32) == 0
+    state = dict(case.part.state_dict)
+    state["embedding.1.weight"] = 6e4 * torch.ones_like(state["embedding.1.weight"])
+    large = replace(case, part=replace(case.part, state_dict=state), inputs=(1e3 * case.inputs[0], *case.inputs[1:]))
+    assert isnan(relative_error(large, torch.float16, torch.float16))
+    assert relative_error(large, torch.bfloat16, torch.bfloat16) < 100
+
+
+def largest(call: Callable[[], object]) -> float:
+    with torch.inference_mode(), Largest() as inside:
+        call()
+    return float(inside.value)
+
+
+@torch.no_grad()
+def test_the_largest_number_in_fp16_is_found_before_a_gelu() -> None:
+    mlp = ChannelwiseMLP(2, 2, 0.0, Operations).eval()
+    mlp[0].bias.fill_(-3000.0)  # of which the GELU leaves nothing
+    x = torch.zeros(1, 32, MANY // 32, 2)
+    assert largest(lambda: mlp(x + 6e4).half()) == 0  # fp32 does not count
+    mlp.half()
+    assert largest(lambda: mlp(x.half())) == 3000
+    assert isinf(largest(lambda: mlp(x.half()) + 1 / x.half()))
+
+
+def test_what_is_no_number_is_not_lost_among_larger_ones() -> None:
+    def call() -> None:
+        torch.full((2,), float("nan"), dtype=torch.float16)
+        torch.full((2,), 3, dtype=torch.float16)
+
+    assert isnan(largest(call))
+    assert largest(lambda: torch.empty(10**6, dtype=torch.float16)[1:].fill_(7)) == 7
+    assert FP8 not in (dtype for _, dtype in KINDS.values())  # for storage alone
+
+
+def test_the_readme_has_a_place_for_the_tables() -> None:
+    text = precision.README.read_text("utf-8")
+    assert [text.count(mark) for mark in MARKS] == [1, 1]

@@ -1,0 +1,195 @@
+"""What cannot be loaded is refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.layouts import (
+    Payload,
+    State,
+    comfyui,
+    encoder_state,
+    manifest_keys,
+    random_state,
+    stage_c_previewer,
+    vae_save,
+    write_folder,
+)
+from helpers.networks import PRIOR, VQ
+from safetensors.torch import save_file
+
+from wuerstchen_core.checkpoints import describe, load_prior, load_vqgan, read_metadata, read_part
+from wuerstchen_core.checkpoints.key_maps import LORA
+from wuerstchen_core.checkpoints.open import open_source
+from wuerstchen_core.checkpoints.source import ForeignFile
+from wuerstchen_core.models.prior import Prior
+from wuerstchen_core.models.vqgan import VQGAN
+
+
+@pytest.fixture(scope="module")
+def prior() -> State:
+    return random_state(Prior(PRIOR))
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> State:
+    return random_state(VQGAN(VQ))
+
+
+Damage = Callable[[State], None]
+
+
+def drop(state: State) -> None:
+    del state["out.1.bias"]
+
+
+def add(state: State) -> None:
+    state |= {f"extra.{i}": torch.zeros(1) for i in range(5)}
+
+
+def reshape(state: State) -> None:
+    state["projection.bias"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (drop, r"missing: 1 \(out\.1\.bias\)$"),
+        (add, r"unexpected: 5 \(extra\.0, extra\.1, extra\.2, \.\.\.\)$"),
+        (reshape, r"another shape: 1 \(projection\.bias is \[3\] and should be \[64\]\)$"),
+    ],
+)
+def test_strict_loading_names_the_keys(prior: State, damage: Damage, said: str, tmp_path: Path) -> None:
+    state = dict(prior)
+    damage(state)
+    save_file(state, tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match=said):
+        load_prior(tmp_path / "prior.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_not_run(prior: State, tmp_path: Path, zipped: bool) -> None:
+    content = {"state_dict": prior, "extra": Payload(tmp_path / "made")}
+    torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="Python objects") as refusal:
+        load_prior(tmp_path / "bad.pt")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "made").exists()
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "old.pt"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_file_cut_short_is_refused(vqgan: State, tmp_path: Path, ending: str, share: float) -> None:
+    path = tmp_path / f"whole.{ending}"
+    if ending == "safetensors":
+        save_file(vqgan, path)
+    else:
+        torch.save({"state_dict": vqgan}, path, _use_new_zipfile_serialization=ending == "pt")
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="fetch it again") as refusal:
+        load_vqgan(written(tmp_path / "cut", whole[: int(len(whole) * share)]))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "no weights"),
+        (b"<!doctype html><html></html>", "no weights"),
+        (b"PK\x03\x04 a zip of something else", "damaged"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refusal:
+        load_prior(written(tmp_path / "file.safetensors", content))
+    assert "\n" not in str(refusal.value)
+
+
+def test_pytorch_file_without_weights_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "log.pt")
+    with pytest.raises(ValueError, match="expected a state dict"):
+        load_prior(tmp_path / "log.pt")
+
+
+def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path) -> None:
+    save_file(prior, tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match="no vqgan; it holds prior$"):
+        load_vqgan(tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_prior(tmp_path / "nothing.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        load_prior(tmp_path / "empty")
+    with pytest.raises(ValueError, match="'unet' is no part"):
+        read_part(tmp_path / "prior.safetensors", "unet")
+    assert read_metadata(tmp_path / "prior.safetensors") == {}
+    assert read_metadata(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "held"),
+    [
+        ("double_blocks.0.weight", "a Flux model"),
+        # Not the prior of a bundle, whose keys begin as these do.
+        ("prior.blocks.2.attention.to_q.lora_A.weight", LORA),
+        ("prior.blocks.2.attention.processor.to_q_lora.down.weight", LORA),
+    ],
+)
+def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, held: str) -> None:
+    save_file({key: torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ForeignFile, match=f"is no model of Würstchen: it holds {held}, so choose another$") as refusal:
+        load_prior(tmp_path / "foreign.safetensors")
+    assert refusal.value.held == (held,)
+
+
+def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "prior", {"clip_txt_pooled_mapper.weight": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="Stable Cascade"):
+        load_prior(tmp_path)
+
+
+@pytest.mark.parametrize(("levels", "said"), [(2, "the Stage C previewer of v2"), (3, "a Stable Cascade model")])
+def test_previewers_are_named(tmp_path: Path, levels: int, said: str) -> None:
+    state = stage_c_previewer(levels)
+    if levels == 2:
+        assert state.keys() == manifest_keys("v2_previewer")
+    torch.save({"state_dict": state, "optimizer_state_dict": {}}, tmp_path / "previewer.pt")
+    with pytest.raises(ForeignFile, match=said) as refusal:
+        describe(tmp_path / "previewer.pt")
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+def cascade_stage_c() -> State:
+    return {"clip_txt_mapper.weight": torch.zeros(1), "blocks.0.0.weight": torch.zeros(1)}
+
+
+def cascade_stage_b() -> State:
+    names = ("effnet_mapper.0.weight", "pixels_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight")
+    return {name: torch.zeros(1) for name in names}
+
+
+def cascade_encoder() -> State:
+    return {key: x for key, x in encoder_state().items() if key not in ("mapper.1.weight", "mapper.1.bias")}
+
+
+@pytest.mark.parametrize(
+    ("make", "wrap"),
+    [
+        (cascade_stage_c, dict), (cascade_stage_b, dict), (cascade_encoder, dict), (cascade_stage_c, comfyui),
+        (cascade_stage_b, comfyui), (cascade_encoder, vae_save),
+    ],
+)  # fmt: skip
+def test_stable_cascade_is_named_whatever_saved_it(
+    tmp_path: Path, make: Callable[[], State], wrap: Callable[[State], State]
+) -> None:
+    torch.save(wrap(make()), tmp_path / "model.pt")
+    with pytest.raises(ForeignFile, match="a Stable Cascade model, whose latents are not Würstchen's"):
+        open_source(tmp_path / "model.pt")

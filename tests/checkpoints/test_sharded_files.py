@@ -1,0 +1,52 @@
+"""Folders whose weights are divided, in every spelling of diffusers and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.layouts import State, random_state
+from helpers.networks import PRIOR
+from safetensors.torch import save_file
+
+from wuerstchen_core.checkpoints import load_prior
+from wuerstchen_core.models.prior import Prior
+
+# By the name of the index, those of the files in it.
+SPELLINGS = {
+    "diffusion_pytorch_model.safetensors.index.json": "diffusion_pytorch_model-0000{}-of-00002.safetensors",
+    "diffusion_pytorch_model.bin.index.json": "diffusion_pytorch_model-0000{}-of-00002.bin",
+    "pytorch_model.bin.index.json": "pytorch_model-0000{}-of-00002.bin",
+    "diffusion_pytorch_model.safetensors.index.fp16.json": "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors.index.json": "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors",
+    "model.safetensors.index.fp16.json": "model.fp16-0000{}-of-00002.safetensors",
+    "pytorch_model.bin.index.fp16.json": "pytorch_model.fp16-0000{}-of-00002.bin",
+    "pytorch_model.fp16.bin.index.json": "pytorch_model.fp16-0000{}-of-00002.bin",
+}
+
+
+def write_divided(folder: Path, index: str, state: State) -> Path:
+    """Write the halves of the state and their index; the second half's file."""
+    files = [folder / SPELLINGS[index].format(number) for number in (1, 2)]
+    places: dict[str, str] = {}
+    for half, file in enumerate(files):
+        own = {key: state[key] for key in list(state)[half::2]}
+        (save_file if file.suffix == ".safetensors" else torch.save)(own, file)
+        places |= dict.fromkeys(own, file.name)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return files[1]
+
+
+@pytest.mark.parametrize("index", SPELLINGS)
+def test_a_divided_folder_is_read_whole_or_refused(tmp_path: Path, index: str) -> None:
+    dtype = torch.float16 if "fp16" in index else torch.float32
+    state = {key: x.to(dtype) for key, x in random_state(Prior(PRIOR)).items()}
+    second = write_divided(tmp_path, index, state)
+    loaded = load_prior(tmp_path).state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(x.dtype == dtype and x.equal(state[key]) for key, x in loaded.items())
+    second.unlink()
+    with pytest.raises(ValueError, match=f"names {second.name}, which is not beside it: fetch the whole folder$"):
+        load_prior(tmp_path)

@@ -1,0 +1,63 @@
+"""Bundles that store only the trained rows of a table of tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.networks import NETWORKS
+
+from tools.demo.build import known_rows
+from wuerstchen_core.checkpoints import Part, describe, load_text_encoder, save_bundle
+from wuerstchen_core.checkpoints.quant import FP8
+from wuerstchen_core.checkpoints.rows import complete, thinned
+from wuerstchen_core.demo.vocabulary import LAYOUTS, caption, scenes
+from wuerstchen_core.models.text_encoder import tokenize
+
+ROWS = [5, 0, 511, 49406, 49407]
+
+
+@pytest.fixture(scope="module")
+def tower() -> Part:
+    network = NETWORKS["text_encoder"].perturbed()
+    return Part("text_encoder", network.params, network.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, FP8])
+def test_kept_rows_come_back_and_the_others_are_zeros(tower: Part, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    whole, thin = tmp_path / "whole.safetensors", tmp_path / "thin.safetensors"
+    save_bundle(whole, {"text_encoder": tower}, {}, dtype=dtype)
+    save_bundle(thin, {"text_encoder": thinned(tower, ROWS)}, {}, dtype=dtype)
+    assert thin.stat().st_size < 0.2 * whole.stat().st_size
+    before, after = (load_text_encoder(file).token_embedding.weight for file in (whole, thin))
+    assert after.shape == before.shape and after.dtype == before.dtype
+    if dtype != FP8:  # a smaller table may get a finer scale
+        assert torch.equal(after[ROWS], before[ROWS])
+    torch.testing.assert_close(after[ROWS].float(), before[ROWS].float(), rtol=0.07, atol=1e-4)
+    rest = torch.ones(len(after), dtype=torch.bool)
+    rest[ROWS] = False
+    assert before[ROWS].any() and not after[rest].any()
+    assert describe(thin).parts[0].parameters == describe(whole).parts[0].parameters
+
+
+@pytest.mark.parametrize("sizes", [None, {}, {"vocab_size": "many"}])
+def test_a_table_of_unknown_length_is_refused(tower: Part, sizes: dict[str, Any] | None) -> None:
+    with pytest.raises(ValueError, match=r"does not say how long its table of tokens is: fetch it again$"):
+        complete(thinned(tower, ROWS).state_dict, sizes)
+
+
+@pytest.mark.parametrize("rows", [[5, 0], [5, 0, 511, 49406, 49408], [5, 0, 511, 49406, -1]])
+def test_rows_that_cannot_be_are_refused(tower: Part, rows: list[int]) -> None:
+    state = {**thinned(tower, ROWS).state_dict, "token_embedding.rows": torch.tensor(rows)}
+    with pytest.raises(ValueError, match=r"^the table of tokens of this bundle is damaged: fetch it again$"):
+        complete(state, {"vocab_size": 49408})
+
+
+def test_what_the_demos_keep_is_all_that_captions_are_made_of() -> None:
+    words = random.Random(0)
+    some = words.sample(scenes(LAYOUTS), 5000)
+    ids, _ = tokenize([caption(scene, words) for scene in some] + ["Hm? 12!"])
+    assert set(ids.flatten().tolist()) - set(tokenize(["Hm"])[0].flatten().tolist()) <= known_rows()

@@ -1,0 +1,282 @@
+"""The command line: what it writes, what it prints, and that a failure is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.cli_runs import failure, run
+from helpers.tiny_model import write_tiny_bundle
+from PIL import Image
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.cli import save
+from wuerstchen_core.cli.options import fingerprint
+
+PROMPT = "A red apple, on blue!"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# generate
+
+
+def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", PROMPT, "--model", bundle, "--seed", "7", "--device", "cpu", "--negative", "small") == 0
+    out, err = capsys.readouterr()
+    assert out == "a-red-apple-on-blue.png\n" and err == ""
+    with Image.open(here / out.strip()) as image:
+        made = json.loads(image.text[save.METADATA_KEY])
+        painted = np.asarray(image).astype(int)
+    assert made == {
+        "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
+        "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2, "decoder_guidance": 1.0,
+        "sampler": "ddpm", "weights": fingerprint(bundle),
+    }  # fmt: skip
+    [expected] = WuerstchenPipeline.load(bundle, device="cpu").generate(PROMPT, negative="small", seed=7)
+    assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
+
+
+def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        WuerstchenPipeline,
+        "generate",
+        lambda self, prompt, **options: given.update(options) or [Image.new("RGB", (64, 64))],
+    )
+    command = (
+        "--width 64 --height 128 --schedule linear --sampler ddim --prior-steps 5 --prior-guidance 3.5 "
+        "--decoder-steps 4 --decoder-guidance 1.5 --decoder-guidance-end 2 --temperature 1 0.5 --token-mode argmax "
+        "--seed 3 --negative fog --dtype bf16 --device cpu"
+    )
+    bundle = write_tiny_bundle(here / "v1.safetensors", release="v1")  # which alone has a use for all of them
+    assert run("generate", PROMPT, "--model", bundle, *command.split()) == 0
+    del given["callback"]
+    assert given == {
+        "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear", "prior_steps": 5,
+        "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5, "decoder_guidance_end": 2.0,
+        "temperature": (1.0, 0.5), "token_mode": "argmax",
+        "sampler": "ddim",
+    }  # fmt: skip
+
+
+def test_the_fast_schedule(bundle: Path, here: Path) -> None:
+    assert run("generate", PROMPT, "--model", bundle, "--schedule", "fast", "--output", "fast.png") == 0
+    with Image.open("fast.png") as image:
+        made, painted = json.loads(image.text[save.METADATA_KEY]), np.asarray(image).astype(int)
+    assert made["sampler"] == "ddim"
+    assert (made["schedule"], made["prior_steps"], made["decoder_steps"]) == ("fast", 6, 4)
+    seen: list[str] = []
+    pipeline, watch = WuerstchenPipeline.load(bundle), lambda stage, *_: seen.append(stage)
+    [expected] = pipeline.generate(PROMPT, schedule="fast", callback=watch)
+    assert (seen.count("prior"), seen.count("decoder")) == (6, 4)
+    assert np.abs(painted - np.asarray(expected)).max() <= 1  # rounding
+
+
+def test_a_picture_is_never_overwritten_unless_named(
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("generate", PROMPT, "--model", bundle)
+    assert run(*command) == run(*command) == 0
+    assert capsys.readouterr().out.split() == ["a-red-apple-on-blue.png", "a-red-apple-on-blue-2.png"]
+    (here / "mine.png").write_bytes(b"old")
+    assert run(*command, "--output", "mine.png") == 0
+    assert Image.open(here / "mine.png").size == (128, 64)
+    assert sorted(path.name for path in here.iterdir()) == [
+        "a-red-apple-on-blue-2.png", "a-red-apple-on-blue.png", "mine.png",
+    ]  # fmt: skip
+
+
+def test_count_output_and_json(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "out").mkdir()
+    command = ("generate", PROMPT, "--model", bundle, "--count", "2", "--seed", "4", "--json")
+    assert run(*command, "--output", "out/p.jpg") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [image["path"] for image in report["images"]] == [str(Path("out/p-1.jpg")), str(Path("out/p-2.jpg"))]
+    assert [image["seed"] for image in report["images"]] == [4, 5]
+    assert report["prompt"] == PROMPT and report["load_seconds"] > 0 and report["device"]
+    for image in report["images"]:
+        assert set(image["seconds"]) == {"text", "prior", "decoder", "picture"}
+        assert all(seconds >= 0 for seconds in image["seconds"].values()) and image["seconds"]["prior"] > 0
+        assert Image.open(image["path"]).format == "JPEG"
+    assert run(*command, "--output", "out") == 0
+    assert json.loads(capsys.readouterr().out)["images"][1]["path"] == str(Path("out/a-red-apple-on-blue-2.png"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("../../etc/passwd", "etc-passwd"), ("", "picture"), ("?!", "picture"), ("Über Äpfel", "über-äpfel")],
+)
+def test_slug(prompt: str, name: str) -> None:
+    assert save.slug(prompt) == name
+    assert len(save.slug("word " * 100)) <= save.SLUG_LENGTH
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("generate", PROMPT, "--model", bundle) == 0
+    err = capsys.readouterr().err
+    assert "] 2/3" in err and "decoder [" in err and err.endswith("\x1b[K")
+
+
+# failures
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--width 100", "the nearest legal size is 128x64"),
+        ("--width 4096", "the nearest legal size is 2048x64"),
+        ("--model nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("--model broken.safetensors", "broken.safetensors holds no weights"),
+        ("--model cut.safetensors", "cut.safetensors is cut short or damaged"),
+        ("--model empty", "empty is no diffusers folder"),
+        ("--device abacus", "device 'abacus' is unknown: choose auto"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--seed -1", "choose a number from 0 to"),
+        ("--seed x", "invalid int value: 'x'"),
+        ("--count 0", "a count of at least 1"),
+        ("--prior-steps 0", "at least 1 is needed"),
+        ("--schedule original --prior-steps 7", "has 30 steps, not 7"),
+        ("--token-mode argmax", "this model's Stage B paints no tokens, for which the token mode would be: leave that"),
+        ("--temperature 1 0.5 --token-mode argmax", "the temperature and the token mode would be: leave that out"),
+        ("--output nowhere/x.png", "the folder nowhere does not exist"),
+        ("--output x.txt", "let it end in one of .png"),
+        ("--output x", "let it end in one of .png"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_a_failure_is_one_line(
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    (here / "broken.safetensors").write_text("version https://git-lfs.example/spec/v1\n")
+    (here / "cut.safetensors").write_bytes(bundle.read_bytes()[:-1000])
+    (here / "empty").mkdir()
+    before = sorted(here.iterdir())
+    model = () if "--model" in options else ("--model", bundle)
+    assert message in failure(capsys, "generate", PROMPT, *model, *options.split())
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["dream", "x.png"], "invalid choice: 'dream'"),
+        (["generate"], "PROMPT"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+        (["train", "everything", "--config", "x.toml"], "invalid choice: 'everything'"),
+        (["train", "prior"], "--config"),
+        (["train", "prior", "--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_other_failures(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in failure(capsys, *arguments)
+
+
+def test_only_what_works_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(" {4}[a-z]", line)]
+    assert listed == [
+        "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "train",
+    ]  # fmt: skip
+
+
+def test_bench_names_where_it_went(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "python -m tools.bench" in failure(capsys, "bench", "--quick")
+
+
+def raising(error: BaseException) -> Any:
+    def raises(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_interrupted(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "decode", raising(KeyboardInterrupt()))
+    assert run("generate", PROMPT, "--model", bundle) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and not list(here.iterdir())
+
+
+def test_interrupted_while_writing(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(self: Image.Image, path: Path, **options: Any) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert run("generate", PROMPT, "--model", bundle, "--output", "x.png") == 130
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError(message)))
+    assert "choose a smaller --width" in failure(capsys, "generate", PROMPT, "--model", bundle)
+    trainer = pytest.importorskip("wuerstchen_core.training.run")
+    monkeypatch.setattr(trainer, "run", raising(RuntimeError(message)))
+    assert "choose a smaller batch" in failure(capsys, "train", "prior", "--config", "c.toml")
+
+
+def test_a_bug_keeps_its_traceback(bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("generate", PROMPT, "--model", bundle)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "file"),
+    [
+        ("accelerate", ("train", "prior", "--config", "x.toml"), "requirements-train.txt"),
+        ("open_clip.transformer", ("generate", PROMPT), "requirements.txt"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_file(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    module: str, arguments: tuple[str, ...], file: str,
+) -> None:  # fmt: skip
+    for name in [name for name in sys.modules if name.startswith("wuerstchen_core.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("wuerstchen_core.training", raising=False)  # so that the package itself comes back afterwards
+    monkeypatch.setitem(sys.modules, module, None)  # which Python takes for a package that is not there
+    model = ("--model", bundle) if arguments[0] == "generate" else ()
+    line = failure(capsys, *arguments, *model)
+    assert line == f"{module.partition('.')[0]} is not installed: python -m pip install -r {file}\n"
+
+
+# train and inspect
+
+
+def test_train_hands_over(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    trainer = pytest.importorskip("wuerstchen_core.training.run")
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(trainer, "run", lambda *arguments: calls.append(arguments))
+    assert run("train", "prior", "--config", "c.toml", "--set", "train.steps=3", "--set", "run='x'") == 0
+    assert calls == [("prior", Path("c.toml"), ["train.steps=3", "run='x'"])]
+
+
+def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", bundle) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{bundle}: ") and any(line.strip().startswith("prior (Stage C):") for line in lines)
+    assert run("inspect", bundle, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [part["name"] for part in report["parts"]][:2] == ["prior", "decoder"] and report["vocabulary"] == 6

@@ -1,0 +1,58 @@
+"""The command line as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.cli_runs import PROMPT
+from PIL import Image
+
+from wuerstchen_core.checkpoints import demo_path
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wuerstchen_core", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_unknown_words_are_named_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    process = shell("generate", "a red zebra", "--model", bundle, "--count", "2", cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout == "a-red-zebra.png\na-red-zebra-2.png\n"
+    assert process.stderr.count("\n") == 1 and "never learned 'zebra'; it paints" in process.stderr
+
+
+def test_a_failing_process(tmp_path: Path) -> None:
+    process = shell("generate", PROMPT, "--model", "nowhere", cwd=tmp_path)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.count("\n") == 1 and "nowhere does not exist" in process.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    slow = "'torch' in sys.modules or 'PIL' in sys.modules"
+    code = f"import sys, wuerstchen_core, wuerstchen_core.cli.main; sys.exit({slow})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
+def test_the_first_command(tmp_path: Path) -> None:
+    from tools.demo.judge import Judge
+    from wuerstchen_core.demo.vocabulary import COLOURS
+
+    process = shell("generate", "a red apple on a blue background", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == ""
+    with Image.open(tmp_path / "a-red-apple-on-a-blue-background.png") as image:
+        assert Judge().background(np.asarray(image)) == list(COLOURS).index("blue")

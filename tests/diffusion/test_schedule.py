@@ -1,0 +1,108 @@
+"""The noise schedule against the original's tables, the published time schedules, and the sizes of pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.golden_data import Golden, assert_near
+
+from wuerstchen_core.common.geometry import check_size, decoder_side, nearest_legal, prior_side, semantic_view_size
+from wuerstchen_core.diffusion.schedule import (
+    FAST_STEPS,
+    alpha_bar,
+    diffuse,
+    diffusers_times,
+    linear_times,
+    named_times,
+    original_times,
+    p2_weight,
+    training_times,
+)
+
+TOLERANCE = 1e-6  # observed 2e-7
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden("schedule_tables")
+
+
+@pytest.mark.parametrize("scaler", ["0.5", "1", "2"])
+def test_alpha_bar_and_p2_weight(golden: Golden, scaler: str) -> None:
+    t = golden["in/t"]
+    assert_near(alpha_bar(t, float(scaler)), golden[f"out/alpha_cumprod_scaler{scaler}"], TOLERANCE)
+    assert_near(p2_weight(t, scaler=float(scaler)), golden[f"out/p2_weight_scaler{scaler}"], TOLERANCE)
+
+
+def test_p2_weight_of_other_constants(golden: Golden) -> None:
+    assert_near(p2_weight(golden["in/t"], k=0.5, gamma=2.0), golden["out/p2_weight_k0.5_gamma2"], TOLERANCE)
+
+
+def test_the_cached_table_of_the_original(golden: Golden) -> None:
+    """The original can read alpha_bar from 1000 entries: the nearest one below or at t * 999."""
+    table = alpha_bar(torch.linspace(0, 1, 1000))
+    index = (golden["in/t"] * 999).long()
+    assert_near(table[index], golden["out/alpha_cumprod_cache1000"], TOLERANCE)
+
+
+def test_alpha_bar_in_half_precision_stays_in_bounds() -> None:
+    t = torch.linspace(0, 1, 101)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert alpha_bar(t.to(dtype)).isfinite().all()
+
+
+def test_diffuse(golden: Golden) -> None:
+    noised = diffuse(golden["in/x0"], golden["in/t4"], golden["in/noise"])
+    assert_near(noised, golden["out/diffused"], TOLERANCE)
+
+
+def test_training_times(golden: Golden) -> None:
+    assert_near(training_times(golden["in/train_uniform"]), golden["out/train_t"], TOLERANCE)
+    share = training_times(torch.rand(100_000, generator=torch.Generator().manual_seed(0))).eq(1).float().mean()
+    assert float(share) == pytest.approx(0.075, abs=0.005)
+
+
+def test_published_schedules() -> None:
+    for times, steps in ((original_times(), 30), (diffusers_times(), 29), (linear_times(12), 12)):
+        assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
+        assert (times.diff() < 0).all()
+    assert float(original_times()[20]) == pytest.approx(2 / 3)
+    assert float(diffusers_times()[19]) == pytest.approx(2 / 3)
+    assert_near(diffusers_times(), Golden("diffusers_v2_small")["scheduler/default_stage_c_timesteps_f32"], 2e-7)
+
+
+def test_schedules_by_name() -> None:
+    assert torch.equal(named_times("original", 5), original_times())
+    assert torch.equal(named_times("diffusers", 5), diffusers_times())
+    assert torch.equal(named_times("linear", 5), linear_times(5))
+    with pytest.raises(ValueError, match="'karras' is unknown: choose original, diffusers, fast or linear"):
+        named_times("karras", 5)
+    with pytest.raises(ValueError, match="0 sampling steps"):
+        linear_times(0)
+
+
+def test_the_fast_schedules_steps_shrink_towards_the_picture() -> None:
+    times, steps = named_times("fast", 5), FAST_STEPS[0]
+    assert times.tolist() == pytest.approx([(1 - i / steps) ** 2 for i in range(steps + 1)], abs=1e-7)
+    assert times[0] == 1 and times[-1] == 0 and (times.diff().diff() > 0).all()
+
+
+def test_sides_of_latents() -> None:
+    for pixels, prior in ((64, 2), (128, 3), (256, 6), (512, 12), (1024, 24), (1088, 26)):
+        assert prior_side(pixels) == prior and decoder_side(pixels) == pixels / 4
+        assert semantic_view_size(pixels) == 32 * prior
+
+
+@pytest.mark.parametrize(
+    ("size", "legal"),
+    [((1000, 1024), "1024x1024"), ((1024, 10), "1024x64"), ((2112, 5000), "2048x2048"), ((0, -64), "64x64")],
+)
+def test_sizes_that_cannot_be_painted(size: tuple[int, int], legal: str) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* the nearest legal size is {legal}$"):
+        check_size(*size)
+
+
+def test_every_multiple_of_64_is_legal() -> None:
+    for side in range(64, 2049, 64):
+        check_size(side, 2112 - side)
+        assert nearest_legal(side) == side == nearest_legal(side + 31) == nearest_legal(side - 32)

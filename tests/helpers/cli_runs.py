@@ -1,0 +1,64 @@
+"""What tests of the pipeline and the command line share: a prompt, commands, and pictures and latents as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.cli.main import main
+
+PROMPT = "a red apple"
+ROUNDING = 1  # of 255: where in memory a tensor lies, and how many share a batch, moves fp32 in its last digit
+
+
+def run(*arguments: str | Path, main: Callable[[list[str]], int] = main) -> int:
+    """The exit code of a command."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's
+        return int(stop.code or 0)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path, main: Callable[[list[str]], int] = main) -> str:
+    """The one line that a command fails with."""
+    assert run(*arguments, main=main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def latents(pipe: WuerstchenPipeline, prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
+    """What Stages C and B make of prompts."""
+    prior_text, decoder_text = pipe.encode_text(prompts)
+    features = pipe.sample_prior(prior_text, pipe.sampling, seed=seed)
+    return features, pipe.sample_decoder(features, decoder_text, pipe.sampling, seed=seed)
+
+
+@torch.no_grad()
+def make_vivid(pipe: WuerstchenPipeline) -> None:
+    """Let a tiny random model's pictures depend visibly on the picture that it is given, and on its seed and prompt."""
+    encoder, vqgan = pipe.image_encoder, pipe.vqgan
+    assert encoder is not None and vqgan is not None
+    for norm in encoder.modules():  # random layers let a picture fade away; statistics of its own layers bring it back
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+    noise = torch.randn(32, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    encoder.train()(F.interpolate(noise, size=(64, 96), mode="bicubic"))
+    encoder.eval().mapper[1].get_parameter("weight").mul_(20)
+    vqgan.out_block[0].get_parameter("weight").mul_(4)
+    if pipe.token_decoder is not None:
+        vqgan.vquantizer.codebook.weight.mul_(50)
+        pipe.token_decoder.out_mapper[1].get_parameter("weight").mul_(20)

@@ -1,0 +1,57 @@
+"""LoRAs of a prior and of its text tower, trained in a tiny size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers.networks import TEXT
+from wuerstchen_core.models.text_encoder import tokenize
+from wuerstchen_core.training.stages.lora import AdapterConfig
+
+INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
+RANK, ALPHA = 2, 5.0
+CONFIG = f"""
+run = "overridden"
+[data]
+canvas = 64
+things = 4
+background = "pink"
+[lora]
+rank = {RANK}
+alpha = {ALPHA}
+targets = ["to_q", "to_out.0", "kv_mapper.1"]
+text_targets = ["q_proj", "self_attn.out_proj", "fc2"]
+dropout = 0.2
+[train]
+steps = 4
+batch = 4
+lr = 5e-2
+warmup = 1
+ema = 0.5
+log_every = 2
+save_every = 2
+sheet_every = 4
+"""
+CONFIGURED = AdapterConfig(
+    RANK, ALPHA, ("to_q", "to_out.0", "kv_mapper.1"), ("q_proj", "self_attn.out_proj", "fc2")
+)  # fmt: skip
+WORDS = {"attn.q_proj": "self_attn.q_proj", "attn.out_proj": "self_attn.out_proj", "mlp.c_proj": "mlp.fc2"}
+CHANGED = {  # our paths, and how the file has them
+    f"blocks.{i}.{name}": f"prior.blocks.{i}.{name}"
+    for i in (2, 5)
+    for name in ("attention.to_q", "attention.to_out.0", "kv_mapper.1")
+} | {
+    f"text_encoder.transformer.resblocks.{i}.{ours}": f"text_encoder.text_model.encoder.layers.{i}.{theirs}"
+    for i in range(TEXT.layers)
+    for ours, theirs in WORDS.items()
+}
+TOKENS = tokenize(["a red apple", ""])
+
+
+def write_config(folder: Path, bundle: Path) -> Path:
+    """The configuration, on the networks of the tiny bundle."""
+    path = folder / "lora.toml"
+    given = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
+    path.write_text(f"{CONFIG}\n[inputs]\n{given}\n", encoding="utf-8")
+    return path

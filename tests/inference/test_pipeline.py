@@ -1,0 +1,298 @@
+"""The pipeline: its promises on a tiny random model, its numbers on the golden chain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.cli_runs import PROMPT, ROUNDING, latents, pixels
+from helpers.golden_data import Golden, assert_near
+from helpers.recorded_noise import replay
+from helpers.tiny_model import METADATA, write_tiny_bundle
+from torch import Tensor
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import demo_path
+from wuerstchen_core.diffusion.samplers import NoiseSource
+from wuerstchen_core.diffusion.schedule import FAST_STEPS, fast_times, linear_times
+from wuerstchen_core.inference import stages
+from wuerstchen_core.inference.settings import V1, SamplingSettings
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> WuerstchenPipeline:
+    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+
+
+# the chain
+
+
+def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(kind: Any, params: Any, name: str) -> Any:
+        golden = Golden(name)
+        built = kind(params(**golden.sizes())).eval().requires_grad_(False)
+        built.load_state_dict(golden.weights())
+        return built
+
+    golden = Golden("e2e_v2_small")
+    pipe = WuerstchenPipeline(
+        prior=network(Prior, PriorParams, "prior_small"),
+        decoder=network(Decoder, DecoderParams, "diffnext_small"),
+        vqgan=network(VQGAN, VQGANParams, "vqmodel_small"),
+    )
+    recorded = {
+        "prior": ("in/prior_x_T", "in/prior_phase0_noise", "in/prior_phase1_noise"),
+        "decoder": ("in/decoder_x_T", "in/decoder_noise"),
+    }
+
+    def noise_of(stage: str) -> Callable[[int, int], NoiseSource]:
+        first, *rest = recorded[stage]
+        draws = [golden[first], *(noise for key in rest for noise in golden[key])]
+        return lambda seed, count: replay(*draws)
+
+    height, width = golden["out/image"].shape[-2:]
+    sampling = SamplingSettings(width=width, height=height)  # the published defaults
+    monkeypatch.setattr(stages, "seeded_noise", noise_of("prior"))
+    features = pipe.sample_prior(golden["in/c_prior"], sampling, negative=golden["in/c_prior_uncond"])
+    assert_near(features, golden["out/image_embeddings"], 5e-4)  # observed 5e-5
+    monkeypatch.setattr(stages, "seeded_noise", noise_of("decoder"))
+    made = pipe.sample_decoder(features, golden["in/clip_decoder"], sampling)
+    assert_near(made / 0.3764, golden["out/decoder_preds"][-1], 2e-4)  # observed 2e-5
+    expected = golden["out/image"].clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+    assert np.abs(pixels(pipe.decode(made)) - expected).max() < 0.51  # rounding, and 1e-5 * 255
+
+
+# seeds
+
+
+def test_a_batch_equals_its_singles(pipe: WuerstchenPipeline) -> None:
+    prompts = [PROMPT, "a small apple on blue", ""]
+    batch = latents(pipe, prompts, seed=5)
+    for i, prompt in enumerate(prompts):
+        for many, one in zip(batch, latents(pipe, [prompt], seed=5 + i), strict=True):
+            assert_near(many[i : i + 1], one, 1e-5 * float(one.abs().max().clamp(min=1)))
+
+
+def test_pictures_are_counted_prompt_by_prompt(pipe: WuerstchenPipeline) -> None:
+    images = pixels(pipe.generate([PROMPT, "a blue apple"], count=2, seed=3))
+    singles = [(PROMPT, 3), (PROMPT, 4), ("a blue apple", 5), ("a blue apple", 6)]
+    for image, (prompt, seed) in zip(images, singles, strict=True):
+        assert np.abs(image - pixels(pipe.generate(prompt, seed=seed))[0]).max() <= ROUNDING
+    assert np.abs(images[0] - images[1]).max() > ROUNDING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"negative": "small " * 70},
+        {"prior_guidance": 4.0},
+        {"prior_steps": 4},
+        {"schedule": "diffusers"},
+        {"decoder_steps": 3},
+        {"decoder_guidance": 3.0},
+        {"decoder_guidance": 3.0, "negative": "blue", "prior_guidance": 1.0},
+    ],
+    ids=str,
+)
+def test_what_changes_the_picture(pipe: WuerstchenPipeline, change: dict[str, Any]) -> None:
+    assert np.abs(pixels(pipe.generate(PROMPT)) - pixels(pipe.generate(PROMPT, **change))).max() > ROUNDING
+
+
+def test_no_guidance_means_no_negative_prompt(pipe: WuerstchenPipeline) -> None:
+    plain = pixels(pipe.generate(PROMPT, prior_guidance=1.0))
+    assert np.abs(plain - pixels(pipe.generate(PROMPT, prior_guidance=0.0, negative="blue"))).max() <= ROUNDING
+
+
+def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPipeline) -> None:
+    """With the prompt itself as the negative one, features are all that the two halves differ in."""
+    [features, plain], (_, text) = latents(pipe, [PROMPT], seed=0), pipe.encode_text([PROMPT])
+    guided = pipe.sampling.changed(decoder_guidance=3.0)
+    made = pipe.sample_decoder(features, text, guided, negative=text)
+    assert float((made - plain).std() / plain.std()) > 0.01
+
+
+# text
+
+
+def test_text_of_any_length_is_read_whole(pipe: WuerstchenPipeline) -> None:
+    """The states of a long prompt are those of its pieces of 75 tokens; "a" is one of them."""
+    words = ["a"] * 80 + ["small"] * 80
+    [states], _ = pipe.encode_text([" ".join(words)])
+    pieces, _ = pipe.encode_text([" ".join(words[i : i + 75]) for i in range(0, 160, 75)])
+    assert_near(states, pieces.flatten(0, 1), 1e-5)
+    full, more = (pipe.encode_text([" ".join(words[:n])])[0] for n in (75, 76))
+    assert full.shape[1] == 77 and more.shape[1] == 154
+
+
+def test_texts_of_different_lengths_paint_as_they_do_alone(pipe: WuerstchenPipeline) -> None:
+    long = "a red apple on " * 30
+    images = pixels(pipe.generate([PROMPT, long, PROMPT], seed=3, negative="blue " * 80))
+    for i, prompt in enumerate([PROMPT, long, PROMPT]):
+        [alone] = pixels(pipe.generate(prompt, seed=3 + i, negative="blue " * 80))
+        assert np.abs(images[i] - alone).max() <= ROUNDING
+    cut = pixels(pipe.generate(long[: 15 * 15], seed=4, negative="blue " * 80))[0]
+    assert np.abs(images[1] - cut).max() > ROUNDING
+    with pytest.raises(ValueError, match="encode them one by one"):
+        pipe.encode_text([PROMPT, long])
+
+
+# sizes and numbers
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 128), (2048, 64), (64, 2048)])
+def test_sizes(pipe: WuerstchenPipeline, width: int, height: int) -> None:
+    [image] = pipe.generate(PROMPT, width=width, height=height)
+    assert image.size == (width, height) and image.mode == "RGB"
+
+
+def test_the_models_own_size(pipe: WuerstchenPipeline) -> None:
+    assert pipe.generate(PROMPT)[0].size == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 100}, "nearest legal size is 128x64"),
+        ({"width": 4096, "height": 256}, "nearest legal size is 2048x256"),
+        ({"height": 0}, "nearest legal size is 128x64"),
+        ({"prior_steps": 0}, "at least 1 is needed"),
+        ({"decoder_steps": 0}, "at least 1 is needed"),
+        ({"schedule": "cosine"}, "choose original, diffusers, fast or linear"),
+        ({"schedule": "original", "prior_steps": 12}, "has 30 steps, not 12"),
+        ({"schedule": "fast", "prior_steps": 12}, "the fast schedule has 6 steps, not 12"),
+        ({"sampler": "euler"}, "the sampler 'euler' is unknown: choose one of ddpm, ddim"),
+        ({"prior_guidance": float("nan")}, "a guidance of nan cannot be used"),
+        ({"seed": -1}, "choose a number from 0 to"),
+        ({"seed": 2**63 - 1}, "choose a number from 0 to"),
+        ({"count": 0}, "count of at least 1"),
+        ({"prompt": []}, "at least one prompt"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_painted_is_refused_before_any_work(
+    pipe: WuerstchenPipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "encode_text", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        pipe.generate(**{"prompt": PROMPT, **options})
+
+
+def test_defaults_are_the_published_ones() -> None:
+    assert SamplingSettings.of({}) == SamplingSettings(1024, 1024, "original", 30, 4.0, 12, 1.0)
+    assert SamplingSettings.of(METADATA) == SamplingSettings(128, 64, "linear", 3, 2.0, 2, 1.0)
+    assert SamplingSettings.of(METADATA).changed(schedule="diffusers").prior_steps == 29
+    assert SamplingSettings().changed(prior_steps=8).schedule == "linear"
+
+
+def test_the_fast_schedule_sets_the_steps_of_both_stages() -> None:
+    fast = SamplingSettings().changed(schedule="fast")
+    assert (fast.prior_steps, fast.decoder_steps) == FAST_STEPS and fast.sampler == "ddim"
+    assert SamplingSettings.of({"sampling": {"schedule": "fast"}}) == fast
+    assert torch.equal(fast.prior_times(), fast_times()) and torch.equal(fast.decoder_times(), linear_times(4))
+    assert SamplingSettings().changed(schedule="fast", decoder_steps=7).decoder_steps == 7
+    assert fast.changed(decoder_steps=7).prior_steps == FAST_STEPS[0]
+    assert SamplingSettings().changed(schedule="fast", sampler="ddpm").sampler == "ddpm"
+    for other in ({"schedule": "original"}, {"prior_steps": 8}):
+        assert (fast.changed(**other).sampler, fast.changed(**other).decoder_steps) == ("ddpm", 12)
+    assert fast.changed(decoder_steps=7).changed(schedule="fast").decoder_steps == 7
+    assert V1.changed(schedule="fast").decoder_steps == V1.decoder_steps  # tokens were not measured
+
+
+def test_the_sampler_reaches_stage_c(pipe: WuerstchenPipeline) -> None:
+    fast = pipe.sampling.changed(schedule="fast")
+    text, _ = pipe.encode_text([PROMPT])
+    wanted, other = (pipe.sample_prior(text, fast.changed(sampler=name), seed=1) for name in ("ddim", "ddpm"))
+    assert torch.equal(pipe.sample_prior(text, fast, seed=1), wanted) and not torch.allclose(wanted, other, atol=0.01)
+
+
+# callbacks
+
+
+def test_callback(pipe: WuerstchenPipeline) -> None:
+    seen: list[tuple[str, int, int]] = []
+    shapes: dict[str, Any] = {}
+    last: dict[str, Tensor] = {}
+
+    def callback(stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+        seen.append((stage, done, steps))
+        shapes[stage] = None if denoised is None else tuple(denoised.shape)
+        if denoised is not None:
+            last[stage] = denoised
+
+    pipe.generate(PROMPT, callback=callback)
+    prior = [("prior", i, 3) for i in (1, 2, 3)]
+    assert seen == [("text", 1, 1), *prior, ("decoder", 1, 2), ("decoder", 2, 2), ("picture", 1, 1)]
+    assert shapes == {"text": None, "prior": (1, 16, 2, 3), "decoder": (1, 4, 16, 32), "picture": None}
+    features, made = latents(pipe, [PROMPT], seed=0)
+    # After the last step what is left of the noise is 1 % (alpha_bar ends at 0.9999), in the units of each stage.
+    assert float((last["prior"] - features).std() / features.std()) < 0.1
+    assert float((last["decoder"] - made).std() / made.std()) < 0.1
+
+
+def test_a_callback_stops_the_work(pipe: WuerstchenPipeline) -> None:
+    class Stop(Exception):
+        pass
+
+    def callback(stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+        if (stage, done) == ("prior", 2):
+            raise Stop
+        assert stage in ("text", "prior")
+
+    with pytest.raises(Stop):
+        pipe.generate(PROMPT, callback=callback)
+
+
+# words
+
+
+def test_unknown_words_are_named_with_what_can_be_painted(
+    pipe: WuerstchenPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe.generate("a red Zebra on a blue castle", negative="fog")
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    line = record.getMessage()
+    assert "\n" not in line and "never learned 'zebra', 'castle', 'fog'" in line
+    assert all(known in line for known in ("red apple", "blue", "large, small"))
+
+
+def test_known_words_are_not_warned_of(pipe: WuerstchenPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe.generate("A small red apple, on blue.")
+    assert not caplog.records
+
+
+def test_a_model_without_a_vocabulary_never_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tiny_bundle(tmp_path / "free.safetensors", {"sampling": METADATA["sampling"]})
+    WuerstchenPipeline.load(path, device="cpu").generate("a zebra")
+    assert not caplog.records
+
+
+# the shipped model
+
+
+@pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
+def test_the_shipped_model_paints_what_was_asked() -> None:
+    from tools.demo.judge import Judge
+    from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, Scene
+
+    demo = WuerstchenPipeline.load("demo", device="cpu")
+    [image] = demo.generate("a red apple on a blue background", width=256, height=256, seed=1)
+    apple = Scene(
+        [thing.name for thing in THINGS].index("red apple"), list(COLOURS).index("blue"), list(SIZES).index("large")
+    )
+    assert Judge().identify(np.asarray(image), apple) == apple
+    assert demo.sampling.width == demo.sampling.height == 256

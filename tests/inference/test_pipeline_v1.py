@@ -1,0 +1,209 @@
+"""v1 through the pipeline: the original's chain at small size, and what a tiny random model promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.golden_data import Golden, assert_near
+from helpers.networks import PRIOR
+from helpers.recorded_noise import RecordedTokenNoise, replay
+from helpers.tiny_model import tiny_parts, write_tiny_bundle
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS_OF, describe, load_prior, load_token_decoder, read_metadata, save_bundle
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.inference import stages
+from wuerstchen_core.inference.settings import SamplingSettings
+from wuerstchen_core.models.prior import V1, Prior, PriorParams
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+
+PROMPTS = ["a red apple", "a small apple on blue"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors", release="v1")
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> WuerstchenPipeline:
+    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+
+
+class Chain(RecordedTokenNoise):
+    """The recorded randomness of Stage B, the first tokens too."""
+
+    def __init__(self, golden: Golden):
+        super().__init__(golden["in/token_renoise_uniform"], None)
+        self.first = golden["in/token_init_noise"]
+
+    def tokens(self, num_labels: int, height: int, width: int) -> Tensor:
+        return self.first
+
+
+def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(kind: Any, params: Any, name: str, **units: float) -> Any:
+        golden = Golden(name)
+        built = kind(params(**golden.sizes(), **units)).eval().requires_grad_(False)
+        built.load_state_dict(golden.under("weights/") if kind is TokenDecoder else golden.weights())
+        return built
+
+    golden = Golden("e2e_v1_small")
+    pipe = WuerstchenPipeline(
+        prior=network(Prior, PriorParams, "prior_small", feature_scale=1.0, feature_shift=0.0),
+        token_decoder=network(TokenDecoder, TokenDecoderParams, "paella_small"),
+        vqgan=network(VQGAN, VQGANParams, "vqmodel_small"),
+    )
+    assert pipe.version == "v1"
+    config = golden.config
+    height, width = golden["out/image"].shape[-2:]
+    sampling = pipe.sampling.changed(
+        width=width, height=height, prior_steps=config["prior_steps"], token_mode=config["mode"]
+    )
+    # What the config says beside that are the defaults.
+    assert sampling.prior_guidance == config["prior_cfg"] and sampling.decoder_steps == config["token_steps"]
+    assert sampling.temperature == config["temperature"] and sampling.decoder_guidance == config["cfg"][0]
+    draws: Iterable[Tensor] = [golden["in/prior_x_T"], *golden["in/prior_noise"]]
+    monkeypatch.setattr(stages, "seeded_noise", lambda seed, count: replay(*draws))
+    monkeypatch.setattr(stages, "SeededTokenNoise", lambda seed, count: Chain(golden))
+    features = pipe.sample_prior(golden["in/c"], sampling, negative=golden["in/c_uncond"])
+    made = pipe.sample_decoder(features, golden["in/c"], sampling, negative=golden["in/c_uncond"])
+    assert pipe.vqgan is not None
+    assert torch.equal(pipe.vqgan.quantize(made).indices, golden["out/tokens"])
+    assert_near(pipe.vqgan.decode(made), golden["out/image"], 1e-5)
+
+
+def test_the_published_defaults() -> None:
+    sampling = SamplingSettings.of({}, "v1")
+    assert (sampling.width, sampling.height) == (512, 512)
+    assert (sampling.schedule, sampling.prior_steps, sampling.prior_guidance) == ("linear", 60, 6.0)
+    assert (sampling.decoder_steps, sampling.decoder_guidance) == (8, 2.0)
+    assert sampling.temperatures()[0] == 1.0 and sampling.temperatures()[-1] == pytest.approx(0.6)
+
+
+def test_a_bundle_knows_its_release(bundle: Path, pipe: WuerstchenPipeline) -> None:
+    assert read_metadata(bundle)["version"] == "v1" == pipe.version
+    assert describe(bundle).version == "v1" and describe(bundle).missing == ()
+    assert load_prior(bundle).params.feature_scale == V1["feature_scale"]
+    assert isinstance(load_token_decoder(bundle), TokenDecoder)
+    assert [getattr(pipe, name) is not None for name in PARTS_OF["v1"]] == [True] * 6
+    assert pipe.decoder is None
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+@pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
+def test_a_batch_equals_its_singles(pipe: WuerstchenPipeline, mode: str) -> None:
+    both = pixels(pipe.generate(PROMPTS, seed=3, token_mode=mode))
+    assert both.shape == (2, 64, 128, 3) and both.std() > 1
+    for i, prompt in enumerate(PROMPTS):
+        assert np.abs(pixels(pipe.generate(prompt, seed=3 + i, token_mode=mode))[0] - both[i]).max() <= 1
+
+
+def test_what_the_sampler_is_told_counts(pipe: WuerstchenPipeline) -> None:
+    plain = pixels(pipe.generate(PROMPTS[0], seed=1))
+    others = (
+        {"seed": 2},
+        {"seed": 1, "decoder_guidance": 1.0},
+        {"seed": 1, "decoder_guidance_end": 8.0},
+        {"seed": 1, "temperature": (0.1, 0.1)},
+        {"seed": 1, "token_mode": "argmax"},
+        {"seed": 1, "decoder_steps": 3},
+    )
+    for other in others:
+        assert not np.array_equal(pixels(pipe.generate(PROMPTS[0], **other)), plain), other
+
+
+def test_reconstruct(pipe: WuerstchenPipeline) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def watch(stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
+        assert denoised is None or denoised.shape == (1, 4, 64, 64)
+        seen.append((stage, done, steps))
+
+    [image] = pipe.reconstruct(Image.linear_gradient("L").convert("RGB"), callback=watch)
+    assert image.size == (256, 256)
+    assert [step for step in seen if step[0] == "decoder"] == [("decoder", i, 2) for i in (1, 2)]
+
+
+@pytest.mark.parametrize("temperature", [(0.0, 1.0), (1.0,), (1.0, float("inf")), 0.7])
+def test_a_temperature_that_cannot_be_used(pipe: WuerstchenPipeline, temperature: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="temperatures of .* cannot be used: give two numbers above 0"):
+        pipe.generate(PROMPTS[0], temperature=temperature)  # type: ignore[arg-type]
+
+
+def test_an_unknown_mode(pipe: WuerstchenPipeline) -> None:
+    with pytest.raises(ValueError, match="choose one of multinomial, argmax, quantised"):
+        pipe.generate(PROMPTS[0], token_mode="quant")
+
+
+def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
+    v2 = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "v2.safetensors"), device="cpu")
+    told: dict[str, Any]
+    for told in ({"temperature": (1.0, 0.5)}, {"token_mode": "argmax"}):
+        for paint, given in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
+            with pytest.raises(ValueError, match="paints no tokens, .* leave that out, or choose a model of v1"):
+                paint(given, **told)
+    assert (
+        SamplingSettings.of({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
+    )  # as a Stage A out of a bundle of v1 has
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_paints(bundle: Path, dtype: str) -> None:
+    half = WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype)
+    assert pixels(half.generate(PROMPTS[0], decoder_steps=2)).std() > 0.5  # NaN would be black all over
+
+
+def test_the_command_line_tells_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
+    told = ["--temperature", "0.9", "0.3", "--token-mode", "argmax", "--decoder-guidance-end", "3"]
+    path = tmp_path / "apple.png"
+    assert main(["generate", PROMPTS[0], "--model", str(bundle), "--output", str(path), "--dtype", "fp32", *told]) == 0
+    [image] = pipe.generate(PROMPTS[0], temperature=(0.9, 0.3), token_mode="argmax", decoder_guidance_end=3.0)
+    with Image.open(path) as saved:
+        assert np.abs(pixels([saved]) - pixels([image])).max() <= 1
+        assert json.loads(saved.text["wuerstchen"])["temperature"] == [0.9, 0.3]
+
+
+@pytest.mark.parametrize(("beside", "told"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
+def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: str, told: str) -> None:
+    """A bare prior 1024 wide may be v1's, or v2's of June 2023."""
+    prior = Prior(replace(PRIOR, c_cond=1024))
+    save_file(prior.state_dict(), tmp_path / "prior.safetensors")
+    parts = tiny_parts("v2" if beside == "decoder" else "v1")
+    save_bundle(tmp_path / "beside.safetensors", {beside: parts[beside]}, {})
+    sources = {"prior": tmp_path / "prior.safetensors", beside: tmp_path / "beside.safetensors"}
+    loaded = WuerstchenPipeline.load(sources, device="cpu").prior
+    assert loaded is not None and (loaded.params.feature_scale == 1) == (told == "v1")
+    if beside == "token_decoder":
+        with pytest.raises(ValueError, match="token_decoder is of v1 and prior of v2: give those of one release"):
+            WuerstchenPipeline.load(sources, device="cpu", version="v2")
+    else:
+        chosen = WuerstchenPipeline.load(sources, device="cpu", version="v2").prior
+        assert chosen is not None and chosen.params.feature_scale == 42
+
+
+@pytest.mark.parametrize("part", ["vqgan", "image_encoder", "prior_text_encoder"])
+def test_a_part_that_both_releases_share_names_none(tmp_path: Path, part: str) -> None:
+    """Else a converted Stage A would decide about the prior beside it."""
+    save_bundle(tmp_path / "part.safetensors", {part: tiny_parts("v1")[part]}, {})
+    assert "version" not in read_metadata(tmp_path / "part.safetensors")
+
+
+def test_inspect_says_where_a_v1_bundle_goes(bundle: Path) -> None:
+    places = {part.name: (part.folder, part.node) for part in describe(bundle).parts}
+    assert {folder for folder, _ in places.values()} == {"checkpoints"}
+    assert places["token_decoder"][1] == "Würstchen Token Decoder Loader"

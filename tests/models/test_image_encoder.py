@@ -1,0 +1,67 @@
+"""The semantic compressor against the original's numbers, with weights that follow from their names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.golden_data import Golden, assert_near
+from helpers.networks import IMAGE
+
+from tools.demo.precision_cases import hashed, hashed_weight
+from wuerstchen_core.common.geometry import prior_side
+from wuerstchen_core.models.image_encoder import (
+    EFFICIENTNET_V2_L,
+    EFFICIENTNET_V2_S,
+    ImageEncoder,
+    ImageEncoderParams,
+    Stage,
+    semantic_view,
+)
+from wuerstchen_core.models.prior import PriorParams, latents_from_features
+
+TOLERANCE = 1e-5  # observed: S 1.4e-6 in the backbone and 1.7e-6 in the latents, L 2.1e-6 and 1.2e-6
+V1_UNITS = replace(PriorParams(), feature_scale=1.0, feature_shift=0.0)  # the features as they are
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("size", "stages", "own_units", "own"),
+    [
+        ("s", EFFICIENTNET_V2_S, PriorParams(), "scaled"),  # v2's
+        ("l", EFFICIENTNET_V2_L, V1_UNITS, "raw"),  # v1's: 117 M weights, hashed in 3 s
+    ],
+    ids=["S", "L"],
+)
+def test_latents(size: str, stages: tuple[Stage, ...], own_units: PriorParams, own: str) -> None:
+    golden = Golden("effnet_procedural")
+    encoder = ImageEncoder(ImageEncoderParams(stages), device="meta").eval()
+    state = {key: hashed_weight(key, tuple(value.shape)) for key, value in encoder.state_dict().items()}
+    encoder.load_state_dict(state, assign=True)
+    images = 2 * hashed("input", (2, 3, 64, 96))
+    assert_near(state["mapper.0.weight"].flatten()[:8], golden[f"check/{size}_mapper_weight_first8"], 1e-7)
+    assert_near(images, golden["in/x"], 1e-7)
+    assert_near(encoder.backbone(images[:1]), golden[f"out/{size}_backbone"], TOLERANCE)
+    latents = encoder(images)
+    assert_near(latents, golden[f"out/{size}_latent_raw"], TOLERANCE)
+    assert_near(latents_from_features(latents), golden[f"out/{size}_latent_scaled"], TOLERANCE / 42)
+    assert_near(latents_from_features(latents, own_units), golden[f"out/{size}_latent_{own}"], TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 128), (192, 320), (1024, 1536)])
+def test_view_gives_latents_of_the_prior_size(size: tuple[int, int]) -> None:
+    view = semantic_view(torch.rand(1, 3, *size))
+    assert tuple(view.shape[-2:]) == (32 * prior_side(size[0]), 32 * prior_side(size[1]))
+
+
+def test_view_has_imagenet_scale() -> None:
+    white, black = semantic_view(torch.ones(1, 3, 64, 64)), semantic_view(torch.zeros(1, 3, 64, 64))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert_near(white[0, :, 5, 5], (1 - mean) / std, 1e-5)
+    assert_near(black[0, :, 5, 5], -mean / std, 1e-5)
+
+
+def test_a_small_table_compresses_by_32() -> None:
+    with torch.no_grad():
+        assert ImageEncoder(IMAGE).eval()(torch.zeros(1, 3, 96, 64)).shape == (1, 16, 3, 2)

@@ -1,0 +1,139 @@
+"""The VQGAN against the original's numbers, in eval and in train mode, and how it starts its training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.golden_data import Golden, assert_near
+from helpers.networks import VQ
+from torch import Tensor
+
+from wuerstchen_core.kernels import linear
+from wuerstchen_core.models import vqgan as vqgan_module
+from wuerstchen_core.models.layers import nearest_codes
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock
+
+TOLERANCE = 2e-5  # observed 4e-6
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden("vqmodel_small")
+
+
+@pytest.fixture
+def vqgan(golden: Golden) -> VQGAN:
+    network = VQGAN(VQGANParams(**golden.sizes())).eval()
+    network.load_state_dict(golden.weights())
+    return network
+
+
+@torch.no_grad()
+def test_encode_and_quantise(golden: Golden, vqgan: VQGAN) -> None:
+    scale = vqgan.params.scale_factor  # the original's latents are divided by it, ours are in codebook units
+    latents = vqgan.encode(golden["in/x"])
+    quantized = vqgan.quantize(latents)
+    assert_near(latents / scale, golden["out/enc_x"], TOLERANCE)
+    assert_near(quantized.latents / scale, golden["out/enc_qe"], TOLERANCE)
+    assert torch.equal(quantized.indices, golden["out/enc_indices"])
+    loss = quantized.codebook_loss + 0.25 * quantized.commit_loss
+    assert_near(loss, golden["out/enc_loss"], TOLERANCE)
+
+
+@torch.no_grad()
+def test_quantise_any_latents(golden: Golden, vqgan: VQGAN) -> None:
+    quantized = vqgan.quantize(golden["in/z"])
+    assert_near(quantized.latents, golden["out/vq_z_q"], TOLERANCE)
+    assert torch.equal(quantized.indices, golden["out/vq_z_indices"])
+    assert_near(quantized.codebook_loss, golden["out/vq_z_loss"], TOLERANCE)
+    assert_near(quantized.commit_loss, golden["out/vq_z_commit"], TOLERANCE)
+
+
+@torch.no_grad()
+def test_decode(golden: Golden, vqgan: VQGAN) -> None:
+    scale = vqgan.params.scale_factor
+    for latents, image in (("in/z", "dec_z"), ("out/enc_x", "dec_from_enc_x"), ("out/enc_qe", "dec_from_qe")):
+        assert_near(vqgan.decode(golden[latents] * scale), golden[f"out/{image}"], TOLERANCE)
+
+
+@torch.no_grad()
+def test_decode_indices(golden: Golden, vqgan: VQGAN) -> None:
+    assert_near(vqgan.decode_indices(golden["in/idx"]), golden["out/dec_idx"], TOLERANCE)
+    assert_near(vqgan.decode_indices(golden["out/enc_indices"]), golden["out/dec_indices_of_enc"], TOLERANCE)
+
+
+def test_training(golden: Golden, vqgan: VQGAN) -> None:
+    """Batch statistics, losses and gradients of one step."""
+    vqgan.train()
+    images, scale = golden["in/x"], vqgan.params.scale_factor
+    latents = vqgan.encode(images)
+    quantized = vqgan.quantize(latents)
+    reconstruction = vqgan.decode(quantized.latents)
+    mse, vq_loss = F.mse_loss(reconstruction, images), quantized.codebook_loss + 0.25 * quantized.commit_loss
+    (mse + vq_loss).backward()
+
+    assert_near(latents / scale, golden["train/enc_x"], TOLERANCE)
+    assert_near(quantized.latents / scale, golden["train/enc_qe"], TOLERANCE)
+    assert torch.equal(quantized.indices, golden["train/enc_indices"])
+    assert_near(reconstruction, golden["train/rec"], TOLERANCE)
+    for name, loss in (("mse", mse), ("vq_loss", vq_loss), ("total", mse + vq_loss)):
+        assert_near(loss, golden[f"train/{name}"], TOLERANCE)
+    norm = vqgan.down_blocks[-1][1]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert_near(getattr(norm, name), golden[f"train/{name}_after"], TOLERANCE)
+    gradients = golden.under("train/grad/")
+    assert len(gradients) == 8
+    for name, expected in gradients.items():
+        gradient = vqgan.get_parameter(name).grad
+        assert gradient is not None
+        assert_near(gradient, expected, TOLERANCE)
+
+
+def test_chunks_do_not_change_the_nearest_code() -> None:
+    rows, codebook = torch.randn(100, 4), torch.randn(32, 4)
+    assert torch.equal(nearest_codes(rows, codebook, chunk=7), nearest_codes(rows, codebook))
+
+
+def test_a_side_that_cannot_be_encoded_is_refused() -> None:
+    with pytest.raises(ValueError, match="30x32 pixels .* multiples of 4"):
+        VQGAN(VQ).encode(torch.zeros(1, 3, 32, 30))
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQ)
+    vqgan.init_weights()
+    blocks = [block for block in vqgan.modules() if isinstance(block, VQResBlock)]
+    assert len(blocks) == 5
+    bound = (6 / (32 + 128)) ** 0.5
+    for block in blocks:
+        assert not block.gammas.any() and not block.depthwise[1].bias.any() and not block.channelwise[0].bias.any()
+    assert 0.95 * bound < float(blocks[1].channelwise[0].weight.detach().abs().max()) <= bound
+    assert 0.9 / 64 < float(vqgan.vquantizer.codebook.weight.detach().abs().max()) <= 1 / 64
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_bands_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their height, without a seam; and what is worked on at once does not grow with the picture's."""
+    held: list[int] = []
+
+    def counted(x: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
+        held.append(x[..., 0].numel())
+        return linear.product(x, *args, **kwargs)
+
+    monkeypatch.setattr(vqgan_module, "product", counted)
+    monkeypatch.setattr(vqgan_module, "band_rows", lambda *_: rows)
+    network = VQGAN(VQ).requires_grad_(False)
+    torch.manual_seed(0)
+    for x in network.parameters():
+        x.normal_(std=0.1)
+    most = []
+    for height in (20 * rows, 50 * rows):
+        latents = torch.randn(2, 4, height, 5)
+        held.clear()
+        banded = network.decode(latents)
+        most.append(max(held))
+        whole = network.decode(latents.requires_grad_())
+        assert_near(banded, whole, 1e-5)
+    assert most[0] == most[1] < 20 * rows * 5 * 2 * 4  # of all that there are

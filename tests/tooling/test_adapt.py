@@ -1,0 +1,73 @@
+"""What the shipped model is adapted by: the twelve pictures, the recipes, the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tools.demo import adapt
+from tools.demo.edits import TILE, tiled
+from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, STRANGER, TAUGHT, THINGS, caption
+from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
+from wuerstchen_core.training.data.demo import DataConfig
+from wuerstchen_core.training.data.open import PicturesConfig
+from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage
+from wuerstchen_core.training.stages.prior import PriorStage
+
+NUMBERS = {
+    "resolution": {"before": {"percent": 1.5, "count": 48}, "after": {"percent": 98.0, "count": 48}, "seconds": 400},
+    "thing": {
+        "before": {"percent": 0.0, "count": 24},
+        "after": {"percent": 75.0, "count": 24},
+        "known": {"percent": 100.0, "count": 48},
+        "kept": {"percent": 90.0, "count": 48},
+        "seconds": 200,
+    },
+}
+
+
+def test_the_new_thing_is_none_that_models_are_trained_on() -> None:
+    assert THINGS.index(STRANGER) == TAUGHT
+
+
+def test_twelve_pictures_have_captions_and_the_rest_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+    left = adapt.twelve_pictures(tmp_path)
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 12 and all(
+        STRANGER.name in path.with_suffix(".txt").read_text("utf-8") for path in pictures
+    )
+    with Image.open(pictures[0]) as image:
+        assert image.size == (256, 256)
+    assert len(left) == (len(COLOURS) - adapt.SEEN) * len(SIZES) and len({caption(scene) for scene in left}) == 4
+    shown = {path.with_suffix(".txt").read_text("utf-8") for path in pictures}
+    assert not shown & {caption(scene) for scene in left}
+
+
+def test_the_recipes_fit_their_tables() -> None:
+    larger, new = (read_config(adapt.RECIPE / f"{name}.toml", []) for name in ("resolution", "new_thing"))
+    check_tables(larger, PriorStage.tables)
+    check_tables(new, LoraStage.tables, LoraStage.sized)
+    assert from_table(DataConfig, larger["data"], "data").canvas == adapt.LARGER
+    assert from_table(PicturesConfig, new["data"], "data").sizes == ((256, 256),)
+    assert from_table(AdapterConfig, new["lora"], "lora").targets
+    for config in (larger, new):
+        from_table(LoopConfig, config["train"], "train")
+
+
+def test_the_page_has_a_row_for_each_measurement() -> None:
+    text = adapt.page(NUMBERS)
+    assert "| at 384x384 pixels | 48 | 400 | 1.5 % | 98.0 % |" in text
+    assert f"| {STRANGER.name}, from twelve pictures | 24 | 200 | 0.0 % | 75.0 % |" in text
+    assert "| what it knew, without and with that LoRA | 48 | 200 | 100.0 % | 90.0 % |" in text
+    assert "{" not in text
+
+
+def test_a_sheet_shows_the_rows_one_below_the_other() -> None:
+    red, blue = (Image.new("RGB", (256, 256), colour) for colour in ("red", "blue"))
+    sheet = tiled([[red], [red, blue]], adapt.COLUMNS)
+    assert sheet.size == (adapt.COLUMNS * TILE, 2 * TILE)
+    assert sheet.getpixel((64, 64)) == (255, 0, 0) and sheet.getpixel((TILE + 64, TILE + 64)) == (0, 0, 255)

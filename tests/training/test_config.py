@@ -1,0 +1,238 @@
+"""A trainer's configuration: overrides, and mistakes named in one sentence; the recipe's files fit their networks."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_stages import ALL, STAGES, config_of, write_configs
+
+from tools.demo import build, build_v1
+from wuerstchen_core.checkpoints.components import PARAMS
+from wuerstchen_core.checkpoints.diffusers_layout import Params
+from wuerstchen_core.checkpoints.infer_params import HEAD_WIDTH
+from wuerstchen_core.checkpoints.quant import FP8, planned
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.demo.vocabulary import LAYOUTS, SHAPES
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
+from wuerstchen_core.training.data.demo import DataConfig
+from wuerstchen_core.training.run import kind_of, run
+
+PART = {  # where it is not the stage's own name
+    "encoder": "image_encoder",
+    "text": "text_encoder",
+    "token-decoder": "token_decoder",
+}
+NETWORKS: dict[type, Any] = {
+    PriorParams: Prior,
+    DecoderParams: Decoder,
+    TokenDecoderParams: TokenDecoder,
+    VQGANParams: VQGAN,
+    ImageEncoderParams: ImageEncoder,
+    TextEncoderParams: TextEncoder,
+}
+LARGEST_BUNDLE, LARGEST_BUNDLE_V1 = 24e6, 8e6  # bytes
+
+
+def recipe(stage: str, file: str = "") -> tuple[dict[str, Any], Params]:
+    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
+    return config, from_table(PARAMS[PART.get(stage, stage)], config["model"], "model")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_configs(tmp_path, tmp_path / "run")
+    return config_of(tmp_path, "prior")
+
+
+@pytest.fixture
+def whole_bundle() -> dict[str, int]:
+    """Bytes of each part of the recipe as `build.assemble` stores it: bf16, and of the tokens what was trained."""
+    sizes: dict[str, int] = {}
+    for stage in STAGES:
+        params = recipe(stage)[1]
+        state = NETWORKS[type(params)](params, device="meta").state_dict()
+        for key, x in state.items():
+            stored = x[: len(build.known_rows())] if key == "token_embedding.weight" else x
+            sizes[stage] = sizes.get(stage, 0) + stored.numel() * (2 if x.is_floating_point() else 8)
+    return sizes
+
+
+def test_overrides_are_toml_and_bare_words_are_text(file: Path) -> None:
+    changes = [
+        "train.lr=3e-4",
+        "run=elsewhere",
+        "train.betas=[0.5, 0.9]",
+        "noise.stratified=false",
+        "inputs.text='a b'",
+    ]
+    config = read_config(file, changes)
+    assert config["train"]["lr"] == 3e-4 and config["run"] == "elsewhere" and config["inputs"] == {"text": "a b"}
+    assert config["noise"]["stratified"] is False and config["model"]["depth"] == 1
+    assert from_table(LoopConfig, config["train"], "train") == replace(
+        from_table(LoopConfig, read_config(file, [])["train"], "train"), lr=3e-4, betas=(0.5, 0.9)
+    )
+
+
+MISTAKES = {
+    "train.stepz=3": r"^\[train\] has no key stepz: it takes steps, batch, lr, ",
+    "train.steps=many": r"^\[train\] steps must be a whole number, got 'many'$",
+    "train.steps=4.5": r"^\[train\] steps must be a whole number, got 4.5$",
+    "train.steps=true": r"^\[train\] steps must be a whole number, got True$",
+    "train.lr=.001": r"^\[train\] lr must be a number, got '.001'$",
+    "train.betas=0.9": r"^\[train\] betas must be a list of 2 numbers, got 0.9$",
+    "train.betas=[0.9]": r"^\[train\] betas must be a list of 2 numbers, got \(0.9,\)$",
+    "train.betas=[0.9, 1.5]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1.5\]$",
+    "train.betas=[0.9, 1]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1\]$",
+    "train.betas=[nan, 0.9]": r"^\[train\] betas must be at least 0 and less than 1, got \[nan, 0.9\]$",
+    "train.seed=4294967296": r"^\[train\] seed must be from 0 to 4294967295, got 4294967296$",
+    "train.log_every=0": r"^\[train\] log_every must be more than 0, got 0$",
+    "train=5": r"^train is a table of keys, not 5$",
+    "train": r"^--set 'train' is not of the form table.key=value$",
+    "train.steps.more=1": r"^--set 'train.steps.more=1' names a key inside steps, which is no table$",
+    "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, feature_scale, ",
+    "modle.depth=2": r"^the configuration has no place for modle: it takes run, start, inputs, data, ",
+    "vqgan.crop=32": r"^the configuration has no place for vqgan: ",
+    "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
+    "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
+    "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
+    "data.things=130": r"^\[data\] things must be 1 to 129, got 130$",
+    'data={"things"=1, "layouts"=["pair"]}': r"^\[data\] leaves no square scene to draw: of these layouts none",
+    "run=3": r"^the configuration names no run folder: ",
+    "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+def test_a_mistake_is_named_in_one_sentence(file: Path, change: str) -> None:
+    with pytest.raises(ValueError, match=MISTAKES[change]) as error:
+        run("prior", file, [change])
+    assert "\n" not in str(error.value)
+    assert not (file.parent / "run").exists()
+
+
+def test_a_model_that_is_no_table_is_named_beside_a_start(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model is a table of keys, not 3$"):
+        run("prior", file, ["model=3", "start=demo", "inputs.encoder=demo", "inputs.text=demo"])
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^\[train\] lacks steps, batch$"):
+        from_table(LoopConfig, {"lr": 1}, "train")
+    with pytest.raises(ValueError, match=r"^the configuration has no \[model\] table: "):
+        check_tables({"run": "x"}, ())
+
+
+def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text("[model\n", encoding="utf-8")
+    for path, reason in ((file, "is no TOML file: "), (tmp_path / "none.toml", "No such file")):
+        assert main(["train", "prior", "--config", str(path)]) == 2
+        line = capsys.readouterr().err
+        assert reason in line and str(path) in line and line.count("\n") == 1
+
+
+def test_a_missing_drawing_package_is_named(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wuerstchen_core.demo import artwork
+
+    artwork._sprite.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
+    assert main(["train", "prior", "--config", str(file)]) == 2
+    assert capsys.readouterr().err == "resvg_py is not installed: python -m pip install -r requirements-train.txt\n"
+
+
+EVERYTHING = DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+SHOWN = {
+    "vqgan": DataConfig(),  # which crops
+    "encoder": EVERYTHING,
+    "text": replace(EVERYTHING, shapes=("square",)),
+    "decoder": EVERYTHING,
+    "prior": replace(EVERYTHING, most=1200),
+}
+VQGAN_BAD = [
+    ("margin=-1", "margin must be 0 or more and quantize_from 1 or more, got -1 and 2"),
+    ("quantize_from=0", "margin must be 0 or more and quantize_from 1 or more, got 8 and 0"),
+    ("quantized=1.5", "quantized is a share from 0 to 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("told", "why"), VQGAN_BAD)
+def test_options_of_stage_a_that_cannot_be_are_refused(told: str, why: str, tmp_path: Path) -> None:
+    write_configs(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"^\[vqgan\] {why}$"):
+        run("vqgan", config_of(tmp_path, "vqgan"), [f"vqgan.{told}"])
+
+
+SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND, ("prior", build_v1.STAGES["prior"])]
+)
+def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
+    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
+    kind: Any = kind_of(stage)
+    trainer = importlib.import_module(kind.__module__)
+    check_tables(config, kind.tables)
+    loop = from_table(LoopConfig, config["train"], "train")
+    assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
+    data = from_table(DataConfig, config.get("data", {}), "data")
+    assert data == (DataConfig(things=12) if config["run"] == "runs/demo-v1" else SHOWN[stage])
+    tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig", "codes": "CodesConfig"}
+    tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
+    for table in kind.tables:
+        from_table(getattr(trainer, tables[table]), config.get(table, {}), table)
+
+
+@pytest.mark.parametrize(("stage", "file"), SECOND)
+def test_a_second_training_alone_goes_on_where_the_recipe_put_the_first(stage: str, file: str) -> None:
+    own, told = (read_config(build.RECIPE / file, given) for given in ([], build.from_first(Path("runs/demo"), stage)))
+    assert own == told and own["start"] == str(build.folders_of(Path("runs/demo"))[stage] / f"{stage}.safetensors")
+
+
+def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
+    prior, decoder, text = (recipe(stage)[1] for stage in ("prior", "decoder", "text"))
+    assert isinstance(prior, PriorParams) and isinstance(decoder, DecoderParams) and isinstance(text, TextEncoderParams)
+    assert prior.c == prior.nhead * HEAD_WIDTH and text.width == text.heads * HEAD_WIDTH
+    for c, heads, blocks in zip(decoder.c_hidden, decoder.nhead, decoder.level_config, strict=True):
+        assert c == heads * HEAD_WIDTH if "A" in blocks else heads == -1
+    assert prior.c_cond == decoder.clip_embd == text.width  # one tower serves both stages
+    assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
+
+
+def test_the_recipe_holds_v1_on_the_parts_of_v2() -> None:
+    prior, decoder = recipe("prior", build_v1.STAGES["prior"])[1], recipe("token-decoder")[1]
+    vqgan, text = recipe("vqgan")[1], recipe("text")[1]
+    assert isinstance(prior, PriorParams) and isinstance(decoder, TokenDecoderParams)
+    assert isinstance(vqgan, VQGANParams) and isinstance(text, TextEncoderParams)
+    assert recipe("prior", build_v1.STAGES["prior"])[0]["run"] == recipe("token-decoder")[0]["run"] == "runs/demo-v1"
+    assert prior.c == prior.nhead * HEAD_WIDTH and (prior.feature_scale, prior.feature_shift) == (1.0, 0.0)
+    assert prior.c_cond == decoder.byt5_embd == text.width and decoder.num_labels == vqgan.codebook_size
+    assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
+
+
+def test_the_parts_of_v1_fit_into_its_bundle() -> None:
+    sizes = {}
+    for stage in (*build_v1.TAKEN, *build_v1.STAGES):
+        params = recipe(stage, build_v1.STAGES.get(stage, ""))[1]
+        state = NETWORKS[type(params)](params, device="meta").state_dict()
+        sizes[stage] = sum(part.size for key, x in state.items() for part in planned(key, x, FP8).values())
+    assert min(sizes.values()) > 1e5
+    assert sum(sizes.values()) < LARGEST_BUNDLE_V1
+
+
+def test_the_parts_fit_into_the_bundle(whole_bundle: dict[str, int]) -> None:
+    assert min(whole_bundle.values()) > 1e5
+    assert sum(whole_bundle.values()) < LARGEST_BUNDLE

@@ -1,0 +1,56 @@
+"""Two processes train what one trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.recording_trainer import DeepLineStage, files
+from helpers.tiny_stages import checkpoint, ema_of, launch, read_log
+from helpers.training_process import CONFIG_APART
+
+from wuerstchen_core.training.loop import train
+from wuerstchen_core.training.rng import StepRandom
+
+APART = Path(__file__).parents[1] / "helpers" / "training_process.py"
+
+
+@pytest.mark.parametrize(
+    ("way", "muon_lr", "launcher"),
+    [("replicated", CONFIG_APART.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
+)
+def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: float, launcher: str) -> None:
+    """A batch of 4 in one process, or 2 in each of two: the same weights after 20 steps, and one log."""
+    train(DeepLineStage(dropout=0.0), replace(CONFIG_APART, batch=4, muon_lr=muon_lr), tmp_path / "one")
+    launch(str(APART), way, str(tmp_path / "two"), by=launcher)
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert one["step"] == two["step"] == 20
+    for key in ("net", "average"):
+        assert one[key].keys() == two[key].keys()
+        for name, x in one[key].items():
+            if name != "seen":  # a buffer: each process has seen its own half
+                torch.testing.assert_close(two[key][name], x, rtol=0, atol=2e-6)
+    assert [row["step"] for row in read_log(tmp_path / "two")] == [row["step"] for row in read_log(tmp_path / "one")]
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    start, end = (DeepLineStage(dropout=0.0).net.state_dict(), ema_of(tmp_path / "two"))
+    assert not torch.allclose(start["layer.weight"], end["layer.weight"], atol=0.1)
+
+
+def test_a_samples_chance_is_its_places_alone() -> None:
+    def drawn(places: range | None) -> list[torch.Tensor]:
+        rng = StepRandom(3, 7, 6, places)
+        return [
+            rng.uniform(), rng.uniform(2), rng.normal(2, 3), rng.integers(50), rng.integers(50, 4),
+            rng.permutations(9), rng.strata(), rng.pick(100), rng.pick(4), rng.uniform(),
+        ]  # fmt: skip
+
+    whole, parts = drawn(None), [drawn(range(0, 2)), drawn(range(2, 6))]
+    for one, *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(one, torch.cat(halves))
+    assert not torch.equal(whole[0], whole[-1]) and len(whole[7].unique()) == 6
+    assert not torch.equal(StepRandom(3, 8, 6).normal(2), StepRandom(3, 7, 6).normal(2))
+    assert not torch.equal(StepRandom(4, 7, 6).uniform(), StepRandom(3, 7, 6).uniform())

@@ -1,0 +1,122 @@
+"""Stages that train on pictures of one's own, from a folder and from shards."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.picture_folders import examples, shard, write_folder
+from helpers.tiny_stages import (
+    STAGES,
+    assert_equal_states,
+    checkpoint,
+    config_of,
+    ema_of,
+    read_log,
+    shown,
+    write_configs,
+)
+from PIL import Image
+
+from wuerstchen_core.training.data.files import FilePictures
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.run import run
+from wuerstchen_core.training.stages.decoder import DecoderStage
+
+SQUARES, WIDE = range(0, 12), range(20, 26)
+CHANGES = ["data.workers=0", "train.sheet_every=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve squares of 64 pixels and six pictures of twice the width, with captions."""
+    root = tmp_path_factory.mktemp("pictures")
+    return write_folder(root, {**examples(SQUARES), **examples(WIDE, 128, 64)})
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """The tiny configurations, on the folder's squares."""
+    root = tmp_path_factory.mktemp("configs")
+    write_configs(root, root / "run")
+    for path in root.glob("*.toml"):
+        own = f'source = "{folder.as_posix()}"\nsize = 64\nmultiple = 64'
+        path.write_text(path.read_text("utf-8").replace("canvas = 64\nthings = 2", own), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(configs: Path) -> Path:
+    """The run folder of all stages."""
+    for stage in STAGES:
+        run(stage, config_of(configs, stage), CHANGES)
+    return configs / "run"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_learns_from_a_folder(trained: Path, stage: str) -> None:
+    rows = read_log(trained / stage)
+    assert [row["step"] for row in rows] == [2, 4] and all(row["loss"] > 0 for row in rows)
+    assert checkpoint(trained / stage)["data"]["position"] == 4
+    with Image.open(trained / stage / "sheet-000004.png") as sheet:
+        assert sheet.getpixel((64, 64))[1:] == (100, 200)  # the truth comes first
+
+
+def inputs_of(trained: Path) -> list[str]:
+    return [f"inputs.{stage}='{trained / stage / stage}.safetensors'" for stage in STAGES]
+
+
+def test_a_run_of_several_shapes_goes_on_exactly_where_it_was_stopped(
+    configs: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squares and wide pictures in one run, stopped between two checkpoints."""
+    told = [*CHANGES, *inputs_of(trained), "data.buckets=[[64, 64], [128, 64]]", "train.batch=3", "train.steps=6"]
+    seen: list[tuple[int, ...]] = []
+    loss = DecoderStage.loss
+
+    def watched(self: Any, net: Any, *batch: Any) -> Any:
+        seen.append(tuple(batch[0].shape[-2:]))
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return loss(self, net, *batch)
+
+    monkeypatch.setattr(DecoderStage, "loss", watched)
+    stop = 0
+    run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'whole'}'"])
+    whole = list(seen)
+    assert set(whole) == {(16, 16), (16, 32)}
+    stop = len(seen) + 4
+    with pytest.raises(KeyboardInterrupt):
+        run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
+    run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
+    assert seen[6:9] == whole[:3] and seen[10:] == whole[2:]  # from the checkpoint of step 2
+    assert shown(read_log(tmp_path / "stopped" / "decoder")) == shown(read_log(tmp_path / "whole" / "decoder"))
+    assert_equal_states(ema_of(tmp_path / "stopped" / "decoder"), ema_of(tmp_path / "whole" / "decoder"))
+
+
+def test_other_pictures_in_a_run_that_goes_on_are_told(
+    configs: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [*CHANGES, *inputs_of(trained), f"run='{tmp_path}'", "train.sheet_every=1000"]
+    run("prior", config_of(configs, "prior"), told)
+    root = write_folder(tmp_path / "other", examples(range(30, 36)))
+    with caplog.at_level(logging.WARNING):
+        run("prior", config_of(configs, "prior"), [*told, "train.steps=6", f"data.source='{root}'"])
+    assert "the pictures or how they are read have changed: this run does not go on exactly" in caplog.text
+    assert checkpoint(tmp_path / "prior")["step"] == 6
+
+
+def test_captions_are_dropped_by_chance_and_pictures_are_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(shard(examples(range(8))))
+    pictures = FilePictures({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
+    pictures.begin(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
+    picked, rng = pictures.pick(StepRandom(0, 0, 8)), StepRandom(0, 0, 8)
+    reds = (pictures.view(picked)[:, 0, 0, 0] * 255).round().int().tolist()
+    assert pictures.captions(picked, StepRandom(0, 0, 8)) == [f"picture {red}" for red in reds]
+    assert sorted(reds) == list(range(8)) and pictures.captions(picked, rng, drop=1.0) == [""] * 8
+    assert torch.equal(pictures.each("twice", lambda images: images * 2)(picked), pictures.view(picked) * 2)
+    held = pictures.held()
+    assert held is not None and len(held) == 8 and held.texts == [f"picture {i}" for i in range(8)]

@@ -1,0 +1,145 @@
+"""A training that is killed without warning, anywhere, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.picture_folders import examples, write_folder
+from helpers.recording_trainer import CONFIG, LineStage, assert_same_training, files
+
+from wuerstchen_core.training.checkpoint import LOG
+from wuerstchen_core.training.data.files import FilePictures
+from wuerstchen_core.training.loop import train
+from wuerstchen_core.training.rng import StepRandom
+
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+pytestmark = pytest.mark.skipif(not FORKS, reason="processes are forked off one that has torch in memory")
+
+LONG = replace(CONFIG, steps=60, log_every=1, save_every=7, sheet_every=9)
+WAIT = 60.0  # seconds at most
+
+
+def train_long(folder: Path) -> None:
+    """What is killed."""
+    torch.set_num_threads(1)
+    train(LineStage(), LONG, folder)
+
+
+def stop_halfway(folder: Path) -> None:
+    """The same, but it stops when half of the checkpoint of step 14 is on the disk."""
+    write = torch.save
+
+    def halfway(contents: dict[str, Any], path: Path) -> None:
+        write(contents, path)
+        if contents["step"] == 14:
+            os.truncate(path, path.stat().st_size // 2)
+            time.sleep(WAIT)
+
+    torch.save = halfway  # type: ignore[assignment]
+    train_long(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All steps at once."""
+    return train(LineStage(), LONG, tmp_path_factory.mktemp("whole")).parent
+
+
+@contextmanager
+def apart(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
+    """`work` in a process of its own, which is killed at the end."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "torch.distributed.tensor"])
+    process = context.Process(target=work, args=(folder,))
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def rows(folder: Path) -> int:
+    log = folder / LOG
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+class PicturesStage(LineStage):
+    """Learns the sum of the mean colours of the pictures in a folder, which processes read."""
+
+    def __init__(self, folder: Path):
+        super().__init__(width=3)
+        source = {"source": str(folder), "buckets": [[64, 64], [128, 64]], "workers": 2}
+        self.pictures = FilePictures(source)
+
+    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
+        return (self.pictures.view(self.pictures.pick(rng)).mean(dim=(2, 3)) + rng.normal(3),)
+
+
+def train_on_pictures(folder: Path) -> None:
+    torch.set_num_threads(1)
+    train(PicturesStage(folder.parent / "pictures"), LONG, folder)
+
+
+def check_killed(folder: Path, whole: Path, seed: int) -> None:
+    """Kill a training at a moment that the seed chooses, twice, and let it go on to its end."""
+    rng = random.Random(seed)
+    steps = sorted(rng.sample(range(1, 55), 2))
+    for step in steps:
+        with apart(train_long, folder):
+            wait_for(lambda step=step: rows(folder) >= step)  # type: ignore[misc]
+            time.sleep(rng.random() * 0.01)
+    train(LineStage(), LONG, folder)
+    assert_same_training(folder, whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed(tmp_path: Path, whole: Path, seed: int) -> None:
+    check_killed(tmp_path, whole, seed)
+
+
+def test_killed_amid_pictures_that_processes_read(tmp_path: Path) -> None:
+    """Of two shapes: the same pictures come after the checkpoint as would have come without the kill."""
+    write_folder(tmp_path / "pictures", {**examples(range(14)), **examples(range(20, 27), 128, 64)})
+    for seed in range(2):
+        with apart(train_on_pictures, tmp_path / "killed"):
+            wait_for(lambda seed=seed: rows(tmp_path / "killed") >= 10 + 20 * seed)  # type: ignore[misc]
+    for name in ("killed", "whole"):
+        train_on_pictures(tmp_path / name)
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3, 23))
+def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
+    check_killed(tmp_path, whole, seed)
+
+
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> None:
+    """Half of the file of step 14 is on the disk: it goes on from step 7, and the half is gone."""
+    half, size = tmp_path / "checkpoint-00000014.pt.part", (whole / "checkpoint-00000056.pt").stat().st_size
+    with apart(stop_halfway, tmp_path):
+        wait_for(lambda: half.exists() and 0 < half.stat().st_size < size * 0.6)
+    assert half.exists() and "checkpoint-00000014.pt" not in files(tmp_path)
+    (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # as another process left it
+    train(LineStage(), LONG, tmp_path)
+    assert_same_training(tmp_path, whole)

@@ -1,0 +1,284 @@
+"""The training loop on the smallest thing that learns."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.recording_trainer import CONFIG, LineStage, files
+from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
+from PIL import Image
+from torch import Tensor
+
+from wuerstchen_core.models.prior import Prior, PriorParams
+from wuerstchen_core.training import loop
+from wuerstchen_core.training.checkpoint import checkpoints, replace_file
+from wuerstchen_core.training.loop import learning_rate, train
+from wuerstchen_core.training.optim import build_optimizers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps at once."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(LineStage(), CONFIG, folder) == folder / "prior.safetensors"
+    return folder
+
+
+def test_a_run_folder(whole: Path) -> None:
+    names = {
+        "checkpoint-00000004.pt",
+        "checkpoint-00000008.pt",
+        "diffusers",
+        "log.jsonl",
+        "prior.safetensors",
+        "sheet-000004.png",
+        "sheet-000008.png",
+    }
+    assert files(whole) == names
+    rows = read_log(whole)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    assert all(set(row) == {"step", "loss", "lr", "seconds", "skipped"} for row in rows)
+    with Image.open(whole / "sheet-000008.png") as sheet:
+        assert sheet.format == "PNG" and sheet.getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_the_ema_is_the_moving_average(tmp_path: Path) -> None:
+    """Weights and buffers, from the first step's on; by hand from the weights after every step."""
+    config = replace(CONFIG, save_every=1)
+    kept: list[dict[str, Tensor]] = []
+    for step in range(1, 9):
+        with nullcontext() if step == 8 else pytest.raises(KeyboardInterrupt):
+            train(LineStage(stop=2), config, tmp_path)
+        kept.append(checkpoint(tmp_path)["net"])
+        assert checkpoint(tmp_path)["step"] == step
+    ema = kept[0]
+    for weights in kept[1:]:
+        ema = {key: 0.8 * ema[key] + 0.2 * weights[key] for key in ema}
+    for key, value in ema_of(tmp_path).items():
+        torch.testing.assert_close(value, ema[key], rtol=0, atol=1e-6)
+    assert not torch.allclose(ema["layer.weight"], kept[-1]["layer.weight"], atol=1e-4)
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    config = replace(CONFIG, steps=100, warmup=10, decay=0.2)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == 0.1 and rates[4] == 0.5 and rates[9:81] == [1.0] * 72
+    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and rates[100] == 0
+    assert rates[:10] == sorted(rates[:10]) and rates[80:] == sorted(rates[80:], reverse=True)
+    constant = replace(config, warmup=0, decay=0.0)
+    assert [learning_rate(constant, step) for step in range(100)] == [1.0] * 100
+
+
+def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path, whole: Path) -> None:
+    train(LineStage(spoil=[6]), CONFIG, tmp_path)
+    assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
+    assert all(math.isfinite(row["loss"]) for row in read_log(tmp_path))
+    assert all(x.isfinite().all() for x in ema_of(tmp_path).values())
+    assert shown(read_log(tmp_path))[0] == shown(read_log(whole))[0]
+    assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])
+
+
+def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_checkpoint(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=40, log_every=5, save_every=5)
+    for name, spoil, told in (
+        ("row", range(12, 100), "10 of 21 steps of prior had no finite loss or gradients, 10 of them now in a row: "),
+        ("half", range(2, 100, 2), r"11 of 22 steps of prior had no finite loss or gradients; \[train\] bad_share = "),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}"):
+            train(LineStage(spoil=spoil), config, tmp_path / name)
+        assert all(x.isfinite().all() for x in ema_of(tmp_path / name).values())
+    assert [row["step"] for row in read_log(tmp_path / "row")] == [5, 10, 15]
+    assert checkpoint(tmp_path / "row")["step"] == checkpoint(tmp_path / "half")["step"] == 20
+
+
+def test_a_resumed_run_counts_steps_in_a_row_on(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=40, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(spoil=range(8, 100), stop=14), config, tmp_path)  # steps 8 to 10 are lost at the checkpoint
+    with pytest.raises(ValueError, match="^10 of 17 steps of prior had no finite loss or gradients, 10 of them now in"):
+        train(LineStage(spoil=range(1, 100)), config, tmp_path)
+
+
+def test_what_fsdp_would_lose_is_refused() -> None:
+    stage = LineStage()
+    accelerator = SimpleNamespace(
+        scaler=None, distributed_type="FSDP", is_fsdp2=True, log_with=[], gradient_accumulation_steps=1
+    )
+    loop.check_setup(accelerator, CONFIG, stage)
+    stage.undivided = "the codes of vqgan"
+    with pytest.raises(ValueError, match="^the codes of vqgan can't be trained by FSDP, which divides weights: train"):
+        loop.check_setup(accelerator, CONFIG, stage)
+
+
+def test_fsdp_takes_networks_whole() -> None:
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    for given in ({"fsdp_plugin": plugin}, {}):
+        loop.take_whole(SimpleNamespace(state=SimpleNamespace(**given)))
+    assert not plugin.cpu_ram_efficient_loading
+
+
+def test_an_older_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    net = Prior(PriorParams(c=64, c_cond=16, depth=1, nhead=1))
+    with pytest.raises(ValueError, match=r"^torch .* has no Muon: update it, or leave \[train\] muon_lr out$"):
+        build_optimizers(net, torch.device("cpu"), 1e-3)
+    assert list(build_optimizers(net, torch.device("cpu"))) == ["adamw"]
+
+
+def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(LineStage(), CONFIG, tmp_path)
+    with caplog.at_level("INFO"):
+        train(LineStage(), CONFIG, tmp_path)
+    assert f"{tmp_path} is at step {CONFIG.steps} already: raise [train] steps, or give another run" in caplog.text
+
+
+def test_a_batch_that_is_no_number_leaves_no_trace(tmp_path: Path) -> None:
+    """Nor in buffers, which it has been through before its loss shows it."""
+    train(LineStage(spoil=[3]), CONFIG, tmp_path)
+    assert all(x.isfinite().all() for key in ("net", "average") for x in checkpoint(tmp_path)[key].values())
+    assert checkpoint(tmp_path)["skipped"] == 1
+
+
+def test_old_checkpoints_go_only_when_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, save_every=1, keep=3)
+    train(LineStage(), config, tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # torch's word for it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"checkpoint-00000009.pt was not written \(.*see that the disk has room"):
+            train(LineStage(), replace(config, steps=12), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the sizes of files")
+def test_a_disk_that_fills_up_amid_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, whole: Path) -> None:
+    import resource
+
+    config = replace(CONFIG, save_every=1)
+    train(LineStage(), replace(config, steps=3), tmp_path)
+    room, (soft, hard) = checkpoints(whole)[0].stat().st_size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = {path.name: path.read_bytes() for path in checkpoints(tmp_path)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=r"00000004.* was not written \(.*see that the disk has room"):
+            train(LineStage(), config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in checkpoints(tmp_path)} == kept
+    train(LineStage(), config, tmp_path)
+    assert_equal_states(checkpoint(tmp_path)["net"], checkpoint(whole)["net"])
+
+
+def test_a_step_of_several_batches_is_that_of_one(tmp_path: Path) -> None:
+    for name, change in (("one", {"batch": 4}), ("four", {"batch": 1, "accumulate": 4})):
+        train(LineStage(dropout=0.0), replace(CONFIG, **change), tmp_path / name)
+    one, four = (checkpoint(tmp_path / name)["net"] for name in ("one", "four"))
+    torch.testing.assert_close(one["layer.weight"], four["layer.weight"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    message = (
+        r"checkpoint-00000008.pt is damaged or of a run with another \[model\] or muon_lr: restore these, delete the "
+        "file to go on from the one before, or choose another run folder$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(LineStage(width=5), CONFIG, folder)
+    newest = folder / "checkpoint-00000008.pt"
+    whole_file = newest.read_bytes()
+    for content in (whole_file[: len(whole_file) // 2], b"", b"no checkpoint", b"\x80\x02"):
+        newest.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            train(LineStage(), CONFIG, folder)
+    assert shown(read_log(folder)) == shown(read_log(whole))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, lambda part: part.write_text("old"))
+
+    def fail(part: Path) -> None:
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, fail)
+    assert path.read_text() == "old" and files(tmp_path) == {"file"}
+
+
+def test_the_network_trains_in_train_mode_also_after_a_sheet(whole: Path, tmp_path: Path) -> None:
+    stage = LineStage()
+    train(stage, CONFIG, tmp_path)
+    assert stage.trained_in_train_mode == [True] * 8
+
+
+def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown_values: list[dict[str, str]] = []
+    monkeypatch.setattr(loop.tqdm, "set_postfix", lambda self, **values: shown_values.append(values))
+    train(LineStage(), CONFIG, tmp_path)
+    assert (
+        len(shown_values) == 3
+        and shown_values[-1]["lr"] == f"{learning_rate(CONFIG, 7) * CONFIG.lr:.1e}"
+        and float(shown_values[-1]["loss"]) > 0
+    )
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    """To next to nothing, which AdamW then divides by its epsilon and not by itself."""
+    train(LineStage(), replace(CONFIG, clip=1e-12, weight_decay=0.0), tmp_path)
+    start, end = LineStage().net.layer.bias, checkpoint(tmp_path)["net"]["layer.bias"]
+    torch.testing.assert_close(end, start.detach(), rtol=0, atol=1e-3)  # unclipped it moves by 0.1
+
+
+def test_batches_that_accelerate_would_gather_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would divide the gradients by their number, and leave the gathering to us."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="^accelerate is configured to take 4 batches a step: set that to 1 and"):
+        train(LineStage(), CONFIG, tmp_path)
+
+
+def test_tensorboard_shows_the_log_also_of_a_run_that_was_stopped(tmp_path: Path, whole: Path) -> None:
+    """What was written after the last checkpoint, of which the log says nothing more, is not shown twice."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(CONFIG, trackers=("tensorboard",), log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(LineStage(stop=7), config, tmp_path)
+    train(LineStage(), config, tmp_path)
+    [folder] = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    seen = events.EventAccumulator(str(folder)).Reload()
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for name in ("loss", "lr"):
+        shown_values = [(event.step, event.value) for event in seen.Scalars(name)]
+        assert shown_values == [(row["step"], pytest.approx(row[name])) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"precision": "fp16", "muon_lr": 0.1}, r"^\[train\] muon_lr does not go with fp16"),
+        ({"trackers": ("tensorboard", "nobody")}, r"nobody"),
+        ({"checkpointing": True}, r"^\[train\] checkpointing is for priors"),
+    ],
+)
+def test_what_the_loop_cannot_do_is_said_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
+) -> None:
+    if "precision" in change:  # a scaler is made for GPUs alone
+        monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(scaler=object()))
+    with pytest.raises(ValueError, match=told):
+        train(LineStage(), replace(CONFIG, **change), tmp_path)
+    assert not list(tmp_path.glob("*.pt"))

@@ -1,0 +1,189 @@
+"""Losses and training noise against what they are by definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.golden_data import Golden, assert_near
+
+from wuerstchen_core.diffusion.schedule import alpha_bar
+from wuerstchen_core.models.layers import TimestepBlock, timestep_embedding
+from wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.stages.losses import (
+    DecoderNoiseConfig,
+    NoiseConfig,
+    TokenNoiseConfig,
+    contrastive_loss,
+    corrupt_features,
+    draw_times,
+    freeze_quick_times,
+    noise_loss,
+    noise_weight,
+    token_loss,
+    token_weight,
+)
+
+TOLERANCE = 1e-5  # the golden tables were observed equal to 1e-6
+DRAWS = 20_000
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_p2_is_the_schedules_own_weight() -> None:
+    golden = Golden("schedule_tables")
+    assert_near(noise_weight(NoiseConfig(), golden["in/t"]), golden["out/p2_weight_scaler1"], TOLERANCE)
+
+
+def test_the_tokens_weight_and_loss_are_the_originals() -> None:
+    golden = Golden("paella_small")
+    replaced, t = golden["out/noise_mask"].bool(), golden["in/noise_t"]
+    weight = token_weight(replaced, t)
+    assert_near(weight, golden["out/loss_weight"], TOLERANCE)
+    logits, tokens, config = golden["out/train_pred"], golden["in/x"], TokenNoiseConfig()
+    assert_near(token_loss(config, logits, tokens, replaced, t), golden["out/train_loss"], TOLERANCE)
+    entropy, weight = golden["out/train_ce"], golden["out/loss_weight"]
+    by_hand = (entropy * weight).sum((1, 2)) / weight.sum((1, 2))
+    assert_near(golden["out/train_loss"], by_hand.mean(), TOLERANCE)
+
+
+def test_a_token_that_stayed_counts_the_less_the_less_noise_there_is() -> None:
+    replaced, t = torch.tensor([[[True, False]]]).expand(3, -1, -1), torch.tensor([0.0, 0.5, 1.0])
+    assert_near(token_weight(replaced, t), torch.tensor([[[1.0, 0.3]], [[1.0, 0.65]], [[1.0, 1.0]]]), 1e-6)
+
+
+WRONG = [{"smoothing": 1.0}, {"smoothing": -0.1}, {"places": -1}, {"focus": 0}, {"drop": 2}, {"text_drop": 2}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_settings_of_the_token_noise_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"^\[noise\] (smoothing|places|focus|drop|text_drop) (is|must)"):
+        TokenNoiseConfig(**wrong)
+
+
+def test_v_is_one_over_the_signal_up_to_the_cap() -> None:
+    golden = Golden("schedule_tables")
+    t, signal = golden["in/t"], golden["out/alpha_cumprod_scaler1"]
+    weights = noise_weight(NoiseConfig(weight="v", cap=9.0), t)
+    below = 1 / signal < 8.9
+    torch.testing.assert_close(weights[below], 1 / signal[below], rtol=1e-4, atol=0)
+    assert below.any() and (1 / signal > 9.1).any() and weights[1 / signal > 9.1].eq(9).all()
+
+
+def test_v_is_the_loss_of_v_prediction() -> None:
+    """v = sqrt(a) noise - sqrt(1-a) x0: an error e of the noise moves x0 by sqrt((1-a)/a) e, so v by e / sqrt(a)."""
+    t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    x0, noise, error = (torch.randn(3, 5, dtype=torch.float64, generator=rng(i)) for i in range(3))
+    signal = (1 / noise_weight(NoiseConfig(weight="v"), t))[:, None]
+    noised = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+    guess = noise + error
+    guess_x0 = (noised - (1 - signal).sqrt() * guess) / signal.sqrt()
+    v, guess_v = (signal.sqrt() * e - (1 - signal).sqrt() * x for e, x in ((noise, x0), (guess, guess_x0)))
+    loss = noise_loss(NoiseConfig(weight="v"), guess.float(), noise.float(), t.float())
+    assert loss.item() == pytest.approx((guess_v - v).square().mean().item(), rel=1e-4)
+
+
+def test_x0_is_the_squared_error_of_the_picture() -> None:
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    x0, noise, error = (torch.randn(3, 5, dtype=torch.float64, generator=rng(i)) for i in range(3))
+    signal = alpha_bar(t)[:, None]
+    noised = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+    guess_x0 = (noised - (1 - signal).sqrt() * (noise + error)) / signal.sqrt()
+    loss = noise_loss(NoiseConfig(weight="x0"), (noise + error).float(), noise.float(), t.float())
+    assert loss.item() == pytest.approx((guess_x0 - x0).square().mean().item(), rel=1e-4)
+
+
+def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:
+    t = torch.tensor([0.2, 0.9])
+    noise = torch.zeros(2, 1, 2, 2)
+    predicted = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 3.0)])
+    config = NoiseConfig()
+    expected = (4 * noise_weight(config, t)[0] + 9 * noise_weight(config, t)[1]) / 2
+    assert_near(noise_loss(config, predicted, noise, t), expected, 1e-6)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_times_cover_all_with_a_share_of_exactly_one(stratified: bool) -> None:
+    t = draw_times(NoiseConfig(stratified=stratified), 0, StepRandom(0, 0, DRAWS))
+    assert 0.001 <= t.min() < 0.002 and t.max() == 1
+    share = t.eq(1).float().mean().item()
+    spread = 1e-4 if stratified else 4 * math.sqrt(0.075 * 0.925 / DRAWS)
+    assert abs(share - 0.075) < spread
+
+
+def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
+    count = 16
+    t = draw_times(NoiseConfig(stratified=True), 0, StepRandom(0, 0, count))
+    uniform = 1 - (t[t < 1] - 0.001) / 1.08
+    strata = (uniform * count).floor().long()
+    assert len(strata.unique()) == len(strata) >= count - 2
+    assert not torch.equal(strata, strata.sort().values)
+
+
+def test_focus_draws_times_near_1_but_no_more_that_are_1() -> None:
+    t, even = (draw_times(NoiseConfig(focus=focus), 0, StepRandom(0, 0, DRAWS)) for focus in (2.0, 1.0))
+    torch.testing.assert_close(1 - t, (1 - even).square())
+    assert ((t == 1) != (even == 1)).float().mean().item() < 1e-3  # what is that near to 1 rounds to it
+    assert (t > 0.75).float().mean().item() > 0.5 > (even > 0.75).float().mean().item()
+
+
+def test_a_regression_knows_one_time_alone() -> None:
+    config = NoiseConfig(regression=10, stratified=True)
+    assert draw_times(config, 9, StepRandom(0, 0, 16)).eq(0.95).all()
+    later, plain = (draw_times(one, 10, StepRandom(0, 0, 16)) for one in (config, NoiseConfig(stratified=True)))
+    assert torch.equal(later, plain)
+
+
+def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
+    """A step apart, what turns more than 16 times over all times moves; what is left is nearly the same."""
+    block = TimestepBlock(4, 64)
+    before = block.mapper.weight.detach().clone()
+    freeze_quick_times(torch.nn.Sequential(block))
+    block(torch.randn(2, 4, 1, 1, generator=rng()), timestep_embedding(torch.tensor([0.2, 0.7]), 64)).sum().backward()
+    torch.optim.SGD(block.parameters(), lr=1.0).step()
+    moved = (block.mapper.weight - before).detach().ne(0).any(0)
+    one, other = timestep_embedding(torch.tensor([0.5, 0.501]), 64)
+    assert moved.sum() == 32 and (one - other)[moved].abs().max() < 0.1 < (one - other)[~moved].abs().max()
+
+
+def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
+    features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
+    out = corrupt_features(DecoderNoiseConfig(), features, StepRandom(0, 0, DRAWS))
+    dropped = out.flatten(1).eq(0).all(1)
+    kept = out.flatten(1).eq(features.flatten(1)).all(1)
+    noised = ~(dropped | kept)
+    for share, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (kept, 0.7 * 0.95)):
+        assert abs(share.float().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
+    # Noise is added in the prior's space, up to t = 0.5, where half the variance is left (cosine schedule).
+    before, after = (latents_from_features(x[noised]).flatten(1) for x in (features, out))
+    assert after.std().item() == pytest.approx(1, abs=0.02)
+    alike = torch.nn.functional.cosine_similarity(before, after).mean().item()
+    assert math.sqrt(0.5) + 0.05 < alike < 0.97
+
+
+def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
+    features = torch.randn(64, 4, 2, 2, generator=rng(1))
+    assert torch.equal(corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, StepRandom(0, 0, 64)), features)
+    assert corrupt_features(DecoderNoiseConfig(drop=1), features, StepRandom(0, 0, 64)).eq(0).all()
+    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, StepRandom(0, 0, 64))
+    assert not noised.flatten(1).eq(features.flatten(1)).any(1).any()
+
+
+def test_the_contrastive_loss_against_a_double_loop() -> None:
+    texts, pictures = (torch.nn.functional.normalize(torch.randn(5, 8, generator=rng(i)), dim=-1) for i in range(2))
+    scale = 7.0
+    total = 0.0
+    for i in range(5):
+        rows = [math.exp(scale * float(texts[i] @ pictures[j])) for j in range(5)]
+        columns = [math.exp(scale * float(texts[j] @ pictures[i])) for j in range(5)]
+        total -= math.log(rows[i] / sum(rows)) + math.log(columns[i] / sum(columns))
+    assert contrastive_loss(texts, pictures, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)
+
+
+def test_what_a_sample_draws_is_not_what_the_batch_draws() -> None:
+    for step in range(50):
+        assert not torch.isclose(StepRandom(0, step, 1).uniform(), StepRandom(0, step, 1).uniform(1)[:, 0]).any()

@@ -1,0 +1,160 @@
+"""The recipes at full size: what they build, and that they run, in a tiny size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.picture_folders import examples, shard, table
+from helpers.tiny_stages import TABLES, read_log
+from torch import nn
+
+from wuerstchen_core import training
+from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.models.decoder import Decoder, DecoderParams
+from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
+from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_features
+from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
+from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
+from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
+from wuerstchen_core.training.data.open import PicturesConfig
+from wuerstchen_core.training.run import kind_of, run
+from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
+from wuerstchen_core.training.stages.lora import AdapterConfig, attach
+
+RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
+# The network of each, its sizes, and the parameters of the published one (the encoders' without ImageNet's classes).
+SIZES: Mapping[str, tuple[Any, Any, int]] = {
+    "vqgan": (VQGAN, VQGANParams, 18_406_894),
+    "v1_encoder": (ImageEncoder, ImageEncoderParams, 117_254_784),
+    "v2_encoder": (ImageEncoder, ImageEncoderParams, 20_198_000),
+    "v1_token_decoder": (TokenDecoder, TokenDecoderParams, 730_814_336),
+    "v2_decoder": (Decoder, DecoderParams, 1_055_365_280),
+    "v1_prior": (Prior, PriorParams, 993_243_680),
+    "v2_prior": (Prior, PriorParams, 993_636_896),
+}
+SMALL = (("fused", 1, 3, 2, 8, 8, 1),)  # stages of an encoder
+SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
+
+
+def stage_of(recipe: str) -> str:
+    return recipe.removeprefix("v1_").removeprefix("v2_").replace("_", "-")
+
+
+def test_there_is_one_for_each_stage() -> None:
+    assert set(RECIPES) == {*SIZES, "v2_lora"}
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_it_builds_the_published_network(recipe: str) -> None:
+    kind, sizes, count = SIZES[recipe]
+    config = read_config(RECIPES[recipe], [])
+    params = from_table(sizes, config["model"], "model")
+    with torch.device("meta"):
+        network = kind(params)
+    assert sum(p.numel() for p in network.parameters()) == count
+    told = asdict(params)
+    if "prior" in recipe:
+        assert {key: told[key] for key in V1} == (
+            V1 if "v1" in recipe else {key: asdict(PriorParams())[key] for key in V1}
+        )
+    if "encoder" in recipe:
+        assert params.stages == (EFFICIENTNET_V2_L if "v1" in recipe else EFFICIENTNET_V2_S)
+    if "encoder" not in recipe and recipe != "vqgan":
+        assert params.dropout == 0.1  # as the original trains
+
+
+def test_the_lora_is_put_on_the_published_prior() -> None:
+    options = from_table(AdapterConfig, read_config(RECIPES["v2_lora"], [])["lora"], "lora")
+    with torch.device("meta"):
+        network = Prior(PriorParams())
+        attach(network, options)
+    learned = [p.numel() for p in network.parameters() if p.requires_grad]
+    assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_its_tables_are_read(recipe: str) -> None:
+    config = read_config(RECIPES[recipe], [])
+    stage = stage_of(recipe)
+    kind: Any = kind_of(stage)
+    check_tables(config, kind.tables, kind.sized)
+    loop = from_table(LoopConfig, config["train"], "train")
+    data = from_table(PicturesConfig, config["data"], "data")
+    assert loop.precision == "bf16" and loop.steps > 1000
+    assert all(width % 128 == height % 128 == 0 for width, height in data.sizes)
+
+
+@pytest.mark.parametrize("release", ["v1", "v2"])
+def test_a_release_has_its_encoders_features_in_its_priors_units(release: str) -> None:
+    """What the prior of a recipe works on has mean 0 and variance 1, as its new encoder normalises."""
+    encoder, prior = (read_config(RECIPES[f"{release}_{stage}"], []) for stage in ("encoder", "prior"))
+    options = from_table(EncoderConfig, encoder.get("encoder", {}), "encoder")
+    net = Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), options, begun=False)
+    norm = net.image_encoder.mapper[1]
+    units = from_table(PriorParams, prior["model"], "model")
+    mean, deviation = norm.get_parameter("bias"), norm.get_parameter("weight")
+    assert (latents_from_features(mean, units) == 0).all() and (deviation / units.feature_scale == 1).all()
+
+
+@pytest.mark.parametrize(("told", "why"), [({"widths": ()}, "widths must be"), ({"feature_scale": 0.0}, "more than 0")])
+def test_options_of_the_encoder_that_cannot_be_are_refused(told: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=rf"^\[encoder\] .*{why}"):
+        EncoderConfig(**told)
+
+
+def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
+    """Of an EfficientNet of its sizes, with a classifier that it has no use for."""
+    from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig
+
+    def theirs(width: int) -> Path:
+        stages = [FusedMBConvConfig(1, 3, 2, 8, width, 1)]
+        network = EfficientNet(stages, dropout=0.2, last_channel=16, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+        torch.save(network.state_dict(), file := tmp_path / f"efficientnet-{width}.pth")
+        return file
+
+    path = theirs(8)
+    encoder = ImageEncoder(ImageEncoderParams(stages=SMALL, last_channel=16))
+    load_backbone(encoder, path)
+    given = torch.load(path, weights_only=True)
+    assert all(torch.equal(x, given[f"features.{key}"]) for key, x in encoder.backbone.state_dict().items())
+    told = {"run": str(tmp_path), "data": {"canvas": 64, "things": 2}, "encoder": {"backbone": str(path)}}
+    model = {"stages": [list(stage) for stage in SMALL], "last_channel": 16}
+    stage = EncoderStage({**told, "model": model})
+    assert torch.equal(stage.net.image_encoder.backbone[0][0].weight, given["features.0.0.weight"])
+    for wrong, why in ((theirs(16), "is of no EfficientNet of these sizes"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(ValueError, match=rf"^\[encoder\] backbone: .*{why}"):
+            load_backbone(encoder, wrong)
+    with pytest.raises(ValueError, match="holds no weights"):
+        (tmp_path / "none").write_bytes(b"no weights")
+        load_backbone(encoder, tmp_path / "none")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_it_takes_two_steps_in_a_tiny_size(recipe: str, run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    files = examples(range(8))
+    scores = {f"{number:03d}.json": SCORES for number in range(8)}
+    (tmp_path / "a.tar").write_bytes(shard(dict(sorted({**files, **scores}.items()))))
+    stage = stage_of(recipe)
+    (tmp_path / "sizes.toml").write_text(TABLES.get(stage, "[model]"), encoding="utf-8")
+    small = {} if recipe == "v2_prior" else read_config(tmp_path / "sizes.toml", [])["model"]
+    told = {
+        "run": str(tmp_path), "data.source": str(tmp_path / "a.tar"), "data.size": 64, "data.multiple": 64,
+        "data.ratio": 1.0, "data.min_side": 1, "data.workers": 0, "train.steps": 2, "train.batch": 2,
+        "train.log_every": 1, "train.precision": "no", **{f"model.{key}": value for key, value in small.items()},
+    }  # fmt: skip
+    if stage == "vqgan":
+        told |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
+    if stage == "encoder":
+        told["encoder.widths"] = [16, 8, 8]
+    if recipe == "v2_prior":
+        told["start"] = str(run_folder / "prior" / "prior.safetensors")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in told.items()]
+    made = run(stage, RECIPES[recipe], [*inputs, *overrides])
+    assert made.exists() and [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]

@@ -1,0 +1,232 @@
+"""All trainers in a tiny size, one after the other, until the bundles paint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_stages import (
+    ALL,
+    DIFFUSERS,
+    STAGES,
+    assert_equal_states,
+    checkpoint,
+    config_of,
+    ema_of,
+    inputs_of,
+    launch,
+    read_log,
+    shown,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+from wuerstchen_core.checkpoints import read_metadata
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.training.checkpoint import checkpoints
+from wuerstchen_core.training.data.demo import DemoPictures
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.run import kind_of, run
+from wuerstchen_core.training.sheet import sheet
+from wuerstchen_core.training.stages.token_decoder import code_features
+
+pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+ROOT = Path(__file__).parents[2]
+DATA = {"data": {"canvas": 64, "things": 2}}
+TILE = 128  # pixels of a sheet
+ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "prior": 2}  # of a sheet of 8 pictures
+
+
+def trained(run_folder: Path, stage: str) -> Path:
+    """The folder of a stage."""
+    return (run_folder if stage in STAGES else run_folder / "v1") / stage
+
+
+def stage_class(stage: str) -> Any:
+    return kind_of(stage)
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> None:
+    folder = trained(run_folder, stage)
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint-00000002.pt", "checkpoint-00000004.pt", "log.jsonl", f"{stage}.safetensors", "sheet-000004.png",
+        *(["diffusers"] if stage in DIFFUSERS else []),
+    }  # fmt: skip
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(np.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
+    weights = load_file(folder / f"{stage}.safetensors")
+    assert weights and all(x.isfinite().all() for x in weights.values())
+    assert read_metadata(folder / f"{stage}.safetensors")["training"] == {"step": 4}
+    averaged = ema_of(folder)
+    for key, value in weights.items():  # what is shipped is the moving average
+        assert any(torch.equal(value, x) for k, x in averaged.items() if k.endswith(key.partition(".")[2]))
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: str) -> None:
+    with Image.open(trained(run_folder, stage) / "sheet-000004.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
+    held = DemoPictures(DATA["data"], held=True)
+    truth = np.asarray(sheet([held.view(held.spread(12))]))
+    assert np.array_equal(pixels[:TILE], truth)
+    columns = len(held) * TILE
+    assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()
+    others = pixels[TILE:, :columns].reshape(ROWS[stage] - 1, TILE, -1)
+    assert all(row.std() > 0 for row in others)
+    if stage == "text":  # which shows true pictures, found by their captions
+        tiles = {pixels[:TILE, i : i + TILE].tobytes() for i in range(0, columns, TILE)}
+        assert all(pixels[TILE:, i : i + TILE].tobytes() in tiles for i in range(0, columns, TILE))
+    else:
+        assert not np.array_equal(others[0], truth[:, :columns].reshape(TILE, -1))
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Same log, same averages bit for bit; the prior has dropout, the VQGAN seeds its codes from chance at step 2."""
+    kind, calls = stage_class(stage), []
+    whole = trained(run_folder, stage)
+
+    def stopped(self: Any, net: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(self, net, *batch)
+
+    loss = kind.loss
+    overrides = [f"run='{tmp_path}'", *inputs_of(whole.parent)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, "loss", stopped)
+        run(stage, config_of(run_folder, stage), overrides)
+    assert checkpoint(tmp_path / stage)["step"] == 2
+    torch.manual_seed(5)
+    assert run(stage, config_of(run_folder, stage), overrides) == tmp_path / stage / f"{stage}.safetensors"
+    assert shown(read_log(tmp_path / stage)) == shown(read_log(whole))
+    assert_equal_states(ema_of(tmp_path / stage), ema_of(whole))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ALL)
+def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: str) -> None:
+    """The command under torchrun, with half of each batch. Without dropout, batch norm and contrast: the same steps."""
+    whole = trained(run_folder, stage)
+    changes = [f"run='{tmp_path}'", *inputs_of(whole.parent), "train.batch=2"]
+    config = ["--config", str(config_of(run_folder, stage)), *(f"--set={change}" for change in changes)]
+    launch("-m", "wuerstchen_core", "train", stage, *config)
+    assert {path.name for path in (tmp_path / stage).iterdir()} == {path.name for path in whole.iterdir()}
+    assert all(x.isfinite().all() for x in ema_of(tmp_path / stage).values())
+    if stage in ("decoder", "token-decoder"):
+        one, two = ([row["loss"] for row in read_log(folder)] for folder in (whole, tmp_path / stage))
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, inputs: list[str]) -> None:
+    run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.checkpointing=true"])
+    assert shown(read_log(tmp_path / "prior")) == shown(read_log(run_folder / "prior"))
+    assert_equal_states(ema_of(tmp_path / "prior"), ema_of(run_folder / "prior"))
+
+
+@pytest.mark.parametrize("stage", ["decoder", "prior"])
+def test_bf16_trains_nearly_the_same_on_weights_in_fp32(
+    run_folder: Path, inputs: list[str], tmp_path: Path, stage: str
+) -> None:
+    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, "train.precision='bf16'"])
+    rounded, exact = ([row["loss"] for row in read_log(folder / stage)] for folder in (tmp_path, run_folder))
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
+    assert all(x.dtype == torch.float32 for x in checkpoint(tmp_path / stage)["net"].values())
+
+
+def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.seed=1"])
+    assert shown(read_log(tmp_path / "prior")) != shown(read_log(run_folder / "prior"))
+
+
+LEARNING = {  # steps, and the share of the first loss that may be left; the text tower takes longer than a test may
+    "vqgan": (16, 0.5),
+    "encoder": (16, 0.7),
+    "decoder": (16, 0.9),
+    "token-decoder": (24, 0.97),
+    "prior": (24, 0.9),
+}
+
+
+@pytest.mark.parametrize("stage", LEARNING)
+def test_the_loss_goes_down(run_folder: Path, inputs: list[str], tmp_path: Path, stage: str) -> None:
+    steps, share = LEARNING[stage]
+    rows = 4
+    changes = [f"train.steps={steps}", f"train.log_every={steps // rows}", "train.lr=5e-3", "train.batch=8"]
+    changes += ["train.save_every=1000", "train.sheet_every=1000", "train.warmup=4", "train.muon_lr=0.0"]
+    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, *changes])
+    losses = [row["loss"] for row in read_log(tmp_path / stage)]
+    assert len(losses) == rows and losses[-1] < share * losses[0], losses
+
+
+def test_codes_that_are_near_start_alike() -> None:
+    torch.manual_seed(0)
+    codes = torch.tensor([[0.0] * 4, [0.02] * 4, [0.3] * 4, [3.0] * 4])
+    products = (features := code_features(codes, 4096, 0.15)) @ features.T
+    assert products.diagonal() == pytest.approx([1.0] * 4, abs=0.05)
+    assert products[0, 1] > 0.95 > 0.9 > products[0, 2] > products[0, 3] + 0.1
+
+
+def test_a_token_decoder_must_know_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    wrong = [f"run='{tmp_path}'", *inputs, "model.num_labels=17"]
+    with pytest.raises(ValueError, match=r"^\[model\] num_labels is 17, but Stage A has 16 codes: give it as many$"):
+        run("token-decoder", config_of(run_folder, "token-decoder"), wrong)
+    with pytest.raises(ValueError, match=r"^\[codes\] width must be 0 or more, got -1.0$"):
+        run("token-decoder", config_of(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])
+
+
+def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, tmp_path: Path) -> None:
+    for missing in ("decoder", "vqgan"):
+        run("prior", run_folder / "prior.toml", [f"run='{tmp_path / missing}'", *inputs_of(run_folder, but=missing)])
+        folder = tmp_path / missing / "prior"
+        assert not list(folder.glob("*.png")) and (folder / "prior.safetensors").exists()
+
+
+def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """`python -m wuerstchen_core train`, killed without warning, and started again: as one run."""
+    changes = [*inputs, "train.steps=8", "train.log_every=4", "train.sheet_every=1000"]
+    whole, killed = ([f"run='{tmp_path / name}'", *changes] for name in ("whole", "killed"))
+    command = ["train", "text", "--config", str(run_folder / "text.toml"), *(f"--set={change}" for change in killed)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wuerstchen_core", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not checkpoints(tmp_path / "killed" / "text"):
+        time.sleep(0.02)
+    process.kill()
+    assert "text:" in process.communicate()[1]  # the progress bar
+    assert main(command) == 0
+    run("text", run_folder / "text.toml", whole)
+    assert shown(read_log(tmp_path / "killed" / "text")) == shown(read_log(tmp_path / "whole" / "text"))
+    assert_equal_states(ema_of(tmp_path / "killed" / "text"), ema_of(tmp_path / "whole" / "text"))
+
+
+def test_pictures_of_a_trial(run_folder: Path) -> None:
+    trained, held = DemoPictures(DATA["data"]), DemoPictures(DATA["data"], held=True)
+    assert len(trained) == 24 and len(held) == 8 and trained.images.shape[1:] == (3, 64, 64)
+    assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
+    assert len(set(trained.pick(StepRandom(0, 0, 24)).tolist())) == 24
+    assert trained.pick(StepRandom(0, 0, 30)).shape == (30,)
+    assert trained.captions(torch.arange(4), StepRandom(0, 0, 4), drop=1.0) == [""] * 4
+    words = trained.captions(torch.zeros(200, dtype=torch.long), StepRandom(0, 0, 200), drop=0.25)
+    assert 25 < words.count("") < 75 and len(set(words)) > 20
+    assert held.spread(3).tolist() == [0, 2, 4] and held.spread(100).tolist() == list(range(8))
+
+
+def test_crops_must_fit_the_pictures(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^\[vqgan\] crop must be at most 48 pixels, which the margin leaves, got 52$"
+    ):
+        run("vqgan", run_folder / "vqgan.toml", [f"run='{tmp_path}'", "vqgan.crop=52"])

@@ -1,0 +1,216 @@
+"""What comes of trainings: bundles that paint, files that diffusers reads, weights to start from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.networks import TEXT
+from helpers.tiny_stages import ALL, DIFFUSERS, STAGES, assert_equal_states, config_of, ema_of, inputs_of, read_log
+from safetensors.torch import load_file
+
+from tools.bench.diffusers_baseline import network_class
+from tools.demo import build, build_v1
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
+from wuerstchen_core.checkpoints.diffusers_layout import component_key
+from wuerstchen_core.checkpoints.inspect import describe
+from wuerstchen_core.checkpoints.quant import FP8
+from wuerstchen_core.inference.settings import SamplingSettings
+from wuerstchen_core.models.decoder import Decoder
+from wuerstchen_core.models.image_encoder import ImageEncoder
+from wuerstchen_core.models.text_encoder import TextEncoder
+from wuerstchen_core.training.run import run
+
+pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_every_stage_starts_from_its_own_weights(run_folder: Path, tmp_path: Path, stage: str) -> None:
+    """At next to no rate they stay as they are: no first value is put in place of what was learned."""
+    base = (run_folder if stage in STAGES else run_folder / "v1") / stage / f"{stage}.safetensors"
+    changes = [f"run='{tmp_path}'", *inputs_of(base.parents[1]), f"start='{base}'", "train.lr=1e-12", "train.muon_lr=0"]
+    if stage == "vqgan":
+        changes.append("vqgan.quantize_from=2")
+    tuned = run(stage, config_of(run_folder, stage), changes)
+    for key, x in load_file(tuned).items():
+        if "running_" not in key and "num_batches" not in key:
+            torch.testing.assert_close(x, load_file(base)[key], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("stage", DIFFUSERS)
+def test_diffusers_reads_what_was_trained(run_folder: Path, stage: str) -> None:
+    pytest.importorskip("diffusers")
+    theirs = network_class(stage).from_pretrained(run_folder / stage / "diffusers" / stage)
+    ours = read_part(run_folder / stage / f"{stage}.safetensors", stage)
+    sizes = {name: value for name, value in asdict(ours.params).items() if name != "dropout"}  # which it has no key for
+    assert asdict(read_part(run_folder / stage / "diffusers" / stage, stage).params).items() >= sizes.items()
+    assert_equal_states({component_key(key): x for key, x in ours.state_dict.items()}, dict(theirs.state_dict()))
+
+
+def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
+    """A prior of another run, with dropout that its file has none of; nothing learns at next to no rate."""
+    base = tmp_path / "base.safetensors"
+    part = read_part(run_folder / "prior" / "prior.safetensors", "prior")
+    save_bundle(base, {"prior": replace(part, params=replace(part.params, dropout=0.0))}, {"licence": "MIT, of a base"})
+    before = base.read_bytes()
+    config = tmp_path / "tune.toml"
+    text = (run_folder / "prior.toml").read_text("utf-8")
+    model = text.index("[model]")
+    config.write_text(f"start = '{base}'\n" + text[:model] + text[text.index("[noise]") :], encoding="utf-8")
+    told = [f"run='{tmp_path}'", *inputs_of(run_folder), "train.lr=1e-12", "train.muon_lr=0"]
+    tuned = run("prior", config, [*told, "model.dropout=0.3"])
+    assert read_part(tuned, "prior").params == replace(part.params, dropout=0.3)
+    for key, x in read_part(tuned, "prior").state_dict.items():
+        torch.testing.assert_close(x, part.state_dict[key], rtol=0, atol=1e-9)
+    metadata = read_metadata(tuned)
+    assert (metadata["licence"], metadata["base"]) == ("MIT, of a base", "base.safetensors")
+    assert base.read_bytes() == before
+    with pytest.raises(ValueError, match="missing"):
+        run("prior", config, [*told, "model.depth=2", "run='elsewhere'"])
+
+
+def test_licences_go_with_what_is_trained_from_a_folder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """Said by a model card, as in published folders, then by files of ours, in each layout that a training leaves."""
+    base = tmp_path / "base"
+    shutil.copytree(run_folder / "prior" / "diffusers" / "prior", base / "prior")
+    (base / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-nc-4.0\n---\nlicense: none\n", encoding="utf-8")
+    changes = [*inputs, "model.depth=1", "train.steps=2"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    made = run("prior", config_of(run_folder, "prior"), [*changes, f"run='{first}'", f"start='{base}'"])
+    of_diffusers = first / "prior" / "diffusers" / "prior"
+    for source in (made, of_diffusers):
+        assert describe(source).licence == "cc-by-nc-4.0"
+    again = run("prior", config_of(run_folder, "prior"), [*changes, f"run='{second}'", f"start='{of_diffusers}'"])
+    assert (read_metadata(again)["licence"], read_metadata(again)["base"]) == ("cc-by-nc-4.0", "prior")
+    alone = shutil.copytree(base / "prior", tmp_path / "alone")  # a component with a card of its own
+    assert describe(alone).licence is None
+    shutil.copy(base / "README.md", alone)
+    assert describe(alone).licence == "cc-by-nc-4.0"
+
+
+def test_each_stage_reads_through_its_own_tower(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """Of a source that holds both, as v2 has them; one of another width than the stage's is refused."""
+    both = tmp_path / "both.safetensors"
+    towers = {"prior_text_encoder": TEXT, "decoder_text_encoder": replace(TEXT, width=64)}
+    save_bundle(both, {name: TextEncoder(params) for name, params in towers.items()}, {})
+    told = [*inputs, f"run='{tmp_path}'", f"inputs.text='{both}'", "train.steps=1"]
+    fits = {"prior": "model.c_cond=32", "decoder": "model.clip_embd=64"}
+    for stage, width in fits.items():
+        assert run(stage, config_of(run_folder, stage), [*told, width]).exists()
+        with pytest.raises(ValueError, match=rf"^this {stage} reads the text through .*, but what \[inputs\] names as"):
+            run(stage, config_of(run_folder, stage), [*told, width.replace("32", "48").replace("64", "48")])
+
+
+def test_a_prior_without_who_paints_its_sheets_says_so(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [*inputs_of(run_folder, but="decoder"), f"run='{tmp_path}'", "train.steps=1", "train.sheet_every=1"]
+    with caplog.at_level(logging.INFO):
+        run("prior", config_of(run_folder, "prior"), told)
+    assert "no sheet: it is painted by what [inputs] names as decoder" in caplog.text
+
+
+def test_the_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == {*STAGES, "decoder_again", "prior_again"}
+    assert metadata["training"]["prior"]["step"] == 4
+    assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert all(getattr(pipe, part) is not None for part in PARTS_OF["v2"])
+    assert pipe.prior_text_encoder is pipe.decoder_text_encoder
+    assert pipe.sampling == SamplingSettings().changed(width=256, height=256, schedule="fast", prior_guidance=3.0)
+    for stage, network in (("prior", pipe.prior), ("decoder", pipe.decoder)):  # of the second training
+        trained, first = ema_of(run_folder / "again" / stage), load_file(run_folder / stage / f"{stage}.safetensors")
+        assert all(torch.equal(x, trained[key].bfloat16().float()) for key, x in network.state_dict().items())
+        assert any(not torch.equal(x, first[f"{stage}.{key}"]) for key, x in trained.items())
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_the_v1_bundle_paints(run_folder: Path) -> None:
+    bundle = run_folder / "v1" / "bundle.safetensors"
+    metadata = read_metadata(bundle)
+    assert set(metadata["parts"]) == {"prior", "token_decoder", "vqgan", "image_encoder", "text_encoder"}
+    assert set(metadata["training"]) == {"vqgan", "encoder", "text", "token-decoder", "prior"}
+    assert metadata["version"] == "v1" and "apple" in metadata["vocabulary"]["words"]
+    assert any(x.dtype == FP8 for x in load_file(bundle).values())
+    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
+    assert pipe.version == "v1" and all(getattr(pipe, part) is not None for part in PARTS_OF["v1"])
+    [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
+    assert image.size == (128, 64) and np.asarray(image).std() > 0
+
+
+def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
+    """The same encoder but for its last layer, before fp8."""
+    of_v2 = read_part(run_folder / "bundle.safetensors", "image_encoder")
+    encoders: list[ImageEncoder] = []
+    for part in (of_v2, build_v1.in_v1_units(of_v2)):
+        encoder = ImageEncoder(part.params).eval()
+        encoder.load_state_dict({key: x.double() if x.is_floating_point() else x for key, x in part.state_dict.items()})
+        encoders.append(encoder.double())
+    pixels = torch.rand(1, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (encoder(pixels) for encoder in encoders)
+    torch.testing.assert_close(after, (before + 1) / 42, rtol=0, atol=1e-9)
+    assert after.std() > 0
+
+
+def test_v1_does_not_go_on_upon_another_model(run_folder: Path, tmp_path: Path) -> None:
+    bundle, other = run_folder / "bundle.safetensors", tmp_path / "other.safetensors"
+    for _ in range(2):
+        build_v1.take_over(tmp_path / "run", bundle)
+    taken = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    other.write_bytes(bundle.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"run stands on another v2 model than .*: give another --run, or remove it$"):
+        build_v1.take_over(tmp_path / "run", other)
+    assert len(taken) == 3 and all(path.read_bytes() == content for path, content in taken.items())
+
+
+def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prior.safetensors is missing: train the prior first$"):
+        build.assemble(tmp_path, tmp_path / "bundle.safetensors")
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ValueError, match=r"log.jsonl is missing or empty: train the "):
+        build.last_step(tmp_path)
+
+
+def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "again.safetensors"
+    monkeypatch.setattr(build, "RECIPE", tmp_path)
+    shutil.copy(run_folder / "prior.toml", tmp_path)
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
+    assert not (tmp_path / "logs").exists()
+    monkeypatch.setattr(build, "demo_path", lambda: target)
+    build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
+    folders = {**{stage: stage for stage in STAGES}, "decoder_again": "again/decoder", "prior_again": "again/prior"}
+    for name, folder in folders.items():
+        assert read_log(run_folder / folder) == [
+            json.loads(line) for line in (tmp_path / "logs" / f"{name}.jsonl").read_text().splitlines()
+        ]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["its own tower", "no tower"])
+def test_a_decoder_that_reads_through_another_tower_paints_the_sheets(
+    run_folder: Path, inputs: list[str], tmp_path: Path, beside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As v2's does: CLIP-H beside the prior's CLIP-bigG."""
+    params = read_part(run_folder / "decoder" / "decoder.safetensors", "decoder").params
+    parts = {"decoder": Decoder(replace(params, clip_embd=32)), "decoder_text_encoder": TextEncoder(TEXT)}
+    save_bundle(tmp_path / "b.safetensors", {name: parts[name] for name in list(parts)[: 1 + beside]}, {})
+    changes = [*inputs, f"run='{tmp_path}'", f"inputs.decoder='{tmp_path / 'b.safetensors'}'", "train.steps=2"]
+    with caplog.at_level(logging.INFO):
+        run("prior", config_of(run_folder, "prior"), changes)
+    assert (tmp_path / "prior" / "sheet-000002.png").exists() == beside
+    assert ("b.safetensors holds no text encoder for the decoder" in caplog.text) == (not beside)

@@ -1,0 +1,1 @@
+"""For makers of this project: benchmark, demo recipe, ComfyUI measurements. Never installed."""

@@ -1,0 +1,1 @@
+"""A ComfyUI as a separate process, and what is measured in it."""

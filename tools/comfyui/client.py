@@ -1,0 +1,206 @@
+"""A ComfyUI as a separate process, and a client for it: finding, starting, queueing, listening, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACK = "ComfyUI-Wuerstchen"
+START_SECONDS, RUN_SECONDS = 300, 300  # for a machine busy with other things; 10 and 3 are usual
+PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
+
+
+@dataclass(frozen=True)
+class Install:
+    """A ComfyUI on this machine."""
+
+    root: Path
+
+    @property
+    def version(self) -> str:
+        text = (self.root / "comfyui_version.py").read_text(encoding="utf-8")
+        found = re.search(r'__version__ = "([^"]+)"', text)
+        return found[1] if found else "unknown"
+
+    @property
+    def python(self) -> str:
+        """COMFYUI_PYTHON, else the installation's own virtual environment, else the one running the tests."""
+        own = (self.root / python for python in PYTHONS)
+        return os.environ.get("COMFYUI_PYTHON") or str(next(filter(Path.is_file, own), sys.executable))
+
+
+def installs() -> list[Install]:
+    """The ComfyUIs in COMFYUI_PATH (several are separated as in PATH), else ~/ComfyUI and ~/ComfyUI-*."""
+    given = os.environ.get("COMFYUI_PATH")
+    home = Path.home()
+    roots = map(Path, given.split(os.pathsep)) if given else [home / "ComfyUI", *sorted(home.glob("ComfyUI-*"))]
+    return [Install(root) for root in roots if (root / "main.py").is_file()]
+
+
+Inside = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def script_environment() -> dict[str, str]:
+    """The environment of a script that a ComfyUI's own Python runs, in which it finds `tools`."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_inside(install: Install, script: str, folder: Path, *given: str | Path) -> Inside:
+    """The tensors and facts that a script beside this file computed in a ComfyUI's own Python, working in `folder`."""
+    output = folder / "tensors.safetensors"
+    arguments = map(str, (REPOSITORY / "tests" / "host" / script, install.root, *given, output))
+    result = subprocess.run(
+        [install.python, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=2 * RUN_SECONDS,
+        cwd=folder,
+        env=script_environment(),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+@dataclass
+class Outcome:
+    """What became of one prompt."""
+
+    status: str = ""  # the last message: execution_success, execution_error or execution_interrupted
+    error: str = ""
+    progress: dict[str, list[int]] = field(default_factory=dict)  # of each node, the steps it reported
+    pictures: list[Image.Image] = field(default_factory=list)
+    log: str = ""  # what the host wrote meanwhile
+
+
+class Server:
+    """A running ComfyUI with this repository as its only custom node and a folder of its own for all but its models."""
+
+    def __init__(self, install: Install, folder: Path):
+        self.install, self.version, self.folder = install, install.version, folder
+        (folder / "custom_nodes").mkdir(parents=True)
+        (folder / "custom_nodes" / PACK).symlink_to(REPOSITORY, target_is_directory=True)
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.log_file = folder / "log.txt"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        port = self.address.rpartition(":")[2]
+        where = ["--listen", "127.0.0.1", "--port", port, "--base-directory", str(self.folder)]
+        previews = ["--preview-method", "latent2rgb"]
+        own = ["--database-url", "sqlite:///:memory:"]
+        command = [self.install.python, "main.py", "--cpu", *where, *previews, *own]
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.install.root, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.alive():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"ComfyUI {self.version} did not start:\n{self.log()[-3000:]}")
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def alive(self) -> bool:
+        try:
+            return "system" in self.get("/system_stats")
+        except OSError:
+            return False
+
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        return json.loads(self._read(path))
+
+    def post(self, path: str, content: Any = None) -> bytes:
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", json.dumps(content or {}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.read()
+
+    def run(self, prompt: dict[str, Any], on_progress: Callable[[str, int], None] | None = None) -> Outcome:
+        """Queue a prompt in API form and listen until it ends; a prompt that fails validation is an outcome too."""
+        written = len(self.log())
+        outcome = asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), RUN_SECONDS))
+        outcome.log = self.log()[written:]
+        return outcome
+
+    async def _run(self, prompt: dict[str, Any], on_progress: Callable[[str, int], None] | None) -> Outcome:
+        client, outcome = uuid.uuid4().hex, Outcome()
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"ws://{self.address}/ws?clientId={client}", max_msg_size=0) as socket,
+        ):
+            try:
+                queued = await asyncio.to_thread(self.post, "/prompt", {"prompt": prompt, "client_id": client})
+            except urllib.error.HTTPError as error:
+                return Outcome("invalid", error.read().decode())
+            job = json.loads(queued)["prompt_id"]
+            async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                data = event.get("data", {})
+                if data.get("prompt_id") != job:
+                    continue
+                if event["type"] == "progress":
+                    outcome.progress.setdefault(data["node"], []).append(data["value"])
+                    if on_progress is not None:
+                        await asyncio.to_thread(on_progress, data["node"], data["value"])
+                elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                    outcome.status, outcome.error = event["type"], data.get("exception_message", "").strip()
+                    break
+        if outcome.status == "execution_success":
+            outputs = (await asyncio.to_thread(self._history, job))["outputs"]
+            images = [image for node in outputs.values() for image in node.get("images", [])]
+            outcome.pictures = [Image.open(io.BytesIO(self._read(f"/view?{urlencode(image)}"))) for image in images]
+        return outcome
+
+    def _history(self, job: str) -> Any:
+        """What is kept of a job; it is written shortly after the last message."""
+        while job not in (history := self.get(f"/history/{job}")):
+            time.sleep(0.05)
+        return history[job]
+
+    def _read(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=30) as response:
+            return response.read()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,156 @@
+"""Weight files as they lie on the disk: safetensors and PyTorch's, told apart by their first bytes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .components import State
+
+# The weights that training saves hold, best first; a Stage B file holds the image encoder's beside the decoder's.
+NETWORK_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
+ENCODER_KEY = "effnet_state_dict"
+
+# By safetensors' names for them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# What torch.load raises, besides UnpicklingError, on damaged bytes; found by cutting files and changing bytes.
+_DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    SafetensorError,
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The state dicts in a file, by the key they stand under ("" if bare), and a safetensors file's metadata."""
+
+    states: dict[str, State]
+    metadata: dict[str, str]
+
+
+def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
+    """Read a file, memory-mapped where possible; with `headers_only`, safetensors come as tensors without data."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        return _read_safetensors(path, headers_only)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return WeightFile(_states(path, _read_torch(path)), {})
+    raise ValueError(
+        f"{path} holds no weights: a safetensors or a PyTorch file was expected (a download that broke off, or a "
+        "pointer to a large file, looks like this), so fetch it again"
+    )
+
+
+def read_file_metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata; {} for other files."""
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, reason: object) -> ValueError:
+    first_line = (str(reason) or type(reason).__name__).splitlines()[0]
+    return ValueError(f"{path} is cut short or damaged ({shorten(first_line, 80)}): fetch it again")
+
+
+def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:
+    state: State = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping: it has no iterator)
+                state[key] = _header(file.get_slice(key)) if headers_only else file.get_tensor(key)
+            return WeightFile({"": state}, file.metadata() or {})
+    except SafetensorError as error:
+        raise _broken(path, error) from error
+
+
+def _header(tensor: Any) -> Tensor:
+    dtype = DTYPES.get(tensor.get_dtype(), torch.float32)
+    return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
+
+
+def _read_torch(path: Path) -> Any:
+    # By this ending newer versions of torch choose the format, whatever is in the file, unless they don't see it.
+    misnamed = path.name.endswith(".safetensors")
+    mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is no zip, and can't be mapped
+    try:
+        with path.open("rb") as file:
+            return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(
+                f"{path} holds Python objects besides weights and is not opened, since they could run any code: "
+                "take a safetensors file, or a PyTorch file of weights alone"
+            ) from error
+        raise _broken(path, "no PyTorch file") from error
+    except _DAMAGE as error:
+        raise _broken(path, error) from error
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
+
+
+def _states(path: Path, content: Any) -> dict[str, State]:
+    """The state dicts in what a PyTorch file holds, averaged weights before raw ones."""
+    if _is_state(content):
+        return {"": content}
+    states: dict[str, State] = {}
+    if isinstance(content, dict):
+        key = next((key for key in NETWORK_KEYS if _is_state(content.get(key))), None)
+        states = {key: content[key] for key in (key, ENCODER_KEY) if key and _is_state(content.get(key))}
+    if not states:
+        raise ValueError(
+            f"{path} holds no weights: expected a state dict, bare or under one of "
+            f"{', '.join((*NETWORK_KEYS, ENCODER_KEY))}"
+        )
+    return states
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(path, error) from error
+    if not isinstance(content, dict):
+        raise _broken(path, "no JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""Text, pictures and latents in, pictures out."""
