@@ -43,7 +43,7 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import comfy.model_patcher
 
     load_pack()
-    from pack.nodes.host import clip, models, previews, time
+    from pack.nodes.host import clip, model_sampling, models, previews
     from pack.nodes.loaders import WuerstchenBundleLoader
     from pack.wuerstchen_core.checkpoints import read_part
 
@@ -55,7 +55,7 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             [[states, _]] = tower.encode_from_tokens_scheduled(tower.tokenize(prompt))
             tensors[f"text/{stage}/{i}"] = states
 
-    schedule = time.WuerstchenSampling()
+    schedule = model_sampling.WuerstchenSampling()
     tensors["times"] = torch.linspace(0, 1, 10_001)
     tensors["sigmas"] = schedule.sigma(tensors["times"])
     tensors["times_again"] = schedule.timestep(tensors["sigmas"])

@@ -206,7 +206,8 @@ def denoise(patcher: Any) -> Tensor:
 
 def paint(objects: Any, meter: Meter) -> Tensor:
     """A whole workflow with the objects of a bundle; the meter sees what is loaded after each node."""
-    from pack.nodes import latents, pictures, sampling, text
+    from pack.nodes import latents, sampling, text
+    from pack.nodes.vae import WuerstchenVAEDecode
 
     prior, decoder, prior_clip, decoder_clip, vae, image_encoder = objects
 
@@ -224,7 +225,7 @@ def paint(objects: Any, meter: Meter) -> Tensor:
     )
     [cond] = run(sampling.WuerstchenDecoderConditioning, conditioning=for_decoder, stage_c=c)
     [b] = run(sampling.WuerstchenDecoderSample, model=decoder, positive=cond, stage_b=stage_b, steps=2, cfg=1.0, seed=1)
-    [picture] = run(pictures.WuerstchenVAEDecode, vae=vae, stage_b=b)
+    [picture] = run(WuerstchenVAEDecode, vae=vae, stage_b=b)
     return torch.cat([picture.flatten(), image_encoder.encode(picture).flatten()])
 
 
