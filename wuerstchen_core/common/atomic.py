@@ -1,0 +1,45 @@
+"""Writes files so that a whole file appears under its name, or none."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+# By name, since not every system has each.
+_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+_NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a draft beside `path`, syncs the draft to disk and moves it to `path`.
+
+    On any error the draft is removed and `path` stays as it was. OSError names the path and the reason.
+    """
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
+    try:
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise OSError(f"{path} was not written: {reason(error)}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes the drafts that a killed process left in a folder and below it. No other process may be writing there."""
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def reason(error: OSError) -> str:
+    """Returns what went wrong and what to do, as the end of a sentence."""
+    if error.errno in _NO_SPACE:
+        return "the disk is full: free some space, or choose another disk"
+    if error.errno in _NOT_ALLOWED:
+        return "it is read-only or in use: close the program that uses it, or choose another name"
+    return f"{(error.strerror or str(error)).lower()}: choose another name or disk"
