@@ -10,7 +10,7 @@ from wuerstchen_core.demo import artwork
 from wuerstchen_core.demo.vocabulary import (
     COLOURS,
     LAYOUTS,
-    PLACES,
+    POSITIONS,
     SHAPES,
     SIMPLE,
     SIZES,
@@ -146,9 +146,9 @@ def test_worded_captions_name_the_corner_and_no_other():
     for scene in some_scenes(2):
         text = caption(scene, rng).lower()
         found = re.findall(r"\b(top|upper|bottom|lower) (left|right)\b", text)
-        assert len(found) == bool(scene.place)
-        if scene.place:
-            height, side = PLACES[scene.place].split()
+        assert len(found) == bool(scene.position)
+        if scene.position:
+            height, side = POSITIONS[scene.position].split()
             assert found[0][0] in words[height].split("|") and found[0][1] == side
 
 
@@ -180,7 +180,7 @@ def extent(picture):
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
-@pytest.mark.parametrize("place", range(len(PLACES)), ids=PLACES)
+@pytest.mark.parametrize("place", range(len(POSITIONS)), ids=POSITIONS)
 def test_drawings_are_where_they_should_be(shape, place):
     """A ball, which is round and fills its box but for a pixel or two of 120."""
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -190,8 +190,8 @@ def test_drawings_are_where_they_should_be(shape, place):
     edge, margin = SIZES["small"], artwork.MARGIN
     column, row = (width - edge) // 2, (height - edge) // 2
     if place:
-        column = margin if "left" in PLACES[place] else width - margin - edge
-        row = margin if "top" in PLACES[place] else height - margin - edge
+        column = margin if "left" in POSITIONS[place] else width - margin - edge
+        row = margin if "top" in POSITIONS[place] else height - margin - edge
     assert extent(picture) == pytest.approx((column, row, column + edge - 1, row + edge - 1), abs=8)
     assert artwork.boxes(Scene(ball, YELLOW, SMALL, place, shape)) == [(column, row, edge)]
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tools.demo import adapt
 from tools.demo.edits import TILE, tiled
 from wuerstchen_core.common.dataclass_config import from_table
-from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, STRANGER, TAUGHT, THINGS, caption
+from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, TRAINED_THINGS, caption
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.demo import DataConfig
 from wuerstchen_core.training.data.open import PicturesConfig
@@ -30,7 +30,7 @@ NUMBERS = {
 
 
 def test_the_new_thing_is_none_that_models_are_trained_on() -> None:
-    assert THINGS.index(STRANGER) == TAUGHT
+    assert THINGS.index(adapt.NEW_THING) == TRAINED_THINGS
 
 
 def test_twelve_pictures_have_captions_and_the_rest_is_asked_for(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_twelve_pictures_have_captions_and_the_rest_is_asked_for(tmp_path: Path)
     left = adapt.twelve_pictures(tmp_path)
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 12 and all(
-        STRANGER.name in path.with_suffix(".txt").read_text("utf-8") for path in pictures
+        adapt.NEW_THING.name in path.with_suffix(".txt").read_text("utf-8") for path in pictures
     )
     with Image.open(pictures[0]) as image:
         assert image.size == (256, 256)
@@ -61,7 +61,7 @@ def test_the_recipes_fit_their_tables() -> None:
 def test_the_page_has_a_row_for_each_measurement() -> None:
     text = adapt.page(NUMBERS)
     assert "| at 384x384 pixels | 48 | 400 | 1.5 % | 98.0 % |" in text
-    assert f"| {STRANGER.name}, from twelve pictures | 24 | 200 | 0.0 % | 75.0 % |" in text
+    assert f"| {adapt.NEW_THING.name}, from twelve pictures | 24 | 200 | 0.0 % | 75.0 % |" in text
     assert "| what it knew, without and with that LoRA | 48 | 200 | 100.0 % | 90.0 % |" in text
     assert "{" not in text
 

@@ -19,11 +19,11 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.demo.vocabulary import (
     COLOURS,
     LAYOUTS,
-    PLACES,
+    POSITIONS,
     SHAPES,
     SIMPLE,
-    TAUGHT,
     THINGS,
+    TRAINED_THINGS,
     Scene,
     caption,
     held_out,
@@ -133,7 +133,7 @@ def test_what_a_model_knows_further_is_measured(monkeypatch: pytest.MonkeyPatch)
     pipe.metadata = {"vocabulary": {"layouts": list(LAYOUTS), "shapes": list(SHAPES)}}
     numbers = evaluate.evaluate(pipe, seeds=1, every=60)
     whole = {"percent": 100.0, "interval": [20.7, 100.0], "count": 1}
-    assert numbers["by_place"] == dict.fromkeys(PLACES, whole)
+    assert numbers["by_place"] == dict.fromkeys(POSITIONS, whole)
     assert {name: part["count"] for name, part in numbers["by_shape"].items()} == dict.fromkeys(SHAPES, 3)
     assert {part["percent"] for part in numbers["by_shape"].values()} == {100.0}
     assert (numbers["pairs"]["both"]["percent"], numbers["pairs"]["one"]["percent"]) == (100.0, 0.0)
@@ -147,7 +147,7 @@ def test_samples_are_held_out_and_of_what_the_model_knows() -> None:
     found = evaluate.further_scenes({"vocabulary": known}, 60)
     assert list(found) == list(FURTHER) and found == evaluate.further_scenes({"vocabulary": known}, 60)
     for index, these in enumerate(found["by_place"].values()):
-        assert len(these) == 32 and {scene.place for scene in these} == {index} and {s.size for s in these} == {1}
+        assert len(these) == 32 and {scene.position for scene in these} == {index} and {s.size for s in these} == {1}
     for index, name in enumerate(SHAPES):
         assert Counter(s.layout for s in found["by_shape"][name]) == {"large": 20, "small": 20, "corner": 20}
         assert len(found["pairs"][name]) == 20 and {scene.layout for scene in found["pairs"][name]} == {"pair"}
@@ -166,7 +166,7 @@ def test_further_mistakes_are_counted_and_named(judge: Judge) -> None:
     twice[:, :80] = twice[:, 152:232]
     asked = {"by_place": {"top right": [corner] * 2}, "by_shape": {"landscape": [wide] * 2}, "pairs": {"": [pair] * 3}}
     painted = {
-        "by_place": {"top right": pictures([corner, corner._replace(place=1)])},
+        "by_place": {"top right": pictures([corner, corner._replace(position=1)])},
         "by_shape": {"landscape": [Image.fromarray(twice), *pictures([wide])]},
         "pairs": {"": pictures([pair, half, swapped])},
     }
@@ -191,7 +191,7 @@ def test_further_mistakes_are_counted_and_named(judge: Judge) -> None:
 
 def test_every_held_out_scene_counts_and_batches_keep_their_seeds() -> None:
     wanted = evaluate.held_out_scenes({})
-    assert len(wanted) == 410 and {scene.thing for scene in wanted} == set(range(TAUGHT))
+    assert len(wanted) == 410 and {scene.thing for scene in wanted} == set(range(TRAINED_THINGS))
     assert {scene.colour for scene in wanted} == set(range(len(COLOURS)))
     pipe: Any = TruePictures()
     assert len(evaluate.paint(pipe, wanted[:20], 100, prior_steps=2)) == 20

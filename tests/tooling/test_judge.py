@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tools.demo.judge import NOTHING, Judge, psnr, wilson_interval
-from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, PLACES, SHAPES, SIMPLE, SIZES, THINGS, Scene
+from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, POSITIONS, SHAPES, SIMPLE, SIZES, THINGS, Scene
 
 KINDS = list(product(LAYOUTS, range(len(SHAPES))))
 GROUNDS = {"large": 0, "small": 3, "corner": 3, "pair": 3}  # one for each size: references are slow to draw
@@ -102,7 +102,11 @@ def test_blobs_are_rejected(judge, pictures):
 def test_another_layout_is_rejected(judge, shape):
     """The same thing large, small, beside another, and in each corner: right only where it is asked for."""
     base = Scene(0, 3, 1, 0, shape)
-    layouts = [base._replace(size=0), base._replace(other=40), *(base._replace(place=i) for i in range(len(PLACES)))]
+    layouts = [
+        base._replace(size=0),
+        base._replace(other=40),
+        *(base._replace(position=i) for i in range(len(POSITIONS))),
+    ]
     for thing in (0, 46, 93):
         ways = [scene._replace(thing=thing, colour=GROUNDS[scene.layout]) for scene in layouts]
         for asked, there in product(ways, ways):

@@ -15,7 +15,7 @@ from PIL import Image
 from tools.demo import build, curves, edits, lora, remake
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
-from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, TAUGHT, THINGS, known_words
+from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, known_words
 from wuerstchen_core.training.data.demo import DataConfig, DemoPictures
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -41,7 +41,9 @@ def test_a_bundle_names_what_its_prior_was_trained_on() -> None:
         "shapes": ("square",),
     }
     all_of_it = build.vocabulary(v2)
-    assert all_of_it["words"] == known_words(THINGS[:TAUGHT]) and len(all_of_it["things"]) == TAUGHT >= 128
+    assert (
+        all_of_it["words"] == known_words(THINGS[:TRAINED_THINGS]) and len(all_of_it["things"]) == TRAINED_THINGS >= 128
+    )
     assert all_of_it["layouts"] == LAYOUTS and all_of_it["shapes"] == tuple(SHAPES)
     assert "corner" in all_of_it["words"] and "corner" not in build.vocabulary(v1)["words"]
 

@@ -40,7 +40,7 @@ def test_all_layouts_of_the_first_things_are_shown_but_what_is_held_out() -> Non
 def test_only_what_the_table_names_is_shown() -> None:
     assert {scene.layout for scene in DemoPictures(SMALL).scenes} == set(SIMPLE)
     corners = DemoPictures({**SMALL, "layouts": ["corner"]})
-    assert {scene.place for scene in corners.scenes} == {1, 2, 3, 4} and {s.layout for s in corners.scenes} == {
+    assert {scene.position for scene in corners.scenes} == {1, 2, 3, 4} and {s.layout for s in corners.scenes} == {
         "corner"
     }
     pink = DemoPictures({**SMALL, "layouts": list(LAYOUTS), "background": "pink"})
@@ -63,7 +63,7 @@ def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest
     assert one.scenes == again.scenes
     counts = Counter(scene.layout for scene in one.scenes)
     assert counts["corner"] == counts["pair"] == 20 and counts["large"] == counts["small"] > 0
-    assert len({scene.place for scene in one.scenes}) == 5
+    assert len({scene.position for scene in one.scenes}) == 5
     wide = DemoPictures({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     monkeypatch.setattr(module, "FEWER", 5)
     few = DemoPictures({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})

@@ -18,7 +18,7 @@ from PIL import Image
 
 from wuerstchen_core.checkpoints import load_prior
 from wuerstchen_core.demo.artwork import CANVAS, draw
-from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, STRANGER, THINGS, Scene, caption
+from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, Scene, caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.training.run import run
 
@@ -35,6 +35,7 @@ SEEN = 6  # backgrounds of the twelve pictures; the others are asked for
 BATCH = 8  # pictures that are painted at once
 SEEDS = 6  # pictures of each scene of the new thing that are judged
 COLUMNS = 8  # of the sheet
+NEW_THING = THINGS[-1]  # no shipped model was trained on it
 Shown = tuple[dict[str, Any], list[Image.Image]]  # the share of right things, and the first pictures
 
 
@@ -63,7 +64,7 @@ def resolution(folder: Path) -> tuple[dict[str, Any], list[list[Image.Image]]]:
 def twelve_pictures(folder: Path) -> list[Scene]:
     """Write the new thing on some backgrounds, large and small, each with its caption; the scenes that are left."""
     folder.mkdir(parents=True, exist_ok=True)
-    thing, left = THINGS.index(STRANGER), []
+    thing, left = THINGS.index(NEW_THING), []
     for colour, name in enumerate(COLOURS):
         for size, word in enumerate(SIZES):
             scene = Scene(thing, colour, size)
@@ -122,10 +123,10 @@ def page(numbers: Mapping[str, Any]) -> str:
 
     rows = [
         line(f"at {LARGER}x{LARGER} pixels", numbers["resolution"], "before", "after"),
-        line(f"{STRANGER.name}, from twelve pictures", numbers["thing"], "before", "after"),
+        line(f"{NEW_THING.name}, from twelve pictures", numbers["thing"], "before", "after"),
         line("what it knew, without and with that LoRA", numbers["thing"], "known", "kept"),
     ]
-    return TEXT.format(larger=LARGER, new=STRANGER.name, rows="\n".join(rows))
+    return TEXT.format(larger=LARGER, new=NEW_THING.name, rows="\n".join(rows))
 
 
 def main() -> None:

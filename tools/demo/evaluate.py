@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from wuerstchen_core.demo.artwork import CANVAS, draw_all
 from wuerstchen_core.demo.vocabulary import (
-    PLACES,
+    POSITIONS,
     SHAPES,
     SIMPLE,
     SIZES,
-    TAUGHT,
     THINGS,
+    TRAINED_THINGS,
     Scene,
     caption,
     held_out,
@@ -50,7 +50,7 @@ SAMPLE_SEED = 10_000  # of their pictures
 
 def held_out_scenes(metadata: Mapping[str, Any], layouts: Sequence[str] = SIMPLE, shape: str = "square") -> list[Scene]:
     """All scenes whose (thing, background) pair training never saw; of the things that a bundle's `metadata` names."""
-    names = metadata.get("vocabulary", {}).get("things", [thing.name for thing in THINGS[:TAUGHT]])
+    names = metadata.get("vocabulary", {}).get("things", [thing.name for thing in THINGS[:TRAINED_THINGS]])
     known = {index for index, thing in enumerate(THINGS) if thing.name in names}
     drawn = scenes(layouts, list(SHAPES).index(shape))
     return [scene for scene in drawn if known.issuperset(scene.things) and held_out(scene)]
@@ -68,7 +68,7 @@ def further_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str
     found: dict[str, dict[str, list[Scene]]] = {}
     if "corner" in layouts:
         small = held_out_scenes(metadata, ["small", "corner"])
-        places = {name: [scene for scene in small if scene.place == place] for place, name in enumerate(PLACES)}
+        places = {name: [scene for scene in small if scene.position == place] for place, name in enumerate(POSITIONS)}
         found["by_place"] = {name: some(these, count) for name, these in places.items()}
     if len(shapes) > 1:
         found["by_shape"] = {

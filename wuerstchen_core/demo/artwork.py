@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .vocabulary import COLOURS, PLACES, SHAPES, SIZES, THINGS, Scene
+from .vocabulary import COLOURS, POSITIONS, SHAPES, SIZES, THINGS, Scene
 
 CANVAS = 256  # pixels; the canvas that `SIZES` is given for
 MARGIN = 8  # pixels between the edge and what is in a corner or beside another
@@ -50,9 +50,9 @@ def _sprite(thing: int, edge: int) -> np.ndarray:
 
 def _corner(place: int, edge: int, width: int, height: int, margin: int) -> tuple[int, int]:
     """The first column and row of a drawing."""
-    if PLACES[place] == "centre":
+    if POSITIONS[place] == "centre":
         return (width - edge) // 2, (height - edge) // 2
-    row, side = PLACES[place].split()
+    row, side = POSITIONS[place].split()
     return (margin if side == "left" else width - margin - edge), (margin if row == "top" else height - margin - edge)
 
 
@@ -60,7 +60,7 @@ def boxes(scene: Scene, canvas: int = CANVAS) -> list[tuple[int, int, int]]:
     """Where a scene's one or two things are: the first column, the first row and the edge of each, in pixels."""
     width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[scene.shape])
     edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
-    column, row = _corner(scene.place, edge, width, height, margin)
+    column, row = _corner(scene.position, edge, width, height, margin)
     columns = [column] if scene.other is None else [margin, width - margin - edge]
     return [(column, row, edge) for column in columns]
 

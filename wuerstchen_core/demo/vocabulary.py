@@ -33,8 +33,6 @@ class Thing:
         return (self.name, *self.words)
 
 
-STRANGER = Thing("potato", "potato")  # which `recipe.adapt` teaches a model that has never seen one
-
 # The order is part of the trained model: `held_out` counts by position.
 THINGS: tuple[Thing, ...] = (
     # fruit
@@ -178,9 +176,9 @@ THINGS: tuple[Thing, ...] = (
     Thing("fir", "evergreen-tree", ("conifer",)),
     # faces
     Thing("ghost", "ghost"),
-    STRANGER,
+    Thing("potato", "potato"),  # no shipped model was trained on it: `tools.demo.adapt` adds it by a LoRA
 )
-TAUGHT = len(THINGS) - 1  # things that models are trained on
+TRAINED_THINGS = len(THINGS) - 1  # all but the last
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (196, 32, 52),
@@ -194,7 +192,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES: dict[str, int] = {"large": 196, "small": 120}  # edge in pixels on a canvas of 256
-PLACES = ("centre", "top left", "top right", "bottom left", "bottom right")
+POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
 SHAPES: dict[str, tuple[int, int]] = {"square": (256, 256), "portrait": (256, 384), "landscape": (384, 256)}  # w, h
 LAYOUTS = ("large", "small", "corner", "pair")  # the kinds of scenes
 SIMPLE = LAYOUTS[:2]  # one thing in the middle
@@ -232,12 +230,12 @@ _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
 
 
 class Scene(NamedTuple):
-    """Positions in `THINGS`, `COLOURS`, `SIZES`, `PLACES` and `SHAPES`; `other` is the thing on the right of two."""
+    """Positions in `THINGS`, `COLOURS`, `SIZES`, `POSITIONS` and `SHAPES`; `other` is the thing on the right of two."""
 
     thing: int
     colour: int
     size: int
-    place: int = 0
+    position: int = 0
     shape: int = 0
     other: int | None = None
 
@@ -251,7 +249,7 @@ class Scene(NamedTuple):
         """Which of `LAYOUTS` it is."""
         if self.other is not None:
             return "pair"
-        return "corner" if self.place else list(SIZES)[self.size]
+        return "corner" if self.position else list(SIZES)[self.size]
 
 
 def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
@@ -261,7 +259,7 @@ def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
     for thing, colour in product(things, range(len(COLOURS))):
         found += [Scene(thing, colour, size, 0, shape) for size, name in enumerate(SIZES) if name in layouts]
         if "corner" in layouts:
-            found += [Scene(thing, colour, small, place, shape) for place in range(1, len(PLACES))]
+            found += [Scene(thing, colour, small, place, shape) for place in range(1, len(POSITIONS))]
         if "pair" in layouts:
             found += [Scene(thing, colour, small, 0, shape, other) for other in things if other != thing]
     return found
@@ -292,8 +290,8 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     subject = _plain(THINGS[scene.thing], scene.layout in ("small", "corner"))
     if scene.other is not None:
         subject = _PAIRED[0].format(subject=subject, other=_plain(THINGS[scene.other], small=False))
-    if scene.place:
-        subject = f"{subject} {_PLACED[0].format(place=PLACES[scene.place])}"
+    if scene.position:
+        subject = f"{subject} {_PLACED[0].format(place=POSITIONS[scene.position])}"
     return f"{subject} on {_with_article(colour)} background"
 
 
@@ -311,8 +309,8 @@ def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
     if rng.random() < 0.2:
         depiction = _with_article(rng.choice(_DEPICTIONS), article)
         subject = _DEPICTED.format(depiction=depiction, subject=subject)
-    if scene.place:
-        height, side = PLACES[scene.place].split()
+    if scene.position:
+        height, side = POSITIONS[scene.position].split()
         subject += " " + rng.choice(_PLACED).format(place=f"{rng.choice(_PLACE_WORDS[height])} {side}")
     elif scene.other is None and rng.random() < 0.1:
         subject += " " + rng.choice(_PLACED[:2]).format(place=rng.choice(_CENTRE_WORDS))
@@ -354,7 +352,7 @@ def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = L
     phrases += _CENTRE_WORDS
     templates = [*_TEMPLATES, _DEPICTED, *_PLACED[:2]]
     if "corner" in layouts:
-        phrases += [*PLACES, *(word for words in _PLACE_WORDS.values() for word in words)]
+        phrases += [*POSITIONS, *(word for words in _PLACE_WORDS.values() for word in words)]
         templates += _PLACED
     if "pair" in layouts:
         templates += _PAIRED
@@ -381,7 +379,7 @@ def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str 
     can = {key: ", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes", "shapes")}
     layouts = vocabulary.get("layouts", ())
     more = f" and {len(unknown) - _NAMED} more words" if len(unknown) > _NAMED else ""
-    places = f"; small things in these places: {', '.join(PLACES)}" if "corner" in layouts else ""
+    places = f"; small things in these places: {', '.join(POSITIONS)}" if "corner" in layouts else ""
     pairs = "; two things side by side" if "pair" in layouts else ""
     shapes = f"; on pictures that are: {can['shapes']}" if can["shapes"] else ""
     return (

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from ...demo.artwork import CANVAS, draw_all
-from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, TAUGHT, THINGS, Scene, caption, held_out, scenes
+from ...demo.vocabulary import (
+    COLOURS,
+    LAYOUTS,
+    SHAPES,
+    SIMPLE,
+    THINGS,
+    TRAINED_THINGS,
+    Scene,
+    caption,
+    held_out,
+    scenes,
+)
 from ..rng import StepRandom
 from .dataset import Compute, Pictures, Shown, as_it_is
 
@@ -25,7 +36,7 @@ class DataConfig:
     """The `[data]` table of the demo's pictures, for a trial that need not take hours."""
 
     canvas: int = CANVAS  # pixels, a multiple of 64
-    things: int = TAUGHT  # only the first so many
+    things: int = TRAINED_THINGS  # only the first so many
     layouts: tuple[str, ...] = SIMPLE
     shapes: tuple[str, ...] = ("square",)
     most: int = 0  # scenes of each layout and shape, a sample of all that there are; 0: MOST and FEWER
