@@ -66,7 +66,7 @@ class LineStage(Stage[Line]):
         x = batch[0] * torch.nan if self.losses in self.spoil else batch[0]
         return F.mse_loss(net(x), x.sum(1, keepdim=True))
 
-    def sheet(self, net: Line) -> Image.Image | None:
+    def sample_grid(self, net: Line) -> Image.Image | None:
         assert not net.training and not torch.is_grad_enabled()
         return Image.new("RGB", (4, 4), (1, 2, 3))
 

@@ -26,8 +26,7 @@ from wuerstchen_core.checkpoints.adapters import merge_lora
 from wuerstchen_core.checkpoints.lora_files import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
-from wuerstchen_core.training.stages.lora import AdapterConfig, attach, write_lora
-from wuerstchen_core.training.tower import TOWER, let_read
+from wuerstchen_core.training.stages.lora import TEXT_ENCODER, AdapterConfig, attach, attach_text_encoder, write_lora
 
 Graph = dict[str, Any]
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
@@ -103,9 +102,11 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
 def trained(bundle: Path) -> Prior:
     """The core's prior, which holds its tower, with adapters of peft on both."""
     prior, words = load_prior(bundle), re.compile(r"^encoder\.layers\.(\d+)\.self_attn\.")
-    let_read(prior, load_text_encoder(bundle))
+    attach_text_encoder(prior, load_text_encoder(bundle))
     attach(prior, TRAINED)
-    changed = NETWORK | {words.sub(rf"{TOWER}.transformer.resblocks.\1.attn.", path): x for path, x in TEXT.items()}
+    changed = NETWORK | {
+        words.sub(rf"{TEXT_ENCODER}.transformer.resblocks.\1.attn.", path): x for path, x in TEXT.items()
+    }
     for name, half in (("B", 0), ("A", 1)):
         factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in changed.items()}
         prior.load_state_dict(prior.state_dict() | factors)
@@ -150,7 +151,7 @@ def test_what_our_trainer_writes_changes_the_model_as_peft_does(inside: Inside, 
     assert facts["trained"] == [False, False, []]
     assert_near(tensors["trained/noise"], wanted, TOLERANCE)
     assert (wanted - tensors["untouched/noise"]).abs().max() > 0.01
-    wanted = trained(golden_bundle).get_submodule(TOWER)(*tokenize(["a red apple"]))
+    wanted = trained(golden_bundle).get_submodule(TEXT_ENCODER)(*tokenize(["a red apple"]))
     assert_near(tensors["trained/states"], wanted, TOLERANCE)
     assert_near(wanted, states(golden_bundle, (TEXT, 1.0)), TOLERANCE)
     assert (wanted - tensors["untouched/states"]).abs().max() > 0.01

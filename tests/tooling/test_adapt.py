@@ -50,7 +50,7 @@ def test_twelve_pictures_have_captions_and_the_rest_is_asked_for(tmp_path: Path)
 def test_the_recipes_fit_their_tables() -> None:
     larger, new = (read_config(adapt.RECIPE / f"{name}.toml", []) for name in ("resolution", "new_thing"))
     check_tables(larger, PriorStage.tables)
-    check_tables(new, LoraStage.tables, LoraStage.sized)
+    check_tables(new, LoraStage.tables)
     assert from_table(DataConfig, larger["data"], "data").canvas == adapt.LARGER
     assert from_table(PicturesConfig, new["data"], "data").sizes == ((256, 256),)
     assert from_table(AdapterConfig, new["lora"], "lora").targets

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.training import loop
-from wuerstchen_core.training.checkpoint import checkpoints, replace_file
+from wuerstchen_core.training.checkpoint import checkpoints
 from wuerstchen_core.training.loop import learning_rate, train
 from wuerstchen_core.training.optim import build_optimizers
 
@@ -204,19 +204,6 @@ def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -
         with pytest.raises(ValueError, match=message):
             train(LineStage(), CONFIG, folder)
     assert shown(read_log(folder)) == shown(read_log(whole))
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    replace_file(path, lambda part: part.write_text("old"))
-
-    def fail(part: Path) -> None:
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(path, fail)
-    assert path.read_text() == "old" and files(tmp_path) == {"file"}
 
 
 def test_the_network_trains_in_train_mode_also_after_a_sheet(whole: Path, tmp_path: Path) -> None:

@@ -30,10 +30,9 @@ from wuerstchen_core.training.data.demo import DataConfig, DemoPictures
 from wuerstchen_core.training.ema import load_into, meta_copy
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage, attach
+from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage, attach, attach_text_encoder
 from wuerstchen_core.training.stages.losses import NoiseConfig
-from wuerstchen_core.training.stages.networks import told_of
-from wuerstchen_core.training.tower import let_read
+from wuerstchen_core.training.stages.networks import base_metadata
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("peft", reason="LoRAs are trained with peft")
@@ -108,7 +107,7 @@ def test_licences_of_both_that_a_lora_is_of_go_with_it(config: Path, bundle: Pat
     for targets, licence in (('["fc2"]', "MIT / of a tower"), ("[]", "MIT")):
         told = [f"run='{tmp_path}'", f"inputs.text='{tower}'", f"lora.text_targets={targets}"]
         stage = LoraStage(changed := read_config(config, told))
-        assert told_of(stage.bases(changed))["licence"] == licence
+        assert base_metadata(stage.bases(changed))["licence"] == licence
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def test_the_tower_takes_tokens_to_the_states_that_it_gave_before() -> None:
     x, t, _ = NETWORKS["prior"].inputs()
     states = tower(*TOKENS)
     noise = prior(x[:2], t[:2], states)
-    let_read(prior, tower)
+    attach_text_encoder(prior, tower)
     assert_near(tower(*TOKENS), states, 1e-5)
     assert_near(prior(x[:2], t[:2], torch.stack(TOKENS)), noise, 1e-5)
     assert torch.equal(prior(x[:2], t[:2], states), noise)
@@ -126,11 +125,11 @@ def test_the_tower_takes_tokens_to_the_states_that_it_gave_before() -> None:
 @torch.no_grad()
 def test_a_sheet_is_painted_with_the_tower_that_learns(config: Path, tmp_path: Path) -> None:
     stage = LoraStage(read_config(config, [f"run='{tmp_path}'"]))
-    before = stage.sheet(stage.net.eval())
+    before = stage.sample_grid(stage.net.eval())
     for name, p in stage.net.named_parameters():
         if "text_encoder" in name and "lora_B" in name:
             p.add_(1.0)
-    after = stage.sheet(stage.net)
+    after = stage.sample_grid(stage.net)
     assert before is not None and after is not None and before.tobytes() != after.tobytes()
 
 
@@ -238,7 +237,7 @@ def test_the_recipe_trains_on_the_shipped_model_and_puts_the_file_beside_the_wor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(recipe.CONFIG, [])
-    check_tables(config, LoraStage.tables, LoraStage.sized)
+    check_tables(config, LoraStage.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
     assert from_table(DataConfig, config["data"], "data").background == "pink"

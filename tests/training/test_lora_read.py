@@ -20,8 +20,7 @@ from wuerstchen_core.checkpoints.key_maps import text_to_transformers
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.lora import attach
-from wuerstchen_core.training.tower import let_read
+from wuerstchen_core.training.stages.lora import attach, attach_text_encoder
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("peft", reason="LoRAs are trained with peft")
@@ -38,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
 def learned(trained: Path, bundle: Path) -> Prior:
     """The prior and its tower with what was learned on them, as peft computes it."""
     prior = load_prior(bundle)
-    let_read(prior, load_text_encoder(bundle))
+    attach_text_encoder(prior, load_text_encoder(bundle))
     attach(prior, CONFIGURED)
     prior.load_state_dict(ema_of(trained))
     return prior.eval().requires_grad_(False)

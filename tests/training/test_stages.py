@@ -32,8 +32,8 @@ from wuerstchen_core.cli.main import main
 from wuerstchen_core.training.checkpoint import checkpoints
 from wuerstchen_core.training.data.demo import DemoPictures
 from wuerstchen_core.training.rng import StepRandom
-from wuerstchen_core.training.run import kind_of, run
-from wuerstchen_core.training.sheet import sheet
+from wuerstchen_core.training.run import run, stage_class
+from wuerstchen_core.training.sample_grid import sample_grid
 from wuerstchen_core.training.stages.token_decoder import code_features
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -47,10 +47,6 @@ ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "
 def trained(run_folder: Path, stage: str) -> Path:
     """The folder of a stage."""
     return (run_folder if stage in STAGES else run_folder / "v1") / stage
-
-
-def stage_class(stage: str) -> Any:
-    return kind_of(stage)
 
 
 @pytest.mark.parametrize("stage", ALL)
@@ -77,7 +73,7 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
         pixels = np.asarray(image)
     assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
     held = DemoPictures(DATA["data"], held=True)
-    truth = np.asarray(sheet([held.view(held.spread(12))]))
+    truth = np.asarray(sample_grid([held.view(held.spread(12))]))
     assert np.array_equal(pixels[:TILE], truth)
     columns = len(held) * TILE
     assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()

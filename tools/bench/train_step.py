@@ -16,7 +16,7 @@ from wuerstchen_core.common.devices import DTYPES
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.training.optim import build_optimizers
-from wuerstchen_core.training.stages.networks import started
+from wuerstchen_core.training.stages.networks import load_or_create
 
 from .cases import STAGES, Case, stored
 from .diffusers_baseline import network_class
@@ -93,7 +93,7 @@ class OurLearning(Learning):
     """As our loop trains."""
 
     def load(self, path: Path) -> nn.Module:
-        return started({"start": str(path), "model": {"dropout": DROPOUT}}, self.part, *KINDS[self.part])
+        return load_or_create({"start": str(path), "model": {"dropout": DROPOUT}}, self.part, *KINDS[self.part])
 
     def optimizer_of(self, network: nn.Module) -> torch.optim.Optimizer:
         return build_optimizers(network, torch.device(self.setting.device))["adamw"]

@@ -23,7 +23,7 @@ from wuerstchen_core.demo.vocabulary import SHAPES, SIMPLE
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.training.data.demo import DemoPictures
-from wuerstchen_core.training.stages.networks import features_of, latents_of
+from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
 from . import curves, edits, lora
 from .build import RECIPE
@@ -71,8 +71,8 @@ def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
     assert pipe.image_encoder is not None and pipe.vqgan is not None
     pictures = DemoPictures(held=True)
     images = pictures.view(slice(None))
-    features = pictures.each("features", partial(features_of, pipe.image_encoder))(slice(None))
-    latents = pictures.each("latents", partial(latents_of, pipe.vqgan))(slice(None))
+    features = pictures.each("features", partial(encode_features, pipe.image_encoder))(slice(None))
+    latents = pictures.each("latents", partial(encode_latents, pipe.vqgan))(slice(None))
     return {"prior": fit_factors(latents_from_features(features), images), "decoder": fit_factors(latents, images)}
 
 

@@ -48,7 +48,7 @@ class PictureFolder:
 
     def add(self, name: str, image: Image.Image, made: Made) -> None:
         """Write a picture; the file that makes it count, its PNG, comes last."""
-        from ..training.checkpoint import replace_file
+        from ..common.atomic import replace_file
 
         self.folder.mkdir(exist_ok=True)
         text = json.dumps(made, ensure_ascii=False)
@@ -92,7 +92,7 @@ class Shard(PictureFolder):
 
     def close(self) -> None:
         """Pack what waits, with what was packed before."""
-        from ..training.checkpoint import replace_file
+        from ..common.atomic import replace_file
 
         if not self.folder.is_dir():
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,28 +13,12 @@ from typing import Any
 
 import torch
 
+from ..common.atomic import replace_file
+
 log = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
 UNREADABLE = (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in place of `path` in one move."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in folder.rglob("*.part"):
-        path.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

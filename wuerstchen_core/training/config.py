@@ -16,7 +16,7 @@ else:
 
 PRECISIONS = ("no", "bf16", "fp16")
 LARGEST_SEED = 2**32 - 1  # of it the loop makes seeds for each step and process, which must stay below 2**64
-COMMON = ("run", "start", "inputs", "data", "cache", "model", "train")  # what every stage's configuration may hold
+COMMON = ("run", "inputs", "data", "cache", "train")  # tables and keys of every stage
 INPUTS = ("vqgan", "encoder", "text", "decoder", "token-decoder", "prior")  # stages whose networks others ask
 
 
@@ -63,10 +63,12 @@ class LoopConfig:
             raise ValueError(f"[train] bad_share is a share from 0 to 1, got {self.bad_share}")
 
 
-def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = True) -> None:
-    """Raise ValueError unless a configuration names its run folder and, if `sized`, a model or what to start from, and
-    no table that nothing reads."""
-    known = [table for table in (*COMMON, *own) if sized or table not in ("start", "model")]
+def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown or malformed table, a missing run folder and a missing network.
+
+    `own` are the tables that only this stage reads; with "model" among them, one of `model` and `start` is required.
+    """
+    known = (*COMMON, *own)
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"the configuration has no place for {', '.join(unknown)}: it takes {', '.join(known)}")
@@ -82,7 +84,7 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...], sized: bool = 
         raise ValueError(f"[inputs] has no key {', '.join(other)}: it takes {', '.join(INPUTS)}")
     if not isinstance(config.get("run"), str):
         raise ValueError('the configuration names no run folder: add run = "runs/mine" at its top')
-    if sized and "model" not in config and "start" not in config:
+    if "model" in own and "model" not in config and "start" not in config:
         raise ValueError(
             "the configuration has no [model] table: add one with the sizes of the network, or name weights to start "
             'from at its top, such as start = "demo"'

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .checkpoint import append_row, read_checkpoint, replace_file, rows_until, sweep, write_checkpoint, write_rows
+from ..common.atomic import remove_drafts, replace_file
+from .checkpoint import append_row, read_checkpoint, rows_until, write_checkpoint, write_rows
 from .config import LoopConfig
 from .ema import EMA, load_into, meta_copy
-from .memory import recompute_blocks
-from .optim import build_optimizers
+from .optim import build_optimizers, recompute_blocks
 from .rng import StepRandom
 from .sharding import like, load_optimizer, whole
 from .stage import Stage
@@ -221,9 +221,9 @@ class _Run:
             net = load_into(self.bones, average).to(self.accelerator.device)
             if draw:
                 with torch.no_grad():
-                    sheet = self.stage.sheet(net)
-                if sheet is not None:
-                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(sheet.save, format="PNG"))
+                    sample_grid = self.stage.sample_grid(net)
+                if sample_grid is not None:
+                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(sample_grid.save, format="PNG"))
             if save:
                 self.stage.save(file, net, {**self.stage.told, "training": {"step": done}})
                 if done == self.config.steps:
@@ -254,7 +254,7 @@ class _Run:
         kept = rows_until(self.folder, step)
         self.accelerator.wait_for_everyone()
         if self.main:
-            sweep(self.folder)
+            remove_drafts(self.folder)
             write_rows(self.folder, kept)
         self.accelerator.wait_for_everyone()
         return step, kept[-1]["seconds"] if kept else 0.0, contents["data"] if contents else {}

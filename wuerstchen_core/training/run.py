@@ -12,7 +12,7 @@ from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .stage import Stage
-from .stages.networks import told_of
+from .stages.networks import base_metadata
 
 STAGES = {
     "vqgan": "vqgan.VQGANStage",
@@ -25,7 +25,7 @@ STAGES = {
 }
 
 
-def kind_of(stage: str) -> type[Stage[Any]]:
+def stage_class(stage: str) -> type[Stage[Any]]:
     """A stage's class."""
     module, name = STAGES[stage].split(".")
     kind: type[Stage[Any]] = getattr(importlib.import_module(f".stages.{module}", __package__), name)
@@ -38,10 +38,10 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     `run` in the file is the folder that all stages of a model share; each works in a folder of its own name there.
     """
     config = read_config(config_path, overrides)
-    kind: Any = kind_of(stage)  # a subclass, which takes a configuration
-    check_tables(config, kind.tables, kind.sized)
+    kind: Any = stage_class(stage)  # a subclass, which takes a configuration
+    check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config.get("train", {}), "train")
     torch.manual_seed(loop.seed)  # of the first weights
     trained = kind(config)
-    trained.told = told_of(trained.bases(config))
+    trained.told = base_metadata(trained.bases(config))
     return train(trained, loop, Path(config["run"]) / stage)

@@ -22,8 +22,7 @@ class Stage(ABC, Generic[N]):
     """One of a model's networks, and how it learns."""
 
     name: str
-    tables: tuple[str, ...]  # of the configuration, that only this stage reads
-    sized = True  # whether a [model] table says how large the network is
+    tables: tuple[str, ...]  # top-level configuration keys that only some stages read
     net: N  # everything that learns
     frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
     pictures: Pictures  # what it learns from
@@ -41,7 +40,7 @@ class Stage(ABC, Generic[N]):
         """The loss of a batch (scalar), the mean of its samples'; `net` is `self.net`, perhaps wrapped."""
 
     @abstractmethod
-    def sheet(self, net: N) -> Image.Image | None:
+    def sample_grid(self, net: N) -> Image.Image | None:
         """A picture of what `net` (the EMA) can do by now; None if it can't be shown yet."""
 
     @abstractmethod

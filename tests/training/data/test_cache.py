@@ -27,7 +27,7 @@ from wuerstchen_core.training.data.files import FilePictures
 from wuerstchen_core.training.data.latent_cache import CachedShards
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.networks import MADE_BY
+from wuerstchen_core.training.stages.networks import COMPUTED_BY
 
 CONFIG = """
 run = {run}
@@ -123,7 +123,7 @@ def test_a_training_on_a_cache_equals_the_one_on_its_pictures(
     told = ["noise.text_drop=0.0"]
     before = losses(stage, config, *told)
     make_cache(config, [])
-    for name in ("features_of", "latents_of", "text_states"):
+    for name in ("encode_features", "encode_latents", "encode_text"):
         monkeypatch.setattr(f"wuerstchen_core.training.stages.diffusion.{name}", load_nothing, raising=False)
         monkeypatch.setattr(f"wuerstchen_core.training.stages.decoder.{name}", load_nothing, raising=False)
     monkeypatch.setattr("wuerstchen_core.training.stages.diffusion.frozen", load_nothing)
@@ -264,9 +264,9 @@ def test_a_damaged_or_unfinished_cache_is_told(
     assert "the features of 00001.tar:000000009 cannot be read" in caplog.text
 
 
-@pytest.mark.parametrize("name", MADE_BY)
+@pytest.mark.parametrize("name", COMPUTED_BY)
 def test_another_network_is_refused(made: Path, tmp_path: Path, bundle: Path, name: str) -> None:
-    stage, part = MADE_BY[name]
+    stage, part = COMPUTED_BY[name]
     other = tmp_path / "other.safetensors"
     changed = read_part(bundle, part)
     key = next(key for key, x in changed.state_dict.items() if x.is_floating_point())
@@ -323,7 +323,7 @@ def test_a_cache_is_not_cached_nor_mixed_nor_cropped_again(made: Path, folder: P
 
 
 def test_what_is_not_finite_is_not_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "features_of", lambda encoder, images: torch.full((len(images), 4, 2, 2), 1e6))
+    monkeypatch.setattr(caching, "encode_features", lambda encoder, images: torch.full((len(images), 4, 2, 2), 1e6))
     with pytest.raises(ValueError, match=r"^features are not finite in fp16: choose another dtype under \[cache\]$"):
         make_cache(config, ['cache.what=["features"]', 'cache.dtype="fp16"'])
     assert not shards(config.parent / "cache")

@@ -27,14 +27,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ...common.atomic import replace_file
 from ...common.dataclass_config import from_table
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
-from ..checkpoint import replace_file
 from ..config import check_tables, read_config
-from ..run import STAGES, kind_of
-from ..stages.networks import MADE_BY, features_of, fingerprint_of, frozen, latents_of, text_states
+from ..run import STAGES, stage_class
+from ..stages.networks import (
+    COMPUTED_BY,
+    encode_features,
+    encode_latents,
+    encode_text,
+    load_frozen,
+    weights_fingerprint,
+)
 from .error_budget import ErrorBudget
 from .filters import Choice
 from .latent_cache import DTYPES, KEPT, NO_WORDS, RECORD, Record, members_of, read_record
@@ -112,7 +119,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     Under `accelerate launch` or `torchrun` each process makes its share of the shards.
     """
     config = read_config(config_path, overrides)
-    of_stages = {table: None for stage in STAGES for table in kind_of(stage).tables}
+    of_stages = {table: None for stage in STAGES for table in stage_class(stage).tables}
     check_tables({"model": {}, **config}, tuple(of_stages))  # whatever the stage, and its sizes, which go unused
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
     if "source" not in config.get("data", {}):
@@ -130,7 +137,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     accelerator, folder = Accelerator(), Path(options.output)
     makers = _makers(config, options, accelerator.device)
     record = Record(
-        networks={name: fingerprint_of(config, name) for name in options.what},
+        networks={name: weights_fingerprint(config, name) for name in options.what},
         **{name: getattr(options, name) for name in ("dtype", "pictures", "shard")},
         data=pictures.fingerprint(),
         count=sum(map(len, pictures.plan.members)),
@@ -149,18 +156,18 @@ def _makers(config: Mapping[str, Any], options: CacheConfig, device: torch.devic
     """What computes what is to be kept."""
 
     def read(name: str, kind: type[nn.Module]) -> Any:
-        return frozen(config, *MADE_BY[name], kind).to(device)
+        return load_frozen(config, *COMPUTED_BY[name], kind).to(device)
 
     makers: Makers = {}
     if "latents" in options.what:
         vqgan = read("latents", VQGAN)
-        makers["latents"] = lambda images, captions: latents_of(vqgan, images)
+        makers["latents"] = lambda images, captions: encode_latents(vqgan, images)
     if "features" in options.what:
         encoder = read("features", ImageEncoder)
-        makers["features"] = lambda images, captions: features_of(encoder, images)
+        makers["features"] = lambda images, captions: encode_features(encoder, images)
     if "text" in options.what:
         tower = read("text", TextEncoder)
-        makers["text"] = lambda images, captions: text_states(tower, captions)
+        makers["text"] = lambda images, captions: encode_text(tower, captions)
     return makers
 
 

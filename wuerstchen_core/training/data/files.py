@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from ..rng import StepRandom
-from ..stages.networks import MADE_BY, fingerprint_of
+from ..stages.networks import COMPUTED_BY, weights_fingerprint
 from .buckets import fit
 from .dataset import Compute, Pictures, Shown, as_it_is
 from .demo import DataConfig, DemoPictures, DemoShapes
@@ -134,14 +134,14 @@ class FilePictures(Pictures):
         return Shown(torch.stack(images), texts)
 
 
-def pictures_of(config: Mapping[str, Any], captions: bool = True, tower: str = MADE_BY["text"][1]) -> Pictures:
+def pictures_of(config: Mapping[str, Any], captions: bool = True, tower: str = COMPUTED_BY["text"][1]) -> Pictures:
     """The pictures that a configuration asks for: of the source that its `[data]` table names, or the demo's.
 
     Without `captions` none are needed; `tower` is the part of a bundle that reads them.
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        made_by = cache(partial(fingerprint_of, config, tower=tower))  # it is asked more than once
+        made_by = cache(partial(weights_fingerprint, config, tower=tower))  # it is asked more than once
         return FilePictures(data, captions, made_by)
     several = len(from_table(DataConfig, data, "data").shapes) > 1
     return DemoShapes(data) if several else DemoPictures(data)

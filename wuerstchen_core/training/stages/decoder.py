@@ -18,7 +18,7 @@ from ..rng import StepRandom
 from ..stage import N
 from .diffusion import DiffusionStage, NoisePrediction
 from .losses import DecoderNoiseConfig, FeatureCorruption, corrupt_features
-from .networks import features_of, frozen, latents_of, started, text_states
+from .networks import encode_features, encode_latents, encode_text, load_frozen, load_or_create
 
 
 class StageB(DiffusionStage[N]):
@@ -32,15 +32,15 @@ class StageB(DiffusionStage[N]):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
-        self.features = self.pictures.each("features", self.features_of)
+        self.features = self.pictures.each("features", self.encode_features)
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        return frozen(self.config, "vqgan", "vqgan", VQGAN)
+        return load_frozen(self.config, "vqgan", "vqgan", VQGAN)
 
-    def latents_of(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         """Latents [B, 4, H / 4, W / 4] of unit variance of pictures [B, 3, H, W] in [0, 1]."""
-        return latents_of(self.vqgan, images)
+        return encode_latents(self.vqgan, images)
 
     def given(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         return (corrupt_features(self.spoilt, self.features(picked), rng, self.units),)
@@ -50,9 +50,9 @@ class StageB(DiffusionStage[N]):
         networks: dict[str, Any] = {self.part: net}
         place = next(net.parameters()).device
         encoder, vqgan = self.encoder.to(place), self.vqgan.to(place)
-        text = text_states(self.tower.to(place), prompts)
+        text = encode_text(self.tower.to(place), prompts)
         pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
-        return vqgan.decode(pipeline.sample_decoder(features_of(encoder, images), text, sampling))
+        return vqgan.decode(pipeline.sample_decoder(encode_features(encoder, images), text, sampling))
 
     def parts(self, net: N) -> dict[str, nn.Module]:
         return {self.part: net}
@@ -66,6 +66,6 @@ class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = self.spoilt = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
-        self.net = started(config, "decoder", Decoder, DecoderParams)
+        self.net = load_or_create(config, "decoder", Decoder, DecoderParams)
         super().__init__(config)
-        self.latents = self.pictures.each("latents", self.latents_of)
+        self.latents = self.pictures.each("latents", self.encode_latents)

@@ -17,16 +17,16 @@ from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ..data.files import pictures_of
 from ..rng import StepRandom
-from ..sheet import sheet
+from ..sample_grid import sample_grid
 from ..stage import N, Stage
 from .losses import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
-from .networks import features_of, frozen, text_states, weights_of
+from .networks import encode_features, encode_text, load_frozen, read_input
 
 
 class DiffusionStage(Stage[N]):
     """A network that knows noise from pictures."""
 
-    tables: tuple[str, ...] = ("noise",)
+    tables: tuple[str, ...] = ("start", "model", "noise")
     noise: TimesConfig
     reads = "prior_text_encoder"  # through this tower of a source that holds two
     # What is asked of pictures, and the network that computes it: only read where it has to, or when a sheet needs it.
@@ -40,7 +40,7 @@ class DiffusionStage(Stage[N]):
         self.pictures = pictures_of(config, tower=self.reads)
         self.frozen = tuple(getattr(self, self.networks[name]) for name in self.networks if self.pictures.lacks(name))
         params: Any = self.net.params
-        width, needed = weights_of(config, "text", self.reads).params.width, text_width(params)
+        width, needed = read_input(config, "text", self.reads).params.width, text_width(params)
         if needed is not None and width != needed:
             raise ValueError(
                 f"this {self.name} reads the text through {tower_name(needed)}, but what [inputs] names as text is "
@@ -50,19 +50,19 @@ class DiffusionStage(Stage[N]):
 
     @cached_property
     def encoder(self) -> ImageEncoder:
-        return frozen(self.config, "encoder", "image_encoder", ImageEncoder)
+        return load_frozen(self.config, "encoder", "image_encoder", ImageEncoder)
 
     @cached_property
     def tower(self) -> TextEncoder:
-        return frozen(self.config, "text", self.reads, TextEncoder)
+        return load_frozen(self.config, "text", self.reads, TextEncoder)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def encode_features(self, images: Tensor) -> Tensor:
         """Features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
-        return features_of(self.encoder, images)
+        return encode_features(self.encoder, images)
 
     def texts(self) -> Callable[[Any, StepRandom, float], Tensor]:
         """What the network is given of the captions of pictures, a share of which is dropped: their states."""
-        return self.pictures.states(lambda prompts: text_states(self.tower, prompts))
+        return self.pictures.states(lambda prompts: encode_text(self.tower, prompts))
 
     @abstractmethod
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ class DiffusionStage(Stage[N]):
         t = draw_times(self.noise, step, rng)
         return *self.noised(picked, t, rng), t, *given, text
 
-    def sheet(self, net: N) -> Image.Image | None:
+    def sample_grid(self, net: N) -> Image.Image | None:
         """Held-out pictures, and under each what the network makes of it."""
         held = self.pictures.held()
         if held is None:
@@ -96,7 +96,7 @@ class DiffusionStage(Stage[N]):
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
         )
         out = self.reconstruct(net, truth, prompts, sampling)
-        return None if out is None else sheet([truth[:12], out[:12], truth[12:], out[12:]])
+        return None if out is None else sample_grid([truth[:12], out[:12], truth[12:], out[12:]])
 
 
 class NoisePrediction(DiffusionStage[N]):

@@ -24,9 +24,9 @@ from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_v
 from ...models.prior import PriorParams, latents_from_features
 from ..data.files import pictures_of
 from ..rng import StepRandom
-from ..sheet import sheet
+from ..sample_grid import sample_grid
 from ..stage import Stage
-from .networks import started
+from .networks import load_or_create
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class EncoderStage(Stage[Compressor]):
     """Whole pictures through 42.67x compression and back."""
 
     name = "encoder"
-    tables = ("encoder",)
+    tables = ("start", "model", "encoder")
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
-        encoder = started(config, "image_encoder", ImageEncoder, ImageEncoderParams)
+        encoder = load_or_create(config, "image_encoder", ImageEncoder, ImageEncoderParams)
         if self.options.backbone:
             if "start" in config:
                 raise ValueError("[encoder] backbone is for a new encoder: leave it out, or start")
@@ -130,13 +130,13 @@ class EncoderStage(Stage[Compressor]):
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return F.mse_loss(out, target)
 
-    def sheet(self, net: Compressor) -> Image.Image | None:
+    def sample_grid(self, net: Compressor) -> Image.Image | None:
         held = self.pictures.held()
         if held is None:
             return None
         truth = held.view(held.spread(24)).to(next(net.parameters()).device)
         out = torch.cat([net(part, truth.new_zeros(())) for part in truth.split(12)])
-        return sheet([truth[:12], out[:12], truth[12:], out[12:]])
+        return sample_grid([truth[:12], out[:12], truth[12:], out[12:]])
 
     def parts(self, net: Compressor) -> dict[str, nn.Module]:
         return {"image_encoder": net.image_encoder}

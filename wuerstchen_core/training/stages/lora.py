@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.key_maps import transformers_path
@@ -18,12 +19,13 @@ from ...common.dataclass_config import from_table
 from ...models.prior import Prior
 from ...models.text_encoder import TextEncoder, tokenize
 from ..rng import StepRandom
-from ..tower import TOWER, let_read
-from .networks import frozen, source_of
+from .networks import input_source, load_frozen
 from .prior import PriorStage
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+TEXT_ENCODER = "text_encoder"  # the prior's submodule
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,18 @@ class AdapterConfig:
 
 def name_of(path: str) -> str:
     """What diffusers' LoRA files call the module of a prior at `path`, or of its text tower."""
-    if path.startswith(f"{TOWER}."):
-        return f"text_encoder.text_model.{transformers_path(path.removeprefix(f'{TOWER}.'))}"
+    if path.startswith(f"{TEXT_ENCODER}."):
+        return f"text_encoder.text_model.{transformers_path(path.removeprefix(f'{TEXT_ENCODER}.'))}"
     return f"prior.{path}"
 
 
 def targeted(net: nn.Module, config: AdapterConfig) -> list[str]:
     """The paths of the layers that a configuration names. ValueError if a name is no linear layer's."""
     paths, found = [path for path, layer in net.named_modules() if isinstance(layer, nn.Linear)], []
-    for key, place, known in (("targets", "prior", "to_q and kv_mapper.1"), ("text_targets", TOWER, "q_proj and fc1")):
+    for key, place, known in (
+        ("targets", "prior", "to_q and kv_mapper.1"),
+        ("text_targets", TEXT_ENCODER, "q_proj and fc1"),
+    ):
         names = {path: name for path in paths if (name := name_of(path)).startswith(f"{place}.")}
         for target in getattr(config, key):
             some = [path for path, name in names.items() if name.endswith(f".{target}")]
@@ -110,27 +115,72 @@ def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapp
     write_tensors(path, state, {"format": "pt", **told})
 
 
+class SeparateAttention(nn.Module):
+    """An `nn.MultiheadAttention` with a layer for each of its projections, as transformers has them.
+
+    Adapters need layers that are called; that one only takes their weights. peft can put them there nonetheless, but
+    adds them to the weights and takes them off again at each step, whose rounding the frozen weights keep.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention):
+        super().__init__()
+        self.heads = packed.num_heads
+        thirds = zip(packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
+        self.q_proj, self.k_proj, self.v_proj = (_linear(weight, bias) for weight, bias in thirds)
+        self.out_proj = packed.out_proj
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, need_weights: bool) -> tuple[Tensor, None]:
+        """Attend from q [B, N, c] to k and v [B, M, c], with a mask [B * heads, N, M] that is added to the scores."""
+        given = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in given)
+        mask = attn_mask.unflatten(0, (len(q), -1)).to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with these weights, which aren't copied."""
+    out, width = weight.shape
+    layer = nn.Linear(width, out, device="meta")
+    layer.weight, layer.bias = (nn.Parameter(x.detach(), x.requires_grad) for x in (weight, bias))
+    return layer
+
+
+def attach_text_encoder(prior: Prior, tower: TextEncoder) -> None:
+    """Make a tower a part of a prior, which then takes tokens [2, B, L] (ids and mask) in place of text states, too."""
+    for block in tower.transformer.resblocks:
+        block.attn = SeparateAttention(block.attn)
+    prior.add_module(TEXT_ENCODER, tower)
+    prior.register_forward_pre_hook(_read)
+
+
+def _read(prior: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    latents, t, text = given
+    if isinstance(text, Tensor) and not text.is_floating_point():
+        text = prior.get_submodule(TEXT_ENCODER)(*text)
+    return latents, t, text
+
+
 class LoraStage(PriorStage):
     """Adapters on a prior, and on its text tower, trained as the prior itself is."""
 
     name = "lora"
     tables: tuple[str, ...] = ("noise", "lora")
-    sized = False
 
     def start(self, config: Mapping[str, Any]) -> Prior:
         """The prior that `[inputs]` names, with adapters on it; it holds the text tower too if that learns."""
         if self.noise.slow_times:
             raise ValueError("[noise] slow_times is of no use to a LoRA, which leaves the time as it is: take it out")
         self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
-        prior = frozen(config, "prior", "prior", Prior)
+        prior = load_frozen(config, "prior", "prior", Prior)
         if self.adapters.text_targets:
             self.networks = {name: network for name, network in self.networks.items() if name != "text"}
-            let_read(prior, frozen(config, "text", "prior_text_encoder", TextEncoder))
+            attach_text_encoder(prior, load_frozen(config, "text", "prior_text_encoder", TextEncoder))
         attach(prior, self.adapters)
         return prior
 
     def bases(self, config: Mapping[str, Any]) -> list[str | Path]:
-        return [source_of(config, name) for name in ("prior", *(("text",) if self.adapters.text_targets else ()))]
+        return [input_source(config, name) for name in ("prior", *(("text",) if self.adapters.text_targets else ()))]
 
     def texts(self) -> Callable[[Any, StepRandom, float], Tensor]:
         if not self.adapters.text_targets:
@@ -138,7 +188,7 @@ class LoraStage(PriorStage):
         return lambda picked, rng, drop: torch.stack(tokenize(self.pictures.captions(picked, rng, drop)))
 
     def reader(self, net: Prior) -> TextEncoder:
-        tower = net.get_submodule(TOWER) if self.adapters.text_targets else super().reader(net)
+        tower = net.get_submodule(TEXT_ENCODER) if self.adapters.text_targets else super().reader(net)
         assert isinstance(tower, TextEncoder)
         return tower
 

@@ -21,24 +21,24 @@ from ...models.vqgan import VQGAN
 
 N = TypeVar("N", bound=nn.Module)
 
-MADE_BY = {  # what may be computed before a training: by the network of which stage, which part of a bundle it is
+COMPUTED_BY = {  # what may be computed before a training: by the network of which stage, which part of a bundle it is
     "latents": ("vqgan", "vqgan"),
     "features": ("encoder", "image_encoder"),
     "text": ("text", "prior_text_encoder"),
 }
 
 
-def source_of(config: Mapping[str, Any], stage: str) -> str | Path:
+def input_source(config: Mapping[str, Any], stage: str) -> str | Path:
     """Where a stage's network is: where `[inputs]` says, or where the same run puts it."""
     return config.get("inputs", {}).get(stage, Path(config["run"]) / stage / f"{stage}.safetensors")
 
 
-def is_there(source: str | Path) -> bool:
+def source_exists(source: str | Path) -> bool:
     """Whether it is a shipped model's name, or a file or folder."""
     return source in SHIPPED or Path(source).exists()
 
 
-def started(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) -> N:
+def load_or_create(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) -> N:
     """The network that a stage trains: of `[model]` sizes with its first weights, or that of the source `start`.
 
     Of that `[model]` may change what is no size, such as the dropout. ValueError where one can't be had.
@@ -57,7 +57,7 @@ def started(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) ->
     return built.train().requires_grad_(True)
 
 
-def told_of(sources: Sequence[str | Path]) -> dict[str, Any]:
+def base_metadata(sources: Sequence[str | Path]) -> dict[str, Any]:
     """What a network that is trained from sources says of them: the name of the first and, if known, all licences."""
     if not sources:
         return {}
@@ -65,51 +65,51 @@ def told_of(sources: Sequence[str | Path]) -> dict[str, Any]:
     return {"base": Path(sources[0]).name, **licences_of(opened)}
 
 
-def weights_of(config: Mapping[str, Any], stage: str, part: str) -> Part:
+def read_input(config: Mapping[str, Any], stage: str, part: str) -> Part:
     """What an earlier stage of the same run trained, or `[inputs]` names a source of; ValueError if it's not there."""
-    source = source_of(config, stage)
-    if not is_there(source):
+    source = input_source(config, stage)
+    if not source_exists(source):
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
     return read_part(source, part)
 
 
-def frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
+def load_frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
     """A network that an earlier stage of the same run trained, or that `[inputs]` names a source of."""
-    network = build_part(weights_of(config, stage, part), dtype=torch.float32)
+    network = build_part(read_input(config, stage, part), dtype=torch.float32)
     assert isinstance(network, kind)
     return network
 
 
-def fingerprint_of(config: Mapping[str, Any], name: str, tower: str = MADE_BY["text"][1]) -> str:
+def weights_fingerprint(config: Mapping[str, Any], name: str, tower: str = COMPUTED_BY["text"][1]) -> str:
     """The sha256 of the weights that compute what `MADE_BY` knows by this name; of texts, this `tower` of a bundle."""
-    stage, part = MADE_BY[name]
+    stage, part = COMPUTED_BY[name]
     digest = hashlib.sha256()
-    for key, x in sorted(weights_of(config, stage, tower if name == "text" else part).state_dict.items()):
+    for key, x in sorted(read_input(config, stage, tower if name == "text" else part).state_dict.items()):
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def features_of(encoder: ImageEncoder, images: Tensor) -> Tensor:
+def encode_features(encoder: ImageEncoder, images: Tensor) -> Tensor:
     """Stage C features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
     return encoder(semantic_view(images.to(_place(encoder)))).cpu()
 
 
 @torch.no_grad()
-def latents_of(vqgan: VQGAN, images: Tensor) -> Tensor:
+def encode_latents(vqgan: VQGAN, images: Tensor) -> Tensor:
     """Stage A latents [B, 4, H / 4, W / 4] of pictures, as Stage B works on them (unit variance)."""
     return vqgan.encode(images.to(_place(vqgan))).cpu() / vqgan.params.scale_factor
 
 
 @torch.no_grad()
-def tokens_of(vqgan: VQGAN, latents: Tensor) -> Tensor:
+def encode_tokens(vqgan: VQGAN, latents: Tensor) -> Tensor:
     """Stage A tokens [B, h, w] of latents [B, 4, h, w] of unit variance."""
     return vqgan.quantize(latents.to(_place(vqgan)) * vqgan.params.scale_factor).indices.cpu()
 
 
 @torch.no_grad()
-def text_states(tower: TextEncoder, prompts: list[str]) -> Tensor:
+def encode_text(tower: TextEncoder, prompts: list[str]) -> Tensor:
     """Text states [B, 77, c]."""
     return tower(*(x.to(_place(tower)) for x in tokenize(prompts))).cpu()
 

@@ -22,7 +22,7 @@ from ...models.vqgan import VQGAN
 from ..rng import StepRandom
 from .diffusion import NoisePrediction
 from .losses import NoiseConfig
-from .networks import frozen, is_there, source_of, started, text_states
+from .networks import encode_text, input_source, load_frozen, load_or_create, source_exists
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ class PriorStage(NoisePrediction[Prior]):
         self.net = self.start(config)
         super().__init__(config)
         units = partial(latents_from_features, params=self.net.params)
-        self.latents = self.pictures.each("features", self.features_of, units)
+        self.latents = self.pictures.each("features", self.encode_features, units)
 
     def start(self, config: Mapping[str, Any]) -> Prior:
         """The network before its first step."""
-        return started(config, "prior", Prior, PriorParams)
+        return load_or_create(config, "prior", Prior, PriorParams)
 
     def given(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         return ()
@@ -59,33 +59,33 @@ class PriorStage(NoisePrediction[Prior]):
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
         """The captions painted; only once there is a decoder to paint with, and a tower to read them to it."""
         stage, part, kind = PAINTERS[release([net.params])]
-        sources = {name: source_of(self.config, name) for name in (stage, "vqgan")}
-        if missing := [name for name, source in sources.items() if not is_there(source)]:
+        sources = {name: input_source(self.config, name) for name in (stage, "vqgan")}
+        if missing := [name for name, source in sources.items() if not source_exists(source)]:
             log.info("no sheet: it is painted by what [inputs] names as %s", " and ".join(missing))
             return None
         place = next(net.parameters()).device
-        painter: dict[str, Any] = {part: frozen(self.config, stage, part, kind).to(place)}
+        painter: dict[str, Any] = {part: load_frozen(self.config, stage, part, kind).to(place)}
         words = self._words(stage, painter[part], prompts)
         if words is None:
             return None
-        vqgan = frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
+        vqgan = load_frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
         tower = self.reader(net).to(place)
         pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=tower, **painter)
-        text = text_states(tower, prompts)
+        text = encode_text(tower, prompts)
         return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), words, sampling))
 
     def _words(self, stage: str, painter: Any, prompts: list[str]) -> Tensor | None:
         """Text states for the decoder `painter`: of the run's tower as it was, or where that is another's, such as
         CLIP-bigG, of the tower beside the decoder; None if there is none."""
-        source, name = source_of(self.config, stage), "decoder_text_encoder"
+        source, name = input_source(self.config, stage), "decoder_text_encoder"
         if text_width(painter.params) == self.tower.params.width:
             tower = self.tower
         elif name in open_source(source, headers_only=True).networks:
-            tower = frozen(self.config, stage, name, TextEncoder)
+            tower = load_frozen(self.config, stage, name, TextEncoder)
         else:
             log.info("no sheet: %s holds no text encoder for the decoder", source)
             return None
-        return text_states(tower.to(next(painter.parameters()).device), prompts)
+        return encode_text(tower.to(next(painter.parameters()).device), prompts)
 
     def parts(self, net: Prior) -> dict[str, nn.Module]:
         return {"prior": net}

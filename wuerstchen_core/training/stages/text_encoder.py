@@ -19,10 +19,10 @@ from ...models.prior import latents_from_features
 from ...models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from ..data.files import pictures_of
 from ..rng import StepRandom
-from ..sheet import sheet
+from ..sample_grid import sample_grid
 from ..stage import Stage
 from .losses import contrastive_loss
-from .networks import features_of, frozen, started, weights_of
+from .networks import encode_features, load_frozen, load_or_create, read_input
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TextStage(Stage[Contrast]):
     """Captions in many wordings against the pictures that they name."""
 
     name = "text"
-    tables = ("text",)
+    tables = ("start", "model", "text")
     undivided = "the temperature of text"
 
     def __init__(self, config: Mapping[str, Any]):
@@ -72,16 +72,16 @@ class TextStage(Stage[Contrast]):
         self.features = self.pictures.each("features", self._features_of, latents_from_features)
         if not self.pictures.square:
             raise ValueError("[data] the text stage learns from squares of one size: leave ratio at 1, and buckets out")
-        channels = weights_of(config, "encoder", "image_encoder").params.c_latent
-        tower = started(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
+        channels = read_input(config, "encoder", "image_encoder").params.c_latent
+        tower = load_or_create(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
         self.net = Contrast(tower, channels * prior_side(self.pictures.side) ** 2, options.joint)
 
     @cached_property
     def encoder(self) -> ImageEncoder:
-        return frozen(self.config, "encoder", "image_encoder", ImageEncoder)
+        return load_frozen(self.config, "encoder", "image_encoder", ImageEncoder)
 
     def _features_of(self, images: Tensor) -> Tensor:
-        return features_of(self.encoder, images)
+        return encode_features(self.encoder, images)
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         picked = self.pictures.pick(rng)
@@ -92,7 +92,7 @@ class TextStage(Stage[Contrast]):
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
 
-    def sheet(self, net: Contrast) -> Image.Image | None:
+    def sample_grid(self, net: Contrast) -> Image.Image | None:
         """Held-out pictures, and under each the one that its caption finds among them."""
         held = self.pictures.held()
         if held is None:
@@ -102,7 +102,7 @@ class TextStage(Stage[Contrast]):
         self.encoder.to(device)
         features = held.each("features", self._features_of, latents_from_features)(slice(None)).to(device)
         found = (net.texts(ids, mask) @ net.pictures(features).T).argmax(1).cpu()
-        return sheet([held.view(picked), held.view(found)])
+        return sample_grid([held.view(picked), held.view(found)])
 
     def parts(self, net: Contrast) -> dict[str, nn.Module]:
         return {"text_encoder": net.tower}

@@ -19,7 +19,7 @@ from ...models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..rng import StepRandom
 from .decoder import StageB
 from .losses import TokenNoiseConfig, token_loss
-from .networks import started, tokens_of
+from .networks import encode_tokens, load_or_create
 
 WIDEST = 8.0  # the coarsest frequency of `code_features` is so much slower than the finest
 
@@ -52,14 +52,14 @@ class TokenDecoderStage(StageB[TokenDecoder]):
 
     name = "token-decoder"
     part = "token_decoder"
-    tables: tuple[str, ...] = ("noise", "codes")
+    tables: tuple[str, ...] = ("start", "model", "noise", "codes")
     units = PriorParams(feature_scale=V1["feature_scale"], feature_shift=V1["feature_shift"])
     noise: TokenNoiseConfig
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = self.spoilt = from_table(TokenNoiseConfig, config.get("noise", {}), "noise")
         codes = from_table(CodesConfig, config.get("codes", {}), "codes")
-        self.net = started(config, "token_decoder", TokenDecoder, TokenDecoderParams)
+        self.net = load_or_create(config, "token_decoder", TokenDecoder, TokenDecoderParams)
         super().__init__(config)
         self.frozen = (*self.frozen, self.vqgan)  # for its codes, even where its latents are there
         codebook = self.vqgan.vquantizer.codebook.weight
@@ -70,7 +70,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             )
         if codes.width and "start" not in config:
             self._acquaint(codebook, codes.width)
-        self.tokens = self.pictures.each("latents", self.latents_of, partial(tokens_of, self.vqgan))
+        self.tokens = self.pictures.each("latents", self.encode_latents, partial(encode_tokens, self.vqgan))
 
     @torch.no_grad()
     def _acquaint(self, codebook: Tensor, width: float) -> None:

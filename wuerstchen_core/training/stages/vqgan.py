@@ -21,9 +21,9 @@ from ...common.dataclass_config import from_table
 from ...models.vqgan import VQGAN, VQGANParams
 from ..data.files import pictures_of
 from ..rng import StepRandom
-from ..sheet import sheet
+from ..sample_grid import sample_grid
 from ..stage import Stage
-from .networks import started
+from .networks import load_or_create
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class VQGANStage(Stage[Autoencoder]):
     """Random crops of the pictures, encoded and decoded."""
 
     name = "vqgan"
-    tables = ("vqgan",)
+    tables = ("start", "model", "vqgan")
     idle_weights = True  # the codebook's, until it is used
     undivided = "the codes of vqgan"
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.begun = "start" in config
-        self.net = Autoencoder(started(config, "vqgan", VQGAN, VQGANParams), self.begun)
+        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN, VQGANParams), self.begun)
         self.pictures = pictures_of(config, captions=False)
         crop, room = self.options.crop, self.pictures.side - 2 * self.options.margin
         if not 0 < crop <= room:
@@ -112,13 +112,13 @@ class VQGANStage(Stage[Autoencoder]):
         through_codes = int(len(images) * self.options.quantized) if quantised else None
         return net(images, through_codes, seeding=not self.begun and step == self.options.quantize_from)
 
-    def sheet(self, net: Autoencoder) -> Image.Image | None:
+    def sample_grid(self, net: Autoencoder) -> Image.Image | None:
         held = self.pictures.held()
         if held is None:
             return None
         truth = held.view(held.spread(12)).to(next(net.parameters()).device)
         latents = net.vqgan.encode(truth)
-        return sheet([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
+        return sample_grid([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
 
     def parts(self, net: Autoencoder) -> dict[str, nn.Module]:
         return {"vqgan": net.vqgan}

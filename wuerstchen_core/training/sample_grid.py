@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 
-def sheet(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
+def sample_grid(rows: list[Tensor], columns: int = 12, width: int = 128) -> Image.Image:
     """Pictures [B, 3, H, W] in [0, 1], one row of the sheet (or more, if they are many) each."""
     lines = []
     for images in filter(len, rows):
