@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
 from wuerstchen_core.training.config import LoopConfig
-from wuerstchen_core.training.data.dataset import Shown
+from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.stage import Stage
 
@@ -45,7 +45,7 @@ class LineStage(Stage[Line]):
     """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes inputs that are none."""
 
     name, tables = "prior", ()
-    pictures = Shown(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # which it does not look at
+    dataset = InMemoryDataset(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # which it does not look at
 
     def __init__(
         self, width: int = 4, stop: int | None = None, spoil: Container[int] = (), dropout: float = 0.3

@@ -12,8 +12,8 @@ from tools.demo.edits import TILE, tiled
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, TRAINED_THINGS, caption
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
-from wuerstchen_core.training.data.demo import DataConfig
-from wuerstchen_core.training.data.open import PicturesConfig
+from wuerstchen_core.training.data.demo import DemoDataConfig
+from wuerstchen_core.training.data.open import ImageDataConfig
 from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage
 from wuerstchen_core.training.stages.prior import PriorStage
 
@@ -51,8 +51,8 @@ def test_the_recipes_fit_their_tables() -> None:
     larger, new = (read_config(adapt.RECIPE / f"{name}.toml", []) for name in ("resolution", "new_thing"))
     check_tables(larger, PriorStage.tables)
     check_tables(new, LoraStage.tables)
-    assert from_table(DataConfig, larger["data"], "data").canvas == adapt.LARGER
-    assert from_table(PicturesConfig, new["data"], "data").sizes == ((256, 256),)
+    assert from_table(DemoDataConfig, larger["data"], "data").canvas == adapt.LARGER
+    assert from_table(ImageDataConfig, new["data"], "data").sizes == ((256, 256),)
     assert from_table(AdapterConfig, new["lora"], "lora").targets
     for config in (larger, new):
         from_table(LoopConfig, config["train"], "train")

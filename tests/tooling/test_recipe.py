@@ -16,7 +16,7 @@ from tools.demo import build, curves, edits, lora, remake
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
 from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, known_words
-from wuerstchen_core.training.data.demo import DataConfig, DemoPictures
+from wuerstchen_core.training.data.demo import DemoDataConfig, DemoDataset
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
@@ -31,7 +31,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> WuerstchenPipeline:
 
 def test_a_bundle_names_what_its_prior_was_trained_on() -> None:
     v1, v2 = (build.trained_on(build.RECIPE / name) for name in ("prior_v1.toml", "prior.toml"))
-    assert v1 == DataConfig(things=12) and v2 == DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES), most=1200)
+    assert v1 == DemoDataConfig(things=12) and v2 == DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES), most=1200)
     assert build.vocabulary(v1) == {
         "words": known_words(THINGS[:12], SIMPLE),
         "things": [thing.name for thing in THINGS[:12]],
@@ -132,7 +132,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     marks = remake.MARKS, remake.MARKS_V1
     (tmp_path / "README.md").write_text(readme.format(*marks, "old\n", ""))
     v1 = WuerstchenPipeline()
-    knows = build.vocabulary(DataConfig(things=12, layouts=LAYOUTS, shapes=tuple(SHAPES)))
+    knows = build.vocabulary(DemoDataConfig(things=12, layouts=LAYOUTS, shapes=tuple(SHAPES)))
     quick = WuerstchenPipeline(metadata={"vocabulary": knows}, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
     quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: v1 if source == "demo-v1" else quick)
@@ -144,8 +144,8 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
     fewer = NUMBERS | {"another_thing": NUMBERS["thing"]}
     monkeypatch.setattr(remake, "evaluate", lambda pipe: fewer if pipe is v1 else NUMBERS)
-    few = DemoPictures({"canvas": 64, "things": 2}, held=True)
-    monkeypatch.setattr(remake, "DemoPictures", lambda held: few)
+    few = DemoDataset({"canvas": 64, "things": 2}, held_out=True)
+    monkeypatch.setattr(remake, "DemoDataset", lambda held_out: few)
     trained: list[Path] = []
     monkeypatch.setattr(lora, "remake", trained.append)
     monkeypatch.setattr(curves, "PLOT", tmp_path / "docs" / "curves.png")

@@ -25,7 +25,7 @@ from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
-from wuerstchen_core.training.data.demo import DataConfig
+from wuerstchen_core.training.data.demo import DemoDataConfig
 from wuerstchen_core.training.run import run, stage_class
 
 PART = {  # where it is not the stage's own name
@@ -153,9 +153,9 @@ def test_a_missing_drawing_package_is_named(
     assert capsys.readouterr().err == "resvg_py is not installed: python -m pip install -r requirements-train.txt\n"
 
 
-EVERYTHING = DataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+EVERYTHING = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
 SHOWN = {
-    "vqgan": DataConfig(),  # which crops
+    "vqgan": DemoDataConfig(),  # which crops
     "encoder": EVERYTHING,
     "text": replace(EVERYTHING, shapes=("square",)),
     "decoder": EVERYTHING,
@@ -188,8 +188,8 @@ def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
     check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
-    data = from_table(DataConfig, config.get("data", {}), "data")
-    assert data == (DataConfig(things=12) if config["run"] == "runs/demo-v1" else SHOWN[stage])
+    data = from_table(DemoDataConfig, config.get("data", {}), "data")
+    assert data == (DemoDataConfig(things=12) if config["run"] == "runs/demo-v1" else SHOWN[stage])
     tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig", "codes": "CodesConfig"}
     tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
     for table in set(kind.tables) - {"start", "model"}:

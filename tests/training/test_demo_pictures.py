@@ -10,8 +10,8 @@ import torch
 
 from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, held_out
 from wuerstchen_core.training.data import demo as module
-from wuerstchen_core.training.data.demo import DemoPictures, DemoShapes
-from wuerstchen_core.training.data.files import pictures_of
+from wuerstchen_core.training.data.demo import DemoDataset, MultiShapeDemoDataset
+from wuerstchen_core.training.data.files import open_dataset
 from wuerstchen_core.training.rng import StepRandom
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -21,36 +21,37 @@ EVERYTHING = {**SMALL, "layouts": list(LAYOUTS), "shapes": list(SHAPES)}
 
 
 @pytest.fixture(scope="module")
-def shapes() -> DemoShapes:
-    return DemoShapes(EVERYTHING)
+def shapes() -> MultiShapeDemoDataset:
+    return MultiShapeDemoDataset(EVERYTHING)
 
 
 def test_all_layouts_of_the_first_things_are_shown_but_what_is_held_out() -> None:
-    trained, held = (DemoPictures({**SMALL, "layouts": list(LAYOUTS)}, held=held) for held in (False, True))
+    trained, held = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}, held_out=held) for held in (False, True))
     for shown, told in ((trained, False), (held, True)):
-        assert shown.images.shape == (len(shown), 3, 64, 64)
+        assert shown.pixels.shape == (len(shown), 3, 64, 64)
         assert {held_out(scene) for scene in shown.scenes} == {told}
         assert {scene.layout for scene in shown.scenes} == set(LAYOUTS)
         assert {scene.thing for scene in shown.scenes} | {scene.other for scene in shown.scenes} == {0, 1, 2, None}
     assert len(set(trained.scenes + held.scenes)) == len(trained) + len(held) == 3 * len(COLOURS) * (2 + 4 + 2)
-    own = trained.held()
-    assert isinstance(own, DemoPictures) and own.scenes == held.scenes and own is trained.held()
+    own = trained.preview_images()
+    assert isinstance(own, DemoDataset) and own.scenes == held.scenes and own is trained.preview_images()
 
 
 def test_only_what_the_table_names_is_shown() -> None:
-    assert {scene.layout for scene in DemoPictures(SMALL).scenes} == set(SIMPLE)
-    corners = DemoPictures({**SMALL, "layouts": ["corner"]})
+    assert {scene.layout for scene in DemoDataset(SMALL).scenes} == set(SIMPLE)
+    corners = DemoDataset({**SMALL, "layouts": ["corner"]})
     assert {scene.position for scene in corners.scenes} == {1, 2, 3, 4} and {s.layout for s in corners.scenes} == {
         "corner"
     }
-    pink = DemoPictures({**SMALL, "layouts": list(LAYOUTS), "background": "pink"})
+    pink = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "background": "pink"})
     assert {scene.colour for scene in pink.scenes} == {list(COLOURS).index("pink")}
 
 
 def test_large_things_count_twice_among_other_layouts() -> None:
     for layouts, times in ((list(LAYOUTS), 2), (list(SIMPLE), 1)):
-        shown = DemoPictures({**SMALL, "layouts": layouts})
-        every = shown.pick(StepRandom(0, 0, total := sum(times if s.layout == "large" else 1 for s in shown.scenes)))
+        shown = DemoDataset({**SMALL, "layouts": layouts})
+        total = sum(times if scene.layout == "large" else 1 for scene in shown.scenes)
+        every = shown.sample_batch(StepRandom(0, 0, total))
         assert len(every) == total
         counts = Counter(shown.scenes[i] for i in every.tolist())
         assert set(counts) == set(shown.scenes)
@@ -59,65 +60,65 @@ def test_large_things_count_twice_among_other_layouts() -> None:
 
 def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEWER", 20)
-    one, again = (DemoPictures({**SMALL, "layouts": list(LAYOUTS)}) for _ in range(2))
+    one, again = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}) for _ in range(2))
     assert one.scenes == again.scenes
     counts = Counter(scene.layout for scene in one.scenes)
     assert counts["corner"] == counts["pair"] == 20 and counts["large"] == counts["small"] > 0
     assert len({scene.position for scene in one.scenes}) == 5
-    wide = DemoPictures({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
+    wide = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     monkeypatch.setattr(module, "FEWER", 5)
-    few = DemoPictures({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
+    few = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     assert len(few) == 10 < len(wide)
-    told = DemoPictures({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
+    told = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
     assert Counter(scene.layout for scene in told.scenes) == dict.fromkeys(LAYOUTS, 7)
     with pytest.raises(ValueError, match=r"^\[data\] most must be a number of scenes, or 0, got -1$"):
-        DemoPictures({**SMALL, "most": -1})
+        DemoDataset({**SMALL, "most": -1})
 
 
-def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: DemoShapes) -> None:
+def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: MultiShapeDemoDataset) -> None:
     assert shapes.side == 64 and not shapes.square
     sizes = {"square": (64, 64), "portrait": (96, 64), "landscape": (64, 96)}
-    assert [one.images.shape[-2:] for one in shapes.shown] == list(sizes.values())
+    assert [one.pixels.shape[-2:] for one in shapes.shown] == list(sizes.values())
     seen: Counter[int] = Counter()
     for step in range(60):
-        picked = shapes.pick(StepRandom(0, step, 4))
-        halves = [shapes.pick(StepRandom(0, step, 4, places)) for places in ([0, 1], [2, 3])]
+        picked = shapes.sample_batch(StepRandom(0, step, 4))
+        halves = [shapes.sample_batch(StepRandom(0, step, 4, places)) for places in ([0, 1], [2, 3])]
         assert picked[0] == halves[0][0] == halves[1][0]
         assert torch.equal(picked[1], torch.cat([indices for _, indices in halves]))
         seen[picked[0]] += 1
-        images, one = shapes.view(picked), shapes.shown[picked[0]]
+        images, one = shapes.images(picked), shapes.shown[picked[0]]
         assert images.shape[0] == 4 and images.shape[-2:] == list(sizes.values())[picked[0]]
         assert not any(held_out(one.scenes[i]) for i in picked[1].tolist())
         words = shapes.captions(picked, StepRandom(0, step, 4))
         assert words == one.captions(picked[1], StepRandom(0, step, 4)) and len(words) == 4
     assert set(seen) == {0, 1, 2}
-    picked = shapes.pick(StepRandom(0, 1, 4))
+    picked = shapes.sample_batch(StepRandom(0, 1, 4))
     assert shapes.captions(picked, StepRandom(0, 1, 4), drop=1.0) == [""] * 4
 
 
 def test_shapes_come_in_proportion_to_their_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEWER", 6)
-    shapes = DemoShapes({**SMALL, "shapes": ["square", "portrait"]})
+    shapes = MultiShapeDemoDataset({**SMALL, "shapes": ["square", "portrait"]})
     large, few = map(len, shapes.shown)
     assert (large, few) == (40, 12) or large > few
-    share = sum(shapes.pick(StepRandom(0, step, 2))[0] for step in range(400)) / 400
+    share = sum(shapes.sample_batch(StepRandom(0, step, 2))[0] for step in range(400)) / 400
     assert share == pytest.approx(few / (large + few), abs=0.07)
 
 
-def test_what_networks_make_of_pictures_of_each_shape_is_found_again(shapes: DemoShapes) -> None:
-    means = shapes.each("mean", lambda images: images.mean(dim=(1, 2, 3)))
+def test_what_networks_make_of_pictures_of_each_shape_is_found_again(shapes: MultiShapeDemoDataset) -> None:
+    means = shapes.map_images("mean", lambda images: images.mean(dim=(1, 2, 3)))
     for step in range(6):
-        picked = shapes.pick(StepRandom(0, step, 4))
-        assert torch.equal(means(picked), shapes.view(picked).mean(dim=(1, 2, 3)))
-    held = shapes.held()
-    assert isinstance(held, DemoPictures) and held.images.shape[-2:] == (64, 64)
+        picked = shapes.sample_batch(StepRandom(0, step, 4))
+        assert torch.equal(means(picked), shapes.images(picked).mean(dim=(1, 2, 3)))
+    held = shapes.preview_images()
+    assert isinstance(held, DemoDataset) and held.pixels.shape[-2:] == (64, 64)
     assert all(held_out(scene) for scene in held.scenes)
 
 
 def test_the_table_chooses_the_class() -> None:
-    assert isinstance(pictures_of({"data": {**SMALL, "shapes": ["square", "portrait"]}}), DemoShapes)
-    one = pictures_of({"data": {**SMALL, "shapes": ["portrait"]}})
-    assert isinstance(one, DemoPictures) and one.images.shape[-2:] == (96, 64) and not one.square
+    assert isinstance(open_dataset({"data": {**SMALL, "shapes": ["square", "portrait"]}}), MultiShapeDemoDataset)
+    one = open_dataset({"data": {**SMALL, "shapes": ["portrait"]}})
+    assert isinstance(one, DemoDataset) and one.pixels.shape[-2:] == (96, 64) and not one.square
 
 
 @pytest.mark.parametrize(
@@ -135,5 +136,5 @@ def test_the_table_chooses_the_class() -> None:
 )
 def test_bad_tables_are_told_in_one_sentence(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        pictures_of({"data": data})
+        open_dataset({"data": data})
     assert str(error.value) == message

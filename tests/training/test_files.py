@@ -21,7 +21,7 @@ from helpers.tiny_stages import (
 )
 from PIL import Image
 
-from wuerstchen_core.training.data.files import FilePictures
+from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.decoder import DecoderStage
@@ -111,12 +111,12 @@ def test_other_pictures_in_a_run_that_goes_on_are_told(
 
 def test_captions_are_dropped_by_chance_and_pictures_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(shard(examples(range(8))))
-    pictures = FilePictures({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
-    pictures.begin(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
-    picked, rng = pictures.pick(StepRandom(0, 0, 8)), StepRandom(0, 0, 8)
-    reds = (pictures.view(picked)[:, 0, 0, 0] * 255).round().int().tolist()
+    pictures = FileDataset({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
+    pictures.start_reading(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
+    picked, rng = pictures.sample_batch(StepRandom(0, 0, 8)), StepRandom(0, 0, 8)
+    reds = (pictures.images(picked)[:, 0, 0, 0] * 255).round().int().tolist()
     assert pictures.captions(picked, StepRandom(0, 0, 8)) == [f"picture {red}" for red in reds]
     assert sorted(reds) == list(range(8)) and pictures.captions(picked, rng, drop=1.0) == [""] * 8
-    assert torch.equal(pictures.each("twice", lambda images: images * 2)(picked), pictures.view(picked) * 2)
-    held = pictures.held()
+    assert torch.equal(pictures.map_images("twice", lambda images: images * 2)(picked), pictures.images(picked) * 2)
+    held = pictures.preview_images()
     assert held is not None and len(held) == 8 and held.texts == [f"picture {i}" for i in range(8)]

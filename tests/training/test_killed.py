@@ -19,7 +19,7 @@ from helpers.picture_folders import examples, write_folder
 from helpers.recording_trainer import CONFIG, LineStage, assert_same_training, files
 
 from wuerstchen_core.training.checkpoint import LOG
-from wuerstchen_core.training.data.files import FilePictures
+from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.rng import StepRandom
 
@@ -89,10 +89,10 @@ class PicturesStage(LineStage):
     def __init__(self, folder: Path):
         super().__init__(width=3)
         source = {"source": str(folder), "buckets": [[64, 64], [128, 64]], "workers": 2}
-        self.pictures = FilePictures(source)
+        self.dataset = FileDataset(source)
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        return (self.pictures.view(self.pictures.pick(rng)).mean(dim=(2, 3)) + rng.normal(3),)
+        return (self.dataset.images(self.dataset.sample_batch(rng)).mean(dim=(2, 3)) + rng.normal(3),)
 
 
 def train_on_pictures(folder: Path) -> None:

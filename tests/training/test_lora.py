@@ -26,7 +26,7 @@ from wuerstchen_core.demo.vocabulary import COLOURS
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.build_cache import make_cache
-from wuerstchen_core.training.data.demo import DataConfig, DemoPictures
+from wuerstchen_core.training.data.demo import DemoDataConfig, DemoDataset
 from wuerstchen_core.training.ema import load_into, meta_copy
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
@@ -202,7 +202,7 @@ def test_the_tower_alone_learns_if_nothing_else_shall(config: Path, tmp_path: Pa
 
 
 def test_pictures_of_one_background_are_said_to_have_any() -> None:
-    pictures = DemoPictures({"canvas": 64, "things": 3, "background": "pink"})
+    pictures = DemoDataset({"canvas": 64, "things": 3, "background": "pink"})
     assert {list(COLOURS)[scene.colour] for scene in pictures.scenes} == {"pink"}
     count = len(pictures)
     texts = sum((pictures.captions(torch.arange(count), StepRandom(0, step, count)) for step in range(20)), [])
@@ -240,7 +240,7 @@ def test_the_recipe_trains_on_the_shipped_model_and_puts_the_file_beside_the_wor
     check_tables(config, LoraStage.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
-    assert from_table(DataConfig, config["data"], "data").background == "pink"
+    assert from_table(DemoDataConfig, config["data"], "data").background == "pink"
     from_table(NoiseConfig, config["noise"], "noise")
     from_table(AdapterConfig, config["lora"], "lora")
     small = ["data.canvas=64", "data.things=2", "train.steps=1", "train.batch=2"]

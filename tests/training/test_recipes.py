@@ -23,7 +23,7 @@ from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_fe
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
-from wuerstchen_core.training.data.open import PicturesConfig
+from wuerstchen_core.training.data.open import ImageDataConfig
 from wuerstchen_core.training.run import run, stage_class
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.stages.lora import AdapterConfig, attach
@@ -86,7 +86,7 @@ def test_its_tables_are_read(recipe: str) -> None:
     kind: Any = stage_class(stage)
     check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config["train"], "train")
-    data = from_table(PicturesConfig, config["data"], "data")
+    data = from_table(ImageDataConfig, config["data"], "data")
     assert loop.precision == "bf16" and loop.steps > 1000
     assert all(width % 128 == height % 128 == 0 for width, height in data.sizes)
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from wuerstchen_core.checkpoints import read_metadata
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.training.checkpoint import checkpoints
-from wuerstchen_core.training.data.demo import DemoPictures
+from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run, stage_class
 from wuerstchen_core.training.sample_grid import sample_grid
@@ -72,8 +72,8 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
     with Image.open(trained(run_folder, stage) / "sheet-000004.png") as image:
         pixels = np.asarray(image)
     assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
-    held = DemoPictures(DATA["data"], held=True)
-    truth = np.asarray(sample_grid([held.view(held.spread(12))]))
+    held = DemoDataset(DATA["data"], held_out=True)
+    truth = np.asarray(sample_grid([held.images(held.evenly_spaced(12))]))
     assert np.array_equal(pixels[:TILE], truth)
     columns = len(held) * TILE
     assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()
@@ -210,15 +210,15 @@ def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path:
 
 
 def test_pictures_of_a_trial(run_folder: Path) -> None:
-    trained, held = DemoPictures(DATA["data"]), DemoPictures(DATA["data"], held=True)
-    assert len(trained) == 24 and len(held) == 8 and trained.images.shape[1:] == (3, 64, 64)
+    trained, held = DemoDataset(DATA["data"]), DemoDataset(DATA["data"], held_out=True)
+    assert len(trained) == 24 and len(held) == 8 and trained.pixels.shape[1:] == (3, 64, 64)
     assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
-    assert len(set(trained.pick(StepRandom(0, 0, 24)).tolist())) == 24
-    assert trained.pick(StepRandom(0, 0, 30)).shape == (30,)
+    assert len(set(trained.sample_batch(StepRandom(0, 0, 24)).tolist())) == 24
+    assert trained.sample_batch(StepRandom(0, 0, 30)).shape == (30,)
     assert trained.captions(torch.arange(4), StepRandom(0, 0, 4), drop=1.0) == [""] * 4
     words = trained.captions(torch.zeros(200, dtype=torch.long), StepRandom(0, 0, 200), drop=0.25)
     assert 25 < words.count("") < 75 and len(set(words)) > 20
-    assert held.spread(3).tolist() == [0, 2, 4] and held.spread(100).tolist() == list(range(8))
+    assert held.evenly_spaced(3).tolist() == [0, 2, 4] and held.evenly_spaced(100).tolist() == list(range(8))
 
 
 def test_crops_must_fit_the_pictures(run_folder: Path, tmp_path: Path) -> None:

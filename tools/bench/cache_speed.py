@@ -26,7 +26,7 @@ from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParam
 from wuerstchen_core.models.text_encoder import CLIP_BIGG, TextEncoder
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.data.build_cache import make_cache
-from wuerstchen_core.training.data.demo import DemoPictures
+from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.decoder import DecoderStage
@@ -43,10 +43,10 @@ TRAIN = "[train]\nlr = 1e-4\nlog_every = 1000\nsave_every = 1000\nsheet_every = 
 def pictures(folder: Path, side: int, count: int) -> Path:
     """The demo's first pictures, at a size, with captions."""
     folder.mkdir(exist_ok=True)
-    shown = DemoPictures({"things": 16})
+    shown = DemoDataset({"things": 16})
     captions = shown.captions(torch.arange(count), StepRandom(0, 0, count))
     for i, caption in enumerate(captions):
-        image = Image.fromarray(shown.images[i].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+        image = Image.fromarray(shown.pixels[i].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
         image.save(folder / f"{i:04d}.jpg", quality=92)
         (folder / f"{i:04d}.txt").write_text(caption, encoding="utf-8")
     return folder

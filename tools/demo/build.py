@@ -25,7 +25,7 @@ from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, known_words
 from wuerstchen_core.models.text_encoder import tokenize
 from wuerstchen_core.training.config import read_config
-from wuerstchen_core.training.data.demo import DataConfig
+from wuerstchen_core.training.data.demo import DemoDataConfig
 
 RECIPE = Path(__file__).parent
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in this order: later ones need earlier ones
@@ -51,12 +51,12 @@ SINGLES = 512  # CLIP's first tokens: each byte, inside a word and at its end
 LICENCE = "Weights: MIT. Trained on drawings of Google's Noto Emoji (Apache License 2.0), see ARTWORK-LICENSE.txt."
 
 
-def trained_on(config: Path) -> DataConfig:
+def trained_on(config: Path) -> DemoDataConfig:
     """The pictures that a stage's TOML file names."""
-    return from_table(DataConfig, read_config(config, []).get("data", {}), "data")
+    return from_table(DemoDataConfig, read_config(config, []).get("data", {}), "data")
 
 
-def vocabulary(data: DataConfig) -> dict[str, Any]:
+def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
     """What a model that was trained on these pictures can paint, for the bundle's metadata."""
     things = THINGS[: data.things]
     return {
@@ -94,7 +94,7 @@ def collect(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
     return parts
 
 
-def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
+def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DemoDataConfig) -> dict[str, Any]:
     """What a bundle says of itself."""
     return {"vocabulary": vocabulary(data), "sampling": sampling, "licence": LICENCE, "training": training}
 

@@ -22,7 +22,7 @@ from wuerstchen_core.demo.artwork import CANVAS
 from wuerstchen_core.demo.vocabulary import SHAPES, SIMPLE
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.models.prior import latents_from_features
-from wuerstchen_core.training.data.demo import DemoPictures
+from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
 from . import curves, edits, lora
@@ -69,10 +69,10 @@ def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
 def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
     """Factors for the latents that the samplers of Stage C and B work on."""
     assert pipe.image_encoder is not None and pipe.vqgan is not None
-    pictures = DemoPictures(held=True)
-    images = pictures.view(slice(None))
-    features = pictures.each("features", partial(encode_features, pipe.image_encoder))(slice(None))
-    latents = pictures.each("latents", partial(encode_latents, pipe.vqgan))(slice(None))
+    pictures = DemoDataset(held_out=True)
+    images = pictures.images(slice(None))
+    features = pictures.map_images("features", partial(encode_features, pipe.image_encoder))(slice(None))
+    latents = pictures.map_images("latents", partial(encode_latents, pipe.vqgan))(slice(None))
     return {"prior": fit_factors(latents_from_features(features), images), "decoder": fit_factors(latents, images)}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..training.data.error_budget import listed
+from ..common.text import listed
 from .batch_output import PictureFolder, Shard, check_form, shard_path
 from .options import load, numbers_of
 from .progress import Lines, Progress

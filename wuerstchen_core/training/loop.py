@@ -140,7 +140,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         for network in self.stage.frozen:
             network.to(accelerator.device)
-        self.stage.pictures.begin(
+        self.stage.dataset.start_reading(
             data.get("position", 0), data.get("fingerprint", ""),
             batch=config.batch, seed=config.seed, cache=self.folder,
             rank=accelerator.process_index, world=accelerator.num_processes,
@@ -236,9 +236,9 @@ class _Run:
 
     def _read_so_far(self) -> dict[str, Any]:
         """How far the pictures were read: as far as the process that is furthest, where they read streams."""
-        position = torch.tensor([self.stage.pictures.position], device=self.accelerator.device)
+        position = torch.tensor([self.stage.dataset.position], device=self.accelerator.device)
         furthest = self.accelerator.gather(position).max().item()
-        return {"position": furthest, "fingerprint": self.stage.pictures.fingerprint}
+        return {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
 
     def _resume(self) -> tuple[int, float, dict[str, Any]]:
         """Go on from the checkpoint, if there is one, and drop what the log says beyond it; the step, the seconds that

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
 from ..checkpoints.diffusers_layout import is_component, save_component
-from .data.dataset import Pictures
+from .data.dataset import ImageDataset
 from .rng import StepRandom
 
 N = TypeVar("N", bound=nn.Module)
@@ -25,7 +25,7 @@ class Stage(ABC, Generic[N]):
     tables: tuple[str, ...]  # top-level configuration keys that only some stages read
     net: N  # everything that learns
     frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
-    pictures: Pictures  # what it learns from
+    dataset: ImageDataset  # what it learns from
     told: Mapping[str, Any] = {}  # what the weights' metadata say of where they began
     idle_weights = False  # whether there are steps in which some weights get no gradient
     undivided = ""  # what of its configuration asks for whole weights, which FSDP divides

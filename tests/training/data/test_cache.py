@@ -23,7 +23,7 @@ from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.checkpoints.source import TOWERS
 from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
-from wuerstchen_core.training.data.files import FilePictures
+from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.latent_cache import CachedShards
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
@@ -213,16 +213,16 @@ def test_filters_and_sizes_hold_for_a_cache(tmp_path: Path, config: Path, caplog
     source = write_folder(tmp_path / "scored", files)
     make_cache(config, [f"data.source='{source}'", 'cache.what=["text"]', "data.min_aesthetic=1"])
     data = {"source": str(config.parent / "cache"), "size": 64, "multiple": 64, "workers": 0}
-    pictures = FilePictures({**data, "min_aesthetic": 2.0, "max_side": 68}, made_by=made_by(config))
-    pictures.states(load_nothing)
+    pictures = FileDataset({**data, "min_aesthetic": 2.0, "max_side": 68}, made_by=made_by(config))
+    pictures.map_captions(load_nothing)
     with caplog.at_level(logging.INFO):
-        pictures.begin(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
+        pictures.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
     assert "3 pictures, left out 1 of low aesthetic score, 1 too large" in caplog.text
-    assert set(pictures.pick(StepRandom(0, 0, 3)).names) == {f"00000.tar:00000000{i}" for i in (2, 3, 4)}
-    other = FilePictures({**data, "size": 128}, made_by=made_by(config))
-    other.states(load_nothing)
+    assert set(pictures.sample_batch(StepRandom(0, 0, 3)).names) == {f"00000.tar:00000000{i}" for i in (2, 3, 4)}
+    other = FileDataset({**data, "size": 128}, made_by=made_by(config))
+    other.map_captions(load_nothing)
     with pytest.raises(ValueError, match="no picture is left of 5 that can be read: 5 cached in other sizes;"):
-        other.begin(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
+        other.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
 
 
 def made_by(config: Path) -> Any:
@@ -335,7 +335,7 @@ def test_resumed_exactly(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = losses("prior", made, *told)
     stopped = f"run='{made.parent / 'stopped'}'"
     with monkeypatch.context() as patch:
-        patch.setattr(FilePictures, "pick", stop_at(FilePictures.pick, 4))
+        patch.setattr(FileDataset, "sample_batch", stop_at(FileDataset.sample_batch, 4))
         with pytest.raises(KeyboardInterrupt):
             run("prior", made, [*told, stopped])
     after = [row["loss"] for row in read_log(run("prior", made, [*told, stopped]).parent)]

@@ -15,7 +15,7 @@ from PIL import Image
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.data.buckets import bucket_sizes, fit, nearest_buckets
 from wuerstchen_core.training.data.filters import Choice, Filters, left_out
-from wuerstchen_core.training.data.open import PicturesConfig
+from wuerstchen_core.training.data.open import ImageDataConfig
 from wuerstchen_core.training.data.source import ENTRY, entry
 
 ORIGINAL = Filters(min_side=512, max_side=4096, max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.99)
@@ -92,8 +92,8 @@ def test_a_picture_is_covered_and_cropped() -> None:
         assert torch.equal(fitted[:, 32, 4], left) and torch.equal(fitted[:, 32, 60], red)
 
 
-def config(**values: Any) -> PicturesConfig:
-    return from_table(PicturesConfig, {"source": "pictures", **values}, "data")
+def config(**values: Any) -> ImageDataConfig:
+    return from_table(ImageDataConfig, {"source": "pictures", **values}, "data")
 
 
 def test_the_table() -> None:
@@ -137,4 +137,4 @@ def test_a_mistake_in_the_table(values: dict[str, Any], message: str) -> None:
 
 def test_a_source_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^\[data\] lacks source$"):
-        from_table(PicturesConfig, {}, "data")
+        from_table(ImageDataConfig, {}, "data")

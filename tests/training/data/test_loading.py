@@ -18,7 +18,7 @@ from PIL import Image
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.data.error_budget import ErrorBudget
 from wuerstchen_core.training.data.loading import Batch, IndexedPictures, Pictures
-from wuerstchen_core.training.data.open import PicturesConfig, open_pictures
+from wuerstchen_core.training.data.open import ImageDataConfig, open_pictures
 
 SHAPES = [[64, 64], [64, 128]]
 Seen = list[tuple[list[int], list[str], tuple[int, ...]]]
@@ -30,7 +30,7 @@ def opened(source: str | Path | list[str], batch: int = 4, **options: Any) -> Pi
     kind = source if isinstance(source, list) else str(source)
     table = {"source": kind, "buckets": SHAPES, "workers": 0, **options}
     cache = Path(kind if isinstance(kind, str) else kind[0]).parent / "index"
-    config = from_table(PicturesConfig, table, "data")
+    config = from_table(ImageDataConfig, table, "data")
     return open_pictures(config, batch=batch, cache=cache, **{"seed": 0, **own})
 
 

@@ -19,7 +19,7 @@ from helpers.picture_folders import examples, picture, shard, table
 
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.data.loading import Batch, Pictures
-from wuerstchen_core.training.data.open import PicturesConfig, open_pictures
+from wuerstchen_core.training.data.open import ImageDataConfig, open_pictures
 from wuerstchen_core.training.data.streams import shown
 
 pytest.importorskip("webdataset")
@@ -61,7 +61,7 @@ def site(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def opened(source: str | list[str], batch: int = 4, rank: int = 0, world: int = 1, **values: Any) -> Pictures:
     """A stream; `cat` makes one of local shards."""
     data = {"source": source, "buckets": [[64, 64]], "workers": 0, "allow_pipe": True, **values}
-    config = from_table(PicturesConfig, data, "data")
+    config = from_table(ImageDataConfig, data, "data")
     return open_pictures(config, batch=batch, seed=0, cache=Path("unused"), rank=rank, world=world)
 
 

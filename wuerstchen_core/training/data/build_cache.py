@@ -46,7 +46,7 @@ from .error_budget import ErrorBudget
 from .filters import Choice
 from .latent_cache import DTYPES, KEPT, NO_WORDS, RECORD, Record, members_of, read_record
 from .loading import IndexedPictures, read_example
-from .open import PicturesConfig, cache_of, open_pictures
+from .open import ImageDataConfig, cache_of, open_pictures
 from .source import Source
 from .tars import add_member
 
@@ -124,7 +124,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
     if "source" not in config.get("data", {}):
         raise ValueError("[data] names no source of pictures to cache: the demo's own are kept in memory anyway")
-    data = from_table(PicturesConfig, config["data"], "data")
+    data = from_table(ImageDataConfig, config["data"], "data")
     if cache_of(data) is not None:
         raise ValueError("[data] source is a cache itself: name the pictures that it was made of")
     if not options.output or Path(options.output).resolve() in {Path(name).resolve() for name in data.names}:

@@ -1,4 +1,4 @@
-"""Pictures as the stages take them."""
+"""The interface between training images and the stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-class Pictures(ABC):
+class ImageDataset(ABC):
     """What stages train on. What `pick` gives stands for the pictures of a batch wherever they are asked for."""
 
     side: int  # the shortest there is, in pixels
@@ -30,7 +30,7 @@ class Pictures(ABC):
     position = 0  # where to go on reading after the last batch
     fingerprint = ""  # of what is read and how, if that can change
 
-    def begin(
+    def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
         """Be ready to read on from a `position` of pictures that had a `fingerprint`: `batch` pictures a time for
@@ -38,7 +38,7 @@ class Pictures(ABC):
         self.position = position
 
     @abstractmethod
-    def pick(self, rng: StepRandom) -> Any:
+    def sample_batch(self, rng: StepRandom) -> Any:
         """The pictures of a batch."""
 
     @abstractmethod
@@ -46,42 +46,42 @@ class Pictures(ABC):
         """A wording for each; a share of `drop` is empty."""
 
     @abstractmethod
-    def view(self, picked: Any) -> Tensor:
+    def images(self, picked: Any) -> Tensor:
         """The pictures [B, 3, H, W] in [0, 1]."""
 
-    def lacks(self, name: str) -> bool:
+    def must_compute(self, name: str) -> bool:
         """Whether what `each` (or, for "text", `states`) calls by this name has to be computed."""
         return True
 
     @abstractmethod
-    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Any], Tensor]:
+    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Any], Tensor]:
         """What `derive` makes of the `name` of the pictures of a batch: of what `compute` makes of these pictures
         [B, 3, H, W] in [0, 1], or made of them before."""
 
-    def states(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:
+    def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:
         """What `compute` makes of the `captions` of a batch."""
         return lambda picked, rng, drop: compute(self.captions(picked, rng, drop))
 
     @abstractmethod
-    def held(self) -> Shown | None:
-        """Pictures for a sheet, best such that are not trained on."""
+    def preview_images(self) -> InMemoryDataset | None:
+        """Returns images for a sample grid, held out from training if possible."""
 
 
-class Shown(Pictures):
-    """Pictures [N, 3, H, W] uint8 in memory, all of one size; a batch is their indices."""
+class InMemoryDataset(ImageDataset):
+    """Images [N, 3, H, W] uint8 in memory, all of one size; a batch is their indices."""
 
     def __init__(self, images: Tensor, texts: Sequence[str] = ()):
-        self.images, self.texts = images, texts
+        self.pixels, self.texts = images, texts
         self.side, self.square = min(images.shape[-2:]), images.shape[-1] == images.shape[-2]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pixels)
 
-    def pick(self, rng: StepRandom) -> Tensor:
+    def sample_batch(self, rng: StepRandom) -> Tensor:
         """Indices [n] of random pictures, without repetition in a batch where there are enough."""
         return rng.pick(len(self))
 
-    def spread(self, count: int) -> Tensor:
+    def evenly_spaced(self, count: int) -> Tensor:
         """Indices of up to `count` pictures from all over, for a sheet."""
         return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
@@ -94,14 +94,14 @@ class Shown(Pictures):
         """What a picture shows, in words of which `words` may choose."""
         return self.texts[index]
 
-    def view(self, picked: Tensor | slice) -> Tensor:
-        return self.images[picked].float() / 255
+    def images(self, picked: Tensor | slice) -> Tensor:
+        return self.pixels[picked].float() / 255
 
-    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Tensor | slice], Tensor]:
+    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Tensor | slice], Tensor]:
         """It is computed here and now, of all pictures."""
         starts = range(0, len(self), AT_ONCE)
-        known = torch.cat([derive(compute(self.view(slice(start, start + AT_ONCE)))) for start in starts])
+        known = torch.cat([derive(compute(self.images(slice(start, start + AT_ONCE)))) for start in starts])
         return lambda picked: known[picked]
 
-    def held(self) -> Shown | None:
+    def preview_images(self) -> InMemoryDataset | None:
         return self

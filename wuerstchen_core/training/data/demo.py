@@ -26,13 +26,13 @@ from ...demo.vocabulary import (
     scenes,
 )
 from ..rng import StepRandom
-from .dataset import Compute, Pictures, Shown, as_it_is
+from .dataset import Compute, ImageDataset, InMemoryDataset, as_it_is
 
 MOST, FEWER = 1000, 400  # scenes of one layout, if nobody says how many: simple ones on squares, and others
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DemoDataConfig:
     """The `[data]` table of the demo's pictures, for a trial that need not take hours."""
 
     canvas: int = CANVAS  # pixels, a multiple of 64
@@ -56,16 +56,16 @@ class DataConfig:
             raise ValueError(f"[data] background {self.background!r} is unknown: choose {', '.join(COLOURS)}")
 
 
-class DemoPictures(Shown):
+class DemoDataset(InMemoryDataset):
     """The demo's scenes of one shape, without the held-out ones (or only these)."""
 
-    def __init__(self, data: Mapping[str, Any] | None = None, held: bool = False, shape: str = ""):
+    def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = ""):
         """`shape`: the first that `data` names, unless told."""
         self._data = data or {}
-        self.config = config = from_table(DataConfig, self._data, "data")
+        self.config = config = from_table(DemoDataConfig, self._data, "data")
         self._shape = shape or config.shapes[0]
-        self.scenes = [scene for layout in config.layouts for scene in self._some(layout, held)]
-        if not self.scenes and not held:
+        self.scenes = [scene for layout in config.layouts for scene in self._some(layout, held_out)]
+        if not self.scenes and not held_out:
             raise ValueError(
                 f"[data] leaves no {self._shape} scene to draw: of these layouts none has only the first "
                 f"{config.things} things{' on this background' if config.background else ''}; choose more of them"
@@ -88,7 +88,7 @@ class DemoPictures(Shown):
         most = self.config.most or (MOST if layout in SIMPLE and not shape else FEWER)
         return shown if len(shown) <= most else random.Random(f"{layout} {self._shape}").sample(shown, most)
 
-    def pick(self, rng: StepRandom) -> Tensor:
+    def sample_batch(self, rng: StepRandom) -> Tensor:
         return self._order[rng.pick(len(self._order))]
 
     def wording(self, index: int, words: random.Random) -> str:
@@ -97,43 +97,45 @@ class DemoPictures(Shown):
             scene = scene._replace(colour=words.randrange(len(COLOURS)))
         return caption(scene, words)
 
-    def held(self) -> Shown | None:
+    def preview_images(self) -> InMemoryDataset | None:
         return self._held if len(self._held) else None
 
     @cached_property
-    def _held(self) -> DemoPictures:
+    def _held(self) -> DemoDataset:
         """Drawn once, not for each sheet."""
-        return DemoPictures(self._data, held=True)
+        return DemoDataset(self._data, held_out=True)
 
 
-class DemoShapes(Pictures):
+class MultiShapeDemoDataset(ImageDataset):
     """The demo's scenes of several shapes; a batch is of one, which is drawn in proportion to its scenes."""
 
     square = False
 
     def __init__(self, data: Mapping[str, Any]):
-        self.shown = [DemoPictures(data, shape=shape) for shape in from_table(DataConfig, data, "data").shapes]
+        self.shown = [DemoDataset(data, shape=shape) for shape in from_table(DemoDataConfig, data, "data").shapes]
         self.side = min(one.side for one in self.shown)
 
-    def pick(self, rng: StepRandom) -> tuple[int, Tensor]:
+    def sample_batch(self, rng: StepRandom) -> tuple[int, Tensor]:
         """Which of `shown`, and the indices [n] there."""
         place, shape = rng.shared(sum(map(len, self.shown))), 0
         while place >= len(self.shown[shape]):
             place, shape = place - len(self.shown[shape]), shape + 1
-        return shape, self.shown[shape].pick(rng)
+        return shape, self.shown[shape].sample_batch(rng)
 
     def captions(self, picked: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:
         shape, indices = picked
         return self.shown[shape].captions(indices, rng, drop)
 
-    def view(self, picked: tuple[int, Tensor]) -> Tensor:
+    def images(self, picked: tuple[int, Tensor]) -> Tensor:
         shape, indices = picked
-        return self.shown[shape].view(indices)
+        return self.shown[shape].images(indices)
 
-    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[tuple[int, Tensor]], Tensor]:
-        known = [one.each(name, compute, derive) for one in self.shown]
+    def map_images(
+        self, name: str, compute: Compute, derive: Compute = as_it_is
+    ) -> Callable[[tuple[int, Tensor]], Tensor]:
+        known = [one.map_images(name, compute, derive) for one in self.shown]
         return lambda picked: known[picked[0]](picked[1])
 
-    def held(self) -> Shown | None:
+    def preview_images(self) -> InMemoryDataset | None:
         """Of the first shape."""
-        return self.shown[0].held()
+        return self.shown[0].preview_images()

@@ -1,4 +1,4 @@
-"""Pictures of one's own to train on, as the stages take them."""
+"""Datasets of image files, as the stages read them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ...common.dataclass_config import from_table
 from ..rng import StepRandom
 from ..stages.networks import COMPUTED_BY, weights_fingerprint
 from .buckets import fit
-from .dataset import Compute, Pictures, Shown, as_it_is
-from .demo import DataConfig, DemoPictures, DemoShapes
+from .dataset import Compute, ImageDataset, InMemoryDataset, as_it_is
+from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .latent_cache import Record, no_words
 from .loading import Batch, IndexedPictures
-from .open import PicturesConfig, cache_of, open_pictures
+from .open import ImageDataConfig, cache_of, open_pictures
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ SHOWN = 24  # pictures of a sheet
 STREAM = "stream"  # in place of a fingerprint
 
 
-class FilePictures(Pictures):
+class FileDataset(ImageDataset):
     """The batches of a `[data]` table that names a source; what networks make of them is computed as they come, or
     taken of a cache."""
 
     def __init__(self, data: Mapping[str, Any], captions: bool = True, made_by: Callable[[str], str] = str):
         """`made_by` gives the fingerprint of the network that would compute something, by the name of that."""
-        self.config, self._captions = from_table(PicturesConfig, data, "data"), captions
+        self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self._batches: Iterator[Batch] = iter(())
@@ -41,7 +41,7 @@ class FilePictures(Pictures):
         self._kept: set[str] = set()  # names of what is taken of the cache
         self._computed: set[str] = set()  # and of what is made of pictures
 
-    def begin(
+    def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
         told: dict[str, Any] = {"batch": batch, "seed": seed, "cache": cache, "rank": rank, "world": world}
@@ -66,7 +66,7 @@ class FilePictures(Pictures):
         if (there := len(list(folder.glob("*.tar")))) < record.shards:
             log.warning("%s has %d of its %d shards: `train cache` makes the rest", folder, there, record.shards)
 
-    def pick(self, rng: StepRandom) -> Batch:
+    def sample_batch(self, rng: StepRandom) -> Batch:
         picked = next(self._batches)
         self.position = picked.next
         return picked
@@ -74,10 +74,10 @@ class FilePictures(Pictures):
     def captions(self, picked: Batch, rng: StepRandom, drop: float = 0.0) -> list[str]:
         return ["" if empty else text for empty, text in zip(rng.uniform() < drop, picked.captions, strict=True)]
 
-    def view(self, picked: Batch) -> Tensor:
+    def images(self, picked: Batch) -> Tensor:
         return picked.images.float() / 255
 
-    def lacks(self, name: str) -> bool:
+    def must_compute(self, name: str) -> bool:
         """Whether no cache holds it. ValueError if a cache holds what another network made, or lacks what is needed."""
         if self.cache is None:
             return True
@@ -96,16 +96,16 @@ class FilePictures(Pictures):
             )
         return True
 
-    def each(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Batch], Tensor]:
-        if self.lacks(name):
+    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Batch], Tensor]:
+        if self.must_compute(name):
             self._computed.add(name)
-            return lambda picked: derive(compute(self.view(picked)))
+            return lambda picked: derive(compute(self.images(picked)))
         self._kept.add(name)
         return lambda picked: derive(picked.kept[name].float())
 
-    def states(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Batch, StepRandom, float], Tensor]:
-        if self.cache is None or self.lacks("text"):
-            return super().states(compute)
+    def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Batch, StepRandom, float], Tensor]:
+        if self.cache is None or self.must_compute("text"):
+            return super().map_captions(compute)
         self._kept.add("text")
         nothing = no_words(self.cache.folder)
 
@@ -115,7 +115,7 @@ class FilePictures(Pictures):
 
         return kept
 
-    def held(self) -> Shown | None:
+    def preview_images(self) -> InMemoryDataset | None:
         """The first pictures of the fullest bucket, which are trained on, too; None of a stream, and of a cache that
         keeps none."""
         if not isinstance(self._pictures, IndexedPictures) or (self.cache and not self.cache.record.pictures):
@@ -131,10 +131,10 @@ class FilePictures(Pictures):
                 texts = texts[: len(images)]
             if len(images) == SHOWN:
                 break
-        return Shown(torch.stack(images), texts)
+        return InMemoryDataset(torch.stack(images), texts)
 
 
-def pictures_of(config: Mapping[str, Any], captions: bool = True, tower: str = COMPUTED_BY["text"][1]) -> Pictures:
+def open_dataset(config: Mapping[str, Any], captions: bool = True, tower: str = COMPUTED_BY["text"][1]) -> ImageDataset:
     """The pictures that a configuration asks for: of the source that its `[data]` table names, or the demo's.
 
     Without `captions` none are needed; `tower` is the part of a bundle that reads them.
@@ -142,6 +142,6 @@ def pictures_of(config: Mapping[str, Any], captions: bool = True, tower: str = C
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
         made_by = cache(partial(weights_fingerprint, config, tower=tower))  # it is asked more than once
-        return FilePictures(data, captions, made_by)
-    several = len(from_table(DataConfig, data, "data").shapes) > 1
-    return DemoShapes(data) if several else DemoPictures(data)
+        return FileDataset(data, captions, made_by)
+    several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
+    return MultiShapeDemoDataset(data) if several else DemoDataset(data)

@@ -31,7 +31,7 @@ STREAMS = ("http:", "https:", "pipe:")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PicturesConfig(Filters):
+class ImageDataConfig(Filters):
     """The `[data]` table of a run on pictures of one's own; beside these keys it takes those of `Filters`."""
 
     # Folders of pictures, or shards: .tar files, folders of them, http(s):// addresses; {000..127} counts.
@@ -81,7 +81,7 @@ class PicturesConfig(Filters):
 
 
 def open_pictures(
-    config: PicturesConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
+    config: ImageDataConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
     captions: bool = True, images: bool = True, kept: tuple[str, ...] = (),
 ) -> Pictures:  # fmt: skip
     """The pictures that a table describes, in batches of `batch` for each of `world` processes.
@@ -108,7 +108,7 @@ def open_pictures(
     )
 
 
-def cache_of(config: PicturesConfig) -> Cache | None:
+def cache_of(config: ImageDataConfig) -> Cache | None:
     """The cache that a table names as its source, if it does. ValueError if what it asks for is not in any."""
     names = config.names
     cache = None if any(name.startswith(STREAMS) for name in names) else find_cache(names)

@@ -32,7 +32,7 @@ class StageB(DiffusionStage[N]):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
-        self.features = self.pictures.each("features", self.encode_features)
+        self.features = self.dataset.map_images("features", self.encode_features)
 
     @cached_property
     def vqgan(self) -> VQGAN:
@@ -68,4 +68,4 @@ class DecoderStage(StageB[Decoder], NoisePrediction[Decoder]):
         self.noise = self.spoilt = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
         self.net = load_or_create(config, "decoder", Decoder, DecoderParams)
         super().__init__(config)
-        self.latents = self.pictures.each("latents", self.encode_latents)
+        self.latents = self.dataset.map_images("latents", self.encode_latents)

@@ -15,7 +15,7 @@ from ...diffusion.schedule import diffuse
 from ...inference.settings import SamplingSettings
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
-from ..data.files import pictures_of
+from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..sample_grid import sample_grid
 from ..stage import N, Stage
@@ -37,8 +37,10 @@ class DiffusionStage(Stage[N]):
             freeze_quick_times(self.net)
             self.undivided = "[noise] slow_times"
         self.config = config
-        self.pictures = pictures_of(config, tower=self.reads)
-        self.frozen = tuple(getattr(self, self.networks[name]) for name in self.networks if self.pictures.lacks(name))
+        self.dataset = open_dataset(config, tower=self.reads)
+        self.frozen = tuple(
+            getattr(self, self.networks[name]) for name in self.networks if self.dataset.must_compute(name)
+        )
         params: Any = self.net.params
         width, needed = read_input(config, "text", self.reads).params.width, text_width(params)
         if needed is not None and width != needed:
@@ -62,7 +64,7 @@ class DiffusionStage(Stage[N]):
 
     def texts(self) -> Callable[[Any, StepRandom, float], Tensor]:
         """What the network is given of the captions of pictures, a share of which is dropped: their states."""
-        return self.pictures.states(lambda prompts: encode_text(self.tower, prompts))
+        return self.dataset.map_captions(lambda prompts: encode_text(self.tower, prompts))
 
     @abstractmethod
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
@@ -77,7 +79,7 @@ class DiffusionStage(Stage[N]):
         """What `net` makes of pictures [B, 3, H, W] in [0, 1] with these captions; None if it can't yet."""
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        picked = self.pictures.pick(rng)
+        picked = self.dataset.sample_batch(rng)
         text = self.text(picked, rng, self.noise.text_drop)
         given = self.given(picked, rng)
         t = draw_times(self.noise, step, rng)
@@ -85,12 +87,12 @@ class DiffusionStage(Stage[N]):
 
     def sample_grid(self, net: N) -> Image.Image | None:
         """Held-out pictures, and under each what the network makes of it."""
-        held = self.pictures.held()
+        held = self.dataset.preview_images()
         if held is None:
             return None
-        picked = held.spread(24)
+        picked = held.evenly_spaced(24)
         prompts = held.captions(picked, StepRandom(0, 0, len(picked)))
-        truth = held.view(picked)
+        truth = held.images(picked)
         height, width = truth.shape[-2:]
         sampling = SamplingSettings(
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12

@@ -22,7 +22,7 @@ from ...common.dataclass_config import from_table
 from ...diffusion.schedule import expand
 from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ...models.prior import PriorParams, latents_from_features
-from ..data.files import pictures_of
+from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..sample_grid import sample_grid
 from ..stage import Stage
@@ -116,10 +116,10 @@ class EncoderStage(Stage[Compressor]):
                 raise ValueError("[encoder] backbone is for a new encoder: leave it out, or start")
             load_backbone(encoder, Path(self.options.backbone))
         self.net = Compressor(encoder, self.options, begun="start" in config)
-        self.pictures = pictures_of(config, captions=False)
+        self.dataset = open_dataset(config, captions=False)
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        images = self.pictures.view(self.pictures.pick(rng))
+        images = self.dataset.images(self.dataset.sample_batch(rng))
         height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
         noise = rng.normal(self.net.image_encoder.params.c_latent, height, width)
         return images, noise * expand(rng.uniform() * self.options.noise, noise)
@@ -131,10 +131,10 @@ class EncoderStage(Stage[Compressor]):
         return F.mse_loss(out, target)
 
     def sample_grid(self, net: Compressor) -> Image.Image | None:
-        held = self.pictures.held()
+        held = self.dataset.preview_images()
         if held is None:
             return None
-        truth = held.view(held.spread(24)).to(next(net.parameters()).device)
+        truth = held.images(held.evenly_spaced(24)).to(next(net.parameters()).device)
         out = torch.cat([net(part, truth.new_zeros(())) for part in truth.split(12)])
         return sample_grid([truth[:12], out[:12], truth[12:], out[12:]])
 

@@ -185,7 +185,7 @@ class LoraStage(PriorStage):
     def texts(self) -> Callable[[Any, StepRandom, float], Tensor]:
         if not self.adapters.text_targets:
             return super().texts()
-        return lambda picked, rng, drop: torch.stack(tokenize(self.pictures.captions(picked, rng, drop)))
+        return lambda picked, rng, drop: torch.stack(tokenize(self.dataset.captions(picked, rng, drop)))
 
     def reader(self, net: Prior) -> TextEncoder:
         tower = net.get_submodule(TEXT_ENCODER) if self.adapters.text_targets else super().reader(net)

@@ -43,7 +43,7 @@ class PriorStage(NoisePrediction[Prior]):
         self.net = self.start(config)
         super().__init__(config)
         units = partial(latents_from_features, params=self.net.params)
-        self.latents = self.pictures.each("features", self.encode_features, units)
+        self.latents = self.dataset.map_images("features", self.encode_features, units)
 
     def start(self, config: Mapping[str, Any]) -> Prior:
         """The network before its first step."""

@@ -17,7 +17,7 @@ from ...common.geometry import prior_side
 from ...models.image_encoder import ImageEncoder
 from ...models.prior import latents_from_features
 from ...models.text_encoder import TextEncoder, TextEncoderParams, tokenize
-from ..data.files import pictures_of
+from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..sample_grid import sample_grid
 from ..stage import Stage
@@ -66,15 +66,15 @@ class TextStage(Stage[Contrast]):
 
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
-        self.pictures = pictures_of(config)
+        self.dataset = open_dataset(config)
         self.config = config
-        self.frozen = (self.encoder,) if self.pictures.lacks("features") else ()
-        self.features = self.pictures.each("features", self._features_of, latents_from_features)
-        if not self.pictures.square:
+        self.frozen = (self.encoder,) if self.dataset.must_compute("features") else ()
+        self.features = self.dataset.map_images("features", self._features_of, latents_from_features)
+        if not self.dataset.square:
             raise ValueError("[data] the text stage learns from squares of one size: leave ratio at 1, and buckets out")
         channels = read_input(config, "encoder", "image_encoder").params.c_latent
         tower = load_or_create(config, "prior_text_encoder", TextEncoder, TextEncoderParams)
-        self.net = Contrast(tower, channels * prior_side(self.pictures.side) ** 2, options.joint)
+        self.net = Contrast(tower, channels * prior_side(self.dataset.side) ** 2, options.joint)
 
     @cached_property
     def encoder(self) -> ImageEncoder:
@@ -84,25 +84,25 @@ class TextStage(Stage[Contrast]):
         return encode_features(self.encoder, images)
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        picked = self.pictures.pick(rng)
+        picked = self.dataset.sample_batch(rng)
         features = self.features(picked)
         features += 0.3 * rng.normal(*features.shape[1:])
-        return (*tokenize(self.pictures.captions(picked, rng)), features)
+        return (*tokenize(self.dataset.captions(picked, rng)), features)
 
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
 
     def sample_grid(self, net: Contrast) -> Image.Image | None:
         """Held-out pictures, and under each the one that its caption finds among them."""
-        held = self.pictures.held()
+        held = self.dataset.preview_images()
         if held is None:
             return None
-        device, picked = net.scale.device, held.spread(12)
+        device, picked = net.scale.device, held.evenly_spaced(12)
         ids, mask = (x.to(device) for x in tokenize(held.captions(picked, StepRandom(0, 0, len(picked)))))
         self.encoder.to(device)
-        features = held.each("features", self._features_of, latents_from_features)(slice(None)).to(device)
+        features = held.map_images("features", self._features_of, latents_from_features)(slice(None)).to(device)
         found = (net.texts(ids, mask) @ net.pictures(features).T).argmax(1).cpu()
-        return sample_grid([held.view(picked), held.view(found)])
+        return sample_grid([held.images(picked), held.images(found)])
 
     def parts(self, net: Contrast) -> dict[str, nn.Module]:
         return {"text_encoder": net.tower}

@@ -70,7 +70,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             )
         if codes.width and "start" not in config:
             self._acquaint(codebook, codes.width)
-        self.tokens = self.pictures.each("latents", self.encode_latents, partial(encode_tokens, self.vqgan))
+        self.tokens = self.dataset.map_images("latents", self.encode_latents, partial(encode_tokens, self.vqgan))
 
     @torch.no_grad()
     def _acquaint(self, codebook: Tensor, width: float) -> None:

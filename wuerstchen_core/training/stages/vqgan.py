@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...common.dataclass_config import from_table
 from ...models.vqgan import VQGAN, VQGANParams
-from ..data.files import pictures_of
+from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..sample_grid import sample_grid
 from ..stage import Stage
@@ -93,14 +93,14 @@ class VQGANStage(Stage[Autoencoder]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.begun = "start" in config
         self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN, VQGANParams), self.begun)
-        self.pictures = pictures_of(config, captions=False)
-        crop, room = self.options.crop, self.pictures.side - 2 * self.options.margin
+        self.dataset = open_dataset(config, captions=False)
+        crop, room = self.options.crop, self.dataset.side - 2 * self.options.margin
         if not 0 < crop <= room:
             raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
-        images = self.pictures.view(self.pictures.pick(rng))
+        images = self.dataset.images(self.dataset.sample_batch(rng))
         room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
         corners = margin + (rng.uniform(2) * (room + 1)).long()
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
@@ -113,10 +113,10 @@ class VQGANStage(Stage[Autoencoder]):
         return net(images, through_codes, seeding=not self.begun and step == self.options.quantize_from)
 
     def sample_grid(self, net: Autoencoder) -> Image.Image | None:
-        held = self.pictures.held()
+        held = self.dataset.preview_images()
         if held is None:
             return None
-        truth = held.view(held.spread(12)).to(next(net.parameters()).device)
+        truth = held.images(held.evenly_spaced(12)).to(next(net.parameters()).device)
         latents = net.vqgan.encode(truth)
         return sample_grid([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
 
