@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core.demo.vocabulary import vocabulary_note
+from ..wuerstchen_core.demo.vocabulary import unknown_words_note
 from .host.clip import metadata_of
 from .schema import schema
 
@@ -49,8 +49,7 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior_clip: Any, decoder_clip: Any, text: str) -> io.NodeOutput:
-        note = vocabulary_note([_EMBEDDING.sub(" ", text)], metadata_of(prior_clip))
-        if note:
+        if note := unknown_words_note([_EMBEDDING.sub(" ", text)], metadata_of(prior_clip), reported=set()):
             logger.warning(note)
         states = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for clip in (prior_clip, decoder_clip))
         return io.NodeOutput(*states)

@@ -280,3 +280,18 @@ def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", bundle, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert [part["name"] for part in report["parts"]][:2] == ["prior", "decoder"] and report["vocabulary"] == 6
+
+
+def test_inspect_lists_the_words(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", "demo", "--words") == 0
+    text = capsys.readouterr().out
+    assert [line.split(" (")[0] for line in text.splitlines() if line[0] != " "] == [
+        "things", "backgrounds", "sizes", "positions", "shapes", "synonyms and other words",
+    ]  # fmt: skip
+    assert "red apple" in text and "top left" in text and max(map(len, text.splitlines())) <= 100
+    assert run("inspect", bundle, "--words", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["backgrounds"] == ["blue"]
+    free = write_tiny_bundle(here / "free.safetensors", {})
+    assert run("inspect", free, "--words") == 0
+    out = capsys.readouterr().out
+    assert str(free) in out and out.count("\n") == 1

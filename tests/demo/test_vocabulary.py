@@ -20,8 +20,8 @@ from wuerstchen_core.demo.vocabulary import (
     held_out,
     known_words,
     scenes,
-    unknown_words,
-    vocabulary_note,
+    unknown_words_note,
+    word_list,
 )
 
 NAMES = {thing.name: index for index, thing in enumerate(THINGS)}
@@ -167,12 +167,6 @@ def test_captions_repeat_with_their_seed_and_vary_without():
     assert len(set(first)) > 25
 
 
-def test_unknown_words_are_listed_once_in_order():
-    prompt = "A DRAGON, a red dragon's cat on 2 blue castles!"
-    assert unknown_words(prompt, known_words()) == ["dragon", "s", "castles"]
-    assert unknown_words("", known_words()) == []
-
-
 def extent(picture):
     """The first column, the first row, and the last ones, of what is no background."""
     rows, columns = np.nonzero((picture != picture[0, 0]).any(axis=-1))
@@ -230,23 +224,34 @@ def test_every_thing_has_its_drawing():
     assert {thing.icon for thing in THINGS} == set(artwork._artwork()["icons"])
 
 
-def test_a_long_prompt_of_unknown_words_is_noted_in_a_short_line():
+def vocabulary(**values):
+    return {"vocabulary": {"words": ["an", "apple", "cat", "red"], "things": ["red apple", "cat"], **values}}
+
+
+def test_unknown_words_are_named_once_with_the_nearest_known_ones():
+    reported = set()
+    note = unknown_words_note(["A CATS an aple, aple!", "2 xylophones"], vocabulary(), reported, "my model")
+    words, more = note.splitlines()
+    assert words.startswith('"a", "cats", "aple", "xylophones" are') and words.endswith(": cat, apple, red apple")
+    assert "inspect my model --words" in more and " 4 " in more
+    assert reported == {"a", "cats", "aple", "xylophones"}
+    again = unknown_words_note(["cats and an aple"], vocabulary(), reported)
+    assert again.startswith('"and" is') and "inspect demo --words" in again
+    assert unknown_words_note(["an apple", "and cats"], vocabulary(), reported) is None
+    assert unknown_words_note(["a zebra"], {}, set()) is None
+
+
+def test_the_note_on_a_long_prompt_stays_short():
     words = [f"{a}{b}{c}x" for a in "abcdefghij" for b in "abcdefghij" for c in "abcdefghij"]
-    note = vocabulary_note([" ".join(words)], {"vocabulary": {"words": ["apple"]}})
-    assert note is not None and len(note) < 400
-    assert "'aaax'" in note and "and 980 more words" in note
+    note = unknown_words_note([" ".join(words)], vocabulary(), set())
+    assert len(note) < 300 and '"aaax"' in note and "995 more" in note
 
 
-def test_a_note_says_what_the_model_can_paint():
-    about = {"words": ["apple"], "things": ["red apple"], "colours": ["blue"], "sizes": ["large", "small"]}
-    simple = vocabulary_note(["a zebra"], {"vocabulary": about})
-    assert simple is not None and simple.endswith("; on a background of: blue; in sizes: large, small")
+def test_the_word_list_is_grouped():
+    about = {"words": ["apple", "big", "blue", "cat", "on", "red"], "colours": ["blue"], "sizes": ["large", "small"]}
+    groups = {"things": ["red apple", "cat"], "backgrounds": ["blue"], "sizes": ["large", "small"]}
+    others = {"synonyms and other words": ["big", "on"]}
+    assert word_list(vocabulary(**about)["vocabulary"]) == {**groups, **others}
     more = {**about, "layouts": list(LAYOUTS), "shapes": ["square", "portrait"]}
-    note = vocabulary_note(["a zebra"], {"vocabulary": more})
-    assert note == (
-        f"{simple}; small things in these places: centre, top left, top right, bottom left, bottom right; "
-        "two things side by side; on pictures that are: square, portrait"
-    )
-    only = vocabulary_note(["a zebra"], {"vocabulary": {**about, "layouts": list(SIMPLE), "shapes": ["square"]}})
-    assert only == f"{simple}; on pictures that are: square"
-    assert vocabulary_note(["an apple"], {"vocabulary": {**more, "words": ["an", "apple"]}}) is None
+    everything = {**groups, "positions": [*POSITIONS, "side by side"], "shapes": ["square", "portrait"], **others}
+    assert word_list(vocabulary(**more)["vocabulary"]) == everything

@@ -15,7 +15,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata, read_part
 from wuerstchen_core.checkpoints.components import kind_of
 from wuerstchen_core.checkpoints.infer_params import READERS
-from wuerstchen_core.demo.vocabulary import THINGS, caption, vocabulary_note
+from wuerstchen_core.demo.vocabulary import caption, unknown_words_note
 
 pytest.importorskip("resvg_py", reason="judging needs resvg-py")
 
@@ -61,10 +61,10 @@ def test_pictures_survive_the_compression(pipe: WuerstchenPipeline) -> None:
     assert min(reconstruct(pipe, held_out_scenes(pipe.metadata)[:2])[1]) > 20
 
 
-def test_what_it_cannot_paint_is_said(pipe: WuerstchenPipeline) -> None:
-    assert vocabulary_note(["a banana on a yellow background"], pipe.metadata) is None
-    note = vocabulary_note(["a cat on a yellow background"], pipe.metadata)
-    assert note is not None and "cat" in note and THINGS[0].name in note
+def test_unknown_words_are_reported(pipe: WuerstchenPipeline) -> None:
+    assert unknown_words_note(["a banana on a yellow background"], pipe.metadata, set()) is None
+    note = unknown_words_note(["a cat on a yellow background"], pipe.metadata, set())
+    assert note is not None and '"cat"' in note and "inspect demo-v1 --words" in note
 
 
 @pytest.mark.long

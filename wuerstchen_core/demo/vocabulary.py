@@ -13,9 +13,12 @@ import random
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
+
+from ..common.text import listed
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,6 @@ _PAIRED = (
     "{subject} on the left and {other} on the right",
 )
 _PAIRED_WEIGHTS = (6, 1, 1, 2)
-_NAMED = 20  # unknown words of a long prompt that are named
 _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
 
 
@@ -360,30 +362,43 @@ def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = L
     return tuple(sorted({word for phrase in phrases for word in _letters(phrase)}))
 
 
-def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
-    """The words of a prompt that are not in `known`, once each, in order, lower-case."""
-    return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
+def unknown_words_note(
+    prompts: Iterable[str], metadata: Mapping[str, Any], reported: set[str], model: str | None = None
+) -> str | None:
+    """Returns two lines about words of the prompts that a model does not know, or None if it knows them all.
 
-
-def vocabulary_note(prompts: Iterable[str], metadata: Mapping[str, Any]) -> str | None:
-    """One line that names the words a model never learned and what it can paint; None if there are none.
-
-    `metadata` is a bundle's; a model without "words" in a "vocabulary" there is not limited to one.
+    The word list is the "vocabulary" in a bundle's metadata; a model without one knows every word. Words in `reported`
+    are skipped, and new ones are added to it. `model` is the source for `inspect`, by default the shipped bundle.
     """
-    vocabulary = metadata.get("vocabulary", {})
-    if "words" not in vocabulary:
+    known = metadata.get("vocabulary", {}).get("words")
+    if known is None:
         return None
-    unknown = unknown_words(" ".join(prompts), frozenset(vocabulary["words"]))
-    if not unknown:
+    words = [word for word in dict.fromkeys(_letters(" ".join(prompts))) if word not in {*known, *reported}]
+    if not words:
         return None
-    can = {key: ", ".join(vocabulary.get(key, ())) for key in ("things", "colours", "sizes", "shapes")}
-    layouts = vocabulary.get("layouts", ())
-    more = f" and {len(unknown) - _NAMED} more words" if len(unknown) > _NAMED else ""
-    places = f"; small things in these places: {', '.join(POSITIONS)}" if "corner" in layouts else ""
-    pairs = "; two things side by side" if "pair" in layouts else ""
-    shapes = f"; on pictures that are: {can['shapes']}" if can["shapes"] else ""
+    reported.update(words)
+    candidates = [*metadata["vocabulary"].get("things", ()), *(word for word in known if len(word) > 2)]
+    nearest = dict.fromkeys(near for word in words for near in get_close_matches(word, candidates, n=2))
+    quoted = [f'"{word}"' for word in words]
+    verb = "is" if len(words) == 1 else "are"
+    hint = f"; nearest: {', '.join(list(nearest)[:4])}" if nearest else ""
+    model = model or ("demo-v1" if metadata.get("version") == "v1" else "demo")
     return (
-        f"this small model never learned {', '.join(map(repr, unknown[:_NAMED]))}{more}; "
-        f"it paints these things: {can['things']}; on a background of: {can['colours']}; in sizes: {can['sizes']}"
-        f"{places}{pairs}{shapes}"
+        f"{listed(quoted, most=5)} {verb} unknown to this model{hint}\n"
+        f"`python -m wuerstchen_core inspect {model} --words` lists the {len(known)} words that it knows"
     )
+
+
+def word_list(vocabulary: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the words of a bundle's "vocabulary" by group: things, backgrounds, sizes, positions, shapes, others."""
+    layouts = vocabulary.get("layouts", ())
+    groups = {
+        "things": list(vocabulary.get("things", ())),
+        "backgrounds": list(vocabulary.get("colours", ())),
+        "sizes": list(vocabulary.get("sizes", ())),
+        "positions": [*(POSITIONS if "corner" in layouts else ()), *(["side by side"] if "pair" in layouts else [])],
+        "shapes": list(vocabulary.get("shapes", ())),
+    }
+    used = {word for names in groups.values() for name in names for word in _letters(name)}
+    groups["synonyms and other words"] = [word for word in vocabulary.get("words", ()) if word not in used]
+    return {group: names for group, names in groups.items() if names}

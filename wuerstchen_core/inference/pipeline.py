@@ -63,6 +63,7 @@ class WuerstchenPipeline(Editing):
         if lora is not None:
             merge_loras(networks, lora if isinstance(lora, Mapping) else {lora: 1.0})
         pipeline = cls(**networks, metadata=metadata)
+        pipeline.source = None if isinstance(source, Mapping) else str(source)
         if compile:
             pipeline.compile()
         return pipeline

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import PARTS_OF
-from ..demo.vocabulary import vocabulary_note
+from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
 from .settings import Callback, check_count, ignore
 from .stages import Stages, need
@@ -26,7 +26,8 @@ class Prompts(Stages):
 
     def __init__(self, **given: Any):
         super().__init__(**given)
-        self._noted: set[str] = set()  # what the log was told already
+        self.source: str | None = None  # the model's name for `inspect`, if it was loaded from one source
+        self._reported_words: set[str] = set()
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -42,10 +43,13 @@ class Prompts(Stages):
         for name in PARTS_OF[self.version]:
             if with_pictures or name != "image_encoder":
                 need(getattr(self, name), name)
-        note = vocabulary_note([text for prompt in prompts for text in _weights(prompt)], self.metadata)
-        if note and note not in self._noted:
+        self.warn_of_unknown_words(prompts)
+
+    def warn_of_unknown_words(self, prompts: Iterable[Prompt]) -> None:
+        """Logs the words of the prompts that the model does not know, each once per pipeline."""
+        texts = [text for prompt in prompts for text in _weights(prompt)]
+        if note := unknown_words_note(texts, self.metadata, self._reported_words, self.source):
             logger.warning(note)
-            self._noted.add(note)
 
     def texts(
         self, prompt: Prompt, negative: str, count: int, callback: Callback | None
