@@ -7,16 +7,16 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..wuerstchen_core.diffusion.samplers import STEPS, sampler_of
-from ..wuerstchen_core.diffusion.schedule import FAST_STEPS, linear_times, named_times, strength_times
-from ..wuerstchen_core.inference.settings import LARGEST_SEED
+from ..wuerstchen_core.diffusion.samplers import SAMPLERS
+from ..wuerstchen_core.diffusion.schedule import SCHEDULES, linear_times, named_times, strength_times
+from ..wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
-from .host.sampling import sample_stage, sampler, stage_sigmas
+from .host.sampling import sample_stage, sampler_object, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
 from .schema import schema
 
-SCHEDULES = ["original", "diffusers", "linear", "fast"]
+FAST = SCHEDULES["fast"]
 SEED_MAX = LARGEST_SEED - 4096  # leaves room for the seeds of a batch
 
 
@@ -45,10 +45,10 @@ def _cfg_input(default: float) -> io.Float.Input:
 def _schedule_input() -> io.Combo.Input:
     return io.Combo.Input(
         "schedule",
-        options=SCHEDULES,
-        default=SCHEDULES[0],
+        options=list(SCHEDULES),
+        default=SamplingSettings.schedule,
         tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says; "
-        f"fast: {FAST_STEPS[0]} steps of DDIM, and {FAST_STEPS[1]} equal ones of Stage B, measured for the demo alone.",
+        f"fast: {FAST.steps} steps of {FAST.sampler} ({FAST.decoder_steps} of Stage B), measured for the demo only.",
     )
 
 
@@ -138,8 +138,8 @@ class WuerstchenPriorSample(io.ComfyNode):
                 "take the image encoder and the prior of one release"
             )
         times = strength_times(named_times(schedule, steps), denoise)
-        step = STEPS[sampler_of(schedule)]
-        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, step)
+        name = SCHEDULES[schedule].sampler
+        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, name)
         return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
@@ -197,7 +197,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
                     default=12,
                     min=1,
                     max=1000,
-                    tooltip=f"Equal steps from noise to the picture; {FAST_STEPS[1]} go with Stage C's fast schedule.",
+                    tooltip=f"Equal steps from noise to the picture; {FAST.decoder_steps} go with the fast schedule.",
                 ),
                 _cfg_input(1.0),
                 seed_input(),
@@ -257,8 +257,9 @@ class WuerstchenScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, schedule: str, steps: int) -> io.NodeOutput:
-        if schedule == "fast" and isinstance(model.model, DecoderModel):
-            schedule, steps = "linear", FAST_STEPS[1]
+        decoder_steps = SCHEDULES[schedule].decoder_steps
+        if decoder_steps and isinstance(model.model, DecoderModel):
+            return io.NodeOutput(stage_sigmas(model, linear_times(decoder_steps)))
         return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps)))
 
 
@@ -272,19 +273,20 @@ class WuerstchenSampler(io.ComfyNode):
             display_name="Würstchen Sampler",
             category="Würstchen/sampling",
             description="The original's samplers, last step included, for SamplerCustom.",
-            search_aliases=["ddpm", "ddim", "ksampler select", "sampler custom"],
+            search_aliases=[*SAMPLERS, "ksampler select", "sampler custom"],
             inputs=[
                 io.Combo.Input(
                     "sampler_name",
-                    options=list(STEPS),
-                    default="ddpm",
+                    options=list(SAMPLERS),
+                    default=SamplingSettings.sampler,
                     optional=True,
-                    tooltip="ddpm: as published; ddim: for the fast schedule of Stage C.",
+                    tooltip="ddpm: as published; ddim: deterministic, for the fast schedule of Stage C; dpmpp_2m: "
+                    "DPM-Solver++(2M), deterministic and of second order.",
                 )
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler of SamplerCustom.")],
         )
 
     @classmethod
-    def execute(cls, sampler_name: str = "ddpm") -> io.NodeOutput:
-        return io.NodeOutput(sampler(sampler_name))
+    def execute(cls, sampler_name: str = SamplingSettings.sampler) -> io.NodeOutput:
+        return io.NodeOutput(sampler_object(sampler_name))

@@ -13,9 +13,9 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...wuerstchen_core.diffusion.samplers import STEPS, NoiseSource, Step, ddpm_step, sample, seeded_noise
+from ...wuerstchen_core.diffusion.samplers import NoiseSource, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
-from ...wuerstchen_core.inference.settings import LARGEST_SEED
+from ...wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
 from .model_sampling import WuerstchenSampling
 
 
@@ -29,7 +29,7 @@ def sample_core(
     *,
     draw: NoiseSource | None = None,
     start: Tensor | None = None,
-    step: Step = ddpm_step,
+    sampler: str = SamplingSettings.sampler,
 ) -> Tensor:
     """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it.
 
@@ -52,7 +52,7 @@ def sample_core(
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
     x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
-    x = sample(noise_in, x, times, draw=draw, step=step, callback=progress)
+    x = sample(noise_in, x, times, draw=draw, sampler=sampler, callback=progress)
     mask = extra_args.get("denoise_mask")
     if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise, also where nothing is painted
         x = torch.lerp(model.latent_image, x, mask)
@@ -78,9 +78,9 @@ def stage_sigmas(model: Any, times: Tensor) -> Tensor:
     return sigmas
 
 
-def sampler(name: str = "ddpm") -> Any:
-    """A sampler of the core, ddpm or ddim, as a SAMPLER."""
-    return comfy.samplers.KSAMPLER(sample_core, {"step": STEPS[name]})
+def sampler_object(name: str) -> Any:
+    """Returns a sampler of the core, by its name in SAMPLERS, as a SAMPLER."""
+    return comfy.samplers.KSAMPLER(sample_core, {"sampler": name})
 
 
 def sample_stage(
@@ -91,7 +91,7 @@ def sample_stage(
     times: Tensor,
     cfg: float,
     seed: int,
-    step: Step = ddpm_step,
+    sampler: str = SamplingSettings.sampler,
 ) -> Tensor:
     """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives.
 
@@ -108,7 +108,7 @@ def sample_stage(
         model,
         noise,
         cfg,
-        comfy.samplers.KSAMPLER(partial(sample_core, draw=draw, start=start, step=step)),
+        comfy.samplers.KSAMPLER(partial(sample_core, draw=draw, start=start, sampler=sampler)),
         stage_sigmas(model, times),
         positive,
         negative,

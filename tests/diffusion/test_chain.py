@@ -9,7 +9,7 @@ from helpers.recorded_noise import recorder, replay
 from torch import Tensor
 
 from wuerstchen_core.diffusion.samplers import ddpm_step, guided, sample
-from wuerstchen_core.diffusion.schedule import diffuse, diffusers_times, linear_times, original_times
+from wuerstchen_core.diffusion.schedule import diffuse, linear_times, named_times
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
@@ -42,7 +42,7 @@ def test_the_original(prior: Prior, vqgan: VQGAN) -> None:
     latents = sample(
         guided(prior, (golden["in/c_prior"],), (golden["in/c_prior_uncond"],), 4.0),
         golden["in/prior_x_T"],
-        original_times(),
+        named_times("original", 30),
         draw=replay(*golden["in/prior_phase0_noise"], *golden["in/prior_phase1_noise"]),
         callback=recorder(seen),
     )
@@ -91,7 +91,9 @@ def test_diffusers_decoder(golden: Golden, diffusers_decoder: Decoder) -> None:
     assert_near(out, golden["decoder/out/eps_original"], 2e-5)
 
 
-@pytest.mark.parametrize(("run", "times"), [("default_timesteps", diffusers_times()), ("6steps", linear_times(6))])
+@pytest.mark.parametrize(
+    ("run", "times"), [("default_timesteps", named_times("diffusers", 29)), ("6steps", linear_times(6))]
+)
 def test_diffusers_prior_pipeline(golden: Golden, prior: Prior, run: str, times: Tensor) -> None:
     run = f"prior_{run}"
     assert_near(times, golden[f"{run}/timesteps"], 2e-7)

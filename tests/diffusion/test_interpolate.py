@@ -10,7 +10,7 @@ from helpers.golden_data import assert_near
 
 from wuerstchen_core.diffusion.interpolate import PICTURE, TOKEN, slerp
 from wuerstchen_core.diffusion.masks import latent_mask
-from wuerstchen_core.diffusion.schedule import diffusers_times, linear_times, original_times, strength_times
+from wuerstchen_core.diffusion.schedule import linear_times, strength_times, two_part_times
 
 
 def test_slerp_turns_evenly_and_its_length_changes_evenly() -> None:
@@ -52,7 +52,7 @@ def test_slerp_of_what_does_not_fit() -> None:
 
 def test_strength_times() -> None:
     assert_near(strength_times(linear_times(4), 0.5), torch.tensor([0.5, 0.375, 0.25, 0.125, 0.0]), 1e-7)
-    for times in (linear_times(7), original_times(), diffusers_times()):
+    for times in (linear_times(7), two_part_times(30)):
         assert torch.equal(strength_times(times, 1.0), times)
         assert len(strength_times(times, 0.3)) == len(times) and not strength_times(times, 0.0).any()
     for strength in (-0.1, 1.01, math.nan):

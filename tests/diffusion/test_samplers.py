@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.golden_data import Golden, assert_near
@@ -10,15 +12,14 @@ from helpers.recorded_noise import recorder, replay
 from torch import Tensor
 
 from wuerstchen_core.diffusion.samplers import (
-    STEPS,
-    ddim_step,
-    ddpm_step,
+    SAMPLERS,
+    Denoiser,
     guided,
     predict_x0,
     sample,
     seeded_noise,
 )
-from wuerstchen_core.diffusion.schedule import alpha_bar, diffuse, linear_times
+from wuerstchen_core.diffusion.schedule import alpha_bar, diffuse, expand, linear_times, squared_times
 
 UNGUIDED, GUIDED = 2e-5, 2e-4  # observed 4e-6, and 2e-4 of 40 (a closed-form model that blows up under guidance)
 
@@ -47,8 +48,7 @@ def test_trajectory(golden: Golden, run: str) -> None:
     config = golden.config[run]
     c, c_uncond = golden["in/c"], golden["in/c_uncond"]
     uncond = torch.zeros_like(c) if run == "ddpm_cfg4_zero_uncond" else c_uncond
-    step = STEPS[config["sampler"]]
-    noises = list(golden[f"{run}/step_noise"]) if step is ddpm_step else []
+    noises = list(golden[f"{run}/step_noise"]) if config["sampler"] == "ddpm" else []
     start = golden["in/x_init" if run == "ddpm_xinit_from0p7" else f"{run}/x_T"]
     times = linear_times(config["timesteps"], config.get("t_start", 1.0), config.get("t_end", 0.0))
     assert_near(times, golden[f"{run}/t"], 2e-7)
@@ -62,7 +62,7 @@ def test_trajectory(golden: Golden, run: str) -> None:
         start,
         times,
         draw=replay(*noises),
-        step=step,
+        sampler=config["sampler"],
         init=init,
         mask=mask,
         callback=recorder(seen),
@@ -71,29 +71,122 @@ def test_trajectory(golden: Golden, run: str) -> None:
     assert torch.equal(end, seen[-1])
 
 
-def test_start_from_a_picture() -> None:
-    """With a model that knows the noise, any start leads back to the picture."""
-    picture, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-    times = linear_times(7, start=0.7)
+def oracle(picture: Tensor) -> Denoiser:
+    """Returns a denoiser that knows the picture, and so the noise in x."""
 
-    def oracle(x: Tensor, t: Tensor) -> Tensor:
-        signal = alpha_bar(t)[:, None, None, None]
+    def noise_in(x: Tensor, t: Tensor) -> Tensor:
+        signal = expand(alpha_bar(t), x)
         return (x - signal.sqrt() * picture) / (1 - signal).sqrt()
 
+    return noise_in
+
+
+# The schedule ends at 0.9999, not at 1: ddim leaves a hundredth of the noise, ddpm its mean.
+LEFT = 0.06
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("times", [linear_times(7, start=0.7), squared_times(6)])
+def test_any_start_leads_to_the_picture_that_the_model_knows(name: str, times: Tensor) -> None:
+    picture, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     x = diffuse(picture, times[:1].expand(2), noise)
-    for step in (ddim_step, ddpm_step):
-        out = sample(oracle, x, times, draw=seeded_noise(0, 2), step=step)
-        # The schedule ends at 0.9999, not at 1: a hundredth of the noise is left by DDIM, its mean by DDPM.
-        assert (out - picture).abs().max() < 0.06
+    out = sample(oracle(picture), x, times, draw=seeded_noise(0, 2), sampler=name)
+    assert (out - picture).abs().max() < LEFT
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_mask_keeps_the_rest_of_the_picture(name: str) -> None:
+    picture, x, times = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), linear_times(7)
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., 3:] = 1
+    known = torch.cat([picture[..., :3], torch.randn(1, 4, 6, 3)], dim=-1)  # what the model expects; the left is kept
+    masked = sample(
+        oracle(known), x, times, draw=replay(*[x] * 14), sampler=name, init=picture, mask=mask, kept_noise=x
+    )
+    assert (masked - known).abs().max() < LEFT
+    free = sample(oracle(known), x, times, draw=replay(*[x] * 14), sampler=name)
+    assert torch.equal(masked[..., 3:], free[..., 3:])
+
+
+DEVIATION = 0.5  # of Gaussian pictures with mean 0, for which the solution of the probability-flow ODE is known
+
+
+def best_guess(x: Tensor, t: Tensor) -> Tensor:
+    """Returns the expected noise in x."""
+    signal = expand(alpha_bar(t), x)
+    return x * (1 - signal).sqrt() / (signal * DEVIATION**2 + 1 - signal)
+
+
+def ode_error(sampler: str, steps: int) -> float:
+    """Returns how far a sampler ends from the exact solution from t = 0.9 to t = 0.1."""
+    x, times = torch.ones(1, 1, 1, 1, dtype=torch.float64), linear_times(steps, 0.9, 0.1).double()
+    start, end = (alpha_bar(t) * DEVIATION**2 + 1 - alpha_bar(t) for t in (times[0], times[-1]))
+    out = sample(best_guess, x, times, draw=seeded_noise(0, 1), sampler=sampler)
+    return float((out - (end / start).sqrt()).abs())
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_order_of_convergence(sampler: str, order: int) -> None:
+    assert math.log2(ode_error(sampler, 128) / ode_error(sampler, 256)) == pytest.approx(order, abs=0.1)
+
+
+def test_second_order_is_more_accurate() -> None:
+    assert ode_error("dpmpp_2m", 32) < ode_error("ddim", 32) / 10
+
+
+def test_dpmpp_2m_follows_the_papers_algorithm() -> None:
+    """Written out after arXiv 2211.01095, algorithm 2, in double precision; the last step is of first order."""
+    times = squared_times(5).double()
+    x = start = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    noises, clean, widths = [], [], []
+    for i in range(5):
+        a, a_next = float(alpha_bar(times[i])), float(alpha_bar(times[i + 1]))
+        noises.append(best_guess(x, times[i : i + 1]) + 0.1 * x.cos())
+        clean.append((x - math.sqrt(1 - a) * noises[i]) / math.sqrt(a))
+        half_log_snr = [math.log(math.sqrt(b) / math.sqrt(1 - b)) for b in (a, a_next)]
+        widths.append(half_log_snr[1] - half_log_snr[0])
+        target = clean[i]
+        if 0 < i < 4:
+            r = widths[i - 1] / widths[i]
+            target = (1 + 1 / (2 * r)) * clean[i] - 1 / (2 * r) * clean[i - 1]
+        x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * (math.exp(-widths[i]) - 1) * target
+    out = sample(
+        lambda x, t: best_guess(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="dpmpp_2m"
+    )
+    assert_near(out, x, 1e-9)
+    first_order = sample(
+        lambda x, t: best_guess(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="ddim"
+    )
+    assert not torch.allclose(out, first_order, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_keeps_nothing_of_the_one_before(name: str) -> None:
+    def run(picture: Tensor) -> Tensor:
+        return sample(oracle(picture), x, squared_times(4), draw=seeded_noise(0, 2), sampler=name)
+
+    x, picture = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    first = run(picture)
+    run(picture + 3)
+    assert torch.equal(run(picture), first)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("times", [linear_times(2000), squared_times(6).repeat_interleave(2)], ids=["many", "repeated"])
+def test_steps_of_no_width_stay_finite(name: str, times: Tensor) -> None:
+    """alpha_bar is clamped at both ends, so that neighbouring times can have the same noise."""
+    out = sample(best_guess, torch.randn(1, 4, 3, 5), times, draw=seeded_noise(0, 1), sampler=name)
+    assert out.isfinite().all() and out.abs().max() < 10
+
+
+def test_unknown_samplers_are_refused() -> None:
+    with pytest.raises(ValueError, match="'euler'.*ddpm, ddim, dpmpp_2m"):
+        sample(best_guess, torch.zeros(1, 1, 1, 1), linear_times(2), draw=seeded_noise(0, 1), sampler="euler")
 
 
 def test_the_callback_sees_the_denoised_and_can_stop() -> None:
     picture = torch.randn(1, 4, 3, 5)
     seen: list[tuple[int, int]] = []
-
-    def oracle(x: Tensor, t: Tensor) -> Tensor:
-        signal = alpha_bar(t)[:, None, None, None]
-        return (x - signal.sqrt() * picture) / (1 - signal).sqrt()
 
     def stop_at_the_third(step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         seen.append((step, steps))
@@ -102,7 +195,8 @@ def test_the_callback_sees_the_denoised_and_can_stop() -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        sample(oracle, torch.randn(1, 4, 3, 5), linear_times(5), draw=seeded_noise(0, 1), callback=stop_at_the_third)
+        x = torch.randn(1, 4, 3, 5)
+        sample(oracle(picture), x, linear_times(5), draw=seeded_noise(0, 1), callback=stop_at_the_third)
     assert seen == [(0, 5), (1, 5), (2, 5)]
 
 
@@ -146,16 +240,18 @@ def test_pictures_taken_from_a_batch_keep_their_noise() -> None:
         assert torch.equal(taken(like[:2]), batch(like)[[2, 0]])
 
 
-def test_pictures_of_a_batch_equal_their_singles() -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pictures_of_a_batch_equal_their_singles(name: str) -> None:
     network = NETWORKS["prior"]
     prior, (latents, _, text) = network.perturbed(), network.inputs()
 
-    def paint(first: int, count: int) -> Tensor:
+    def run(first: int, count: int) -> Tensor:
         draw, rows = seeded_noise(40 + first, count), slice(first, first + count)
         cond, uncond = text[rows], torch.zeros_like(text[rows])
         with torch.no_grad():
-            return sample(guided(prior, (cond,), (uncond,), 2.0), draw(latents[rows]), linear_times(4), draw=draw)
+            denoiser, x = guided(prior, (cond,), (uncond,), 2.0), draw(latents[rows])
+            return sample(denoiser, x, linear_times(4), draw=draw, sampler=name)
 
-    together = paint(0, 3)
-    assert_near(together, torch.cat([paint(i, 1) for i in range(3)]), 1e-4)
+    together = run(0, 3)
+    assert_near(together, torch.cat([run(i, 1) for i in range(3)]), 1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)

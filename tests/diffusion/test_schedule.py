@@ -7,16 +7,16 @@ import torch
 from helpers.golden_data import Golden, assert_near
 
 from wuerstchen_core.common.geometry import check_size, decoder_side, nearest_legal, prior_side, semantic_view_size
+from wuerstchen_core.diffusion.samplers import SAMPLERS
 from wuerstchen_core.diffusion.schedule import (
-    FAST_STEPS,
+    SCHEDULES,
     alpha_bar,
     diffuse,
-    diffusers_times,
     linear_times,
     named_times,
-    original_times,
     p2_weight,
     training_times,
+    two_part_times,
 )
 
 TOLERANCE = 1e-6  # observed 2e-7
@@ -63,28 +63,33 @@ def test_training_times(golden: Golden) -> None:
 
 
 def test_published_schedules() -> None:
-    for times, steps in ((original_times(), 30), (diffusers_times(), 29), (linear_times(12), 12)):
-        assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
-        assert (times.diff() < 0).all()
-    assert float(original_times()[20]) == pytest.approx(2 / 3)
-    assert float(diffusers_times()[19]) == pytest.approx(2 / 3)
-    assert_near(diffusers_times(), Golden("diffusers_v2_small")["scheduler/default_stage_c_timesteps_f32"], 2e-7)
-
-
-def test_schedules_by_name() -> None:
-    assert torch.equal(named_times("original", 5), original_times())
-    assert torch.equal(named_times("diffusers", 5), diffusers_times())
+    original, diffusers = named_times("original", 5), named_times("diffusers", 5)
+    assert float(original[20]) == float(diffusers[19]) == pytest.approx(2 / 3)
+    assert_near(diffusers, Golden("diffusers_v2_small")["scheduler/default_stage_c_timesteps_f32"], 2e-7)
+    fast = named_times("fast", 5)
+    assert fast.tolist() == pytest.approx([(1 - i / 6) ** 2 for i in range(7)], abs=1e-7)
     assert torch.equal(named_times("linear", 5), linear_times(5))
-    with pytest.raises(ValueError, match="'karras' is unknown: choose original, diffusers, fast or linear"):
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_falls_from_noise_to_the_picture(name: str) -> None:
+    schedule, times = SCHEDULES[name], named_times(name, 12)
+    assert len(times) - 1 == (schedule.steps or 12)
+    assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+    assert schedule.sampler in SAMPLERS
+
+
+def test_any_number_of_steps_in_two_parts() -> None:
+    for steps in (1, 2, 7):
+        assert len(two_part_times(steps)) == steps + 1 and (two_part_times(steps).diff() < 0).all()
+
+
+def test_unknown_schedules_and_numbers_of_steps() -> None:
+    with pytest.raises(ValueError, match="'karras'.*original, diffusers, linear, fast"):
         named_times("karras", 5)
-    with pytest.raises(ValueError, match="0 sampling steps"):
-        linear_times(0)
-
-
-def test_the_fast_schedules_steps_shrink_towards_the_picture() -> None:
-    times, steps = named_times("fast", 5), FAST_STEPS[0]
-    assert times.tolist() == pytest.approx([(1 - i / steps) ** 2 for i in range(steps + 1)], abs=1e-7)
-    assert times[0] == 1 and times[-1] == 0 and (times.diff().diff() > 0).all()
+    for steps in (0, 10_001):
+        with pytest.raises(ValueError, match=f"{steps} .*steps"):
+            linear_times(steps)
 
 
 def test_sides_of_latents() -> None:

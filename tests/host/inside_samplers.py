@@ -105,6 +105,7 @@ def runs(host: Host, stage: str) -> dict[str, Tensor]:
 
     sigmas = first(WuerstchenScheduler.execute(host.patcher, "linear", STEPS))
     ours = first(WuerstchenSampler.execute())
+    multistep = first(WuerstchenSampler.execute("dpmpp_2m"))
     basic = first(BasicScheduler().get_sigmas(host.patcher, "simple", STEPS, 1.0))
     draw = seeded_noise(SEED + 1, 2)
     same_noise = {"noise_sampler": lambda sigma, following: draw(host.latent["samples"])}
@@ -123,6 +124,8 @@ def runs(host: Host, stage: str) -> dict[str, Tensor]:
         "fast": host.custom(
             first(WuerstchenSampler.execute("ddim")), first(WuerstchenScheduler.execute(host.patcher, "fast", STEPS))
         ),
+        "multistep": host.custom(multistep, sigmas),
+        "multistep again": host.custom(multistep, sigmas),  # the same SAMPLER: nothing may be left of the first run
         "still": host.custom(ours, basic.repeat_interleave(2)),
         "large seed": host.custom(ours, basic, 2**64 - 1),
     }

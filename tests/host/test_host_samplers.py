@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tools.comfyui.client import Inside, Install, Outcome, run_inside
 from wuerstchen_core.checkpoints import build_part, read_part
-from wuerstchen_core.diffusion.samplers import Step, ddim_step, ddpm_step, guided, sample, seeded_noise
-from wuerstchen_core.diffusion.schedule import FAST_STEPS, diffuse, fast_times, linear_times
+from wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
+from wuerstchen_core.diffusion.schedule import SCHEDULES, diffuse, linear_times, named_times
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.models.vqgan import VQGANParams
 
@@ -51,7 +51,7 @@ class Core:
 
     @torch.inference_mode()
     def sample(
-        self, x: Tensor, times: Tensor, seed: int, scale: float | None = None, step: Step = ddpm_step
+        self, x: Tensor, times: Tensor, seed: int, scale: float | None = None, sampler: str = "ddpm"
     ) -> tuple[Tensor, Tensor]:
         """Where x comes to along the times, and the last step's denoised x; noise from the seeds behind `seed`."""
         denoised: list[Tensor] = []
@@ -60,7 +60,7 @@ class Core:
             x,
             times,
             draw=seeded_noise(seed + 1, len(x)),
-            step=step,
+            sampler=sampler,
             callback=lambda step, steps, x, clean: denoised.append(clean),
         )
         return x, denoised[-1]
@@ -82,8 +82,11 @@ def test_our_schedule_and_sampler_give_the_cores_result(inside: Inside, checkpoi
         close(given[name], out(wanted))
     close(given["unguided"], out(core.sample(given["noise"], linear_times(STEPS), SEED, 1.0)[0]))
     close(given["one step"], out(core.sample(given["noise"], linear_times(1), SEED)[0]))
-    few = fast_times() if stage == "prior" else linear_times(FAST_STEPS[1])
-    close(given["fast"], out(core.sample(given["noise"], few, SEED, step=ddim_step)[0]))
+    few = named_times("fast", 6) if stage == "prior" else linear_times(SCHEDULES["fast"].decoder_steps or 0)
+    close(given["fast"], out(core.sample(given["noise"], few, SEED, sampler="ddim")[0]))
+    multistep, _ = core.sample(given["noise"], linear_times(STEPS), SEED, sampler="dpmpp_2m")
+    for name in ("multistep", "multistep again"):
+        close(given[name], out(multistep))
     # The host's ddpm takes the same steps, and returns the denoised picture at the end.
     close(given["ddpm"], out(clean))
     assert given["selected ddpm"].isfinite().all()

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.golden_data import assert_near
 from PIL import Image
-from torch import Tensor
 
 from wuerstchen_core.checkpoints import read_metadata
-from wuerstchen_core.diffusion.samplers import ddim_step, sample, seeded_noise
-from wuerstchen_core.diffusion.schedule import (
-    ALPHA_BAR_MAX,
-    ALPHA_BAR_MIN,
-    FAST_STEPS,
-    alpha_bar,
-    expand,
-    fast_times,
-    linear_times,
-    original_times,
-)
+from wuerstchen_core.diffusion.schedule import alpha_bar, linear_times
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("tqdm", reason="measuring needs tqdm")
@@ -30,50 +18,12 @@ pytest.importorskip("tqdm", reason="measuring needs tqdm")
 from tools.demo import evaluate, steps, steps_page, steps_trials  # noqa: E402
 
 RESULTS = steps_trials.read_results()
-DEVIATION = 0.5  # of the pictures that the denoiser below knows
-
-
-def denoiser(x: Tensor, t: Tensor) -> Tensor:
-    """The best guess of the noise in pictures that are Gaussian around 0."""
-    signal = expand(alpha_bar(t), x)
-    return x * (1 - signal).sqrt() / (signal * DEVIATION**2 + 1 - signal)
-
-
-def exact(x: Tensor) -> Tensor:
-    """Where its probability flow leads x from t = 1 to t = 0."""
-    end, start = (alpha * DEVIATION**2 + 1 - alpha for alpha in (ALPHA_BAR_MAX, ALPHA_BAR_MIN))
-    return x * math.sqrt(end / start)
-
-
-def error(sampler: str, count: int) -> float:
-    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    times = steps_trials.log_snr_times(count).double()
-    out = sample(denoiser, x, times, draw=seeded_noise(0, 1), step=steps_trials.SAMPLERS[sampler]())
-    return float((out - exact(x)).abs())
-
-
-def test_the_multistep_solver_is_of_the_second_order() -> None:
-    """Half the step: a quarter of the error, where DDIM's is halved."""
-    for sampler, order in (("ddim", 1), ("dpmpp_2m", 2)):
-        assert math.log2(error(sampler, 64) / error(sampler, 128)) == pytest.approx(order, abs=0.2)
-    assert error("dpmpp_2m", 128) < error("ddim", 128) / 10
-
-
-def test_the_multistep_solvers_first_step_is_ddims() -> None:
-    x, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-    t, t_next, draw = torch.full((2,), 0.7), torch.full((2,), 0.4), seeded_noise(0, 2)
-    solver = steps_trials.Multistep()
-    assert_near(solver(x, noise, t, t_next, draw), ddim_step(x, noise, t, t_next, draw), 1e-5)
-    t, t_next = t_next, torch.full((2,), 0.2)
-    assert not torch.allclose(solver(x, noise * 0.5, t, t_next, draw), ddim_step(x, noise * 0.5, t, t_next, draw), 0.01)
 
 
 def test_the_schedules_that_are_compared() -> None:
-    assert torch.equal(steps_trials.two_part_times(30), original_times())
     even = alpha_bar(steps_trials.log_snr_times(8).double()).logit().diff()
     assert_near(even, torch.full_like(even, even.mean()), 2e-3)
-    assert torch.equal(steps_trials.SCHEDULES["squared"](FAST_STEPS[0]), fast_times())
-    for times in steps_trials.SCHEDULES.values():
+    for times in steps_trials.SHAPES.values():
         for count in (1, 2, 7):
             assert len(times(count)) == count + 1 and (times(count).diff() < 0).all()
             assert times(count)[0] == 1 and times(count)[-1] == 0
@@ -86,8 +36,8 @@ def test_the_shipped_model_was_measured_and_needs_no_more_steps() -> None:
     assert {steps_page.key(row) for row in RESULTS["rows"]} == set(steps_trials.trials())
     found = steps_page.by_trial(RESULTS)
     for trial, worse in (
-        (("prior", "ddim", "squared", FAST_STEPS[0]), {"error": 1.2}),
-        (("decoder", "ddpm", "linear", FAST_STEPS[1]), {}),
+        (("prior", "ddim", "squared", steps_trials.FAST.steps), {"error": 1.2}),
+        (("decoder", "ddpm", "linear", steps_trials.FAST.decoder_steps), {}),
     ):
         reference = found[steps_trials.REFERENCE[trial[0]]]
         allowed = {name: share * reference[name] for name, share in worse.items()}
@@ -126,15 +76,3 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
 def test_other_weights_are_measured_anew(tmp_path: Path) -> None:
     steps_trials.write_results({**RESULTS, "model": "0" * 12}, tmp_path / "other.json")
     assert steps_trials.read_results(tmp_path / "other.json")["rows"] == []
-
-
-def test_the_fast_schedule_reaches_the_picture() -> None:
-    """With a model that knows the noise, though a hundredth of it is left at the end."""
-    picture, x = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-
-    def oracle(x: Tensor, t: Tensor) -> Tensor:
-        signal = expand(alpha_bar(t), x)
-        return (x - signal.sqrt() * picture) / (1 - signal).sqrt()
-
-    out = sample(oracle, x, fast_times(), draw=seeded_noise(0, 2), step=ddim_step)
-    assert (out - picture).abs().max() < 0.06

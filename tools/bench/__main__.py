@@ -106,7 +106,7 @@ def _check_together(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> Plan:
     """What the options ask for. ValueError where that can't be measured."""
     from wuerstchen_core.common.devices import pick_device
-    from wuerstchen_core.diffusion.schedule import FAST_STEPS
+    from wuerstchen_core.diffusion.schedule import SCHEDULES
 
     from .cases import STAGES, check, stage_names
     from .run import Plan
@@ -118,7 +118,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     told = {name: getattr(options, name) for name in ("full", "peer", "memory", "accuracy", "compile", "quick")}
     if options.compile and any(STAGES[name].learns for name in stages):
         raise ValueError("--compile is for what paints: leave it out where training steps are measured")
-    steps = list(FAST_STEPS) if options.steps == "fast" else _numbers("--steps", options.steps, "+")
+    fast = SCHEDULES["fast"]
+    steps = [fast.steps, fast.decoder_steps] if options.steps == "fast" else _numbers("--steps", options.steps, "+")
     check(stages, sizes, batches, dtypes, chosen["repeat"], steps)
     if options.depth is not None:
         told["networks"] = _shallow(options.depth, stages)

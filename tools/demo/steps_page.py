@@ -6,16 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_core.diffusion.schedule import FAST_STEPS
-
 from .judge import wilson_interval
-from .steps_trials import COUNTS, EVERY, HARD, HARD_SEEDS, PREVIEW, REFERENCE, SAMPLERS, SCHEDULES, WHOLE_EVERY, Trial
+from .steps_trials import (
+    COUNTS,
+    EVERY,
+    FAST,
+    HARD,
+    HARD_SEEDS,
+    PREVIEW,
+    REFERENCE,
+    SAMPLERS,
+    SHAPES,
+    WHOLE_EVERY,
+    Trial,
+)
 
 Row = Mapping[str, Any]
 PSNR_LOSS, DETAIL_CHANGE = 0.1, 0.05  # dB and share that are as good as nothing
-COLOURS = dict(zip(SCHEDULES, ("#2f6f9f", "#b5482f", "#5b8c3e", "#7a4f9f"), strict=True))
+COLOURS = dict(zip(SHAPES, ("#2f6f9f", "#b5482f", "#5b8c3e", "#7a4f9f"), strict=True))
 LINES = dict(zip(SAMPLERS, ("-", "--", ":"), strict=True))
-NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)"}
 TITLES = {"prior": "Stage C", "decoder": "Stage B"}
 NUMBERS = {"prior": "error", "decoder": "psnr"}
 SHOWN = {"thing": "{}: right things in %", "error": "{}: error of the features in %", "psnr": "{}: PSNR in dB"}
@@ -96,8 +105,8 @@ def page(results: Mapping[str, Any]) -> str:
     whole = next(iter(results["whole"].values()))
     text = TEXT.format(
         model=results["model"],
-        prior=FAST_STEPS[0],
-        decoder=FAST_STEPS[1],
+        prior=FAST.steps,
+        decoder=FAST.decoder_steps,
         held=whole["compressed"]["count"],
         whole=_whole(results["whole"]),
         whole_every=WHOLE_EVERY,
@@ -118,13 +127,13 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _called(stage: str) -> str:
     _, sampler, schedule, steps = REFERENCE[stage]
-    return f"{steps} steps of {NAMES[sampler]} along *{schedule}* at {TITLES[stage]}"
+    return f"{steps} steps of {SAMPLERS[sampler]} along *{schedule}* at {TITLES[stage]}"
 
 
 def _hard(rows: Sequence[Row]) -> str:
     lines = ["| Stage C | wrong |", "|---|--:|"]
     for row in rows:
-        trial = f"{row['schedule']}, {row['steps']} steps of {NAMES[row['sampler']]}"
+        trial = f"{row['schedule']}, {row['steps']} steps of {SAMPLERS[row['sampler']]}"
         lines.append(f"| {trial} | {len(HARD) * HARD_SEEDS - row['thing']} |")
     return "\n".join(lines)
 
@@ -146,7 +155,7 @@ def _stage(results: Mapping[str, Any], stage: str) -> str:
     )
     head = f"| schedule | sampler | {' | '.join(map(str, counts))} |\n|---|---|{'--:|' * len(counts)}"
     lines = [f"\n## {TITLES[stage]}\n\n{legend}\n\n{head}"]
-    for schedule in SCHEDULES:
+    for schedule in SHAPES:
         for sampler in SAMPLERS:
             cells = []
             for steps in counts:
@@ -154,7 +163,7 @@ def _stage(results: Mapping[str, Any], stage: str) -> str:
                 value = f"{100 * row[number]:.1f}" if number == "error" else f"{row[number]:.1f}"
                 cell = f"{100 * row['thing'] / results['count']:.0f} · {value}"
                 cells.append(f"**{cell}**" if as_good(row, reference, results["count"]) else cell)
-            lines.append(f"| {schedule} | {NAMES[sampler]} | {' | '.join(cells)} |")
+            lines.append(f"| {schedule} | {SAMPLERS[sampler]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +180,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             for schedule, colour in COLOURS.items():
                 for sampler, line in LINES.items():
                     values = [scale * found[stage, sampler, schedule, steps][number] for steps in counts]
-                    label = f"{schedule}, {NAMES[sampler]}"
+                    label = f"{schedule}, {SAMPLERS[sampler]}"
                     axes.plot(counts, values, line, color=colour, label=label, linewidth=1.2)
             reference = scale * found[REFERENCE[stage]][number]
             axes.axhline(reference, color="black", linewidth=0.6)

@@ -18,15 +18,15 @@ from torch import Tensor
 from wuerstchen_core.checkpoints import demo_path, read_metadata
 from wuerstchen_core.demo.artwork import draw_all
 from wuerstchen_core.demo.vocabulary import SIZES, Scene, caption
-from wuerstchen_core.diffusion.samplers import Step, ddim_step, ddpm_step, guided, predict_x0, sample, seeded_noise
+from wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
 from wuerstchen_core.diffusion.schedule import (
     ALPHA_BAR_MAX,
     ALPHA_BAR_MIN,
-    FAST_STEPS,
+    SCHEDULES,
     S,
-    alpha_bar,
-    expand,
     linear_times,
+    squared_times,
+    two_part_times,
 )
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.inference.stages import in_fp32
@@ -36,6 +36,7 @@ from wuerstchen_core.models.prior import ReadOnce, features_from_latents
 from .evaluate import held_out_scenes, judge_pictures
 from .judge import Judge, psnr
 
+FAST = SCHEDULES["fast"]
 Trial = tuple[str, str, str, int]  # stage, sampler, schedule, steps
 
 RESULTS = Path(__file__).with_name("steps.json")
@@ -50,39 +51,14 @@ HARD_SEEDS = 20  # of each
 HARD_TRIALS: list[Trial] = [
     REFERENCE["prior"],
     *(("prior", "ddpm", "squared", steps) for steps in (6, 8, 12)),
-    *(("prior", "ddim", "squared", steps) for steps in (5, FAST_STEPS[0])),
+    *(("prior", "ddim", "squared", steps) for steps in (5, FAST.steps)),
 ]
 PREVIEW = 2  # steps of Stage B under a Stage C that is measured
 WHOLE_EVERY = 3  # of the held-out pairs, for what is painted from beginning to end
 WHOLE: dict[str, dict[str, Any]] = {
     "original, 30 + 12": {"schedule": "original", "decoder_steps": 12},
-    f"fast, {FAST_STEPS[0]} + {FAST_STEPS[1]}": {"schedule": "fast"},
+    f"fast, {FAST.steps} + {FAST.decoder_steps}": {"schedule": "fast"},
 }
-
-
-class Multistep:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), of the first order at the first step and the last."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: Any) -> Tensor:
-        signal, signal_next = expand(alpha_bar(t), x), expand(alpha_bar(t_next), x)
-        clean = aim = predict_x0(x, noise, t)
-        width = (signal_next.logit() - signal.logit()) / 2
-        if self._last is not None and bool(t_next.all()):
-            clean_before, width_before = self._last
-            aim = clean + (clean - clean_before) * width / (2 * width_before)
-        self._last = clean, width
-        return ((1 - signal_next) / (1 - signal)).sqrt() * x - signal_next.sqrt() * torch.expm1(-width) * aim
-
-
-def two_part_times(steps: int) -> Tensor:
-    """The shape of the original's Stage C in any number of steps: two thirds of them down to t = 2/3."""
-    early = round(steps * 2 / 3)
-    if early in (0, steps):
-        return linear_times(steps)
-    return torch.cat([linear_times(early, 1.0, 2 / 3), linear_times(steps - early, 2 / 3, 0.0)[1:]])
 
 
 def log_snr_times(steps: int) -> Tensor:
@@ -95,12 +71,12 @@ def log_snr_times(steps: int) -> Tensor:
     return times.float()
 
 
-SAMPLERS: dict[str, Callable[[], Step]] = {"ddpm": lambda: ddpm_step, "ddim": lambda: ddim_step, "dpmpp_2m": Multistep}
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)"}
+SHAPES: dict[str, Callable[[int], Tensor]] = {
     "linear": linear_times,
     "original": two_part_times,
     "log-SNR": log_snr_times,
-    "squared": lambda steps: linear_times(steps) ** 2,
+    "squared": squared_times,
 }
 
 
@@ -117,14 +93,14 @@ class Study:
         self.text = self.pipe.encode_text([caption(scene) for scene in self.scenes])
         self.nothing = self.pipe.encode_text([""])[0].expand_as(self.text[0])
         _, sampler, schedule, steps = REFERENCE["prior"]
-        self.features = self.prior(sampler, SCHEDULES[schedule](steps))
+        self.features = self.prior(sampler, SHAPES[schedule](steps))
 
     def prior(self, sampler: str, times: Tensor) -> Tensor:
         """Features [B, 16, 6, 6] that Stage C paints."""
         assert self.pipe.prior is not None
         draw, scale = seeded_noise(SEED, len(self.scenes)), self.pipe.sampling.prior_guidance
         predict = guided(in_fp32(self.pipe.prior, ReadOnce(self.pipe.prior)), self.text[:1], (self.nothing,), scale)
-        x = sample(predict, draw(self.true_features), times, draw=draw, step=SAMPLERS[sampler]())
+        x = sample(predict, draw(self.true_features), times, draw=draw, sampler=sampler)
         return features_from_latents(x, self.pipe.prior.params)
 
     def decoder(self, sampler: str, times: Tensor, features: Tensor) -> list[Image.Image]:
@@ -133,13 +109,13 @@ class Study:
         draw, cond = seeded_noise(SEED, len(self.scenes)), (features, self.text[1])
         noise = draw(torch.empty(len(features), 4, 64, 64))
         predict = guided(in_fp32(self.pipe.decoder), cond, cond, 1.0)
-        x = sample(predict, noise, times, draw=draw, step=SAMPLERS[sampler]())
+        x = sample(predict, noise, times, draw=draw, sampler=sampler)
         return self.pipe.decode(x * self.pipe.vqgan.params.scale_factor)
 
     def measure(self, stage: str, sampler: str, schedule: str, steps: int) -> dict[str, Any]:
         """One trial."""
         row: dict[str, Any] = {"stage": stage, "sampler": sampler, "schedule": schedule, "steps": steps}
-        times = SCHEDULES[schedule](steps)
+        times = SHAPES[schedule](steps)
         if stage == "prior":
             features = self.prior(sampler, times)
             error = (features - self.true_features).square().mean() / self.true_features.var()
@@ -173,7 +149,7 @@ def some_scenes() -> list[Scene]:
 def trials() -> Iterator[Trial]:
     """All that are compared."""
     for stage, counts in COUNTS.items():
-        yield from product([stage], SAMPLERS, SCHEDULES, counts)
+        yield from product([stage], SAMPLERS, SHAPES, counts)
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:

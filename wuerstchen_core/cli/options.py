@@ -7,8 +7,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,16 @@ class Job:
     made: Mapping[str, Any]
 
 
+class Choices:
+    """The names in a registry, imported when argparse reads them: torch comes along, and --help should be quick."""
+
+    def __init__(self, module: str, registry: str) -> None:
+        self._module, self._registry = module, registry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(getattr(import_module(self._module, __package__), self._registry))
+
+
 def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: bool = True, name: str) -> None:
     """The options of a command that paints; `size` and `name` say where its size and its file's name come from."""
     parser.set_defaults(requirements="requirements.txt", smaller=SMALLER if size else "choose a smaller picture")
@@ -58,15 +69,18 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
         text = "a LoRA of Stage C, and how much of it (default: 1); can be given several times"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
         text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
-        option("--schedule", choices=("original", "diffusers", "linear", "fast"), help=text)
-        option("--sampler", choices=("ddpm", "ddim"), help="of Stage C (default: ddpm; ddim with the fast schedule)")
+        schedules, samplers = Choices("..diffusion.schedule", "SCHEDULES"), Choices("..diffusion.samplers", "SAMPLERS")
+        option("--schedule", metavar="NAME", choices=schedules, help=f"{text}: %(choices)s")
+        text = "of Stage C (default: the schedule's own): %(choices)s"
+        option("--sampler", metavar="NAME", choices=samplers, help=text)
         option("--prior-steps", type=int, metavar="N", help="steps of Stage C, linear unless --schedule says otherwise")
         option("--prior-guidance", type=float, metavar="SCALE", help="how closely Stage C follows the prompt; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")
     option("--decoder-guidance", type=float, metavar="SCALE", help="guidance of Stage B; 1: none")
     option("--decoder-guidance-end", type=float, metavar="SCALE", help="what it reaches at the last step")
     option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help="of v1's tokens, at either step")
-    option("--token-mode", choices=("multinomial", "argmax", "quantised"), help="how v1's Stage B chooses a token")
+    text = "how v1's Stage B chooses a token: %(choices)s"
+    option("--token-mode", metavar="MODE", choices=Choices("..diffusion.token_sampler", "MODES"), help=text)
     option("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
 

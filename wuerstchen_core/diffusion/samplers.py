@@ -48,12 +48,40 @@ def ddim_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSo
     return signal_next.sqrt() * predict_x0(x, noise, t) + (1 - signal_next).sqrt() * noise
 
 
-STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step}
+class DPMSolverPP2M:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). The first and the last step are of first order, as DDIM's.
+
+    Keeps the previous step's prediction, so each run needs an instance of its own.
+    """
+
+    def __init__(self) -> None:
+        self._previous: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSource) -> Tensor:
+        signal, signal_next = expand(alpha_bar(t), x), expand(alpha_bar(t_next), x)
+        x0 = target = predict_x0(x, noise, t)
+        width = (signal_next.logit() - signal.logit()) / 2  # h, the step in half the log of signal to noise
+        if self._previous is not None and bool(t_next.all()):
+            x0_before, width_before = self._previous
+            # Where alpha_bar is clamped, or a schedule repeats a time, the step before had no width.
+            ratio = torch.where(width_before > 0, width / width_before, 0.0)
+            target = x0 + (x0 - x0_before) * ratio / 2
+        self._previous = x0, width
+        return ((1 - signal_next) / (1 - signal)).sqrt() * x - signal_next.sqrt() * torch.expm1(-width) * target
 
 
-def sampler_of(schedule: str) -> str:
-    """The sampler that a schedule is for: few steps that each add noise would come out wrong now and then."""
-    return "ddim" if schedule == "fast" else "ddpm"
+# Factories of steps by name, called once per run. In the order of ComfyUI's choices: append new ones.
+SAMPLERS: dict[str, Callable[[], Step]] = {
+    "ddpm": lambda: ddpm_step,
+    "ddim": lambda: ddim_step,
+    "dpmpp_2m": DPMSolverPP2M,
+}
+
+
+def check_sampler(name: str) -> None:
+    """Raises ValueError unless `name` is a sampler."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is unknown: choose {', '.join(SAMPLERS)}")
 
 
 def guidance(
@@ -94,13 +122,13 @@ def sample(
     times: Tensor,
     *,
     draw: NoiseSource,
-    step: Step = ddpm_step,
+    sampler: str = "ddpm",
     init: Tensor | None = None,
     mask: Tensor | None = None,
     kept_noise: Tensor | None = None,
     callback: Progress | None = None,
 ) -> Tensor:
-    """Walk x [B, ...] along times [N + 1], each step by `step`; the noise of the steps comes from `draw`.
+    """Samples x [B, ...] along times [N + 1] with a sampler of SAMPLERS; `draw` gives the noise of the steps.
 
     For image to image give x = diffuse(picture, times[0], noise). With `init` (a clean x) and `mask` (1: paint,
     0: keep), the kept part is `init`, noised to the time of each step: by `kept_noise`, the same all the way, as
@@ -108,7 +136,8 @@ def sample(
     """
     if (init is None) != (mask is None):
         raise ValueError("init and mask belong together: give both, or neither")
-    steps = len(times) - 1
+    check_sampler(sampler)
+    step, steps = SAMPLERS[sampler](), len(times) - 1
     for i in range(steps):
         t, t_next = (times[j].to(x.device).expand(x.shape[0]) for j in (i, i + 1))
         if init is not None and mask is not None:

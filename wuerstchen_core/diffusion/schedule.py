@@ -6,14 +6,15 @@ t = 1 is noise, t = 0 the picture. Source: Nichol & Dhariwal, arXiv 2102.09672, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
-FAST_STEPS = 6, 4  # of Stage C and of Stage B
-MOST_STEPS = 10_000  # above which it is a slip, that would fill the memory
+MOST_STEPS = 10_000  # more is taken for a typing error: the times alone would fill the memory
 
 
 def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
@@ -61,33 +62,45 @@ def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     return torch.linspace(start, end, steps + 1)
 
 
-def original_times() -> Tensor:
-    """Stage C of the original v2 notebook: 20 steps down to 2/3, then 10 down to 0."""
-    return torch.cat([linear_times(20, 1.0, 2 / 3), linear_times(10, 2 / 3, 0.0)[1:]])
+def two_part_times(steps: int) -> Tensor:
+    """Returns [steps + 1] times: two thirds of the steps from 1 down to 2/3, the rest down to 0."""
+    early = round(steps * 2 / 3)
+    if early in (0, steps):
+        return linear_times(steps)
+    return torch.cat([linear_times(early, 1.0, 2 / 3), linear_times(steps - early, 2 / 3, 0.0)[1:]])
 
 
-def diffusers_times() -> Tensor:
-    """Stage C of diffusers' DEFAULT_STAGE_C_TIMESTEPS: 30 points, so 29 steps."""
-    return torch.cat([linear_times(19, 1.0, 2 / 3), linear_times(10, 2 / 3, 0.0)[1:]])
+def squared_times(steps: int) -> Tensor:
+    """Returns [steps + 1] times, squares of equally spaced ones: the steps shrink towards the picture."""
+    return linear_times(steps) ** 2
 
 
-def fast_times() -> Tensor:
-    """Stage C in few steps: equal ones, squared, so that they shrink towards the picture, where they are needed.
+@dataclass(frozen=True)
+class Schedule:
+    """A named time schedule of Stage C and the settings that go with it."""
 
-    Along it by DDIM, and with 4 equal steps of Stage B, the shipped demo is as accurate as with 30 + 12:
-    docs/steps.md. It was measured for no other weights.
-    """
-    return linear_times(FAST_STEPS[0]) ** 2
+    times: Callable[[int], Tensor]  # number of steps to times [steps + 1]
+    steps: int | None = None  # of Stage C; None: any number
+    sampler: str = "ddpm"  # of Stage C, a key of samplers.SAMPLERS
+    decoder_steps: int | None = None  # of Stage B (v2); None: the default
+
+
+# In the order of ComfyUI's choices: append new ones.
+SCHEDULES = {
+    "original": Schedule(two_part_times, 30),  # the original v2 notebook: 20 + 10 steps
+    "diffusers": Schedule(two_part_times, 29),  # DEFAULT_STAGE_C_TIMESTEPS: 19 + 10 steps
+    "linear": Schedule(linear_times),
+    # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps: docs/steps.md. Few steps
+    # that each add noise go wrong now and then, hence ddim.
+    "fast": Schedule(squared_times, 6, "ddim", 4),
+}
 
 
 def named_times(schedule: str, steps: int) -> Tensor:
-    """Times of a schedule by name: 'original', 'diffusers' and 'fast' (fixed), or 'linear' with `steps` steps."""
-    if schedule == "linear":
-        return linear_times(steps)
-    fixed = {"original": original_times, "diffusers": diffusers_times, "fast": fast_times}
-    if schedule not in fixed:
-        raise ValueError(f"schedule {schedule!r} is unknown: choose original, diffusers, fast or linear")
-    return fixed[schedule]()
+    """Returns the times of a schedule by name; `steps` counts only if the schedule has no fixed number of steps."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown: choose {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule].times(SCHEDULES[schedule].steps or steps)
 
 
 def strength_times(times: Tensor, strength: float) -> Tensor:

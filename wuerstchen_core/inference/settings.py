@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..common.geometry import check_size
-from ..diffusion.samplers import STEPS, Progress, Seed, sampler_of
-from ..diffusion.schedule import FAST_STEPS, linear_times, named_times
+from ..diffusion.samplers import Progress, Seed, check_sampler
+from ..diffusion.schedule import SCHEDULES, Schedule, linear_times, named_times
 from ..diffusion.token_sampler import MODES
 
 LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
@@ -32,7 +32,7 @@ class SamplingSettings:
 
     width: int = 1024  # pixels
     height: int = 1024
-    schedule: str = "original"  # of Stage C: original, diffusers, fast or linear
+    schedule: str = "original"  # of Stage C, a key of SCHEDULES
     prior_steps: int = 30
     prior_guidance: float = 4.0  # 1 and less: none
     decoder_steps: int = 12
@@ -41,7 +41,7 @@ class SamplingSettings:
     tokens: bool = False  # whether Stage B paints them, as v1's does: else the rest is of no use
     temperature: tuple[float, float] = (1.0, 0.6)  # at the first step and the last; below 1, likelier tokens
     token_mode: str = "multinomial"  # how a token is chosen: multinomial, argmax or quantised
-    sampler: str = "ddpm"  # of Stage C: ddpm or ddim
+    sampler: str = Schedule.sampler  # of Stage C, a key of SAMPLERS
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -51,8 +51,7 @@ class SamplingSettings:
                 f"the {self.schedule} schedule has {steps} steps, not {self.prior_steps}: "
                 "leave the prior's steps out, or choose the linear schedule"
             )
-        if self.sampler not in STEPS:
-            raise ValueError(f"the sampler {self.sampler!r} is unknown: choose one of {', '.join(STEPS)}")
+        check_sampler(self.sampler)
         self.decoder_times()
         for scale in (self.prior_guidance, *self.decoder_scales()):
             if not math.isfinite(scale):
@@ -99,10 +98,10 @@ class SamplingSettings:
         elif "schedule" in asked:
             asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
         if "schedule" in asked and asked["schedule"] != self.schedule:
-            asked.setdefault("sampler", sampler_of(asked["schedule"]))
-            if "fast" in (asked["schedule"], self.schedule) and not self.tokens:
-                few, many = FAST_STEPS[1], SamplingSettings.decoder_steps
-                asked.setdefault("decoder_steps", few if asked["schedule"] == "fast" else many)
+            old, new = SCHEDULES[self.schedule], SCHEDULES[asked["schedule"]]
+            asked.setdefault("sampler", new.sampler)
+            if new.decoder_steps != old.decoder_steps and not self.tokens:
+                asked.setdefault("decoder_steps", new.decoder_steps or SamplingSettings.decoder_steps)
         return replace(self, **asked)
 
     def numbers(self) -> dict[str, Any]:

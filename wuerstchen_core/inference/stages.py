@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints import PARTS
 from ..checkpoints.components import release
 from ..common.geometry import decoder_side, prior_side
-from ..diffusion.samplers import STEPS, Seed, guidance, guided, sample, seeded_noise
+from ..diffusion.samplers import Seed, guidance, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
 from ..models.decoder import Decoder
@@ -127,7 +127,7 @@ class Stages:
             x,
             times,
             draw=draw,
-            step=STEPS[sampling.sampler],
+            sampler=sampling.sampler,
             init=None if mask is None else clean,
             mask=mask,
             kept_noise=noise,
