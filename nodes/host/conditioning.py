@@ -220,5 +220,5 @@ def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kw
         guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
     network = patcher.model.diffusion_model
     hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # they patch it between steps
-    with network.reading_once() if isinstance(network, HostPrior) and not hooked else nullcontext():
+    with network.caching_keys_values() if isinstance(network, HostPrior) and not hooked else nullcontext():
         return sample(noise, *args, **kwargs)

@@ -10,18 +10,19 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...wuerstchen_core.kernels.linear import Ready, by_onednn, product
+from ...wuerstchen_core.kernels.dispatch import HasWeights
+from ...wuerstchen_core.kernels.linear import linear, uses_onednn
 from ...wuerstchen_core.models.attention import Attention
 from ...wuerstchen_core.models.decoder import Decoder
-from ...wuerstchen_core.models.mlp import GlobalResponseNorm
-from ...wuerstchen_core.models.prior import Prior, ReadOnce
+from ...wuerstchen_core.models.layers import GlobalResponseNorm
+from ...wuerstchen_core.models.prior import KVCache, Prior
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
     """Brings its bare parameters to the input's device and dtype: in a partial load the host leaves them behind."""
 
-    def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gamma, beta = (comfy.ops.cast_to_input(parameter, x) for parameter in (self.gamma, self.beta))
         return gamma, beta
 
@@ -29,14 +30,14 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
 def castable(operations: Any) -> Any:
     """The host's layer namespace, with our layers in a form that it can cast and offload."""
 
-    class Cast(Ready):
-        def ready(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    class Cast(HasWeights):
+        def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             weight, bias = comfy.ops.cast_bias_weight(self, x)
             return weight, bias
 
     class Linear(Cast, operations.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return product(x, *self.ready(x)) if by_onednn(x) else super().forward(x)
+            return linear(x, *self.weights(x)) if uses_onednn(x) else super().forward(x)
 
     class Conv2d(Cast, operations.Conv2d):
         pass
@@ -69,21 +70,21 @@ class Hosted(nn.Module):
 class HostPrior(Hosted, Prior):
     """Stage C as the host builds and calls it."""
 
-    reading: ReadOnce | None = None  # of the texts of a run, whose tensors come as new ones at each step
+    kv_cache: KVCache | None = None  # ComfyUI passes the same text in a new tensor at each step
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.reading is None:  # a graph, or training
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.kv_cache is None:
             return super().forward(x, timestep, context)
-        return super().forward(x, timestep, self.reading(context))
+        return super().forward(x, timestep, self.kv_cache(context))
 
     @contextmanager
-    def reading_once(self) -> Iterator[None]:
-        """Read each text once, as long as the weights stay as they are."""
-        self.reading = ReadOnce(self)
+    def caching_keys_values(self) -> Iterator[None]:
+        """Computes keys and values once per text; the weights must not change meanwhile."""
+        self.kv_cache = KVCache(self)
         try:
             yield
         finally:
-            self.reading = None
+            self.kv_cache = None
 
 
 class HostedStageB(Hosted):

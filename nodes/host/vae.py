@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.release import version_of
+from ...wuerstchen_core.kernels.vqgan import band_height
 from ...wuerstchen_core.models.image_encoder import semantic_view
-from ...wuerstchen_core.models.vqgan import band_rows
 
 
 class SemanticCompressor(nn.Module):
@@ -117,7 +117,7 @@ def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
 def _decoded(shape: Any) -> int:
     """Numbers held for one picture of latents of a shape, in the bands of rows in which it is decoded."""
     height, width = shape[2:]
-    return 17_000 * min(height, band_rows(1, width, cpu=False)) * width + 100 * height * width
+    return 17_000 * band_height(1, height, width, cpu=False) * width + 100 * height * width
 
 
 def _size(dtype: Any) -> int:

@@ -13,8 +13,8 @@ from tools.demo import precision
 from tools.demo.precision import KINDS, MARKS, Largest, relative_error
 from tools.demo.precision_cases import Case, golden_cases, golden_image_encoders
 from wuerstchen_core.checkpoints.quant import FP8
-from wuerstchen_core.kernels.linear import Operations
-from wuerstchen_core.models.mlp import MANY, ChannelwiseMLP
+from wuerstchen_core.kernels.mlp import MIN_POSITIONS
+from wuerstchen_core.models.layers import ChannelwiseMLP
 
 # In percent of the result, twice what was measured (the README's table).
 MOST = {"bf16": 2.6, "fp16": 0.4, "fp8, computed in bf16": 7.5, "fp8, computed in fp32": 7.5}
@@ -60,9 +60,9 @@ def largest(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def test_the_largest_number_in_fp16_is_found_before_a_gelu() -> None:
-    mlp = ChannelwiseMLP(2, 2, 0.0, Operations).eval()
+    mlp = ChannelwiseMLP(2, 2, 0.0).eval()
     mlp[0].bias.fill_(-3000.0)  # of which the GELU leaves nothing
-    x = torch.zeros(1, 32, MANY // 32, 2)
+    x = torch.zeros(1, 32, MIN_POSITIONS // 32, 2)
     assert largest(lambda: mlp(x + 6e4).half()) == 0  # fp32 does not count
     mlp.half()
     assert largest(lambda: mlp(x.half())) == 3000

@@ -179,7 +179,7 @@ def reading(bundle: Bundle) -> Results:
         WuerstchenPriorSample.execute(bundle.prior, positive, negative, empty, "linear", STEPS, CFG, SEED)
         counts.append(len(seen))
     handle.remove()
-    return {}, {"texts read": counts, "reading left": network.reading is not None}
+    return {}, {"texts read": counts, "cache left": network.kv_cache is not None}
 
 
 def interpolation(bundle: Bundle) -> Results:

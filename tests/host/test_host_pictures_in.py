@@ -73,7 +73,7 @@ def test_a_mask_keeps_what_is_outside_and_forgets_what_is_inside(inside: Inside,
 def test_texts_are_read_once_a_run_unless_weights_change_in_it(inside: Inside) -> None:
     once, hooked = inside[1]["texts read"]
     assert once == 1 and hooked >= STEPS
-    assert not inside[1]["reading left"]
+    assert not inside[1]["cache left"]
 
 
 BETWEEN = ("c between", "raw between", "b between", "prompts between", "prompts' latents", "average")

@@ -13,11 +13,9 @@ from helpers.networks import NETWORKS, VQ, Network
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wuerstchen_core.kernels import linear
-from wuerstchen_core.models import mlp
+from wuerstchen_core.kernels.dispatch import use_kernels
 from wuerstchen_core.models.attention import Attention, MultiHeadAttention
-from wuerstchen_core.models.layers import FeedForwardBlock
-from wuerstchen_core.models.mlp import GlobalResponseNorm
+from wuerstchen_core.models.layers import FeedForwardBlock, GlobalResponseNorm
 from wuerstchen_core.models.vqgan import VQGAN
 
 
@@ -66,14 +64,13 @@ def test_training_computes_the_same(network: Network) -> None:
     assert_near(network.call(module, *inputs).detach(), expected, 1e-5)
 
 
-def test_compiles_into_one_graph(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (mlp, linear):  # a graph has the plain products, which differ in the last digit
-        monkeypatch.setattr(module, "plain_cpu", lambda *_: False)
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+def test_compiles_into_one_graph(network: Network, kernels: bool) -> None:
     module, inputs = network.perturbed(), network.inputs()
     torch.compiler.reset()
-    compiled = torch.compile(network.call, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert_near(compiled(module, *inputs), network.call(module, *inputs), 1e-6)
+    with torch.no_grad(), use_kernels(kernels):
+        compiled = torch.compile(network.call, fullgraph=True, backend="eager")
+        assert_near(compiled(module, *inputs), network.call(module, *inputs), 1e-5 if kernels else 1e-6)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -145,7 +142,7 @@ def test_dropout_is_live_in_training_only(kind: type[Attention | FeedForwardBloc
     block = Attention(8, 2, dropout=0.5) if kind is Attention else FeedForwardBlock(8, dropout=0.5)
 
     def run() -> Tensor:
-        return block(x, block.read(x)) if isinstance(block, Attention) else block(x)
+        return block(x, block.keys_values(x)) if isinstance(block, Attention) else block(x)
 
     with torch.set_grad_enabled(grad):
         assert not torch.equal(run(), run())
@@ -174,3 +171,13 @@ def test_a_network_in_training_drops_in_its_attention_and_in_its_mlps(name: str)
         for mlp_dropout in mlps:
             mlp_dropout.p = shares[1]
         assert changes() == any(shares)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "image_encoder"])  # torchvision's own layers
+def test_no_random_numbers_on_the_meta_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("torch imports its compiler for this")
+
+    monkeypatch.setattr(nn.init, "normal_", draw)
+    with torch.device("meta"):
+        NETWORKS[name].build()

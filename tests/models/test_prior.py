@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.golden_data import Golden, assert_near
+from helpers.networks import NETWORKS, PRIOR
 from torch import Tensor
 
 from wuerstchen_core.checkpoints.key_maps import split_attention
 from wuerstchen_core.diffusion.schedule import diffuse, training_times
 from wuerstchen_core.models.layers import timestep_embedding
-from wuerstchen_core.models.prior import Prior, PriorParams, latents_from_features
+from wuerstchen_core.models.prior import KVCache, Prior, PriorParams, latents_from_features
 from wuerstchen_core.training.ema import EMA
 from wuerstchen_core.training.optim import build_optimizers
 from wuerstchen_core.training.stages.losses import NoiseConfig, noise_loss
@@ -122,3 +123,20 @@ def test_initial_weights() -> None:
     }
     for weight, bound in bounds.items():
         assert 0.95 * bound < float(weight.detach().abs().max()) <= bound
+
+
+def test_kv_cache_computes_each_text_once() -> None:
+    module = NETWORKS["prior"].perturbed()
+    assert isinstance(module, Prior)
+    latents, t, text = NETWORKS["prior"].inputs()
+    calls = []
+    module.cond_mapper.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected, expected_other = module(latents, t, text), module(latents, t, text + 1)
+        calls.clear()
+        cache = KVCache(module)
+        for _ in range(3):  # both texts of guidance in turn, each time as a new tensor
+            assert torch.equal(module(latents, t, cache(text.clone())), expected)
+            assert torch.equal(module(latents, t, cache(text + 1)), expected_other)
+        assert len(calls) == 2
+        assert len(cache(text)) == PRIOR.depth

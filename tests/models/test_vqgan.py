@@ -10,7 +10,7 @@ from helpers.networks import VQ
 from torch import Tensor
 
 from wuerstchen_core.kernels import linear
-from wuerstchen_core.models import vqgan as vqgan_module
+from wuerstchen_core.kernels import vqgan as vqgan_kernel
 from wuerstchen_core.models.layers import nearest_codes
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock
 
@@ -120,10 +120,10 @@ def test_bands_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     def counted(x: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
         held.append(x[..., 0].numel())
-        return linear.product(x, *args, **kwargs)
+        return linear.linear(x, *args, **kwargs)
 
-    monkeypatch.setattr(vqgan_module, "product", counted)
-    monkeypatch.setattr(vqgan_module, "band_rows", lambda *_: rows)
+    monkeypatch.setattr(vqgan_kernel, "linear", counted)
+    monkeypatch.setattr(vqgan_kernel, "band_height", lambda *_: rows)
     network = VQGAN(VQ).requires_grad_(False)
     torch.manual_seed(0)
     for x in network.parameters():

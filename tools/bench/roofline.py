@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wuerstchen_core.checkpoints.components import NETWORKS
 from wuerstchen_core.checkpoints.diffusers_layout import component_config
 from wuerstchen_core.common.devices import DTYPES
-from wuerstchen_core.kernels.linear import product
+from wuerstchen_core.kernels.linear import linear
 
 from .cases import PICTURE, STAGES, Case
 from .inputs import inputs, one_call
@@ -29,7 +29,7 @@ def gemm_peak(dtype: str, device: Any, clock: Clock, side: int | None = None) ->
     best, begun = float("inf"), clock()
     for i in range(TRIES):
         started = clock()
-        product(a, b, None) if i % 2 else torch.mm(a, b)
+        linear(a, b, None) if i % 2 else torch.mm(a, b)
         now = clock()
         best = min(best, now - started)
         if now - begun > LONGEST and i:

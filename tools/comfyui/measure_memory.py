@@ -80,7 +80,7 @@ def stage(case: Case, device: str) -> Prepared:
     network = model.diffusion_model
 
     def step() -> None:
-        with network.reading_once() if name == "prior" else nullcontext():  # as in a sampler's run
+        with network.caching_keys_values() if name == "prior" else nullcontext():  # as in a sampler's run
             network(x, t, text, **extra)
 
     return network, step, model.memory_required(x.shape)

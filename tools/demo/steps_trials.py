@@ -31,7 +31,7 @@ from wuerstchen_core.diffusion.schedule import (
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.inference.stages import in_fp32
 from wuerstchen_core.models.image_encoder import semantic_view
-from wuerstchen_core.models.prior import ReadOnce, features_from_latents
+from wuerstchen_core.models.prior import KVCache, features_from_latents
 
 from .evaluate import held_out_scenes, judge_pictures
 from .judge import Judge, psnr
@@ -99,7 +99,7 @@ class Study:
         """Features [B, 16, 6, 6] that Stage C paints."""
         assert self.pipe.prior is not None
         draw, scale = seeded_noise(SEED, len(self.scenes)), self.pipe.sampling.prior_guidance
-        predict = guided(in_fp32(self.pipe.prior, ReadOnce(self.pipe.prior)), self.text[:1], (self.nothing,), scale)
+        predict = guided(in_fp32(self.pipe.prior, KVCache(self.pipe.prior)), self.text[:1], (self.nothing,), scale)
         x = sample(predict, draw(self.true_features), times, draw=draw, sampler=sampler)
         return features_from_latents(x, self.pipe.prior.params)
 

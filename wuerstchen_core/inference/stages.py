@@ -18,7 +18,7 @@ from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder, semantic_view
-from ..models.prior import Prior, ReadOnce, features_from_latents, latents_from_features
+from ..models.prior import KVCache, Prior, features_from_latents, latents_from_features
 from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
@@ -123,7 +123,7 @@ class Stages:
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would be left
             x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
         x = sample(
-            guided(in_fp32(prior, ReadOnce(prior)), cond, uncond, scale),
+            guided(in_fp32(prior, KVCache(prior)), cond, uncond, scale),
             x,
             times,
             draw=draw,
@@ -253,6 +253,6 @@ def _paint_tokens(
         mode=sampling.token_mode,
         init=None if init is None else vqgan.quantize(init).indices,
         mask=None if mask is None else (mask > 0).squeeze(1).expand_as(noise),
-        callback=sampler_progress(callback, "decoder", vqgan.latents_of),
+        callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
     )
-    return vqgan.latents_of(tokens)
+    return vqgan.indices_to_latents(tokens)

@@ -1,1 +1,1 @@
-"""CPU fast paths, behind one seam."""
+"""Fast paths of the networks, mostly for CPUs; `dispatch` switches them off."""

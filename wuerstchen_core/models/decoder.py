@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.linear import Operations
+from ..kernels.mlp import MappedLatents
 from .init import xavier_init
-from .layers import ChannelNorm, channels_last, timestep_embedding
-from .mlp import EPS, Injected
+from .layers import EPS, ChannelNorm, channels_last, timestep_embedding
+from .operations import Operations
 from .unet import UNet
 
 
@@ -88,11 +88,11 @@ class Decoder(UNet):
         nn.init.zeros_(self.clf[1].get_parameter("weight"))
         self.init_levels(sum(self.params.blocks))
 
-    def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int]) -> Injected | None:
+    def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int]) -> MappedLatents | None:
         mapper = self.effnet_mappers[index]
         if mapper is None:
             return None
-        return Injected(channels_last(resize_prior_latents(prior_latents, size)), mapper)
+        return MappedLatents(channels_last(resize_prior_latents(prior_latents, size)), mapper)
 
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The two maps (a, b), fp32, from which the noise is (latents - a) / b; shapes as in `forward`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import Embedding
+from .operations import Embedding
 
 # open_clip is imported where a tower or the tokenizer is built: it takes seconds to import.
 
@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
 
         Raises ValueError where the prompts differ in n.
         """
-        ids, mask = zip(*(tokenize_whole(prompt, self.params.context_length) for prompt in prompts), strict=True)
+        ids, mask = zip(*(tokenize_chunks(prompt, self.params.context_length) for prompt in prompts), strict=True)
         if len({len(pieces) for pieces in ids}) > 1:
             raise ValueError("these prompts differ in their number of 75-token pieces: encode them one by one")
         device = self.token_embedding.weight.device
@@ -98,7 +98,7 @@ def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, 
     return _framed([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
 
 
-def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
+def tokenize_chunks(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
     """A prompt of any length to ids and mask [n, 77], as `tokenize` makes them, of n pieces of 75 tokens each.
 
     It is cut where ComfyUI cuts it: after 75 tokens, whether or not a word ends there.

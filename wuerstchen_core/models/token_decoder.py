@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.linear import Operations
 from .init import xavier_init
-from .layers import ChannelNorm, channels_last, timestep_embedding
-from .mlp import EPS
+from .layers import EPS, ChannelNorm, channels_last, timestep_embedding
+from .operations import Operations
 from .unet import UNet
 
 
@@ -90,12 +89,12 @@ class TokenDecoder(UNet):
         return F.layer_norm(torch.cat([features, self.byt5_mapper(text)], dim=1), (self.params.c_cond,), eps=EPS)
 
     def forward(
-        self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, places: Tensor | None = None
+        self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, positions: Tensor | None = None
     ) -> Tensor:
         """Logits [B, num_labels, H, W] of the clean tokens, given tokens [B, H, W] noised to times t [B] in [0, 1],
         prior_latents [B, 16, h, w] and text [B, 77, byt5_embd].
 
-        H and W must be multiples of `params.multiple`. With `places` [B, n], indices into the H W tokens of each
+        H and W must be multiples of `params.multiple`. With `positions` [B, n], indices into the H W tokens of each
         picture, the logits are of these alone: [B, num_labels, n, 1].
         """
         p = self.params
@@ -111,6 +110,6 @@ class TokenDecoder(UNet):
         x = self.embedding[2](self.embedding[1](channels_last(x)))
         x = self.run_levels(x, time, self.condition(prior_latents, text))
         x = self.clf(x)
-        if places is not None:
-            x = x.flatten(2).gather(2, places[:, None].expand(-1, p.c_out, -1))[..., None]
+        if positions is not None:
+            x = x.flatten(2).gather(2, positions[:, None].expand(-1, p.c_out, -1))[..., None]
         return self.out_mapper(x).contiguous()

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..kernels.mlp import MappedLatents
 from .attention import AttnBlock
 from .init import init_blocks
 from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock
-from .mlp import Injected
 
 
 class UNetParams(Protocol):
@@ -97,7 +97,7 @@ class UNet(nn.Module):
         x: Tensor,
         time: Tensor,
         cond: Tensor,
-        inject: Callable[[int, tuple[int, int]], Injected | None] = lambda *_: None,
+        inject: Callable[[int, tuple[int, int]], MappedLatents | None] = lambda *_: None,
     ) -> Tensor:
         """Down and up again: x [B, c_hidden[0], H, W], time embeddings [B, c_r], conditioning [B, M, c_cond].
 
@@ -115,7 +115,9 @@ class UNet(nn.Module):
         return x
 
 
-def _run(blocks: Any, x: Tensor, time: Tensor, cond: Tensor, injected: Injected | None, skip: Tensor | None) -> Tensor:
+def _run(
+    blocks: Any, x: Tensor, time: Tensor, cond: Tensor, injected: MappedLatents | None, skip: Tensor | None
+) -> Tensor:
     """Run one level; `injected` joins every ResBlock, `skip` (from the way down) only the first."""
     for block in blocks:
         if isinstance(block, ResBlock):

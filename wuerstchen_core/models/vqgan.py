@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.linear import Operations, product
+from ..kernels.dispatch import accelerated_by
+from ..kernels.vqgan import decode_in_bands, folded_block
 from .init import xavier_init
-from .layers import channels_last, nearest_codes
-from .mlp import EPS
+from .layers import ChannelNorm, channels_last, nearest_codes
+from .operations import Operations
 
 
 @dataclass(frozen=True)
@@ -54,50 +53,12 @@ class Codebook(nn.Module):
         return Quantized(x + (codes - x).detach(), indices, codebook_loss, commit_loss)
 
 
-class Rows(NamedTuple):
-    """Rows [B, c, n, w] of a picture, with a row of what is above and below, where they are not at its edges."""
-
-    x: Tensor
-    top: bool  # whether they begin at the picture's first row
-    bottom: bool  # whether they end at its last
-
-    def inner(self, x: Tensor, scale: int = 1) -> Tensor:
-        """`x`, made of these rows at `scale` times their resolution, without what was made of the neighbours."""
-        return x[:, :, 0 if self.top else scale : None if self.bottom else -scale]
-
-
-class Bands:
-    """A layer that needs each row's neighbours, over a picture that comes in bands of rows from top to bottom."""
-
-    def __init__(self, layer: Callable[[Rows], Tensor]):
-        self._layer = layer
-        self._held: Tensor | None = None
-        self._top = True
-
-    def __call__(self, new: Tensor, last: bool) -> Tensor | None:
-        """What the layer makes of the rows so far, without the last of them unless they are all; None: nothing yet."""
-        x = new if self._held is None else torch.cat([self._held, new], dim=2)
-        if not last and x.shape[2] <= (1 if self._top else 2):
-            self._held = x
-            return None
-        rows = Rows(x, self._top, last)
-        self._held, self._top = x[:, :, -2:].clone(), False  # a view would keep the whole
-        return self._layer(rows)
-
-
-class Folded(NamedTuple):
-    """The weights of a VQResBlock, with its gammas in them."""
-
-    depthwise: tuple[Tensor, Tensor]
-    expand: tuple[Tensor, Tensor]
-    project: tuple[Tensor, Tensor]
-
-
 class VQResBlock(nn.Module):
     """Depthwise and pointwise residual branches, each modulated by three scalars of `gammas`."""
 
     def __init__(self, c: int, operations: Any = Operations, **factory: Any):
         super().__init__()
+        self.norm = ChannelNorm()
         self.depthwise = nn.Sequential(
             nn.ReplicationPad2d(1), operations.Conv2d(c, c, kernel_size=3, groups=c, **factory)
         )
@@ -106,47 +67,13 @@ class VQResBlock(nn.Module):
         )
         self.gammas = nn.Parameter(torch.zeros(6, device=factory.get("device"), dtype=factory.get("dtype")))
 
-    def folded(self) -> Folded:
-        """The weights that do without the gammas: these are scales and shifts before and after linear maps."""
-        conv: Any = self.depthwise[1]
-        expand: Any = self.channelwise[0]
-        project: Any = self.channelwise[2]
-        dtype = conv.weight.dtype
-        g, a, b, c = (x.float() for x in (self.gammas, conv.weight, expand.weight, project.weight))
-        pairs = (
-            (a * (1 + g[0]) * g[2], (conv.bias + g[1] * a.sum(dim=(1, 2, 3))) * g[2]),
-            (b * (1 + g[3]), expand.bias + g[4] * b.sum(dim=1)),
-            (c * g[5], project.bias * g[5]),
-        )
-        return Folded(*((weight.to(dtype), bias.to(dtype)) for weight, bias in pairs))
-
+    @accelerated_by(folded_block)
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(Rows(x, True, True), self.folded())
-
-    def rows(self, given: Rows, weights: Folded) -> Tensor:
-        """What the block makes of rows whose neighbours are known."""
-        x = given.x
-        c = x.shape[1]
-        h = F.layer_norm(x.permute(0, 2, 3, 1), (c,), eps=EPS).permute(0, 3, 1, 2)
-        h = F.pad(h, (1, 1, int(given.top), int(given.bottom)), mode="replicate")
-        x = (given.inner(x) + F.conv2d(h, *weights.depthwise, groups=c)).permute(0, 2, 3, 1)
-        h = F.layer_norm(x, (c,), eps=EPS)
-        h = product(product(h, *weights.expand, gelu=True), *weights.project)
-        return (x + h).permute(0, 3, 1, 2)
-
-
-def band_rows(count: int, width: int, cpu: bool) -> int:
-    """How many rows of `count` latents of a width `VQGAN.decode` works on at once: on a CPU what fits its cache."""
-    return max(4, (2**12 if cpu else 2**13) // (count * width))
-
-
-def _in_bands(layer: nn.Module) -> Callable[[Tensor, bool], Tensor | None]:
-    """A layer of the decoder, over a picture that comes in bands."""
-    if isinstance(layer, VQResBlock):
-        return Bands(partial(layer.rows, weights=layer.folded()))
-    if isinstance(layer, nn.ConvTranspose2d):
-        return Bands(lambda rows: rows.inner(layer(rows.x), scale=2))
-    return lambda x, last: layer(x)
+        g = self.gammas
+        h = self.norm(x) * (1 + g[0]) + g[1]
+        x = x + self.depthwise(h) * g[2]
+        h = self.norm(x) * (1 + g[3]) + g[4]
+        return x + self.channelwise(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * g[5]
 
 
 class VQGAN(nn.Module):
@@ -207,34 +134,15 @@ class VQGAN(nn.Module):
         """Snap latents [B, 4, h, w] in codebook units to the nearest codes."""
         return self.vquantizer(latents)
 
-    def latents_of(self, indices: Tensor) -> Tensor:
+    def indices_to_latents(self, indices: Tensor) -> Tensor:
         """Codes [B, h, w] to the latents [B, 4, h, w] that they stand for."""
         return self.vquantizer.codebook(indices).permute(0, 3, 1, 2)
 
+    @accelerated_by(decode_in_bands)
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], about [0, 1], not clamped.
-
-        Without gradients it works in bands of rows, that go through all layers one after the other: what is held does
-        not grow with the picture's height, and little leaves the processor's cache.
-        """
-        latents = channels_last(latents)
-        wanted = torch.is_grad_enabled() and (latents.requires_grad or self.out_block[0].weight.requires_grad)
-        if wanted or torch.compiler.is_compiling():
-            return self.out_block(self.up_blocks(latents)).contiguous()
-        count, _, height, width = latents.shape
-        scale = 2**self.params.levels
-        images = latents.new_empty(count, 3, scale * height, scale * width)
-        rows = band_rows(count, width, latents.device.type == "cpu")
-        layers, done = [_in_bands(layer) for layer in (*self.up_blocks, self.out_block)], 0
-        for top in range(0, height, rows):
-            x: Tensor | None = latents[:, :, top : top + rows]
-            for layer in layers:
-                x = None if x is None else layer(x, top + rows >= height)
-            if x is not None:
-                images[:, :, done : done + x.shape[2]] = x
-                done += x.shape[2]
-        return images
+        """Latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], about [0, 1], not clamped."""
+        return self.out_block(self.up_blocks(channels_last(latents))).contiguous()
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Codes [B, h, w] to images [B, 3, 4h, 4w]."""
-        return self.decode(self.latents_of(indices))
+        return self.decode(self.indices_to_latents(indices))
