@@ -6,23 +6,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
+from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, folders, models, vae
 from .model_files import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import schema
 
-WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
-    "default": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
+# By ComfyUI's name for fp8, "default" meaning that ComfyUI chooses.
+DTYPE_CHOICES = {"default": None} | {
+    {"fp8": "fp8_e4m3fn"}.get(name, name): dtype for name, dtype in WEIGHT_DTYPES.items()
 }
 # By the width of its states, the stage whose name in LoRA and embedding files a tower goes by, whichever reads it.
 _TOWER_BY_WIDTH = {1280: "prior_text_encoder", 1024: "decoder_text_encoder"}
@@ -31,7 +27,7 @@ _TOWER_BY_WIDTH = {1280: "prior_text_encoder", 1024: "decoder_text_encoder"}
 def _weight_dtype_input() -> io.Combo.Input:
     return io.Combo.Input(
         "weight_dtype",
-        options=list(WEIGHT_DTYPES),
+        options=list(DTYPE_CHOICES),
         default="default",
         tooltip="How the weights are kept in memory. default: as ComfyUI thinks best; fp8 takes a quarter of fp32's "
         "memory and loses some quality, since ComfyUI widens it again to compute.",
@@ -131,7 +127,7 @@ class WuerstchenModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, version: str = "auto") -> io.NodeOutput:
         part = read_from(model_name, MODEL, version)
-        return io.NodeOutput(models.load_model(part, WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(models.load_model(part, DTYPE_CHOICES[weight_dtype]))
 
 
 class WuerstchenTokenDecoderLoader(io.ComfyNode):
@@ -167,7 +163,7 @@ class WuerstchenTokenDecoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(models.load_model(read_from(model_name, TOKENS), WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(models.load_model(read_from(model_name, TOKENS), DTYPE_CHOICES[weight_dtype]))
 
 
 class WuerstchenCLIPLoader(io.ComfyNode):

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 
+from ..common.devices import DTYPES
 from .bundle import merge_towers, save_bundle, save_part
 from .components import PARTS, TEXT_ENCODER, PlannedPart, check_towers, text_width
 from .lazy import Planned
@@ -20,7 +21,7 @@ from .quant import FP8
 from .release import check_release, of_others
 from .source import TOWERS, Source, merged
 
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
+CHOICES = {"keep": None, **DTYPES, "fp8": FP8}
 ENDING = ".safetensors"
 
 Report: TypeAlias = Callable[[Path, int, int], None]  # of which file, bytes written, bytes in all
@@ -38,7 +39,7 @@ def convert(
 ) -> list[Path]:
     """Write all parts of `sources` as one bundle, if `target` ends in .safetensors, else as a file each in that folder.
 
-    `dtype` is one of `DTYPES`, or such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` as in `open_source`.
+    `dtype` is one of `CHOICES`, or by part, as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version`: `open_source`.
     Weights are read as they are written: no more than one tensor is held in memory. Returns the files.
     ValueError if the sources do not make one model or a file exists without `force`; OSError if one can't be written.
     """
@@ -69,8 +70,8 @@ def parse_dtypes(text: str) -> dict[str, str]:
     found = {"": "keep"}
     for word in text.split(","):
         name, _, dtype = word.strip().rpartition("=")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown: choose {', '.join(DTYPES)}, as in bf16,vqgan=fp32")
+        if dtype not in CHOICES:
+            raise ValueError(f"dtype {dtype!r} is unknown: choose {', '.join(CHOICES)}, as in bf16,vqgan=fp32")
         if name not in ("", TEXT_ENCODER, *PARTS):
             raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
         found[name] = dtype
@@ -91,7 +92,7 @@ def _stored(wanted: Mapping[str, str], name: str, key: str, x: Planned) -> torch
     chosen = wanted.get(name) or (wanted.get(TEXT_ENCODER) if name in TOWERS else None) or wanted[""]
     if chosen == "keep" and x.stored == FP8:  # which was widened as it was read
         return FP8
-    return DTYPES[chosen]
+    return CHOICES[chosen]
 
 
 def _open(sources: Sequence[Given], version: str) -> list[Source]:

@@ -10,21 +10,14 @@ from typing import Any
 
 import torch
 
+from ..common.devices import WEIGHT_DTYPES
 from ..models.prior import PriorParams
 from .components import PARTS, PARTS_OF, TEXT_ENCODER, PlannedPart, kind_of, params_to_json, text_width, tower_name
 from .open import open_source
-from .quant import FP8
 from .release import version_of
 from .source import BUNDLE, TOWERS, Source
 
-_DTYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    FP8: "fp8",
-    torch.float8_e5m2: "fp8 (e5m2)",
-}
+_DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 _WHY = {"image_encoder": "only pictures as input need it"}
 OPEN = "v1 (or v2's first file, of June 2023)"
 SHARED = "v1 and v2 alike"

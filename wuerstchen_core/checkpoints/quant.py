@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..common.devices import WEIGHT_DTYPES
 from .lazy import AnyTensor, Planned, as_it_is, derived
 
-FP8 = torch.float8_e4m3fn
+FP8 = WEIGHT_DTYPES["fp8"]
 SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI knows such a file
 LARGE = 4096  # numbers: what is smaller takes no room and, as norms and biases are, is read exactly
 _SUFFIX = "scale_weight"

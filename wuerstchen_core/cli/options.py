@@ -42,11 +42,11 @@ class Job:
 class Choices:
     """The names in a registry, imported when argparse reads them: torch comes along, and --help should be quick."""
 
-    def __init__(self, module: str, registry: str) -> None:
-        self._module, self._registry = module, registry
+    def __init__(self, module: str, registry: str, *more: str) -> None:
+        self._module, self._registry, self._more = module, registry, more
 
     def __iter__(self) -> Iterator[str]:
-        return iter(getattr(import_module(self._module, __package__), self._registry))
+        return iter([*self._more, *getattr(import_module(self._module, __package__), self._registry)])
 
 
 def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: bool = True, name: str) -> None:
@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
         option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
         option("--height", type=int)
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
-    option("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    dtypes = Choices("..common.devices", "DTYPES", "auto")
+    option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="%(choices)s (default: auto)")
     text = "let torch compile Stages C and B, where it can: a minute more at first, slower on a CPU, untried on a GPU"
     option("--compile", action="store_true", help=text)
     if prior:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Dtypes that weights can have, by name. In the order of ComfyUI's choices: append new ones.
+WEIGHT_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+# Those that networks compute in; fp8 is for storage.
+DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if dtype.itemsize > 1}
 # Measured on a CPU with AVX512-BF16: bf16 makes the released prior 2.4 times as fast and the shipped small model no
 # faster, so that it may as well paint the same picture everywhere.
 LARGE_MODEL = 100_000_000  # parameters

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ...common.atomic import replace_file
 from ...common.dataclass_config import from_table
+from ...common.devices import DTYPES
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
@@ -44,7 +45,7 @@ from ..stages.networks import (
 )
 from .error_budget import ErrorBudget
 from .filters import Choice
-from .latent_cache import DTYPES, KEPT, NO_WORDS, RECORD, Record, members_of, read_record
+from .latent_cache import KEPT, NO_WORDS, RECORD, Record, members_of, read_record
 from .loading import IndexedPictures, read_example
 from .open import ImageDataConfig, cache_of, open_pictures
 from .source import Source

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
@@ -28,7 +27,6 @@ from .sidecars import SCORES, scores_from_table, table_from_json
 from .source import content, entry
 
 KEPT = ("latents", "features", "text")  # of Stage A, of the semantic encoder, the states of the caption
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECORD = "cache.json"
 NO_WORDS = "no-words.safetensors"  # the states of a caption that was dropped
 
