@@ -1,10 +1,6 @@
-"""How fast and how small: Würstchen beside diffusers' copy of it, with full-size networks of seeded random weights.
+"""Time and memory of full-size networks with random weights, beside diffusers' copy of Würstchen: docs/speed.md.
 
-`python -m tools.bench --quick`, or for one piece of work, again and again while it is made faster:
-
-    python -m tools.bench --stages prior --sizes 512 --dtypes bf16 --repeat 5
-
-`cases` says what can be measured. `weights` are written once, to a folder that is gone afterwards, and read by both
-sides, `ours` and `peer`. `timing` takes their time in turn, `child` their memory and loading, each in a process of its
-own; `limits` says what the machine could do at best, `report` makes the table. `run` does it all.
+`cases` lists the benchmarks, `weights` writes their networks to a temporary folder, and `wuerstchen`,
+`diffusers_baseline` and `train_step` are the two sides that load them. `run` times both sides in turn in one process,
+`subprocess_worker` measures memory and loading in a process each, and `report` prints the table.
 """

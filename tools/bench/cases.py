@@ -1,111 +1,127 @@
-"""What can be measured: a stage's work at a size, a batch and a dtype."""
+"""The benchmarks: which work can be measured, in which sizes, and on which inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
-from wuerstchen_core.common.geometry import check_size
+import torch
+from torch import Tensor
+
+from wuerstchen_core.common.devices import DTYPES
+from wuerstchen_core.common.geometry import check_size, decoder_side, prior_side
+
+from .weights import ModelSizes
+
+TOKENS = 77
+PRIOR_GUIDANCE = 4.0
+STEPS = 30, 12  # of a whole picture: Stage C, Stage B
+SEED = 7
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A piece of work."""
+class Benchmark:
+    """One kind of work: the networks it loads (the first does the work) and how it is timed."""
 
-    parts: tuple[str, ...]  # the networks that work
-    what: str
-    copies: int = 1  # of each picture in a network's batch: guided work computes two
-    steps: bool = False  # what is measured is one of a sampler's
-    beside: tuple[str, ...] = ()  # networks that ours asks for their sizes alone
-    learns: bool = False  # whether the step is one of training
+    parts: tuple[str, ...]
+    steps: bool = False  # timed per step of a sampler or of training, else per call
+    trains: bool = False
 
 
-PICTURE = "text-to-picture"
-STAGES = {
-    "prior": Stage(("prior",), "a guided step of Stage C", copies=2, steps=True),
-    "decoder": Stage(("decoder",), "a step of Stage B", steps=True, beside=("vqgan",)),
-    "decoder-guided": Stage(("decoder",), "a guided step of Stage B", copies=2, steps=True, beside=("vqgan",)),
-    "vqgan-decode": Stage(("vqgan",), "Stage A: latents to pictures"),
-    "vqgan-encode": Stage(("vqgan",), "Stage A: pictures to latents"),
-    "image-encoder": Stage(("image_encoder",), "the semantic compressor: pictures to features"),
-    PICTURE: Stage(("prior", "decoder", "vqgan"), "all three stages, text states given"),
-    "train-prior": Stage(("prior",), "a training step of Stage C", steps=True, learns=True),
-    "train-decoder": Stage(("decoder",), "a training step of Stage B", steps=True, learns=True),
+PICTURE = "text-to-picture"  # all three stages, from given text states
+BENCHMARKS = {
+    "prior": Benchmark(("prior",), steps=True),
+    "decoder": Benchmark(("decoder", "vqgan"), steps=True),
+    **dict.fromkeys(("vqgan-decode", "vqgan-encode"), Benchmark(("vqgan",))),
+    PICTURE: Benchmark(("prior", "decoder", "vqgan")),
+    "train-prior": Benchmark(("prior",), steps=True, trains=True),
+    "train-decoder": Benchmark(("decoder",), steps=True, trains=True),
 }
 GROUPS = {
     "vqgan": ("vqgan-decode", "vqgan-encode"),
-    "train": tuple(name for name, stage in STAGES.items() if stage.learns),
-    "all": tuple(name for name, stage in STAGES.items() if not stage.learns),  # that paint
+    "train": tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.trains),
+    "all": ("prior", "decoder", "vqgan-decode", "vqgan-encode"),
 }
-STEPS = 30, 12  # of a picture: of Stage C and Stage B
-DTYPES = ("bf16", "fp32", "fp16")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """One row of the table: a benchmark at one picture size, batch size and dtype."""
 
     stage: str
-    side: int  # pixels
+    size: int  # pixels per side
     batch: int
     dtype: str
 
     @property
-    def label(self) -> str:
-        batch = f" x{self.batch}" if self.batch > 1 else ""
-        return f"{self.stage} {self.side}²{batch} {self.dtype}"
+    def benchmark(self) -> Benchmark:
+        return BENCHMARKS[self.stage]
 
     @property
-    def pixels(self) -> int:
-        return self.side**2 * self.batch
+    def label(self) -> str:
+        return f"{self.stage} {self.size}² x{self.batch} {self.dtype}"
 
     @property
     def rows(self) -> int:
-        """How many pictures a network sees at once."""
-        return self.batch * STAGES[self.stage].copies
+        """Batch size of the network: guidance computes each picture twice."""
+        return 2 * self.batch if self.stage == "prior" else self.batch
+
+    @property
+    def weight_dtype(self) -> str:
+        """Mixed-precision training keeps fp32 weights."""
+        return "fp32" if self.benchmark.trains else self.dtype
 
 
-def stored(stage: str, dtype: str) -> str:
-    """In which dtype the weights of a stage are: in training by mixed precision, fp32."""
-    return "fp32" if STAGES[stage].learns else dtype
+def stage_names(names: Sequence[str]) -> list[str]:
+    """Returns the benchmarks that `names` select, groups expanded. Raises ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in BENCHMARKS and name not in GROUPS]:
+        raise ValueError(f"unknown stage {unknown[0]!r}: choose from {', '.join((*BENCHMARKS, *GROUPS))}")
+    return list(dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,))))
 
 
-def stage_names(asked: Sequence[str]) -> list[str]:
-    """Stages, with a group's members in its place. Raises ValueError for a name that is neither."""
-    unknown = [name for name in asked if name not in STAGES and name not in GROUPS]
-    if unknown:
-        raise ValueError(f"stage {unknown[0]!r} is unknown: choose of {', '.join((*STAGES, *GROUPS))}")
-    return list(dict.fromkeys(name for one in asked for name in GROUPS.get(one, (one,))))
-
-
-def check(
-    stages: Sequence[str],
-    sizes: Sequence[int],
-    batches: Sequence[int],
-    dtypes: Sequence[str],
-    repeat: int,
-    steps: Sequence[int],
-) -> None:
-    """Raise ValueError where one can't be measured."""
-    for side in sizes:
-        check_size(side, side)
-    if not stages:
-        raise ValueError(f"no stage was named: choose of {', '.join((*STAGES, *GROUPS))}")
+def all_cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
+    """Returns every combination, ordered so that each network is loaded once. Raises ValueError for an invalid one."""
+    for size in sizes:
+        check_size(size, size)
     if min(batches) < 1:
-        raise ValueError(f"a batch of {min(batches)} holds no picture: give at least 1")
-    if repeat < 1:
-        raise ValueError(f"{repeat} repetitions measure nothing: give at least 1")
-    if len(steps) != 2 or min(steps) < 1:
-        raise ValueError("--steps takes those of Stage C and of Stage B, each at least 1: such as 30+12, or fast")
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if unknown or not dtypes:
-        raise ValueError(f"dtype {unknown[0] if unknown else ''!r} is unknown: choose of {', '.join(DTYPES)}")
-    if "fp16" in dtypes and any(STAGES[name].learns for name in stages):
-        raise ValueError("training is measured in bf16, which is mixed precision, and fp32: leave out fp16")
+        raise ValueError(f"--batch {min(batches)} is too small: use at least 1")
+    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        raise ValueError(f"unknown dtype {unknown[0]!r}: choose from {', '.join(DTYPES)}")
+    if "fp16" in dtypes and any(BENCHMARKS[stage].trains for stage in stages):
+        raise ValueError("training runs in bf16 (mixed precision) or fp32: remove fp16 from --dtypes")
+    combinations = product(dtypes, stages, sorted(batches), sorted(sizes))
+    return [Case(stage, size, batch, dtype) for dtype, stage, batch, size in combinations]
 
 
-def cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:
-    """Every combination, the smallest first within a network, so that it is loaded once."""
-    for dtype, stage, batch, side in product(dtypes, stages, sorted(batches), sorted(sizes)):
-        yield Case(stage, side, batch, dtype)
+def inputs(case: Case, sizes: ModelSizes, device: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Returns the seeded inputs of a case by name, rounded to the case's dtype and cast to `dtype` (default: that)."""
+    randn = _randn(case, device, dtype)
+    prior, latent = prior_side(case.size), decoder_side(case.size)
+    if case.stage == "vqgan-encode":
+        return {"images": randn(case.batch, 3, case.size, case.size).sigmoid()}
+    if case.stage == "vqgan-decode":
+        return {"latents": randn(case.batch, sizes.vqgan.c_latent, latent, latent) * sizes.vqgan.scale_factor}
+    return {
+        "prior_text": randn(case.batch, TOKENS, sizes.prior.c_cond),
+        "prior_negative": randn(1, TOKENS, sizes.prior.c_cond),
+        "text": randn(case.batch, TOKENS, sizes.decoder.clip_embd),
+        "features": randn(case.batch, sizes.decoder.effnet_embd, prior, prior),
+    }
+
+
+def network_inputs(case: Case, sizes: ModelSizes, device: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Returns (x, t, ...) for one call of Prior or Decoder; both sides take this order. dtype: see `inputs`."""
+    randn = _randn(case, device, dtype)
+    rows, prior, latent = case.rows, prior_side(case.size), decoder_side(case.size)
+    t = torch.full((rows,), 0.5, device=device, dtype=dtype or DTYPES[case.dtype])
+    if case.benchmark.parts[0] == "prior":
+        return randn(rows, sizes.prior.c_in, prior, prior), t, randn(rows, TOKENS, sizes.prior.c_cond)
+    features = randn(rows, sizes.decoder.effnet_embd, prior, prior)
+    return randn(rows, sizes.decoder.c_in, latent, latent), t, features, randn(rows, TOKENS, sizes.decoder.clip_embd)
+
+
+def _randn(case: Case, device: Any, dtype: torch.dtype | None) -> Any:
+    generator = torch.Generator().manual_seed(SEED)
+    return lambda *shape: torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).to(device, dtype)

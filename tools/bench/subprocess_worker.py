@@ -1,98 +1,54 @@
-"""One measurement in a process of its own: `python -m ...bench.child WORDS`, with and printing JSON.
-
-Loads a side's networks and does their work: what that takes in memory, and how long it takes from the file, which the
-system has in memory already, to the end of the first round.
-"""
+"""Memory and loading time of one side, measured in a process that does nothing else."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
-from .cases import STAGES, Case
+import torch
 
-LAST_WORDS = 200  # characters
+from wuerstchen_core.inference.compile import can_compile
 
+from .measure import Setting, clock_of, memory_in_use, reset_peak, side_class
 
-def measure_apart(side: str, case: Case, rounds: int, told: dict[str, Any]) -> dict[str, Any]:
-    """Run this file in a fresh interpreter: `rounds` of a side's work; ValueError with its last words if it fails."""
-    words = {"side": side, "case": asdict(case), "rounds": rounds, **told}
-    root = Path(__file__).parents[2]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # A place of its own for what is compiled, that compiling is not finding what was compiled before.
-    place = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=told["folder"])} if told["compile"] else {}
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.subprocess_worker", json.dumps(words)],
-        env={**os.environ, **place, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ValueError(f"{side} could not be measured apart ({case.label}): {last[-LAST_WORDS:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+Result = tuple[int | None, float, float]
 
 
-def _main(words: dict[str, Any]) -> dict[str, Any]:
-    begun = time.perf_counter()
-    import torch
+def measure_in_subprocess(side: str, setting: Setting, threads: int, compiles: bool) -> Result:
+    """Returns bytes of peak memory, and seconds of loading and up to the end of the first round.
 
-    make = _side(words["side"], words["case"]["stage"])
-    imported = time.perf_counter() - begun
+    Both times start at the weight files, which the system has cached. Raises ValueError if the process dies.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, side, setting, threads, compiles).result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"the process that measured {side} ({setting.case.label}) died, probably for lack of memory: choose "
+                "smaller --sizes, or leave its measurement out with --no-memory"
+            ) from None
 
-    from wuerstchen_core.inference.compile import can_compile
 
-    from .memory import Peak, Private
-    from .setting import Setting
-    from .timing import clock_of
-    from .weights import sizes_of
-
-    if words["threads"]:
-        torch.set_num_threads(words["threads"])
-    case, device, folder = Case(**words["case"]), torch.device(words["device"]), Path(words["folder"])
-    clock, sizes = clock_of(device), sizes_of(folder)
-    torch.zeros(1, device=device)  # a device's own context isn't the model's
-    if words["compile"]:  # nor is what the compiler imports
+def _measure(side: str, setting: Setting, threads: int, compiles: bool) -> Result:
+    case, device = setting.case, setting.device
+    load_side = side_class(side, case)  # imports, which do not count
+    if threads:
+        torch.set_num_threads(threads)
+    torch.zeros(1, device=device)  # neither does the device's context
+    if compiles:  # nor the compiler's import; an empty cache, so that compiling starts from nothing
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=setting.folder)
         can_compile(device)
-    peak, started = Peak(device), clock()
-    with torch.inference_mode(not STAGES[case.stage].learns):
-        with Private() as private:
-            side = make(Setting(case.stage, case.dtype, folder, sizes, device, clock, tuple(words["steps"])))
-        loaded, load_peak = clock() - started, peak.read()
-        peak.restart()
-        ends: list[float] = []
-        if words["compile"]:
-            side.compile()
-        side.run(case, words["rounds"], lambda: ends.append(clock() - started))
-    return {
-        "peak": peak.read(),
-        "load_peak": load_peak,
-        "load_private": private.highest,
-        "import_seconds": imported,
-        "load_seconds": loaded,
-        "first_seconds": ends[0],
-    }
-
-
-def _side(name: str, stage: str) -> Any:
-    """A side's class, with all that it needs imported."""
-    from .sides import side_of
-
-    if name == "peer":
-        from .diffusers_baseline import import_packages
-
-        import_packages()
-    return side_of(name, stage)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_main(json.loads(sys.argv[1]))) + "\n")
+    clock, before = clock_of(device), memory_in_use(device)
+    begin = clock()
+    with torch.inference_mode(not case.benchmark.trains):
+        network = load_side(setting)
+        ends = [clock() - begin]
+        reset_peak(device)
+        if compiles:
+            network.compile()
+        network.run(case, 1 + int(case.benchmark.steps), lambda *_: ends.append(clock() - begin))
+    peak = memory_in_use(device, peak=True)
+    return None if before is None or peak is None else peak - before, ends[0], ends[1]

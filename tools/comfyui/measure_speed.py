@@ -1,9 +1,7 @@
-"""How fast the networks are under ComfyUI's sampling, beside the core's own and beside ComfyUI's Stable Cascade.
+"""Times a step of our networks under ComfyUI's samplers, beside the core alone and beside Stable Cascade's layers.
 
-`python -m tools.bench --comfyui COMFYUI` runs it with that ComfyUI's Python: `measure_speed.py COMFYUI PLAN`,
-with PLAN and what it prints as JSON. Every way takes the same steps of full-size networks with random weights, in turn.
-Stable Cascade has other conditioning: its networks are built here in Würstchen's widths and depths out of ComfyUI's
-layers, and compared by FLOP/s, too.
+`python -m tools.bench --comfyui FOLDER` runs this with ComfyUI's own Python; the job and the results are JSON. Stable
+Cascade has other conditioning, so its networks are built here from ComfyUI's layers in Würstchen's widths and depths.
 """
 
 from __future__ import annotations
@@ -11,70 +9,70 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .in_host import enter, load_pack
 
-STEPS = 3  # of a run: the first, which also loads, and two that count
+STEPS = 3  # per turn: the first, which also loads, does not count
 KSAMPLER = "ddpm", "normal"
-Way = Callable[[Callable[[], None]], Any]  # walks STEPS steps, and calls back after each
+Run = Callable[[Callable[[], None]], Any]  # does STEPS steps and calls its argument after each
 
 
-class Stage:
-    """A stage's network in the core, in ComfyUI, and of ComfyUI's layers."""
+class Networks:
+    """One stage's network in the core, in ComfyUI, and as Stable Cascade's layers."""
 
-    def __init__(self, plan: dict[str, Any], name: str, dtype: str):
+    def __init__(self, job: dict[str, Any], name: str, dtype: str):
         from pack.nodes.host import models
-        from pack.tools.bench.setting import Setting
-        from pack.tools.bench.weights import sizes_of, weight_file
-        from pack.tools.bench.wuerstchen import Ours
+        from pack.tools.bench.cases import BENCHMARKS, Case
+        from pack.tools.bench.measure import Setting
+        from pack.tools.bench.weights import ModelSizes, weight_file
+        from pack.tools.bench.wuerstchen import Wuerstchen
         from pack.wuerstchen_core.checkpoints import read_part
         from pack.wuerstchen_core.common.devices import DTYPES
 
-        folder = Path(plan["folder"])
-        self.sizes, self.device = sizes_of(folder), plan["device"]
-        self.model = models.load_model(read_part(weight_file(folder, name, dtype), name), DTYPES[dtype])
-        self.dtype = self.model.model.get_dtype_inference()  # which ComfyUI chooses, and all others then work in
-        setting = Setting(name, dtype, folder, self.sizes, self.device, time.perf_counter, (STEPS, STEPS))
-        self.ours = Ours(replace(setting, compute=self.dtype))
+        folder, self.device = Path(job["folder"]), job["device"]
+        parts = {part: read_part(weight_file(folder, part, dtype), part) for part in BENCHMARKS[name].parts}
+        self.sizes = ModelSizes(**{part: read.params for part, read in parts.items()})
+        self.model = models.load_model(parts[name], DTYPES[dtype])
+        self.dtype = self.model.model.get_dtype_inference()  # ComfyUI's choice, which the others follow
+        case = Case(name, 0, 1, dtype)
+        self.core = Wuerstchen(Setting(case, folder, self.sizes, self.device, (STEPS, STEPS), self.dtype))
         self.cascade = cascade(name, self.sizes, self.device, self.dtype)
 
-    def ways(self, case: Any) -> dict[str, Way]:
-        """The ways of this case by name."""
+    def runs(self, case: Any) -> dict[str, Run]:
+        """Returns what is compared, by name."""
         import comfy.sample
         from pack.nodes.host.sampling import sample_stage
-        from pack.tools.bench.inputs import PRIOR_GUIDANCE, SEED, inputs
+        from pack.tools.bench.cases import PRIOR_GUIDANCE, SEED, inputs
         from pack.wuerstchen_core.common.geometry import decoder_side, prior_side
         from pack.wuerstchen_core.diffusion.schedule import linear_times
 
-        given, prior = inputs(case, self.sizes, self.device), case.stage == "prior"
-        side = (prior_side if prior else decoder_side)(case.side)
+        data, prior = inputs(case, self.sizes, self.device), case.stage == "prior"
+        side = (prior_side if prior else decoder_side)(case.size)
         zeros = torch.zeros(case.batch, 16 if prior else 4, side, side)
-        extra = {} if prior else {"stable_cascade_prior": given["features"]}
-        text, negative = ("prior_text", "prior_negative") if prior else ("text", "negative")
-        conds, cfg = ([[given[text], extra]], [[given[negative], extra]]), PRIOR_GUIDANCE if prior else 1.0
+        extra = {} if prior else {"stable_cascade_prior": data["features"]}
+        text, negative = ("prior_text", "prior_negative") if prior else ("text", "text")
+        conds, cfg = ([[data[text], extra]], [[data[negative], extra]]), PRIOR_GUIDANCE if prior else 1.0
 
         def ksampler(after: Callable[[], None]) -> Tensor:
             noise = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(SEED))
-            told = {"callback": lambda *_: after(), "disable_pbar": True, "seed": SEED}
-            return comfy.sample.sample(self.model, noise, STEPS, cfg, *KSAMPLER, *conds, zeros, **told)
+            options = {"callback": lambda *_: after(), "disable_pbar": True, "seed": SEED}
+            return comfy.sample.sample(self.model, noise, STEPS, cfg, *KSAMPLER, *conds, zeros, **options)
 
         def node(after: Callable[[], None]) -> Tensor:
             import latent_preview
 
-            kept, latent_preview.prepare_callback = latent_preview.prepare_callback, lambda *_: lambda *_: after()
+            original, latent_preview.prepare_callback = latent_preview.prepare_callback, lambda *_: lambda *_: after()
             try:
                 return sample_stage(self.model, *conds, {"samples": zeros}, linear_times(STEPS), cfg, SEED)
             finally:
-                latent_preview.prepare_callback = kept
+                latent_preview.prepare_callback = original
 
         def layers(after: Callable[[], None]) -> None:
             call = cascade_call(self.cascade, case, side, self.device, self.dtype)
@@ -82,12 +80,12 @@ class Stage:
                 call()
                 after()
 
-        core: Way = lambda after: self.ours.run(case, STEPS, after)  # noqa: E731
+        core: Run = lambda after: self.core.run(case, STEPS, after)  # noqa: E731
         return {"core": core, "KSampler": ksampler, "Würstchen Sampler": node, "Stable Cascade's layers": layers}
 
 
 def cascade(name: str, sizes: Any, device: Any, dtype: torch.dtype) -> Any:
-    """Stable Cascade's network of ComfyUI's layers, as wide and as deep as ours."""
+    """Returns Stable Cascade's network, built from ComfyUI's layers, as wide and as deep as ours."""
     import comfy.ops
     from comfy.ldm.cascade.stage_b import StageB
     from comfy.ldm.cascade.stage_c import StageC
@@ -114,13 +112,13 @@ def cascade(name: str, sizes: Any, device: Any, dtype: torch.dtype) -> Any:
 
 
 def cascade_call(network: Any, case: Any, side: int, device: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One call of that network, for as many pictures as ours is called for."""
+    """Returns one call of that network with the batch size of ours."""
     from pack.wuerstchen_core.common.geometry import prior_side
 
     def make(*shape: int) -> Tensor:
         return torch.randn(case.rows, *shape).to(device, dtype)
 
-    r, small = torch.full((case.rows,), 0.5, device=device), prior_side(case.side)
+    r, small = torch.full((case.rows,), 0.5, device=device), prior_side(case.size)
     if case.stage == "prior":
         width = network.clip_txt_mapper.in_features
         x, text, pooled, image = make(16, side, side), make(77, width), make(1, width), make(1, 768)
@@ -129,55 +127,30 @@ def cascade_call(network: Any, case: Any, side: int, device: Any, dtype: torch.d
     return lambda: network(x, r, effnet, text)
 
 
-def measure(stage: Stage, case: Any, repeat: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Medians of the later steps of each way, in turn."""
-    ways, seconds = stage.ways(case), {}
-    for _ in range(repeat):
-        for name, way in ways.items():
-            ends: list[float] = []
-            way(lambda ends=ends: ends.append(clock()))
-            seconds.setdefault(name, []).extend(b - a for a, b in zip(ends, ends[1:], strict=False))
-    return {name: {"median": statistics.median(times), "seconds": times} for name, times in seconds.items()}
-
-
-def work(stage: Stage, case: Any) -> dict[str, int]:
-    """FLOP of one step, ours and of Stable Cascade's layers."""
-    from pack.tools.bench.roofline import flops
-    from pack.wuerstchen_core.common.geometry import decoder_side, prior_side
-
-    side = (prior_side if case.stage == "prior" else decoder_side)(case.side)
-    with FlopCounterMode(display=False) as counter:  # of a real call: ComfyUI's attention asks how much memory is free
-        cascade_call(stage.cascade, case, side, stage.device, stage.dtype)()
-    return {"ours": flops(case, stage.sizes, False, (0, 0)), "Stable Cascade's layers": counter.get_total_flops()}
-
-
-def main(plan: dict[str, Any]) -> list[dict[str, Any]]:
+def main(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a row for each case, with the seconds of each run's steps."""
     from pack.tools.bench.cases import Case
-    from pack.tools.bench.timing import clock_of
+    from pack.tools.bench.measure import alternate, clock_of
 
-    clock, rows = clock_of(plan["device"]), []
-    for dtype in plan["dtypes"]:
-        for name in ("prior", "decoder"):
-            if name not in plan["stages"]:
-                continue
-            stage = Stage(plan, name, dtype)
-            for side in plan["sizes"]:
-                for batch in plan["batches"]:
-                    case = Case(name, side, batch, dtype)
-                    ways = measure(stage, case, plan["repeat"], clock)
-                    row = {"stage": name, "side": side, "batch": batch, "dtype": dtype, "host_dtype": str(stage.dtype)}
-                    rows.append({**row, "flops": work(stage, case), "ways": ways})
+    clock, rows = clock_of(job["device"]), []
+    for dtype, name in product(job["dtypes"], job["stages"]):
+        networks = Networks(job, name, dtype)
+        for size, batch in product(job["sizes"], job["batch"]):
+            seconds = alternate(networks.runs(Case(name, size, batch, dtype)), job["repeat"], 1, clock)
+            ways = {way: {"median": statistics.median(times), "seconds": times} for way, times in seconds.items()}
+            row = {"stage": name, "size": size, "batch": batch, "dtype": dtype}
+            rows.append({**row, "comfyui_dtype": str(networks.dtype).removeprefix("torch."), "ways": ways})
     return rows
 
 
 if __name__ == "__main__":
-    [words] = enter()
-    told = json.loads(words)
+    [argument] = enter()
+    job = json.loads(argument)
     from comfy.cli_args import args
 
-    args.cpu = told["device"] == "cpu"
-    if told["threads"]:
-        torch.set_num_threads(told["threads"])
+    args.cpu = job["device"] == "cpu"
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
     load_pack()
     with torch.inference_mode():
-        sys.stdout.write(json.dumps(main(told)) + "\n")
+        sys.stdout.write(json.dumps(main(job)) + "\n")
