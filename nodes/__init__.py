@@ -1,1 +1,1 @@
-"""The ComfyUI nodes: schemas and short executes over the core and `host`."""
+"""The ComfyUI nodes: schemas and short execute methods over `wuerstchen_core` and `host`."""

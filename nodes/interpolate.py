@@ -1,4 +1,4 @@
-"""Nodes on the way from one picture or prompt to another."""
+"""Nodes that interpolate between two images or two prompts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ LATENTS, PROMPTS = "Würstchen Latent Interpolate", "Würstchen Conditioning Int
 
 
 def stage_of(latent: Mapping[str, Any]) -> str:
-    """The stage that a LATENT says it belongs to, or that its channels tell."""
+    """Returns the stage of a LATENT: its tag, else by its channels."""
     return latent.get(TAG) or (STAGE_C if latent["samples"].shape[1] == CHANNELS[STAGE_C] else STAGE_B)
 
 
-def paired(node: str, things: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two batches of one shape; a batch of one goes with every other. Raises ValueError where they do not fit."""
+def match_batches(node: str, kind: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Expands a batch of one to the other's batch size; ValueError if sizes or batch sizes differ otherwise."""
     count = max(len(first), len(second))
     if first.shape[1:] != second.shape[1:] or {len(first), len(second)} - {1, count}:
-        given = " and ".join("x".join(map(str, x.shape)) for x in (first, second))
-        raise ValueError(f"{node} was given {things} of {given}: give two of one size, and of one batch size or 1")
+        shapes = " and ".join("x".join(map(str, x.shape)) for x in (first, second))
+        raise ValueError(f"{node} got {kind} of {shapes}: connect two of one size, with equal batch sizes or 1")
     first, second = (x.expand(count, *x.shape[1:]).contiguous() for x in (first, second))
     return first, second
 
 
-def between_features(first: Tensor, second: Tensor, factor: float, version: str) -> Tensor:
-    """Stage C latents between two, turned in the units that a release's prior works in; the ends exactly."""
+def interpolate_features(first: Tensor, second: Tensor, factor: float, version: str) -> Tensor:
+    """Interpolates Stage C latents spherically, in the units of a release's prior; exact at 0 and 1."""
     if factor in (0, 1):
         return second if factor else first
     params = with_units(PriorParams(), version)
@@ -43,10 +43,10 @@ def between_features(first: Tensor, second: Tensor, factor: float, version: str)
 
 
 def common_version(node: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """The release that Stage C latents say they are of, if any does; ValueError where they are of two."""
-    found = {given[VERSION_KEY] for given in (first, second) if VERSION_KEY in given}
+    """Returns the release that Stage C latents name, or None; ValueError if they name two."""
+    found = {options[VERSION_KEY] for options in (first, second) if VERSION_KEY in options}
     if len(found) > 1:
-        raise ValueError(f"{node} was given Stage C latents of Würstchen v1 and of v2: take both from one release")
+        raise ValueError(f"{node} got Stage C latents of Würstchen v1 and of v2: use two of one release")
     return found.pop() if found else None
 
 
@@ -57,12 +57,12 @@ def _factor_input() -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="How far from the first, at 0, to the second, at 1. At both ends nothing is changed.",
+        tooltip="Position between the two: 0 is exactly the first, 1 exactly the second.",
     )
 
 
 class WuerstchenLatentInterpolate(io.ComfyNode):
-    """Between two pictures."""
+    """Interpolates between two images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -70,13 +70,12 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
             node_id="WuerstchenLatentInterpolate",
             display_name=LATENTS,
             category="Würstchen/latent",
-            description="Mixes two latents of one stage and size, turning from one to the other (spherically).",
+            description="Interpolates spherically between two latents of one stage and size.",
             search_aliases=["slerp", "blend latents", "mix pictures", "morph"],
             inputs=[
                 io.Latent.Input(
                     "first",
-                    tooltip="Latents of Stage C, or of Stage B. Stage C's from other nodes than ours do not say whose "
-                    "they are: they are taken for v2's.",
+                    tooltip="Latents of Stage C or Stage B. Stage C latents from other packs' nodes are taken as v2's.",
                 ),
                 io.Latent.Input("second", tooltip="Latents of the same stage and size."),
                 _factor_input(),
@@ -88,19 +87,18 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
     def execute(cls, first: dict[str, Any], second: dict[str, Any], factor: float) -> io.NodeOutput:
         stage, other = stage_of(first), stage_of(second)
         if stage != other:
-            raise ValueError(
-                f"{LATENTS} was given {NAMES[stage]} latents and {NAMES[other]} latents: connect two of one stage"
-            )
-        ends = paired(LATENTS, f"{NAMES[stage]} latents", *(check_latent(x, stage, LATENTS) for x in (first, second)))
+            raise ValueError(f"{LATENTS} got {NAMES[stage]} and {NAMES[other]} latents: connect two of one stage")
+        samples = (check_latent(latent, stage, LATENTS) for latent in (first, second))
+        ends = match_batches(LATENTS, f"{NAMES[stage]} latents", *samples)
         if stage != STAGE_C:
             return io.NodeOutput(tagged(slerp(*ends, factor), stage))
         version = common_version(LATENTS, first, second)
-        mixed = between_features(*ends, factor, version or "v2")
+        mixed = interpolate_features(*ends, factor, version or "v2")
         return io.NodeOutput(tagged(mixed, stage, {} if version is None else {VERSION_KEY: version}))
 
 
 class WuerstchenConditioningInterpolate(io.ComfyNode):
-    """Between two prompts."""
+    """Interpolates between two prompts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -108,15 +106,19 @@ class WuerstchenConditioningInterpolate(io.ComfyNode):
             node_id="WuerstchenConditioningInterpolate",
             display_name=PROMPTS,
             category="Würstchen/conditioning",
-            description="Mixes two prompts, turning each token from one to the other (spherically).",
+            description="Interpolates spherically between two prompts, token by token.",
             search_aliases=["slerp", "conditioning average", "mix prompts", "blend prompts", "morph"],
             inputs=[
                 io.Conditioning.Input("first", tooltip="A conditioning; its masks, areas and step ranges are kept."),
-                io.Conditioning.Input("second", tooltip="A conditioning of the same stage, and as long a text."),
+                io.Conditioning.Input(
+                    "second", tooltip="One conditioning of the same stage, with as many chunks of 75 tokens."
+                ),
                 _factor_input(),
             ],
             outputs=[
-                io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="Between the two prompts.")
+                io.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="The interpolated conditioning."
+                )
             ],
         )
 
@@ -125,32 +127,30 @@ class WuerstchenConditioningInterpolate(io.ComfyNode):
         if factor in (0, 1):
             return io.NodeOutput(second if factor else first)
         if len(second) != 1:
-            raise ValueError(f"{PROMPTS} was given {len(second)} conditionings as the second: interpolate each alone")
-        [[states, options]] = second
-        return io.NodeOutput([_between(one, own, states, options, factor) for one, own in first])
+            raise ValueError(f"{PROMPTS} got {len(second)} combined conditionings as second: connect a single one")
+        return io.NodeOutput([_interpolate_entry(entry, second[0], factor) for entry in first])
 
 
-def _between(
-    states: Tensor, options: dict[str, Any], other: Tensor, other_options: dict[str, Any], factor: float
-) -> list[Any]:
-    """One entry of a conditioning, turned towards another; so are the Stage C latents that both may hold."""
+def _interpolate_entry(first: Any, second: Any, factor: float) -> list[Any]:
+    """Interpolates the text states of two conditioning entries, and their Stage C latents if both have some."""
+    (states, options), (other, other_options) = first, second
     if states.shape[-1] != other.shape[-1]:
         raise ValueError(
-            f"{PROMPTS} was given text states {states.shape[-1]} and {other.shape[-1]} wide: connect two of one stage"
+            f"{PROMPTS} got text states {states.shape[-1]} and {other.shape[-1]} wide: connect two of one stage"
         )
     if states.shape[1] != other.shape[1]:
         raise ValueError(
-            f"{PROMPTS} was given texts of {states.shape[1]} and {other.shape[1]} tokens, and takes two of one length: "
-            "every 75 tokens (about 50 words) make 77, so shorten the longer prompt, or lengthen the other"
+            f"{PROMPTS} got prompts of {states.shape[1]} and {other.shape[1]} tokens, but needs equal lengths: each "
+            "chunk of 75 tokens (about 50 words) counts 77, so shorten the longer prompt"
         )
-    mixed = slerp(*paired(PROMPTS, "texts", states, other), factor, TOKEN)
-    priors = [given.get(PRIOR_KEY) for given in (options, other_options)]
-    if (priors[0] is None) != (priors[1] is None):
-        raise ValueError(
-            f"{PROMPTS} was given Stage C latents in one conditioning only: connect Stage C to both, or after"
-        )
-    if priors[0] is None or priors[1] is None:
+    mixed = slerp(*match_batches(PROMPTS, "prompts", states, other), factor, TOKEN)
+    priors = [x[PRIOR_KEY] for x in (options, other_options) if x.get(PRIOR_KEY) is not None]
+    if not priors:
         return [mixed, options]
+    if len(priors) == 1:
+        raise ValueError(
+            f"{PROMPTS} got Stage C latents in only one conditioning: connect Stage C to both, or after it"
+        )
     version = common_version(PROMPTS, options, other_options) or "v2"
-    prior = between_features(*paired(PROMPTS, "Stage C latents", priors[0], priors[1]), factor, version)
+    prior = interpolate_features(*match_batches(PROMPTS, "Stage C latents", *priors), factor, version)
     return [mixed, {**options, PRIOR_KEY: prior}]

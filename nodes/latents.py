@@ -1,4 +1,4 @@
-"""Nodes that make latents, and the checks of the latents that nodes are given."""
+"""The node for empty latents, and the checks of latents that other nodes use."""
 
 from __future__ import annotations
 
@@ -16,45 +16,54 @@ from .schema import schema
 
 logger = logging.getLogger(__name__)
 
-TAG = "wuerstchen"
+TAG = "wuerstchen"  # key of a LATENT: the stage that it belongs to
 
 
 def tagged(samples: Tensor, stage: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A LATENT that says which stage it belongs to, with all else (masks) that `like` has."""
+    """Returns a LATENT tagged with its stage; all else (masks, batch indices) comes from `like`."""
     return {**(like or {}), "samples": samples, TAG: stage}
 
 
-def check_latent(latent: Mapping[str, Any], stage: str, node: str) -> Tensor:
-    """The samples of a LATENT, or a ValueError that says what was connected instead of the stage's latents.
+def check_latent(latent: Mapping[str, Any], stage: str, node: str, denoise: float = 1.0) -> Tensor:
+    """Returns the samples of a LATENT; ValueError unless they are latents of `stage`, with an image if denoise < 1.
 
-    Latents without our tag are judged by their shape, so that those of Stable Cascade's nodes pass, and by the pixels
-    that the newer host's nodes for other families say one latent stands for.
+    Untagged latents, such as those of Stable Cascade's nodes, are checked by their shape, and by the pixels per latent
+    that newer ComfyUI versions store with empty latents.
     """
     samples, tag, pixels = latent["samples"], latent.get(TAG), latent.get("downscale_ratio_spacial")
     if tag is not None and tag != stage:
-        raise ValueError(
-            f"{node} needs {NAMES[stage]} latents, but was given {NAMES[tag]} latents: connect the {stage} output"
-        )
+        raise ValueError(f"{node} needs {NAMES[stage]} latents, not {NAMES[tag]} latents: connect the {stage} output")
     check_shape(samples.shape, stage, node)
     if pixels is not None and pixels != PIXELS[stage]:
         raise ValueError(
-            f"{node} needs {NAMES[stage]} latents, but was given another model's of {pixels} pixels each: "
+            f"{node} needs {NAMES[stage]} latents, not another model's with {pixels} pixels per latent: "
             f"connect the {stage} output of Würstchen Empty Latents"
+        )
+    if denoise < 1 and not samples.any():
+        vae = " with its vae input connected" if stage == STAGE_B else ""
+        raise ValueError(
+            f"{node} got empty latents and a denoise of {denoise:g}, which needs an image to start from: "
+            f"set denoise to 1, or connect Würstchen Image Encode{vae}"
         )
     return samples
 
 
+def empty_latents(stage: str, width: int, height: int, batch_size: int) -> dict[str, Any]:
+    """Returns the empty LATENT of a stage for images of legal width and height in pixels."""
+    side = prior_side if stage == STAGE_C else decoder_side
+    return tagged(torch.zeros(batch_size, CHANNELS[stage], side(height), side(width)), stage)
+
+
 class WuerstchenEmptyLatents(io.ComfyNode):
-    """The canvas of both stages."""
+    """Sets the image size."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        legal = f"made a multiple of {MULTIPLE}, up to {LARGEST}"
         return schema(
             node_id="WuerstchenEmptyLatents",
             display_name="Würstchen Empty Latents",
             category="Würstchen/latent",
-            description="Empty latents of one picture size for both stages.",
+            description="Empty latents of one image size for both stages.",
             search_aliases=["empty latent image", "size", "resolution", "width", "height", "batch"],
             inputs=[
                 *(
@@ -64,7 +73,8 @@ class WuerstchenEmptyLatents(io.ComfyNode):
                         min=16,
                         max=16384,
                         step=8,
-                        tooltip=f"{side.capitalize()} of the picture in pixels, {legal}.",
+                        tooltip=f"{side.capitalize()} of the image in pixels, rounded to a multiple of {MULTIPLE} from "
+                        f"{MULTIPLE} to {LARGEST}. Use a size that the model was trained on.",
                     )
                     for side in ("width", "height")
                 ),
@@ -73,7 +83,7 @@ class WuerstchenEmptyLatents(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
-                    tooltip="How many pictures; picture i has the seed + i of the sampling nodes.",
+                    tooltip="Number of images; image i uses the sampling nodes' seed + i.",
                 ),
             ],
             outputs=[
@@ -87,11 +97,7 @@ class WuerstchenEmptyLatents(io.ComfyNode):
         legal = nearest_legal(width), nearest_legal(height)
         if legal != (width, height):
             logger.warning(
-                f"Würstchen cannot paint {width}x{height} pixels, but {legal[0]}x{legal[1]}: "
+                f"Würstchen generates {legal[0]}x{legal[1]} instead of {width}x{height} pixels: "
                 f"sides are multiples of {MULTIPLE} up to {LARGEST}"
             )
-        c, b = ((side(legal[1]), side(legal[0])) for side in (prior_side, decoder_side))
-        return io.NodeOutput(
-            tagged(torch.zeros(batch_size, CHANNELS[STAGE_C], *c), STAGE_C),
-            tagged(torch.zeros(batch_size, CHANNELS[STAGE_B], *b), STAGE_B),
-        )
+        return io.NodeOutput(*(empty_latents(stage, *legal, batch_size) for stage in (STAGE_C, STAGE_B)))

@@ -1,4 +1,4 @@
-"""The node that lets a LoRA change a model."""
+"""The node that applies a LoRA."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .schema import schema
 FOLDER = "loras"
 
 
-def _strength_input(name: str, what: str) -> io.Float.Input:
+def _strength_input(name: str, target: str) -> io.Float.Input:
     return io.Float.Input(
         name,
         default=1.0,
         min=-100.0,
         max=100.0,
         step=0.01,
-        tooltip=f"How much the LoRA changes {what}; 0 leaves it as it is, below 0 changes it the other way.",
+        tooltip=f"Strength of the LoRA's changes to {target}: 1 as trained, 0 none, below 0 the opposite.",
     )
 
 
 class WuerstchenLoraLoader(io.ComfyNode):
-    """A LoRA of any trainer on a prior or decoder and its text tower."""
+    """Applies a LoRA of any trainer to a prior or decoder and its text encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,33 +35,30 @@ class WuerstchenLoraLoader(io.ComfyNode):
             node_id="WuerstchenLoraLoader",
             display_name="Würstchen LoRA Loader",
             category="Würstchen/loaders",
-            description="Changes a model by a LoRA from diffusers, OneTrainer, Kohya or ComfyUI; several may follow "
-            "one another.",
+            description="Applies a LoRA from diffusers, OneTrainer, Kohya or ComfyUI; these nodes can be chained.",
             search_aliases=["lora", "load lora", "lycoris", "loha", "lokr", "dora", "onetrainer"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to change: the prior of a Würstchen loader."),
+                io.Model.Input("model", tooltip="The model to change: usually the prior of a Würstchen loader."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The CLIP that the same stage reads; a LoRA that changes the model alone needs none.",
+                    tooltip="The CLIP of the same stage. Needed only if the LoRA changes the text encoder.",
                 ),
                 io.Combo.Input(
-                    "lora_name", options=folders.file_names(FOLDER), tooltip="A LoRA file from the loras folder."
+                    "lora_name", options=folders.file_names(FOLDER), tooltip="A LoRA file from models/loras."
                 ),
                 _strength_input("strength_model", "the model"),
                 _strength_input("strength_clip", "the CLIP"),
                 io.Boolean.Input(
                     "save_converted",
                     default=False,
-                    tooltip="Also write the LoRA beside its file as NAME_comfyui.safetensors, which ComfyUI's own LoRA "
-                    "loaders take.",
+                    tooltip="Also writes the LoRA as NAME_comfyui.safetensors beside its file, for ComfyUI's own LoRA "
+                    "loaders.",
                 ),
             ],
             outputs=[
-                io.Model.Output("model_out", display_name="model", tooltip="The model with the LoRA's changes."),
-                io.Clip.Output(
-                    "clip_out", display_name="clip", tooltip="The CLIP with the LoRA's changes; nothing without a CLIP."
-                ),
+                io.Model.Output("model_out", display_name="model", tooltip="The changed model."),
+                io.Clip.Output("clip_out", display_name="clip", tooltip="The changed CLIP; empty without a CLIP."),
             ],
         )
 

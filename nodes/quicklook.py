@@ -1,4 +1,4 @@
-"""What the prior decided, before Stage B is paid for."""
+"""The node that previews Stage C's latents without running Stage B."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ from .host.previews import preview_factors
 from .latents import STAGE_C, check_latent
 from .schema import schema
 
+NODE = "Würstchen Quick Look"
+
 
 def quick_look(features: Tensor, scale: float, version: str = "v2") -> Tensor:
-    """Stage C latents [B, 16, h, w] to blurred pictures [B, H, W, 3] from 0 to 1, by the live previews' colours.
+    """Projects Stage C latents [B, 16, h, w] of a release to blurred images [B, H, W, 3] in [0, 1].
 
-    `version` says in whose units the features are.
+    The colours are those of the live previews. At scale 1 the images have Stage B's size.
     """
     factors, bias = preview_factors("prior")
     if factors is None or bias is None:
-        raise ValueError("Würstchen Quick Look has no preview_factors.json: install these nodes again")
+        raise ValueError(f"{NODE} needs the file preview_factors.json, which is missing: install this node pack again")
     latents = latents_from_features(features.float(), with_units(PriorParams(), version)).movedim(1, -1)
     colours = (latents @ latents.new_tensor(factors) + latents.new_tensor(bias) + 1) / 2
     size = [max(1, round(side * PIXELS[STAGE_C] * scale)) for side in features.shape[-2:]]
-    picture = interpolate(colours.movedim(-1, 1), size, mode="bicubic", antialias=True)
-    return torch.clamp(picture, 0, 1).movedim(1, -1)
+    images = interpolate(colours.movedim(-1, 1), size, mode="bicubic", antialias=True)
+    return torch.clamp(images, 0, 1).movedim(1, -1)
 
 
 class WuerstchenQuickLook(io.ComfyNode):
-    """Stage C as a picture."""
+    """Previews Stage C's latents."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenQuickLook",
-            display_name="Würstchen Quick Look",
+            display_name=NODE,
             category="Würstchen/latent",
-            description="Shows at once, blurred, what Stage C decided, before Stage B paints it.",
+            description="Shows a blurred preview of Stage C's latents, without running Stage B.",
             search_aliases=["preview", "stage c", "peek", "draft"],
             inputs=[
-                io.Latent.Input("stage_c", tooltip="The latents that Würstchen Prior Sample painted."),
+                io.Latent.Input("stage_c", tooltip="The latents from Würstchen Prior Sample."),
                 io.Float.Input(
                     "scale",
                     default=1.0,
                     min=0.03,
                     max=2.0,
                     step=0.01,
-                    tooltip="Size of the quick look: 1 is about the size of the picture that Stage B will paint.",
+                    tooltip="Size of the preview: 1 is about the size of Stage B's image.",
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The blurred picture, also on the node.")],
-            is_output_node=True,  # it shows itself, with nothing connected behind it
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The preview, also shown on the node.")],
+            is_output_node=True,
         )
 
     @classmethod
     def execute(cls, stage_c: dict[str, Any], scale: float) -> io.NodeOutput:
-        features = check_latent(stage_c, STAGE_C, "Würstchen Quick Look")
-        image = quick_look(features, scale, stage_c.get(VERSION_KEY, "v2"))
+        image = quick_look(check_latent(stage_c, STAGE_C, NODE), scale, stage_c.get(VERSION_KEY, "v2"))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

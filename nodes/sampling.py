@@ -1,88 +1,46 @@
-"""Nodes that sample, and what connects the two stages."""
+"""Nodes that sample Stages C and B, and the node that passes Stage C's latents to Stage B."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES, linear_times, named_times, strength_times
-from ..wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
+from ..wuerstchen_core.inference.settings import SamplingSettings
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
 from .host.sampling import sample_stage, sampler_object, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
-from .schema import schema
+from .schema import cfg_input, denoise_input, schema, seed_input, steps_input
 
 FAST = SCHEDULES["fast"]
-SEED_MAX = LARGEST_SEED - 4096  # leaves room for the seeds of a batch
+CFG = "Classifier-free guidance: higher values follow the prompt more closely. 1 turns it off and halves the time."
 
 
-def seed_input() -> io.Int.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=SEED_MAX,
-        control_after_generate=True,
-        tooltip="The same seed gives the same picture here and on Würstchen's command line.",
-    )
+def _schedule_inputs() -> list[io.Combo.Input | io.Int.Input]:
+    return [
+        io.Combo.Input(
+            "schedule",
+            options=list(SCHEDULES),
+            default=SamplingSettings.schedule,
+            tooltip="original: 20 + 10 steps as published; diffusers: that library's 29 steps; linear: `steps` equal "
+            f"steps; fast: {FAST.steps} steps with {FAST.sampler} ({FAST.decoder_steps} in Stage B), tested with the demo only.",
+        ),
+        steps_input(20, "Number of steps of the linear schedule; the other schedules ignore it."),
+    ]
 
 
-def _cfg_input(default: float) -> io.Float.Input:
-    return io.Float.Input(
-        "cfg",
-        default=default,
-        min=1.0,
-        max=30.0,
-        step=0.1,
-        tooltip="Classifier-free guidance: how much more the positive counts than the negative. 1 is none, and faster.",
-    )
-
-
-def _schedule_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "schedule",
-        options=list(SCHEDULES),
-        default=SamplingSettings.schedule,
-        tooltip="original: 20 + 10 steps; diffusers: its 29 steps; linear: as many as `steps` says; "
-        f"fast: {FAST.steps} steps of {FAST.sampler} ({FAST.decoder_steps} of Stage B), measured for the demo only.",
-    )
-
-
-def _steps_input() -> io.Int.Input:
-    return io.Int.Input(
-        "steps",
-        default=20,
-        min=1,
-        max=1000,
-        tooltip="Steps of the linear schedule; the other schedules have their own number.",
-    )
-
-
-def denoise_input(tooltip: str) -> io.Float.Input:
-    return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
-
-
-def check_start(samples: Tensor, denoise: float, node: str, more: str) -> None:
-    if denoise < 1 and not samples.any():
-        raise ValueError(
-            f"{node} was given empty latents, of which a denoise of {denoise:g} would keep a part: set denoise to 1, "
-            f"or connect Würstchen Image Encode{more}"
-        )
-
-
-def _check_model(model: Any, wanted: type, node: str, output: str) -> None:
-    if not isinstance(model.model, wanted):
-        given = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
-        kind = given.get(type(model.model), f"another model ({type(model.model).__name__})")
-        raise ValueError(f"{node} was given {kind}: connect the {output} output of a Würstchen loader")
+def _check_model(model: Any, expected: type, node: str, output: str) -> None:
+    if not isinstance(model.model, expected):
+        stages = {PriorModel: "a prior (Stage C)", DecoderModel: "a decoder (Stage B)"}
+        found = stages.get(type(model.model), f"another model ({type(model.model).__name__})")
+        raise ValueError(f"{node} got {found}: connect the {output} output of a Würstchen loader")
 
 
 class WuerstchenPriorSample(io.ComfyNode):
-    """Stage C."""
+    """Samples Stage C."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -90,7 +48,8 @@ class WuerstchenPriorSample(io.ComfyNode):
             node_id="WuerstchenPriorSample",
             display_name="Würstchen Prior Sample",
             category="Würstchen/sampling",
-            description="Stage C: decides what the picture shows, by the original's DDPM, or DDIM if it is to be fast.",
+            description="Stage C: generates the image's content from text, with the original's DDPM sampler (DDIM for "
+            "the fast schedule).",
             search_aliases=["ksampler", "stage c", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior of a Würstchen loader."),
@@ -100,19 +59,22 @@ class WuerstchenPriorSample(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "stage_c",
-                    tooltip="The stage_c output of Würstchen Empty Latents, or, to start from a picture, of Würstchen "
-                    "Image Encode. Where a mask is set, only what it covers is painted.",
+                    tooltip="The stage_c output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
+                    "an image. With a mask, only the masked area is regenerated.",
                 ),
-                _schedule_input(),
-                _steps_input(),
-                _cfg_input(4.0),
+                *_schedule_inputs(),
+                cfg_input(4.0, CFG),
                 seed_input(),
                 denoise_input(
-                    "How much of the picture in stage_c is painted anew: at 0 it stays as it is, at 1 it is ignored. "
-                    "The number of steps stays the same.",
+                    "How much of the image in stage_c is regenerated: 0 keeps it, 1 ignores it. The number of steps "
+                    "stays the same. Use 1 for empty latents.",
                 ),
             ],
-            outputs=[io.Latent.Output("stage_c_out", display_name="stage_c", tooltip="What the picture shows.")],
+            outputs=[
+                io.Latent.Output(
+                    "stage_c_out", display_name="stage_c", tooltip="The content of the image, for Stage B."
+                )
+            ],
         )
 
     @classmethod
@@ -130,21 +92,21 @@ class WuerstchenPriorSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Prior Sample"
         _check_model(model, PriorModel, node, "prior")
-        check_start(check_latent(stage_c, STAGE_C, node), denoise, node, "")
+        check_latent(stage_c, STAGE_C, node, denoise)
         version = model.model.version
         if stage_c.get(VERSION_KEY, version) != version:
             raise ValueError(
-                f"{node} was given Stage C latents of Würstchen {stage_c[VERSION_KEY]} and a prior of {version}: "
-                "take the image encoder and the prior of one release"
+                f"{node} got Stage C latents of Würstchen {stage_c[VERSION_KEY]} and a prior of {version}: "
+                "use the image encoder and the prior of one release"
             )
         times = strength_times(named_times(schedule, steps), denoise)
-        name = SCHEDULES[schedule].sampler
-        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, name)
+        sampler = SCHEDULES[schedule].sampler
+        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, sampler)
         return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
 class WuerstchenDecoderConditioning(io.ComfyNode):
-    """From Stage C to Stage B."""
+    """Adds Stage C's latents to Stage B's text."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -152,12 +114,14 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
             node_id="WuerstchenDecoderConditioning",
             display_name="Würstchen Decoder Conditioning",
             category="Würstchen/conditioning",
-            description="Gives Stage B what Stage C decided, beside the text. Masks, areas and step ranges may be set "
-            "before it or after it.",
+            description="Adds Stage C's latents to Stage B's conditioning. Masks, areas and step ranges can be set "
+            "before or after this node.",
             search_aliases=["stage b conditioning", "stage c to stage b"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The decoder output of Würstchen Text Encode."),
-                io.Latent.Input("stage_c", tooltip="The latents that Würstchen Prior Sample painted."),
+                io.Latent.Input(
+                    "stage_c", tooltip="The latents from Würstchen Prior Sample, or from Würstchen Image Encode."
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -168,13 +132,14 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: Any, stage_c: dict[str, Any]) -> io.NodeOutput:
-        prior = check_latent(stage_c, STAGE_C, "Würstchen Decoder Conditioning")
-        given = {PRIOR_KEY: prior, **{key: stage_c[key] for key in (VERSION_KEY,) if key in stage_c}}
-        return io.NodeOutput([[states, {**options, **given}] for states, options in conditioning])
+        added = {PRIOR_KEY: check_latent(stage_c, STAGE_C, "Würstchen Decoder Conditioning")}
+        if VERSION_KEY in stage_c:
+            added[VERSION_KEY] = stage_c[VERSION_KEY]
+        return io.NodeOutput([[states, {**options, **added}] for states, options in conditioning])
 
 
 class WuerstchenDecoderSample(io.ComfyNode):
-    """Stage B."""
+    """Samples Stage B."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -182,33 +147,30 @@ class WuerstchenDecoderSample(io.ComfyNode):
             node_id="WuerstchenDecoderSample",
             display_name="Würstchen Decoder Sample",
             category="Würstchen/sampling",
-            description="Stage B: paints what Stage C decided, with the original's DDPM sampler.",
+            description="Stage B: generates the image's details from Stage C's latents, with the original's DDPM "
+            "sampler.",
             search_aliases=["ksampler", "stage b", "sampling", "ddpm"],
             inputs=[
                 io.Model.Input("model", tooltip="The decoder of a Würstchen loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
                 io.Latent.Input(
                     "stage_b",
-                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode. Where a mask "
-                    "is set, only what it covers is painted.",
+                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
+                    "an image. With a mask, only the masked area is regenerated.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=12,
-                    min=1,
-                    max=1000,
-                    tooltip=f"Equal steps from noise to the picture; {FAST.decoder_steps} go with the fast schedule.",
+                steps_input(
+                    12, f"Number of equal steps: 12 as published, {FAST.decoder_steps} with Stage C's fast schedule."
                 ),
-                _cfg_input(1.0),
+                cfg_input(1.0, CFG),
                 seed_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The decoder output of a second Würstchen Text Encode; needed only where cfg is not 1.",
+                    tooltip="The decoder output of a second Würstchen Text Encode; needed only if cfg is not 1.",
                 ),
                 denoise_input(
-                    "How much of the picture in stage_b is painted anew: at 0 it stays as it is, at 1 it is ignored, "
-                    "and only what Stage C says of it counts.",
+                    "How much of the image in stage_b is regenerated: 0 keeps it, 1 uses Stage C's latents alone. Use "
+                    "1 for empty latents.",
                 ),
             ],
             outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],
@@ -228,16 +190,16 @@ class WuerstchenDecoderSample(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Würstchen Decoder Sample"
         _check_model(model, DecoderModel, node, "decoder")
-        check_start(check_latent(stage_b, STAGE_B, node), denoise, node, " with a vae at its vae input")
+        check_latent(stage_b, STAGE_B, node, denoise)
         if negative is None and cfg != 1.0:
-            raise ValueError(f"{node} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
+            raise ValueError(f"{node} needs a negative conditioning if cfg is not 1: connect one, or set cfg to 1")
         times = strength_times(linear_times(steps), denoise)
         samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
 
 
 class WuerstchenScheduler(io.ComfyNode):
-    """The schedules, for the host's own samplers."""
+    """Würstchen's schedules for ComfyUI's SamplerCustom."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -249,8 +211,7 @@ class WuerstchenScheduler(io.ComfyNode):
             search_aliases=["sigmas", "schedule", "steps", "noise levels"],
             inputs=[
                 io.Model.Input("model", tooltip="The prior or decoder of a Würstchen loader."),
-                _schedule_input(),
-                _steps_input(),
+                *_schedule_inputs(),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="The sigmas of SamplerCustom.")],
         )
@@ -264,7 +225,7 @@ class WuerstchenScheduler(io.ComfyNode):
 
 
 class WuerstchenSampler(io.ComfyNode):
-    """The original's sampler, for the host's own nodes."""
+    """Würstchen's samplers for ComfyUI's SamplerCustom."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -272,7 +233,7 @@ class WuerstchenSampler(io.ComfyNode):
             node_id="WuerstchenSampler",
             display_name="Würstchen Sampler",
             category="Würstchen/sampling",
-            description="The original's samplers, last step included, for SamplerCustom.",
+            description="The original's samplers, with its exact last step, for SamplerCustom.",
             search_aliases=[*SAMPLERS, "ksampler select", "sampler custom"],
             inputs=[
                 io.Combo.Input(
@@ -280,7 +241,7 @@ class WuerstchenSampler(io.ComfyNode):
                     options=list(SAMPLERS),
                     default=SamplingSettings.sampler,
                     optional=True,
-                    tooltip="ddpm: as published; ddim: deterministic, for the fast schedule of Stage C; dpmpp_2m: "
+                    tooltip="ddpm: as published; ddim: deterministic, for Stage C's fast schedule; dpmpp_2m: "
                     "DPM-Solver++(2M), deterministic and of second order.",
                 )
             ],

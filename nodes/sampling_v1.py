@@ -1,4 +1,4 @@
-"""The node that samples v1's Stage B."""
+"""The node that samples Stage B of Würstchen v1."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from ..wuerstchen_core.diffusion.token_sampler import MODES
 from ..wuerstchen_core.inference.settings import V1
 from .host.token_sampling import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
-from .sampling import check_start, denoise_input, seed_input
-from .schema import schema
+from .schema import denoise_input, schema, seed_input, steps_input
 from .vae import check_stage_a
 
 NODE = "Würstchen Token Decoder Sample"
@@ -24,7 +23,7 @@ def _number(name: str, default: float, low: float, high: float, tooltip: str) ->
 
 
 class WuerstchenTokenDecoderSample(io.ComfyNode):
-    """Stage B of v1."""
+    """Samples Stage B of v1."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -33,60 +32,57 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
             node_id="WuerstchenTokenDecoderSample",
             display_name=NODE,
             category="Würstchen/sampling",
-            description="Stage B of Würstchen v1: paints what Stage C decided, as tokens of Stage A's codebook.",
+            description="Stage B of Würstchen v1: generates tokens of Stage A's codebook from Stage C's latents.",
             search_aliases=["stage b", "sampling", "paella", "v1", "tokens"],
             inputs=[
                 TokenDecoderType.Input("token_decoder", tooltip="The output of Würstchen Token Decoder Loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
                 io.Latent.Input(
                     "stage_b",
-                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode. Where a mask "
-                    "is set, only what it covers is painted.",
+                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
+                    "an image. With a mask, only the masked area is regenerated.",
                 ),
-                io.Vae.Input("vae", tooltip="Stage A, whose codebook says what the tokens stand for."),
-                io.Int.Input(
-                    "steps",
-                    default=V1.decoder_steps,
-                    min=1,
-                    max=1000,
-                    tooltip="Equal steps from random tokens to the picture.",
-                ),
+                io.Vae.Input("vae", tooltip="Stage A, whose codebook turns tokens into latents."),
+                steps_input(V1.decoder_steps, "Number of equal steps: 8 as published. More steps take longer."),
                 _number(
                     "cfg",
                     V1.decoder_guidance,
                     1.0,
                     30.0,
-                    "Classifier-free guidance of the first step: how much more the positive counts than the negative. "
-                    "1 is none, and faster.",
+                    "Classifier-free guidance of the first step: higher values follow the prompt more closely. 1 turns "
+                    "it off and halves the time.",
                 ),
                 _number(
-                    "cfg_end", 0.0, 0.0, 30.0, "Guidance of the last step, reached evenly. 0 keeps that of the first."
+                    "cfg_end", 0.0, 0.0, 30.0, "Guidance of the last step, reached linearly. 0 means the same as cfg."
                 ),
                 _number(
                     "temperature",
                     first,
                     0.05,
                     10.0,
-                    "How freely tokens are drawn in the first step: below 1 the likely ones are preferred.",
+                    "Sampling temperature of the first step: below 1, likely tokens "
+                    "are preferred and images get smoother.",
                 ),
-                _number("temperature_end", last, 0.05, 10.0, "The same for the last step, reached evenly."),
+                _number(
+                    "temperature_end", last, 0.05, 10.0, "Sampling temperature of the last step, reached linearly."
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default=V1.token_mode,
-                    tooltip="How tokens are chosen. multinomial: drawn by their probabilities; argmax: the likeliest; "
-                    "quantised: the nearest to the mean of all.",
+                    tooltip="How tokens are chosen. multinomial: drawn by probability, as published; argmax: the most "
+                    "likely; quantised: the nearest to the mean of all codes.",
                 ),
                 seed_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The decoder output of a second Würstchen Text Encode; its text may be empty. Not needed "
-                    "where cfg and cfg_end are 1.",
+                    tooltip="The decoder output of a second Würstchen Text Encode; its text may be empty. Needed if "
+                    "cfg or cfg_end is above 1.",
                 ),
                 denoise_input(
-                    "How many of the tokens of the picture in stage_b are replaced by random ones at the start: at 0 "
-                    "it stays as it is, at 1 it is ignored, and only what Stage C says of it counts."
+                    "Fraction of the tokens of the image in stage_b that start out random: 0 keeps the image, 1 uses "
+                    "Stage C's latents alone. Use 1 for empty latents."
                 ),
             ],
             outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],
@@ -109,10 +105,10 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
         negative: Any = None,
         denoise: float = 1.0,
     ) -> io.NodeOutput:
-        check_start(check_latent(stage_b, STAGE_B, NODE), denoise, NODE, " with a vae at its vae input")
+        check_latent(stage_b, STAGE_B, NODE, denoise)
         check_stage_a(vae, NODE)
         if negative is None and max(cfg, cfg_end) > 1:
-            raise ValueError(f"{NODE} needs a negative conditioning where cfg is not 1: connect one, or set cfg to 1")
+            raise ValueError(f"{NODE} needs a negative conditioning if cfg is not 1: connect one, or set cfg to 1")
         sampling = replace(
             V1,
             decoder_steps=steps,

@@ -1,4 +1,4 @@
-"""Nodes for text."""
+"""The node that encodes prompts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .schema import schema
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDING = re.compile(r"embedding:\S+")  # names a file, and is no word of the prompt
+_EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of the prompt
 
 
 class WuerstchenTextEncode(io.ComfyNode):
-    """One prompt for both stages."""
+    """Encodes one prompt for both stages."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,24 +26,26 @@ class WuerstchenTextEncode(io.ComfyNode):
             node_id="WuerstchenTextEncode",
             display_name="Würstchen Text Encode",
             category="Würstchen/conditioning",
-            description="Encodes a prompt with both text towers: Stage C and Stage B each read their own.",
+            description="Encodes a prompt with the text encoders of both stages.",
             search_aliases=["prompt", "clip text encode", "conditioning", "negative"],
             inputs=[
-                io.Clip.Input("prior_clip", tooltip="The text tower of Stage C (CLIP-bigG in the released v2)."),
-                io.Clip.Input("decoder_clip", tooltip="The text tower of Stage B (CLIP-H in the released models)."),
+                io.Clip.Input("prior_clip", tooltip="The text encoder of Stage C (CLIP-bigG in the released v2)."),
+                io.Clip.Input("decoder_clip", tooltip="The text encoder of Stage B (CLIP-H in the released models)."),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     default="a red apple on a blue background",
-                    tooltip="The prompt, or what the picture should not show when it is used as the negative. "
-                    "(word:1.3) weighs a word, embedding:name inserts a file of models/embeddings. Of long text, every "
-                    "75 tokens (about 50 words) are encoded for themselves, and both stages read all of them.",
+                    tooltip="What the image should show; for a negative prompt, what it should not show. (word:1.3) "
+                    "gives a word more weight, embedding:name inserts a file from models/embeddings. Longer texts are "
+                    "encoded in chunks of 75 tokens (about 50 words).",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output("prior", display_name="prior", tooltip="For Würstchen Prior Sample."),
-                io.Conditioning.Output("decoder", display_name="decoder", tooltip="For the decoder's conditioning."),
+                io.Conditioning.Output(
+                    "decoder", display_name="decoder", tooltip="For Würstchen Decoder Conditioning."
+                ),
             ],
         )
 

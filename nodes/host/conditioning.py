@@ -1,4 +1,4 @@
-"""What a CONDITIONING means to the two stages: text states, Stage C's latents, and areas of the picture."""
+"""Conditioning of both stages: text states, Stage C latents, and areas of the image."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...wuerstchen_core.checkpoints.components import tower_name
 from ...wuerstchen_core.common.geometry import prior_side
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
 from .diffusion_models import HostPrior
 from .latents import STAGE_C, check_shape
 
-PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; the host's Cascade nodes use it too
-VERSION_KEY = "wuerstchen_version"  # the release whose prior painted the Stage C latents of a LATENT or a CONDITIONING
+PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; ComfyUI's Stable Cascade nodes use it too
+VERSION_KEY = "wuerstchen_version"  # release of the Stage C latents in a LATENT or CONDITIONING
 
-CLIP_NAMES = {1024: "CLIP-H", 1280: "CLIP-bigG"}
+AREA_PIXELS = 8  # ComfyUI's Set Area node stores pixels divided by 8, whatever the model
 
-AREA_PIXELS = 8  # the host's Set Area node counts pixels by so many, whatever the model
+Area = tuple[int, ...]  # height, width, top, left
+
+_NO_PRIOR = (
+    "Stage B got no Stage C latents: connect Würstchen Decoder Conditioning between its text and its positive input"
+)
+_SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
 
 
-def _check_batch(stage: str, count: int, given: int, things: str) -> None:
-    """The host repeats a, b as a, b, a, b; it would also cut off what is too much, without a word."""
-    if count % given:
-        raise ValueError(
-            f"{stage} was given {count} empty latents for {given} {things}: use the same batch size for both"
-        )
+def _check_batch(stage: str, latents: int, count: int, kind: str) -> None:
+    """ComfyUI repeats conditioning a, b as a, b, a, b, and would silently drop what is left over."""
+    if latents % count:
+        raise ValueError(f"{stage} got {latents} empty latents for {count} {kind}: use the same batch size for both")
 
 
 def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.CONDRegular:
-    """Text states as the host batches them: never repeated to a common length, since every token is attended."""
+    """Returns the text states for ComfyUI to batch, never repeated to a common length, since every token is attended.
+
+    `given` holds the keyword arguments of `extra_conds`. Raises ValueError if the text is missing, of another width
+    than the stage needs, or of a batch size that does not fit.
+    """
     states = given.get("cross_attn")
     if states is None:
-        raise ValueError(f"{stage} was given a conditioning without text: connect Würstchen Text Encode")
+        raise ValueError(f"{stage} got a conditioning without text: connect Würstchen Text Encode")
     if states.shape[-1] != width:
-        clip = CLIP_NAMES.get(width, "its own text tower")
         raise ValueError(
-            f"{stage} reads text states {width} wide ({clip}), but this conditioning is {states.shape[-1]} wide: "
+            f"{stage} reads {tower_name(width)}, but this conditioning is {states.shape[-1]} wide: "
             "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
         )
     _check_batch(stage, len(given["noise"]), len(states), "texts")
@@ -52,57 +59,46 @@ def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.C
 
 
 def check_no_prior(given: Mapping[str, Any]) -> None:
-    """Raise ValueError where Stage C was given what is for Stage B."""
+    """Raises ValueError if Stage C gets a conditioning for Stage B."""
     if given.get(PRIOR_KEY) is not None:
-        raise ValueError(
-            "Stage C was given the conditioning of a decoder: connect the prior output of Würstchen Text Encode"
-        )
-
-
-_NO_PRIOR = (
-    "Stage B has no Stage C latents to paint: connect Würstchen Decoder Conditioning between its text and its positive "
-    "input"
-)
+        raise ValueError("Stage C got the decoder's conditioning: connect the prior output of Würstchen Text Encode")
 
 
 class PriorCond(comfy.conds.CONDRegular):
-    """Stage C latents of the whole picture: where the host crops Stage B's latents to an area, so it does these."""
+    """Stage C latents of the whole image, cropped wherever ComfyUI crops Stage B's latents to an area."""
 
     def __init__(self, cond: Tensor, whole: tuple[int, int]):
         super().__init__(cond)
-        self.whole = whole  # h, w
+        self.whole = whole  # height, width of Stage B's latents
 
     def _copy_with(self, cond: Tensor) -> PriorCond:
         return type(self)(cond, self.whole)
 
     def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> PriorCond:
-        prior = self.cond if area is None else cut_prior(self.cond, self.whole, area)
+        prior = self.cond if area is None else crop_prior(self.cond, self.whole, area)
         return self._copy_with(comfy.utils.repeat_to_batch_size(prior, batch_size))
 
 
-def cut_prior(prior: Tensor, whole: tuple[int, int], area: tuple[int, int, int, int]) -> Tensor:
-    """The part of Stage C latents that belongs to an area (h, w, top, left) of `whole` (h, w) latents of Stage B.
+def crop_prior(prior: Tensor, whole: tuple[int, int], area: Area) -> Tensor:
+    """Crops Stage C latents to an area of Stage B's latents, whose height and width are `whole`.
 
-    Where the area's edges are edges of Stage C latents these are cut out as they are, and the area is painted as the
-    same picture alone would be; else they are resized to Stage B's first.
+    If the area's edges are edges of Stage C latents, these are cropped as they are, so that the area looks like an image
+    of its own. Otherwise they are first resized to Stage B's size.
     """
-    starts = list(area[2:])
-    ends = [start + size for start, size in zip(starts, area[:2], strict=True)]
-    scales = list(zip(prior.shape[-2:], whole, strict=True))
-    first, last = (
-        [divmod(edge * cells, size) for edge, (cells, size) in zip(edges, scales, strict=True)]
-        for edges in (starts, ends)
-    )
-    if any(rest for _, rest in (*first, *last)):
-        prior = resize_prior_latents(prior, whole)
-    else:
-        starts, ends = ([cell for cell, _ in edges] for edges in (first, last))
-    rows, columns = (slice(*edges) for edges in zip(starts, ends, strict=True))
-    return prior[..., rows, columns]
+    edges = [
+        divmod(edge * cells, size)
+        for cells, size, start, length in zip(prior.shape[-2:], whole, area[2:], area[:2], strict=True)
+        for edge in (start, start + length)
+    ]
+    if any(rest for _, rest in edges):
+        height, width, top, left = area
+        return resize_prior_latents(prior, whole)[..., top : top + height, left : left + width]
+    (top, _), (bottom, _), (left, _), (right, _) = edges
+    return prior[..., top:bottom, left:right]
 
 
 def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:
-    """Stage C latents of a conditioning; where a negative has none, zeros of the size that the picture's have."""
+    """Returns a conditioning's Stage C latents; for a negative without them, zeros of the image's size."""
     check_release(given, "v2")
     prior, noise = given.get(PRIOR_KEY), given["noise"]
     height, width = noise.shape[-2:]
@@ -110,60 +106,57 @@ def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:
         if given.get("prompt_type") == "positive":
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
-    _check_batch("Stage B", len(noise), len(prior), "pictures of Stage C")
+    _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     return PriorCond(prior.to(noise.device), (height, width))
 
 
 def check_release(given: Mapping[str, Any], version: str) -> None:
-    """Raise ValueError where Stage C latents are known to be of another release than the Stage B that is to paint."""
-    painted = given.get(VERSION_KEY, version)
-    if painted != version:
+    """Raises ValueError if Stage C latents are known to be of another release than Stage B."""
+    found = given.get(VERSION_KEY, version)
+    if found != version:
         raise ValueError(
-            f"Stage B of Würstchen {version} was given Stage C latents of {painted}, which mean something else: take "
-            f"the prior and Stage B of one release ({_OF_RELEASE[painted]} for {painted})"
+            f"Stage B of Würstchen {version} got Stage C latents of {found}, which have other units: use the prior and "
+            f"Stage B of one release ({_SAMPLE_NODES[found]} for {found})"
         )
-
-
-_OF_RELEASE = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
-# What the host can do with a conditioning in its own sampling only; start and end of a range are unset or trivial.
-_PARTIAL = {"area": "an area", "mask": "a mask", "control": "a ControlNet", "hooks": "hooks"}
-_WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 
 
 def token_cond(
-    params: TokenDecoderParams, conditioning: Any, noise: Tensor, beside: tuple[Tensor, Tensor] | None = None
+    params: TokenDecoderParams, conditioning: Any, noise: Tensor, cond: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Stage C latents [B, 16, h, w] and text states [B, M, c] for v1's Stage B, of a conditioning for latents `noise`.
+    """Returns Stage C latents [B, 16, h, w] and text states [B, M, c] of a conditioning for v1's Stage B.
 
-    Where a negative has no Stage C latents it gets zeros, in the size of those `beside` it.
+    `noise` [B, 4, H, W] has the batch size. A negative without Stage C latents gets zeros of the size of those in
+    `cond`, the positive's result. Raises ValueError for what only ComfyUI's own sampling supports.
     """
     if len(conditioning) != 1:
         raise ValueError(
-            f"the token decoder paints one conditioning, and was given {len(conditioning)} combined ones: "
-            "put all the words into one Würstchen Text Encode"
+            f"the token decoder takes one conditioning, not {len(conditioning)} combined ones: put all words into one "
+            "Würstchen Text Encode"
         )
     [[states, options]] = conditioning
-    partial = [name for key, name in _PARTIAL.items() if options.get(key) is not None]
-    partial += ["a range of steps" for key, value in _WHOLE.items() if options.get(key, value) != value]
-    if partial:
+    unsupported = [key for key in ("area", "mask", "control", "hooks") if options.get(key) is not None]
+    if (options.get("start_percent", 0.0), options.get("end_percent", 1.0)) != (0.0, 1.0):
+        unsupported.append("step range")
+    if unsupported:
         raise ValueError(
-            f"the token decoder paints the whole picture in all steps, and was given a conditioning with {partial[0]}: "
-            "take that away"
+            "the token decoder samples the whole image in all steps and ignores "
+            f"{', '.join(unsupported)} of a conditioning: remove it"
         )
     check_release(options, "v1")
     text = text_cond("Stage B", params.byt5_embd, {"cross_attn": states, "noise": noise}).cond
     prior = options.get(PRIOR_KEY)
-    if prior is None and beside is None:
-        raise ValueError(_NO_PRIOR)
-    prior = torch.zeros_like(beside[0]) if prior is None and beside is not None else prior
+    if prior is None:
+        if cond is None:
+            raise ValueError(_NO_PRIOR)
+        prior = torch.zeros_like(cond[0])
     check_shape(prior.shape, STAGE_C, "Stage B")
-    _check_batch("Stage B", len(noise), len(prior), "pictures of Stage C")
+    _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     prior, text = (comfy.utils.repeat_to_batch_size(x, len(noise)) for x in (prior, text))
     return prior, text
 
 
-def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tuple[int, ...]:
-    """An area (height, width, top, left) inside `sides`, widened to whole multiples where the network needs them."""
+def fit_area(area: Area, sides: tuple[int, int], multiple: int) -> Area:
+    """Clips an area to `sides` (height, width) and widens it to multiples of what the network can halve."""
     sizes, starts = [], []
     for side, size, start in zip(sides, area[:2], area[2:], strict=True):
         first = min(start, side - 1) // multiple * multiple
@@ -173,41 +166,41 @@ def fit_area(area: tuple[int, ...], sides: tuple[int, int], multiple: int) -> tu
     return (*sizes, *starts)
 
 
-def _in_latents(area: tuple[int, ...], ratio: float) -> tuple[int, ...]:
-    """An area (height, width, top, left) in units of `ratio` latents, in latents: no gap is left between neighbours."""
+def scale_area(area: Area, ratio: float) -> Area:
+    """Converts an area to latents, `ratio` latents per unit, without a gap between neighbouring areas."""
     starts = [math.floor(start * ratio + 0.5) for start in area[2:]]
     ends = [(start + size) * ratio for size, start in zip(area[:2], area[2:], strict=True)]
     # Rounded up, as the sides of Stage C are; but 6.000001 is 6.
     return (*(math.ceil(end - 1e-6) - start for end, start in zip(ends, starts, strict=True)), *starts)
 
 
-def _bounds(mask: Tensor) -> tuple[int, ...]:
-    """The area that holds all of a mask [B, h, w] that is not 0; the first latent where there is nothing."""
-    held = mask.abs().amax(dim=0) > 0
-    rows, columns = (held.any(dim=dim).nonzero().flatten().tolist() or [0] for dim in (1, 0))
+def _mask_bounds(mask: Tensor) -> Area:
+    """Returns the area of a mask [B, h, w] that is not 0; the first latent if all of it is."""
+    covered = mask.abs().amax(dim=0) > 0
+    rows, columns = (covered.any(dim=dim).nonzero().flatten().tolist() or [0] for dim in (1, 0))
     return rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1, rows[0], columns[0]
 
 
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
-    """Conditionings whose areas, of whatever node, are in latents of this stage."""
+    """Converts the areas of conditionings, set by any node, to latents of this stage."""
     height, width = sides = noise.shape[-2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
         if "area" in cond and cond["area"][0] != "percentage":
-            cond["area"] = _in_latents(cond["area"], AREA_PIXELS / pixels)
+            cond["area"] = scale_area(cond["area"], AREA_PIXELS / pixels)
     comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, sizes of masks
     for cond in conds:
         if cond.pop("set_area_to_bounds", False) and "mask" in cond:
-            cond["area"] = _bounds(cond["mask"])  # the host's own are 8 latents at least: 341 pixels in Stage C
+            cond["area"] = _mask_bounds(cond["mask"])  # ComfyUI's are at least 8 latents: 341 pixels in Stage C
         if "area" in cond:
             cond["area"] = fit_area(cond["area"], (height, width), multiple)
     return conds
 
 
-def prepare_runs_of(patcher: Any) -> None:
-    """Have a MODEL of ours read areas in its own latents, and a prior each text once.
+def add_sampling_wrapper(patcher: Any) -> None:
+    """Makes a MODEL convert areas to its own latents, and a prior compute each text's keys and values once per run.
 
-    The host takes 8 pixels for a latent where it is told pixels, and cuts out areas that Stage B cannot halve.
+    ComfyUI assumes 8 pixels per latent, and crops areas that Stage B cannot halve.
     """
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen", _outer_sample)
 
@@ -219,6 +212,6 @@ def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kw
     for name, conds in guider.conds.items():
         guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
     network = patcher.model.diffusion_model
-    hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # they patch it between steps
+    hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # these patch it between steps
     with network.caching_keys_values() if isinstance(network, HostPrior) and not hooked else nullcontext():
         return sample(noise, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Latents of both stages: their units inside and outside the samplers, and which of them are another model's."""
+"""Latent formats of both stages, and the checks that refuse other models' latents."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 STAGE_C, STAGE_B = "stage_c", "stage_b"
 NAMES = {STAGE_C: "Stage C", STAGE_B: "Stage B"}
 CHANNELS = {STAGE_C: 16, STAGE_B: 4}
-PIXELS = {STAGE_C: 128 / 3, STAGE_B: 4}  # of the picture, for each latent
+PIXELS = {STAGE_C: 128 / 3, STAGE_B: 4}  # image pixels per latent
 
-_USE = "Würstchen Empty Latents"
+EMPTY_LATENTS = "Würstchen Empty Latents"
 
 
 class PriorLatents(comfy.latent_formats.LatentFormat):
-    """Features as Stage B takes them outside; inside the prior v2's (features + 1) / 42, or v1's features themselves.
+    """LATENT: features in Stage B's units. Inside the prior: (features + 1) / 42 in v2, the features themselves in v1.
 
-    Either has about the variance of the noise inside, which is what the colours of the previews are for.
+    Both have about unit variance inside, which the preview colours expect.
     """
 
     latent_channels = CHANNELS[STAGE_C]
@@ -44,7 +44,7 @@ class PriorLatents(comfy.latent_formats.LatentFormat):
 
 
 class DecoderLatents(comfy.latent_formats.LatentFormat):
-    """Stage A's codebook units outside, about unit variance inside the decoder."""
+    """LATENT: Stage A's codebook units. Inside the decoder: about unit variance."""
 
     latent_channels = CHANNELS[STAGE_B]
     spacial_downscale_ratio = PIXELS[STAGE_B]
@@ -54,42 +54,41 @@ class DecoderLatents(comfy.latent_formats.LatentFormat):
         self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors("decoder")
 
 
-def check_shape(shape: Sequence[int], stage: str, who: str, multiple: int = 1) -> None:
-    """Raise ValueError, in the name of `who`, unless a stage can have latents of this shape.
+def check_shape(shape: Sequence[int], stage: str, node: str, multiple: int = 1) -> None:
+    """Raises ValueError, which names `node`, unless `shape` is legal for latents of a stage.
 
-    Another family's have other channels, or, since nearly all are finer than Stage C's, would be a huge picture there.
+    Other models' latents have other channels, or are finer than Stage C's and would be a huge image there.
     """
     name, channels = NAMES[stage], CHANNELS[stage]
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(
-            f"{who} needs {name} latents [batch, {channels}, height, width], but was given {list(shape)}, "
-            f"another model's: connect the {stage} output of {_USE}"
+            f"{node} needs {name} latents [batch, {channels}, height, width], not another model's {list(shape)}: "
+            f"connect the {stage} output of {EMPTY_LATENTS}"
         )
     height, width = shape[2:]
     if stage == STAGE_C and max(height, width) > prior_side(LARGEST):
         raise ValueError(
-            f"{who} was given latents of {width}x{height}, for Stage C a picture of {round(width * PIXELS[stage])}x"
-            f"{round(height * PIXELS[stage])} pixels, so probably another model's: connect the {stage} output of "
-            f"{_USE}, of at most {LARGEST} pixels a side"
+            f"{node} got Stage C latents of {width}x{height} (an image of {round(width * PIXELS[stage])}x"
+            f"{round(height * PIXELS[stage])} pixels, at most {LARGEST} a side are supported), probably another model's: "
+            f"connect the {stage} output of {EMPTY_LATENTS}"
         )
     if height % multiple or width % multiple:
-        pixels = round(multiple * PIXELS[stage])
         raise ValueError(
-            f"{who} cannot paint latents of {width}x{height}, a picture of {width * 4}x{height * 4} pixels: sides must "
-            f"be multiples of {pixels} pixels, as {_USE} makes them; scale a picture so before you encode it"
+            f"{node} got latents of {width}x{height} (an image of {width * 4}x{height * 4} pixels), but needs sides that "
+            f"are multiples of {round(multiple * PIXELS[stage])} pixels: use {EMPTY_LATENTS}, or scale the image first"
         )
 
 
 def warn_of_other_size(prior: Sequence[int], decoder: Sequence[int]) -> None:
-    """Say in the log where Stage C's latents are of a picture much larger or smaller than Stage B's.
+    """Logs a warning if Stage C's latents are of an image 1.5 times as large or as small as Stage B's.
 
-    It is allowed, and mostly the work of a node for empty latents that counts 8 pixels a latent.
+    It is legal, and usually caused by a node for empty latents that counts 8 pixels per latent.
     """
-    planned = [round(side * PIXELS[STAGE_C]) for side in prior[2:]]  # height, width
-    painted = [round(side * PIXELS[STAGE_B]) for side in decoder[2:]]
-    ratios = [side / other for side, other in zip(planned, painted, strict=True)]
+    prior_pixels = [round(side * PIXELS[STAGE_C]) for side in prior[2:]]  # height, width
+    pixels = [round(side * PIXELS[STAGE_B]) for side in decoder[2:]]
+    ratios = [side / other for side, other in zip(prior_pixels, pixels, strict=True)]
     if max(ratios) > 1.5 or min(ratios) < 1 / 1.5:
         logger.warning(
-            f"Würstchen's Stage B paints {painted[1]}x{painted[0]} pixels of what Stage C planned for about "
-            f"{planned[1]}x{planned[0]}: take both stages' latents from one {_USE}, unless you mean it"
+            f"Würstchen's Stage B generates {pixels[1]}x{pixels[0]} pixels from Stage C latents of about "
+            f"{prior_pixels[1]}x{prior_pixels[0]}: use one {EMPTY_LATENTS} for both stages, unless this is intended"
         )

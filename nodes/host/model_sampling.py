@@ -1,4 +1,4 @@
-"""Noise level to time and back, as the host's samplers ask for it: sigma^2 = (1 - alpha_bar) / alpha_bar."""
+"""Würstchen's noise schedule as ComfyUI's `model_sampling`: sigma^2 = (1 - alpha_bar) / alpha_bar."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from torch import Tensor
 
 from ...wuerstchen_core.diffusion.schedule import ALPHA_BAR_MAX, ALPHA_BAR_MIN, S
 
-# Divisible by 1 to 12, 15, 16, 20, 25, 30, 50 and 60: with so many steps the host's `simple` schedule is exact.
+# Divisible by 1 to 12, 15, 16, 20, 25, 30, 50 and 60: with these step counts, ComfyUI's `simple` schedule is exact.
 TABLE = 277_200
 
-_HALF_TURN = math.pi / 2 / (1 + S)  # angle of a unit of time
-_COS2, _SIN2 = math.cos(S * _HALF_TURN) ** 2, math.sin(S * _HALF_TURN) ** 2  # of t = 0
+_HALF_TURN = math.pi / 2 / (1 + S)  # angle per unit of time
+_COS2, _SIN2 = math.cos(S * _HALF_TURN) ** 2, math.sin(S * _HALF_TURN) ** 2  # at t = 0
 SIGMA_MIN = math.sqrt((1 - ALPHA_BAR_MAX) / ALPHA_BAR_MAX)
 SIGMA_MAX = math.sqrt((1 - ALPHA_BAR_MIN) / ALPHA_BAR_MIN)
 
-# Where the schedule is clamped (the last 0.6 % of time and the first 0.2 %) the noise level would stand still. Here it
-# rises by this share of itself a unit of time, 0.16 % in all: multistep samplers divide by its steps, and the network
-# is to get the time that was meant.
+# Where the schedule is clamped (the last 0.6 % of time and the first 0.2 %) sigma would be constant. Here it rises by
+# this fraction of itself per unit of time, 0.16 % in all: multistep samplers divide by differences of sigma, and the
+# network gets the intended time.
 _SLOPE = 0.25
-_ROUNDING = 2e-5  # of the host's schedulers, which compute the first noise level from the largest
+_ROUNDING = 2e-5  # of ComfyUI's schedulers, which compute the first sigma from the largest
 
 
 class WuerstchenSampling(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
-    """Würstchen's cosine schedule; tangents instead of cosines keep fp32's digits at both ends."""
+    """Würstchen's cosine schedule; tangents instead of cosines keep fp32 precision at both ends."""
 
     def set_parameters(self, shift: float = 1.0, cosine_s: float = S) -> None:
         if (shift, cosine_s) != (1.0, S):
-            raise ValueError(f"Würstchen was trained without a shift: got shift {shift} and offset {cosine_s}")
+            raise ValueError(f"Würstchen's schedule has shift 1 and offset {S}, not {shift} and {cosine_s}")
         self.num_timesteps = TABLE
         self.set_sigmas(self.sigma(torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE).float())
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
-        """Noise level at times in [0, 1]: the schedule's, strictly rising, and exact at both ends."""
+        """Returns the sigma of times in [0, 1]: the schedule's, strictly rising, and exact at both ends."""
         t = torch.as_tensor(timestep)
         cosine = (_COS2 * torch.tan((t + S) * _HALF_TURN) ** 2 - _SIN2).clamp(min=0.0).sqrt()
         return cosine.clamp(SIGMA_MIN + SIGMA_MIN * _SLOPE * t, SIGMA_MAX - SIGMA_MAX * _SLOPE * (1 - t))
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Time of noise levels, in [0, 1]; the largest is exactly 1."""
+        """Returns the time in [0, 1] of sigmas; exactly 1 for the largest."""
         cosine = torch.atan(((sigma**2 + _SIN2) / _COS2).sqrt()) / _HALF_TURN - S
         low, high = (sigma - SIGMA_MIN) / (SIGMA_MIN * _SLOPE), 1 - (SIGMA_MAX - sigma) / (SIGMA_MAX * _SLOPE)
         t = torch.minimum(torch.maximum(cosine, high), low).clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""MODEL objects: configuration, latent format, conditioning and loading of Stage C and Stage B."""
+"""MODEL objects: configuration, memory estimates and loading of Stage C and Stage B."""
 
 from __future__ import annotations
 
@@ -16,117 +16,103 @@ from torch import nn
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.components import release
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
-from .conditioning import PRIOR_KEY, check_no_prior, prepare_runs_of, prior_cond, text_cond
+from .conditioning import PRIOR_KEY, add_sampling_wrapper, check_no_prior, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .model_sampling import WuerstchenSampling
-from .sampler_warnings import advise
+from .sampler_warnings import add_warnings
 
-TOKENS = 77  # of a text
+TEXT_TOKENS = 77
 
 
 class StageModel(comfy.model_base.BaseModel):
-    """What both stages share."""
+    """The base of all stages as ComfyUI models."""
 
     network: ClassVar[type[nn.Module]]
-    area_multiple = 1  # areas of the latents are multiples of it
+    area_multiple = 1  # areas are widened to multiples of this many latents
 
     def __init__(self, config: Any, device: Any = None):
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device, unet_model=self.network)
         self.model_sampling = WuerstchenSampling()
-        # One of the two hosts leaves a new network in training mode.
-        self.diffusion_model.eval().requires_grad_(False)
+        self.diffusion_model.eval().requires_grad_(False)  # ComfyUI 0.3.64 leaves it in training mode
 
     @property
-    def numbers_held(self) -> float:
-        """How many numbers a call holds at its peak for each pixel of the latents: measured, see docs/memory.md."""
+    def params(self) -> Any:
+        return self.diffusion_model.params
+
+    def memory_values(self, batch: int, pixels: int) -> float:
+        """Returns the most values alive in one call on `batch` latents of `pixels` each; docs/memory.md measures it."""
         raise NotImplementedError
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes of one call, whatever the conditioning."""
+        """Returns the bytes of one call, whatever the conditioning."""
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        grows = self.numbers_held * input_shape[0] * math.prod(input_shape[2:])
-        return size * (grows + self.numbers_besides(input_shape[0]))
-
-    def numbers_besides(self, batch: int) -> int:
-        """How many numbers it holds whatever the pixels."""
-        return 0
+        return size * self.memory_values(input_shape[0], math.prod(input_shape[2:]))
 
     def get_dtype_inference(self) -> torch.dtype:
-        """The dtype of the computation (the older host has no such method)."""
+        """Returns the computation's dtype; ComfyUI 0.3.64 has no such method."""
         return self.get_dtype() if self.manual_cast_dtype is None else self.manual_cast_dtype
 
 
 class PriorModel(StageModel):
-    """Stage C in the host."""
+    """Stage C."""
 
     network = HostPrior
 
     @property
     def version(self) -> str:
-        """The release whose features it paints, as far as its units tell."""
-        return release([self.diffusion_model.params])
+        """The release of the features that it generates, as its units tell."""
+        return release([self.params])
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         check_shape(kwargs["noise"].shape, STAGE_C, "Stage C")
         check_no_prior(kwargs)
-        return {"c_crossattn": text_cond("Stage C", self.diffusion_model.params.c_cond, kwargs)}
+        return {"c_crossattn": text_cond("Stage C", self.params.c_cond, kwargs)}
 
-    @property
-    def numbers_held(self) -> float:
-        return 18 * self.diffusion_model.params.c
-
-    def numbers_besides(self, batch: int) -> int:
-        """Keys and values of each block, of the texts that it has read."""
-        params = self.diffusion_model.params
-        return 2 * params.depth * params.c * TOKENS * batch
+    def memory_values(self, batch: int, pixels: int) -> float:
+        keys_values = 2 * self.params.depth * self.params.c * TEXT_TOKENS * batch
+        return 18 * self.params.c * batch * pixels + keys_values
 
 
 class DecoderModel(StageModel):
-    """Stage B in the host."""
+    """Stage B of v2."""
 
     network = HostDecoder
 
     @property
     def area_multiple(self) -> int:  # type: ignore[override]
-        return self.diffusion_model.params.multiple
+        return self.params.multiple
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        params = self.diffusion_model.params
         shape = kwargs["noise"].shape
-        check_shape(shape, STAGE_B, "Stage B", params.multiple)
-        text, prior = text_cond("Stage B", params.clip_embd, kwargs), prior_cond(params, kwargs)
+        check_shape(shape, STAGE_B, "Stage B", self.params.multiple)
+        text, prior = text_cond("Stage B", self.params.clip_embd, kwargs), prior_cond(self.params, kwargs)
         if kwargs.get("prompt_type") == "positive":
             warn_of_other_size(prior.cond.shape, shape)
         return {"c_crossattn": text, PRIOR_KEY: prior}
 
-    @property
-    def numbers_held(self) -> float:
-        return 4.2 * self.diffusion_model.params.c_hidden[0]
-
-    def numbers_besides(self, batch: int) -> int:
-        """The matrix that a block makes of two."""
-        params = self.diffusion_model.params
-        widest = max(params.c_hidden)
-        return 4 * widest * (widest + params.effnet_embd)
+    def memory_values(self, batch: int, pixels: int) -> float:
+        widest = max(self.params.c_hidden)
+        combined_weights = 4 * widest * (widest + self.params.effnet_embd)  # a block merges two matrices
+        return 4.2 * self.params.c_hidden[0] * batch * pixels + combined_weights
 
 
 class TokenModel(StageModel):
-    """v1's Stage B in the host, which loads it; what walks along the tokens is `host/tokens.py`."""
+    """Stage B of v1, loaded by ComfyUI and sampled by token_sampling.py."""
 
     network = HostTokenDecoder
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes of one call and of the choice of its tokens: nearly all of them for the logits of every code."""
-        labels, tokens = self.diffusion_model.params.num_labels, input_shape[0] * math.prod(input_shape[2:])
-        return 2.2 * 4 * labels * tokens  # in fp32, whatever the network computes in: measured, see docs/memory.md
+        """Returns the bytes of one call and of choosing its tokens: mostly fp32 logits (docs/memory.md)."""
+        return 2.2 * 4 * self.params.num_labels * input_shape[0] * math.prod(input_shape[2:])
 
 
 class StageConfig(comfy.supported_models_base.BASE):
-    """What the host asks of a model's family; all of `unet_config` goes to the network."""
+    """ComfyUI's description of a stage; the network gets all of `unet_config`."""
 
     model: ClassVar[type[StageModel]]
     unet_extra_config: ClassVar[dict[str, Any]] = {}
+    latent_format = DecoderLatents
     memory_usage_factor = 1.0
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -135,7 +121,7 @@ class StageConfig(comfy.supported_models_base.BASE):
 
 
 class PriorConfig(StageConfig):
-    """Stage C's family, v1's and v2's: they differ in the units of their latents."""
+    """Stage C of v1 and v2, which differ in the units of their latents."""
 
     model = PriorModel
 
@@ -145,29 +131,27 @@ class PriorConfig(StageConfig):
 
 
 class DecoderConfig(StageConfig):
-    """Stage B's family."""
+    """Stage B of v2."""
 
     model = DecoderModel
-    latent_format = DecoderLatents
 
 
 class TokenConfig(StageConfig):
-    """The family of v1's Stage B."""
+    """Stage B of v1."""
 
     model = TokenModel
-    latent_format = DecoderLatents
 
 
 _CONFIGS = {"prior": PriorConfig, "decoder": DecoderConfig, "token_decoder": TokenConfig}
 
 
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
-    """A prior or a decoder of either kind as a MODEL: the host's patcher around a network built from the host's layers.
+    """Returns a prior or decoder as a MODEL: ComfyUI's patcher around a network built from ComfyUI's layers.
 
-    `weight_dtype` is that of the stored weights (None: the host's choice); what they are computed in, the host says.
+    Weights are stored in `weight_dtype` (None: ComfyUI's choice); ComfyUI chooses the dtype of the computation.
     """
     management = comfy.model_management
-    # Building it names what is missing or mis-shaped, and copies nothing.
+    # build_part reports missing and misshapen weights, and copies nothing.
     state_dict = split_attention(build_part(part).state_dict())
     config = _CONFIGS[part.name]({"params": part.params})
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -181,18 +165,20 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
         dtype, management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
     )
     model = config.get_model(state_dict, device=offload_device)
-    # The newer host replaces this class at its start where the device allows loading on demand.
+    # Newer ComfyUI versions replace this class at their start if the device supports loading on demand.
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
-    if not dynamic:  # layers that the newer host builds without weights would take the file's dtype for theirs
+    if not dynamic:  # layers that ComfyUI builds without weights would keep the file's dtype
         state_dict = {key: x.to(dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
-    if part.name != "token_decoder":  # the host's own sampling has no part in that
-        prepare_runs_of(patcher)
-        advise(patcher, ancestral=part.name == "decoder")
-    if hasattr(patcher, "cached_patcher_init"):  # how the newer host copies models, for torch.compile and several GPUs
+    if part.name != "token_decoder":  # ComfyUI's samplers never run that
+        add_sampling_wrapper(patcher)
+        add_warnings(patcher, ancestral=part.name == "decoder")
+    if hasattr(
+        patcher, "cached_patcher_init"
+    ):  # newer versions copy models with it, for torch.compile and several GPUs
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

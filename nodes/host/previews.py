@@ -1,4 +1,4 @@
-"""Colours for the host's live previews."""
+"""Colours of ComfyUI's live previews."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from ...wuerstchen_core.checkpoints import demo_path
 
-Rows = list[list[float]]
+Matrix = list[list[float]]
 
 
-def preview_factors(stage: str) -> tuple[Rows | None, list[float] | None]:
-    """Factors [c][3] and bias [3] from the latents inside a stage's sampler to colours from -1 to 1.
+def preview_factors(stage: str) -> tuple[Matrix | None, list[float] | None]:
+    """Returns factors [c][3] and bias [3] that project a stage's sampler latents to RGB in [-1, 1].
 
-    They were fitted on the shipped model only: previews of another model show shapes, in colours that mean nothing.
-    Without the file there are no previews: (None, None), which is what the host's own formats start from.
+    They were fitted to the shipped model; with other models, previews show shapes in wrong colours. (None, None)
+    without the file, which turns previews off.
     """
     fitted = _read().get(stage)
     return (fitted["factors"], fitted["bias"]) if fitted else (None, None)

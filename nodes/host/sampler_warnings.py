@@ -1,4 +1,4 @@
-"""One line in the log, once a loaded model, where a choice of the host's sampling is known to harm."""
+"""Warns once per loaded model about sampler settings of ComfyUI that are known to harm the image."""
 
 from __future__ import annotations
 
@@ -11,59 +11,63 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-KEY = "wuerstchen_advice"
+KEY = "wuerstchen_warnings"
 
-# Where its author says of the Stage B of Stable Cascade, Würstchen's successor, that it needs an ancestral sampler:
-# ComfyUI issue 5297. The shipped model paints as well without: docs/samplers.md.
-#
-# The host's samplers whose steps add no new noise (`ddim` is its `euler`). Other packs' samplers are not judged.
+# ComfyUI's samplers that add no noise in their steps (`ddim` is its `euler`); other packs' samplers are not judged.
+# The author of Stable Cascade's Stage B says that it needs an ancestral sampler (ComfyUI issue 5297). The shipped model
+# works as well without one: docs/samplers.md.
 DETERMINISTIC = frozenset(
     "deis dpm_2 dpm_adaptive dpm_fast dpmpp_2m dpmpp_2m_cfg_pp euler euler_cfg_pp exp_heun_2_x0 gradient_estimation "
     "gradient_estimation_cfg_pp heun heunpp2 ipndm ipndm_v lms res_multistep res_multistep_cfg_pp unipc "
     "unipc_bh2".split()
 )
-
+LAST_SIGMA = 3.0  # largest sound sigma before 0: two steps of `simple` have 1, twenty of linear_quadratic 18
 
 NO_NEW_NOISE = (
-    "Stage B was given a sampler that adds no new noise in its steps, without which the released weights may paint "
-    "artifacts: take ddpm, euler_ancestral, or SamplerCustom with Würstchen Sampler"
+    "Stage B was given a sampler that adds no noise in its steps, which may cause artifacts with the released weights: "
+    "use ddpm, euler_ancestral, or SamplerCustom with Würstchen Sampler"
 )
 STOPS_EARLY = (
-    "Stage C was given noise levels that stop high above the picture, as those of linear_quadratic do, and things come "
-    "out wrong: take another scheduler, such as simple"
+    "Stage C was given sigmas that end far above 0, as those of linear_quadratic do, which distorts the image: "
+    "use another scheduler, such as simple"
 )
-LAST_LEVEL = 3.0  # where a single last step is too far; two steps of `simple` have 1, twenty of linear_quadratic 18
-NO_NUMBERS = (
-    "Würstchen was given noise levels that are no numbers, and its picture will be black: take another scheduler, "
-    "such as simple, or more steps"
+NOT_FINITE = (
+    "Würstchen was given sigmas that are not finite, so the image will be black: use another scheduler, such as simple, "
+    "or more steps"
 )
 
 
-def advise(patcher: Any, ancestral: bool) -> None:
-    """Make a MODEL say what harms it; `ancestral`: it is Stage B, which needs the noise that ancestral samplers add."""
-    said: set[str] = set()  # shared with the clones that the host makes of the patcher
+def add_warnings(patcher: Any, ancestral: bool) -> None:
+    """Makes a MODEL log each of its warnings once; `ancestral`: it is Stage B, which needs noise in its steps."""
+    logged: set[str] = set()  # shared with the patcher's clones
 
     def sample(
-        run: Callable[..., Tensor], noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **more: Any
+        run: Callable[..., Tensor],
+        noise: Tensor,
+        latent: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        line = remark(sampler, sigmas, ancestral)
-        if line and line not in said:
-            said.add(line)
-            logger.warning(line)
-        return run(noise, latent, sampler, sigmas, *args, **more)
+        text = warning(sampler, sigmas, ancestral)
+        if text and text not in logged:
+            logged.add(text)
+            logger.warning(text)
+        return run(noise, latent, sampler, sigmas, *args, **kwargs)
 
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
 
 
-def remark(sampler: Any, sigmas: Tensor, ancestral: bool) -> str | None:
-    """What is to be said of a SAMPLER and the noise levels [N + 1] that it is to walk along."""
+def warning(sampler: Any, sigmas: Tensor, ancestral: bool) -> str | None:
+    """Returns the warning for a SAMPLER and sigmas [N + 1], or None."""
     if not sigmas.isfinite().all():
-        return NO_NUMBERS
-    if len(sigmas) <= 2:  # whoever asks for one step knows
+        return NOT_FINITE
+    if len(sigmas) <= 2:  # a single step is a deliberate choice
         return None
     if not ancestral:
-        return STOPS_EARLY if sigmas[-1] == 0 and sigmas[-2] > LAST_LEVEL else None
+        return STOPS_EARLY if sigmas[-1] == 0 and sigmas[-2] > LAST_SIGMA else None
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", "").removeprefix("sample_").removesuffix("_function")
-    options = getattr(sampler, "extra_options", {})  # with which some of them do add noise
+    options = getattr(sampler, "extra_options", {})  # make some of these samplers add noise
     return None if options.get("eta") or options.get("s_churn") or name not in DETERMINISTIC else NO_NEW_NOISE

@@ -1,4 +1,4 @@
-"""Würstchen's exact samplers inside the host's own sampling: its guidance, hooks, masks, progress and loading."""
+"""Würstchen's exact samplers inside ComfyUI's sampling, with its guidance, hooks, masks, progress and loading."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def sample_core(
     start: Tensor | None = None,
     sampler: str = SamplingSettings.sampler,
 ) -> Tensor:
-    """The core's sampler as the host calls samplers: x has variance 1 + sigma^2, `model` denoises it.
+    """Runs the core's sampler with the signature of ComfyUI's samplers: x has variance 1 + sigma^2, `model` denoises.
 
-    Without `draw` the steps' noise comes from the seeds behind the run's own, which the first noise was drawn with.
-    `start` [B, ...] of variance 1 takes the place of x, in which the host leaves a hundredth of the picture.
+    `draw` makes the steps' noise; by default from the run's seed + 1, since the initial noise used that seed.
+    `start` [B, ...] of variance 1 replaces x, in which ComfyUI leaves 1/100 of the image.
     """
     schedule = model.inner_model.inner_model.model_sampling
     check_schedule(schedule)
@@ -54,23 +54,22 @@ def sample_core(
     x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
     x = sample(noise_in, x, times, draw=draw, sampler=sampler, callback=progress)
     mask = extra_args.get("denoise_mask")
-    if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise, also where nothing is painted
+    if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise outside the mask too
         x = torch.lerp(model.latent_image, x, mask)
-    return x * (1 + sigmas[-1] ** 2).sqrt()  # as the host keeps what is left of the noise for a second run
+    return x * (1 + sigmas[-1] ** 2).sqrt()  # ComfyUI's form of leftover noise, for a second run
 
 
 def check_schedule(schedule: Any) -> None:
-    """Raise ValueError unless a model's `model_sampling` is Würstchen's."""
+    """Raises ValueError unless a model's `model_sampling` is Würstchen's."""
     if not isinstance(schedule, WuerstchenSampling):
         raise ValueError(
-            f"Würstchen's sampling was given a model whose times are not Würstchen's ({type(schedule).__name__}): "
-            "connect the prior or decoder output of a Würstchen loader, without a node between that changes its "
-            "sampling"
+            f"this model's noise schedule is {type(schedule).__name__}, not Würstchen's: connect the prior or decoder "
+            "output of a Würstchen loader, without a ModelSampling node in between"
         )
 
 
 def stage_sigmas(model: Any, times: Tensor) -> Tensor:
-    """Noise levels [N + 1] of a MODEL at times [N + 1], the last of them 0. Raises ValueError for other families."""
+    """Returns the sigmas [N + 1] of a MODEL at times [N + 1], the last one 0; ValueError for other models."""
     schedule = model.get_model_object("model_sampling")
     check_schedule(schedule)
     sigmas = schedule.sigma(times)
@@ -93,15 +92,15 @@ def sample_stage(
     seed: int,
     sampler: str = SamplingSettings.sampler,
 ) -> Tensor:
-    """Latents [B, c, h, w] painted by a MODEL along times [N + 1]; the same seed gives what the core gives.
+    """Samples latents [B, c, h, w] with a MODEL along times [N + 1]; the same seed gives the core's result.
 
-    Times that start below 1 start from the latents, with noise mixed in; at 1 the noise is all there is, except for
-    what a mask keeps. From 0 on nothing is painted.
+    Times that start below 1 start from the noised latents; at 1 from noise alone, except where a mask keeps the image.
+    If they start at 0, the latents are returned as they are.
     """
     samples = latent["samples"]
     if not times[0]:
         return samples
-    draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # what the host's nodes for batches call it
+    draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # set by ComfyUI's batch nodes
     noise = draw(samples)
     start = noise if times[0] == 1 else None
     return comfy.sample.sample_custom(

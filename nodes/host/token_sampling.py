@@ -1,4 +1,4 @@
-"""The sampling of v1's Stage B: the core's walk along tokens inside the host's loading, progress and cancelling."""
+"""Samples Stage B of v1: the core's token sampler with ComfyUI's loading, progress and cancelling."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from .latents import STAGE_B, check_shape
 
 
 def codebook_of(vae: Any, labels: int) -> Tensor:
-    """The codes [labels, 4] of Stage A, ours or the host's own; ValueError if a VAE has others or none."""
-    codes = getattr(vae, "codebook", None)  # ours; the host's own Stage A has it in its network alone
-    if codes is None:
+    """Returns the codebook [labels, 4] of Stage A, loaded by this pack or by ComfyUI; ValueError if it has another."""
+    codes = getattr(vae, "codebook", None)
+    if codes is None:  # ComfyUI's Stage A
         codebook = getattr(getattr(vae.first_stage_model, "vquantizer", None), "codebook", None)
         codes = None if codebook is None else codebook.weight
     if codes is None or len(codes) != labels:
-        found = "none" if codes is None else str(len(codes))
         raise ValueError(
-            f"this token decoder chooses among {labels} codes of Stage A, and the VAE given has {found}: "
-            "connect the Stage A that belongs to it"
+            f"this token decoder needs a Stage A with {labels} codes, and this VAE has "
+            f"{'none' if codes is None else len(codes)}: connect the Stage A that belongs to it"
         )
     return codes.detach().float()
 
@@ -45,43 +44,52 @@ def sample_token_stage(
     seed: int,
     denoise: float = 1.0,
 ) -> Tensor:
-    """Stage A latents [B, 4, H, W] of tokens painted by a token decoder; the same seed gives what the core gives.
+    """Samples Stage A latents [B, 4, H, W] with a token decoder; the same seed gives the core's result.
 
-    `sampling` says steps, guidance, temperatures and mode. Below a `denoise` of 1 it starts from the tokens nearest to
-    the latents, that share of them random; at 0 nothing is painted. Where a mask keeps the picture, its tokens stay.
+    `sampling` has steps, guidance, temperatures and mode. Below a `denoise` of 1, it starts from the latents' nearest
+    tokens, with that fraction of them random; at 0 the latents are returned as they are. Tokens outside the latent's
+    mask are kept.
     """
     samples = latent["samples"]
     model, device = patcher.model, patcher.load_device
-    params = model.diffusion_model.params
-    check_shape(samples.shape, STAGE_B, "Stage B", params.multiple)
+    check_shape(samples.shape, STAGE_B, "Stage B", model.params.multiple)
     times = strength_times(sampling.decoder_times(), denoise)
+    cond = token_cond(model.params, positive, samples)
     guided = max(sampling.decoder_scales()) > 1
-    cond = token_cond(params, positive, samples)
-    uncond = token_cond(params, negative, samples, beside=cond) if guided else cond
-    codebook = codebook_of(vae, params.num_labels)
+    uncond = token_cond(model.params, negative, samples, cond) if guided else cond
+    codebook = codebook_of(vae, model.params.num_labels)
     if not times[0]:
         return samples
-    _load(patcher, (2 * len(samples), *samples.shape[1:]))  # without guidance, choosing tokens holds as much
+    needed = model.memory_required((2 * len(samples), *samples.shape[1:]))  # choosing tokens needs both halves anyway
+    comfy.model_management.load_models_gpu([patcher], memory_required=needed, minimum_memory_required=needed)
     dtype = model.get_dtype_inference()
-    wanted, unwanted = (tuple(x.to(device, dtype) for x in states) for states in (cond, uncond))
+    cond, uncond = (tuple(x.to(device, dtype) for x in states) for states in (cond, uncond))
     codebook, samples = codebook.to(device), samples.to(device)
 
     def network(tokens: Tensor, t: Tensor, prior: Tensor, text: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return model.diffusion_model(tokens, t, text, prior).float()
 
+    def decode(tokens: Tensor) -> Tensor:
+        return embedding(tokens, codebook).movedim(-1, 1).contiguous()
+
+    show = latent_preview.prepare_callback(patcher, len(times) - 1)
+
+    def progress(step: int, steps: int, tokens: Tensor, chosen: Tensor) -> None:
+        show(step, model.latent_format.process_in(decode(chosen)), tokens, steps)  # previews use v2's units
+
     draw = SeededTokenNoise(seed, latent.get("batch_index", len(samples)))
     noise = draw.tokens(len(codebook), *samples.shape[-2:]).to(device)
-    mask = _mask_of(latent, samples)
-    tokens = kept = noise
+    mask = _token_mask(latent, samples)
+    tokens = init = noise
     if denoise < 1 or mask is not None:
-        kept = nearest_codes(samples.float().movedim(1, -1).flatten(0, 2), codebook).view(noise.shape)
+        init = nearest_codes(samples.float().movedim(1, -1).flatten(0, 2), codebook).view(noise.shape)
     if denoise < 1:
-        tokens, _ = renoise(kept, noise, times[:1].to(device).expand(len(kept)), draw.uniform(kept))
+        tokens, _ = renoise(init, noise, times[:1].to(device).expand(len(init)), draw.uniform(init))
     try:
         patcher.pre_run()
         tokens = sample_tokens(
-            guidance(network, wanted, unwanted),
+            guidance(network, cond, uncond),
             tokens,
             times,
             noise=noise,
@@ -90,40 +98,19 @@ def sample_token_stage(
             scales=sampling.decoder_scales(),
             temperatures=sampling.temperatures(),
             mode=sampling.token_mode,
-            init=None if mask is None else kept,
+            init=None if mask is None else init,
             mask=mask,
-            callback=_progress(patcher, codebook, len(times) - 1),
+            callback=progress,
         )
     finally:
         patcher.cleanup()
-    return _latents_of(tokens, codebook).to(comfy.model_management.intermediate_device())
+    return decode(tokens).to(comfy.model_management.intermediate_device())
 
 
-def _load(patcher: Any, shape: tuple[int, ...]) -> None:
-    """Have the host make room for a call over latents of this shape, and bring the weights, or a part of them."""
-    needed = patcher.model.memory_required(shape)
-    comfy.model_management.load_models_gpu([patcher], memory_required=needed, minimum_memory_required=needed)
-
-
-def _latents_of(tokens: Tensor, codebook: Tensor) -> Tensor:
-    return embedding(tokens, codebook).movedim(-1, 1).contiguous()
-
-
-def _mask_of(latent: dict[str, Any], samples: Tensor) -> Tensor | None:
-    """Which tokens [B, H, W] are to be painted; None: all."""
+def _token_mask(latent: dict[str, Any], samples: Tensor) -> Tensor | None:
+    """Returns the tokens [B, H, W] to regenerate; None for all."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None
     mask = latent_mask(mask.reshape(-1, 1, *mask.shape[-2:]), *samples.shape[-2:])
     return comfy.utils.repeat_to_batch_size(mask, len(samples))[:, 0].bool().to(samples.device)
-
-
-def _progress(patcher: Any, codebook: Tensor, steps: int) -> Any:
-    """The host's progress bar and preview, in the units that the decoder of v2 works in."""
-    show = latent_preview.prepare_callback(patcher, steps)
-    inside = patcher.model.latent_format.process_in
-
-    def progress(step: int, steps: int, tokens: Tensor, chosen: Tensor) -> None:
-        show(step, inside(_latents_of(chosen, codebook)), tokens, steps)
-
-    return progress
