@@ -26,7 +26,7 @@ def _schedule_inputs() -> list[io.Combo.Input | io.Int.Input]:
             options=list(SCHEDULES),
             default=SamplingSettings.schedule,
             tooltip="original: 20 + 10 steps as published; diffusers: that library's 29 steps; linear: `steps` equal "
-            f"steps; fast: {FAST.steps} steps with {FAST.sampler} ({FAST.decoder_steps} in Stage B), tested with the demo only.",
+            f"steps; fast: {FAST.steps} {FAST.sampler} steps (Stage B: {FAST.decoder_steps}), tested on the demo.",
         ),
         steps_input(20, "Number of steps of the linear schedule; the other schedules ignore it."),
     ]

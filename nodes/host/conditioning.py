@@ -82,8 +82,8 @@ class PriorCond(comfy.conds.CONDRegular):
 def crop_prior(prior: Tensor, whole: tuple[int, int], area: Area) -> Tensor:
     """Crops Stage C latents to an area of Stage B's latents, whose height and width are `whole`.
 
-    If the area's edges are edges of Stage C latents, these are cropped as they are, so that the area looks like an image
-    of its own. Otherwise they are first resized to Stage B's size.
+    If the area's edges are edges of Stage C latents, these are cropped as they are, and the area is sampled like an
+    image of its own. Otherwise they are first resized to Stage B's size.
     """
     edges = [
         divmod(edge * cells, size)

@@ -69,13 +69,13 @@ def check_shape(shape: Sequence[int], stage: str, node: str, multiple: int = 1) 
     if stage == STAGE_C and max(height, width) > prior_side(LARGEST):
         raise ValueError(
             f"{node} got Stage C latents of {width}x{height} (an image of {round(width * PIXELS[stage])}x"
-            f"{round(height * PIXELS[stage])} pixels, at most {LARGEST} a side are supported), probably another model's: "
+            f"{round(height * PIXELS[stage])} pixels, {LARGEST} a side are the most), probably another model's: "
             f"connect the {stage} output of {EMPTY_LATENTS}"
         )
     if height % multiple or width % multiple:
         raise ValueError(
-            f"{node} got latents of {width}x{height} (an image of {width * 4}x{height * 4} pixels), but needs sides that "
-            f"are multiples of {round(multiple * PIXELS[stage])} pixels: use {EMPTY_LATENTS}, or scale the image first"
+            f"{node} got latents of {width}x{height} (an image of {width * 4}x{height * 4} pixels), but needs sides "
+            f"that are multiples of {round(multiple * PIXELS[stage])} pixels: use {EMPTY_LATENTS}, or scale the image"
         )
 
 

@@ -92,13 +92,11 @@ def _check(name: str, lora: Lora, network: Fit, text: Fit, model: Any, clip: Any
     if lora.text and not text.fitting:
         reason = f"has another size ({text.example})" if text.misshaped else "names none of its layers"
         raise ValueError(
-            f"the text part of {name} does not fit this CLIP, because it {reason}: connect the prior clip output of the "
-            "Würstchen loader, or no CLIP"
+            f"the text part of {name} does not fit this CLIP, because it {reason}: connect the prior clip output "
+            "of the Würstchen loader, or no CLIP"
         )
     if not lora.network and clip is None:
-        raise ValueError(
-            f"{name} changes the text encoder only: connect the prior clip output of a Würstchen loader too"
-        )
+        raise ValueError(f"{name} changes only the text encoder: connect the prior clip output of a Würstchen loader")
 
 
 def _log_unused(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bool) -> None:

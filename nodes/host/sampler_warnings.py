@@ -32,8 +32,8 @@ STOPS_EARLY = (
     "use another scheduler, such as simple"
 )
 NOT_FINITE = (
-    "Würstchen was given sigmas that are not finite, so the image will be black: use another scheduler, such as simple, "
-    "or more steps"
+    "Würstchen was given sigmas that are not finite, so the image will be black: use another scheduler, such as "
+    "simple, or more steps"
 )
 
 
@@ -41,20 +41,12 @@ def add_warnings(patcher: Any, ancestral: bool) -> None:
     """Makes a MODEL log each of its warnings once; `ancestral`: it is Stage B, which needs noise in its steps."""
     logged: set[str] = set()  # shared with the patcher's clones
 
-    def sample(
-        run: Callable[..., Tensor],
-        noise: Tensor,
-        latent: Tensor,
-        sampler: Any,
-        sigmas: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        text = warning(sampler, sigmas, ancestral)
+    def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        text = warning(*args[:2], ancestral)  # sampler and sigmas
         if text and text not in logged:
             logged.add(text)
             logger.warning(text)
-        return run(noise, latent, sampler, sigmas, *args, **kwargs)
+        return run(noise, latent, *args, **kwargs)
 
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
 

@@ -1,4 +1,4 @@
-"""A headless Chromium in front of a running ComfyUI: what a person does on the canvas, with mouse and keyboard."""
+"""A headless Chromium in front of a running ComfyUI, with the actions of a user on the canvas."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 from tools.comfyui.client import RUN_SECONDS, Server
 
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SIZE = {"width": 1900, "height": 1000}
-FREE = (1250, 820)  # nothing of the workflow is there
+FREE = (1250, 820)  # an empty spot of the canvas
 WAIT = RUN_SECONDS * 1000
 
 TRIES = 20
 
-# Counts, for each node, the live previews that the frontend is given while it runs.
+# Counts the live previews of each node.
 COUNT_PREVIEWS = """() => {
   const api = window.comfyAPI.api.api, seen = (window.previews = {});
   let running = null;
@@ -31,8 +31,8 @@ COUNT_PREVIEWS = """() => {
   api.addEventListener("b_preview", () => { seen[running] = (seen[running] ?? 0) + 1; });
 }"""
 
-# Where a node's slot, or its title, is on the screen.
-PLACE = """([id, part, slot]) => {
+# The screen position of a node's title or slot.
+POSITION = """([id, part, slot]) => {
   const canvas = app.canvas, node = app.graph.getNodeById(id), box = canvas.canvas.getBoundingClientRect();
   const [x, y] = {
     title: () => [node.pos[0] + 60, node.pos[1] - 15],
@@ -59,7 +59,7 @@ DROP = """([text, name]) => {
 
 
 def chromium() -> str | None:
-    """The browser of this machine."""
+    """Returns the path of an installed Chromium or Chrome; None if there is none."""
     return next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
 
@@ -76,7 +76,7 @@ class Canvas:
         self.page.wait_for_function(condition, arg=argument, timeout=WAIT)
 
     def open_template(self, pack: str, name: str, nodes: int) -> None:
-        """By the sidebar's button, the pack's entry at the dialog's left, and the picture of the template."""
+        """Opens a template through the sidebar's button and the dialog, and waits for its nodes."""
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_text(pack).first.click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
@@ -86,11 +86,11 @@ class Canvas:
     def clear(self) -> None:
         self.evaluate("() => app.graph.clear()")
 
-    def add_node(self, words: str, title: str, place: Place = FREE) -> int:
-        """By a double click on a free place and a search for `words`, then dragged there; its id."""
+    def add_node(self, words: str, title: str, point: Point = FREE) -> int:
+        """Adds a node by a double click and a search for `words`; returns its id."""
         box = self.page.locator("input:focus")
-        for _ in range(TRIES):  # a busy frontend may take a double click for two
-            self.page.mouse.dblclick(*place)
+        for _ in range(TRIES):  # a busy frontend may read a double click as two clicks
+            self.page.mouse.dblclick(*point)
             with suppress(TimeoutError):
                 box.wait_for(timeout=WAIT / TRIES)
                 break
@@ -99,28 +99,28 @@ class Canvas:
         self.page.get_by_role("option").filter(has_text=title).first.click()
         self.wait("title => app.graph.nodes.some((node) => node.title === title)", title)
         node = self.evaluate("title => app.graph.nodes.find((node) => node.title === title).id", title)
-        self.page.mouse.click(*place)  # the newer frontend lets it hang on the pointer
-        self.drag(self.evaluate(PLACE, [node, "title", None]), place)
+        self.page.mouse.click(*point)  # newer frontends attach the node to the pointer
+        self.drag(self.evaluate(POSITION, [node, "title", None]), point)
         return node
 
-    def drag(self, start: Place, end: Place) -> None:
+    def drag(self, start: Point, end: Point) -> None:
         self.page.mouse.move(*start)
         self.page.mouse.down()
         self.page.mouse.move(*end, steps=8)
         self.page.mouse.up()
 
     def connect(self, start: int, output: str, end: int, name: str) -> None:
-        """By dragging from an output to an input."""
+        """Connects two nodes by dragging from an output to an input."""
         linked = "([id, name]) => app.graph.getNodeById(id).inputs.find((slot) => slot.name === name).link != null"
-        for _ in range(TRIES):  # a busy frontend may lose a part of a drag
-            self.drag(self.evaluate(PLACE, [start, "output", output]), self.evaluate(PLACE, [end, "input", name]))
+        for _ in range(TRIES):  # a busy frontend may miss a part of a drag
+            self.drag(self.evaluate(POSITION, [start, "output", output]), self.evaluate(POSITION, [end, "input", name]))
             with suppress(TimeoutError):
                 self.page.wait_for_function(linked, arg=[end, name], timeout=WAIT / TRIES)
                 return
         raise AssertionError(f"dragging from {output} to {name} did not connect them")
 
     def write(self, old: str, new: str) -> None:
-        """By clicking into the text field that shows `old`."""
+        """Replaces the text of the text field that shows `old`."""
         [field] = [area for area in self.page.locator("textarea").all() if area.input_value() == old]
         field.click()
         self.page.keyboard.press("Control+A")
@@ -128,7 +128,7 @@ class Canvas:
         self.page.keyboard.press("Escape")
 
     def run(self) -> None:
-        """By the button; ends when the last node has."""
+        """Presses the Run button and waits for success."""
         self.evaluate("""() => {
           window.ended = null;
           for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
@@ -139,20 +139,20 @@ class Canvas:
         assert self.evaluate("() => window.ended") == "execution_success"
 
     def drop(self, file: Path) -> None:
-        """A file from elsewhere onto the canvas."""
+        """Drops a file onto the canvas."""
         self.evaluate(DROP, [base64.b64encode(file.read_bytes()).decode(), file.name])
 
     def wait_for_text(self, text: str) -> None:
-        """Until a node holds it."""
+        """Waits until a widget has this value."""
         self.wait("text => app.graph.nodes.some((node) => node.widgets?.some(({value}) => value === text))", text)
 
     def problems(self) -> list[str]:
-        """What a person would see in red, or in a dialog."""
+        """Returns the texts of open dialogs and the types of nodes with errors."""
         dialogs = [dialog.inner_text() for dialog in self.page.get_by_role("dialog").all() if dialog.is_visible()]
         return dialogs + self.evaluate(PROBLEMS)
 
     def previews(self) -> dict[str, int]:
-        """How many live previews each node was shown."""
+        """Returns the number of live previews of each node."""
         return self.evaluate("() => window.previews")
 
     def pictures_on(self, node: int) -> int:
@@ -160,7 +160,7 @@ class Canvas:
         return self.evaluate("id => app.graph.getNodeById(id).imgs.length", node)
 
     def prompt(self) -> dict[str, Any]:
-        """What the frontend sends when the button is pressed."""
+        """Returns the prompt that the frontend would send."""
         output = self.evaluate("async () => (await app.graphToPrompt()).output")
         return {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in output.items()}
 
@@ -170,7 +170,7 @@ class Canvas:
 
 @contextmanager
 def canvas(server: Server, executable: str, locale: str = "en-US") -> Iterator[Canvas]:
-    """A browser on the server's page, past the greeting of a first visit."""
+    """Opens a server's page in a browser, without the greeting of a first visit."""
     server.post("/settings", {"Comfy.TutorialCompleted": True})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
@@ -178,10 +178,10 @@ def canvas(server: Server, executable: str, locale: str = "en-US") -> Iterator[C
             page = browser.new_page(viewport=SIZE, locale=locale)
             page.set_default_timeout(WAIT)
             page.goto(f"http://{server.address}/")
-            seen = Canvas(page)
-            seen.wait("() => window.app?.graph && window.app.extensionManager")
-            seen.wait("() => Object.keys(LiteGraph.registered_node_types).length > 100")
-            seen.evaluate(COUNT_PREVIEWS)
-            yield seen
+            loaded = Canvas(page)
+            loaded.wait("() => window.app?.graph && window.app.extensionManager")
+            loaded.wait("() => Object.keys(LiteGraph.registered_node_types).length > 100")
+            loaded.evaluate(COUNT_PREVIEWS)
+            yield loaded
         finally:
             browser.close()

@@ -1,8 +1,14 @@
-"""Names and settings of the untrained models in every ComfyUI of the tests, and nodes of a graph by their kind."""
+"""Names and settings of the untrained models of the host tests, and the lookup of a prompt's nodes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from tools.comfyui.client import Outcome
+
+Graph = dict[str, Any]  # a prompt in the form of ComfyUI's API
+Generate = Callable[[Graph], Outcome]
 
 TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
 SAMPLING = {
@@ -17,5 +23,5 @@ SAMPLING_V1 = {**SAMPLING, "decoder_guidance": 2.0}
 
 
 def find(graph: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The inputs of the first node of a kind."""
+    """Returns the inputs of the first node of a class."""
     return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)

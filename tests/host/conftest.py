@@ -1,4 +1,4 @@
-"""Fixtures of the host tests: every ComfyUI found is started once, with an untrained model among its checkpoints."""
+"""Fixtures of the host tests. Each ComfyUI found is started once, with small untrained models in its folders."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, find
+from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, Generate, Graph, find
 from helpers.networks import NETWORKS, PRIOR
 from safetensors.torch import save_file
 
 from tools.comfyui.client import Install, Outcome, Server, installs
 from tools.comfyui.graphs import api_form, workflow
 from tools.comfyui.workflow_pictures import newest
+from tools.demo.judge import Judge
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
@@ -23,7 +24,7 @@ from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 VOCABULARY = {"words": ["a", "apple", "red"], "things": ["apple"], "colours": ["red"], "sizes": ["large"]}
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m leaves out what is long
+@pytest.hookimpl(tryfirst=True)  # before -m deselects long tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here, found = Path(__file__).parent, installs()
     latest = newest(found) if found else None
@@ -42,7 +43,7 @@ def _name(install: Install | None) -> str:
 
 @pytest.fixture(scope="session", params=installs() or [None], ids=_name)
 def install(request: pytest.FixtureRequest) -> Install:
-    """Each ComfyUI of this machine."""
+    """Each ComfyUI on this machine."""
     if request.param is None:
         pytest.skip("no ComfyUI found: set COMFYUI_PATH to its folder")
     return request.param
@@ -55,15 +56,15 @@ def host_version(install: Install, record_property: Callable[[str, Any], None]) 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models folder of every ComfyUI here; a test may put files of its own into the folders in it."""
+    """The models folder that all ComfyUIs share; tests may add files to its folders."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings"):
         (folder / name).mkdir()
     return folder
 
 
-def first_version(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """An untrained model of v1: its prior knows no other units than the features', and one tower serves both stages."""
+def v1_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an untrained v1 model: its prior uses the features' units, and both stages share a text encoder."""
     tower = parts["decoder_text_encoder"]
     params = replace(PRIOR, c_cond=tower.params.width, feature_scale=1.0, feature_shift=0.0)
     own = {
@@ -76,18 +77,18 @@ def first_version(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def checkpoints(models: Path) -> Path:
-    """A folder of files that a user might choose: a whole untrained model (its towers differ in width), one part of a
-    model, a model of the first version, and a file of another model."""
+    """The checkpoints folder: an untrained model whose text encoders differ in width, a bundle of one part, a v1 model,
+    and another model's file."""
     folder = models / "checkpoints"
     parts = {name: NETWORKS[name].perturbed() for name in ("prior", "decoder", "vqgan", "image_encoder")}
-    torch.nn.init.constant_(parts["vqgan"].out_block[0].bias, 0.5)  # pictures that are grey, not clipped to black
+    torch.nn.init.constant_(parts["vqgan"].out_block[0].bias, 0.5)  # grey images, not clipped to black
     for stage, width in (("prior", parts["prior"].params.c_cond), ("decoder", parts["decoder"].params.clip_embd)):
         tower = TextEncoder(TextEncoderParams(width=width, heads=2, layers=2))
         tower.init_weights()
         parts[f"{stage}_text_encoder"] = tower
     save_bundle(folder / TINY, parts, {"sampling": SAMPLING, "vocabulary": VOCABULARY})
     save_bundle(folder / HALF, {"vqgan": parts["vqgan"]}, {})
-    save_bundle(folder / V1, first_version(parts), {"sampling": SAMPLING_V1})
+    save_bundle(folder / V1, v1_parts(parts), {"sampling": SAMPLING_V1})
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, folder / FOREIGN)
     assert read_part(folder / TINY, "prior").params == parts["prior"].params
     return folder
@@ -97,7 +98,7 @@ def checkpoints(models: Path) -> Path:
 def server(
     install: Install, models: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """The ComfyUI, running."""
+    """The running ComfyUI."""
     server = Server(install, tmp_path_factory.mktemp("comfyui") / "base")
     (server.folder / "models").symlink_to(models, target_is_directory=True)
     try:
@@ -109,19 +110,19 @@ def server(
 
 @pytest.fixture(scope="session")
 def object_info(server: Server) -> dict[str, Any]:
-    """What the ComfyUI says of its nodes."""
+    """The ComfyUI's description of its nodes."""
     return server.get("/object_info")
 
 
 @pytest.fixture
 def shipped(object_info: dict[str, Any]) -> dict[str, Any]:
-    """The text-to-image workflow as it ships, ready to run."""
+    """The shipped text-to-image workflow as a prompt."""
     return api_form(workflow("text_to_image"), object_info)
 
 
 @pytest.fixture
 def graph(shipped: dict[str, Any]) -> dict[str, Any]:
-    """The same workflow on the untrained model, with few steps; nodes are found by `find`."""
+    """The same prompt for the untrained model, with few steps."""
     find(shipped, "WuerstchenBundleLoader")["bundle"] = TINY
     find(shipped, "WuerstchenEmptyLatents").update(width=SAMPLING["width"], height=SAMPLING["height"])
     find(shipped, "WuerstchenPriorSample").update(
@@ -132,12 +133,24 @@ def graph(shipped: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def paint(server: Server) -> Callable[[dict[str, Any]], Outcome]:
-    """Run a prompt that has to succeed."""
+def generate(server: Server) -> Generate:
+    """Runs a prompt and asserts that it succeeds."""
 
-    def run(graph: dict[str, Any]) -> Outcome:
+    def run(graph: Graph) -> Outcome:
         outcome = server.run(graph)
         assert outcome.status == "execution_success", outcome.error + outcome.log
         return outcome
 
     return run
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    """Recognises what an image of the shipped model shows."""
+    return Judge()
+
+
+@pytest.fixture
+def load(object_info: dict[str, Any]) -> Callable[[str], Graph]:
+    """Returns a shipped workflow by name, as a prompt."""
+    return lambda name: api_form(workflow(name), object_info)

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_canvas.py COMFYUI`: loads this pack as the host does, twice, then its shipped
-model, and prints as JSON what that changed in the host. For test_host_canvas.py."""
+"""Run by ComfyUI's Python, `inside_canvas.py COMFYUI`: loads this pack twice, as ComfyUI does, then its shipped model,
+and prints as JSON what that changed in ComfyUI. For test_host_canvas.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from typing import Any
 from tools.comfyui.in_host import enter
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
-HOST = ("comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
+PACKAGES = (
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "server",
+)
 OTHERS = ("torch", "torch.nn.functional", "safetensors.torch", "numpy.random", "logging", "builtins")
 
 
 def attributes(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    """Functions and classes of a module, what the classes hold, and the contents of its tables."""
+    """Yields the functions and classes of a module, the attributes of these classes, and the contents of its tables."""
     for key, value in list(vars(thing).items()):
         path = f"{name}.{key}"
         if isinstance(value, FunctionType | type | classmethod | staticmethod | property):
@@ -35,7 +44,7 @@ def attributes(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def snapshot(modules: dict[str, ModuleType]) -> dict[str, Any]:
-    """All that a pack could put something of its own in the place of."""
+    """Returns everything that a pack could replace."""
     seen = {path: value for name, module in modules.items() for path, value in attributes(name, module)}
     root = logging.getLogger()
     seen["root logger"] = [root.level, *map(id, root.handlers), *map(id, root.filters)]
@@ -48,13 +57,13 @@ def changes(before: dict[str, Any], modules: dict[str, ModuleType]) -> list[str]
 
 
 def main() -> dict[str, Any]:
-    import nodes  # the host's
+    import nodes  # ComfyUI's
 
-    importlib.import_module("comfy_config.config_parser")  # what the host itself needs to load the first pack
+    importlib.import_module("comfy_config.config_parser")  # ComfyUI imports it with the first pack
 
-    host = {name: module for name, module in sys.modules.items() if name.split(".")[0] in HOST or name in OTHERS}
-    facts: dict[str, Any] = {"watched": len(host)}
-    before, mapped, loaded = snapshot(host), dict(nodes.NODE_CLASS_MAPPINGS), set(sys.modules)
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PACKAGES or name in OTHERS}
+    facts: dict[str, Any] = {"watched": len(modules)}
+    before, mapped, loaded = snapshot(modules), dict(nodes.NODE_CLASS_MAPPINGS), set(sys.modules)
     facts["imported"] = asyncio.run(nodes.load_custom_node(REPOSITORY, module_parent="custom_nodes"))
     new = {name.split(".")[0] for name in sys.modules.keys() - loaded if not name.startswith(REPOSITORY)}
     facts["other packages imported"] = sorted(new - set(sys.stdlib_module_names))
@@ -65,7 +74,7 @@ def main() -> dict[str, Any]:
     facts["replaced nodes"] = sorted(name for name in mapped if nodes.NODE_CLASS_MAPPINGS[name] is not mapped[name])
     loader = nodes.NODE_CLASS_MAPPINGS["WuerstchenBundleLoader"]
     loader.execute(loader.GET_SCHEMA().inputs[0].default)
-    facts["changed"] = changes(before, host)
+    facts["changed"] = changes(before, modules)
     return facts
 
 

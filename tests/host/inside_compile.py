@@ -24,12 +24,12 @@ def painter(stage: str, widths: dict[str, int]) -> Callable[..., Tensor]:
     from comfy_extras.nodes_custom_sampler import SamplerCustom
     from pack.nodes.sampling import WuerstchenSampler, WuerstchenScheduler
 
-    def paint(model: Any, shape: tuple[int, ...] = SHAPES[stage]) -> Tensor:
+    def generate(model: Any, shape: tuple[int, ...] = SHAPES[stage]) -> Tensor:
         sigmas, latent = first(WuerstchenScheduler.execute(model, "linear", 2)), {"samples": torch.zeros(shape)}
         common = (*conditions(stage, widths), first(WuerstchenSampler.execute()), sigmas, latent)
         return first(SamplerCustom().sample(model, True, SEED, CFG[stage], *common))["samples"]
 
-    return paint
+    return generate
 
 
 def main(bundle: str, backend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,18 +45,18 @@ def main(bundle: str, backend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts: dict[str, Any] = {}
     for stage in STAGES:
         before = dynamo.counters["stats"]["unique_graphs"]
-        plain, paint = models.load_model(parts[stage]), painter(stage, widths)
+        plain, generate = models.load_model(parts[stage]), painter(stage, widths)
         compiled = first(TorchCompileModel.execute(plain, backend))
         sizes = SIZES if stage == "prior" and backend == EAGER else {}
         for name, shape in {"first": SHAPES[stage], "again": SHAPES[stage], **sizes}.items():
-            tensors[f"plain/{stage} {name}"] = paint(plain, shape)
-            tensors[f"compiled/{stage} {name}"] = paint(compiled, shape)
+            tensors[f"plain/{stage} {name}"] = generate(plain, shape)
+            tensors[f"compiled/{stage} {name}"] = generate(compiled, shape)
             facts[f"{stage} {name}"] = dynamo.counters["stats"]["unique_graphs"] - before
         key = f"diffusion_model.{PATCHED[stage]}"
         patch = {key: (seeded(*plain.model.state_dict()[key].shape),)}
         for way, model in (("plain", plain.clone()), ("compiled", compiled)):
             model.add_patches(patch, 0.5)
-            tensors[f"{way}/{stage} patched"] = paint(model)
+            tensors[f"{way}/{stage} patched"] = generate(model)
         facts[f"{stage} patched"] = dynamo.counters["stats"]["unique_graphs"] - before
     return tensors, facts
 

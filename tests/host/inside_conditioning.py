@@ -1,6 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_conditioning.py COMFYUI BUNDLE EMBEDDINGS OUTPUT`: text states, and what one
-call of each stage makes of conditionings from ComfyUI's own nodes; test_host_conditioning.py compares both with the
-core."""
+"""Run by ComfyUI's Python, `inside_conditioning.py COMFYUI BUNDLE EMBEDDINGS OUTPUT`: text states, and one call of each
+stage with conditioning from ComfyUI's own nodes, for test_host_conditioning.py."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from tools.comfyui.in_host import load_pack, seeded, write_results
 STAGES = ("prior", "decoder")
 A, B = "a red apple", "a small cat on a yellow background"
 LONG = "a red apple on a blue background, and behind it the sun, " * 8
-# Text by name; a name is also the file of an embedding.
+# Texts by name; some are the name of an embedding file.
 TEXTS = {
     "weighted": "a (red:1.3) apple, ((small))",
     "weight of 1": "a (red:1.0) apple",
@@ -32,13 +31,13 @@ TEXTS = {
 X = {"prior": (2, 16, 6, 9), "decoder": (2, 4, 48, 64)}  # Stage B: 192 x 256 pixels
 PRIORS = (2, 16, 5, 6)
 T = 0.5
-HALF = (0.0, 0.0, 0.5, 1.0)  # of the picture: x, y, width, height
-ODD = (0.25, 0.3, 0.3, 0.35)  # Stage B cannot halve what this cuts out
+HALF = (0.0, 0.0, 0.5, 1.0)  # fractions of the image: x, y, width, height
+ODD = (0.25, 0.3, 0.3, 0.35)  # not a size that Stage B can halve
 PIXELS = (128, 64, 128, 128)  # x, y, width, height
 
 
 class Once:
-    """A sampler that calls the model once, at time T, and keeps x and what was denoised."""
+    """A sampler that calls the model once, at time T, and keeps x and the denoised latents."""
 
     def __init__(self) -> None:
         self.x = self.denoised = torch.empty(0)
@@ -49,7 +48,7 @@ class Once:
 
 
 def conditionings(nodes: Any, a: Any, b: Any, long: Any) -> dict[str, tuple[Any, Any, float]]:
-    """Positive, negative and guidance by name, made by ComfyUI's own nodes."""
+    """Returns cases (positive, negative, guidance) made by ComfyUI's own nodes."""
     combine = nodes.ConditioningCombine().combine
 
     def when(cond: Any, start: float, end: float) -> Any:
@@ -87,23 +86,23 @@ def conditionings(nodes: Any, a: Any, b: Any, long: Any) -> dict[str, tuple[Any,
     }
 
 
-def texts(towers: dict[str, Any], nodes: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """States of every text, stage by stage, and what ComfyUI warned of meanwhile."""
+def texts(clips: dict[str, Any], nodes: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the states of every text and stage, and the warnings that were logged meanwhile."""
     tensors, facts = {}, {}
     logged: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
-    for stage, tower in towers.items():
+    for stage, clip in clips.items():
         encode = nodes.CLIPTextEncode().encode
         for name, text in TEXTS.items():
             logged.clear()
-            tensors[f"{name}/{stage}"] = encode(tower, text)[0][0][0]
+            tensors[f"{name}/{stage}"] = encode(clip, text)[0][0][0]
             facts[f"{name}/{stage}"] = " ".join(logged)
         for layer in (-1, -2):
-            [clone] = nodes.CLIPSetLastLayer().set_last_layer(tower, layer)
+            [clone] = nodes.CLIPSetLastLayer().set_last_layer(clip, layer)
             tensors[f"layer {layer}/{stage}"] = encode(clone, A)[0][0][0]
-        tensors[f"plain/{stage}"] = encode(tower, A)[0][0][0]  # after the others: nothing is left of them
+        tensors[f"plain/{stage}"] = encode(clip, A)[0][0][0]  # last: the others must not have an effect
     logging.getLogger().removeHandler(handler)
     return tensors, facts
 
@@ -116,22 +115,23 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     import nodes
 
     load_pack()
-    from pack.nodes.host import clip, conditioning, models
+    from pack.nodes.host import conditioning, models
+    from pack.nodes.host.clip import load_clip
     from pack.nodes.sampling import WuerstchenDecoderConditioning
     from pack.nodes.text import WuerstchenTextEncode
     from pack.wuerstchen_core.checkpoints import read_part
 
     folder_paths.add_model_folder_path("embeddings", embeddings)
-    towers = {stage: clip.load_clip(read_part(bundle, f"{stage}_text_encoder")) for stage in STAGES}
-    tensors, facts = texts(towers, nodes)
+    clips = {stage: load_clip(read_part(bundle, f"{stage}_text_encoder")) for stage in STAGES}
+    tensors, facts = texts(clips, nodes)
     for states, stage in zip(
-        WuerstchenTextEncode.execute(*towers.values(), TEXTS["weighted"]).args, STAGES, strict=True
+        WuerstchenTextEncode.execute(*clips.values(), TEXTS["weighted"]).args, STAGES, strict=True
     ):
         tensors[f"both/{stage}"] = states[0][0]
 
     priors = seeded(*PRIORS)
     stage_c = {"samples": priors}
-    give = lambda cond, latent=stage_c: WuerstchenDecoderConditioning.execute(cond, latent).args[0]  # noqa: E731
+    with_prior = lambda cond, latent=stage_c: WuerstchenDecoderConditioning.execute(cond, latent).args[0]  # noqa: E731
     patchers = {stage: models.load_model(read_part(bundle, stage)) for stage in STAGES}
 
     def once(stage: str, positive: Any, negative: Any, cfg: float, count: int = 2) -> Once:
@@ -144,25 +144,25 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
         )  # fmt: skip
         return sampler
 
-    # What Stage B is given in the right half of a picture whose halves have six latents of Stage C each.
+    # Stage B's area is the right half of an image whose halves have six columns of Stage C latents each.
     cells = torch.arange(72.0).reshape(1, 1, 6, 12)
     half = conditioning.PriorCond(cells, (64, 128)).process_cond(batch_size=2, area=(64, 64, 0, 64))
     facts["half of Stage C"] = half.cond.tolist()
 
-    # The upper and the lower part of a picture 1216 pixels high, which has 29 rows in Stage C, in the host's units.
-    facts["parts in rows"] = [conditioning._in_latents((76, 8, top, 0), 8 / (128 / 3)) for top in (0, 76)]
+    # The upper and the lower half of an image 1216 pixels high (29 rows in Stage C), in ComfyUI's units.
+    facts["parts in rows"] = [conditioning.scale_area((76, 8, top, 0), 8 / (128 / 3)) for top in (0, 76)]
 
-    for stage, tower in towers.items():
-        a, b, long = (nodes.CLIPTextEncode().encode(tower, text)[0] for text in (A, B, LONG))
+    for stage, clip in clips.items():
+        a, b, long = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (A, B, LONG))
         if stage == "decoder":
-            a, long = give(a), give(long)
-            b_plain, b = b, give(b)
+            a, long = with_prior(a), with_prior(long)
+            b_plain, b = b, with_prior(b)
         cases = conditionings(nodes, a, b, long)
-        if stage == "decoder":  # a negative without Stage C's latents, and a mask from before they were given
+        if stage == "decoder":  # a negative without Stage C latents, and a mask set before they are added
             cases["guided without"] = (a, b_plain, 3.0)
             cases["guided area without"] = (*cases["guided area"][:1], b_plain, 3.0)
-            early = conditionings(nodes, nodes.CLIPTextEncode().encode(tower, A)[0], b_plain, long)
-            cases["halves, latents last"] = (give(early["halves"][0]), b, 1.0)
+            early = conditionings(nodes, nodes.CLIPTextEncode().encode(clip, A)[0], b_plain, long)
+            cases["halves, latents last"] = (with_prior(early["halves"][0]), b, 1.0)
         tensors |= {f"states/{name}/{stage}": states[0][0] for name, states in (("a", a), ("b", b), ("long", long))}
         for name, case in cases.items():
             ran = once(stage, *case)
@@ -175,11 +175,11 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
         }
         if stage == "decoder":
             mistakes |= {
-                "pictures": (give(a, {"samples": seeded(3, 16, 5, 6)}), b, 1.0),
+                "stage c": (with_prior(a, {"samples": seeded(3, 16, 5, 6)}), b, 1.0),
                 "half a positive": (nodes.ConditioningCombine().combine(a, b_plain)[0], b, 1.0),
             }
         else:
-            mistakes["for stage b"] = (give(a), b, 1.0)
+            mistakes["for stage b"] = (with_prior(a), b, 1.0)
         for name, case in mistakes.items():
             try:
                 once(stage, *case)

@@ -204,7 +204,7 @@ def denoise(patcher: Any) -> Tensor:
     return comfy.sample.sample(patcher, noise, 2, 2.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=1)
 
 
-def paint(objects: Any, meter: Meter) -> Tensor:
+def generate(objects: Any, meter: Meter) -> Tensor:
     """A whole workflow with the objects of a bundle; the meter sees what is loaded after each node."""
     from pack.nodes import latents, sampling, text
     from pack.nodes.vae import WuerstchenVAEDecode
@@ -249,15 +249,15 @@ def eviction(bundle: str, folder: Path) -> Results:
                 return WuerstchenBundleLoader.execute(path).args
 
         first, second, other = load(bundle), load(twin), stable_diffusion()
-        tensors["want/first"], tensors["want/other"] = paint(first, meter), denoise(other)
-        tensors["got/second"], tensors["want/second"] = paint(second, meter), tensors["want/first"]
-        tensors["got/other"], tensors["got/first"] = denoise(other), paint(first, meter)
+        tensors["want/first"], tensors["want/other"] = generate(first, meter), denoise(other)
+        tensors["got/second"], tensors["want/second"] = generate(second, meter), tensors["want/first"]
+        tensors["got/other"], tensors["got/first"] = denoise(other), generate(first, meter)
         after_sd = meter.loaded()
         denoise(other)
         after_sd = [after_sd, meter.loaded()]
         management.free_memory(1e30, GPU)
         freed = meter.loaded()
-        tensors["got/freed"], tensors["want/freed"] = paint(second, meter), tensors["want/first"]
+        tensors["got/freed"], tensors["want/freed"] = generate(second, meter), tensors["want/first"]
         management.unload_all_models()
         left = len(management.current_loaded_models)
         alive = [weakref.ref(network) for network in (*networks_of(first), *networks_of(second), other.model)]

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_samplers.py COMFYUI BUNDLE OUTPUT`: what the host's own sampling nodes make of
-both stages, for test_host_samplers.py to compare with the core."""
+"""Run by ComfyUI's Python, `inside_samplers.py COMFYUI BUNDLE OUTPUT`: both stages in ComfyUI's sampling nodes, for
+test_host_samplers.py."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ LONG = ("lms", "deis", "res_multistep", "dpmpp_2m")  # they divide by difference
 
 
 def first(result: Any) -> Any:
-    """A node's first output, in either host's form."""
+    """Returns a node's first output, in the form of any ComfyUI version."""
     return getattr(result, "result", result)[0]
 
 
 def conditions(stage: str, widths: dict[str, int]) -> tuple[Any, Any]:
-    """Positive and negative of a stage; Stage B's picture is in both."""
+    """Returns positive and negative of a stage; both have Stage C latents in Stage B."""
     options = {"stable_cascade_prior": seeded(2, 16, 2, 2)} if stage == "decoder" else {}
-    text, nothing = seeded(2, 77, widths[stage]), seeded(2, 77, widths[stage]).roll(1, -1)
-    return [[text, options]], [[nothing, options]]
+    text, negative = seeded(2, 77, widths[stage]), seeded(2, 77, widths[stage]).roll(1, -1)
+    return [[text, options]], [[negative, options]]
 
 
-class Host:
-    """The host's sampling nodes around one stage's model, with all that reaches its network."""
+class Nodes:
+    """ComfyUI's sampling nodes around one stage's model, recording the inputs of its network."""
 
     def __init__(self, patcher: Any, stage: str, widths: dict[str, int]):
         self.patcher, self.cfg = patcher, CFG[stage]
         self.positive, self.negative = conditions(stage, widths)
         self.latent = {"samples": torch.zeros(SHAPES[stage])}
         self.inputs: list[tuple[Tensor, Tensor]] = []
-        patcher.model.diffusion_model.register_forward_pre_hook(self._note)
+        patcher.model.diffusion_model.register_forward_pre_hook(self._record)
 
-    def _note(self, _: Any, given: tuple[Tensor, ...]) -> None:
-        self.inputs.append((given[0][:2].clone(), given[1][0].clone()))
+    def _record(self, _: Any, args: tuple[Tensor, ...]) -> None:
+        self.inputs.append((args[0][:2].clone(), args[1][0].clone()))
 
     def times(self) -> Tensor:
-        """The times of all calls since the last time that this was asked."""
+        """Returns the times of all calls since the last call of this method."""
         times = torch.stack([t for _, t in self.inputs])
         self.inputs.clear()
         return times
@@ -54,29 +54,31 @@ class Host:
     def custom(self, sampler: Any, sigmas: Tensor, seed: int = SEED) -> Tensor:
         from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-        given = (self.patcher, True, seed, self.cfg, self.positive, self.negative, sampler, sigmas, self.latent)
-        return first(SamplerCustom().sample(*given))["samples"]
+        inputs = (self.patcher, True, seed, self.cfg, self.positive, self.negative, sampler, sigmas, self.latent)
+        return first(SamplerCustom().sample(*inputs))["samples"]
 
     def advanced(self, sampler: Any, sigmas: Tensor, guided: bool = True) -> Tensor:
-        from comfy_extras import nodes_custom_sampler as host
+        from comfy_extras import nodes_custom_sampler as comfy_nodes
 
         guider = (
-            host.CFGGuider().get_guider(self.patcher, self.positive, self.negative, self.cfg)
+            comfy_nodes.CFGGuider().get_guider(self.patcher, self.positive, self.negative, self.cfg)
             if guided
-            else host.BasicGuider().get_guider(self.patcher, self.positive)
+            else comfy_nodes.BasicGuider().get_guider(self.patcher, self.positive)
         )
-        noise = first(host.RandomNoise().get_noise(SEED))
-        return first(host.SamplerCustomAdvanced().sample(noise, first(guider), sampler, sigmas, self.latent))["samples"]
+        noise = first(comfy_nodes.RandomNoise().get_noise(SEED))
+        return first(comfy_nodes.SamplerCustomAdvanced().sample(noise, first(guider), sampler, sigmas, self.latent))[
+            "samples"
+        ]
 
     def split(self, sampler: Any, sigmas: Tensor) -> Tensor:
-        """In two runs; the second starts from what the first left of its noise."""
-        from comfy_extras import nodes_custom_sampler as host
+        """Samples in two runs; the second starts from the first's leftover noise."""
+        from comfy_extras import nodes_custom_sampler as comfy_nodes
 
-        halves = host.SplitSigmas().get_sigmas(sigmas, HALF)
+        halves = comfy_nodes.SplitSigmas().get_sigmas(sigmas, HALF)
         early, late = getattr(halves, "result", halves)
-        left = {"samples": self.custom(sampler, early)}
-        common = (self.cfg, self.positive, self.negative, sampler, late, left)
-        return first(host.SamplerCustom().sample(self.patcher, False, SPLIT_SEED, *common))["samples"]
+        leftover = {"samples": self.custom(sampler, early)}
+        common = (self.cfg, self.positive, self.negative, sampler, late, leftover)
+        return first(comfy_nodes.SamplerCustom().sample(self.patcher, False, SPLIT_SEED, *common))["samples"]
 
     def ksampler(self, name: str, scheduler: str, steps: int, latent: Any = None, denoise: float = 1.0) -> Tensor:
         import nodes
@@ -95,51 +97,51 @@ class Host:
         return half("disable", left, HALF, 10_000, "disable")["samples"]
 
 
-def runs(host: Host, stage: str) -> dict[str, Tensor]:
-    """One stage through each of the host's nodes."""
+def runs(nodes: Nodes, stage: str) -> dict[str, Tensor]:
+    """Results of one stage in each of ComfyUI's nodes."""
     import comfy.sample
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect
     from pack.nodes.sampling import WuerstchenSampler, WuerstchenScheduler
     from pack.wuerstchen_core.diffusion.samplers import seeded_noise
 
-    sigmas = first(WuerstchenScheduler.execute(host.patcher, "linear", STEPS))
+    sigmas = first(WuerstchenScheduler.execute(nodes.patcher, "linear", STEPS))
     ours = first(WuerstchenSampler.execute())
     multistep = first(WuerstchenSampler.execute("dpmpp_2m"))
-    basic = first(BasicScheduler().get_sigmas(host.patcher, "simple", STEPS, 1.0))
+    basic = first(BasicScheduler().get_sigmas(nodes.patcher, "simple", STEPS, 1.0))
     draw = seeded_noise(SEED + 1, 2)
-    same_noise = {"noise_sampler": lambda sigma, following: draw(host.latent["samples"])}
+    same_noise = {"noise_sampler": lambda sigma, following: draw(nodes.latent["samples"])}
     results = {
-        "noise": comfy.sample.prepare_noise(host.latent["samples"], SEED),
-        "custom": host.custom(ours, sigmas),
-        "basic schedule": host.custom(ours, basic),
-        "advanced": host.advanced(ours, sigmas),
-        "unguided": host.advanced(ours, sigmas, guided=False),
-        "split": host.split(ours, sigmas),
-        "ddpm": host.custom(comfy.samplers.ksampler("ddpm", same_noise), basic),
-        "selected ddpm": host.custom(first(KSamplerSelect().get_sampler("ddpm")), basic),
-        "whole": host.ksampler("euler", "simple", STEPS),
-        "halves": host.halves("euler", "simple"),
-        "one step": host.custom(ours, first(WuerstchenScheduler.execute(host.patcher, "linear", 1))),
-        "fast": host.custom(
-            first(WuerstchenSampler.execute("ddim")), first(WuerstchenScheduler.execute(host.patcher, "fast", STEPS))
+        "noise": comfy.sample.prepare_noise(nodes.latent["samples"], SEED),
+        "custom": nodes.custom(ours, sigmas),
+        "basic schedule": nodes.custom(ours, basic),
+        "advanced": nodes.advanced(ours, sigmas),
+        "unguided": nodes.advanced(ours, sigmas, guided=False),
+        "split": nodes.split(ours, sigmas),
+        "ddpm": nodes.custom(comfy.samplers.ksampler("ddpm", same_noise), basic),
+        "selected ddpm": nodes.custom(first(KSamplerSelect().get_sampler("ddpm")), basic),
+        "whole": nodes.ksampler("euler", "simple", STEPS),
+        "halves": nodes.halves("euler", "simple"),
+        "one step": nodes.custom(ours, first(WuerstchenScheduler.execute(nodes.patcher, "linear", 1))),
+        "fast": nodes.custom(
+            first(WuerstchenSampler.execute("ddim")), first(WuerstchenScheduler.execute(nodes.patcher, "fast", STEPS))
         ),
-        "multistep": host.custom(multistep, sigmas),
-        "multistep again": host.custom(multistep, sigmas),  # the same SAMPLER: nothing may be left of the first run
-        "still": host.custom(ours, basic.repeat_interleave(2)),
-        "large seed": host.custom(ours, basic, 2**64 - 1),
+        "multistep": nodes.custom(multistep, sigmas),
+        "multistep again": nodes.custom(multistep, sigmas),  # the same SAMPLER: it must not keep state
+        "repeated sigmas": nodes.custom(ours, basic.repeat_interleave(2)),
+        "large seed": nodes.custom(ours, basic, 2**64 - 1),
     }
-    host.inputs.clear()
-    host.ksampler("ddpm", "simple", 20)
-    results["times"] = host.times()
+    nodes.inputs.clear()
+    nodes.ksampler("ddpm", "simple", 20)
+    results["times"] = nodes.times()
     results["latent"] = seeded(*SHAPES[stage])
-    host.ksampler("euler", "simple", 5, {"samples": results["latent"]}, denoise=0.5)
-    results["denoise input"], results["denoise times"] = host.inputs[0][0], host.times()
+    nodes.ksampler("euler", "simple", 5, {"samples": results["latent"]}, denoise=0.5)
+    results["denoise input"], results["denoise times"] = nodes.inputs[0][0], nodes.times()
     return results
 
 
 def schedules(sampling: Any) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The noise levels of the host's schedulers, as times where they are `simple`, and facts of all of them."""
+    """Returns the times of `simple` schedules, and facts about the sigmas of all of ComfyUI's schedulers."""
     import comfy.samplers
 
     tensors, facts = {}, {}
@@ -154,30 +156,30 @@ def schedules(sampling: Any) -> tuple[dict[str, Tensor], dict[str, dict[str, Any
     return tensors, facts
 
 
-def advised(load: Callable[[str], Host]) -> list[list[str]]:
-    """What the log says in each of several runs of Stage B."""
+def warnings(load: Callable[[str], Nodes]) -> list[list[str]]:
+    """Returns the log of each of several runs."""
     from comfy.samplers import sampler_object
     from pack.nodes.sampling import WuerstchenSampler
 
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pack.nodes.host.sampler_warnings").addHandler(handler)
 
-    def lines(host: Host, sampler: Any, *levels: float) -> list[str]:
-        said.clear()
-        host.custom(sampler, torch.tensor([*levels, 0.0]))
-        return [*said]
+    def lines(nodes: Nodes, sampler: Any, *sigmas: float) -> list[str]:
+        messages.clear()
+        nodes.custom(sampler, torch.tensor([*sigmas, 0.0]))
+        return [*messages]
 
-    host = load("decoder")
+    nodes = load("decoder")
     clone = load("decoder")
-    clone.patcher = host.patcher.clone()
+    clone.patcher = nodes.patcher.clone()
     euler, ddpm = sampler_object("euler"), sampler_object("ddpm")
     return [
-        lines(host, ddpm, 100.0, 1.0),
-        lines(host, first(WuerstchenSampler.execute()), 100.0, 1.0),
-        lines(host, euler, 100.0, 1.0),
-        lines(host, euler, 100.0, 1.0),
+        lines(nodes, ddpm, 100.0, 1.0),
+        lines(nodes, first(WuerstchenSampler.execute()), 100.0, 1.0),
+        lines(nodes, euler, 100.0, 1.0),
+        lines(nodes, euler, 100.0, 1.0),
         lines(clone, euler, 100.0, 1.0),
         lines(load("decoder"), euler, 100.0, 1.0),
         lines(load("prior"), euler, 100.0, 1.0),
@@ -186,21 +188,20 @@ def advised(load: Callable[[str], Host]) -> list[list[str]]:
     ]
 
 
-def each_sampler(host: Host) -> dict[str, dict[str, bool]]:
-    """Of every sampler: is its picture finite, does its seed change more than the first noise, and is it advised
-    against."""
+def each_sampler(nodes: Nodes) -> dict[str, dict[str, bool]]:
+    """Returns for each sampler: is the result finite, does it depend on the seed of the steps, is there a warning."""
     import comfy.sample
     import comfy.samplers
-    from pack.nodes.host.sampler_warnings import NO_NEW_NOISE, remark
+    from pack.nodes.host.sampler_warnings import NO_NEW_NOISE, warning
 
-    sigmas = comfy.samplers.calculate_sigmas(host.patcher.get_model_object("model_sampling"), "simple", 3)
-    noise, facts = seeded(*host.latent["samples"].shape), {}
+    sigmas = comfy.samplers.calculate_sigmas(nodes.patcher.get_model_object("model_sampling"), "simple", 3)
+    noise, facts = seeded(*nodes.latent["samples"].shape), {}
     for name in comfy.samplers.KSampler.SAMPLERS:
         sampler = comfy.samplers.sampler_object(name)
-        common = (1.0, sampler, sigmas, host.positive, host.negative, host.latent["samples"])
-        a, b = (comfy.sample.sample_custom(host.patcher, noise.clone(), *common, seed=seed) for seed in (1, 2))
+        common = (1.0, sampler, sigmas, nodes.positive, nodes.negative, nodes.latent["samples"])
+        a, b = (comfy.sample.sample_custom(nodes.patcher, noise.clone(), *common, seed=seed) for seed in (1, 2))
         facts[name] = {"finite": bool(a.isfinite().all()), "random": not torch.equal(a, b)}
-        facts[name]["advised"] = remark(sampler, sigmas, ancestral=True) == NO_NEW_NOISE
+        facts[name]["warned"] = warning(sampler, sigmas, ancestral=True) == NO_NEW_NOISE
     return facts
 
 
@@ -210,8 +211,9 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from comfy_extras.nodes_model_advanced import ModelSamplingStableCascade
 
     def tables() -> tuple[list[str], ...]:
-        host = comfy.samplers
-        return [*host.KSampler.SAMPLERS], [*host.KSampler.SCHEDULERS], dir(host), dir(comfy.k_diffusion.sampling)
+        samplers = comfy.samplers
+        names = [*samplers.KSampler.SAMPLERS], [*samplers.KSampler.SCHEDULERS]
+        return *names, dir(samplers), dir(comfy.k_diffusion.sampling)
 
     before = tables()
     load_pack()
@@ -222,27 +224,27 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     parts = {stage: read_part(bundle, stage) for stage in STAGES}
     widths = {"prior": parts["prior"].params.c_cond, "decoder": parts["decoder"].params.clip_embd}
 
-    def load(stage: str) -> Host:
-        return Host(models.load_model(parts[stage]), stage, widths)
+    def load(stage: str) -> Nodes:
+        return Nodes(models.load_model(parts[stage]), stage, widths)
 
-    hosts = {stage: load(stage) for stage in STAGES}
+    by_stage = {stage: load(stage) for stage in STAGES}
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"tables kept": before == tables()}
-    facts |= {"samplers": each_sampler(hosts["decoder"]), "advised": advised(load)}
-    for stage, host in hosts.items():
-        tensors |= {f"{stage}/{name}": x for name, x in runs(host, stage).items()}
+    facts |= {"samplers": each_sampler(by_stage["decoder"]), "warnings": warnings(load)}
+    for stage, nodes in by_stage.items():
+        tensors |= {f"{stage}/{name}": x for name, x in runs(nodes, stage).items()}
     for name in LONG:
-        hosts["prior"].inputs.clear()
-        tensors[f"long/{name}"] = hosts["prior"].ksampler(name, "simple", 200)
-    tensors["long times"] = hosts["prior"].times()
-    tensors["long/longest"] = hosts["prior"].ksampler("dpmpp_2m", "simple", 1001)
-    levels, facts["schedules"] = schedules(hosts["prior"].patcher.get_model_object("model_sampling"))
-    other = first(ModelSamplingStableCascade().patch(hosts["prior"].patcher, 2.0))
+        by_stage["prior"].inputs.clear()
+        tensors[f"long/{name}"] = by_stage["prior"].ksampler(name, "simple", 200)
+    tensors["long times"] = by_stage["prior"].times()
+    tensors["long/longest"] = by_stage["prior"].ksampler("dpmpp_2m", "simple", 1001)
+    times, facts["schedules"] = schedules(by_stage["prior"].patcher.get_model_object("model_sampling"))
+    other = first(ModelSamplingStableCascade().patch(by_stage["prior"].patcher, 2.0))
     try:
-        Host(other, "prior", widths).custom(first(WuerstchenSampler.execute()), torch.tensor([1.0, 0.0]))
+        Nodes(other, "prior", widths).custom(first(WuerstchenSampler.execute()), torch.tensor([1.0, 0.0]))
     except ValueError as error:
-        facts["other times"] = str(error)
-    return tensors | levels, facts
+        facts["other schedule"] = str(error)
+    return tensors | times, facts
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_tokens.py COMFYUI V1 OUTPUT`: paints with the parts of an untrained model of
-v1 by the nodes, beside what the core paints (`got/...` and `want/...`)."""
+"""Run by ComfyUI's Python, `inside_tokens.py COMFYUI V1 OUTPUT`: samples an untrained v1 model with the nodes
+(`got/...`) and with the core (`want/...`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from tools.comfyui.in_host import load_pack, seeded, write_results
 
 SIZE = (16, 32)  # of Stage B's latents; Stage C's are 2x3
-HOW = {"steps": 3, "cfg": 2.0, "cfg_end": 0.0, "temperature": 1.0, "temperature_end": 0.6, "mode": "multinomial"}
-RUNS: dict[str, dict[str, Any]] = {  # what differs from HOW
+SETTINGS = {"steps": 3, "cfg": 2.0, "cfg_end": 0.0, "temperature": 1.0, "temperature_end": 0.6, "mode": "multinomial"}
+RUNS: dict[str, dict[str, Any]] = {  # differences from SETTINGS
     "multinomial": {},
     "argmax": {"mode": "argmax"},
     "quantised": {"mode": "quantised"},
@@ -27,27 +27,27 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from HOW
 }
 SEED, BATCH = 7, 2
 RENOISED = 0.4
-# What is done wrong, and words of the answer.
+# What is wrong, and what the error must name.
 MISTAKES: dict[str, tuple[str, ...]] = {
-    "two prompts": ("one conditioning", "2 combined", "one Würstchen Text Encode"),
-    "area": ("with an area", "take that away"),
-    "mask": ("with a mask",),
-    "range": ("with a range of steps",),
-    "other text": ("24 wide", "is 32 wide", "Würstchen Text Encode"),
-    "no stage c": ("no Stage C latents", "Würstchen Decoder Conditioning"),
-    "no negative": ("needs a negative", "cfg to 1"),
-    "image encoder as vae": ("not Stage A", "vae output"),
-    "another codebook": ("64 codes", "has 32", "belongs to it"),
-    "odd size": ("multiples of",),
-    "three pictures": ("2 empty latents for 3 pictures", "same batch size"),
-    "v2's features": ("Würstchen v1", "of v2", "Würstchen Decoder Sample"),
-    "v1's features": ("Würstchen v2", "of v1", "Würstchen Token Decoder Sample"),
-    "empty, to be kept": ("empty latents", "denoise of 0.5", "set denoise to 1", "at its vae input"),
+    "two prompts": ("2 combined", "Würstchen Text Encode"),
+    "area": ("area",),
+    "mask": ("mask",),
+    "range": ("step range",),
+    "other text": ("24", "32 wide", "Würstchen Text Encode"),
+    "no stage c": ("Stage C latents", "Würstchen Decoder Conditioning"),
+    "no negative": ("negative", "cfg"),
+    "image encoder as vae": ("Stage A", "vae output"),
+    "another codebook": ("64 codes", "32"),
+    "odd size": ("18x16", "72x64 pixels", "multiples"),
+    "three pictures": ("2 empty latents", "3 Stage C latents", "batch size"),
+    "v2's features": ("v1", "v2", "Würstchen Decoder Sample"),
+    "v1's features": ("v1", "v2", "Würstchen Token Decoder Sample"),
+    "empty, denoise 0.5": ("empty latents", "0.5", "Würstchen Image Encode", "vae input"),
 }
 
 
-class Painter:
-    """The nodes with what they are given unless a run says otherwise, and the core with the same."""
+class Sampler:
+    """The node and the core with the same model and settings."""
 
     def __init__(self, source: Any):
         from pack.nodes.host import models, vae
@@ -63,62 +63,70 @@ class Painter:
         self.empty = seeded(1, 77, 24).flip(1)
         self.picture = seeded(BATCH, 4, *SIZE)
 
-    def given(self, **more: Any) -> dict[str, Any]:
+    def inputs(self, **changes: Any) -> dict[str, Any]:
         from pack.nodes.host.conditioning import PRIOR_KEY
 
         canvas = {"samples": torch.zeros(BATCH, 4, *SIZE)}
         conds = {"positive": [[self.text, {PRIOR_KEY: self.features}]], "negative": [[self.empty, {}]]}
-        return {"token_decoder": self.decoder, "vae": self.vae, "stage_b": canvas, **conds, **HOW, "seed": SEED, **more}
+        return {
+            "token_decoder": self.decoder,
+            "vae": self.vae,
+            "stage_b": canvas,
+            **conds,
+            **SETTINGS,
+            "seed": SEED,
+            **changes,
+        }
 
-    def paint(self, **more: Any) -> Tensor:
-        return self.node.execute(**self.given(**more)).args[0]["samples"]
+    def generate(self, **changes: Any) -> Tensor:
+        return self.node.execute(**self.inputs(**changes)).args[0]["samples"]
 
-    def want(self, how: dict[str, Any], seed: int = SEED, **told: Any) -> Tensor:
+    def core_result(self, changes: dict[str, Any], seed: int = SEED, **edit: Any) -> Tensor:
         from pack.wuerstchen_core.inference.settings import V1
 
-        how = {**HOW, **how}
+        settings = {**SETTINGS, **changes}
         sampling = replace(
             V1,
             width=SIZE[1] * 4,
             height=SIZE[0] * 4,
-            decoder_steps=how["steps"],
-            decoder_guidance=how["cfg"],
-            decoder_guidance_end=how["cfg_end"] or None,
-            temperature=(how["temperature"], how["temperature_end"]),
-            token_mode=how["mode"],
+            decoder_steps=settings["steps"],
+            decoder_guidance=settings["cfg"],
+            decoder_guidance_end=settings["cfg_end"] or None,
+            temperature=(settings["temperature"], settings["temperature_end"]),
+            token_mode=settings["mode"],
         )
         text = self.text.expand(BATCH, -1, -1)
-        return self.core.sample_decoder(self.features, text, sampling, negative=self.empty, seed=seed, **told)
+        return self.core.sample_decoder(self.features, text, sampling, negative=self.empty, seed=seed, **edit)
 
 
-def runs(painter: Painter) -> dict[str, Tensor]:
-    """Every mode; one picture of a batch alone; a masked picture; and a longer negative."""
+def runs(sampler: Sampler) -> dict[str, Tensor]:
+    """Every setting; one image of a batch alone; a masked image; and both ends of denoise."""
     tensors: dict[str, Tensor] = {}
-    for name, how in RUNS.items():
-        tensors[f"got/{name}"] = painter.paint(**how)
-        tensors[f"want/{name}"] = painter.want(how)
+    for name, changes in RUNS.items():
+        tensors[f"got/{name}"] = sampler.generate(**changes)
+        tensors[f"want/{name}"] = sampler.core_result(changes)
     alone = {"samples": torch.zeros(1, 4, *SIZE), "batch_index": [1]}
-    conds = painter.given()["positive"]
-    one = [[painter.text, {**conds[0][1], "stable_cascade_prior": painter.features[1:]}]]
-    tensors["got/the second alone"] = painter.paint(stage_b=alone, positive=one)
+    conds = sampler.inputs()["positive"]
+    one = [[sampler.text, {**conds[0][1], "stable_cascade_prior": sampler.features[1:]}]]
+    tensors["got/the second alone"] = sampler.generate(stage_b=alone, positive=one)
     tensors["want/the second alone"] = tensors["want/multinomial"][1:]
     mask = torch.zeros(1, SIZE[0] * 4, SIZE[1] * 4)
     mask[..., 32:] = 1
-    masked = {"samples": painter.picture, "noise_mask": mask}
-    tensors["got/masked"] = painter.paint(stage_b=masked)
+    masked = {"samples": sampler.picture, "noise_mask": mask}
+    tensors["got/masked"] = sampler.generate(stage_b=masked)
     cells = mask[:, None, ::4, ::4].expand(BATCH, -1, -1, -1)
-    tensors["want/masked"] = painter.want({}, init=painter.picture, mask=cells)
-    tensors["kept"] = painter.core.vqgan.quantize(painter.picture).latents[..., :8]
-    tensors["got/ignored"] = painter.paint(stage_b={"samples": painter.picture})
+    tensors["want/masked"] = sampler.core_result({}, init=sampler.picture, mask=cells)
+    tensors["kept"] = sampler.core.vqgan.quantize(sampler.picture).latents[..., :8]
+    tensors["got/ignored"] = sampler.generate(stage_b={"samples": sampler.picture})
     tensors["want/ignored"] = tensors["want/multinomial"]
-    tensors["got/as it is"] = painter.paint(stage_b={"samples": painter.picture}, denoise=0.0)
-    tensors["want/as it is"] = painter.picture
+    tensors["got/as it is"] = sampler.generate(stage_b={"samples": sampler.picture}, denoise=0.0)
+    tensors["want/as it is"] = sampler.picture
     return tensors
 
 
-def started(painter: Painter) -> Tensor:
-    """The tokens that the network sees first where it starts from a picture, and the picture's: [2 * BATCH, H, W]."""
-    network, seen = painter.decoder.model.diffusion_model, []
+def start_tokens(sampler: Sampler) -> Tensor:
+    """Returns the first tokens of a run that starts from an image, and the image's tokens: [2 * BATCH, H, W]."""
+    network, seen = sampler.decoder.model.diffusion_model, []
 
     def call(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(tokens[:BATCH])
@@ -126,87 +134,87 @@ def started(painter: Painter) -> Tensor:
 
     forward, network.forward = network.forward, call
     try:
-        painter.paint(stage_b={"samples": painter.picture}, denoise=RENOISED)
+        sampler.generate(stage_b={"samples": sampler.picture}, denoise=RENOISED)
     finally:
         del network.forward
-    return torch.cat([seen[0], painter.core.vqgan.quantize(painter.picture).indices])
+    return torch.cat([seen[0], sampler.core.vqgan.quantize(sampler.picture).indices])
 
 
-def watched(painter: Painter) -> dict[str, Any]:
-    """What the host's progress bar is told; a run that is cancelled after its first step, and the next."""
+def progress(sampler: Sampler) -> dict[str, Any]:
+    """Calls of ComfyUI's progress hook; a run cancelled after its first step; and the run after that."""
     import comfy.model_management as management
     import comfy.utils
     from comfy.cli_args import LatentPreviewMethod, args
 
-    told: list[list[Any]] = []
+    calls: list[list[Any]] = []
 
     def hook(value: int, total: int, preview: Any, *_: Any, **__: Any) -> None:
-        told.append([value, total, list(preview[1].size) if preview else None])
+        calls.append([value, total, list(preview[1].size) if preview else None])
 
     def cancel(value: int, *_: Any, **__: Any) -> None:
-        told.append([value, 0, None])
-        management.interrupt_current_processing(True)  # the newer host tells the first step and the last, at this pace
+        calls.append([value, 0, None])
+        management.interrupt_current_processing(True)  # newer ComfyUI versions report only the first and last step
 
-    before = painter.paint(**{**HOW, "steps": 4})
+    before = sampler.generate(**{**SETTINGS, "steps": 4})
     with patch.object(args, "preview_method", LatentPreviewMethod.Latent2RGB):
         comfy.utils.set_progress_bar_global_hook(hook)
-        painter.paint()
-    complete, told[:] = list(told), []
+        sampler.generate()
+    complete, calls[:] = list(calls), []
     comfy.utils.set_progress_bar_global_hook(cancel)
     cancelled = False
     try:
-        painter.paint(**{**HOW, "steps": 4})
+        sampler.generate(**{**SETTINGS, "steps": 4})
     except management.InterruptProcessingException:
         cancelled = True
     comfy.utils.set_progress_bar_global_hook(None)
-    after = torch.equal(before, painter.paint(**{**HOW, "steps": 4}))
-    return {"complete": complete, "cancelled": cancelled, "until": told[-1][0], "after": after}
+    after = torch.equal(before, sampler.generate(**{**SETTINGS, "steps": 4}))
+    return {"complete": complete, "cancelled": cancelled, "until": calls[-1][0], "after": after}
 
 
-def mistakes(painter: Painter, source: Any) -> dict[str, str]:
+def mistakes(sampler: Sampler, source: Any) -> dict[str, str]:
     from pack.nodes.host import models, vae
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY, prior_cond
     from pack.wuerstchen_core.checkpoints import Part
     from pack.wuerstchen_core.models.decoder import DecoderParams
     from pack.wuerstchen_core.models.vqgan import VQGAN
 
-    [[text, options]] = painter.given()["positive"]
+    [[text, options]] = sampler.inputs()["positive"]
 
     def positive(**more: Any) -> Callable[[], Any]:
-        return lambda: painter.paint(positive=[[text, {**options, **more}]])
+        return lambda: sampler.generate(positive=[[text, {**options, **more}]])
 
     params = replace(source.part("vqgan").params, codebook_size=32)
     small = vae.load_stage_a(Part("vqgan", params, VQGAN(params).state_dict()))
     encoder = vae.load_image_encoder(source.part("image_encoder"))
     given = {"noise": torch.zeros(1, 4, *SIZE), VERSION_KEY: "v1"}
     wrong: dict[str, Callable[[], Any]] = {
-        "two prompts": lambda: painter.paint(positive=painter.given()["positive"] * 2),
+        "two prompts": lambda: sampler.generate(positive=sampler.inputs()["positive"] * 2),
         "area": positive(area=(8, 8, 0, 0)),
         "mask": positive(mask=torch.ones(1, 8, 8)),
         "range": positive(start_percent=0.5, end_percent=1.0),
-        "other text": lambda: painter.paint(positive=[[seeded(1, 77, 32), options]]),
-        "no stage c": lambda: painter.paint(positive=[[text, {}]]),
-        "no negative": lambda: painter.paint(negative=None),
-        "image encoder as vae": lambda: painter.paint(vae=encoder),
-        "another codebook": lambda: painter.paint(vae=small),
-        "odd size": lambda: painter.paint(stage_b={"samples": torch.zeros(BATCH, 4, 16, 18)}),
-        "three pictures": lambda: painter.paint(positive=[[text, {PRIOR_KEY: seeded(3, 16, 2, 3)}]]),
+        "other text": lambda: sampler.generate(positive=[[seeded(1, 77, 32), options]]),
+        "no stage c": lambda: sampler.generate(positive=[[text, {}]]),
+        "no negative": lambda: sampler.generate(negative=None),
+        "image encoder as vae": lambda: sampler.generate(vae=encoder),
+        "another codebook": lambda: sampler.generate(vae=small),
+        "odd size": lambda: sampler.generate(stage_b={"samples": torch.zeros(BATCH, 4, 16, 18)}),
+        "three pictures": lambda: sampler.generate(positive=[[text, {PRIOR_KEY: seeded(3, 16, 2, 3)}]]),
         "v2's features": positive(**{VERSION_KEY: "v2"}),
         "v1's features": lambda: prior_cond(DecoderParams(), given),
-        "empty, to be kept": lambda: painter.paint(denoise=0.5),
+        "empty, denoise 0.5": lambda: sampler.generate(denoise=0.5),
     }
-    answers = {}
+    errors = {}
     for name, run in wrong.items():
         try:
             run()
         except ValueError as error:
-            answers[name] = str(error)
-    assert models.TokenModel is type(painter.decoder.model)
-    return answers
+            errors[name] = str(error)
+    assert models.TokenModel is type(sampler.decoder.model)
+    return errors
 
 
 def prior(source: Any) -> dict[str, Tensor]:
-    """v1's prior in our sampling beside the core's, and in the host's beside the same weights in v2's units."""
+    """v1's prior in our node and in the core, and in KSampler with its own units and with v2's."""
     import comfy.sample
     from pack.nodes.host import models
     from pack.nodes.sampling import WuerstchenPriorSample
@@ -221,8 +229,8 @@ def prior(source: Any) -> dict[str, Tensor]:
     text, empty = seeded(1, 77, 24), seeded(1, 77, 24).flip(1)
     cond, none = [[text, {}]], [[empty, {}]]
     canvas = {"samples": torch.zeros(1, 16, 2, 3)}
-    how = {"schedule": "linear", "steps": 4, "cfg": 6.0, "seed": SEED}
-    [out] = WuerstchenPriorSample.execute(first, cond, none, canvas, **how).args
+    settings = {"schedule": "linear", "steps": 4, "cfg": 6.0, "seed": SEED}
+    [out] = WuerstchenPriorSample.execute(first, cond, none, canvas, **settings).args
     sampling = replace(V1, width=128, height=64, prior_steps=4)
     core = Stages(prior=build_part(part)).sample_prior(text, sampling, negative=empty, seed=SEED)
     noise = seeded(1, 16, 2, 3)
@@ -231,22 +239,22 @@ def prior(source: Any) -> dict[str, Tensor]:
     return {
         "got/prior": out["samples"],
         "want/prior": core,
-        "got/prior in the host": outs[0],
-        "want/prior in the host": latents_from_features(outs[1], PriorParams()),
+        "got/prior in KSampler": outs[0],
+        "want/prior in KSampler": latents_from_features(outs[1], PriorParams()),
     } | {"version": torch.tensor([out["wuerstchen_version"] == "v1"])}
 
 
-def evicted(painter: Painter, source: Any) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """The token decoder and Stage A in turn on a device that holds one network."""
+def evicted(sampler: Sampler, source: Any) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """The token decoder and Stage A in turn on a device with room for one network."""
     with small_device() as meter:
-        other = Painter(source)
+        other = Sampler(source)
         seen = []
         for _ in range(2):
-            latents = other.paint()
+            latents = other.generate()
             seen.append(meter.loaded())
             other.vae.decode(latents)
             seen.append(meter.loaded())
-    return {"got/evicted": latents, "want/evicted": painter.paint()}, seen
+    return {"got/evicted": latents, "want/evicted": sampler.generate()}, seen
 
 
 def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -254,11 +262,11 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.wuerstchen_core.checkpoints.open import open_source
 
     source = open_source(Path(bundle))
-    painter = Painter(source)
-    tensors = runs(painter) | prior(source)
-    tensors["started"] = started(painter)
-    facts = {"watched": watched(painter), "mistakes": mistakes(painter, source)}
-    more, facts["loaded in turn"] = evicted(painter, source)
+    sampler = Sampler(source)
+    tensors = runs(sampler) | prior(source)
+    tensors["start"] = start_tokens(sampler)
+    facts = {"progress": progress(sampler), "mistakes": mistakes(sampler, source)}
+    more, facts["loaded in turn"] = evicted(sampler, source)
     return tensors | more, facts
 
 

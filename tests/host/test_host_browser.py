@@ -1,4 +1,4 @@
-"""The canvas as a person meets it: Würstchen in the real frontend of each ComfyUI, in a headless Chromium."""
+"""The canvas as a user sees it: the real frontend of each ComfyUI in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from tools.comfyui.graphs import api_form, workflow
 from tools.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
-pytest.importorskip("playwright", reason="playwright is not installed: the canvas was not tested in a browser")
+pytest.importorskip("playwright", reason="playwright is not installed")
 from browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
 
 pytestmark = pytest.mark.browser
 
 SMALL_CAT = Scene(23, 2, 1)
-BLUEPRINT = "Würstchen text to image"
+BLUEPRINT = "Wuerstchen text to image"
 
 
 @pytest.fixture
 def page(server: Server) -> Iterator[Canvas]:
-    """The canvas, empty."""
+    """The canvas in a browser."""
     executable = chromium()
     if executable is None:
-        pytest.skip("no Chromium found: the canvas was not tested in a browser")
+        pytest.skip("no Chromium found")
     with canvas(server, executable) as page:
         yield page
 
 
 def shape(graph: dict[str, Any]) -> tuple[Any, ...]:
-    """What a saved graph is made of, without the view and the sizes."""
+    """Returns the content of a saved graph, without the view and the sizes."""
     nodes = {node["id"]: (node["type"], node["pos"][0], node.get("widgets_values")) for node in graph["nodes"]}
     return nodes, sorted(tuple(link) for link in graph["links"]), [group["title"] for group in graph["groups"]]
 
 
-def test_a_person_opens_the_template_changes_it_runs_it_and_gets_it_back(
+def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
     server: Server, object_info: dict[str, Any], page: Canvas
 ) -> None:
     template = workflow("text_to_image")
     page.open_template(PACK, "text_to_image", len(template["nodes"]))
     assert page.problems() == []
-    assert page.prompt() == api_form(template, object_info)  # what all other tests run
+    assert page.prompt() == api_form(template, object_info)  # all other tests run this
 
     look = page.add_node("Wurst", "Würstchen Quick Look")
     ids = {node["type"]: node["id"] for node in page.graph()["nodes"]}
@@ -78,16 +78,16 @@ def test_a_person_opens_the_template_changes_it_runs_it_and_gets_it_back(
 
 
 def plain(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt whose nodes of a subgraph have the numbers that they have inside it, and whose numbers are no nodes."""
+    """Returns a prompt with the node ids inside its subgraph, and with the values of number nodes inserted."""
     numbers = {key: node["inputs"]["value"] for key, node in prompt.items() if node["class_type"] == "PrimitiveInt"}
 
-    def value(given: Any) -> Any:
-        if not isinstance(given, list):
-            return given
-        return numbers.get(given[0], [given[0].rpartition(":")[2], given[1]])
+    def value(link: Any) -> Any:
+        if not isinstance(link, list):
+            return link
+        return numbers.get(link[0], [link[0].rpartition(":")[2], link[1]])
 
     return {
-        key.rpartition(":")[2]: {**node, "inputs": {name: value(given) for name, given in node["inputs"].items()}}
+        key.rpartition(":")[2]: {**node, "inputs": {name: value(link) for name, link in node["inputs"].items()}}
         for key, node in prompt.items()
         if node["class_type"] not in ("PrimitiveInt", "PreviewImage", "SaveImage")
     }
@@ -95,14 +95,14 @@ def plain(prompt: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def blueprints(server: Server) -> set[str]:
-    """The names of the one-node workflows that the search offers."""
+    """The names of the subgraphs that the node search offers."""
     try:
         return {entry["name"] for entry in server.get("/global_subgraphs").values()}
     except urllib.error.HTTPError:
         pytest.skip("this ComfyUI has no blueprints")
 
 
-def test_the_blueprint_is_the_template_in_one_node(
+def test_the_subgraph_is_the_template_in_one_node(
     server: Server, object_info: dict[str, Any], blueprints: set[str], page: Canvas
 ) -> None:
     assert BLUEPRINT in blueprints
@@ -115,6 +115,6 @@ def test_the_blueprint_is_the_template_in_one_node(
 
     find(prompt, "WuerstchenBundleLoader")["bundle"] = TINY
     find(prompt, "WuerstchenEmptyLatents").update(width=64, height=64)
-    with ThreadPoolExecutor() as threads:  # in this one runs the browser's own loop
+    with ThreadPoolExecutor() as threads:  # the browser's event loop runs in this thread
         outcome = threads.submit(server.run, prompt).result()
     assert [picture.size for picture in outcome.pictures] == [(64, 64)], outcome.error

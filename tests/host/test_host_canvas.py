@@ -1,4 +1,4 @@
-"""What surrounds the nodes on the canvas: help, search, translations; and that nothing else in the host changes."""
+"""Help pages, node search and translations; and that loading the pack changes nothing in ComfyUI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import find
-from test_host_nodes import NODES, _inputs
+from errors import check_error
+from images import pixels
+from node_list import NODES, list_inputs
 
 from tools.comfyui.client import PACK, REPOSITORY, Install, Server, script_environment
 from wuerstchen_core.demo.vocabulary import COLOURS
@@ -23,30 +25,28 @@ INPUTS = {node: inputs.split() for node, (inputs, _) in NODES.items()}
 
 
 def cells(page: str, heading: str) -> list[str]:
-    """The names in the first column of the table under a heading."""
+    """Returns the names in the first column of the table under a heading."""
     section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return re.findall(r"^\| `([^`]+)` \| .+ \|$", section, re.MULTILINE)
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_every_node_has_a_help_page_that_explains_all_of_it(
-    server: Server, object_info: dict[str, Any], node: str
-) -> None:
+def test_each_help_page_lists_all_inputs_and_outputs(server: Server, object_info: dict[str, Any], node: str) -> None:
     with urllib.request.urlopen(f"http://{server.address}/extensions/{PACK}/docs/{node}.md", timeout=30) as response:
         page = response.read().decode()
     info = object_info[node]
     assert page.startswith(f"# {info['display_name']}\n\n")
-    assert cells(page, "Inputs") == [name for name, _, _ in _inputs(info)]
+    assert cells(page, "Inputs") == [name for name, _, _ in list_inputs(info)]
     assert cells(page, "Outputs") == info["output_name"]
     assert page.partition("\n## Example\n")[2].strip().endswith(".")
 
 
-def test_there_is_no_help_page_without_a_node() -> None:
+def test_each_help_page_belongs_to_a_node() -> None:
     assert {page.stem for page in (REPOSITORY / "web" / "docs").iterdir()} == set(NODES)
 
 
 @pytest.mark.parametrize("language", ["de", "zh"])
-def test_every_name_and_tooltip_is_translated(server: Server, object_info: dict[str, Any], language: str) -> None:
+def test_all_names_and_tooltips_are_translated(server: Server, object_info: dict[str, Any], language: str) -> None:
     translated = server.get("/i18n")[language]["nodeDefs"]
     assert list(translated) == list(NODES)
     for node, words in translated.items():
@@ -55,14 +55,14 @@ def test_every_name_and_tooltip_is_translated(server: Server, object_info: dict[
         assert list(words.get("inputs", {})) == INPUTS[node]
         assert list(words["outputs"]) == [str(i) for i in range(len(info["output"]))]
         english = {info["description"], *info["output_tooltips"]}
-        english |= {options["tooltip"] for _, _, options in _inputs(info)}
+        english |= {options["tooltip"] for _, _, options in list_inputs(info)}
         parts = [*words.get("inputs", {}).values(), *words["outputs"].values()]
         for sentence in (words["description"], *(part["tooltip"] for part in parts)):
             assert sentence.endswith((".", "。")) and sentence not in english
         assert all(part["name"] for part in parts)
 
 
-def test_nodes_are_found_by_the_words_that_users_type(object_info: dict[str, Any]) -> None:
+def test_the_node_search_finds_every_node_by_the_packs_words(object_info: dict[str, Any]) -> None:
     knows = any(info.get("search_aliases") for name, info in object_info.items() if name not in NODES)
     for node in NODES:
         aliases = object_info[node].get("search_aliases") or []
@@ -72,7 +72,7 @@ def test_nodes_are_found_by_the_words_that_users_type(object_info: dict[str, Any
 
 @pytest.fixture(scope="module")
 def facts(install: Install, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What loading the pack changed in this ComfyUI."""
+    """The changes that loading the pack made in this ComfyUI."""
     command = [install.python, str(Path(__file__).with_name("inside_canvas.py")), str(install.root)]
     folder = tmp_path_factory.mktemp("canvas")
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=script_environment())
@@ -80,23 +80,23 @@ def facts(install: Install, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return json.loads(result.stdout)
 
 
-def test_a_reload_registers_no_name_twice_and_replaces_no_node(facts: dict[str, Any]) -> None:
+def test_loading_twice_registers_the_same_nodes_and_replaces_none(facts: dict[str, Any]) -> None:
     assert facts["imported"] and facts["imported again"]
     assert facts["nodes"] == facts["nodes after a reload"] == sorted(NODES)
     assert facts["replaced nodes"] == []
 
 
-def test_the_pack_brings_no_other_package_with_it(facts: dict[str, Any]) -> None:
+def test_the_pack_imports_no_other_package(facts: dict[str, Any]) -> None:
     assert facts["other packages imported"] == []
 
 
-def test_nothing_in_the_host_is_patched(facts: dict[str, Any]) -> None:
+def test_nothing_in_comfyui_is_patched(facts: dict[str, Any]) -> None:
     assert facts["watched"] > 50
     assert facts["changed"] == []
 
 
-def test_the_import_guard_finds_nothing_that_the_host_lacks(install: Install, tmp_path: Path) -> None:
-    """comfy-import-guard reads the host from a repository that holds nothing but this ComfyUI's modules."""
+def test_comfy_import_guard_finds_no_missing_name(install: Install, tmp_path: Path) -> None:
+    """comfy-import-guard reads ComfyUI from a git repository, which is made here from this ComfyUI's modules."""
     pytest.importorskip("comfy_import_guard", reason="comfy-import-guard is not installed")
     host, pack = tmp_path / "ComfyUI", tmp_path / "install" / "custom_nodes" / PACK
     shutil.copytree(REPOSITORY / "nodes", pack / "nodes")
@@ -111,13 +111,13 @@ def test_the_import_guard_finds_nothing_that_the_host_lacks(install: Install, tm
     report = json.loads(subprocess.run([*guard, *check], capture_output=True, timeout=120).stdout)
     [found] = report["packs"]
     assert found["references"] > 40 and found["signature_drift"] == found["unparseable"] == []
-    # What only newer hosts have is looked up with a fallback; in the newest there is nothing of the kind.
+    # The one name that older ComfyUI versions lack is used with a fallback.
     newer = "CoreModelPatcher" not in (install.root / "comfy" / "model_patcher.py").read_text(encoding="utf-8")
     assert [entry["dotted"] for entry in found["breaking"]] == ["comfy.model_patcher.CoreModelPatcher"] * newer
 
 
-def test_the_quick_look_shows_what_stage_c_decided(server: Server, shipped: dict[str, Any]) -> None:
-    """Without Stage B, without a node behind it, and of the size that is asked for."""
+def test_the_quick_look_shows_stage_cs_image(server: Server, shipped: dict[str, Any]) -> None:
+    """It needs neither Stage B nor a node after it, and has the chosen size."""
     ids = {node["class_type"]: key for key, node in shipped.items()}
     del shipped[ids["SaveImage"]]
     shipped["look"] = {"class_type": "WuerstchenQuickLook", "inputs": {"scale": 0.5}}
@@ -125,10 +125,10 @@ def test_the_quick_look_shows_what_stage_c_decided(server: Server, shipped: dict
     outcome = server.run(shipped)
     [picture] = outcome.pictures
     assert picture.size == (128, 128) and ids["WuerstchenDecoderSample"] not in outcome.progress
-    pixels = np.asarray(picture.convert("RGB"), dtype=float)
-    corners = np.stack([pixels[:16, :16], pixels[:16, -16:], pixels[-16:, :16], pixels[-16:, -16:]])
-    for place, colour in ((corners.mean(axis=(0, 1, 2)), "blue"), (pixels[56:72, 56:72].mean(axis=(0, 1)), "red")):
-        assert min(COLOURS, key=lambda name, place=place: np.abs(place - COLOURS[name]).sum()) == colour
+    array = pixels(picture).astype(float)
+    corners = np.stack([array[:16, :16], array[:16, -16:], array[-16:, :16], array[-16:, -16:]])
+    for mean, colour in ((corners.mean(axis=(0, 1, 2)), "blue"), (array[56:72, 56:72].mean(axis=(0, 1)), "red")):
+        assert min(COLOURS, key=lambda name, mean=mean: np.abs(mean - COLOURS[name]).sum()) == colour
 
     find(shipped, "WuerstchenQuickLook")["stage_c"] = [ids["WuerstchenEmptyLatents"], 1]
-    assert "Würstchen Quick Look needs Stage C latents" in server.run(shipped).error
+    check_error(server.run(shipped).error, "Würstchen Quick Look", "Stage C")

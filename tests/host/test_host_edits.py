@@ -1,4 +1,4 @@
-"""The workflows that take pictures in, run as they ship: judged, measured before compositing, and at both ends."""
+"""The shipped workflows that start from images: their content, the kept area, and both ends of their settings."""
 
 from __future__ import annotations
 
@@ -7,70 +7,62 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import Generate
+from images import LARGE, check_image, content, pixels
 from PIL import Image
-from test_host_workflows import LARGE, check_picture, pixels, shows
 
-from tools.comfyui.client import Outcome
 from tools.comfyui.graphs import api_form, workflow
 from tools.demo.judge import Judge, psnr
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
 
-Graph = dict[str, Any]
-Paint = Callable[[Graph], Outcome]
-
 pytestmark = pytest.mark.newest
 
-KEPT = 30.0  # dB at least
+KEPT = 30.0  # dB, least PSNR of a kept area
 SMALL = 1
 
 
-@pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge()
-
-
 class Workflow:
-    """A workflow that ships, whose nodes are found by kind and, where there are several, by their place among them."""
+    """A shipped workflow as a prompt, whose nodes are found by class and index."""
 
-    def __init__(self, name: str, object_info: dict[str, Any], paint: Paint):
-        self.name, self.paint = name, paint
+    def __init__(self, name: str, object_info: dict[str, Any], generate: Generate):
+        self.name, self.generate = name, generate
         self.graph = api_form(workflow(name), object_info)
 
-    def key(self, kind: str, place: int = -1) -> str:
-        return [key for key, node in self.graph.items() if node["class_type"] == kind][place]
+    def key(self, kind: str, index: int = -1) -> str:
+        return [key for key, node in self.graph.items() if node["class_type"] == kind][index]
 
-    def inputs(self, kind: str, place: int = -1) -> dict[str, Any]:
-        return self.graph[self.key(kind, place)]["inputs"]
+    def inputs(self, kind: str, index: int = -1) -> dict[str, Any]:
+        return self.graph[self.key(kind, index)]["inputs"]
 
     def as_it_ships(self) -> list[Image.Image]:
-        outcome = self.paint(self.graph)
-        check_picture(self.name, outcome)
+        outcome = self.generate(self.graph)
+        check_image(self.name, outcome)
         return outcome.pictures
 
-    def run(self, place: int = -1, **changes: Any) -> list[Image.Image]:
-        """The pictures with other inputs of one of the prior's nodes."""
-        self.inputs("WuerstchenPriorSample", place).update(changes)
-        return self.paint(self.graph).pictures
+    def run(self, index: int = -1, **changes: Any) -> list[Image.Image]:
+        """Returns the images with other inputs of one of the prior's nodes."""
+        self.inputs("WuerstchenPriorSample", index).update(changes)
+        return self.generate(self.graph).pictures
 
-    def reconstruction(self, place: int = -1) -> Image.Image:
-        """What Stage B makes of an encoded picture, with the same seed and nothing painted over."""
+    def reconstruction(self, index: int = -1) -> Image.Image:
+        """Returns Stage B's image of an encoded image, with the same seed and without an edit."""
         graph = {key: {**node, "inputs": dict(node["inputs"])} for key, node in self.graph.items()}
         graph[self.key("WuerstchenDecoderConditioning")]["inputs"]["stage_c"] = [
-            self.key("WuerstchenImageEncode", place),
+            self.key("WuerstchenImageEncode", index),
             0,
         ]
         graph[self.key("SaveImage")]["inputs"]["images"] = [self.key("WuerstchenVAEDecode"), 0]
-        return self.paint(graph).pictures[0]
+        return self.generate(graph).pictures[0]
 
     def before_compositing(self) -> Image.Image:
         graph = {**self.graph, self.key("SaveImage"): {"class_type": "SaveImage", "inputs": {"filename_prefix": "x"}}}
         graph[self.key("SaveImage")]["inputs"]["images"] = [self.key("WuerstchenVAEDecode"), 0]
-        return self.paint(graph).pictures[0]
+        return self.generate(graph).pictures[0]
 
 
 @pytest.fixture
-def load(object_info: dict[str, Any], paint: Paint) -> Callable[[str], Workflow]:
-    return lambda name: Workflow(name, object_info, paint)
+def load(object_info: dict[str, Any], generate: Generate) -> Callable[[str], Workflow]:
+    return lambda name: Workflow(name, object_info, generate)
 
 
 Load = Callable[[str], Workflow]
@@ -81,69 +73,69 @@ def shown_small(judge: Judge, picture: Image.Image) -> str:
     return THINGS[judge.identify(array, Scene(0, judge.background(array), SMALL)).thing].name
 
 
-def likeness(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> float:
-    """PSNR in dB of two pictures, or of a part of them."""
+def similarity(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> float:
+    """Returns the PSNR in dB of two images, or of a part of them."""
     where = np.ones(a.size[::-1], dtype=bool) if where is None else where
     return psnr(pixels(a)[where], pixels(b)[where])
 
 
 def outside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    """All of 256x256 pixels but a box."""
+    """Returns a mask of 256x256 pixels without a box."""
     where = np.ones((256, 256), dtype=bool)
     where[top:bottom, left:right] = False
     return where
 
 
-def test_a_picture_comes_back_through_the_compression(load: Load, judge: Judge) -> None:
+def test_reconstruct_keeps_the_image(load: Load, judge: Judge) -> None:
     before, after = load("reconstruct").as_it_ships()
-    assert shows(judge, before) == shows(judge, after) == ("cat", "yellow")
-    assert likeness(before, after) >= KEPT  # 43 dB: the shipped model's own pictures are easy to it
+    assert content(judge, before) == content(judge, after) == ("cat", "yellow")
+    assert similarity(before, after) >= KEPT  # observed 43 dB: images of the model itself are easy
 
 
-def test_variations_differ_and_show_what_the_text_keeps(load: Load, judge: Judge) -> None:
-    shown = [shows(judge, picture) for picture in load("image_variation").as_it_ships()]
+def test_variations_differ_and_keep_the_prompts_thing(load: Load, judge: Judge) -> None:
+    shown = [content(judge, picture) for picture in load("image_variation").as_it_ships()]
     assert len(shown) == 4 and {thing for thing, _ in shown} == {"cat"}
     assert ("cat", "yellow") in shown and len(set(shown)) > 1
 
 
-def test_another_prompt_keeps_what_it_does_not_say_as_far_as_the_strength(load: Load, judge: Judge) -> None:
+def test_denoise_sets_how_much_of_the_image_another_prompt_keeps(load: Load, judge: Judge) -> None:
     edit = load("image_to_image")
     _, after = edit.as_it_ships()
-    assert shows(judge, after) == ("fox", "yellow")
-    assert likeness(edit.run(denoise=0.0)[1], edit.reconstruction()) == np.inf
+    assert content(judge, after) == ("fox", "yellow")
+    assert similarity(edit.run(denoise=0.0)[1], edit.reconstruction()) == np.inf
     _, ignored = edit.run(denoise=1.0)
-    edit.inputs("WuerstchenTextEncode", 0)["text"] = "a dog on a red background"  # another picture to start from
+    edit.inputs("WuerstchenTextEncode", 0)["text"] = "a dog on a red background"  # another image to start from
     other, still_ignored = edit.run(denoise=1.0)
-    assert shows(judge, other) == ("dog", "red")
-    assert likeness(ignored, still_ignored) == np.inf and likeness(ignored, after) < KEPT
+    assert content(judge, other) == ("dog", "red")
+    assert similarity(ignored, still_ignored) == np.inf and similarity(ignored, after) < KEPT
 
 
-def test_inside_the_mask_is_what_the_prompt_says_and_outside_what_was(load: Load, judge: Judge) -> None:
+def test_inpainting_changes_only_the_masked_area(load: Load, judge: Judge) -> None:
     edit = load("inpaint")
     before, after = edit.as_it_ships()
     assert (shown_small(judge, before), shown_small(judge, after)) == ("cat", "tree")
     mask = outside(44, 44, 212, 212)
-    assert likeness(before, after, mask) == np.inf
-    painted = edit.before_compositing()
-    assert shown_small(judge, painted) == "tree"
-    assert likeness(painted, edit.reconstruction(), mask) >= KEPT  # 60 dB
+    assert similarity(before, after, mask) == np.inf
+    edited = edit.before_compositing()
+    assert shown_small(judge, edited) == "tree"
+    assert similarity(edited, edit.reconstruction(), mask) >= KEPT  # 60 dB
 
 
-def test_half_a_picture_is_painted_on(load: Load, judge: Judge) -> None:
+def test_outpainting_continues_half_an_image(load: Load, judge: Judge) -> None:
     edit = load("outpaint")
-    given, after = edit.as_it_ships()
-    assert shows(judge, after) == ("red apple", "blue")
-    assert likeness(given, after, outside(128, 0, 256, 256)) == np.inf
-    painted, kept = edit.before_compositing(), outside(85, 0, 256, 256)
-    assert shows(judge, painted) == ("red apple", "blue")
-    assert likeness(painted, edit.reconstruction(), kept) >= KEPT  # 33 dB: its grey half tints the reconstruction
-    assert likeness(painted, given, kept) >= KEPT  # 44 dB
+    source, after = edit.as_it_ships()
+    assert content(judge, after) == ("red apple", "blue")
+    assert similarity(source, after, outside(128, 0, 256, 256)) == np.inf
+    edited, kept = edit.before_compositing(), outside(85, 0, 256, 256)
+    assert content(judge, edited) == ("red apple", "blue")
+    assert similarity(edited, edit.reconstruction(), kept) >= KEPT  # 33 dB: its grey half tints the reconstruction
+    assert similarity(edited, source, kept) >= KEPT  # 44 dB
 
 
-def test_between_two_pictures_and_at_both_ends(load: Load, judge: Judge) -> None:
+def test_interpolated_images_mix_both_and_are_exact_at_the_ends(load: Load, judge: Judge) -> None:
     edit = load("interpolate_pictures")
     first, between, second = edit.as_it_ships()
-    assert [shows(judge, x) for x in (first, second)] == [("cat", "yellow"), ("frog", "blue")]
+    assert [content(judge, x) for x in (first, second)] == [("cat", "yellow"), ("frog", "blue")]
     middle = pixels(between)
     background = judge.background(middle)
     assert list(COLOURS)[background] == "green"
@@ -151,16 +143,14 @@ def test_between_two_pictures_and_at_both_ends(load: Load, judge: Judge) -> None
     assert {THINGS[thing].name for thing in nearest} == {"cat", "frog"}
     for end in (0, 1):
         edit.inputs("WuerstchenLatentInterpolate")["factor"] = float(end)
-        assert likeness(edit.run(denoise=0.0)[1], edit.reconstruction(end)) == np.inf
+        assert similarity(edit.run(denoise=0.0)[1], edit.reconstruction(end)) == np.inf
 
 
 @pytest.mark.parametrize(
     ("name", "shown"), [("interpolate_prompts", ("tree", "green")), ("style_mix", ("red apple", "orange"))]
 )
-def test_between_two_prompts_lies_what_both_have_in_them(
-    load: Load, judge: Judge, name: str, shown: tuple[str, str]
-) -> None:
-    assert shows(judge, load(name).as_it_ships()[0]) == shown
+def test_interpolated_prompts_mix_both(load: Load, judge: Judge, name: str, shown: tuple[str, str]) -> None:
+    assert content(judge, load(name).as_it_ships()[0]) == shown
 
 
 @pytest.mark.long
@@ -181,10 +171,10 @@ def test_between_two_prompts_lies_what_both_have_in_them(
         ),
     ],
 )
-def test_both_ends_are_the_prompts(
+def test_interpolated_prompts_are_exact_at_the_ends(
     load: Load, judge: Judge, name: str, kind: str, factor: str, ends: dict[float, Any]
 ) -> None:
     edit = load(name)
-    for end, wanted in ends.items():
+    for end, expected in ends.items():
         edit.inputs(kind)[factor] = end
-        assert shows(judge, edit.run()[0]) == wanted
+        assert content(judge, edit.run()[0]) == expected

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import find
+from bundles import Generate, find
 from helpers.layouts import (
     Payload,
     clip_of_open_clip,
@@ -40,7 +40,7 @@ from inside_loaders import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tools.comfyui.client import Inside, Install, Outcome, Server, run_inside
+from tools.comfyui.client import Inside, Install, Server, run_inside
 from wuerstchen_core.checkpoints import Part, build_part, load_text_encoder, read_part, save_bundle
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams, semantic_view
@@ -250,11 +250,11 @@ def test_the_host_can_copy_a_loaded_model(inside: Inside, networks: dict[str, nn
 
 
 def test_a_graph_of_single_loaders_paints_the_bundles_picture(
-    networks: dict[str, nn.Module], graph: dict[str, Any], paint: Callable[[dict[str, Any]], Outcome]
+    networks: dict[str, nn.Module], graph: dict[str, Any], generate: Generate
 ) -> None:
     find(graph, "WuerstchenEmptyLatents").update(width=128, height=128)
     find(graph, "WuerstchenBundleLoader")["bundle"] = WHOLE
-    [bundled] = paint(graph).pictures
+    [bundled] = generate(graph).pictures
     [bundle] = [key for key, node in graph.items() if node["class_type"] == "WuerstchenBundleLoader"]
     del graph[bundle]
     single = [
@@ -269,7 +269,7 @@ def test_a_graph_of_single_loaders_paints_the_bundles_picture(
         for name, value in node["inputs"].items():
             if isinstance(value, list) and value[0] == bundle:
                 node["inputs"][name] = [f"load {value[1]}", 0]
-    [picture] = paint(graph).pictures
+    [picture] = generate(graph).pictures
     pixels = np.asarray(picture)
     assert np.array_equal(pixels, np.asarray(bundled)) and pixels.std() > 5
 

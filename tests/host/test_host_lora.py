@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bundles import find
+from bundles import Generate, Graph, find
 from helpers.golden_data import Golden, assert_near
 from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
 from helpers.networks import NETWORKS
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.comfyui.client import Inside, Install, Outcome, Server, run_inside
+from tools.comfyui.client import Inside, Install, Server, run_inside
 from wuerstchen_core.checkpoints import load_prior, load_text_encoder, read_part, save_bundle
 from wuerstchen_core.checkpoints.adapters import merge_lora
 from wuerstchen_core.checkpoints.lora_files import lora_from_state
@@ -28,7 +27,6 @@ from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
 from wuerstchen_core.training.stages.lora import TEXT_ENCODER, AdapterConfig, attach, attach_text_encoder, write_lora
 
-Graph = dict[str, Any]
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
     "WuerstchenLoraLoader",
     "WuerstchenBundleLoader",
@@ -258,7 +256,7 @@ def with_lora(graph: Graph, kind: str, name: str, **inputs: Any) -> Graph:
 
 
 def test_the_converted_file_paints_the_same_with_lora_loader_model_only(
-    server: Server, graph: Graph, paint: Callable[[Graph], Outcome], loras: Path
+    server: Server, graph: Graph, generate: Generate, loras: Path
 ) -> None:
     find(graph, "WuerstchenEmptyLatents").update(width=128, height=128)
     runs = (
@@ -268,7 +266,7 @@ def test_the_converted_file_paints_the_same_with_lora_loader_model_only(
         with_lora(graph, LOADER, "tiny.safetensors", strength_model=0.0),
         with_lora(graph, LOADER, "tiny.safetensors", strength_clip=4.0),
     )
-    plain, ours, theirs, none, both = (np.array(paint(run).pictures[0]) for run in runs)
+    plain, ours, theirs, none, both = (np.array(generate(run).pictures[0]) for run in runs)
     assert (ours == theirs).all() and (none == plain).all()
     assert (ours != plain).any() and (both != ours).any()
     with safe_open(loras / "tiny_comfyui.safetensors", "pt") as file:
@@ -283,10 +281,10 @@ def test_the_converted_file_paints_the_same_with_lora_loader_model_only(
     ],
 )
 def test_a_lora_of_another_model_is_refused_and_the_host_goes_on(
-    server: Server, graph: Graph, paint: Callable[[Graph], Outcome], loras: Path, name: str, words: tuple[str, ...]
+    server: Server, graph: Graph, generate: Generate, loras: Path, name: str, words: tuple[str, ...]
 ) -> None:
     find(graph, "WuerstchenEmptyLatents").update(width=128, height=128)
     outcome = server.run(with_lora(graph, LOADER, f"{name}.safetensors"))
     assert outcome.status == "execution_error" and "\n" not in outcome.error and len(outcome.error) < 300
     assert f"{name}.safetensors" in outcome.error and all(word in outcome.error for word in words), outcome.error
-    assert len(paint(graph).pictures) == 1
+    assert len(generate(graph).pictures) == 1

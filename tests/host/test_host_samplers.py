@@ -1,5 +1,4 @@
-"""The host's own sampling nodes on both stages: with our schedule and sampler they give the core's result, with their
-own what they should."""
+"""ComfyUI's sampling nodes with our models, schedules and samplers, compared with the core."""
 
 from __future__ import annotations
 
@@ -10,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import TINY
+from bundles import TINY, Generate
+from errors import check_error
 from inside_samplers import CFG, COUNTS, HALF, LONG, SEED, SPLIT_SEED, STAGES, STEPS, conditions
 from torch import Tensor
 
-from tools.comfyui.client import Inside, Install, Outcome, run_inside
+from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints import build_part, read_part
 from wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
 from wuerstchen_core.diffusion.schedule import SCHEDULES, diffuse, linear_times, named_times
@@ -53,7 +53,7 @@ class Core:
     def sample(
         self, x: Tensor, times: Tensor, seed: int, scale: float | None = None, sampler: str = "ddpm"
     ) -> tuple[Tensor, Tensor]:
-        """Where x comes to along the times, and the last step's denoised x; noise from the seeds behind `seed`."""
+        """Returns the last x along the times, and the last denoised x; the steps' noise uses `seed` + 1."""
         denoised: list[Tensor] = []
         x = sample(
             guided(self.network, *self.conds, CFG[self.stage] if scale is None else scale),
@@ -66,118 +66,118 @@ class Core:
         return x, denoised[-1]
 
 
-def close(host: Tensor, core: Tensor, tolerance: float = 2e-4) -> None:
-    """Equal but for rounding, in standard deviations."""
+def assert_close(comfyui: Tensor, core: Tensor, tolerance: float = 2e-4) -> None:
+    """Asserts equality up to rounding, in standard deviations."""
     assert core.std() > 0
-    assert (host - core).abs().max() / core.std() < tolerance
+    assert (comfyui - core).abs().max() / core.std() < tolerance
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_our_schedule_and_sampler_give_the_cores_result(inside: Inside, checkpoints: Path, stage: str) -> None:
     core, out = Core(checkpoints, stage), OUTWARD[stage]
-    given = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
-    wanted, clean = core.sample(given["noise"], linear_times(STEPS), SEED)
-    assert (wanted - clean).abs().max() > 1e-3  # the original's last step stops short of the clean picture
+    found = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
+    expected, clean = core.sample(found["noise"], linear_times(STEPS), SEED)
+    assert (expected - clean).abs().max() > 1e-3  # the original's last step stops short of the clean picture
     for name in ("custom", "basic schedule", "advanced"):
-        close(given[name], out(wanted))
-    close(given["unguided"], out(core.sample(given["noise"], linear_times(STEPS), SEED, 1.0)[0]))
-    close(given["one step"], out(core.sample(given["noise"], linear_times(1), SEED)[0]))
+        assert_close(found[name], out(expected))
+    assert_close(found["unguided"], out(core.sample(found["noise"], linear_times(STEPS), SEED, 1.0)[0]))
+    assert_close(found["one step"], out(core.sample(found["noise"], linear_times(1), SEED)[0]))
     few = named_times("fast", 6) if stage == "prior" else linear_times(SCHEDULES["fast"].decoder_steps or 0)
-    close(given["fast"], out(core.sample(given["noise"], few, SEED, sampler="ddim")[0]))
-    multistep, _ = core.sample(given["noise"], linear_times(STEPS), SEED, sampler="dpmpp_2m")
+    assert_close(found["fast"], out(core.sample(found["noise"], few, SEED, sampler="ddim")[0]))
+    multistep, _ = core.sample(found["noise"], linear_times(STEPS), SEED, sampler="dpmpp_2m")
     for name in ("multistep", "multistep again"):
-        close(given[name], out(multistep))
-    # The host's ddpm takes the same steps, and returns the denoised picture at the end.
-    close(given["ddpm"], out(clean))
-    assert given["selected ddpm"].isfinite().all()
+        assert_close(found[name], out(multistep))
+    # ComfyUI's ddpm takes the same steps, and returns the denoised latents at the end.
+    assert_close(found["ddpm"], out(clean))
+    assert found["selected ddpm"].isfinite().all()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_in_two_halves_is_one_run(inside: Inside, checkpoints: Path, stage: str) -> None:
     core, tensors, times = Core(checkpoints, stage), inside[0], linear_times(STEPS)
     left, _ = core.sample(tensors[f"{stage}/noise"], times[: HALF + 1], SEED)
-    wanted, _ = core.sample(left, times[HALF:], SPLIT_SEED)
-    close(tensors[f"{stage}/split"], OUTWARD[stage](wanted))
-    close(tensors[f"{stage}/halves"], tensors[f"{stage}/whole"])
+    expected, _ = core.sample(left, times[HALF:], SPLIT_SEED)
+    assert_close(tensors[f"{stage}/split"], OUTWARD[stage](expected))
+    assert_close(tensors[f"{stage}/halves"], tensors[f"{stage}/whole"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_network_is_given_the_exact_times(inside: Inside, stage: str) -> None:
+def test_the_network_gets_the_exact_times(inside: Inside, stage: str) -> None:
     for times in (inside[0][f"{stage}/times"], inside[0]["long times"]):
         assert times[0] == 1
         torch.testing.assert_close(times, linear_times(len(times))[:-1], rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_part_of_the_noise_starts_from_the_noised_picture(inside: Inside, stage: str) -> None:
-    given = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
-    torch.testing.assert_close(given["denoise times"], linear_times(5, 0.5)[:-1], rtol=0, atol=3e-7)
-    wanted = diffuse(INWARD[stage](given["latent"]), torch.full((2,), 0.5), given["noise"])
-    torch.testing.assert_close(given["denoise input"], wanted, rtol=0, atol=5e-6)
+def test_denoise_below_1_starts_from_the_noised_latents(inside: Inside, stage: str) -> None:
+    found = {name.removeprefix(f"{stage}/"): x for name, x in inside[0].items()}
+    torch.testing.assert_close(found["denoise times"], linear_times(5, 0.5)[:-1], rtol=0, atol=3e-7)
+    expected = diffuse(INWARD[stage](found["latent"]), torch.full((2,), 0.5), found["noise"])
+    torch.testing.assert_close(found["denoise input"], expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_odd_schedules_and_seeds_do_no_harm(inside: Inside, stage: str) -> None:
-    for name in ("still", "large seed"):
+def test_repeated_sigmas_and_large_seeds_stay_finite(inside: Inside, stage: str) -> None:
+    for name in ("repeated sigmas", "large seed"):
         assert inside[0][f"{stage}/{name}"].isfinite().all(), name
 
 
-def test_schedulers_start_at_the_largest_noise_and_never_stand_still(inside: Inside) -> None:
+def test_schedules_start_at_the_largest_sigma_and_always_fall(inside: Inside) -> None:
     tensors, facts = inside
     for steps in COUNTS:
         error = (tensors[f"simple/{steps}"] - linear_times(steps)[:-1]).abs().max()
         assert error < (3e-7 if 277_200 % steps == 0 else 5e-6), steps
     for name, found in facts["schedules"].items():
-        if name == "kl_optimal 1":  # the host divides by zero
+        if name == "kl_optimal 1":  # ComfyUI divides by zero
             assert math.isnan(found["first"])
             continue
         assert found["falls"], name
-        if not name.startswith("ddim_uniform"):  # it starts a step lower with every model
+        if not name.startswith("ddim_uniform"):  # starts a step lower with every model
             assert abs(found["first"] - 1) < 1e-5 and found["time"] == 1, name
 
 
 def test_many_steps_stay_finite(inside: Inside) -> None:
-    """Multistep samplers divide by the steps between noise levels, which are 0 where a schedule is clamped."""
+    """Multistep samplers divide by differences of sigma, which are 0 where a schedule is clamped."""
     for name in (*LONG, "longest"):
         assert inside[0][f"long/{name}"].isfinite().all(), name
 
 
-def test_samplers_without_new_noise_are_those_advised_against_in_stage_b(inside: Inside) -> None:
+def test_stage_b_warns_about_each_sampler_that_adds_no_noise(inside: Inside) -> None:
     for name, found in inside[1]["samplers"].items():
-        assert found["finite"] and found["advised"] == (not found["random"]), name
+        assert found["finite"] and found["warned"] == (not found["random"]), name
 
 
-def test_advice_is_given_once_a_loaded_model(inside: Inside) -> None:
-    ddpm, ours, first, second, clone, another, prior, broken, early = inside[1]["advised"]
+def test_each_warning_is_logged_once_per_loaded_model(inside: Inside) -> None:
+    ddpm, ours, first, second, clone, another, prior, broken, early = inside[1]["warnings"]
     assert [ddpm, ours, second, clone, prior] == [[]] * 5
-    assert first == another and len(first) == 1
-    assert "Stage B" in first[0] and "take ddpm" in first[0]
-    assert len(broken) == 1 and "no numbers" in broken[0]
-    assert len(early) == 1 and "stop high above" in early[0]
+    assert first == another
+    for lines, facts in ((first, ("Stage B", "ddpm")), (broken, ("finite",)), (early, ("Stage C", "linear_quadratic"))):
+        [line] = lines
+        assert "\n" not in line and all(fact in line for fact in facts)
 
 
-def test_the_hosts_tables_are_left_alone(inside: Inside) -> None:
+def test_comfyuis_tables_are_unchanged(inside: Inside) -> None:
     assert inside[1]["tables kept"]
 
 
-def test_changed_times_are_refused_by_our_sampler(inside: Inside) -> None:
-    assert "times are not Würstchen's" in inside[1]["other times"]
+def test_our_sampler_rejects_another_noise_schedule(inside: Inside) -> None:
+    check_error(inside[1]["other schedule"], "StableCascadeSampling")
 
 
-def test_ksamplers_paint_both_stages(graph: dict[str, Any], paint: Callable[[dict[str, Any]], Outcome]) -> None:
-    """KSampler for Stage C and KSamplerAdvanced, in two halves, for Stage B, in place of our nodes."""
+def test_ksamplers_run_both_stages(graph: dict[str, Any], generate: Generate) -> None:
+    """KSampler replaces our node of Stage C, and KSamplerAdvanced, in two halves, that of Stage B."""
     [prior] = [node for node in graph.values() if node["class_type"] == "WuerstchenPriorSample"]
     [(key, decoder)] = [item for item in graph.items() if item[1]["class_type"] == "WuerstchenDecoderSample"]
-    given, painted = prior["inputs"], decoder["inputs"]
+    stage_c, stage_b = prior["inputs"], decoder["inputs"]
     common = {"steps": 4, "sampler_name": "ddpm", "scheduler": "simple"}
-    own = {"cfg": 3.0, "seed": 5, "denoise": 1.0, "latent_image": given["stage_c"]}
+    own = {"cfg": 3.0, "seed": 5, "denoise": 1.0, "latent_image": stage_c["stage_c"]}
     prior["class_type"] = "KSampler"
-    prior["inputs"] = {name: given[name] for name in ("model", "positive", "negative")} | common | own
-    own = {"cfg": 1.0, "noise_seed": 5, "model": painted["model"], "positive": painted["positive"]}
-    own |= common | {"negative": painted["positive"]}
+    prior["inputs"] = {name: stage_c[name] for name in ("model", "positive", "negative")} | common | own
+    own = {"cfg": 1.0, "noise_seed": 5, "model": stage_b["model"], "positive": stage_b["positive"]}
+    own |= common | {"negative": stage_b["positive"]}
     early = {"add_noise": "enable", "start_at_step": 0, "end_at_step": 2, "return_with_leftover_noise": "enable"}
     late = {"add_noise": "disable", "start_at_step": 2, "end_at_step": 9, "return_with_leftover_noise": "disable"}
-    graph["early"] = {"class_type": "KSamplerAdvanced", "inputs": {**own, **early, "latent_image": painted["stage_b"]}}
+    graph["early"] = {"class_type": "KSamplerAdvanced", "inputs": {**own, **early, "latent_image": stage_b["stage_b"]}}
     graph[key] = {"class_type": "KSamplerAdvanced", "inputs": {**own, **late, "latent_image": ["early", 0]}}
-    outcome = paint(graph)
+    outcome = generate(graph)
     assert len(outcome.pictures) == 1 and "Stage B was given" not in outcome.log

@@ -1,4 +1,4 @@
-"""Every workflow that ships, run as it ships: it paints what it says, and the picture beside it is what it paints."""
+"""Every shipped workflow generates what its prompt says, and the image beside it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import find
+from bundles import Generate, Graph, find
 from helpers.layouts import clip_of_transformers, vqgan_of_diffusers
 from helpers.networks import DECODER, NETWORKS, PRIOR, Network
-from PIL import Image
+from images import check_image, content, pixels
 from safetensors.torch import save_file
 
-from tools.comfyui.client import Outcome, Server
+from tools.comfyui.client import Server
 from tools.comfyui.graphs import (
     ALWAYS,
     LORA,
@@ -30,36 +30,19 @@ from tools.comfyui.graphs import (
     names,
     workflow,
 )
-from tools.comfyui.workflow_pictures import in_rows
 from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.prior import Prior
 
-Graph = dict[str, Any]
-Paint = Callable[[Graph], Outcome]
 Load = Callable[[str], Graph]
 
-LARGE = 0
-BIGG, CLIP_H = 128, 64  # widths of the small towers
-JPEG = 4.0  # of 255: what a picture may lose on average by being saved; another picture is off by 10 and more
-
-
-@pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge()
-
-
-@pytest.fixture
-def load(object_info: dict[str, Any]) -> Load:
-    """A workflow by its name, ready to run."""
-    return lambda name: api_form(workflow(name), object_info)
+BIGG, CLIP_H = 128, 64  # widths of the small text encoders
 
 
 @pytest.fixture(scope="module")
 def lora(models: Path) -> Iterator[None]:
-    """The LoRA where its workflow asks the user to put it."""
+    """Puts the LoRA into the folder that its workflow names."""
     copy = models / "loras" / LORA.name
     shutil.copy(LORA, copy)
     yield
@@ -68,7 +51,7 @@ def lora(models: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def released(models: Path) -> Iterator[None]:
-    """Small networks in the layouts of the released files, where the workflow says and under its names."""
+    """Writes small networks in the released layouts to the folders and names of the workflow."""
     prior = Network(lambda: Prior(replace(PRIOR, c_cond=BIGG)), NETWORKS["prior"].inputs, ())
     decoder = Network(lambda: Decoder(replace(DECODER, clip_embd=CLIP_H)), NETWORKS["decoder"].inputs, ())
     states = {
@@ -80,7 +63,7 @@ def released(models: Path) -> Iterator[None]:
             NETWORKS["vqgan"].perturbed().state_dict()
         ),
     }
-    files = wanted_files()
+    files = released_files()
     for path, url in files.items():
         part = url.removeprefix("https://huggingface.co/warp-ai/").removesuffix(".safetensors")
         save_file({key: tensor.contiguous() for key, tensor in states.pop(part).items()}, models / path)
@@ -90,34 +73,14 @@ def released(models: Path) -> Iterator[None]:
         (models / path).unlink()
 
 
-def wanted_files() -> dict[str, str]:
-    """Where each file of the released weights belongs, and where it is found."""
+def released_files() -> dict[str, str]:
+    """Returns the URL of each released file by its path in the models folder."""
     nodes = workflow(RELEASED)["nodes"]
     files = [file for node in nodes for file in node["properties"].get("models", [])]
     return {f"{file['directory']}/{file['name']}": file["url"] for file in files}
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"))
-
-
-def shows(judge: Judge, picture: Image.Image) -> tuple[str, str]:
-    """The large thing and the background of a picture."""
-    array = pixels(picture)
-    colour = judge.background(array)
-    assert colour >= 0, "no known background"
-    thing = judge.identify(array, Scene(0, colour, LARGE)).thing
-    return THINGS[thing].name if thing >= 0 else "nothing", list(COLOURS)[colour]
-
-
-def check_picture(name: str, outcome: Outcome) -> None:
-    """The picture beside a workflow is the one that it paints."""
-    kept, painted = Image.open(WORKFLOWS / f"{name}.jpg"), in_rows(outcome.pictures)
-    assert kept.size == painted.size
-    assert np.abs(pixels(kept).astype(float) - pixels(painted)).mean() < JPEG, f"paint {name}.jpg again"
-
-
-def test_each_workflow_has_a_picture_and_a_test() -> None:
+def test_each_workflow_has_an_image_and_a_test() -> None:
     tested = {
         "batch_of_seeds",
         "img2img_other_model",
@@ -143,104 +106,104 @@ def test_each_workflow_has_a_picture_and_a_test() -> None:
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == tested - {RELEASED, RELEASED_V1}
 
 
-def test_stock_ksamplers_paint_the_prompt(load: Load, paint: Paint, judge: Judge) -> None:
-    [picture] = paint(load("text_to_image_ksampler")).pictures
-    assert shows(judge, picture) == ("red apple", "blue")
+def test_ksampler_shows_the_prompt(load: Load, generate: Generate, judge: Judge) -> None:
+    [picture] = generate(load("text_to_image_ksampler")).pictures
+    assert content(judge, picture) == ("red apple", "blue")
 
 
-def test_v1_paints_what_the_pipeline_paints(load: Load, paint: Paint, judge: Judge) -> None:
+def test_v1_gives_the_pipelines_image(load: Load, generate: Generate, judge: Judge) -> None:
     name = "text_to_image_v1"
-    outcome = paint(load(name))
-    assert shows(judge, outcome.pictures[0]) == ("red apple", "blue")
-    check_picture(name, outcome)
+    outcome = generate(load(name))
+    assert content(judge, outcome.pictures[0]) == ("red apple", "blue")
+    check_image(name, outcome)
     [expected] = WuerstchenPipeline.load("demo-v1", device="cpu", dtype="fp32").generate(
         "a red apple on a blue background", seed=1
     )
-    more = pixels(expected).astype(int) - pixels(outcome.pictures[0])  # ComfyUI cuts off what we round
-    assert np.isin(more, (0, 1)).mean() > 0.99  # rounding may tip the choice of a token
+    difference = pixels(expected).astype(int) - pixels(outcome.pictures[0])  # ComfyUI truncates, the core rounds
+    assert np.isin(difference, (0, 1)).mean() > 0.99  # rounding may change a token
 
 
-def test_weights_choose_the_thing_and_the_negative_the_background(load: Load, paint: Paint, judge: Judge) -> None:
+def test_weights_set_the_thing_and_the_negative_the_background(load: Load, generate: Generate, judge: Judge) -> None:
     name = "prompt_weighting_and_negative"
-    outcome = paint(load(name))
-    thing, background = shows(judge, outcome.pictures[0])
+    outcome = generate(load(name))
+    thing, background = content(judge, outcome.pictures[0])
     assert thing == "cat" and background != "gray"
-    check_picture(name, outcome)
+    check_image(name, outcome)
 
-    reversed_weights, anyhow = load(name), load(name)
+    reversed_weights, without_negative = load(name), load(name)
     find(reversed_weights, "WuerstchenTextEncode")["text"] = "a (cat:0.7), a (frog:1.3)"
-    assert shows(judge, paint(reversed_weights).pictures[0])[0] == "frog"
-    negative = next(n["inputs"] for n in anyhow.values() if n["inputs"].get("text") == "a gray background")
+    assert content(judge, generate(reversed_weights).pictures[0])[0] == "frog"
+    negative = next(n["inputs"] for n in without_negative.values() if n["inputs"].get("text") == "a gray background")
     negative["text"] = ""
-    assert shows(judge, paint(anyhow).pictures[0])[1] == "gray"
+    assert content(judge, generate(without_negative).pictures[0])[1] == "gray"
 
 
-def test_the_lora_changes_the_background_as_far_as_its_strength(
-    load: Load, paint: Paint, judge: Judge, lora: None
+def test_the_lora_changes_the_background_unless_its_strength_is_0(
+    load: Load, generate: Generate, judge: Judge, lora: None
 ) -> None:
     graph = load("lora")
-    outcome = paint(graph)
-    assert shows(judge, outcome.pictures[0]) == ("red apple", "pink")
-    check_picture("lora", outcome)
+    outcome = generate(graph)
+    assert content(judge, outcome.pictures[0]) == ("red apple", "pink")
+    check_image("lora", outcome)
     find(graph, "WuerstchenLoraLoader")["strength_model"] = 0.0
-    assert shows(judge, paint(graph).pictures[0]) == ("red apple", "blue")
+    assert content(judge, generate(graph).pictures[0]) == ("red apple", "blue")
 
 
-def test_each_half_follows_its_own_prompt(load: Load, paint: Paint, judge: Judge) -> None:
+def test_each_half_follows_its_own_prompt(load: Load, generate: Generate, judge: Judge) -> None:
     name = "two_prompts_by_mask"
-    outcome = paint(load(name))
+    outcome = generate(load(name))
     [picture] = outcome.pictures
     assert picture.size == (512, 256)
-    assert [shows(judge, half) for half in halves(picture)] == [("red apple", "yellow"), ("cat", "blue")]
-    check_picture(name, outcome)
+    assert [content(judge, half) for half in halves(picture)] == [("red apple", "yellow"), ("cat", "blue")]
+    check_image(name, outcome)
 
 
-def test_the_workflow_with_another_model_runs_without_it(
-    server: Server, object_info: dict[str, Any], load: Load, paint: Paint, judge: Judge
+def test_the_workflow_with_another_model_runs_with_that_model_muted(
+    server: Server, object_info: dict[str, Any], load: Load, generate: Generate, judge: Judge
 ) -> None:
     name = "img2img_other_model"
     graph = load(name)
-    outcome = paint(graph)
-    assert shows(judge, outcome.pictures[0]) == ("red apple", "blue")
-    check_picture(name, outcome)
+    outcome = generate(graph)
+    assert content(judge, outcome.pictures[0]) == ("red apple", "blue")
+    check_image(name, outcome)
     whole = workflow(name)
     muted = [node for node in whole["nodes"] if node["mode"] == MUTED]
     for node in muted:
         node["mode"] = ALWAYS
     unmuted = api_form(whole, object_info)
     assert len(unmuted) == len(graph) + len(muted)
-    # All that the second half lacks is a checkpoint to choose; the first runs again all the same.
-    answer = json.loads(server.post("/prompt", {"prompt": unmuted}))
-    errors = [error for node in answer["node_errors"].values() for error in node["errors"]]
+    # The unmuted half lacks only a checkpoint to choose; the other half still runs.
+    response = json.loads(server.post("/prompt", {"prompt": unmuted}))
+    errors = [error for node in response["node_errors"].values() for error in node["errors"]]
     assert [error["extra_info"]["input_name"] for error in errors] == ["ckpt_name"]
 
 
 @pytest.mark.newest
-def test_a_batch_paints_different_pictures_of_one_thing(load: Load, paint: Paint, judge: Judge) -> None:
-    outcome = paint(load("batch_of_seeds"))
-    shown = [shows(judge, picture) for picture in outcome.pictures]
+def test_a_batch_gives_different_images_of_one_thing(load: Load, generate: Generate, judge: Judge) -> None:
+    outcome = generate(load("batch_of_seeds"))
+    shown = [content(judge, picture) for picture in outcome.pictures]
     assert len(shown) == 8 and {thing for thing, _ in shown} == {"cat"}
     assert len({background for _, background in shown}) > 1
     assert len({picture.tobytes() for picture in outcome.pictures}) == 8
-    check_picture("batch_of_seeds", outcome)
+    check_image("batch_of_seeds", outcome)
 
 
-def test_the_released_weights_are_found_by_name_and_paint(load: Load, paint: Paint, released: None) -> None:
+def test_the_released_workflow_runs(load: Load, generate: Generate, released: None) -> None:
     graph = load(RELEASED)
     assert find(graph, "WuerstchenPriorSample")["schedule"] == "original"
     assert find(graph, "WuerstchenPriorSample")["cfg"] == 4.0 and find(graph, "WuerstchenDecoderSample")["steps"] == 12
     find(graph, "WuerstchenEmptyLatents").update(width=256, height=192)
     find(graph, "WuerstchenDecoderSample")["steps"] = 2
-    [picture] = paint(graph).pictures
+    [picture] = generate(graph).pictures
     assert picture.size == (256, 192)
 
 
-def test_the_released_weights_are_offered_under_the_names_that_the_loaders_ask_for() -> None:
+def test_the_released_workflow_names_and_links_its_files() -> None:
     for node in workflow(RELEASED)["nodes"]:
         if node["type"].endswith("Loader"):
             [file] = node["properties"]["models"]
             assert file["name"] == node["widgets_values"][0]
     note = next(node["widgets_values"][0] for node in workflow(RELEASED)["nodes"] if node["type"] == "MarkdownNote")
-    for path, url in wanted_files().items():
+    for path, url in released_files().items():
         folder, _, file = path.partition("/")
         assert f"({url})" in note and f"{folder}/ **{file}**" in note
