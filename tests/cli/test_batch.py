@@ -1,4 +1,4 @@
-"""`generate --prompts`: what each line becomes, what is reported, and that what is there is never painted again."""
+"""`generate --prompts`: images, metadata, reports, and that existing images are not generated again."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from helpers.tiny_stages import launch
 from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.cli import batch, progress
+from wuerstchen_core.cli import batch
 from wuerstchen_core.cli.options import fingerprint
-from wuerstchen_core.cli.prompt_file import seed_of
+from wuerstchen_core.cli.prompt_file import line_seed
 from wuerstchen_core.cli.save import METADATA_KEY
 from wuerstchen_core.training.data.folder import Folder
 from wuerstchen_core.training.data.shards import LocalShards
@@ -38,7 +38,7 @@ NAMES = ["000001", "000002", "000002-2", "000002-3", "000003", "000004", "000005
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    """A file of prompts; a text stands there as it is."""
+    """Writes a file of prompts; strings are written as they are, other values as JSON."""
     path.write_text("".join(f"{one if isinstance(one, str) else json.dumps(one)}\n" for one in lines), "utf-8")
     return path
 
@@ -49,14 +49,14 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def painted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds of all pictures that are painted from now on."""
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of all images that are generated during the test."""
     seeds: list[int] = []
     generate = WuerstchenPipeline.generate
 
-    def watched(self: WuerstchenPipeline, prompt: Any, **told: Any) -> list[Image.Image]:
-        seeds.extend(told["seed"])
-        return generate(self, prompt, **told)
+    def watched(self: WuerstchenPipeline, prompt: Any, **kwargs: Any) -> list[Image.Image]:
+        seeds.extend(kwargs["seed"])
+        return generate(self, prompt, **kwargs)
 
     monkeypatch.setattr(WuerstchenPipeline, "generate", watched)
     return seeds
@@ -75,7 +75,7 @@ def both(names: list[str]) -> set[str]:
 
 
 def by_name(folder: Path, cache: Path | None = None) -> dict[str, tuple[np.ndarray, str]]:
-    """Pictures and captions as training reads them."""
+    """Returns images and captions by name, as training reads them."""
     source = Folder([folder]) if cache is None else LocalShards(sorted(folder.glob("*.tar")), cache)
     assert not source.bad
     read = [(np.asarray(source.picture(i)).astype(int), source.caption(i)) for i in range(len(source))]
@@ -89,48 +89,48 @@ def assert_equal_pictures(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert np.abs(image - other[name][0]).max() <= ROUNDING
 
 
-def test_each_line_is_what_generate_paints(bundle: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert run(*command(bundle, prompts, out, "--seed", "3", "--sampler", "ddim")) == 0
-    assert capsys.readouterr() == ("8 painted, 0 there already, lines left out: 0\n", "")
+    assert capsys.readouterr() == ("generated: 8, existing: 0, skipped lines: 0\n", "")
     assert set(files(out)) == both(NAMES)
-    made = {name: json.loads((out / f"{name}.json").read_text("utf-8")) for name in NAMES}
-    assert made["000001"] == {
-        "prompt": PROMPT, "negative": "", "seed": seed_of(3, 1), "model": "tiny.safetensors", "width": 128,
+    metadata = {name: json.loads((out / f"{name}.json").read_text("utf-8")) for name in NAMES}
+    assert metadata["000001"] == {
+        "prompt": PROMPT, "negative": "", "seed": line_seed(3, 1), "model": "tiny.safetensors", "width": 128,
         "height": 64, "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2,
         "decoder_guidance": 1.0, "sampler": "ddim", "weights": fingerprint(bundle),
     }  # fmt: skip
-    assert [made[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
-    assert len({one["seed"] for one in made.values()}) == len(NAMES)
-    single = ("--negative", "blue", "--width", "64", "--prior-steps", "2", "--seed", str(made["000003"]["seed"]))
-    told = ("--model", bundle, "--sampler", "ddim", "--device", "cpu", "--output", tmp_path / "single.png")
-    assert run("generate", PROMPT, *single, *told) == 0
+    assert [metadata[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
+    assert len({one["seed"] for one in metadata.values()}) == len(NAMES)
+    single = ("--negative", "blue", "--width", "64", "--prior-steps", "2", "--seed", str(metadata["000003"]["seed"]))
+    options = ("--model", bundle, "--sampler", "ddim", "--device", "cpu", "--output", tmp_path / "single.png")
+    assert run("generate", PROMPT, *single, *options) == 0
     with Image.open(tmp_path / "single.png") as alone, Image.open(out / "000003.png") as image:
-        assert json.loads(image.text[METADATA_KEY]) == json.loads(alone.text[METADATA_KEY]) == made["000003"]
+        assert json.loads(image.text[METADATA_KEY]) == json.loads(alone.text[METADATA_KEY]) == metadata["000003"]
         assert np.abs(pixels([alone]) - pixels([image])).max() <= ROUNDING
     read = by_name(out)
     assert [read[name][1] for name in NAMES] == [PROMPT, BLUE, BLUE, BLUE, PROMPT, BLUE, PROMPT, BLUE]
     assert read["000005"][0].shape == (128, 64, 3)
 
 
-def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, painted: list[int]) -> None:
-    """Shards of two lines, in batches of three, hold what single files one by one are; only the missing is added."""
+def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, generated: list[int]) -> None:
+    """Shards of two lines, generated in batches of three, equal single files; a new line adds only its images."""
     assert run(*command(bundle, prompts, tmp_path / "files")) == 0
-    alone = list(painted)
+    alone = list(generated)
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2", "--batch", "3")) == 0
-    assert sorted(painted[len(alone) :]) == sorted(alone)
+    assert sorted(generated[len(alone) :]) == sorted(alone)
     assert set(files(tmp_path / "shards")) == {f"{i:06d}-by-2.tar" for i in range(3)}
     assert_equal_pictures(by_name(tmp_path / "shards", tmp_path / "index"), by_name(tmp_path / "files"))
     before = files(tmp_path / "shards")
     write(prompts, [*LINES, {"prompt": PROMPT, "seed": 1}])
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
-    assert painted[2 * len(alone) :] == [1]
+    assert generated[2 * len(alone) :] == [1]
     write(prompts, [*LINES, {"prompt": PROMPT, "seed": 1}, {"prompt": BLUE, "seed": 2}])
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
-    assert painted[2 * len(alone) :] == [1, 2]
+    assert generated[2 * len(alone) :] == [1, 2]
     assert before.items() < files(tmp_path / "shards").items()
     before = files(tmp_path / "shards")
-    left = tmp_path / "shards/.000000-by-2"  # as a process leaves it that is killed when all is packed
+    left = tmp_path / "shards/.000000-by-2"  # as if the process was killed after packing
     left.mkdir()
     for name in ("000001.json", "000001.png", "000002.png"):
         (left / name).write_bytes((tmp_path / "files" / name).read_bytes())
@@ -141,25 +141,25 @@ def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, painted
 
 
 BAD = [
-    ("nonsense", "it is no JSON"),
-    ('"a red apple"', "it holds no JSON table but str"),
-    ({"count": 2}, "[line] lacks prompt"),
-    ({"prompt": PROMPT, "wdth": 64}, "[line] has no key wdth: it takes prompt, "),
-    ({"prompt": PROMPT, "width": 100}, "100x64 pixels cannot be painted"),
-    ({"prompt": PROMPT, "seed": "7"}, "[line] seed must be a whole number, got '7'"),
-    ({"prompt": PROMPT, "seed": -1}, "seed -1 cannot be used"),
-    ({"prompt": PROMPT, "count": 0}, "0 pictures were asked for"),
-    ({"prompt": PROMPT, "count": 10**9}, "give at most 100000"),
-    ({"prompt": PROMPT, "decoder_steps": 10**12}, "at most 10000 can be taken"),
+    ("nonsense", "JSON"),
+    ('"a red apple"', "str"),
+    ({"count": 2}, "prompt"),
+    ({"prompt": PROMPT, "wdth": 64}, "wdth"),
+    ({"prompt": PROMPT, "width": 100}, "100x64"),
+    ({"prompt": PROMPT, "seed": "7"}, "got '7'"),
+    ({"prompt": PROMPT, "seed": -1}, "seed -1"),
+    ({"prompt": PROMPT, "count": 0}, "count"),
+    ({"prompt": PROMPT, "count": 10**9}, "100000"),
+    ({"prompt": PROMPT, "decoder_steps": 10**12}, "10000"),
     ({"prompt": PROMPT, "prior_guidance": 10**400}, "too large"),
-    ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "the fast schedule has 6 steps, not 9"),
-    ({"prompt": PROMPT, "token_mode": "argmax"}, "this model's Stage B paints no tokens"),
-    ('{"prompt": "\\ud800"}', "surrogates not allowed"),
+    ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "6 steps, not 9"),
+    ({"prompt": PROMPT, "token_mode": "argmax"}, "token"),
+    ('{"prompt": "\\ud800"}', "surrogates"),
     ({"prompt": PROMPT, "seed": json.loads("[" * 900 + "]" * 900)}, "recursion"),
 ]
 
 
-def test_bad_lines_are_named_and_the_rest_is_painted(
+def test_invalid_lines_are_reported_and_skipped(
     bundle: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = ["\ufeff" + json.dumps(LINES[0]), "", *(line for line, _ in BAD), LINES[5]]
@@ -167,145 +167,165 @@ def test_bad_lines_are_named_and_the_rest_is_painted(
     assert run(*command(bundle, prompts, out, "--json")) == 2
     out_text, last = capsys.readouterr()
     report, named = json.loads(out_text), caplog.messages
-    assert (report["painted"], report["there"]) == (2, 0) and set(files(out)) == both(["000001", "000018"])
-    assert len(named) == len(BAD) == len(report["left_out"])
+    assert (report["generated"], report["existing"]) == (2, 0) and set(files(out)) == both(["000001", "000018"])
+    assert len(named) == len(BAD) == len(report["skipped"])
     for number, (line, (_, reason)) in enumerate(zip(named, BAD, strict=True), 3):
-        assert line.startswith(f"line {number} of {prompts} is left out: ") and reason in line and len(line) < 500
-        assert reason in report["left_out"][str(number)]
-    assert (
-        last == f"left out of {prompts}, for the reasons above, were lines 3, 4, 5 and 12 more; all else is painted\n"
-    )
+        assert line.startswith(f"{prompts}: line {number} ") and reason in line and len(line) < 500
+        assert reason in report["skipped"][str(number)]
+    assert str(prompts) in last and "lines 3, 4, 5 and 12 more" in last and last.count("\n") == 1
 
 
-def test_only_what_is_missing_is_painted(bundle: Path, prompts: Path, tmp_path: Path, painted: list[int]) -> None:
+def test_unknown_words_are_reported_once_for_all_lines(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "a zebra"}, {"prompt": "a zebra on a castle"}])
+    assert run(*command(bundle, prompts, tmp_path / "out")) == 0
+    [message] = caplog.messages
+    assert '"zebra", "castle"' in message and message.count("\n") == 1
+
+
+def test_only_missing_images_are_generated(bundle: Path, prompts: Path, tmp_path: Path, generated: list[int]) -> None:
     out = tmp_path / "out"
     assert run(*command(bundle, prompts, out)) == 0
     before = files(out)
-    painted.clear()
-    assert run(*command(bundle, prompts, out)) == 0 and not painted
+    generated.clear()
+    assert run(*command(bundle, prompts, out)) == 0 and not generated
     (out / "000002-2.png").unlink()
-    (out / "000002-2.png.part").write_bytes(before["000002-2.png"][:99])
-    assert run(*command(bundle, prompts, out)) == 0 and painted == [8]
+    assert run(*command(bundle, prompts, out)) == 0 and generated == [8]
     assert set(files(out)) == set(before)
 
 
-def test_what_cannot_be_meant(bundle: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("more", [(), ("--shards", "2")])
+def test_a_process_removes_only_drafts_of_its_own_images(
+    bundle: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """Process 0 of 2 has the lines 1, 3, 5, or shard 0 with the lines 1 and 2."""
+    out = tmp_path / "out"
+    out.mkdir()
+    own = ["000000-by-2.tar"] if more else ["000001.png", "000003.json"]
+    others = ["000001-by-2.tar"] if more else ["000002.png", "000004.json"]
+    drafts = {name: out / f".{name}.0123456789ab.part" for name in (*own, *others, "mine.png")}
+    for draft in drafts.values():
+        draft.write_bytes(b"half")
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*command(bundle, prompts, out, *more)) == 0
+    assert [name for name, draft in drafts.items() if draft.exists()] == [*others, "mine.png"]
+
+
+def test_unusable_options_and_folders(bundle: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     write(prompts, LINES[:1])
     assert run(*command(bundle, prompts, out)) == 0
     capsys.readouterr()
     before = files(out)
-    assert "000001 of another prompt, seed" in failure(capsys, *command(bundle, prompts, out, "--seed", "1"))
+    assert "000001" in failure(capsys, *command(bundle, prompts, out, "--seed", "1"))
     trained = tmp_path / "trained" / bundle.name  # of the same name and size
     trained.parent.mkdir()
     content = bytearray(bundle.read_bytes())
     content[-len(content) // 2 :] = bytes(x ^ 1 for x in content[-len(content) // 2 :])
     trained.write_bytes(content)
-    assert "000001 of another prompt, seed, model" in failure(capsys, *command(trained, prompts, out))
-    assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, out, "--shards", "2"))
+    assert "000001" in failure(capsys, *command(trained, prompts, out))
+    assert "000001.png" in failure(capsys, *command(bundle, prompts, out, "--shards", "2"))
     (out / "000001.json").write_text("[]")
-    assert "no JSON table" in failure(capsys, *command(bundle, prompts, out))
+    assert "000001.json" in failure(capsys, *command(bundle, prompts, out))
     assert files(out) == {**before, "000001.json": b"[]"}
     shards = tmp_path / "shards"
     assert run(*command(bundle, prompts, shards, "--shards", "1")) == 0
     capsys.readouterr()
     for more in ((), ("--shards", "2")):
-        assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, shards, *more))
-    (shards / "000000-by-1.tar").rename(shards / ".000000-by-1")  # as a killed run has one that it began
-    (shards / ".000000-by-1").unlink(), (shards / ".000000-by-1").mkdir()
+        assert "000000-by-1.tar" in failure(capsys, *command(bundle, prompts, shards, *more))
+    (shards / "000000-by-1.tar").unlink(), (shards / ".000000-by-1").mkdir()  # an unfinished shard
     for more in ((), ("--shards", "2")):
-        assert "from a run with other --shards" in failure(capsys, *command(bundle, prompts, shards, *more))
+        assert "000000-by-1.tar" in failure(capsys, *command(bundle, prompts, shards, *more))
     (shards / "000000-by-1.tar").write_bytes(b"no tar")
-    assert "no shard that can be read" in failure(capsys, *command(bundle, prompts, shards, "--shards", "1"))
+    assert "000000-by-1.tar" in failure(capsys, *command(bundle, prompts, shards, "--shards", "1"))
     new = tmp_path / "new"
-    assert "--shards 0 cannot be used" in failure(capsys, *command(bundle, prompts, new, "--shards", "0"))
-    assert "--batch 0 cannot be used" in failure(capsys, *command(bundle, prompts, new, "--batch", "0"))
-    assert "100x64 pixels" in failure(capsys, *command(bundle, prompts, new, "--width", "100"))
-    assert "none.jsonl does not exist: name a file" in failure(
-        capsys, *command(bundle, tmp_path / "none.jsonl", tmp_path / "x")
-    )
+    assert "--shards" in failure(capsys, *command(bundle, prompts, new, "--shards", "0"))
+    assert "--batch" in failure(capsys, *command(bundle, prompts, new, "--batch", "0"))
+    assert "100x64" in failure(capsys, *command(bundle, prompts, new, "--width", "100"))
+    assert "none.jsonl" in failure(capsys, *command(bundle, tmp_path / "none.jsonl", tmp_path / "x"))
     assert not (tmp_path / "x").exists()
     (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]), encoding="utf-16")
-    assert run(*command(bundle, tmp_path / "p.jsonl", new)) == 2 and "lines 1;" in capsys.readouterr().err
-    assert "holds no prompt" in failure(capsys, *command(bundle, write(tmp_path / "empty", [""]), new))
-    assert "is no folder" in failure(capsys, *command(bundle, prompts, prompts))
-    assert "give one as --output" in failure(capsys, "generate", "--prompts", prompts)
-    assert "either a PROMPT or" in failure(capsys, *command(bundle, prompts, new), PROMPT)
-    assert "either a PROMPT or" in failure(capsys, "generate")
-    assert "are for a file of --prompts" in failure(capsys, "generate", PROMPT, "--batch", "2")
+    assert run(*command(bundle, tmp_path / "p.jsonl", new)) == 2 and "lines 1 " in capsys.readouterr().err
+    assert str(tmp_path / "empty") in failure(capsys, *command(bundle, write(tmp_path / "empty", [""]), new))
+    assert str(prompts) in failure(capsys, *command(bundle, prompts, prompts))
+    assert "--output" in failure(capsys, "generate", "--prompts", prompts)
+    assert "PROMPT" in failure(capsys, *command(bundle, prompts, new), PROMPT)
+    assert "PROMPT" in failure(capsys, "generate")
+    assert "--prompts" in failure(capsys, "generate", PROMPT, "--batch", "2")
 
 
 @pytest.mark.parametrize("more", [(), ("--shards", "1")])
-def test_nothing_is_painted_beside_pictures_that_were_made_otherwise(
-    bundle: Path, prompts: Path, tmp_path: Path, painted: list[int], more: tuple[str, ...], capsys: Any
+def test_nothing_is_generated_beside_images_with_other_settings(
+    bundle: Path, prompts: Path, tmp_path: Path, generated: list[int], more: tuple[str, ...], capsys: Any
 ) -> None:
-    """Whatever is missing before them."""
+    """Not even images that come before them in the file."""
     out = tmp_path / "out"
     assert run(*command(bundle, prompts, out, *more)) == 0
     [first] = [path for path in out.iterdir() if path.name in ("000001.png", "000000-by-1.tar")]
     first.unlink()
-    painted.clear(), capsys.readouterr()
-    assert "of another prompt, seed" in failure(capsys, *command(bundle, prompts, out, *more, "--seed", "1"))
-    assert not painted and not first.exists()
-    assert run(*command(bundle, prompts, out, *more)) == 0 and len(painted) == 1
+    generated.clear(), capsys.readouterr()
+    assert "another prompt, seed" in failure(capsys, *command(bundle, prompts, out, *more, "--seed", "1"))
+    assert not generated and not first.exists()
+    assert run(*command(bundle, prompts, out, *more)) == 0 and len(generated) == 1
 
 
 @pytest.mark.parametrize(("name", "content"), [("000002.png", b"mine"), ("000002.json", b'{"caption": "mine"}')])
-def test_what_somebody_else_put_there_is_left_alone(
-    bundle: Path, prompts: Path, tmp_path: Path, painted: list[int], name: str, content: bytes, capsys: Any
+def test_files_of_other_programs_are_not_replaced(
+    bundle: Path, prompts: Path, tmp_path: Path, generated: list[int], name: str, content: bytes, capsys: Any
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_bytes(content)
-    assert f"holds {name}, which no run with --prompts left" in failure(capsys, *command(bundle, prompts, out))
-    assert files(out) == {name: content} and not painted
+    assert name in failure(capsys, *command(bundle, prompts, out))
+    assert files(out) == {name: content} and not generated
 
 
-def test_a_run_without_a_terminal_says_now_and_then_how_far_it_is(
+def test_progress_lines_without_a_terminal(
     bundle: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    monkeypatch.setattr(batch, "LINE_INTERVAL", 0.0)
     assert run(*command(bundle, prompts, tmp_path / "out")) == 0
-    assert capsys.readouterr().err.splitlines() == [f"{n} of 8 pictures are there" for n in range(1, 9)]
+    assert capsys.readouterr().err.splitlines() == [f"{n} of 8 images exist" for n in range(1, 9)]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that was not there before is forked")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("more", [(), ("--shards", "3")])
 def test_killed_and_started_again(
-    bundle: Path, prompts: Path, tmp_path: Path, painted: list[int], more: tuple[str, ...]
+    bundle: Path, prompts: Path, tmp_path: Path, generated: list[int], more: tuple[str, ...]
 ) -> None:
-    """Killed twice amid the writing of a picture: no picture is painted that was there."""
+    """Killed twice while it writes an image: existing images are not generated again, and no draft remains."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert run(*command(bundle, prompts, whole, *more)) == 0
-    everything, there = list(painted), 0
+    everything, existing = list(generated), 0
     for last in (3, 4):
         if (child := os.fork()) == 0:
             try:
-                torch.set_num_threads(1)  # threads do not come along
+                torch.set_num_threads(1)  # a forked process has no other threads
                 die_at(last)
                 run(*command(bundle, prompts, out, *more))
             finally:
                 os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        there += last - 1
+        existing += last - 1
         assert any(name.endswith(".part") for name in files(out))
-    painted.clear()
+    generated.clear()
     assert run(*command(bundle, prompts, out, *more)) == 0
-    assert painted == everything[there:]
+    assert generated == everything[existing:]
     assert files(out) == files(whole)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a process is killed by a signal")
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> None:
-    """Two processes paint what one paints; after a kill two others paint what is missing, and nothing twice."""
+    """Two processes generate the images of one; after a kill two others add what is missing, and nothing twice."""
     prompts = write(tmp_path / "prompts.jsonl", [*LINES, "bad", *LINES])
     out, alone = tmp_path / "out", tmp_path / "alone"
-    told = [str(argument) for argument in command(bundle, prompts, out)]
+    arguments = [str(argument) for argument in command(bundle, prompts, out)]
     with pytest.raises(AssertionError, match="SIGKILL|exitcode: -9|Signal 9"):
-        launch(str(Path(__file__).parents[1] / "helpers" / "batch_process.py"), *told)
+        launch(str(Path(__file__).parents[1] / "helpers" / "batch_process.py"), *arguments)
     there = {path.name: path.stat().st_ino for path in out.glob("*.png")}
     assert {"000002.png"} <= set(there) and not {"000002-2.png", "000012.png"} & set(there)
-    launch("-m", "wuerstchen_core", *told, by="accelerate")
+    launch("-m", "wuerstchen_core", *arguments, by="accelerate")
     assert run(*command(bundle, prompts, alone)) == 2
     assert there.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
     assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES)
@@ -314,8 +334,8 @@ def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> N
     assert [files(out)[name] for name in jsons] == [files(alone)[name] for name in jsons]
 
 
-@pytest.mark.parametrize(("rank", "world"), list(zip(batch.RANK, batch.WORLD, strict=True)))
-def test_a_share_of_shards_by_what_launchers_tell(
+@pytest.mark.parametrize(("rank", "world"), [names[:2] for names in batch.LAUNCHERS])
+def test_launchers_divide_the_shards(
     bundle: Path,
     prompts: Path,
     tmp_path: Path,
@@ -325,37 +345,38 @@ def test_a_share_of_shards_by_what_launchers_tell(
     capsys: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The last of three processes; a bad line is the business of one of them, and stops no other."""
+    """The first and the last of three processes; only the first has the invalid line, and it does not fail."""
     write(prompts, [*LINES, "bad"])
     monkeypatch.setenv(rank, "0"), monkeypatch.setenv(world, "3")
     assert run(*command(bundle, prompts, tmp_path / "out", "--shards", "2", "--schedule", "fast")) == 0
-    assert capsys.readouterr() == ("4 painted, 0 there already, lines left out: 1 (process 1 of 3)\n", "")
-    assert caplog.messages == [f"line 7 of {prompts} is left out: it is no JSON"]
+    assert capsys.readouterr() == ("generated: 4, existing: 0, skipped lines: 1 (process 1 of 3)\n", "")
+    [message] = caplog.messages
+    assert f"{prompts}: line 7" in message
     assert set(files(tmp_path / "out")) == {"000000-by-2.tar"}
     monkeypatch.setenv(rank, "2")
     assert run(*command(bundle, prompts, tmp_path / "out", "--shards", "2", "--schedule", "fast")) == 0
-    assert capsys.readouterr() == ("2 painted, 0 there already, lines left out: 0 (process 3 of 3)\n", "")
+    assert capsys.readouterr() == ("generated: 2, existing: 0, skipped lines: 0 (process 3 of 3)\n", "")
     monkeypatch.setenv(rank, "3")
     assert "process 3 of 3" in failure(capsys, *command(bundle, prompts, tmp_path / "out"))
 
 
-def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch.device_of("cpu", 3) == "cpu"
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batch.process_device("cpu", 3) == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [batch.device_of("auto", local) for local in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert batch.device_of("cuda:1", 0) == "cuda:1"
+    assert [batch.process_device("auto", local) for local in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert batch.process_device("cuda:1", 0) == "cuda:1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert batch.device_of("auto", 1) == "auto"
+    assert batch.process_device("auto", 1) == "auto"
 
 
 @pytest.mark.parametrize("release", ["v1", "v2"])
-def test_each_picture_of_a_batch_has_its_own_seed(tmp_path: Path, release: str) -> None:
+def test_each_image_of_a_batch_has_its_own_seed(tmp_path: Path, release: str) -> None:
     pipe = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "m.safetensors", release=release), device="cpu")
-    long, seeds = "red apple " * 50, [9, 2, 2**48]  # of another length: painted apart
+    long, seeds = "red apple " * 50, [9, 2, 2**48]  # longer texts need a batch of their own
     images = pipe.generate([PROMPT, BLUE, long], seed=seeds)
     for image, prompt, seed in zip(images, [PROMPT, BLUE, long], seeds, strict=True):
         assert np.abs(pixels([image]) - pixels(pipe.generate(prompt, seed=seed))).max() <= ROUNDING
-    with pytest.raises(ValueError, match="2 seeds were given for 3 pictures"):
+    with pytest.raises(ValueError, match="2 seeds"):
         pipe.generate([PROMPT, BLUE, long], seed=[1, 2])
-    with pytest.raises(ValueError, match="seed -1 cannot be used"):
+    with pytest.raises(ValueError, match="seed -1"):
         pipe.generate([PROMPT, BLUE], seed=[1, -1])

@@ -39,7 +39,7 @@ def test_unknown_words_are_reported_once_a_run(bundle: Path, tmp_path: Path) -> 
 def test_a_failing_process(tmp_path: Path) -> None:
     process = shell("generate", PROMPT, "--model", "nowhere", cwd=tmp_path)
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.count("\n") == 1 and "nowhere does not exist" in process.stderr
+    assert process.stderr.count("\n") == 1 and "nowhere" in process.stderr
 
 
 def test_importing_the_package_is_light() -> None:

@@ -1,4 +1,4 @@
-"""One of several processes of the command line, of which number 1 is killed amid the writing of its second picture."""
+"""Runs the command line as one of several processes; process 1 is killed while it writes its second image."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from wuerstchen_core.cli.main import main
 
 
 def die_at(number: int) -> None:
-    """Kill this process when half of that picture's file is written."""
+    """Kills this process when half of the image of that number is written."""
     write, written = Image.Image.save, 0
 
-    def save(image: Image.Image, path: Path, *told: Any, **options: Any) -> None:
+    def save(image: Image.Image, path: Path, *args: Any, **kwargs: Any) -> None:
         nonlocal written
         written += 1
-        write(image, path, *told, **options)
+        write(image, path, *args, **kwargs)
         if written == number:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What tests of the pipeline and the command line share: a prompt, commands, and pictures and latents as numbers."""
+"""Helpers for tests of the pipeline and the command line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
 
 PROMPT = "a red apple"
-ROUNDING = 1  # of 255: where in memory a tensor lies, and how many share a batch, moves fp32 in its last digit
+ROUNDING = 1  # of 255: fp32 results depend on memory alignment and batch size in their last digit
 
 
 def run(*arguments: str | Path, main: Callable[[list[str]], int] = main) -> int:
-    """The exit code of a command."""
+    """Runs a command and returns its exit code."""
     try:
         return main([str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse's
@@ -28,7 +28,7 @@ def run(*arguments: str | Path, main: Callable[[list[str]], int] = main) -> int:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path, main: Callable[[list[str]], int] = main) -> str:
-    """The one line that a command fails with."""
+    """Runs a command that fails and returns its error, which is one line."""
     assert run(*arguments, main=main) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.endswith("\n")
@@ -40,7 +40,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 
 def latents(pipe: WuerstchenPipeline, prompts: list[str], seed: int) -> tuple[Tensor, Tensor]:
-    """What Stages C and B make of prompts."""
+    """Returns the latents of Stages C and B for prompts."""
     prior_text, decoder_text = pipe.encode_text(prompts)
     features = pipe.sample_prior(prior_text, pipe.sampling, seed=seed)
     return features, pipe.sample_decoder(features, decoder_text, pipe.sampling, seed=seed)
@@ -48,10 +48,10 @@ def latents(pipe: WuerstchenPipeline, prompts: list[str], seed: int) -> tuple[Te
 
 @torch.no_grad()
 def make_vivid(pipe: WuerstchenPipeline) -> None:
-    """Let a tiny random model's pictures depend visibly on the picture that it is given, and on its seed and prompt."""
+    """Scales the weights of a tiny random model so that its images visibly depend on input image, seed and prompt."""
     encoder, vqgan = pipe.image_encoder, pipe.vqgan
     assert encoder is not None and vqgan is not None
-    for norm in encoder.modules():  # random layers let a picture fade away; statistics of its own layers bring it back
+    for norm in encoder.modules():  # random layers shrink the signal; measured statistics restore it
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()
             norm.momentum = None

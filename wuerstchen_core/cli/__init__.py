@@ -1,4 +1,4 @@
-"""The commands of the command line: a file for each group, whose `add` says its options and what runs.
+"""The command line. Each module of commands has an `add` function that defines their options.
 
-torch is imported where a command needs it, so that --help and mistakes answer at once.
+torch is imported inside functions, so that --help and wrong options respond at once.
 """

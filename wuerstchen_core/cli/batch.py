@@ -1,6 +1,7 @@
-"""`generate --prompts`: paint what a file asks for, in one process or a share of it in each of many.
+"""`generate --prompts`: generates the images of a file of prompts, in one process or several.
 
-The processes never talk: whose a line is follows from its number, and what is there already is seen in the folder.
+The processes do not communicate: a line's number decides which of them handles it, and the output folder shows which
+images exist already.
 """
 
 from __future__ import annotations
@@ -12,156 +13,163 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..common.text import listed
-from .batch_output import PictureFolder, Shard, check_form, shard_path
-from .options import load, numbers_of
-from .progress import Lines, Progress
-from .prompt_file import KEYS, NUMBERS, Wanted, read_lines, wanted
+from ..common.text import listed, one_line
+from .batch_output import ImageFolder, create_folder, open_output
+from .options import load_pipeline, sampling_options
+from .progress import StepBar
+from .prompt_file import KEYS, SETTINGS, ImageRequest, parse_line, read_lines
 
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
 
 log = logging.getLogger(__name__)
 
-# What launchers tell a process, in the order in which accelerate looks for it: torchrun, Intel's MPI, Open MPI.
-RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
-WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+LINE_INTERVAL = 30.0  # seconds between lines of progress, where stderr is no terminal
 
-
-@dataclass
-class BatchPlan:
-    """This process's share: pictures by shard (all under 0 if there are none), and why lines are left out."""
-
-    pictures: dict[int, list[Wanted]] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
+# Variables for rank, number of processes and rank on the machine: of torchrun and accelerate, Intel MPI, Open MPI.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Paint what is missing, say how much that was, and raise ValueError at the end if lines could not be painted.
+    """Generates the images that are missing and prints a summary.
 
-    One of many processes only logs these: its failure would make the launcher stop the others.
+    Finally raises ValueError if lines were skipped. One of several processes only logs them: the launcher would stop
+    the others if it failed.
     """
-    rank, world, local = (_told(names, default) for names, default in ((RANK, 0), (WORLD, 1), (LOCAL, 0)))
+    rank, world, local_rank = _ranks()
     if not 0 <= rank < world:
         raise ValueError(
-            f"the environment says that this is process {rank} of {world}: unset RANK and WORLD_SIZE, or start it by "
-            "accelerate launch or torchrun"
+            f"the environment describes process {rank} of {world}: unset RANK and WORLD_SIZE, or use accelerate launch"
         )
     for name, value in (("--shards", options.shards), ("--batch", options.batch)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} {value} cannot be used: give a number of at least 1")
+            raise ValueError(f"{name} must be at least 1, not {value}")
     if options.output is None:
-        raise ValueError("--prompts needs a folder to paint into: give one as --output")
+        raise ValueError("--prompts needs a folder for the images: add --output FOLDER")
     if not options.prompts.exists():
-        raise ValueError(f"{options.prompts} does not exist: name a file with a JSON table in each line as --prompts")
-    check_form(options.output, options.shards)
-    options.device = device_of(options.device, local)
+        raise ValueError(f"{options.prompts} does not exist: --prompts is a file with a JSON object per line")
+    create_folder(options.output, options.shards)
+    options.device = process_device(options.device, local_rank)
     if (options.batch or 1) > 1:
-        options.smaller = "choose a smaller --batch"
+        options.memory_hint = "choose a smaller --batch"
     started = time.perf_counter()
-    pipeline, models = load(options)
-    plan = read_plan(options, pipeline, rank, world)
-    painted, there = _paint_all(options, pipeline, plan, models, shown=rank == 0)
-    report = {
-        "output": str(options.output), "process": rank, "processes": world, "device": str(pipeline.device),
-        "painted": painted, "there": there, "left_out": plan.bad, "seconds": round(time.perf_counter() - started, 3),
-    }  # fmt: skip
-    words = f"{painted} painted, {there} there already, lines left out: {len(plan.bad)}"
-    words += f" (process {rank + 1} of {world})" if world > 1 else ""
-    sys.stdout.write(f"{json.dumps(report) if options.json else words}\n")
-    if plan.bad and world == 1:
-        numbers = listed([str(number) for number in plan.bad])
-        raise ValueError(
-            f"left out of {options.prompts}, for the reasons above, were lines {numbers}; all else is painted"
-        )
+    pipeline, models = load_pipeline(options)
+    requests, skipped = _read_requests(options, pipeline, rank, world)
+    generated, existing = _generate_missing(options, pipeline, requests, models, show_progress=rank == 0)
+    summary = f"generated: {generated}, existing: {existing}, skipped lines: {len(skipped)}"
+    if world > 1:
+        summary += f" (process {rank + 1} of {world})"
+    if options.json:
+        seconds = round(time.perf_counter() - started, 3)
+        summary = json.dumps({
+            "output": str(options.output), "process": rank, "processes": world, "device": str(pipeline.device),
+            "generated": generated, "existing": existing, "skipped": skipped, "seconds": seconds,
+        })  # fmt: skip
+    sys.stdout.write(f"{summary}\n")
+    if skipped and world == 1:
+        raise ValueError(f"{options.prompts}: lines {listed(list(map(str, skipped)))} were skipped, see above")
 
 
-def device_of(device: str, local: int) -> str:
-    """The device of a machine's process number `local`: where nothing is asked for, each has a GPU of its own."""
+def process_device(device: str, local_rank: int) -> str:
+    """Returns the device of a process: "auto" spreads the processes of a machine over its GPUs."""
     import torch
 
-    if device != "auto" or not torch.cuda.device_count():
-        return device
-    return f"cuda:{local % torch.cuda.device_count()}"  # 0 where the launcher shows each process its own alone
+    gpus = torch.cuda.device_count() if device == "auto" else 0
+    return f"cuda:{local_rank % gpus}" if gpus else device  # cuda:0 where the launcher shows each process one GPU
 
 
-def read_plan(options: argparse.Namespace, pipeline: WuerstchenPipeline, rank: int, world: int) -> BatchPlan:
-    """The share of process `rank`; lines that can't be painted are logged."""
-    given = {**vars(options), **numbers_of(options)}
-    defaults = {name: given[name] for name in KEYS if given.get(name) is not None and name not in ("prompt", "seed")}
-    pipeline.sampling.changed(**{name: defaults.get(name) for name in NUMBERS})  # else every line would be left out
-    plan, lines = BatchPlan(), options.shards or 1
+def _read_requests(
+    options: argparse.Namespace, pipeline: WuerstchenPipeline, rank: int, world: int
+) -> tuple[dict[int, list[ImageRequest]], dict[int, str]]:
+    """Returns the images of process `rank` by shard (all in 0 without --shards), and errors by line, which are logged.
+
+    Invalid options raise ValueError: with them every line would be skipped.
+    """
+    values = {**vars(options), **sampling_options(options)}
+    defaults = {key: values[key] for key in KEYS if values.get(key) is not None and key not in ("prompt", "seed")}
+    pipeline.sampling.changed(**{name: defaults.get(name) for name in SETTINGS})
+    requests: dict[int, list[ImageRequest]] = {}
+    skipped: dict[int, str] = {}
     for number, raw in read_lines(options.prompts):
-        shard = (number - 1) // lines
+        shard = (number - 1) // (options.shards or 1)
         if shard % world != rank:
             continue
         try:
-            pictures = wanted(number, raw, defaults, pipeline.sampling, options.seed)
+            images = parse_line(number, raw, defaults, pipeline.sampling, options.seed)
         except (ValueError, OverflowError, RecursionError) as error:
-            plan.bad[number] = " ".join(str(error).split())
-            log.warning("line %d of %s is left out: %s", number, options.prompts, plan.bad[number])
+            skipped[number] = one_line(error)
+            log.warning("%s: line %d skipped: %s", options.prompts, number, skipped[number])
             continue
-        plan.pictures.setdefault(shard if options.shards else 0, []).extend(pictures)
-    return plan
+        requests.setdefault(shard if options.shards else 0, []).extend(images)
+    return requests, skipped
 
 
-def _paint_all(
-    options: argparse.Namespace, pipeline: WuerstchenPipeline, plan: BatchPlan, models: Mapping[str, Any], shown: bool
+def _generate_missing(
+    options: argparse.Namespace,
+    pipeline: WuerstchenPipeline,
+    requests: Mapping[int, Sequence[ImageRequest]],
+    models: Mapping[str, Any],
+    show_progress: bool,
 ) -> tuple[int, int]:
-    """How many pictures were painted, and how many were there. Raises ValueError before it paints."""
-    work: list[tuple[PictureFolder, list[Wanted]]] = []
-    for number, pictures in plan.pictures.items():
-        place = PictureFolder(options.output)
-        if options.shards:
-            place = Shard(shard_path(options.output, number, options.shards))
-        work.append((place, _missing(pictures, place, models)))
-    total, painted = sum(map(len, plan.pictures.values())), 0
-    there, told = total - sum(len(missing) for _, missing in work), Lines()
-    for place, missing in work:
-        for alike in _batches(missing, options.batch or 1):
-            progress = Progress(f"picture {there + painted + 1} of {total}: ") if shown else None
-            how = {**alike[0].sampling.numbers(), "negative": alike[0].negative, "callback": progress}
-            try:
-                images = pipeline.generate([one.prompt for one in alike], seed=[one.seed for one in alike], **how)
-            finally:
-                if progress is not None:
-                    progress.clear()
-            for one, image in zip(alike, images, strict=True):
-                place.add(one.name, image, one.made(models))
-            painted += len(images)
-            told.show(f"{there + painted} of {total} pictures are there")
-        place.close()
-    return painted, there
+    """Returns how many images were generated and how many existed. All checks come before the first image."""
+    work = []
+    for shard, images in requests.items():
+        output = open_output(options.output, options.shards, shard)
+        work.append((output, _missing(images, output, models)))
+    pipeline.warn_of_unknown_words(
+        {text for _, missing in work for one in missing for text in (one.prompt, one.negative)}
+    )
+    total, generated, reported = sum(map(len, requests.values())), 0, time.monotonic()
+    existing = total - sum(len(missing) for _, missing in work)
+    for output, missing in work:
+        for batch in _batches(missing, options.batch or 1):
+            prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
+            kwargs = {**batch[0].settings.numbers(), "negative": batch[0].negative}
+            with StepBar(f"image {existing + generated + 1} of {total}: ", show_progress) as callback:
+                results = pipeline.generate(prompts, seed=seeds, callback=callback, **kwargs)
+            for one, image in zip(batch, results, strict=True):
+                output.add(one.name, image, one.metadata(models))
+            generated += len(batch)
+            if not sys.stderr.isatty() and time.monotonic() - reported >= LINE_INTERVAL:
+                reported = time.monotonic()
+                sys.stderr.write(f"{existing + generated} of {total} images exist\n")
+        output.close()
+    return generated, existing
 
 
-def _batches(pictures: Sequence[Wanted], size: int) -> Iterator[list[Wanted]]:
-    """Pictures that can be painted together: of one size, and sampled alike."""
-    alike: dict[Any, list[Wanted]] = {}
-    for one in pictures:
-        alike.setdefault((one.sampling, one.negative), []).append(one)
-    for group in alike.values():
+def _batches(images: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRequest]]:
+    """Yields up to `size` images at a time that share all settings, and so can be generated together."""
+    groups: dict[Any, list[ImageRequest]] = {}
+    for one in images:
+        groups.setdefault((one.settings, one.negative), []).append(one)
+    for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
 
-def _missing(pictures: Sequence[Wanted], place: PictureFolder, models: Mapping[str, Any]) -> list[Wanted]:
-    """Those that are not there; ValueError if one was made otherwise."""
-    made, missing = place.made(one.name for one in pictures), []
-    for one in pictures:
-        if one.name not in made:
+def _missing(images: Sequence[ImageRequest], output: ImageFolder, models: Mapping[str, Any]) -> list[ImageRequest]:
+    """Returns the images that do not exist. ValueError if one exists with other settings."""
+    existing, missing = output.prepare([one.name for one in images]), []
+    for one in images:
+        if one.name not in existing:
             missing.append(one)
-        elif made[one.name] != one.made(models):
+        elif existing[one.name] != one.metadata(models):
             raise ValueError(
-                f"{place} holds {one.name} of another prompt, seed, model or option than is asked for now: "
-                "remove it, or give another --output"
+                f"{output} contains {one.name} with another prompt, seed, model or option: remove it, or give another "
+                "--output"
             )
     return missing
 
 
-def _told(names: Sequence[str], default: int) -> int:
-    """What a launcher told this process by one of some variables."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+def _ranks() -> tuple[int, int, int]:
+    """Returns this process's rank, the number of processes, and its rank on this machine."""
+    for rank, world, local_rank in LAUNCHERS:
+        if os.environ.get(rank):
+            return int(os.environ[rank]), int(os.environ.get(world) or 1), int(os.environ.get(local_rank) or 0)
+    return 0, 1, 0

@@ -1,83 +1,72 @@
-"""Where the pictures of a bulk run go: a folder, or shards of the webdataset form. Both are sources for training.
+"""The output of `generate --prompts`: a folder of image files, or webdataset shards. Both can be trained on.
 
-Whatever stands there under its own name is whole; what a killed process leaves is a draft, which is written over when
-its picture comes up again.
+A file under its final name is complete. The next run removes the drafts of a killed process.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.atomic import remove_drafts, replace_file
+from ..training.data.sidecars import table_from_json
 from ..training.data.tars import add_member
-from .save import png_text
+from .save import save_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Made = Mapping[str, Any]
+SUFFIXES = (".json", ".png")
 
 
-class PictureFolder:
-    """NAME.png beside NAME.json, which says how it was made, its prompt among it."""
+class ImageFolder:
+    """A folder with two files per image: NAME.json with its metadata, and NAME.png, which is written last."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def made(self, names: Iterable[str]) -> dict[str, Made]:
-        """How those of the pictures were made that are there, by name; ValueError if one's file is somebody else's."""
-        names, there = set(names), self._files()
-        for name in sorted(names):
-            half = {f"{name}.json", f"{name}.png"} & there
-            if len(half) == 1 and not self._is_ours(*half):
-                raise ValueError(
-                    f"{self.folder} holds {min(half)}, which no run with --prompts left: "
-                    "move it away, or give another --output"
-                )
-        return self._tables(self._whole(there) & names)
-
     def __str__(self) -> str:
         return str(self.folder)
 
-    def add(self, name: str, image: Image.Image, made: Made) -> None:
-        """Write a picture; the file that makes it count, its PNG, comes last."""
-        from ..common.atomic import replace_file
+    def prepare(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Removes drafts of these images, and returns the metadata of those that exist.
 
+        No other process may be writing them. ValueError if a file of such a name comes from another program.
+        """
+        files, existing = self._files(), {}
+        for name in sorted(names):
+            png, file = f"{name}.png" in files, self.folder / f"{name}.json"
+            table = table_from_json(file.read_bytes(), str(file)) if file.name in files else None
+            if png and table is not None:
+                existing[name] = table
+            elif png or (table is not None and "weights" not in table):
+                raise ValueError(
+                    f"{self.folder} contains {name}.{'png' if png else 'json'}, which is not from --prompts: move it, "
+                    "or choose another --output"
+                )
+        remove_drafts(self.folder, {f"{name}{suffix}" for name in names for suffix in SUFFIXES})
+        return existing
+
+    def add(self, name: str, image: Image.Image, metadata: Mapping[str, Any]) -> None:
+        """Writes an image."""
         self.folder.mkdir(exist_ok=True)
-        text = json.dumps(made, ensure_ascii=False)
-        replace_file(self.folder / f"{name}.json", lambda part: part.write_text(text, encoding="utf-8"))
-        info = png_text(dict(made))
-        replace_file(self.folder / f"{name}.png", lambda part: image.save(part, "PNG", pnginfo=info))
+        text = json.dumps(metadata, ensure_ascii=False)
+        replace_file(self.folder / f"{name}.json", lambda draft: draft.write_text(text, encoding="utf-8"))
+        save_image(image, self.folder / f"{name}.png", metadata)
 
     def close(self) -> None:
-        """Nothing is left to do: every picture is in its place."""
+        """Does nothing: `add` has written all files."""
 
     def _files(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
 
-    @staticmethod
-    def _whole(there: set[str]) -> set[str]:
-        """The names of the pictures of which both files are there."""
-        return {name[:-4] for name in there if name.endswith(".png") and f"{name[:-4]}.json" in there}
 
-    def _tables(self, names: Iterable[str]) -> dict[str, Made]:
-        """How pictures in the folder were made, by name."""
-        return {name: _read((self.folder / f"{name}.json").read_bytes(), self.folder / name) for name in names}
-
-    def _is_ours(self, half: str) -> bool:
-        """Whether a file is what a killed process left of a picture: its table, which is written first."""
-        return half.endswith(".json") and "weights" in _read((self.folder / half).read_bytes(), self.folder / half)
-
-
-class Shard(PictureFolder):
-    """A tar file; until all its pictures are painted they wait in a hidden folder beside it."""
+class Shard(ImageFolder):
+    """A tar file. Until all of its new images are generated, they are in a hidden folder beside it."""
 
     def __init__(self, path: Path):
         super().__init__(path.with_name(f".{path.stem}"))
@@ -86,68 +75,54 @@ class Shard(PictureFolder):
     def __str__(self) -> str:
         return str(self.path)
 
-    def made(self, names: Iterable[str]) -> dict[str, Made]:
-        packed = {name[:-5]: _read(content, self.path / name) for name, content in self._packed(".json")}
-        return {**packed, **self._tables(self._whole(self._files()).intersection(names))}
+    def prepare(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
+        remove_drafts(self.path.parent, {self.path.name})
+        packed = {
+            name[:-5]: table_from_json(content, f"{self.path}: {name}") for name, content in self._members(".json")
+        }
+        return {**packed, **super().prepare(set(names) - packed.keys())}
 
     def close(self) -> None:
-        """Pack what waits, with what was packed before."""
-        from ..common.atomic import replace_file
-
+        """Unpacks the old tar file into the hidden folder, packs all images into a new one and removes the folder."""
         if not self.folder.is_dir():
             return
-        # What lacks a half is packed: a process was killed while it tidied up.
-        if whole := sorted(self._whole(self._files())):
-            replace_file(self.path, lambda part: self._pack(part, whole))
+        for name, content in self._members():
+            (self.folder / Path(name).name).write_bytes(content)
+        replace_file(self.path, self._pack)
         shutil.rmtree(self.folder)
 
-    def _pack(self, part: Path, names: list[str]) -> None:
-        waiting = ((f"{name}.{kind}", self.folder / f"{name}.{kind}") for name in names for kind in ("json", "png"))
-        files = ((name, path.read_bytes()) for name, path in waiting)
-        merged = heapq.merge(self._packed(), files, key=lambda file: file[0].rpartition("."))  # both are sorted so
-        with tarfile.open(part, "w") as tar:
-            for name, same in groupby(merged, key=itemgetter(0)):
-                add_member(tar, name, next(same)[1])
+    def _pack(self, draft: Path) -> None:
+        files = self._files()
+        with tarfile.open(draft, "w") as tar:
+            for name in sorted(file[:-4] for file in files if file.endswith(".png") and f"{file[:-4]}.json" in files):
+                for suffix in SUFFIXES:
+                    add_member(tar, f"{name}{suffix}", (self.folder / f"{name}{suffix}").read_bytes())
 
-    def _packed(self, kind: str = "") -> Iterator[tuple[str, bytes]]:
-        """The files in the shard, if it is there, whose names end so."""
+    def _members(self, suffix: str = "") -> Iterator[tuple[str, bytes]]:
+        """Yields the files in the tar file whose names end with `suffix`; nothing if there is none yet."""
         if not self.path.exists():
             return
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
-                    if member.name.endswith(kind) and (file := tar.extractfile(member)) is not None:
+                    if member.name.endswith(suffix) and (file := tar.extractfile(member)) is not None:
                         yield member.name, file.read()
         except tarfile.TarError as error:
-            raise ValueError(f"{self.path} is no shard that can be read ({error}): remove it") from error
+            raise ValueError(f"{self.path} cannot be read ({error}): remove it to generate its images again") from error
 
 
-def shard_path(folder: Path, number: int, lines: int) -> Path:
-    """The file of a shard of so many lines of the prompts."""
-    return folder / f"{number:06d}{_of(lines)}"
+def open_output(folder: Path, lines: int | None, shard: int) -> ImageFolder:
+    """Returns the output for a shard of `lines` lines (None: the folder itself)."""
+    return Shard(folder / f"{shard:06d}-by-{lines}.tar") if lines else ImageFolder(folder)
 
 
-def check_form(folder: Path, lines: int | None) -> None:
-    """Make the folder; ValueError if it holds other pictures than shards of so many lines (None: than single files)."""
+def create_folder(folder: Path, lines: int | None) -> None:
+    """Creates the output folder. ValueError if it holds images of a run with another --shards."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give one as --output for the pictures of --prompts")
+        raise ValueError(f"{folder} is a file: with --prompts, --output is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".png"))
-    names += sorted(f"{path.name}.tar" for path in folder.glob(".*-by-*") if path.is_dir())  # begun, of a killed run
-    if other := next((name for name in names if not name.endswith(_of(lines) if lines else ".png")), ""):
-        raise ValueError(f"{folder} holds {other}, from a run with other --shards: give the same, or another folder")
-
-
-def _of(lines: int) -> str:
-    return f"-by-{lines}.tar"
-
-
-def _read(raw: bytes, where: Path) -> Made:
-    """A table that says how a picture was made."""
-    try:
-        table = json.loads(raw)
-    except ValueError:
-        table = None
-    if not isinstance(table, dict):
-        raise ValueError(f"what {where} says of its picture is no JSON table: remove it, and it is painted again")
-    return table
+    names += sorted(f"{path.name}.tar" for path in folder.glob(".*-by-*") if path.is_dir())  # unfinished shards
+    suffix = f"-by-{lines}.tar" if lines else ".png"
+    if other := next((name for name in names if not name.endswith(suffix)), ""):
+        raise ValueError(f"{folder} contains {other} from a run with other --shards: use the same, or another folder")

@@ -1,4 +1,7 @@
-"""The command line: `python -m wuerstchen_core COMMAND`. A failure is one line and exit code 2."""
+"""The command line: `wuerstchen COMMAND`, or `python -m wuerstchen_core COMMAND`.
+
+An error prints one line and exits with code 2.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,26 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from ..common.text import one_line
 from . import edit, generate, train, weights
 
-GROUPS = (generate, edit, weights, train)  # in the order of --help
-FAILURE, INTERRUPTED = 2, 130
+MODULES = (generate, edit, weights, train)  # in the order of --help
+FAILED, INTERRUPTED = 2, 130
 PACKAGE = __package__.partition(".")[0]
 
 
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILURE, f"{message}; `{self.prog} --help` shows what can be given\n")
+        self.exit(FAILED, f"{message}; `{self.prog} --help` lists the options\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Runs a command and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
         return _fail("bench is a tool of the repository: run `python -m tools.bench` in a clone of it")
@@ -29,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Run what a parser's options ask for; returns the exit code."""
+    """Parses the arguments, calls `options.run` and returns the exit code.
+
+    Options that error messages need: `extra` (of pyproject.toml, with the required packages) and `memory_hint`.
+    """
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     if getattr(options, "command", "") == "train":
@@ -37,37 +47,36 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     try:
         options.run(options)
     except KeyboardInterrupt:
-        return _fail("stopped; nothing was left half-written", INTERRUPTED)
+        return _fail("interrupted; no file is half-written", INTERRUPTED)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", PACKAGE):
             raise
-        return _fail(f"{package} is not installed: python -m pip install -r {options.requirements}")
+        return _fail(_missing_package(package, options.extra))
     except (ValueError, OSError) as error:
-        return _fail(_one_line(error))
+        return _fail(one_line(error) or type(error).__name__)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if "out of memory" not in str(error).lower() and "DefaultCPUAllocator" not in str(error):
             raise
-        return _fail(f"not enough memory: {options.smaller}")
+        return _fail(f"not enough memory: {options.memory_hint}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m wuerstchen_core", description="Würstchen: text to image in three stages.")
+    name = "wuerstchen" if Path(sys.argv[0]).stem == "wuerstchen" else f"python -m {PACKAGE}"
+    parser = Parser(prog=name, description="Würstchen: text to image in three stages.")
+    parser.set_defaults(extra="", memory_hint="close other programs")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in GROUPS:
-        group.add(commands)
+    for module in MODULES:
+        module.add(commands)
     return parser
 
 
-def _fail(message: str, code: int = FAILURE) -> int:
+def _missing_package(package: str, extra: str) -> str:
+    name, file = (f"wuerstchen[{extra}]", f"requirements-{extra}.txt") if extra else ("wuerstchen", "requirements.txt")
+    return f'{package} is not installed: `pip install "{name}"` or, in this pack\'s folder, `pip install -r {file}`'
+
+
+def _fail(message: str, code: int = FAILED) -> int:
     sys.stderr.write(f"{message}\n")
     return code
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""What the commands that paint share: their options, and the way from the model to files."""
+"""Options shared by the commands that generate images, and the way from these options to saved images."""
 
 from __future__ import annotations
 
@@ -7,36 +7,27 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Progress
-from .save import check_output, output_path, save_picture
+from .progress import StepBar
+from .save import check_output, image_metadata, output_path, save_image
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..inference.pipeline import WuerstchenPipeline
 
 SIZE = ("width", "height")
-PRIOR = ("schedule", "sampler", "prior_steps", "prior_guidance")
-DECODER = ("decoder_steps", "decoder_guidance", "decoder_guidance_end", "temperature", "token_mode")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-PIECES, PIECE = 64, 4096  # pieces of a file that its fingerprint is made of, and bytes of each
-SMALLER = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is painted at a time: pictures of one seed. `made` is what their PNG text says beside the numbers."""
-
-    seed: int
-    paint: Callable[..., list[Image.Image]]  # called with the pipeline, a callback, and the numbers
-    made: Mapping[str, Any]
+SAMPLING = (
+    "schedule", "sampler", "prior_steps", "prior_guidance", "decoder_steps", "decoder_guidance",
+    "decoder_guidance_end", "temperature", "token_mode",
+)  # fmt: skip
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+CHUNKS, CHUNK_BYTES = 64, 4096  # read of each file for its fingerprint
+MEMORY_HINT = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
+VERSION_HELP = "release of a prior that could be v1 or v2 (default: auto)"
 
 
 class Choices:
@@ -50,93 +41,103 @@ class Choices:
 
 
 def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: bool = True, name: str) -> None:
-    """The options of a command that paints; `size` and `name` say where its size and its file's name come from."""
-    parser.set_defaults(requirements="requirements.txt", smaller=SMALLER if size else "choose a smaller picture")
+    """Adds the options of a command that generates images.
+
+    `size` describes the default size (None: the command has no size options), `name` the default file name; `prior`
+    adds the options of Stage C.
+    """
+    parser.set_defaults(memory_hint=MEMORY_HINT if size else "choose a smaller image")
     option = parser.add_argument
     option("--output", type=Path, help=f"file or folder to write to (default: a name made of {name})")
     option("--model", default="demo", help="bundle file or diffusers folder (default: the small model that ships)")
-    option("--version", default="auto", choices=("auto", "v1", "v2"), help="whose a prior is that may be either's")
-    option("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
+    option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
+    option("--seed", type=int, default=0, help="same seed, same image (default: 0)")
     if size:
         option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
-        option("--height", type=int)
+        option("--height", type=int, help="likewise")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
     dtypes = Choices("..common.devices", "DTYPES", "auto")
     option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="%(choices)s (default: auto)")
-    text = "let torch compile Stages C and B, where it can: a minute more at first, slower on a CPU, untried on a GPU"
+    text = "use torch.compile for Stages C and B: the first image takes a minute longer; slower on a CPU"
     option("--compile", action="store_true", help=text)
     if prior:
-        option("--negative", default="", metavar="PROMPT", help="what to stay away from")
-        text = "a LoRA of Stage C, and how much of it (default: 1); can be given several times"
+        option("--negative", default="", metavar="PROMPT", help="what the image should not show")
+        text = "a LoRA for Stage C and its strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
-        text = "of Stage C (default: the model's own); fast, with few steps of both stages, suits the shipped model"
         schedules, samplers = Choices("..diffusion.schedule", "SCHEDULES"), Choices("..diffusion.samplers", "SAMPLERS")
-        option("--schedule", metavar="NAME", choices=schedules, help=f"{text}: %(choices)s")
-        text = "of Stage C (default: the schedule's own): %(choices)s"
+        text = "schedule of Stage C: %(choices)s (default: the model's; fast takes few steps in both stages)"
+        option("--schedule", metavar="NAME", choices=schedules, help=text)
+        text = "sampler of Stage C: %(choices)s (default: the schedule's)"
         option("--sampler", metavar="NAME", choices=samplers, help=text)
-        option("--prior-steps", type=int, metavar="N", help="steps of Stage C, linear unless --schedule says otherwise")
-        option("--prior-guidance", type=float, metavar="SCALE", help="how closely Stage C follows the prompt; 1: none")
+        option("--prior-steps", type=int, metavar="N", help="steps of Stage C (linear schedule, unless --schedule)")
+        option("--prior-guidance", type=float, metavar="SCALE", help="guidance scale of Stage C; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")
-    option("--decoder-guidance", type=float, metavar="SCALE", help="guidance of Stage B; 1: none")
-    option("--decoder-guidance-end", type=float, metavar="SCALE", help="what it reaches at the last step")
-    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help="of v1's tokens, at either step")
-    text = "how v1's Stage B chooses a token: %(choices)s"
+    option("--decoder-guidance", type=float, metavar="SCALE", help="guidance scale of Stage B; 1: none")
+    option("--decoder-guidance-end", type=float, metavar="SCALE", help="scale at the last step (default: the same)")
+    text = "v1: sampling temperature of Stage B at the first and the last step"
+    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help=text)
+    text = "v1: how Stage B chooses tokens: %(choices)s"
     option("--token-mode", metavar="MODE", choices=Choices("..diffusion.token_sampler", "MODES"), help=text)
     option("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
 
 def add_count(parser: argparse.ArgumentParser) -> None:
-    """The option --count."""
-    text = "number of pictures, with the seeds SEED, SEED + 1, ... (default: 1)"
+    """Adds the option --count."""
+    text = "number of images, with the seeds SEED, SEED + 1, ... (default: 1)"
     parser.add_argument("--count", type=int, default=1, help=text)
 
 
-def run(options: argparse.Namespace, title: str, jobs: Sequence[Job], pictures: int | None = None) -> None:
-    """Load the model, do the jobs, write the pictures and say where they are; `title` names them if nobody else does.
+def generate_and_save(
+    options: argparse.Namespace, title: str, arguments: Mapping[str, Any], request: Mapping[str, Any]
+) -> None:
+    """Loads the model, calls its method of the command's name once per seed, saves the images and prints their paths.
 
-    `pictures` is how many come of all the jobs, if not one of each.
+    `arguments` go to the method beside the options of sampling. `title` is the default file name. `request` is the part
+    of the images' metadata that differs between commands.
     """
-    numbers = numbers_of(options)
-    size = {name: getattr(options, name) for name in SIZE if hasattr(options, name)}
+    from ..inference.settings import check_count
+
+    count = getattr(options, "count", 1)
+    check_count(count, options.seed)
     check_output(options.output)
+    size = {name: getattr(options, name) for name in SIZE if hasattr(options, name)}
+    sampling = sampling_options(options)
     started = time.perf_counter()
-    pipeline, models = load(options)
-    report: dict[str, Any] = {**jobs[0].made, "device": str(pipeline.device), "images": []}
-    sampling = pipeline.sampling.changed(**numbers).numbers()
+    pipeline, models = load_pipeline(options)
+    settings = pipeline.sampling.changed(**sampling).numbers()
+    saved: list[dict[str, Any]] = []
+    report = {**request, "device": str(pipeline.device), "images": saved}
     report["load_seconds"] = round(time.perf_counter() - started, 3)
-    for i, job in enumerate(jobs):
-        progress = Progress(f"picture {i + 1} of {len(jobs)}: " if len(jobs) > 1 else "")
-        try:
-            images = job.paint(pipeline, callback=progress, **size, **numbers)
-        finally:
-            progress.clear()
+    for i in range(count):
+        seed, method = options.seed + i, getattr(pipeline, options.command)
+        with StepBar(f"image {i + 1} of {count}: " if count > 1 else "") as callback:
+            images = method(seed=seed, callback=callback, **arguments, **size, **sampling)
         for image in images:
-            number = len(report["images"]) if (pictures or len(jobs)) > 1 else None
-            path = output_path(options.output, title, number)
-            made = {**job.made, "seed": job.seed, **models, **_told(sampling, image)}
-            save_picture(image, path, made)
-            report["images"].append({"path": str(path), "seed": job.seed, "seconds": progress.seconds})
+            path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
+            actual_size = {"width": image.width, "height": image.height}
+            save_image(image, path, image_metadata(request, seed, models, {**settings, **actual_size}))
+            saved.append({"path": str(path), "seed": seed, "seconds": callback.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")
     if options.json:
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
 
 
-def numbers_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The numbers of sampling that the options give, by the pipeline's names."""
-    numbers = {name: getattr(options, name) for name in (*PRIOR, *DECODER) if hasattr(options, name)}
-    if numbers["temperature"] is not None:
-        numbers["temperature"] = tuple(numbers["temperature"])
-    return numbers
+def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of sampling by the pipeline's names; None where an option is not set."""
+    sampling = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
+    if sampling["temperature"] is not None:
+        sampling["temperature"] = tuple(sampling["temperature"])
+    return sampling
 
 
-def load(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any]]:
-    """The model that the options name, and what the text of a picture says of it."""
+def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any]]:
+    """Returns the pipeline that the options name, and the metadata of its models for image files."""
     from ..inference.pipeline import WuerstchenPipeline
 
-    told = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
+    kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
     loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
-    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **told)
+    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **kwargs)
     models: dict[str, Any] = {"model": Path(options.model).name, "weights": fingerprint(options.model)}
     if loras:
         models["loras"] = [
@@ -147,40 +148,28 @@ def load(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any
 
 
 def fingerprint(source: str | PathLike[str]) -> str:
-    """Twelve digits that tell weights apart: of their files' sizes and of pieces spread over them, since all of a model
-    takes seconds to read."""
+    """Returns 12 hex digits that identify a model's weights.
+
+    Hashes file sizes and 64 evenly spaced chunks of each file: reading a whole model takes seconds.
+    """
     from ..checkpoints.open import source_path
 
     path, digest = source_path(source), hashlib.sha256()
-    files = [file for file in path.rglob("*") if file.suffix in WEIGHTS] if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else [path]
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
         with file.open("rb") as content:
-            for piece in range(PIECES):
-                content.seek(size * piece // PIECES)
-                digest.update(content.read(PIECE))
+            for chunk in range(CHUNKS):
+                content.seek(size * chunk // CHUNKS)
+                digest.update(content.read(CHUNK_BYTES))
     return digest.hexdigest()[:12]
 
 
 def _lora(text: str) -> tuple[str, float]:
-    """A file and its strength out of FILE or FILE:STRENGTH; a drive's colon is a part of the file."""
+    """Parses FILE or FILE:STRENGTH; the colon of a Windows drive belongs to the file."""
     file, _, strength = text.rpartition(":")
     try:
         return file, float(strength)
     except ValueError:
         return text, 1.0
-
-
-def _told(sampling: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:
-    """The numbers that a picture was painted with."""
-    told = {**sampling, "width": image.width, "height": image.height}
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def seeds(options: argparse.Namespace) -> range:
-    """The seeds of --count pictures; raises ValueError where there are none."""
-    from ..inference.settings import check_count
-
-    check_count(options.count, options.seed)
-    return range(options.seed, options.seed + options.count)

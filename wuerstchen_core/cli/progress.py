@@ -1,68 +1,51 @@
-"""How far a command is: seconds by stage, and a line that counts."""
+"""A progress bar on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BAR = 30  # characters of the progress bar
-PAUSE = 30.0  # seconds between two lines where there is no terminal
+B = TypeVar("B", bound="Bar")
+
+WIDTH = 30  # characters
 
 
 class Bar:
-    """A line on stderr that is written over, if that is a terminal."""
+    """A progress bar that redraws its line; the line is erased at the end of a `with` block."""
 
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown and sys.stderr.isatty()
 
-    def show(self, label: str, done: int, total: int, words: str) -> None:
-        """Show how much of `total` is done."""
+    def __enter__(self: B) -> B:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._draw("")
+
+    def show(self, label: str, done: int, total: int, text: str) -> None:
+        """Draws `label`, the bar with `done` of `total` filled, and `text`."""
+        self._draw(f"{label}[{'#' * (WIDTH * done // max(total, 1)):{WIDTH}}] {text}")
+
+    def _draw(self, line: str) -> None:
         if self._shown:
-            self._write(f"{label}[{'#' * (BAR * done // max(total, 1)):{BAR}}] {words}")
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            self._write("")
-
-    def _write(self, line: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-
-
-class Lines:
-    """A line on stderr now and then, if that is no terminal but a file or another program."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def show(self, words: str) -> None:
-        """Show how far the work is, unless it was shown lately."""
-        if not sys.stderr.isatty() and time.monotonic() - self._last >= PAUSE:
-            self._last = time.monotonic()
-            sys.stderr.write(f"{words}\n")
+            sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
 
 
-class Progress:
-    """The pipeline's callback: seconds by stage, and a bar that counts steps."""
+class StepBar(Bar):
+    """A pipeline callback that draws a bar of each stage's steps and measures `seconds` by stage."""
 
-    def __init__(self, label: str = ""):
+    def __init__(self, label: str = "", shown: bool = True):
+        super().__init__(shown)
         self.seconds: dict[str, float] = {}
-        self._label = label
-        self._last = time.perf_counter()
-        self._bar = Bar()
+        self._label, self._last = label, time.perf_counter()
 
     def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
         now = time.perf_counter()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
         self._last = now
-        self._bar.show(f"{self._label}{stage:8}", done, steps, f"{done}/{steps}")
-
-    def clear(self) -> None:
-        """Take the bar away."""
-        self._bar.clear()
+        self.show(f"{self._label}{stage:8}", done, steps, f"{done}/{steps}")

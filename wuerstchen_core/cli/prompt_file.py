@@ -1,4 +1,4 @@
-"""The pictures that a file of prompts asks for: a JSON table a line, checked before anything is painted."""
+"""Files of prompts: each line is a JSON object for one or more images, checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.dataclass_config import from_table
 from ..training.data.sidecars import table_from_json
-from .options import DECODER, PRIOR, SIZE
+from .options import SAMPLING, SIZE
+from .save import image_metadata
 
 if TYPE_CHECKING:
     from ..inference.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a line can say; what it leaves out is as the command's options say, or else the model's metadata."""
+class PromptLine:
+    """The keys of a line. Those that are absent come from the command's options, or else from the model's metadata."""
 
     prompt: str
     negative: str = ""
@@ -38,31 +39,30 @@ class Line:
     token_mode: str | None = None
 
 
-NUMBERS = (*SIZE, *PRIOR, *DECODER)
-MOST = 100_000  # pictures of a line: above, it is a slip
-KEYS = tuple(field.name for field in fields(Line))
+KEYS = tuple(field.name for field in fields(PromptLine))
+SETTINGS = (*SIZE, *SAMPLING)
+MAX_COUNT = 100_000  # images of a line; a larger number is a mistake
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One picture."""
+class ImageRequest:
+    """One image to generate; `name` is its file name without suffix."""
 
-    name: str  # of its files, without an ending
+    name: str
     prompt: str
     negative: str
     seed: int
-    sampling: SamplingSettings
+    settings: SamplingSettings
 
-    def made(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """How it is made, as JSON that `models` begins: what `generate` writes into a picture."""
-        told = {name: value for name, value in self.sampling.numbers().items() if value is not None}
-        made = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed, **models, **told}
-        table: dict[str, Any] = json.loads(json.dumps(made))  # whose tuples are lists
-        return table
+    def metadata(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the metadata that the image's file will hold, as JSON reads it (tuples are lists)."""
+        request = {"prompt": self.prompt, "negative": self.negative}
+        table = image_metadata(request, self.seed, models, self.settings.numbers())
+        return dict(json.loads(json.dumps(table)))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not empty, numbered from 1; ValueError if there is none."""
+    """Yields the lines of a file that are not blank, numbered from 1. ValueError if there is none."""
     empty = True
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -70,29 +70,30 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 empty = False
                 yield number, raw
     if empty:
-        raise ValueError(f'{path} holds no prompt: write a line for each, such as {{"prompt": "a red apple"}}')
+        raise ValueError(f'{path} has no prompts: write one JSON object per line, such as {{"prompt": "a red apple"}}')
 
 
-def wanted(number: int, raw: bytes, defaults: Mapping[str, Any], sampling: SamplingSettings, seed: int) -> list[Wanted]:
-    """The pictures of a line: `defaults` are what it leaves out, `sampling` the model's. ValueError says what is wrong.
+def parse_line(
+    number: int, raw: bytes, defaults: Mapping[str, Any], settings: SamplingSettings, seed: int
+) -> list[ImageRequest]:
+    """Returns the images of a line; `defaults` and the model's `settings` complete it. ValueError if it is invalid.
 
-    Seeds are the line's own, or else follow from `seed` and the line's number alone, whatever else there is to paint.
+    Without a seed of its own, a line's seed depends only on `seed` and its number.
     """
     from ..inference.settings import check_count
 
-    table = table_from_json(raw, "it")
-    line = from_table(Line, {**defaults, **table}, "line")
-    line.prompt.encode(), line.negative.encode()  # half of a surrogate pair is JSON, but no text
-    first = seed_of(seed, number) if line.seed is None else line.seed
+    line = from_table(PromptLine, {**defaults, **table_from_json(raw, "it")}, "line")
+    line.prompt.encode(), line.negative.encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
+    first = line_seed(seed, number) if line.seed is None else line.seed
     check_count(line.count, first)
-    if line.count > MOST:
-        raise ValueError(f"a count of {line.count} cannot be used: give at most {MOST}, or several lines")
-    told = sampling.changed(**{name: getattr(line, name) for name in NUMBERS})
-    # The first one's name stays if `count` rises later.
+    if line.count > MAX_COUNT:
+        raise ValueError(f"count {line.count} is too large: give at most {MAX_COUNT}, or several lines")
+    settings = settings.changed(**{name: getattr(line, name) for name in SETTINGS})
+    # The first image's name does not depend on `count`, which may grow later.
     names = [f"{number:06d}{f'-{i}' if i > 1 else ''}" for i in range(1, line.count + 1)]
-    return [Wanted(name, line.prompt, line.negative, first + i, told) for i, name in enumerate(names)]
+    return [ImageRequest(name, line.prompt, line.negative, first + i, settings) for i, name in enumerate(names)]
 
 
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a line that has none: 48 bits, so that neighbours with a `count` do not meet."""
+def line_seed(seed: int, number: int) -> int:
+    """Returns the seed of a line that has none: 48 bits of a hash, so that lines with a `count` do not overlap."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")

@@ -1,4 +1,4 @@
-"""`train`: train one stage, or compute first what others of its networks make of the pictures."""
+"""`train`: trains one stage, or computes the latent cache for it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ CACHE = "cache"
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's commands."""
+    """Adds the command to the parser's commands."""
     parser = commands.add_parser("train", help="train one stage")
-    smaller = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
-    parser.set_defaults(run=_run, requirements="requirements-train.txt", smaller=smaller)
-    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=f"{', '.join(STAGES)}; or {CACHE}")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the file")
+    hint = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
+    parser.set_defaults(run=_run, extra="train", memory_hint=hint)
+    text = f"{', '.join(STAGES)}; or {CACHE}, which encodes a dataset for later training runs"
+    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=text)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="training configuration")
+    text = "override a value of the configuration; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def _run(options: argparse.Namespace) -> None:

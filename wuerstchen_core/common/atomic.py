@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from uuid import uuid4
 
+_DRAFT_SUFFIX = len(".0123456789ab.part")
 # By name, since not every system has each.
 _NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
@@ -30,10 +31,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Removes the drafts that a killed process left in a folder and below it. No other process may be writing there."""
-    for path in folder.rglob(".*.part"):
-        path.unlink(missing_ok=True)
+def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
+    """Removes the drafts that killed processes left in a folder: of the files `names`, or of all in and below it.
+
+    No other process may be writing these files.
+    """
+    for path in folder.rglob(".*.part") if names is None else folder.glob(".*.part"):
+        if names is None or path.name[1:-_DRAFT_SUFFIX] in names:
+            path.unlink(missing_ok=True)
 
 
 def reason(error: OSError) -> str:

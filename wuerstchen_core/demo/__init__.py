@@ -1,1 +1,1 @@
-"""The small demo model's world: its vocabulary, its pictures and a judge for them."""
+"""The demo models: their vocabulary, the drawings that they are trained on, and their weights."""

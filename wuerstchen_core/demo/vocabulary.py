@@ -1,10 +1,8 @@
-"""The small world of the demo models: 128 things on 8 backgrounds, and their captions.
-
-A model may know a part of it, and says which in its metadata: the first that shipped knows 72 things in the middle.
+"""The vocabulary of the demo models: 128 things on 8 backgrounds, with captions.
 
 A scene is one thing on a flat background, large or small in the middle or small in a corner, or two small things side
-by side. A fifth of the (thing, background) pairs is held out of training, so that the model can be asked for pictures
-that it has never seen.
+by side. Training leaves out a fifth of the (thing, background) pairs, so that they can test generalisation. A bundle's
+metadata says which things, layouts and words its model was trained on.
 """
 
 from __future__ import annotations
@@ -20,170 +18,97 @@ from typing import Any, NamedTuple
 
 from ..common.text import listed
 
+# The order is fixed: `held_out` depends on the index.
+_NAMES = (
+    # fruit
+    "red apple", "banana", "strawberry", "lemon", "grapes", "watermelon", "cherries", "pineapple", "pear",
+    # vegetables and other food
+    "carrot", "broccoli", "eggplant", "corn", "mushroom", "avocado", "hamburger", "pizza", "french fries", "doughnut",
+    "cupcake", "ice cream", "lollipop", "pretzel",
+    # animals
+    "cat", "dog", "panda", "frog", "pig", "fox", "rabbit", "penguin", "owl", "flamingo", "parrot", "elephant",
+    "turtle", "dinosaur", "octopus", "crab", "fish", "butterfly", "ladybug", "bee",
+    # vehicles
+    "red car", "tractor", "train", "rocket", "airplane", "helicopter", "sailboat",
+    # objects
+    "umbrella", "key", "house", "light bulb", "alarm clock", "guitar", "soccer ball", "basketball", "crown", "gift",
+    "teddy bear",
+    # nature
+    "tree", "cactus", "sunflower", "sun", "moon", "star", "rainbow", "snowman", "heart",
+    # faces
+    "robot", "pumpkin",
+    # added later: food
+    "tomato", "peach", "chili pepper", "croissant", "bread", "cheese", "cookie", "fried egg", "taco", "honey pot",
+    "cake", "cup of coffee",
+    # animals
+    "lion", "shark", "koala", "monkey", "cow", "chicken", "unicorn", "swan", "duck", "snail", "spider", "dolphin",
+    "whale", "bat", "chick", "wolf",
+    # vehicles
+    "bus", "ambulance", "scooter", "flying saucer",
+    # objects
+    "teapot", "drum", "trumpet", "violin", "bell", "balloon", "kite", "scissors", "camera", "telephone", "hat",
+    "shirt", "diamond", "anchor", "candle", "trophy",
+    # nature
+    "cloud", "fire", "snowflake", "tulip", "rose", "leaf", "fir",
+    # faces
+    "ghost",
+    # not in the shipped models: `tools.demo.adapt` adds it by a LoRA
+    "potato",
+)  # fmt: skip
+_SYNONYMS = {
+    "red apple": ("apple",), "watermelon": ("slice of watermelon", "watermelon slice"), "eggplant": ("aubergine",),
+    "corn": ("maize", "sweetcorn"), "mushroom": ("toadstool",), "hamburger": ("burger", "cheeseburger"),
+    "pizza": ("slice of pizza", "pizza slice"), "french fries": ("fries",), "doughnut": ("donut",),
+    "cupcake": ("muffin",), "ice cream": ("ice cream cone",), "lollipop": ("lolly",), "cat": ("kitten", "kitty"),
+    "dog": ("puppy",), "pig": ("piglet", "piggy"), "rabbit": ("bunny",), "turtle": ("tortoise",),
+    "dinosaur": ("dino", "brontosaurus"), "ladybug": ("ladybird",), "bee": ("honeybee", "bumblebee"),
+    "red car": ("car", "automobile"), "train": ("steam train", "locomotive"), "rocket": ("spaceship",),
+    "airplane": ("plane", "aeroplane"), "sailboat": ("sailing boat", "boat"), "light bulb": ("lightbulb", "bulb"),
+    "alarm clock": ("clock",), "guitar": ("electric guitar",), "soccer ball": ("football",),
+    "gift": ("present", "gift box"), "teddy bear": ("teddy",), "sun": ("sunshine",), "moon": ("crescent moon",),
+    "heart": ("red heart",), "robot": ("robot face",), "pumpkin": ("halloween pumpkin",),
+    "chili pepper": ("chili", "hot pepper"), "bread": ("loaf of bread", "toast"), "cheese": ("piece of cheese",),
+    "cookie": ("biscuit",), "fried egg": ("egg in a pan",), "honey pot": ("pot of honey", "honey"),
+    "cake": ("birthday cake",), "cup of coffee": ("coffee", "cup of tea"), "chicken": ("hen",),
+    "chick": ("baby chick",), "scooter": ("moped",), "flying saucer": ("ufo",), "violin": ("fiddle",),
+    "telephone": ("phone",), "hat": ("top hat",), "diamond": ("gem", "gemstone"), "trophy": ("golden cup",),
+    "fire": ("flame",), "leaf": ("maple leaf",), "fir": ("conifer",),
+}  # fmt: skip
+# Names of the drawings in artwork.json, where they differ from the thing's name.
+_ICONS = {
+    "corn": "ear-of-corn", "ice cream": "soft-ice-cream", "cat": "cat-face", "dog": "dog-face", "pig": "pig-face",
+    "rabbit": "rabbit-face", "dinosaur": "sauropod", "ladybug": "lady-beetle", "bee": "honeybee",
+    "red car": "automobile", "train": "locomotive", "gift": "wrapped-gift", "tree": "deciduous-tree",
+    "moon": "crescent-moon", "snowman": "snowman-without-snow", "heart": "red-heart", "pumpkin": "jack-o-lantern",
+    "chili pepper": "hot-pepper", "cheese": "cheese-wedge", "fried egg": "cooking", "cake": "birthday-cake",
+    "cup of coffee": "hot-beverage", "whale": "spouting-whale", "chick": "baby-chick", "scooter": "motor-scooter",
+    "hat": "top-hat", "shirt": "t-shirt", "diamond": "gem-stone", "leaf": "maple-leaf", "fir": "evergreen-tree",
+}  # fmt: skip
+_NO_ARTICLE = {"grapes", "cherries", "broccoli", "corn", "french fries", "bread", "cheese", "scissors"}
+
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing that can be asked for; `icon` names its drawing, `bare` drops the article."""
+    """Something that a prompt can name. `icon` is the name of its drawing; `bare` names take no article."""
 
     name: str
     icon: str
-    words: tuple[str, ...] = ()
-    bare: bool = False
+    synonyms: tuple[str, ...]
+    bare: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its synonyms."""
-        return (self.name, *self.words)
+        return (self.name, *self.synonyms)
 
 
-# The order is part of the trained model: `held_out` counts by position.
-THINGS: tuple[Thing, ...] = (
-    # fruit
-    Thing("red apple", "red-apple", ("apple",)),
-    Thing("banana", "banana"),
-    Thing("strawberry", "strawberry"),
-    Thing("lemon", "lemon"),
-    Thing("grapes", "grapes", bare=True),
-    Thing("watermelon", "watermelon", ("slice of watermelon", "watermelon slice")),
-    Thing("cherries", "cherries", bare=True),
-    Thing("pineapple", "pineapple"),
-    Thing("pear", "pear"),
-    # vegetables and other food
-    Thing("carrot", "carrot"),
-    Thing("broccoli", "broccoli", bare=True),
-    Thing("eggplant", "eggplant", ("aubergine",)),
-    Thing("corn", "ear-of-corn", ("maize", "sweetcorn"), bare=True),
-    Thing("mushroom", "mushroom", ("toadstool",)),
-    Thing("avocado", "avocado"),
-    Thing("hamburger", "hamburger", ("burger", "cheeseburger")),
-    Thing("pizza", "pizza", ("slice of pizza", "pizza slice")),
-    Thing("french fries", "french-fries", ("fries",), bare=True),
-    Thing("doughnut", "doughnut", ("donut",)),
-    Thing("cupcake", "cupcake", ("muffin",)),
-    Thing("ice cream", "soft-ice-cream", ("ice cream cone",)),
-    Thing("lollipop", "lollipop", ("lolly",)),
-    Thing("pretzel", "pretzel"),
-    # animals
-    Thing("cat", "cat-face", ("kitten", "kitty")),
-    Thing("dog", "dog-face", ("puppy",)),
-    Thing("panda", "panda"),
-    Thing("frog", "frog"),
-    Thing("pig", "pig-face", ("piglet", "piggy")),
-    Thing("fox", "fox"),
-    Thing("rabbit", "rabbit-face", ("bunny",)),
-    Thing("penguin", "penguin"),
-    Thing("owl", "owl"),
-    Thing("flamingo", "flamingo"),
-    Thing("parrot", "parrot"),
-    Thing("elephant", "elephant"),
-    Thing("turtle", "turtle", ("tortoise",)),
-    Thing("dinosaur", "sauropod", ("dino", "brontosaurus")),
-    Thing("octopus", "octopus"),
-    Thing("crab", "crab"),
-    Thing("fish", "fish"),
-    Thing("butterfly", "butterfly"),
-    Thing("ladybug", "lady-beetle", ("ladybird",)),
-    Thing("bee", "honeybee", ("honeybee", "bumblebee")),
-    # vehicles
-    Thing("red car", "automobile", ("car", "automobile")),
-    Thing("tractor", "tractor"),
-    Thing("train", "locomotive", ("steam train", "locomotive")),
-    Thing("rocket", "rocket", ("spaceship",)),
-    Thing("airplane", "airplane", ("plane", "aeroplane")),
-    Thing("helicopter", "helicopter"),
-    Thing("sailboat", "sailboat", ("sailing boat", "boat")),
-    # objects
-    Thing("umbrella", "umbrella"),
-    Thing("key", "key"),
-    Thing("house", "house"),
-    Thing("light bulb", "light-bulb", ("lightbulb", "bulb")),
-    Thing("alarm clock", "alarm-clock", ("clock",)),
-    Thing("guitar", "guitar", ("electric guitar",)),
-    Thing("soccer ball", "soccer-ball", ("football",)),
-    Thing("basketball", "basketball"),
-    Thing("crown", "crown"),
-    Thing("gift", "wrapped-gift", ("present", "gift box")),
-    Thing("teddy bear", "teddy-bear", ("teddy",)),
-    # nature
-    Thing("tree", "deciduous-tree"),
-    Thing("cactus", "cactus"),
-    Thing("sunflower", "sunflower"),
-    Thing("sun", "sun", ("sunshine",)),
-    Thing("moon", "crescent-moon", ("crescent moon",)),
-    Thing("star", "star"),
-    Thing("rainbow", "rainbow"),
-    Thing("snowman", "snowman-without-snow"),
-    Thing("heart", "red-heart", ("red heart",)),
-    # faces
-    Thing("robot", "robot", ("robot face",)),
-    Thing("pumpkin", "jack-o-lantern", ("halloween pumpkin",)),
-    # food that came later, as all below did
-    Thing("tomato", "tomato"),
-    Thing("peach", "peach"),
-    Thing("chili pepper", "hot-pepper", ("chili", "hot pepper")),
-    Thing("croissant", "croissant"),
-    Thing("bread", "bread", ("loaf of bread", "toast"), bare=True),
-    Thing("cheese", "cheese-wedge", ("piece of cheese",), bare=True),
-    Thing("cookie", "cookie", ("biscuit",)),
-    Thing("fried egg", "cooking", ("egg in a pan",)),
-    Thing("taco", "taco"),
-    Thing("honey pot", "honey-pot", ("pot of honey", "honey")),
-    Thing("cake", "birthday-cake", ("birthday cake",)),
-    Thing("cup of coffee", "hot-beverage", ("coffee", "cup of tea")),
-    # animals
-    Thing("lion", "lion"),
-    Thing("shark", "shark"),
-    Thing("koala", "koala"),
-    Thing("monkey", "monkey"),
-    Thing("cow", "cow"),
-    Thing("chicken", "chicken", ("hen",)),
-    Thing("unicorn", "unicorn"),
-    Thing("swan", "swan"),
-    Thing("duck", "duck"),
-    Thing("snail", "snail"),
-    Thing("spider", "spider"),
-    Thing("dolphin", "dolphin"),
-    Thing("whale", "spouting-whale"),
-    Thing("bat", "bat"),
-    Thing("chick", "baby-chick", ("baby chick",)),
-    Thing("wolf", "wolf"),
-    # vehicles
-    Thing("bus", "bus"),
-    Thing("ambulance", "ambulance"),
-    Thing("scooter", "motor-scooter", ("moped",)),
-    Thing("flying saucer", "flying-saucer", ("ufo",)),
-    # objects
-    Thing("teapot", "teapot"),
-    Thing("drum", "drum"),
-    Thing("trumpet", "trumpet"),
-    Thing("violin", "violin", ("fiddle",)),
-    Thing("bell", "bell"),
-    Thing("balloon", "balloon"),
-    Thing("kite", "kite"),
-    Thing("scissors", "scissors", bare=True),
-    Thing("camera", "camera"),
-    Thing("telephone", "telephone", ("phone",)),
-    Thing("hat", "top-hat", ("top hat",)),
-    Thing("shirt", "t-shirt"),
-    Thing("diamond", "gem-stone", ("gem", "gemstone")),
-    Thing("anchor", "anchor"),
-    Thing("candle", "candle"),
-    Thing("trophy", "trophy", ("golden cup",)),
-    # nature
-    Thing("cloud", "cloud"),
-    Thing("fire", "fire", ("flame",)),
-    Thing("snowflake", "snowflake"),
-    Thing("tulip", "tulip"),
-    Thing("rose", "rose"),
-    Thing("leaf", "maple-leaf", ("maple leaf",)),
-    Thing("fir", "evergreen-tree", ("conifer",)),
-    # faces
-    Thing("ghost", "ghost"),
-    Thing("potato", "potato"),  # no shipped model was trained on it: `tools.demo.adapt` adds it by a LoRA
+THINGS = tuple(
+    Thing(name, _ICONS.get(name, name.replace(" ", "-")), _SYNONYMS.get(name, ()), name in _NO_ARTICLE)
+    for name in _NAMES
 )
-TRAINED_THINGS = len(THINGS) - 1  # all but the last
+TRAINED_THINGS = len(THINGS) - 1  # all but the potato
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLOURS = {  # of the background, in RGB
     "red": (196, 32, 52),
     "orange": (252, 150, 58),
     "yellow": (255, 238, 130),
@@ -194,10 +119,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (134, 140, 146),
 }
 
-SIZES: dict[str, int] = {"large": 196, "small": 120}  # edge in pixels on a canvas of 256
+SIZES = {"large": 196, "small": 120}  # edge of a thing in pixels, on a canvas of 256
 POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
-SHAPES: dict[str, tuple[int, int]] = {"square": (256, 256), "portrait": (256, 384), "landscape": (384, 256)}  # w, h
-LAYOUTS = ("large", "small", "corner", "pair")  # the kinds of scenes
+SHAPES = {"square": (256, 256), "portrait": (256, 384), "landscape": (384, 256)}  # width, height
+LAYOUTS = ("large", "small", "corner", "pair")  # kinds of scenes
 SIMPLE = LAYOUTS[:2]  # one thing in the middle
 
 _COLOUR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "violet")}
@@ -205,34 +130,33 @@ _SIZE_WORDS = {"large": ("big", "large", "huge"), "small": ("small", "little", "
 _GROUND_WORDS = ("background", "backdrop")
 _DEPICTIONS = ("picture", "image", "drawing", "emoji", "icon", "illustration")
 _DEPICTED = "{depiction} of {subject}"
-_TEMPLATES = (
-    "{subject} on {ground}",
-    "{subject} against {ground}",
-    "{subject} with {ground}",
-    "{subject} in front of {ground}",
-    "{subject} and {ground} behind",
-    "on {ground}, {subject}",
-    "{subject}, {ground}",
-    "{ground}, {subject}",
-    "{ground} behind {subject}",
-    "{subject} on {colour}",
-)
-_TEMPLATE_WEIGHTS = (10, 2, 2, 2, 1, 4, 4, 3, 2, 3)
+_TEMPLATES = {  # and their weights
+    "{subject} on {ground}": 10,
+    "{subject} against {ground}": 2,
+    "{subject} with {ground}": 2,
+    "{subject} in front of {ground}": 2,
+    "{subject} and {ground} behind": 1,
+    "on {ground}, {subject}": 4,
+    "{subject}, {ground}": 4,
+    "{ground}, {subject}": 3,
+    "{ground} behind {subject}": 2,
+    "{subject} on {colour}": 3,
+}
 _CENTRE_WORDS = ("centre", "center", "middle")
-_PLACE_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
-_PLACED = ("in the {place}", "at the {place}", "in the {place} corner")
-_PAIRED = (
-    "{subject} and {other}",
-    "{subject} next to {other}",
-    "{subject} beside {other}",
-    "{subject} on the left and {other} on the right",
-)
-_PAIRED_WEIGHTS = (6, 1, 1, 2)
-_CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # a unicorn, not an unicorn
+_ROW_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
+_POSITIONED = ("in the {position}", "at the {position}", "in the {position} corner")
+_PAIRED = {
+    "{subject} and {other}": 6,
+    "{subject} next to {other}": 1,
+    "{subject} beside {other}": 1,
+    "{subject} on the left and {other} on the right": 2,
+}
+_SIZE_WORD_RATES = {"large": 0.2, "small": 1.0, "corner": 0.5, "pair": 0.1}  # how often a caption names the size
+_CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # "a unicorn", not "an unicorn"
 
 
 class Scene(NamedTuple):
-    """Positions in `THINGS`, `COLOURS`, `SIZES`, `POSITIONS` and `SHAPES`; `other` is the thing on the right of two."""
+    """Indices into THINGS, COLOURS, SIZES, POSITIONS and SHAPES; `other` is the right one of two things."""
 
     thing: int
     colour: int
@@ -248,90 +172,91 @@ class Scene(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """Which of `LAYOUTS` it is."""
+        """Its kind, one of LAYOUTS."""
         if self.other is not None:
             return "pair"
         return "corner" if self.position else list(SIZES)[self.size]
 
 
 def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
-    """Every scene of these layouts, in a fixed order: things slowest, backgrounds next."""
+    """Returns all scenes of these layouts in a fixed order: by thing, then by background."""
     small, things = list(SIZES).index("small"), range(len(THINGS))
     found = []
     for thing, colour in product(things, range(len(COLOURS))):
         found += [Scene(thing, colour, size, 0, shape) for size, name in enumerate(SIZES) if name in layouts]
         if "corner" in layouts:
-            found += [Scene(thing, colour, small, place, shape) for place in range(1, len(POSITIONS))]
+            found += [Scene(thing, colour, small, position, shape) for position in range(1, len(POSITIONS))]
         if "pair" in layouts:
             found += [Scene(thing, colour, small, 0, shape, other) for other in things if other != thing]
     return found
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether training never sees this (thing, colour) pair, or one of both, in any layout."""
+    """True if training leaves out this pair of thing and background (of two things, at least one pair)."""
     return any((3 * thing + scene.colour) % 5 == 0 for thing in scene.things)
 
 
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Returns the plain caption of a scene, or with `rng` a random wording.
+
+    A small thing in the middle is always called small. Other sizes are named now and then: what is large is the
+    default, and what is in a corner or a pair is always small.
+    """
+    colour = list(COLOURS)[scene.colour]
+    if rng is not None:
+        return _random_case(_random_wording(scene, colour, rng), rng)
+    subject = _noun_phrase(scene.thing, "small" if scene.layout in ("small", "corner") else "")
+    if scene.other is not None:
+        subject = f"{subject} and {_noun_phrase(scene.other)}"
+    if scene.position:
+        subject = f"{subject} in the {POSITIONS[scene.position]}"
+    return f"{subject} on {_with_article(colour)} background"
+
+
+def _noun_phrase(thing: int, adjective: str = "", article: str = "a", name: str = "") -> str:
+    phrase = f"{adjective} {name or THINGS[thing].name}".strip()
+    return phrase if THINGS[thing].bare else _with_article(phrase, article)
+
+
 def _with_article(phrase: str, article: str = "a") -> str:
-    """Put `article` in front: "a" (or "an", by sound), "the", or none when empty."""
+    """Puts an article in front: "a" (or "an", by sound), "the" or "", which is none."""
     if article != "a":
         return f"{article} {phrase}".strip()
     vowel = phrase[0] in "aeiou" and not phrase.startswith(_CONSONANT_SOUNDS)
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A sentence for a scene: the plain one, or with `rng` one of many wordings.
-
-    Small things in the middle are always called small; large ones mostly go without a word for it, and so do those in
-    corners and in twos, which are never large.
-    """
-    colour = list(COLOURS)[scene.colour]
-    if rng is not None:
-        return _finish(_random_wording(scene, colour, rng), rng)
-    subject = _plain(THINGS[scene.thing], scene.layout in ("small", "corner"))
-    if scene.other is not None:
-        subject = _PAIRED[0].format(subject=subject, other=_plain(THINGS[scene.other], small=False))
-    if scene.position:
-        subject = f"{subject} {_PLACED[0].format(place=POSITIONS[scene.position])}"
-    return f"{subject} on {_with_article(colour)} background"
-
-
-def _plain(thing: Thing, small: bool) -> str:
-    phrase = f"small {thing.name}" if small else thing.name
-    return phrase if thing.bare else _with_article(phrase)
-
-
 def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
     article = rng.choices(("a", "the", ""), (6, 1, 3))[0]
-    subject = _random_subject(THINGS[scene.thing], scene, article, rng)
+    subject = _random_subject(scene.thing, scene, article, rng)
     if scene.other is not None:
-        other = _random_subject(THINGS[scene.other], scene, article, rng)
-        subject = rng.choices(_PAIRED, _PAIRED_WEIGHTS)[0].format(subject=subject, other=other)
+        other = _random_subject(scene.other, scene, article, rng)
+        subject = _random_template(_PAIRED, rng).format(subject=subject, other=other)
     if rng.random() < 0.2:
         depiction = _with_article(rng.choice(_DEPICTIONS), article)
         subject = _DEPICTED.format(depiction=depiction, subject=subject)
     if scene.position:
-        height, side = POSITIONS[scene.position].split()
-        subject += " " + rng.choice(_PLACED).format(place=f"{rng.choice(_PLACE_WORDS[height])} {side}")
+        row, side = POSITIONS[scene.position].split()
+        subject += " " + rng.choice(_POSITIONED).format(position=f"{rng.choice(_ROW_WORDS[row])} {side}")
     elif scene.other is None and rng.random() < 0.1:
-        subject += " " + rng.choice(_PLACED[:2]).format(place=rng.choice(_CENTRE_WORDS))
+        subject += " " + rng.choice(_POSITIONED[:2]).format(position=rng.choice(_CENTRE_WORDS))
     colour = rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
     ground = _with_article(f"{colour} {rng.choices(_GROUND_WORDS, (4, 1))[0]}", article)
-    template = rng.choices(_TEMPLATES, _TEMPLATE_WEIGHTS)[0]
-    return template.format(subject=subject, ground=ground, colour=colour)
+    return _random_template(_TEMPLATES, rng).format(subject=subject, ground=ground, colour=colour)
 
 
-def _random_subject(thing: Thing, scene: Scene, article: str, rng: random.Random) -> str:
-    subject = rng.choice((thing.name, rng.choice(thing.names)))
-    share = {"large": 0.2, "small": 1.0, "corner": 0.5, "pair": 0.1}[scene.layout]
-    if rng.random() < share:
-        subject = f"{rng.choice(_SIZE_WORDS[list(SIZES)[scene.size]])} {subject}"
-    return subject if thing.bare else _with_article(subject, article)
+def _random_template(templates: Mapping[str, int], rng: random.Random) -> str:
+    return rng.choices(list(templates), list(templates.values()))[0]
 
 
-def _finish(text: str, rng: random.Random) -> str:
-    """Vary the case of a caption, and end it with a full stop now and then."""
+def _random_subject(thing: int, scene: Scene, article: str, rng: random.Random) -> str:
+    name = rng.choice((THINGS[thing].name, rng.choice(THINGS[thing].names)))
+    named = rng.random() < _SIZE_WORD_RATES[scene.layout]
+    return _noun_phrase(thing, rng.choice(_SIZE_WORDS[list(SIZES)[scene.size]]) if named else "", article, name)
+
+
+def _random_case(text: str, rng: random.Random) -> str:
+    """Capitalises a caption or its first letter now and then, and adds a full stop."""
     draw = rng.random()
     if draw < 0.2:
         text = text[0].upper() + text[1:]
@@ -340,26 +265,25 @@ def _finish(text: str, rng: random.Random) -> str:
     return f"{text}." if rng.random() < 0.2 else text
 
 
-def _letters(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
+    """Returns the words of a text, lower-case."""
     return re.findall(r"[^\W\d_]+", text.casefold())
 
 
 @cache
 def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = LAYOUTS) -> tuple[str, ...]:
-    """Every lower-case word that a caption of `things` in `layouts` can contain, sorted."""
+    """Returns every lower-case word that captions of these things and layouts can contain, sorted."""
+    words = [*_COLOUR_WORDS.values(), *_SIZE_WORDS.values(), _GROUND_WORDS, _DEPICTIONS, _CENTRE_WORDS]
     phrases = [name for thing in things for name in thing.names]
-    phrases += [*COLOURS, *_GROUND_WORDS, *_DEPICTIONS, "a", "an", "the"]
-    phrases += [word for words in _COLOUR_WORDS.values() for word in words]
-    phrases += [word for words in _SIZE_WORDS.values() for word in words]
-    phrases += _CENTRE_WORDS
-    templates = [*_TEMPLATES, _DEPICTED, *_PLACED[:2]]
+    phrases += [*COLOURS, "a", "an", "the", *(word for group in words for word in group)]
+    templates = [*_TEMPLATES, _DEPICTED, *_POSITIONED[:2]]
     if "corner" in layouts:
-        phrases += [*POSITIONS, *(word for words in _PLACE_WORDS.values() for word in words)]
-        templates += _PLACED
+        phrases += [*POSITIONS, *(word for group in _ROW_WORDS.values() for word in group)]
+        templates += _POSITIONED
     if "pair" in layouts:
         templates += _PAIRED
     phrases += [re.sub(r"\{\w+\}", " ", template) for template in templates]
-    return tuple(sorted({word for phrase in phrases for word in _letters(phrase)}))
+    return tuple(sorted({word for phrase in phrases for word in _split(phrase)}))
 
 
 def unknown_words_note(
@@ -373,7 +297,7 @@ def unknown_words_note(
     known = metadata.get("vocabulary", {}).get("words")
     if known is None:
         return None
-    words = [word for word in dict.fromkeys(_letters(" ".join(prompts))) if word not in {*known, *reported}]
+    words = [word for word in dict.fromkeys(_split(" ".join(prompts))) if word not in {*known, *reported}]
     if not words:
         return None
     reported.update(words)
@@ -399,6 +323,6 @@ def word_list(vocabulary: Mapping[str, Any]) -> dict[str, list[str]]:
         "positions": [*(POSITIONS if "corner" in layouts else ()), *(["side by side"] if "pair" in layouts else [])],
         "shapes": list(vocabulary.get("shapes", ())),
     }
-    used = {word for names in groups.values() for name in names for word in _letters(name)}
+    used = {word for names in groups.values() for name in names for word in _split(name)}
     groups["synonyms and other words"] = [word for word in vocabulary.get("words", ()) if word not in used]
     return {group: names for group, names in groups.items() if names}
