@@ -245,7 +245,7 @@ def test_a_bug_keeps_its_traceback(bundle: Path, here: Path, monkeypatch: pytest
     ("module", "arguments", "extra", "file"),
     [
         ("accelerate", ("train", "prior", "--config", "x.toml"), '"wuerstchen[train]"', "requirements-train.txt"),
-        ("open_clip.transformer", ("generate", PROMPT), '"wuerstchen"', "requirements.txt"),
+        ("open_clip.transformer", ("generate", PROMPT), "pip install wuerstchen", "requirements.txt"),
     ],
 )
 def test_a_missing_package_is_named_with_ways_to_install_it(
@@ -269,7 +269,7 @@ def test_a_missing_package_is_named_with_ways_to_install_it(
         ("/x/__main__.py", "python -m wuerstchen_core"),
     ],
 )
-def test_usage_and_errors_have_the_name_of_the_command(
+def test_usage_and_errors_name_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, name: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script])

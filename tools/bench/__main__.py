@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     text = "Measure time and memory of full-size networks with random weights, beside diffusers."
     parser = Parser(prog="python -m tools.bench", description=text)
-    requirements = "requirements-bench.txt, or measure ours alone with --no-peer"
-    smaller = "choose smaller --sizes, a smaller --batch or --depth, or --dtypes bf16"
-    parser.set_defaults(run=_run, requirements=requirements, smaller=smaller)
+    install_hint = "`pip install -r requirements-bench.txt`, or measure ours alone with --no-peer"
+    memory_hint = "choose smaller --sizes, a smaller --batch or --depth, or --dtypes bf16"
+    parser.set_defaults(run=_run, install_hint=install_hint, memory_hint=memory_hint)
     option = parser.add_argument
     option("--stages", type=names, metavar="NAME,...", help="prior, decoder, train-prior, ... (default: all)")
     option("--sizes", type=numbers, metavar="PIXELS,...", help=f"of square pictures (default: {DEFAULTS['sizes']})")
@@ -59,21 +59,20 @@ def _run(options: argparse.Namespace) -> None:
     from . import comfyui
     from .run import run
 
-    config, bar = _config(options), Bar()
+    config = _config(options)
     _save({"rows": []}, options.json)  # fails now rather than after the work
 
-    def progress(text: str, done: int, total: int) -> None:
-        bar.show("bench ", done, total, text)
+    with Bar() as bar:
 
-    try:
+        def progress(text: str, done: int, total: int) -> None:
+            bar.show("bench ", done, total, text)
+
         if options.comfyui is not None:
             rows = comfyui.measure(options.comfyui, config, progress)
             result, text = {"rows": rows}, comfyui.table(rows)
         else:
             report = run(config, progress, lambda report: _save(report.as_dict(), options.json))
             result, text = report.as_dict(), report.text()
-    finally:
-        bar.clear()
     _save(result, options.json)
     sys.stdout.write(f"{text.rstrip()}\n")
 

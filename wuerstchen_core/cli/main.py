@@ -17,6 +17,7 @@ from . import edit, generate, train, weights
 
 MODULES = (generate, edit, weights, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
+INSTALL_HINT = "`pip install wuerstchen` or, inside the pack's folder, `pip install -r requirements.txt`"
 PACKAGE = __package__.partition(".")[0]
 
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parses the arguments, calls `options.run` and returns the exit code.
 
-    Options that error messages need: `extra` (of pyproject.toml, with the required packages) and `memory_hint`.
+    Error messages need two defaults of the parser: `install_hint` for missing packages, and `memory_hint`.
     """
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -52,7 +53,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         package = (error.name or "").partition(".")[0]
         if package in ("", PACKAGE):
             raise
-        return _fail(_missing_package(package, options.extra))
+        return _fail(f"{package} is not installed: {options.install_hint}")
     except (ValueError, OSError) as error:
         return _fail(one_line(error) or type(error).__name__)
     except RuntimeError as error:
@@ -65,16 +66,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
 def _parser() -> argparse.ArgumentParser:
     name = "wuerstchen" if Path(sys.argv[0]).stem == "wuerstchen" else f"python -m {PACKAGE}"
     parser = Parser(prog=name, description="Würstchen: text to image in three stages.")
-    parser.set_defaults(extra="", memory_hint="close other programs")
+    parser.set_defaults(install_hint=INSTALL_HINT, memory_hint="close other programs")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in MODULES:
         module.add(commands)
     return parser
-
-
-def _missing_package(package: str, extra: str) -> str:
-    name, file = (f"wuerstchen[{extra}]", f"requirements-{extra}.txt") if extra else ("wuerstchen", "requirements.txt")
-    return f'{package} is not installed: `pip install "{name}"` or, in this pack\'s folder, `pip install -r {file}`'
 
 
 def _fail(message: str, code: int = FAILED) -> int:

@@ -8,13 +8,16 @@ from typing import Any
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
 CACHE = "cache"
+INSTALL_HINT = (
+    '`pip install "wuerstchen[train]"` or, inside the pack\'s folder, `pip install -r requirements-train.txt`'
+)
+MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
 
 def add(commands: Any) -> None:
     """Adds the command to the parser's commands."""
     parser = commands.add_parser("train", help="train one stage")
-    hint = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
-    parser.set_defaults(run=_run, extra="train", memory_hint=hint)
+    parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
     text = f"{', '.join(STAGES)}; or {CACHE}, which encodes a dataset for later training runs"
     parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=text)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="training configuration")
