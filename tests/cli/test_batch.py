@@ -22,8 +22,8 @@ from wuerstchen_core.cli import batch
 from wuerstchen_core.cli.options import fingerprint
 from wuerstchen_core.cli.prompt_file import line_seed
 from wuerstchen_core.cli.save import METADATA_KEY
-from wuerstchen_core.training.data.folder import Folder
-from wuerstchen_core.training.data.shards import LocalShards
+from wuerstchen_core.training.data.folder import FolderSource
+from wuerstchen_core.training.data.shards import ShardSource
 
 BLUE = "a small blue apple"
 LINES: list[Any] = [
@@ -76,10 +76,10 @@ def both(names: list[str]) -> set[str]:
 
 def by_name(folder: Path, cache: Path | None = None) -> dict[str, tuple[np.ndarray, str]]:
     """Returns images and captions by name, as training reads them."""
-    source = Folder([folder]) if cache is None else LocalShards(sorted(folder.glob("*.tar")), cache)
+    source = FolderSource([folder]) if cache is None else ShardSource(sorted(folder.glob("*.tar")), cache)
     assert not source.bad
-    read = [(np.asarray(source.picture(i)).astype(int), source.caption(i)) for i in range(len(source))]
-    return {source.name(i).rpartition(":")[2].removesuffix(".png"): read[i] for i in range(len(source))}
+    read = [(np.asarray(source.image(i)).astype(int), source.caption(i)) for i in range(len(source))]
+    return {source.names[i].rpartition(":")[2].removesuffix(".png"): read[i] for i in range(len(source))}
 
 
 def assert_equal_pictures(one: dict[str, Any], other: dict[str, Any]) -> None:

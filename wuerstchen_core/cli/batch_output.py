@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.atomic import remove_drafts, replace_file
-from ..training.data.sidecars import table_from_json
-from ..training.data.tars import add_member
+from ..training.data.sidecars import parse_json_table
 from .save import save_image
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class ImageFolder:
         files, existing = self._files(), {}
         for name in sorted(names):
             png, file = f"{name}.png" in files, self.folder / f"{name}.json"
-            table = table_from_json(file.read_bytes(), str(file)) if file.name in files else None
+            table = parse_json_table(file.read_bytes(), str(file)) if file.name in files else None
             if png and table is not None:
                 existing[name] = table
             elif png or (table is not None and "weights" not in table):
@@ -78,7 +77,7 @@ class Shard(ImageFolder):
     def prepare(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
         remove_drafts(self.path.parent, {self.path.name})
         packed = {
-            name[:-5]: table_from_json(content, f"{self.path}: {name}") for name, content in self._members(".json")
+            name[:-5]: parse_json_table(content, f"{self.path}: {name}") for name, content in self._members(".json")
         }
         return {**packed, **super().prepare(set(names) - packed.keys())}
 
@@ -92,6 +91,8 @@ class Shard(ImageFolder):
         shutil.rmtree(self.folder)
 
     def _pack(self, draft: Path) -> None:
+        from ..training.data.shards import add_member
+
         files = self._files()
         with tarfile.open(draft, "w") as tar:
             for name in sorted(file[:-4] for file in files if file.endswith(".png") and f"{file[:-4]}.json" in files):

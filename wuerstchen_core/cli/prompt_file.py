@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.dataclass_config import from_table
-from ..training.data.sidecars import table_from_json
+from ..training.data.sidecars import parse_json_table
 from .options import SAMPLING, SIZE
 from .save import image_metadata
 
@@ -82,7 +82,7 @@ def parse_line(
     """
     from ..inference.settings import check_count
 
-    line = from_table(PromptLine, {**defaults, **table_from_json(raw, "it")}, "line")
+    line = from_table(PromptLine, {**defaults, **parse_json_table(raw, "it")}, "line")
     line.prompt.encode(), line.negative.encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
     first = line_seed(seed, number) if line.seed is None else line.seed
     check_count(line.count, first)

@@ -1,9 +1,10 @@
-"""What networks make of pictures, computed before a training: the same training, from shards without the pictures."""
+"""Caches of latents, features and text states: training on one equals training on its images."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.checkpoints.source import TOWERS
+from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.files import FileDataset
-from wuerstchen_core.training.data.latent_cache import CachedShards
+from wuerstchen_core.training.data.latent_cache import CacheSource
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
+from wuerstchen_core.training.stages import decoder, diffusion
 from wuerstchen_core.training.stages.networks import COMPUTED_BY
 
 CONFIG = """
@@ -54,19 +57,19 @@ log_every = 1
 save_every = 4
 sheet_every = 100
 """
-SHAPES = ["data.buckets=[[64, 64], [128, 64]]", "cache.shard=6"]
+TWO_BUCKETS = ["data.buckets=[[64, 64], [128, 64]]", "cache.shard=6"]
 SQUARES, WIDE = range(0, 12), range(20, 24)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve squares of 64 pixels and four pictures of twice the width, with captions."""
+    """Twelve squares of 64 pixels and four images of twice the width, with captions."""
     root = tmp_path_factory.mktemp("pictures")
     return write_folder(root, {**examples(SQUARES), **examples(WIDE, 128, 64)})
 
 
 def write_config(path: Path, bundle: Path, source: Path) -> Path:
-    """A configuration that works beside its file: runs in `run`, the cache in `cache`."""
+    """Writes a configuration with its run and cache folders beside it."""
     names = {"run": path.parent / "run", "bundle": bundle, "source": source, "output": path.parent / "cache"}
     text = CONFIG.format(**{name: json.dumps(value.as_posix()) for name, value in names.items()})
     path.write_text(text, encoding="utf-8")
@@ -79,20 +82,20 @@ def config(tmp_path: Path, bundle: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, bundle: Path, folder: Path) -> Path:
-    """A configuration whose cache is there: that of all pictures, in two buckets, without these."""
-    path = write_config(tmp_path_factory.mktemp("made") / "config.toml", bundle, folder)
-    make_cache(path, SHAPES)
+def cached_config(tmp_path_factory: pytest.TempPathFactory, bundle: Path, folder: Path) -> Path:
+    """A configuration whose cache exists: all images in two buckets, without the images themselves."""
+    path = write_config(tmp_path_factory.mktemp("cached") / "config.toml", bundle, folder)
+    make_cache(path, TWO_BUCKETS)
     return path
 
 
 def losses(stage: str, config: Path, *changes: str) -> list[float]:
-    """Those of a run in a folder of its own."""
-    told = [*changes, f"run='{config.parent / str(hash((stage, *changes)))}'"]
-    return [row["loss"] for row in read_log(run(stage, config, told).parent)]
+    """Trains in a folder of its own and returns the losses."""
+    overrides = [*changes, f"run='{config.parent / str(hash((stage, *changes)))}'"]
+    return [row["loss"] for row in read_log(run(stage, config, overrides).parent)]
 
 
-def cached(config: Path) -> str:
+def on_cache(config: Path) -> str:
     return f"data.source='{config.parent / 'cache'}'"
 
 
@@ -101,7 +104,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """What a cache keeps, by the shard and the file that it is in."""
+    """The tensors of a cache by shard and file name."""
     found = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -111,34 +114,32 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def load_nothing(*_: Any) -> None:
-    raise AssertionError("a network was read")
+def fail(*_: Any) -> None:
+    raise AssertionError("a network was loaded")
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_a_training_on_a_cache_equals_the_one_on_its_pictures(
+def test_training_on_a_cache_equals_training_on_its_images(
     config: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit where networks see as many pictures at a time. What was cached is neither read nor computed again."""
-    told = ["noise.text_drop=0.0"]
-    before = losses(stage, config, *told)
+    """Bit for bit, at equal batch sizes. No network is loaded or run for what is cached."""
+    overrides = ["noise.text_drop=0.0"]
+    before = losses(stage, config, *overrides)
     make_cache(config, [])
-    for name in ("encode_features", "encode_latents", "encode_text"):
-        monkeypatch.setattr(f"wuerstchen_core.training.stages.diffusion.{name}", load_nothing, raising=False)
-        monkeypatch.setattr(f"wuerstchen_core.training.stages.decoder.{name}", load_nothing, raising=False)
-    monkeypatch.setattr("wuerstchen_core.training.stages.diffusion.frozen", load_nothing)
-    monkeypatch.setattr("wuerstchen_core.training.stages.decoder.frozen", load_nothing)
-    assert losses(stage, config, *told, cached(config)) == before and len(before) == 4
+    for module in (diffusion, decoder):
+        for name in ("encode_features", "encode_latents", "encode_text", "load_frozen"):
+            monkeypatch.setattr(module, name, fail, raising=False)
+    assert losses(stage, config, *overrides, on_cache(config)) == before and len(before) == 4
 
 
-def test_shapes_dropped_captions_and_half_precision(made: Path) -> None:
-    """Squares and wide pictures in the order in which they would have come; what is kept in bf16 is nearly the same."""
-    told = [*SHAPES, "noise.text_drop=0.5", "train.steps=6"]
-    before = losses("decoder", made, *told)
-    assert losses("decoder", made, *told, cached(made)) == pytest.approx(before, rel=1e-5)
-    rough = made.parent / "rough"
-    make_cache(made, [*SHAPES, f"cache.output='{rough}'", 'cache.dtype="bf16"'])
-    after = losses("decoder", made, *told, f"data.source='{rough}/{{00000..00002}}.tar'")
+def test_shapes_dropped_captions_and_half_precision(cached_config: Path) -> None:
+    """Squares and wide images come in the same order; a bf16 cache gives nearly the same losses."""
+    overrides = [*TWO_BUCKETS, "noise.text_drop=0.5", "train.steps=6"]
+    before = losses("decoder", cached_config, *overrides)
+    assert losses("decoder", cached_config, *overrides, on_cache(cached_config)) == pytest.approx(before, rel=1e-5)
+    rough = cached_config.parent / "rough"
+    make_cache(cached_config, [*TWO_BUCKETS, f"cache.output='{rough}'", 'cache.dtype="bf16"'])
+    after = losses("decoder", cached_config, *overrides, f"data.source='{rough}/{{00000..00002}}.tar'")
     assert after == pytest.approx(before, rel=0.02) and after != before
 
 
@@ -147,26 +148,26 @@ def test_tokens_follow_from_latents(tmp_path: Path, folder: Path) -> None:
         tmp_path / "config.toml", write_tiny_bundle(tmp_path / "v1.safetensors", release="v1"), folder
     )
     make_cache(config, [])
-    told = ["noise.text_drop=0.0"]
-    assert losses("token-decoder", config, *told, cached(config)) == losses("token-decoder", config, *told)
+    overrides = ["noise.text_drop=0.0"]
+    assert losses("token-decoder", config, *overrides, on_cache(config)) == losses("token-decoder", config, *overrides)
 
 
-def test_pictures_are_kept_where_it_is_asked_for(config: Path, folder: Path) -> None:
-    """Then there are sheets, stages that learn of pixels, and what was not kept is computed."""
+def test_images_are_cached_on_request(config: Path, folder: Path) -> None:
+    """With images there are sample grids, stages can train on pixels, and missing tensors are computed."""
     make_cache(config, ['cache.what=["features"]', "cache.pictures=true"])
-    told = ["noise.text_drop=0.0", "train.sheet_every=4"]
-    assert losses("decoder", config, *told, cached(config)) == losses("decoder", config, *told)
-    on_cache = config.parent / str(hash(("decoder", *told, cached(config))))
-    with Image.open(on_cache / "decoder" / "sheet-000004.png") as sheet:
+    overrides = ["noise.text_drop=0.0", "train.sheet_every=4"]
+    assert losses("decoder", config, *overrides, on_cache(config)) == losses("decoder", config, *overrides)
+    folder = config.parent / str(hash(("decoder", *overrides, on_cache(config))))
+    with Image.open(folder / "decoder" / "sheet-000004.png") as sheet:
         assert sheet.getpixel((64, 64)) == (0, 100, 200)
     crop = ["vqgan.crop=32", "vqgan.margin=8"]
-    assert losses("vqgan", config, *crop, cached(config)) == losses("vqgan", config, *crop)
+    assert losses("vqgan", config, *crop, on_cache(config)) == losses("vqgan", config, *crop)
 
 
-def test_what_was_stopped_goes_on(made: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards that are there are not made again, and none is there in part."""
-    whole, folder = shards(made.parent / "cache"), config.parent / "cache"
-    assert list(whole) and len(whole) == 3
+def test_a_stopped_cache_resumes(cached_config: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Existing shards are not computed again, and no shard is incomplete."""
+    whole, folder = shards(cached_config.parent / "cache"), config.parent / "cache"
+    assert len(whole) == 3
     reads: list[int] = []
     read = caching.read_example
 
@@ -179,78 +180,78 @@ def test_what_was_stopped_goes_on(made: Path, config: Path, monkeypatch: pytest.
     monkeypatch.setattr(caching, "read_example", watched)
     stop = 9
     with pytest.raises(KeyboardInterrupt):
-        make_cache(config, SHAPES)
+        make_cache(config, TWO_BUCKETS)
     assert shards(folder) == {"00000.tar": whole["00000.tar"]} and reads[:6] == list(range(6))
-    make_cache(config, SHAPES)
+    make_cache(config, TWO_BUCKETS)
     assert shards(folder) == whole and sorted(reads[9:]) == list(range(6, 16))
-    with pytest.raises(ValueError, match="was begun with other networks, shard: restore these, or give another output"):
-        make_cache(config, [*SHAPES, 'cache.what=["text"]', "cache.shard=9"])
+    with pytest.raises(ValueError, match="networks, shard"):
+        make_cache(config, [*TWO_BUCKETS, 'cache.what=["text"]', "cache.shard=9"])
 
 
-def test_other_pictures_of_the_same_names_are_refused(made: Path, folder: Path, tmp_path: Path) -> None:
-    """A folder that moved goes on."""
+def test_changed_images_are_refused(cached_config: Path, folder: Path, tmp_path: Path) -> None:
+    """The same images in another folder are accepted."""
     moved = shutil.copytree(folder, tmp_path / "moved")
-    told = [*SHAPES, f"data.source='{moved}'"]
-    make_cache(made, told)
+    overrides = [*TWO_BUCKETS, f"data.source='{moved}'"]
+    make_cache(cached_config, overrides)
     (moved / "003.png").write_bytes(picture(4))
-    with pytest.raises(ValueError, match="cache was begun with other data: restore these, or give another output"):
-        make_cache(made, told)
+    with pytest.raises(ValueError, match="cache .*data"):
+        make_cache(cached_config, overrides)
 
 
-def test_two_processes_make_what_one_makes(made: Path, config: Path) -> None:
-    told = [part for change in SHAPES for part in ("--set", change)]
-    launch("-m", "wuerstchen_core", "train", "cache", "--config", str(config), *told, by="accelerate")
-    mine, theirs = (tensors(path.parent / "cache") for path in (made, config))
+def test_two_processes_compute_the_same_cache_as_one(cached_config: Path, config: Path) -> None:
+    overrides = [part for change in TWO_BUCKETS for part in ("--set", change)]
+    launch("-m", "wuerstchen_core", "train", "cache", "--config", str(config), *overrides, by="accelerate")
+    mine, theirs = (tensors(path.parent / "cache") for path in (cached_config, config))
     assert mine.keys() == theirs.keys() and len(mine) == 3 * 16
-    for key, x in mine.items():  # a launched process rounds otherwise
+    for key, x in mine.items():  # rounding differs in a launched process
         torch.testing.assert_close(theirs[key], x)
 
 
-def test_filters_and_sizes_hold_for_a_cache(tmp_path: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Scores, and the size of the picture itself, are kept; what has another size than a bucket is left out."""
+def test_filters_apply_to_a_cache(tmp_path: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scores and the original size are cached; images of no bucket's size are rejected."""
     files = {f"{i}.png": picture(i, 64 + i, 64) for i in range(6)}
     files |= {f"{i}.json": table(caption=f"no {i}", AESTHETIC_SCORE=i) for i in range(6)}
     source = write_folder(tmp_path / "scored", files)
     make_cache(config, [f"data.source='{source}'", 'cache.what=["text"]', "data.min_aesthetic=1"])
     data = {"source": str(config.parent / "cache"), "size": 64, "multiple": 64, "workers": 0}
-    pictures = FileDataset({**data, "min_aesthetic": 2.0, "max_side": 68}, made_by=made_by(config))
-    pictures.map_captions(load_nothing)
+    pictures = FileDataset({**data, "min_aesthetic": 2.0, "max_side": 68}, fingerprint_of=network_fingerprints(config))
+    pictures.map_captions(fail)
     with caplog.at_level(logging.INFO):
         pictures.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
-    assert "3 pictures, left out 1 of low aesthetic score, 1 too large" in caplog.text
+    assert "3 images" in caplog.text and "1 of low aesthetic score, 1 too large" in caplog.text
     assert set(pictures.sample_batch(StepRandom(0, 0, 3)).names) == {f"00000.tar:00000000{i}" for i in (2, 3, 4)}
-    other = FileDataset({**data, "size": 128}, made_by=made_by(config))
-    other.map_captions(load_nothing)
-    with pytest.raises(ValueError, match="no picture is left of 5 that can be read: 5 cached in other sizes;"):
+    other = FileDataset({**data, "size": 128}, fingerprint_of=network_fingerprints(config))
+    other.map_captions(fail)
+    with pytest.raises(ValueError, match="5 cached in other sizes"):
         other.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
 
 
-def made_by(config: Path) -> Any:
-    """The fingerprints of a cache's networks."""
+def network_fingerprints(config: Path) -> Any:
+    """Returns a function for the fingerprints of a cache's networks."""
     return json.loads((config.parent / "cache" / "cache.json").read_text("utf-8"))["networks"].__getitem__
 
 
-def test_bad_pictures_are_left_out_and_named(
+def test_bad_images_are_skipped_and_named(
     tmp_path: Path, config: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     files = {**examples(range(24)), "005.png": picture(5)[:90], "007.txt": b"\xff"}
-    told = [f"data.source='{write_folder(tmp_path / 'some', files)}'", 'cache.what=["features"]']
+    overrides = [f"data.source='{write_folder(tmp_path / 'some', files)}'", 'cache.what=["features"]']
     with caplog.at_level(logging.INFO):
-        make_cache(config, [*told, "data.bad_share=0.1"])
-    assert "number 1 of the bad pictures: 005.png is cut short" in caplog.text
-    assert "number 2 of the bad pictures: the caption of 007.png is not UTF-8" in caplog.text
-    assert "22 pictures cached in" in caplog.text and "2 bad ones left out, 0 there already" in caplog.text
-    source = CachedShards(sorted((config.parent / "cache").glob("*.tar")), tmp_path)
+        make_cache(config, [*overrides, "data.bad_share=0.1"])
+    first, second, *_, done = [record.getMessage() for record in caplog.records if record.name.startswith("wuer")][-3:]
+    assert "005.png" in first and "007.png" in second and "UTF-8" in second
+    assert re.findall(r"\b\d+\b(?= images| bad| there)", done) == ["22", "2", "0"]
+    source = CacheSource(sorted((config.parent / "cache").glob("*.tar")), tmp_path)
     assert [source.caption(i) for i in range(len(source))] == [f"picture {i}" for i in range(24) if i not in (5, 7)]
-    with pytest.raises(ValueError, match=r"2 of 20 pictures could not be used, more than \[data\] bad_share = 0.05"):
-        make_cache(config, [*told, f"cache.output='{tmp_path / 'strict'}'"])
+    with pytest.raises(ValueError, match="2 of 20 images .*bad_share = 0.05"):
+        make_cache(config, [*overrides, f"cache.output='{tmp_path / 'strict'}'"])
 
 
-def test_a_damaged_or_unfinished_cache_is_told(
-    made: Path, config: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_or_incomplete_cache_is_reported(
+    cached_config: Path, config: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
-    """A tensor that is none is a bad picture; shards that are not there yet are missed."""
-    make_cache(config, SHAPES)
+    """A damaged tensor counts as a bad image; missing shards are counted."""
+    make_cache(config, TWO_BUCKETS)
     folder = config.parent / "cache"
     (folder / "00002.tar").unlink()
     with tarfile.open(folder / "00001.tar") as tar:
@@ -259,13 +260,13 @@ def test_a_damaged_or_unfinished_cache_is_told(
         file.seek(place)
         file.write(b"\xff" * 8)
     with caplog.at_level(logging.WARNING):
-        losses("prior", config, *SHAPES, cached(config), "data.bad_share=0.5")
-    assert "cache has 2 of its 3 shards: `train cache` makes the rest" in caplog.text
-    assert "the features of 00001.tar:000000009 cannot be read" in caplog.text
+        losses("prior", config, *TWO_BUCKETS, on_cache(config), "data.bad_share=0.5")
+    assert "2 of 3 shards" in caplog.text
+    assert "features of 00001.tar:000000009" in caplog.text
 
 
 @pytest.mark.parametrize("name", COMPUTED_BY)
-def test_another_network_is_refused(made: Path, tmp_path: Path, bundle: Path, name: str) -> None:
+def test_another_network_is_refused(cached_config: Path, tmp_path: Path, bundle: Path, name: str) -> None:
     stage, part = COMPUTED_BY[name]
     other = tmp_path / "other.safetensors"
     changed = read_part(bundle, part)
@@ -273,37 +274,33 @@ def test_another_network_is_refused(made: Path, tmp_path: Path, bundle: Path, na
     changed.state_dict[key] = changed.state_dict[key] + 1
     names = TOWERS if part in TOWERS else (part,)
     save_bundle(other, dict.fromkeys(names, changed), {})
-    with pytest.raises(ValueError, match=f"^the {name} in .*cache are of another network than this run's: name that"):
-        losses("decoder", made, *SHAPES, cached(made), f"inputs.{stage}='{other}'")
+    with pytest.raises(ValueError, match=f"{name} .*another network"):
+        losses("decoder", cached_config, *TWO_BUCKETS, on_cache(cached_config), f"inputs.{stage}='{other}'")
 
 
-LACKING = {
-    ("decoder", 'cache.what=["features", "text"]'): r"cache keeps neither latents nor pictures to compute them of: "
-    'make it again by `train cache`, with "latents" among what is kept',
-    ("encoder", 'cache.what=["features"]'): r"cache keeps no pictures, of which this stage learns: name these as",
-}
-
-
-@pytest.mark.parametrize(("stage", "what"), LACKING)
-def test_what_a_cache_lacks_is_named(config: Path, stage: str, what: str) -> None:
-    make_cache(config, [what, "cache.shard=100"])
-    with pytest.raises(ValueError, match=LACKING[stage, what]):
-        losses(stage, config, cached(config))
+@pytest.mark.parametrize(
+    ("stage", "what", "missing"),
+    [("decoder", ["features", "text"], "latents nor images"), ("encoder", ["features"], "no images")],
+)
+def test_what_a_cache_lacks_is_named(config: Path, stage: str, what: list[str], missing: str) -> None:
+    make_cache(config, [f"cache.what={what}", "cache.shard=100"])
+    with pytest.raises(ValueError, match=missing):
+        losses(stage, config, on_cache(config))
 
 
 MISTAKES = {
-    'cache.what=["tokens"]': r"^\[cache\] what must be some of latents, features, text, got tokens$",
-    "cache.what=[]": r"^\[cache\] what must be some of .*, got none$",
-    'cache.dtype="int8"': "int8",
-    "cache.shard=0": r"^\[cache\] shard must be at least 1, got 0$",
-    "cache.batch=0": r"^\[cache\] batch must be at least 1, got 0$",
-    "cache.size=1": r"^\[cache\] has no key size: it takes output, what, dtype, ",
-    "cache={}": r"^\[cache\] lacks output$",
-    "data=3": r"^data is a table of keys, not 3$",
-    "data={}": r"^\[data\] names no source of pictures to cache: the demo's own are kept in memory anyway$",
-    'data.crop="random"': r"^\[data\] crop = \"random\" cannot be cached: leave it out, for crops at the centre$",
-    "cash.output='x'": r"^the configuration has no place for cash: it takes run, start, inputs, data, cache, ",
-    'data.source="https://example.org/{0..1}.tar"': r"^\[data\] source is a stream, which cannot be cached: download",
+    'cache.what=["tokens"]': r"\[cache\] what .*latents.* tokens",
+    "cache.what=[]": r"\[cache\] what .* none",
+    'cache.dtype="int8"': r"\[cache\] dtype 'int8' .*bf16",
+    "cache.shard=0": r"\[cache\] shard .* 1, got 0",
+    "cache.batch=0": r"\[cache\] batch .* 1, got 0",
+    "cache.size=1": r"\[cache\] .*\bsize\b.*output",
+    "cache={}": r"\[cache\] .*output",
+    "data=3": r"^data .*3",
+    "data={}": r"\[data\] source",
+    'data.crop="random"': r"\[data\] crop .*random",
+    "cash.output='x'": r"\bcash\b.*\bcache\b",
+    'data.source="https://example.org/{0..1}.tar"': r"\[data\] source .*stream",
 }
 
 
@@ -313,32 +310,33 @@ def test_mistakes_in_the_table_are_named(config: Path, change: str) -> None:
         make_cache(config, [change])
 
 
-def test_a_cache_is_not_cached_nor_mixed_nor_cropped_again(made: Path, folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"^\[data\] source is a cache itself: name the pictures that it was made of$"):
-        make_cache(made, [cached(made)])
-    with pytest.raises(ValueError, match=r"^\[data\] source names a cache and other pictures beside it: give the"):
-        losses("prior", made, f"data.source=['{made.parent / 'cache'}', '{folder}']")
-    with pytest.raises(ValueError, match=r'^\[data\] crop = "random" cannot be, since a cache keeps what was cropped'):
-        losses("prior", made, cached(made), 'data.crop="random"')
+def test_a_cache_is_not_cached_nor_mixed_nor_cropped_again(cached_config: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"\[data\] source .*cache already"):
+        make_cache(cached_config, [on_cache(cached_config)])
+    with pytest.raises(ValueError, match=r"\[data\] source .*cache and other images"):
+        losses("prior", cached_config, f"data.source=['{cached_config.parent / 'cache'}', '{folder}']")
+    with pytest.raises(ValueError, match=r"\[data\] crop .*random"):
+        losses("prior", cached_config, on_cache(cached_config), 'data.crop="random"')
 
 
-def test_what_is_not_finite_is_not_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "encode_features", lambda encoder, images: torch.full((len(images), 4, 2, 2), 1e6))
-    with pytest.raises(ValueError, match=r"^features are not finite in fp16: choose another dtype under \[cache\]$"):
+def test_tensors_that_are_not_finite_are_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow = ImageEncoder, lambda encoder, images: torch.full((len(images), 4, 2, 2), 1e6)
+    monkeypatch.setitem(caching.ENCODERS, "features", overflow)
+    with pytest.raises(ValueError, match="features .*fp16"):
         make_cache(config, ['cache.what=["features"]', 'cache.dtype="fp16"'])
     assert not shards(config.parent / "cache")
 
 
-def test_resumed_exactly(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run on a cache that is stopped between two checkpoints goes on as if it had not been."""
-    told = [*SHAPES, cached(made), "train.steps=6", "train.save_every=2"]
-    whole = losses("prior", made, *told)
-    stopped = f"run='{made.parent / 'stopped'}'"
+def test_resumed_exactly(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on a cache that is stopped between two checkpoints resumes exactly."""
+    overrides = [*TWO_BUCKETS, on_cache(cached_config), "train.steps=6", "train.save_every=2"]
+    whole = losses("prior", cached_config, *overrides)
+    stopped = f"run='{cached_config.parent / 'stopped'}'"
     with monkeypatch.context() as patch:
         patch.setattr(FileDataset, "sample_batch", stop_at(FileDataset.sample_batch, 4))
         with pytest.raises(KeyboardInterrupt):
-            run("prior", made, [*told, stopped])
-    after = [row["loss"] for row in read_log(run("prior", made, [*told, stopped]).parent)]
+            run("prior", cached_config, [*overrides, stopped])
+    after = [row["loss"] for row in read_log(run("prior", cached_config, [*overrides, stopped]).parent)]
     assert after == whole and np.isfinite(after).all()
 
 
@@ -354,20 +352,18 @@ def stop_at(pick: Any, step: int) -> Any:
     return picked
 
 
-def test_pictures_are_not_cached_among_themselves(config: Path, tmp_path: Path) -> None:
+def test_the_output_is_not_the_source_folder(config: Path, tmp_path: Path) -> None:
     source = tmp_path / "pictures"
     source.mkdir()
     for output in ("", source / ".." / "pictures"):
-        with pytest.raises(ValueError, match=r"^\[cache\] output '.*' is no place for a cache: name a new folder$"):
+        with pytest.raises(ValueError, match=r"\[cache\] output '.*'"):
             make_cache(config, [f"data.source='{source}'", f"cache.output='{output}'"])
     assert not list(source.iterdir())
 
 
-def test_shards_that_are_no_caches_are_left_alone(config: Path, tmp_path: Path) -> None:
+def test_other_shards_are_left_alone(config: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.tar").write_bytes(b"somebody's")
-    with pytest.raises(
-        ValueError, match=r"shards holds shards that are no cache's: give another output under \[cache\]"
-    ):
+    with pytest.raises(ValueError, match=r"shards .*\[cache\] output"):
         make_cache(config, [f"cache.output='{tmp_path / 'shards'}'"])
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000.tar"]

@@ -1,4 +1,4 @@
-"""Batches of a folder or of local shards: the same whatever reads them, resumed exactly, without what is broken."""
+"""Batches of a folder or of local shards: equal for any number of workers, resumed exactly, without damaged files."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.data.error_budget import ErrorBudget
-from wuerstchen_core.training.data.loading import Batch, IndexedPictures, Pictures
-from wuerstchen_core.training.data.open import ImageDataConfig, open_pictures
+from wuerstchen_core.training.data.loading import Batch, BatchLoader, IndexedLoader
+from wuerstchen_core.training.data.open import ImageDataConfig, open_loader
 
 SHAPES = [[64, 64], [64, 128]]
 Seen = list[tuple[list[int], list[str], tuple[int, ...]]]
 
 
-def opened(source: str | Path | list[str], batch: int = 4, **options: Any) -> Pictures:
-    """Pictures with a `[data]` table of two small buckets; other options are those of `open_pictures`."""
+def opened(source: str | Path | list[str], batch: int = 4, **options: Any) -> BatchLoader:
+    """Opens a source with two small buckets; `options` are keys of `[data]` or arguments of `open_loader`."""
     own = {name: options.pop(name) for name in ("seed", "rank", "world", "captions") if name in options}
     kind = source if isinstance(source, list) else str(source)
     table = {"source": kind, "buckets": SHAPES, "workers": 0, **options}
     cache = Path(kind if isinstance(kind, str) else kind[0]).parent / "index"
     config = from_table(ImageDataConfig, table, "data")
-    return open_pictures(config, batch=batch, cache=cache, **{"seed": 0, **own})
+    return open_loader(config, batch=batch, cache=cache, **{"seed": 0, **own})
 
 
 def numbers(batch: Batch) -> list[int]:
-    """The pictures, each by its colour in the middle."""
+    """Returns the number of each image, which is the red of its central pixel."""
     height, width = batch.images.shape[-2:]
     return batch.images[:, 0, height // 2, width // 2].tolist()
 
 
-def read(pictures: Pictures, steps: int, start: int = 0) -> Seen:
+def read(loader: BatchLoader, steps: int, start: int = 0) -> Seen:
     read = []
-    for batch in itertools.islice(pictures.batches(start), steps):
+    for batch in itertools.islice(loader.batches(start), steps):
         assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
         read.append((numbers(batch), batch.captions, tuple(batch.images.shape)))
     return read
@@ -63,25 +63,25 @@ def test_batches_of_every_shape_and_their_captions(folder: Path) -> None:
     assert read(opened(folder, seed=1), 12) != seen
 
 
-def test_a_run_goes_on_as_if_it_had_never_stopped(folder: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_exactly(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(shard({path.name: path.read_bytes() for path in sorted(folder.iterdir())}))
     for source in (folder, tmp_path / "a.tar"):
         whole = read(opened(source, crop="random"), 14)
         for start in (1, 5, 9):
             assert read(opened(source, crop="random"), 14 - start, start) == whole[start:]
         last = next(opened(source).batches(8))
-        assert last.next == 9 and opened(source).exact
+        assert last.next == 9
 
 
-def test_workers_change_nothing(folder: Path) -> None:
+def test_workers_do_not_change_the_batches(folder: Path) -> None:
     (folder / "003.png").write_bytes(picture(3)[:-30])
     alone = list(itertools.islice(opened(folder, bad_share=1.0, crop="random").batches(3), 9))
     state = torch.random.get_rng_state()
-    pictures = opened(folder, bad_share=1.0, crop="random", workers=2)
-    for batch, other in zip(alone, pictures.batches(3), strict=False):
+    loader = opened(folder, bad_share=1.0, crop="random", workers=2)
+    for batch, other in zip(alone, loader.batches(3), strict=False):
         assert torch.equal(batch.images, other.images)
         assert (batch.captions, batch.names, batch.next) == (other.captions, other.names, other.next)
-    assert torch.equal(torch.random.get_rng_state(), state)  # nobody's chance is drawn from
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global random numbers are untouched
 
 
 def test_two_processes_see_what_one_sees(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_two_processes_see_what_one_sees(folder: Path) -> None:
         assert whole[0] == left[0] + right[0] and whole[1] == left[1] + right[1]
 
 
-def test_a_random_crop_is_one_of_its_step(tmp_path: Path) -> None:
+def test_a_random_crop_depends_on_its_step_and_slot(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pictures", {"1.txt": b"one"})
     stripes = torch.arange(256, dtype=torch.uint8).expand(64, 256)
     Image.fromarray(stripes.numpy()).save(folder / "1.png")
@@ -105,7 +105,7 @@ def test_a_random_crop_is_one_of_its_step(tmp_path: Path) -> None:
     assert [int(batch.images[0, 0, 0, 0]) for batch in second] == lefts["random"][1::2]
 
 
-def test_what_is_broken_is_replaced_named_once_and_counted(
+def test_damaged_images_are_replaced_named_once_and_counted(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     cut = picture(2)[:-30]
@@ -117,7 +117,7 @@ def test_what_is_broken_is_replaced_named_once_and_counted(
     for colours, captions, _ in seen:
         assert not {2, 3, 4, 5, 6} & set(colours) and captions == [f"picture {number}" for number in colours]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 5 and said[0].startswith("left out, as number 1 of the bad pictures: 006.png is no picture")
+    assert len(said) == 5 and "number 1: 006.png" in said[0]
     for name, reason in {"002": "cut short", "003": "not UTF-8", "004": "no caption", "005": "no caption"}.items():
         assert sum(f"{name}.png" in line and reason in line for line in said[1:]) == 1
     without = read(opened(folder, bad_share=0.5, captions=False), 15)
@@ -125,31 +125,29 @@ def test_what_is_broken_is_replaced_named_once_and_counted(
     assert {3, 4, 5} <= colours and not {2, 6} & colours and set(without[0][1]) == {""}
 
 
-def test_too_many_bad_pictures_stop_the_run(folder: Path) -> None:
+def test_too_many_bad_images_stop_the_run(folder: Path) -> None:
     for number in (2, 3, 4):
         (folder / f"{number:03d}.txt").unlink()
-    with pytest.raises(
-        ValueError, match=r"^\d+ of \d\d+ pictures could not be used, more than \[data\] bad_share = 0.05"
-    ) as told:
+    with pytest.raises(ValueError, match=r"^\d+ of \d\d+ images .*bad_share = 0.05.*\.png") as error:
         read(opened(folder), 100)
-    assert ".png" in str(told.value) and len(str(told.value)) < 300
-    failed, _, total = str(told.value).split()[:3]
+    assert len(str(error.value)) < 300
+    failed, _, total = str(error.value).split()[:3]
     assert int(total) >= 20 and int(failed) > 0.05 * int(total)
     assert len(read(opened(folder, bad_share=0.3), 100)) == 100
 
 
-def test_a_share_is_allowed_up_to_itself() -> None:
-    tally = ErrorBudget("pictures", 0.05)
-    tally.add(19, {"a": "a is broken"})  # too few to say anything
-    tally.add(1, {})
-    tally.add(20, {"b": "b is broken"})
-    with pytest.raises(ValueError, match=r"^3 of 41 pictures could not be used, .* = 0.05 allows: a, b; the log "):
-        tally.add(1, {"a": "a is broken"})
+def test_the_error_budget_may_be_used_up() -> None:
+    budget = ErrorBudget("images", 0.05)
+    budget.add(19, {"a": "a is broken"})  # too few reads to judge
+    budget.add(1, {})
+    budget.add(20, {"b": "b is broken"})
+    with pytest.raises(ValueError, match="3 of 41 images .* 0.05 .*a, b;"):
+        budget.add(1, {"a": "a is broken"})
 
 
 def test_too_many_bad_files_stop_the_run_at_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pictures", examples(range(1, 24)) | {"x.png": b"", "y.png": b"no picture"})
-    with pytest.raises(ValueError, match=r"^2 of 25 pictures could not be used, .* allows: x.png, y.png; "):
+    with pytest.raises(ValueError, match="2 of 25 images .*x.png, y.png;"):
         opened(folder)
     (tmp_path / "a.tar").write_bytes(shard(examples([1])))
     none = [tmp_path / f"{number}.tar" for number in range(19)]
@@ -157,36 +155,36 @@ def test_too_many_bad_files_stop_the_run_at_once(tmp_path: Path) -> None:
         path.write_bytes(b"")
     few = opened([str(tmp_path / "a.tar"), str(none[0])])
     assert numbers(next(few.batches())) == [1, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"^19 of 20 shards could not be used, "):
+    with pytest.raises(ValueError, match="19 of 20 shards"):
         opened([str(tmp_path / "a.tar"), *(str(path) for path in none)])
 
 
-def test_a_bucket_of_nothing_good(tmp_path: Path) -> None:
+def test_a_bucket_without_readable_images(tmp_path: Path) -> None:
     files = {f"{number}.png": picture(number)[:-30] for number in range(3)}
     folder = write_folder(tmp_path / "pictures", files)
-    with pytest.raises(ValueError, match=r"^3 pictures in a row cannot be used: \d.png, \d.png, \d.png$"):
+    with pytest.raises(ValueError, match=r"^3 images .*\d.png, \d.png, \d.png$"):
         read(opened(folder, bad_share=1.0, captions=False, workers=1), 1)
 
 
-def test_a_run_knows_when_its_pictures_have_changed(folder: Path) -> None:
-    first = print_of(folder)
-    assert print_of(folder, workers=1, bad_share=0.5) == print_of(folder, batch=2, world=2, rank=1) == first
+def test_the_fingerprint_depends_on_images_and_settings(folder: Path) -> None:
+    first = fingerprint(folder)
+    assert fingerprint(folder, workers=1, bad_share=0.5) == fingerprint(folder, batch=2, world=2, rank=1) == first
     options: list[dict[str, Any]] = [{"seed": 1}, {"batch": 5}, {"crop": "random"}, {"max_side": 100}]
-    changed = {print_of(folder, **one) for one in options}
+    changed = {fingerprint(folder, **one) for one in options}
     (folder / "008.png").unlink()
-    assert len(changed | {print_of(folder), first}) == 6
+    assert len(changed | {fingerprint(folder), first}) == 6
 
 
-def print_of(source: Path, **options: Any) -> str:
-    pictures = opened(source, **options)
-    assert isinstance(pictures, IndexedPictures)
-    return pictures.fingerprint()
+def fingerprint(source: Path, **options: Any) -> str:
+    loader = opened(source, **options)
+    assert isinstance(loader, IndexedLoader)
+    return loader.fingerprint()
 
 
 ROWS = b'{"file_name": "009.png", "caption": "%s"}'
-CHANGES = {  # one after the other
+CHANGES = {  # applied one after the other
     "008.txt": b"picture B",
-    "008.json": b'{"caption": "one"}',  # which the .txt hides
+    "008.json": b'{"caption": "one"}',  # ignored beside a .txt
     "009.png": picture(99),
     "010.bmp": picture(98, kind="BMP"),
     "011.json": b'{"caption": "two"}',
@@ -194,48 +192,42 @@ CHANGES = {  # one after the other
 }
 
 
-def test_other_pictures_and_captions_of_the_same_names_and_sizes_are_noticed(folder: Path) -> None:
-    """Wherever they lie and whenever they were written."""
+def test_the_fingerprint_depends_on_contents(folder: Path) -> None:
+    """Not on the folder or the time of change."""
     (folder / "011.txt").unlink()
     write_folder(folder, {"010.bmp": picture(10, kind="BMP"), "010.txt": b"ten", "011.json": b'{"caption": "owt"}'})
     write_folder(folder, {"metadata.jsonl": ROWS % b"eerht"})
-    prints = [print_of(folder)]
+    prints = [fingerprint(folder)]
     for name, content in CHANGES.items():
         (folder / name).write_bytes(content)
-        prints.append(print_of(folder))
+        prints.append(fingerprint(folder))
     assert prints[1] == prints[2] and len(set(prints)) == len(CHANGES)
     shutil.copytree(folder, folder.parent / "copy")
-    assert print_of(folder.parent / "copy") == prints[-1]
+    assert fingerprint(folder.parent / "copy") == prints[-1]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such names")
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xfc")
     files = {f"{name}.png": picture(1), f"{name}.txt": b"one"}
     folder, tar = write_folder(tmp_path / name, files), tmp_path / f"{name}.tar"
     tar.write_bytes(shard(files))
-    for source in (folder, tar, tar):  # of which the second is found in its index
+    for source in (folder, tar, tar):  # the second time from its index
         assert read(opened(source), 1)[0][:2] == ([1] * 4, ["one"] * 4)
-    assert print_of(folder) != print_of(tar) == print_of(tar)
+    assert fingerprint(folder) != fingerprint(tar) == fingerprint(tar)
 
 
-# sources
-
-
-def test_what_is_left_out_is_counted_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejected_images_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     write_folder(folder, {"small.png": picture(50, 40, 40), "strip.png": picture(51, 64, 30)})
     read(opened(folder, min_side=35), 1)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        "20 pictures, left out 1 smaller than every bucket, 1 too small",
-        "bucket 64x64: 13",
-        "bucket 64x128: 7",
-    ]
+    assert "20 images" in said[0] and "1 smaller than every bucket, 1 too small" in said[0]
+    assert said[1:] == ["bucket 64x64: 13", "bucket 64x128: 7"]
     caplog.clear()
     opened(folder, batch=10)
-    assert caplog.records[-1].getMessage() == "bucket 64x128: 7, fewer than a batch: they repeat in it"
-    with pytest.raises(ValueError, match=r"^no picture is left of 22 that can be read: 22 without aesthetic score; "):
+    assert caplog.records[-1].getMessage().startswith("bucket 64x128: 7, fewer")
+    with pytest.raises(ValueError, match="22 without aesthetic score"):
         opened(folder, min_aesthetic=5.0)
 
 
@@ -254,29 +246,28 @@ def test_shards_by_pattern_by_list_and_by_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none", "does not exist: give a folder of pictures, or shards"),
-        ("s3://bucket/a.tar", "s3://bucket/a.tar is not read: give an http(s):// address, or a pipe: that fetches it"),
-        ("empty", "holds no picture that can be read"),
-        ("a.tgz", "a.tgz is no shard: give .tar files that are not compressed"),
-        ("{a,b", "{a,b opens a brace that it does not close"),
-        (["good", "good/a.tar"], "names both shards and folders of pictures"),
-        (["good", "http://localhost/a.tar"], "names streams and files"),
-        ("mixed", "mixed holds both shards and pictures: give a folder of either"),
+        ("none", "none does not exist"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar .*pipe:"),
+        ("empty", "no readable image"),
+        ("a.tgz", "a.tgz .*uncompressed"),
+        ("{a,b", "{a,b .*brace"),
+        (["good", "other/a.tar"], "both shards and folders"),
+        (["good", "http://localhost/a.tar"], "both streams and files"),
+        ("mixed", "mixed .*both shards and images"),
     ],
 )
-def test_a_source_that_is_none(
+def test_unusable_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | list[str], message: str
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path, {"empty/notes.txt": b"none", "good/1.png": picture(1), "a.tgz": b""})
     write_folder(tmp_path, {f"{name}/a.tar": shard(examples([1])) for name in ("other", "mixed")})
     write_folder(tmp_path / "mixed", {"below/2.png": picture(2)})
-    source = ["good", "other/a.tar"] if message.startswith("names both") else source
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message) as error:
         opened(source)
-    assert message in str(error.value) and len(str(error.value)) < 300 and "\n" not in str(error.value)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 def test_a_seed_is_not_negative(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"^\[train\] seed must be 0 or more, got -1$"):
+    with pytest.raises(ValueError, match=r"\[train\] seed .*-1"):
         opened(folder, seed=-1)

@@ -1,4 +1,4 @@
-"""Shards from the web and from commands: read in the order of the seed, resumed at the next shard, never unasked."""
+"""Shards from the web and from commands: their order, resuming at the next shard, and permission for commands."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 from helpers.picture_folders import examples, picture, shard, table
 
 from wuerstchen_core.common.dataclass_config import from_table
-from wuerstchen_core.training.data.loading import Batch, Pictures
-from wuerstchen_core.training.data.open import ImageDataConfig, open_pictures
+from wuerstchen_core.training.data.loading import Batch, BatchLoader
+from wuerstchen_core.training.data.open import ImageDataConfig, open_loader
 from wuerstchen_core.training.data.streams import shown
 
 pytest.importorskip("webdataset")
@@ -27,7 +27,7 @@ SHARDS = 6
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Files, by their names or, as some stores have it, by a query: /get?shard=3."""
+    """Serves files by name or, like some stores, by a query: /get?shard=3."""
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -38,7 +38,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Six shards of four pictures: that of number 3 holds 30 to 33."""
+    """Six shards of four images each: number 3 contains 30 to 33."""
     for number in range(SHARDS):
         (tmp_path / f"{number}.tar").write_bytes(shard(examples(range(10 * number, 10 * number + 4))))
     return tmp_path
@@ -58,14 +58,15 @@ def site(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def opened(source: str | list[str], batch: int = 4, rank: int = 0, world: int = 1, **values: Any) -> Pictures:
-    """A stream; `cat` makes one of local shards."""
+def opened(source: str | list[str], batch: int = 4, rank: int = 0, world: int = 1, **values: Any) -> BatchLoader:
+    """Opens a stream."""
     data = {"source": source, "buckets": [[64, 64]], "workers": 0, "allow_pipe": True, **values}
     config = from_table(ImageDataConfig, data, "data")
-    return open_pictures(config, batch=batch, seed=0, cache=Path("unused"), rank=rank, world=world)
+    return open_loader(config, batch=batch, seed=0, cache=Path("unused"), rank=rank, world=world)
 
 
 def local(shards: Path) -> str:
+    """Returns a source that streams local shards."""
     return f"pipe:cat {shards}/{{0..{SHARDS - 1}}}.tar"
 
 
@@ -73,8 +74,8 @@ def numbers(batch: Batch) -> list[int]:
     return batch.images[:, 0, 0, 0].tolist()
 
 
-def read(pictures: Pictures, steps: int, start: int = 0) -> list[list[int]]:
-    return [numbers(batch) for batch in itertools.islice(pictures.batches(start), steps)]
+def read(loader: BatchLoader, steps: int, start: int = 0) -> list[list[int]]:
+    return [numbers(batch) for batch in itertools.islice(loader.batches(start), steps)]
 
 
 def test_shards_from_the_web(site: str, shards: Path) -> None:
@@ -85,30 +86,29 @@ def test_shards_from_the_web(site: str, shards: Path) -> None:
         assert numbers(batch) == list(range(10 * ten, 10 * ten + 4))
         assert batch.captions == [f"picture {number}" for number in numbers(batch)]
         assert batch.names[0] == f"{site}/{ten}.tar:{10 * ten:03d}"
-    assert sorted(tens[:SHARDS]) == sorted(tens[SHARDS:]) == list(range(SHARDS))  # all in each round, shuffled
+    assert sorted(tens[:SHARDS]) == sorted(tens[SHARDS:]) == list(range(SHARDS))  # each round has all shards, shuffled
     assert tens[:SHARDS] != tens[SHARDS:] and tens[:SHARDS] != sorted(tens[:SHARDS])
     assert read(opened(local(shards)), 12) == [numbers(batch) for batch in batches]
-    assert not opened(source).exact
 
 
-def test_a_stream_goes_on_at_its_next_shard_and_says_so(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_resumes_at_its_next_shard_and_logs_it(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     whole = list(itertools.islice(opened(local(shards), batch=2).batches(), 24))
     assert [batch.next for batch in whole] == [number // 2 + 1 for number in range(24)]
-    assert "next shard" not in caplog.text
-    stopped = whole[6]  # with half of the fourth shard trained on
+    assert "resumes" not in caplog.text
+    stopped = whole[6]  # in the middle of the fourth shard
     rest = opened(local(shards), batch=2).batches(stopped.next)
     assert [numbers(batch) for batch in itertools.islice(rest, 16)] == [numbers(batch) for batch in whole[8:]]
-    assert "the stream goes on at its next shard, number 4: the rest of those before is skipped" in caplog.text
+    assert "resumes at shard 4" in caplog.text
 
 
-def test_processes_and_workers_share_the_shards(shards: Path) -> None:
+def test_processes_and_workers_divide_the_shards(shards: Path) -> None:
     whole = read(opened(local(shards)), 12)
     parts = [read(opened(local(shards), rank=rank, world=2), 6) for rank in (0, 1)]
     assert [parts[0], parts[1]] == [whole[0::2], whole[1::2]]
     batches = list(itertools.islice(opened(local(shards), batch=2, workers=2).batches(), 8))
     assert sorted(sum(map(numbers, batches), [])) == sorted(sum(whole[:4], []))
-    assert [batch.next for batch in batches] == [1, 2, 2, 2, 3, 4, 4, 4]  # never back to what was begun
+    assert [batch.next for batch in batches] == [1, 2, 2, 2, 3, 4, 4, 4]  # never back to a shard that was begun
 
 
 def test_buckets_and_filters(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,55 +118,52 @@ def test_buckets_and_filters(shards: Path, caplog: pytest.LogCaptureFixture) -> 
         files[f"{number:03d}.json"] = table(AESTHETIC_SCORE=score)
     grouped = shard(dict(sorted(files.items())))
     (shards / "mixed.tar").write_bytes(grouped)
-    pictures = opened(f"pipe:cat {shards}/mixed.tar", batch=2, buckets=[[64, 64], [64, 128]], min_aesthetic=5.0)
-    batches = list(itertools.islice(pictures.batches(), 6))
+    loader = opened(f"pipe:cat {shards}/mixed.tar", batch=2, buckets=[[64, 64], [64, 128]], min_aesthetic=5.0)
+    batches = list(itertools.islice(loader.batches(), 6))
     assert {(tuple(numbers(batch)), batch.images.shape[-2:]) for batch in batches} == {
         ((2, 3), (128, 64)),
         ((0, 0), (64, 64)),
     }
-    assert (
-        "left out of the stream, after all its shards: 1 of low aesthetic score, 1 without aesthetic score"
-        in caplog.text
-    )
-    with pytest.raises(ValueError, match=r"^none of the 5 pictures of the stream is left, without 5 too small and 0 "):
+    assert "1 of low aesthetic score, 1 without aesthetic score" in caplog.text
+    with pytest.raises(ValueError, match="5 images .*5 too small, and 0"):
         read(opened(f"pipe:cat {shards}/mixed.tar", min_side=500), 1)
 
 
-def test_what_is_broken_is_named_and_left_out(site: str, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_files_are_named_and_skipped(site: str, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     (shards / "1.tar").write_bytes(b"")
     (shards / "2.tar").write_bytes(shard({}))
     (shards / "3.tar").write_bytes((shards / "3.tar").read_bytes()[:1540])
     broken = examples(range(40, 44)) | {"040.png": picture(40)[:-30], "041.txt": b"\xff\xfe\xfa"}
     (shards / "4.tar").write_bytes(shard(broken))
-    source = f"{site}/{{0..{SHARDS}}}.tar"  # there is no seventh
+    source = f"{site}/{{0..{SHARDS}}}.tar"  # the last one does not exist
     seen = {number for batch in read(opened(source, batch=1, bad_share=0.9), 40) for number in batch}
     assert seen == {0, 1, 2, 3, 42, 43, 50, 51, 52, 53}
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == len(set(said)) == 7
     for name, reason in (
         ("1.tar", "cannot be read"),
-        ("2.tar", "holds no picture"),
-        ("3.tar", "not to its end"),
+        ("2.tar", "no image"),
+        ("3.tar", "cannot be read to its end"),
         ("3.tar:030", "no caption"),
         ("4.tar:040", "cut short"),
         ("4.tar:041", "not UTF-8"),
         (f"{SHARDS}.tar", "cannot be read"),
     ):
         assert sum(f"{site}/{name} " in line and reason in line for line in said) == 1, name
-    with pytest.raises(ValueError, match=r"^\d+ of 20 shards could not be used, more than \[data\] bad_share = 0.05"):
+    with pytest.raises(ValueError, match=r"^\d+ of 20 shards .*bad_share = 0.05"):
         read(opened([f"{site}/0.tar", f"{site}/1.tar"], batch=1), 100)
 
 
-def test_shards_of_which_none_can_be_read_are_named(tmp_path: Path) -> None:
+def test_a_stream_without_readable_shards(tmp_path: Path) -> None:
     source = [f"pipe:cat {tmp_path}/{name}.tar" for name in "ab"]
-    with pytest.raises(ValueError, match=r"^no shard of the stream holds a picture that can be read: ") as error:
+    with pytest.raises(ValueError, match="no shard") as error:
         read(opened(source), 1)
     assert "/a.tar" in str(error.value) and "/b.tar" in str(error.value)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_shards_that_differ_in_their_query_are_several(site: str, shards: Path, bad: int) -> None:
-    """One that can't be read is not all of them, whichever comes first."""
+def test_shards_can_differ_in_their_query_alone(site: str, shards: Path, bad: int) -> None:
+    """One bad shard does not count for all of them, whichever comes first."""
     (shards / f"{bad}.tar").write_bytes(b"")
     ((first, *_),) = read(opened([f"{site}/get?shard={number}" for number in (0, 1)]), 1)
     assert first == 10 * (1 - bad)
@@ -174,15 +171,15 @@ def test_shards_that_differ_in_their_query_are_several(site: str, shards: Path, 
 
 def test_a_pipe_runs_only_when_it_is_allowed(shards: Path, tmp_path: Path) -> None:
     source = f"pipe:touch {tmp_path}/ran; cat {shards}/0.tar"
-    with pytest.raises(ValueError, match=r"^\[data\] source has a pipe:, which runs a command on this machine: "):
+    with pytest.raises(ValueError, match="pipe:touch .*allow_pipe"):
         opened(source, allow_pipe=False)
     assert not (tmp_path / "ran").exists()
     assert read(opened(source), 1) == [[0, 1, 2, 3]] and (tmp_path / "ran").exists()
 
 
-def test_what_streams_need_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_software_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"^shards from the web are read through curl, which is not installed"):
+    with pytest.raises(ValueError, match="curl"):
         opened(["http://localhost/1.tar", "pipe:cat 1.tar"])
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ModuleNotFoundError) as error:
@@ -190,6 +187,6 @@ def test_what_streams_need_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch)
     assert error.value.name == "webdataset"
 
 
-def test_what_is_secret_in_an_address_is_not_logged() -> None:
+def test_secrets_in_an_address_are_not_logged() -> None:
     assert shown("https://me:word@host:8/a/1.tar?key=5") == "https://host:8/a/1.tar"
     assert shown("pipe:cat 1.tar") == "pipe:cat 1.tar"

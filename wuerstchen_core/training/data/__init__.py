@@ -1,5 +1,6 @@
-"""Pictures with captions to train on, from folders, local shards or streams of shards.
+"""Training images with captions, from folders, local shards, streams of shards, caches of latents, or the demo.
 
-`opening` makes what a `[data]` table describes of a `Source` (`folder`, `shards`), its `filters`, `buckets` and the
-`order` of its batches, read by `loading`; `streams` does the same for shards that can only be read front to back.
+`files.open_dataset` returns the dataset that a `[data]` table describes. `open` reads the table and opens an
+`ImageSource` (`folder`, `shards`, `latent_cache`) or a stream (`streams`); `filters` and `buckets` select images,
+`epoch_order` shuffles them and `loading` reads them in batches.
 """

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures of like shape are trained on together, in a size that suits their shape."""
+"""Aspect-ratio buckets: images of similar shape are scaled and cropped to one size and batched together."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 def bucket_sizes(side: int, ratio: float, multiple: int) -> tuple[Size, ...]:
-    """The sizes of about side² pixels, and never more, whose longer side is up to `ratio` times the shorter one.
+    """Returns the sizes of at most about side² pixels whose longer side is up to `ratio` times the shorter one.
 
-    Sides are multiples of `multiple`: at 128, both latents of Stage C and of Stage B fill the picture exactly.
+    Sides are multiples of `multiple`: at 128 the latents of Stages B and C cover the image exactly.
     """
-    found = set()
+    sizes = set()
     for short in range(multiple, side + 1, multiple):
         long = min(side * side // short // multiple * multiple, LARGEST)
         if short <= long <= ratio * short:
-            found |= {(short, long), (long, short)}
-    return tuple(sorted(found))
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes))
 
 
-def nearest_buckets(entries: np.ndarray, buckets: tuple[Size, ...], enlarge: float) -> np.ndarray:
-    """The bucket of each of the entries [N], as indices [N]; -1 is one too small for all of them.
+def nearest_buckets(records: np.ndarray, buckets: tuple[Size, ...], enlarge: float) -> np.ndarray:
+    """Returns the bucket index [N] of each image; -1 if it is too small for all of them.
 
-    It is the nearest in log aspect ratio among those that a picture covers when scaled up no more than `enlarge`
-    times; of buckets equally near the larger one.
+    That is the nearest bucket in log aspect ratio among those that the image covers when scaled up at most `enlarge`
+    times; of equally near ones the larger.
     """
-    width, height = entries["width"].astype(float), entries["height"].astype(float)
+    width, height = records["width"].astype(float), records["height"].astype(float)
     aspect = np.log(width / height)
-    best, nearest = np.full(len(entries), -1), np.full(len(entries), np.inf)
+    best, nearest = np.full(len(records), -1), np.full(len(records), np.inf)
     for bucket in sorted(range(len(buckets)), key=lambda i: buckets[i][0] * buckets[i][1], reverse=True):
         wide, high = buckets[bucket]
         distance = np.abs(aspect - np.log(wide / high))
@@ -43,18 +43,18 @@ def nearest_buckets(entries: np.ndarray, buckets: tuple[Size, ...], enlarge: flo
     return best
 
 
-def same_buckets(entries: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
-    """The bucket of the size in which each of a cache's entries [N] is kept, as indices [N]; -1 is one of none."""
-    out = np.full(len(entries), -1)
+def cached_buckets(records: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
+    """Returns the bucket index [N] of each example of a cache by its cropped size; -1 if no bucket has that size."""
+    out = np.full(len(records), -1)
     for bucket, (wide, high) in enumerate(buckets):
-        out[(entries["wide"] == wide) & (entries["high"] == high)] = bucket
+        out[(records["wide"] == wide) & (records["high"] == high)] = bucket
     return out
 
 
-def fit(picture: Image.Image, size: Size, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """A picture in RGB scaled to cover a size and cropped, as [3, height, width] uint8.
+def fit(image: Image.Image, size: Size, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """Scales an RGB image to cover `size` and crops it; returns [3, height, width] uint8.
 
-    `centre` says where in the room that is left the crop lies, from 0 (left, top) to 1.
+    `centre` is the position of the crop in the leftover space, from 0 (left, top) to 1.
     """
-    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=centre)
+    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centre)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()

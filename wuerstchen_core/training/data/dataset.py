@@ -13,95 +13,102 @@ from torch import Tensor
 
 from ..rng import StepRandom
 
-AT_ONCE = 32  # pictures that a network sees
+CHUNK = 32  # images in one forward pass of a frozen network
 
 Compute: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def as_it_is(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     return x
 
 
 class ImageDataset(ABC):
-    """What stages train on. What `pick` gives stands for the pictures of a batch wherever they are asked for."""
+    """Training images with captions.
 
-    side: int  # the shortest there is, in pixels
-    square: bool  # whether all are squares of it
-    position = 0  # where to go on reading after the last batch
-    fingerprint = ""  # of what is read and how, if that can change
+    `sample_batch` returns a handle of one batch, from which the other methods read images, captions and tensors.
+    """
+
+    side: int  # pixels of the shortest side of any image
+    square: bool  # True if all images are squares of that side
+    position = 0  # where reading resumes after the last batch
+    fingerprint = ""  # of the images and how they are read, if they can change
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
-        """Be ready to read on from a `position` of pictures that had a `fingerprint`: `batch` pictures a time for
-        process `rank` of `world`. What is in memory is."""
+        """Prepares for `batch` images a step for process `rank` of `world`.
+
+        `position` and `fingerprint` are those of the run to resume, or 0 and "". Images in memory need neither.
+        """
         self.position = position
 
     @abstractmethod
     def sample_batch(self, rng: StepRandom) -> Any:
-        """The pictures of a batch."""
+        """Returns the handle of the next batch."""
 
     @abstractmethod
-    def captions(self, picked: Any, rng: StepRandom, drop: float = 0.0) -> list[str]:
-        """A wording for each; a share of `drop` is empty."""
+    def captions(self, batch: Any, rng: StepRandom, drop: float = 0.0) -> list[str]:
+        """Returns a caption for each image; a fraction of `drop` is empty."""
 
     @abstractmethod
-    def images(self, picked: Any) -> Tensor:
-        """The pictures [B, 3, H, W] in [0, 1]."""
+    def images(self, batch: Any) -> Tensor:
+        """Returns the images [B, 3, H, W] in [0, 1]."""
 
     def must_compute(self, name: str) -> bool:
-        """Whether what `each` (or, for "text", `states`) calls by this name has to be computed."""
+        """True unless a cache has the tensors of this name: "latents", "features" or "text"."""
         return True
 
     @abstractmethod
-    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Any], Tensor]:
-        """What `derive` makes of the `name` of the pictures of a batch: of what `compute` makes of these pictures
-        [B, 3, H, W] in [0, 1], or made of them before."""
+    def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Any], Tensor]:
+        """Returns a function that maps a batch to `derive(compute(images))`, images [B, 3, H, W] in [0, 1].
+
+        What `compute` would return is read from a cache if one has `name`.
+        """
 
     def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:
-        """What `compute` makes of the `captions` of a batch."""
-        return lambda picked, rng, drop: compute(self.captions(picked, rng, drop))
+        """Returns a function that maps a batch, rng and drop to `compute(captions)`, or reads it from a cache."""
+        return lambda batch, rng, drop: compute(self.captions(batch, rng, drop))
 
     @abstractmethod
     def preview_images(self) -> InMemoryDataset | None:
-        """Returns images for a sample grid, held out from training if possible."""
+        """Returns images for a sample grid, held out from training if possible; None if there are none."""
 
 
 class InMemoryDataset(ImageDataset):
-    """Images [N, 3, H, W] uint8 in memory, all of one size; a batch is their indices."""
+    """Images [N, 3, H, W] uint8 of one size in memory; the handle of a batch is their indices [B]."""
 
-    def __init__(self, images: Tensor, texts: Sequence[str] = ()):
-        self.pixels, self.texts = images, texts
-        self.side, self.square = min(images.shape[-2:]), images.shape[-1] == images.shape[-2]
+    def __init__(self, pixels: Tensor, texts: Sequence[str] = ()):
+        self.pixels, self.texts = pixels, texts
+        self.side, self.square = min(pixels.shape[-2:]), pixels.shape[-1] == pixels.shape[-2]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def sample_batch(self, rng: StepRandom) -> Tensor:
-        """Indices [n] of random pictures, without repetition in a batch where there are enough."""
+        """Returns random indices, without repetition if there are enough images."""
         return rng.pick(len(self))
 
     def evenly_spaced(self, count: int) -> Tensor:
-        """Indices of up to `count` pictures from all over, for a sheet."""
+        """Returns the indices of up to `count` images from the whole range."""
         return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
-    def captions(self, picked: Tensor, rng: StepRandom, drop: float = 0.0) -> list[str]:
-        dropped, words = rng.uniform() < drop, map(random.Random, rng.integers(2**31).tolist())
-        texts = [self.wording(i, word) for i, word in zip(picked.tolist(), words, strict=True)]
-        return ["" if empty else text for empty, text in zip(dropped.tolist(), texts, strict=True)]
+    def captions(self, batch: Tensor, rng: StepRandom, drop: float = 0.0) -> list[str]:
+        dropped, seeds = (rng.uniform() < drop).tolist(), rng.integers(2**31).tolist()
+        texts = [self.caption(i, random.Random(seed)) for i, seed in zip(batch.tolist(), seeds, strict=True)]
+        return ["" if empty else text for empty, text in zip(dropped, texts, strict=True)]
 
-    def wording(self, index: int, words: random.Random) -> str:
-        """What a picture shows, in words of which `words` may choose."""
+    def caption(self, index: int, words: random.Random) -> str:
+        """Returns the caption of an image; `words` chooses between wordings."""
         return self.texts[index]
 
-    def images(self, picked: Tensor | slice) -> Tensor:
-        return self.pixels[picked].float() / 255
+    def images(self, batch: Tensor | slice) -> Tensor:
+        return self.pixels[batch].float() / 255
 
-    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Tensor | slice], Tensor]:
-        """It is computed here and now, of all pictures."""
-        starts = range(0, len(self), AT_ONCE)
-        known = torch.cat([derive(compute(self.images(slice(start, start + AT_ONCE)))) for start in starts])
-        return lambda picked: known[picked]
+    def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Tensor | slice], Tensor]:
+        """Computes the tensors of all images at once, here."""
+        starts = range(0, len(self), CHUNK)
+        tensors = torch.cat([derive(compute(self.images(slice(start, start + CHUNK)))) for start in starts])
+        return lambda batch: tensors[batch]
 
     def preview_images(self) -> InMemoryDataset | None:
         return self

@@ -1,42 +1,37 @@
-"""Counting what could not be read, and stopping when it is too much."""
+"""Counts unreadable images or shards and stops the run when there are too many."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
+from ...common.text import listed
+
 log = logging.getLogger(__name__)
 
-LEAST = 20  # reads before a share of them says anything
-SHOWN = 3  # names in a sentence
+MIN_READS = 20  # fewer say nothing about the fraction
 
 
 class ErrorBudget:
-    """Reads of one kind; what was bad is named in the log once, however often it comes up again.
+    """The failed fraction of all reads of one kind ("images", "shards"); each failure is logged once.
 
-    The share is one of all reads since the tally began, so that a bad picture weighs the same in every epoch.
+    The fraction counts all reads since the start, so a bad image weighs the same in every epoch.
     """
 
-    def __init__(self, kind: str, share: float):
-        self.kind, self.share = kind, share
+    def __init__(self, kind: str, max_fraction: float):
+        self.kind, self.max_fraction = kind, max_fraction
         self.read = self.failed = 0
-        self.named: dict[str, None] = {}  # in the order they came up
+        self.names: dict[str, None] = {}  # of what failed, in order
 
     def add(self, read: int, bad: Mapping[str, str]) -> None:
-        """Count `read` more, of which `bad` (sentences by name) failed; ValueError when that exceeds the share."""
+        """Adds `read` reads, of which `bad` (name → reason) failed. ValueError if too many have failed so far."""
         self.read, self.failed = self.read + read, self.failed + len(bad)
-        for name, sentence in bad.items():
-            if name not in self.named:
-                self.named[name] = None
-                log.warning("left out, as number %d of the bad %s: %s", len(self.named), self.kind, sentence)
-        if self.read >= LEAST and self.failed > self.share * self.read:
+        for name, reason in bad.items():
+            if name not in self.names:
+                self.names[name] = None
+                log.warning("skipping bad %s, number %d: %s", self.kind, len(self.names), reason)
+        if self.read >= MIN_READS and self.failed > self.max_fraction * self.read:
             raise ValueError(
-                f"{self.failed} of {self.read} {self.kind} could not be used, more than [data] bad_share = "
-                f"{self.share:g} allows: {listed(list(self.named))}; the log has the reason for each"
+                f"{self.failed} of {self.read} {self.kind} cannot be used, more than [data] bad_share = "
+                f"{self.max_fraction:g} allows: {listed(list(self.names))}; the log has the reasons"
             )
-
-
-def listed(names: list[str]) -> str:
-    """The first names, each cut to a length that a sentence bears, and how many there are more."""
-    shown = [name if len(name) <= 40 else f"…{name[-39:]}" for name in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

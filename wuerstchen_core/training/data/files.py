@@ -1,4 +1,4 @@
-"""Datasets of image files, as the stages read them."""
+"""The dataset that a `[data]` table describes: image files, a cache of latents, or the demo's scenes."""
 
 from __future__ import annotations
 
@@ -15,133 +15,129 @@ from ...common.dataclass_config import from_table
 from ..rng import StepRandom
 from ..stages.networks import COMPUTED_BY, weights_fingerprint
 from .buckets import fit
-from .dataset import Compute, ImageDataset, InMemoryDataset, as_it_is
+from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
-from .latent_cache import Record, no_words
-from .loading import Batch, IndexedPictures
-from .open import ImageDataConfig, cache_of, open_pictures
+from .latent_cache import read_empty_text
+from .loading import Batch, IndexedLoader
+from .open import ImageDataConfig, configured_cache, open_loader
 
 log = logging.getLogger(__name__)
 
-SHOWN = 24  # pictures of a sheet
-STREAM = "stream"  # in place of a fingerprint
+PREVIEWS = 24  # images for a sample grid
+STREAM = "stream"  # the fingerprint of streams
 
 
 class FileDataset(ImageDataset):
-    """The batches of a `[data]` table that names a source; what networks make of them is computed as they come, or
-    taken of a cache."""
+    """The sources of a `[data]` table. Tensors come from the cache that it names, or are computed batch by batch."""
 
-    def __init__(self, data: Mapping[str, Any], captions: bool = True, made_by: Callable[[str], str] = str):
-        """`made_by` gives the fingerprint of the network that would compute something, by the name of that."""
+    def __init__(self, data: Mapping[str, Any], captions: bool = True, fingerprint_of: Callable[[str], str] = str):
+        """`fingerprint_of` returns the fingerprint of the network that computes "latents", "features" or "text"."""
         self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self._batches: Iterator[Batch] = iter(())
-        self.cache, self._made_by = cache_of(self.config), made_by
-        self._kept: set[str] = set()  # names of what is taken of the cache
-        self._computed: set[str] = set()  # and of what is made of pictures
+        self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
+        self._cached: set[str] = set()  # names of tensors read from the cache
+        self._computed: set[str] = set()  # and of those computed from images
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
-        told: dict[str, Any] = {"batch": batch, "seed": seed, "cache": cache, "rank": rank, "world": world}
-        told["captions"] = self._captions and "text" not in self._kept
-        told["images"] = bool(self._computed) or not self._kept  # who asks for nothing by name views them
+        images = bool(self._computed) or not self._cached  # a stage that maps nothing reads images
         if self.cache is not None:
-            self._check(*self.cache, told["images"])
-        self._pictures = open_pictures(self.config, **told, kept=tuple(sorted(self._kept)))
-        indexed = isinstance(self._pictures, IndexedPictures)
-        self.fingerprint = self._pictures.fingerprint() if isinstance(self._pictures, IndexedPictures) else STREAM
+            folder, manifest = self.cache
+            if images and not manifest.pictures:
+                raise ValueError(f"the cache {folder} has no images, which this stage needs: use them as [data] source")
+            if (found := len(list(folder.glob("*.tar")))) < manifest.shards:
+                log.warning("%s has %d of %d shards: `train cache` adds the rest", folder, found, manifest.shards)
+        self._loader = open_loader(
+            self.config, batch=batch, seed=seed, cache=cache, rank=rank, world=world, images=images,
+            captions=self._captions and "text" not in self._cached, cached=tuple(sorted(self._cached)),
+        )  # fmt: skip
+        indexed = isinstance(self._loader, IndexedLoader)
+        self.fingerprint = self._loader.fingerprint() if isinstance(self._loader, IndexedLoader) else STREAM
         if fingerprint and fingerprint != self.fingerprint:
-            log.warning("the pictures or how they are read have changed: this run does not go on exactly")
-            if (fingerprint == STREAM) == indexed:  # a position is the number of a shard in the one, of a batch else
+            log.warning("the images or the way they are read have changed: this run does not resume exactly")
+            if (fingerprint == STREAM) == indexed:  # a position counts shards in a stream, otherwise batches
                 position = 0
-        self.position, self._batches = position, self._pictures.batches(position)
-
-    @staticmethod
-    def _check(folder: Path, record: Record, images: bool) -> None:
-        """Say what a cache lacks; ValueError if it is all that is needed."""
-        if images and not record.pictures:
-            raise ValueError(f"{folder} keeps no pictures, of which this stage learns: name these as [data] source")
-        if (there := len(list(folder.glob("*.tar")))) < record.shards:
-            log.warning("%s has %d of its %d shards: `train cache` makes the rest", folder, there, record.shards)
+        self.position, self._batches = position, self._loader.batches(position)
 
     def sample_batch(self, rng: StepRandom) -> Batch:
-        picked = next(self._batches)
-        self.position = picked.next
-        return picked
+        batch = next(self._batches)
+        self.position = batch.next
+        return batch
 
-    def captions(self, picked: Batch, rng: StepRandom, drop: float = 0.0) -> list[str]:
-        return ["" if empty else text for empty, text in zip(rng.uniform() < drop, picked.captions, strict=True)]
+    def captions(self, batch: Batch, rng: StepRandom, drop: float = 0.0) -> list[str]:
+        return ["" if empty else text for empty, text in zip(rng.uniform() < drop, batch.captions, strict=True)]
 
-    def images(self, picked: Batch) -> Tensor:
-        return picked.images.float() / 255
+    def images(self, batch: Batch) -> Tensor:
+        return batch.images.float() / 255
 
     def must_compute(self, name: str) -> bool:
-        """Whether no cache holds it. ValueError if a cache holds what another network made, or lacks what is needed."""
+        """True unless the cache has these tensors. ValueError if it has another network's, or lacks the images."""
         if self.cache is None:
             return True
-        folder, record = self.cache
-        if name in record.networks:
-            if record.networks[name] != self._made_by(name):
+        folder, manifest = self.cache
+        if name in manifest.networks:
+            if manifest.networks[name] != self._fingerprint_of(name):
                 raise ValueError(
-                    f"the {name} in {folder} are of another network than this run's: name that one under [inputs], or "
-                    "make another cache by `train cache`"
+                    f"the {name} in {folder} were computed by another network than this run's: name that network "
+                    "under [inputs], or make a new cache by `train cache`"
                 )
             return False
-        if name != "text" and not record.pictures:
+        if name != "text" and not manifest.pictures:
             raise ValueError(
-                f"{folder} keeps neither {name} nor pictures to compute them of: make it again by `train cache`, with "
-                f'"{name}" among what is kept under [cache]'
+                f"the cache {folder} has neither {name} nor images: make a new one by `train cache`, with "
+                f'"{name}" in [cache] what'
             )
         return True
 
-    def map_images(self, name: str, compute: Compute, derive: Compute = as_it_is) -> Callable[[Batch], Tensor]:
+    def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Batch], Tensor]:
         if self.must_compute(name):
             self._computed.add(name)
-            return lambda picked: derive(compute(self.images(picked)))
-        self._kept.add(name)
-        return lambda picked: derive(picked.kept[name].float())
+            return lambda batch: derive(compute(self.images(batch)))
+        self._cached.add(name)
+        return lambda batch: derive(batch.cached[name].float())
 
     def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Batch, StepRandom, float], Tensor]:
         if self.cache is None or self.must_compute("text"):
             return super().map_captions(compute)
-        self._kept.add("text")
-        nothing = no_words(self.cache.folder)
+        self._cached.add("text")
+        empty_text = read_empty_text(self.cache.folder)
 
-        def kept(picked: Batch, rng: StepRandom, drop: float) -> Tensor:
-            empty = rng.uniform() < drop
-            return torch.where(empty[:, None, None], nothing, picked.kept["text"].float())
+        def cached(batch: Batch, rng: StepRandom, drop: float) -> Tensor:
+            dropped = rng.uniform() < drop
+            return torch.where(dropped[:, None, None], empty_text, batch.cached["text"].float())
 
-        return kept
+        return cached
 
     def preview_images(self) -> InMemoryDataset | None:
-        """The first pictures of the fullest bucket, which are trained on, too; None of a stream, and of a cache that
-        keeps none."""
-        if not isinstance(self._pictures, IndexedPictures) or (self.cache and not self.cache.record.pictures):
+        """Returns the first images of the fullest bucket, which are trained on too; None for streams and for a cache
+        without images."""
+        if not isinstance(self._loader, IndexedLoader) or (self.cache and not self.cache.manifest.pictures):
             return None
-        source, plan = self._pictures.source, self._pictures.plan
-        bucket = max(range(len(plan.members)), key=lambda i: len(plan.members[i]))
+        source = self._loader.source
+        members, size = max(zip(self._loader.order.members, self.config.sizes, strict=True), key=lambda x: len(x[0]))
         images, texts = [], []
-        for index in plan.members[bucket].tolist():
+        for index in members.tolist():
             try:
-                texts.append(source.caption(index) if self._captions else "")
-                images.append(fit(source.picture(index), self.config.sizes[bucket]))
-            except ValueError:  # training names it
-                texts = texts[: len(images)]
-            if len(images) == SHOWN:
+                text = source.caption(index) if self._captions else ""
+                images.append(fit(source.image(index), size))
+            except ValueError:  # training reports it
+                continue
+            texts.append(text)
+            if len(images) == PREVIEWS:
                 break
         return InMemoryDataset(torch.stack(images), texts)
 
 
 def open_dataset(config: Mapping[str, Any], captions: bool = True, tower: str = COMPUTED_BY["text"][1]) -> ImageDataset:
-    """The pictures that a configuration asks for: of the source that its `[data]` table names, or the demo's.
+    """Returns the dataset of a configuration: the source in its `[data]` table, or the demo's scenes if it has none.
 
-    Without `captions` none are needed; `tower` is the part of a bundle that reads them.
+    `captions`: False if the stage needs none. `tower`: the text encoder that reads them, as a part of a bundle.
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        made_by = cache(partial(weights_fingerprint, config, tower=tower))  # it is asked more than once
-        return FileDataset(data, captions, made_by)
+        return FileDataset(data, captions, cache(partial(weights_fingerprint, config, tower=tower)))
     several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)

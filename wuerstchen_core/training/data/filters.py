@@ -1,4 +1,4 @@
-"""Which pictures are trained on, by their size and the scores that LAION gave them, and in which bucket."""
+"""Selects images by their size and LAION scores, and assigns them to buckets."""
 
 from __future__ import annotations
 
@@ -7,78 +7,76 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buckets import Size, nearest_buckets, same_buckets
+from .buckets import Size, cached_buckets, nearest_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What is left out; every filter is off until it is given. The original's values stand behind each.
+    """Limits on size and scores, all off by default; the comments give the original's values.
 
-    What lacks the score that a filter asks for is left out too, as in the original: a filter that lets pass what it
-    knows nothing of would be none. Sizes are those of the file, where the original took those of LAION's table.
+    An image without a score fails that score's filter, as in the original. Sizes are the files' own; the original took
+    them from LAION's table.
     """
 
     min_side: int | None = None  # pixels of the shorter side: 512
     max_side: int | None = None  # pixels of the longer side: 4096
-    max_watermark: float | None = None  # chance of a watermark (pwatermark): 0.5
+    max_watermark: float | None = None  # probability of a watermark (pwatermark): 0.5
     min_aesthetic: float | None = None  # aesthetic score, 1 to 10 (AESTHETIC_SCORE, aesthetic): 5.0
-    max_unsafe: float | None = None  # chance to be unsafe (punsafe): 0.99
+    max_unsafe: float | None = None  # probability of being unsafe (punsafe): 0.99
 
     def __post_init__(self) -> None:
         for name in ("min_side", "max_side"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise ValueError(f"[data] {name} must be at least 1 pixel, got {side}")
         for name in ("max_watermark", "max_unsafe"):
-            if (chance := getattr(self, name)) is not None and not 0 <= chance <= 1:
-                raise ValueError(f"[data] {name} is a chance, 0 to 1, got {chance:g}")
+            if (limit := getattr(self, name)) is not None and not 0 <= limit <= 1:
+                raise ValueError(f"[data] {name} must be 0 to 1, got {limit:g}")
 
-    def reasons(self, entries: np.ndarray) -> np.ndarray:
-        """Why each of the entries [N] is left out, as texts [N]: "" for what stays."""
-        shorter = np.minimum(entries["width"], entries["height"])
-        longer = np.maximum(entries["width"], entries["height"])
-        out = np.full(len(entries), "", dtype="<U32")
-
-        def leave_out(which: np.ndarray, reason: str) -> None:
-            out[which & (out == "")] = reason
-
+    def reasons(self, records: np.ndarray) -> np.ndarray:
+        """Returns why each image is rejected, as texts [N]; "" for those that pass."""
+        shorter = np.minimum(records["width"], records["height"])
+        longer = np.maximum(records["width"], records["height"])
+        tests = []
         if self.min_side is not None:
-            leave_out(shorter < self.min_side, "too small")
+            tests.append((shorter < self.min_side, "too small"))
         if self.max_side is not None:
-            leave_out(longer > self.max_side, "too large")
-        limits = (
+            tests.append((longer > self.max_side, "too large"))
+        for score, limit, sign, reason in (
             ("watermark", self.max_watermark, 1, "with a watermark"),
             ("aesthetic", self.min_aesthetic, -1, "of low aesthetic score"),
             ("unsafe", self.max_unsafe, 1, "unsafe"),
-        )
-        for score, limit, sign, reason in limits:
+        ):
             if limit is not None:
-                leave_out(sign * entries[score] > sign * limit, reason)
-                leave_out(np.isnan(entries[score]), f"without {score} score")
+                tests.append((sign * records[score] > sign * limit, reason))
+                tests.append((np.isnan(records[score]), f"without {score} score"))
+        out = np.full(len(records), "", dtype="<U32")
+        for failed, reason in reversed(tests):  # the first reason counts
+            out[failed] = reason
         return out
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which pictures are taken, in which sizes (width, height), and what is made of them."""
+class Selection:
+    """Which images are used, in which sizes, and what is read of each."""
 
     filters: Filters
-    sizes: tuple[Size, ...]
-    enlarge: float = 1.0  # times that a picture may be scaled up
+    sizes: tuple[Size, ...]  # of the buckets
+    enlarge: float = 1.0  # largest factor of upscaling
     random_crop: bool = False
-    captions: bool = True  # whether one is needed
-    images: bool = True  # whether they are
-    kept: tuple[str, ...] = ()  # what is taken of a cache
+    captions: bool = True  # False: not needed, "" instead
+    images: bool = True  # False: not needed, empty tensors instead
+    cached: tuple[str, ...] = ()  # tensors to read from a cache
 
-    def of(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Why each of the entries [N] is left out, "" for what stays, and the bucket of what stays."""
-        reasons, reason = self.filters.reasons(entries), "smaller than every bucket"
-        if "wide" in (entries.dtype.names or ()):  # of a cache, where it has its size
-            buckets, reason = same_buckets(entries, self.sizes), "cached in other sizes"
+    def select(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns why each image is rejected ("" if it is used) and the bucket index of each, both [N]."""
+        if "wide" in (records.dtype.names or ()):
+            buckets, reason = cached_buckets(records, self.sizes), "cached in other sizes"
         else:
-            buckets = nearest_buckets(entries, self.sizes, self.enlarge)
+            buckets, reason = nearest_buckets(records, self.sizes, self.enlarge), "smaller than every bucket"
+        reasons = self.filters.reasons(records)
         return np.where((reasons == "") & (buckets < 0), reason, reasons), buckets
 
 
-def left_out(reasons: Counter[str]) -> str:
-    """How many were left out and why, as a part of a sentence: "3 unsafe, 12 too small"."""
+def rejected(reasons: Counter[str]) -> str:
+    """Returns the counts of rejected images by reason, such as "12 too small, 3 unsafe"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()) if reason) or "nothing"

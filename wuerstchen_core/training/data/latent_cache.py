@@ -1,8 +1,8 @@
-"""Shards of a cache: what networks made of pictures (`train cache`), with or without these.
+"""Caches: shards of latents, image features and text states that `train cache` computed, with or without the images.
 
-A folder of .tar files of the webdataset form and a cache.json that says what made them. An example is a caption
-(key.txt), a table (key.json: the size of the picture and the size that it was cropped to, in pixels, and its scores), a
-tensor a file (key.latents.safetensors, ...), and perhaps the cropped picture (key.png).
+A cache is a folder of .tar files of the webdataset form and a cache.json that says how they were computed. An example
+is a caption (key.txt), a table (key.json: the image's size and its cropped size in pixels, and its scores), one file
+for each tensor (key.latents.safetensors, ...) and perhaps the cropped image (key.png).
 """
 
 from __future__ import annotations
@@ -22,122 +22,120 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from .buckets import Size
-from .shards import MEMBER, Form, Group, LocalShards
-from .sidecars import SCORES, scores_from_table, table_from_json
-from .source import content, entry
+from .shards import SHARD_FIELDS, Members, ShardSource, read_at
+from .sidecars import SCORE_KEYS, parse_json_table, read_table
+from .source import image_record, read_bytes
 
-KEPT = ("latents", "features", "text")  # of Stage A, of the semantic encoder, the states of the caption
-RECORD = "cache.json"
-NO_WORDS = "no-words.safetensors"  # the states of a caption that was dropped
+CACHEABLE = ("latents", "features", "text")  # Stage A latents, semantic features, text states of the caption
+MANIFEST = "cache.json"
+EMPTY_TEXT = "no-words.safetensors"  # the text states of a dropped caption
 
-PLACES = [(field, "i8") for name in KEPT for field in (name, f"{name}_size")]
-CACHED = [*MEMBER, ("wide", "i4"), ("high", "i4"), *PLACES]  # pixels that it was cropped to; -1: no such tensor
+# The cropped size in pixels, and the offset and size in bytes of each tensor (size -1: none).
+CACHE_FIELDS = [
+    *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"),
+    *((field, "i8") for name in CACHEABLE for field in (name, f"{name}_size")),
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """What stands in a cache.json: how the shards beside it were made."""
+class CacheManifest:
+    """The contents of a cache.json: how the shards beside it were computed."""
 
-    networks: dict[str, str]  # of those of KEPT that are kept: the sha256 of the weights that made it
+    networks: dict[str, str]  # the sha256 of the weights for each of CACHEABLE that is cached
     dtype: str
-    pictures: bool  # whether they are kept, too
-    data: str  # the fingerprint of what was cached
-    count: int  # of pictures, the bad ones among them
-    shard: int  # pictures of one
+    pictures: bool  # whether the images are in the shards
+    data: str  # the fingerprint of the dataset that was cached
+    count: int  # images, the unreadable ones included
+    shard: int  # images in a shard
 
     @property
     def shards(self) -> int:
-        """How many there are in the end."""
+        """The number of shards of the complete cache."""
         return -(-self.count // self.shard)
 
-    def text(self) -> str:
-        """As JSON."""
+    def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Cache(NamedTuple):
-    """A folder of shards, and what is known of them."""
+    """A folder of shards and its manifest."""
 
     folder: Path
-    record: Record
+    manifest: CacheManifest
 
 
 def find_cache(names: Sequence[str]) -> Cache | None:
-    """The cache that all of some files or folders are of; None if none is of one."""
+    """Returns the cache that some files or folders belong to, None for other sources. ValueError for a mixture."""
     folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
-    # A picture called cache.png has its caption in a file of the same name; a cache has shards.
-    cached = {folder for folder in folders if (folder / RECORD).is_file() and any(folder.glob("*.tar"))}
-    if not cached:
+    # A cache.json alone can be the caption of a cache.png: a cache has shards too.
+    caches = [folder for folder in folders if (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))]
+    if not caches:
         return None
     if len(folders) > 1:
-        raise ValueError("[data] source names a cache and other pictures beside it: give the shards of one cache alone")
-    folder = cached.pop()
-    return Cache(folder, read_record(folder))
+        raise ValueError("[data] source names a cache and other images: give the shards of one cache alone")
+    return Cache(caches[0], read_manifest(caches[0]))
 
 
-def read_record(folder: Path) -> Record:
-    """The record in a folder. ValueError if it can't be read."""
-    path = folder / RECORD
-    return from_table(Record, table_from_json(content(path), str(path)), RECORD)
+def read_manifest(folder: Path) -> CacheManifest:
+    """Reads the manifest in a folder. ValueError if it cannot be read."""
+    path = folder / MANIFEST
+    return from_table(CacheManifest, parse_json_table(read_bytes(path), str(path)), MANIFEST)
 
 
-def no_words(folder: Path) -> Tensor:
-    """The states [77, c] of no words. ValueError if they can't be read."""
-    path = folder / NO_WORDS
+def read_empty_text(folder: Path) -> Tensor:
+    """Returns the text states [77, c] of an empty caption. ValueError if they cannot be read."""
+    path = folder / EMPTY_TEXT
     try:
         return load_file(path)["text"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: remove it, and run `train cache` again") from error
+        raise ValueError(f"{path} cannot be read: remove it and run `train cache` again") from error
 
 
-def members_of(
-    caption: str, known: np.void, cropped: Size, tensors: Mapping[str, Tensor]
-) -> dict[str, bytes]:  # fmt: skip
-    """The files of an example, by kind, of its row of ENTRY and the size that it was cropped to."""
-    scores = {key: float(known[name]) for key, name in SCORES.items() if not math.isnan(known[name])}
-    sizes = {"width": int(known["width"]), "height": int(known["height"]), "cropped": cropped}
-    table = json.dumps({**sizes, **scores})
-    kept = {f"{name}.safetensors": save({name: x}) for name, x in tensors.items()}
-    return {"txt": caption.encode(), "json": table.encode(), **kept}
+def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Returns the files of an example by suffix, from its record in the source and its cropped size."""
+    scores = {key: float(record[name]) for key, name in SCORE_KEYS.items() if not math.isnan(record[name])}
+    table = {"width": int(record["width"]), "height": int(record["height"]), "cropped": cropped, **scores}
+    files = {"txt": caption.encode(), "json": json.dumps(table).encode()}
+    return files | {f"{name}.safetensors": save({name: x}) for name, x in tensors.items()}
 
 
-def _row(file: BinaryIO, group: Group, name: str) -> tuple[float, ...] | None:
-    """The row of CACHED of an example."""
-    places = [group.get(f"{kept}.safetensors", (0, -1)) for kept in KEPT]
-    if "json" not in group or "txt" not in group or all(size < 0 for _, size in places):
-        return None
-    file.seek(group["json"][0])
-    table = table_from_json(file.read(group["json"][1]), f"the .json of {name}")
-    width, height = _size([table.get("width"), table.get("height")], name)
-    picture = group.get("png", (0, -1))
-    own = (*entry((width, height), scores_from_table(table, name)), *picture, *group["txt"], False)
-    return (*own, *_size(table.get("cropped"), name), *(number for place in places for number in place))
+class CacheSource(ShardSource):
+    """The examples of a cache's shards, in their order."""
 
+    index_version = 2
+    fields = CACHE_FIELDS
 
-def _size(given: Any, name: str) -> Size:
-    if not isinstance(given, list) or len(given) != 2 or not all(isinstance(side, int) for side in given):
-        raise ValueError(f"the .json of {name} gives no size: remove its shard, and run `train cache` again")
-    return given[0], given[1]
+    def image(self, index: int) -> Image.Image:
+        """Returns the cropped image."""
+        self._check_member(index, "picture")
+        return super().image(index)
 
-
-class CachedShards(LocalShards):
-    """The examples of a cache's tar files, shard by shard, in the order in which they stand there."""
-
-    form = Form(2, CACHED, _row)
-
-    def picture(self, index: int) -> Image.Image:
-        """The picture as it was cropped."""
-        if self.entries[index]["picture_size"] < 0:
-            raise ValueError(f"{self.names[index]} holds no picture")
-        return super().picture(index)
-
-    def kept(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._tensor(index, name) for name in names}
 
     def _tensor(self, index: int, name: str) -> Tensor:
-        if self.entries[index][f"{name}_size"] < 0:
-            raise ValueError(f"{self.names[index]} holds no {name}")
+        self._check_member(index, name)
         try:
-            return load(self._content(index, name))[name]
+            return load(self._read(index, name))[name]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
+
+    def _check_member(self, index: int, field: str) -> None:
+        if self.records[index][f"{field}_size"] < 0:
+            raise ValueError(f"{self.names[index]} has no {field}")
+
+    @staticmethod
+    def _record(file: BinaryIO, members: Members, name: str) -> tuple[float, ...] | None:
+        tensors = [members.get(f"{kind}.safetensors", (0, -1)) for kind in CACHEABLE]
+        if "json" not in members or "txt" not in members or all(size < 0 for _, size in tensors):
+            return None
+        table = read_table(read_at(file, *members["json"]), name)
+        size = _size([table.get("width"), table.get("height")], name)
+        own = (*image_record(size, table, name), *members.get("png", (0, -1)), *members["txt"], False)
+        return (*own, *_size(table.get("cropped"), name), *(number for place in tensors for number in place))
+
+
+def _size(value: Any, name: str) -> Size:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, int) for side in value):
+        raise ValueError(f"the .json of {name} has no valid size: remove its shard and run `train cache` again")
+    return value[0], value[1]

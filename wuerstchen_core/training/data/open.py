@@ -1,4 +1,4 @@
-"""The `[data]` table, and the pictures that it describes."""
+"""The `[data]` table of a run on image files, and the loader that it describes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,13 @@ from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
-from .filters import Choice, Filters, left_out
-from .folder import Folder, holds_pictures
-from .latent_cache import Cache, CachedShards, find_cache
-from .loading import IndexedPictures, Pictures
-from .shards import LocalShards
-from .source import Source
-from .streams import StreamedPictures
+from .filters import Filters, Selection, rejected
+from .folder import FolderSource, contains_images
+from .latent_cache import Cache, CacheSource, find_cache
+from .loading import BatchLoader, IndexedLoader
+from .shards import ShardSource
+from .source import ImageSource
+from .streams import StreamLoader
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +33,26 @@ STREAMS = ("http:", "https:", "pipe:")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataConfig(Filters):
-    """The `[data]` table of a run on pictures of one's own; beside these keys it takes those of `Filters`."""
+    """The `[data]` table of a run on image files; it also takes the keys of `Filters`."""
 
-    # Folders of pictures, or shards: .tar files, folders of them, http(s):// addresses; {000..127} counts.
+    # Folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands.
     source: str | tuple[str, ...]
-    size: int = 1024  # pixels of the side of a square; no bucket has more pixels than that
-    ratio: float = 1.0  # of the longest bucket's sides; 1: squares alone, as the original
-    multiple: int = 128  # pixels that sides are a multiple of: 64, or better 128
-    buckets: tuple[tuple[int, int], ...] = ()  # width and height of each, in place of the three above
-    enlarge: float = 1.0  # times that a picture is scaled up at most; what is smaller is left out
-    crop: str = "centre"  # where: centre, or random, as the original
-    workers: int = 4  # processes that read; 0: none beside the trainer
-    bad_share: float = 0.05  # of the pictures, and of the shards, that may be bad before the run stops
-    allow_pipe: bool = False  # whether a `pipe:` source may run its command
+    size: int = 1024  # pixels of a square's side; no bucket has more pixels than that square
+    ratio: float = 1.0  # largest aspect ratio of the buckets; 1: squares only, as in the original
+    multiple: int = 128  # sides are multiples of it, in pixels: 64, or better 128
+    buckets: tuple[tuple[int, int], ...] = ()  # width and height of each, instead of the three keys above
+    enlarge: float = 1.0  # largest factor of upscaling; smaller images are rejected
+    crop: str = "centre"  # or random, as in the original
+    workers: int = 4  # processes that read; 0: the training process reads itself
+    bad_share: float = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
+    allow_pipe: bool = False  # allow `pipe:` sources to run their command
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.sources or not all(self.sources):
-            raise ValueError("[data] source names nothing: give a folder of pictures, or shards")
+        if not self.source or not all([self.source] if isinstance(self.source, str) else self.source):
+            raise ValueError("[data] source is empty: give a folder of images, or shards")
         if self.multiple < 64 or self.multiple % 64:
-            raise ValueError(f"[data] multiple must be 64 or a multiple of it, got {self.multiple}")
+            raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
         if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
             raise ValueError(f"[data] size must be a multiple of {self.multiple} up to {LARGEST}, got {self.size}")
         for name, least in (("ratio", 1.0), ("enlarge", 1.0), ("workers", 0)):
@@ -65,14 +66,17 @@ class ImageDataConfig(Filters):
             check_size(width, height)
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The names under `source`, be it one or several."""
-        return (self.source,) if isinstance(self.source, str) else self.source
-
-    @property
     def names(self) -> list[str]:
-        """The sources, with {000..127} and {a,b} spelled out."""
-        return _expanded(self.sources)
+        """The sources, with {000..127} and {a,b} expanded."""
+        names = [self.source] if isinstance(self.source, str) else list(self.source)
+        if not any("{" in name for name in names):
+            return names
+        from braceexpand import braceexpand
+
+        try:  # unescaped, so that Windows paths stay intact
+            return [expanded for name in names for expanded in braceexpand(name, escape=False)]
+        except ValueError as error:
+            raise ValueError(f"[data] source {names[0]} has an unclosed brace: close it") from error
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -80,116 +84,91 @@ class ImageDataConfig(Filters):
         return tuple(dict.fromkeys(self.buckets)) or bucket_sizes(self.size, self.ratio, self.multiple)
 
 
-def open_pictures(
+def open_loader(
     config: ImageDataConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
-    captions: bool = True, images: bool = True, kept: tuple[str, ...] = (),
-) -> Pictures:  # fmt: skip
-    """The pictures that a table describes, in batches of `batch` for each of `world` processes.
+    captions: bool = True, images: bool = True, cached: tuple[str, ...] = (),
+) -> BatchLoader:  # fmt: skip
+    """Opens the sources of a table and returns a loader with batches of `batch` for each of `world` processes.
 
-    Indexes of shards are kept in the folder `cache`. Without `captions` they are not asked for, and are "", and so it
-    is with `images`; `kept` is what is taken of a cache. ValueError says what is wrong with the source, or that
-    nothing is left of it.
+    `cache` is the folder for the indexes of shards, `cached` names the tensors to read from a cache. ValueError if a
+    source cannot be read or nothing is left of it.
     """
     if seed < 0:
         raise ValueError(f"[train] seed must be 0 or more, got {seed}")
-    choice = Choice(config, config.sizes, config.enlarge, config.crop == "random", captions, images, kept)
+    selection = Selection(config, config.sizes, config.enlarge, config.crop == "random", captions, images, cached)
+    options: dict[str, Any] = {"selection": selection, "workers": config.workers, "bad_share": config.bad_share}
+    options |= {"rank": rank, "world": world}
     names = config.names
-    streams = [name for name in names if name.startswith(STREAMS)]
-    if streams:
-        _check_streams(names, streams, config.allow_pipe)
-        return StreamedPictures(
-            streams, choice, batch, seed, workers=config.workers, bad_share=config.bad_share, rank=rank, world=world
-        )
-    source = local_source(names, cache)
-    _check_bad(source, config.bad_share)
-    plan = _plan(source, choice, batch * world, seed)
-    return IndexedPictures(
-        source, plan, choice, workers=config.workers, bad_share=config.bad_share, rank=rank, world=world
-    )
+    if any(name.startswith(STREAMS) for name in names):
+        _check_streams(names, config.allow_pipe)
+        return StreamLoader(urls=names, batch=batch, seed=seed, **options)
+    source = _open_source(names, cache)
+    ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
+    if isinstance(source, ShardSource):
+        ErrorBudget("shards", config.bad_share).add(len(source.paths), source.bad_shards)
+    return IndexedLoader(source=source, order=_order(source, selection, batch * world, seed), **options)
 
 
-def cache_of(config: ImageDataConfig) -> Cache | None:
-    """The cache that a table names as its source, if it does. ValueError if what it asks for is not in any."""
+def configured_cache(config: ImageDataConfig) -> Cache | None:
+    """Returns the cache that a table names as its source, if it does. ValueError if it also asks for random crops."""
     names = config.names
     cache = None if any(name.startswith(STREAMS) for name in names) else find_cache(names)
     if cache is not None and config.crop != "centre":
-        raise ValueError(f'[data] crop = "{config.crop}" cannot be, since a cache keeps what was cropped at the centre')
+        raise ValueError(f'[data] crop = "{config.crop}" is impossible: a cache contains centre crops')
     return cache
 
 
-def local_source(names: Sequence[str], cache: Path) -> Source:
-    """Folders of pictures, or .tar files and folders of them, as one source."""
+def _open_source(names: Sequence[str], cache: Path) -> ImageSource:
+    """Opens folders of images, or .tar files and folders of them, as one source."""
     for name in names:
         if "://" in name:
-            raise ValueError(
-                f"[data] source {name} is not read: give an http(s):// address, or a pipe: that fetches it"
-            )
+            raise ValueError(f"[data] source {name} is not supported: use an http(s):// address or a pipe: command")
         if not Path(name).exists():
-            raise ValueError(f"[data] source {name} does not exist: give a folder of pictures, or shards")
+            raise ValueError(f"[data] source {name} does not exist: give a folder of images, or shards")
     paths = [Path(name) for name in names]
-    found = [sorted(path.glob("*.tar")) if path.is_dir() else [path] for path in paths]
-    if all(found):
-        shards = [shard for part in found for shard in part]
-        if wrong := next((shard for shard in shards if shard.suffix != ".tar"), None):
-            raise ValueError(f"[data] source {wrong} is no shard: give .tar files that are not compressed, or folders")
-        if find_cache(names):
-            return CachedShards(shards, cache)
-        if mixed := next((path for path in paths if path.is_dir() and holds_pictures(path)), None):
-            raise ValueError(f"[data] source {mixed} holds both shards and pictures: give a folder of either")
-        return LocalShards(shards, cache)
-    if any(found):
-        raise ValueError("[data] source names both shards and folders of pictures: give either")
-    return Folder(paths)
+    shards = [sorted(path.glob("*.tar")) if path.is_dir() else [path] for path in paths]
+    if not any(shards):
+        return FolderSource(paths)
+    if not all(shards):
+        raise ValueError("[data] source names both shards and folders of images: give one kind")
+    files = [path for part in shards for path in part]
+    if wrong := next((path for path in files if path.suffix != ".tar"), None):
+        raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
+    if find_cache(names):
+        return CacheSource(files, cache)
+    if mixed := next((path for path in paths if path.is_dir() and contains_images(path)), None):
+        raise ValueError(f"[data] source {mixed} contains both shards and images: give a folder of one kind")
+    return ShardSource(files, cache)
 
 
-def _expanded(names: Sequence[str]) -> list[str]:
-    """The names, with {000..127} and {a,b} spelled out."""
-    if not any("{" in name for name in names):
-        return list(names)
-    from braceexpand import braceexpand
-
-    try:
-        return [one for name in names for one in braceexpand(name, escape=False)]  # so that Windows' paths stay whole
-    except ValueError as error:
-        raise ValueError(f"[data] source {names[0]} opens a brace that it does not close") from error
-
-
-def _check_streams(names: Sequence[str], streams: Sequence[str], allow_pipe: bool) -> None:
-    """Raise ValueError unless all sources are streams that may be read."""
-    if len(streams) < len(names):
-        raise ValueError("[data] source names streams and files: download the shards, or leave out the files")
-    if any(name.startswith("pipe:") for name in streams) and not allow_pipe:
+def _check_streams(names: Sequence[str], allow_pipe: bool) -> None:
+    """Raises ValueError unless all names are streams that may be read here."""
+    if not all(name.startswith(STREAMS) for name in names):
+        raise ValueError("[data] source names both streams and files: download the shards, or remove the files")
+    pipes = [name for name in names if name.startswith("pipe:")]
+    if pipes and not allow_pipe:
         raise ValueError(
-            "[data] source has a pipe:, which runs a command on this machine: if you trust it, add allow_pipe = true "
-            "under [data]"
+            f"[data] source {pipes[0]} runs a command on this machine: if you trust it, set allow_pipe = true in [data]"
         )
-    if not all(name.startswith("pipe:") for name in streams) and shutil.which("curl") is None:
-        raise ValueError("shards from the web are read through curl, which is not installed: install it")
-    import_module("webdataset")  # now, before workers need it and cannot say so well that it is not there
+    if len(pipes) < len(names) and shutil.which("curl") is None:
+        raise ValueError("[data] source has shards from the web, which need curl: install it")
+    import_module("webdataset")  # a missing package is reported better here than by a worker
 
 
-def _check_bad(source: Source, share: float) -> None:
-    """Name what can't be read, and raise ValueError where it is more than the share."""
-    ErrorBudget("pictures", share).add(len(source) + len(source.bad), source.bad)
-    if isinstance(source, LocalShards):
-        ErrorBudget("shards", share).add(len(source.paths), source.bad_shards)
-
-
-def _plan(source: Source, choice: Choice, batch: int, seed: int) -> EpochOrder:
-    """The order of what is left of a source; says how much that is, and raises ValueError if it's nothing."""
-    reasons, buckets = choice.of(source.entries)
+def _order(source: ImageSource, selection: Selection, batch: int, seed: int) -> EpochOrder:
+    """Returns the order of the selected images and logs their number. ValueError if there are none."""
+    reasons, buckets = selection.select(source.records)
     counts = Counter(reasons.tolist())
-    total, kept = len(source), counts.pop("", 0)
-    if not total:
-        raise ValueError("[data] source holds no picture that can be read")
-    if not kept:
+    if not len(source):
+        raise ValueError("[data] source contains no readable image")
+    if not (used := counts.pop("", 0)):
         raise ValueError(
-            f"no picture is left of {total} that can be read: {left_out(counts)}; choose other filters, a smaller size "
-            "or a larger enlarge under [data]"
+            f"none of {len(source)} readable images can be used: {rejected(counts)}; choose other filters, a smaller "
+            "size or a larger enlarge under [data]"
         )
-    members = [np.flatnonzero((reasons == "") & (buckets == bucket)) for bucket in range(len(choice.sizes))]
-    log.info("%d pictures, left out %s", kept, left_out(counts))
-    for (width, height), part in zip(choice.sizes, members, strict=True):
-        few = ", fewer than a batch: they repeat in it" if 0 < len(part) < batch else ""
-        log.info("bucket %dx%d: %d%s", width, height, len(part), few)
+    members = [np.flatnonzero((reasons == "") & (buckets == bucket)) for bucket in range(len(selection.sizes))]
+    log.info("%d images, rejected %s", used, rejected(counts))
+    for (width, height), part in zip(selection.sizes, members, strict=True):
+        note = ", fewer than a batch, so they repeat within it" if 0 < len(part) < batch else ""
+        log.info("bucket %dx%d: %d%s", width, height, len(part), note)
     return EpochOrder(members, batch, seed)

@@ -1,4 +1,4 @@
-"""Where pictures come from, as one interface: what is known of each without reading it, and reading it."""
+"""The interface of a source: images with captions that can be read in any order."""
 
 from __future__ import annotations
 
@@ -6,50 +6,53 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")  # of files that are taken for pictures
-ENTRY = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4")]
+from .sidecars import read_scores
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
+RECORD_FIELDS = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4")]
 
 
-def entry(size: tuple[int, int], scores: Mapping[str, float]) -> tuple[float, ...]:
-    """A row of `Source.entries`; a score that is not known is NaN."""
-    return (*size, *(scores.get(name, math.nan) for name, _ in ENTRY[2:]))
+def image_record(size: tuple[int, int], table: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """Returns a row of `ImageSource.records` from an image's size and JSON table; missing scores are NaN."""
+    scores = read_scores(table, name)
+    return (*size, *(scores.get(field, math.nan) for field, _ in RECORD_FIELDS[2:]))
 
 
-def content(path: Path) -> bytes:
-    """A file's; ValueError if it can't be read."""
+def read_bytes(path: Path) -> bytes:
+    """Returns the contents of a file; ValueError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-class Source(ABC):
-    """Pictures with captions, in an order that stays as long as the files do."""
+class ImageSource(ABC):
+    """Images with captions, in an order that depends on the files alone.
 
-    entries: np.ndarray  # [N] rows of ENTRY, perhaps with more fields: pixels of the upright picture, and scores
-    bad: dict[str, str]  # what was left out because it can't be read, by name: the reason in a sentence
+    Reading methods raise ValueError, naming the image, for what is damaged or missing.
+    """
+
+    records: np.ndarray  # [N], RECORD_FIELDS and perhaps more: size in pixels after EXIF rotation, and scores
+    names: list[str]  # [N], short names for the log
+    bad: dict[str, str]  # unreadable examples, which have no record: name → reason
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.names)
 
     @abstractmethod
-    def name(self, index: int) -> str:
-        """What a log calls an example: short, and enough to find it."""
-
-    @abstractmethod
-    def picture(self, index: int) -> Image.Image:
-        """The picture as `open_picture` reads it; raises ValueError with a sentence that names it if it's broken."""
-
-    def kept(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """What a cache keeps of an example, by these names; raises ValueError with a sentence that names the example
-        if it can't be read."""
-        return {}
+    def image(self, index: int) -> Image.Image:
+        """Returns the image in RGB."""
 
     @abstractmethod
     def caption(self, index: int) -> str:
-        """The caption; raises ValueError with a sentence that names the example if it has none that can be read."""
+        """Returns the caption."""
+
+    def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Returns tensors of a cache by name; a source that is no cache has none."""
+        return {}

@@ -1,4 +1,4 @@
-"""Shards that can only be read front to back: from the web, or from a command's output. Read through `webdataset`."""
+"""Shards that can only be read front to back, from the web or from a command's output, by means of `webdataset`."""
 
 from __future__ import annotations
 
@@ -17,155 +17,138 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...common.text import listed, one_line
 from ...inference.images import open_picture, picture_size
 from .buckets import fit
-from .error_budget import ErrorBudget, listed
-from .filters import Choice, left_out
-from .loading import Batch, Pictures, Reading, crop_centre
-from .sidecars import caption_from_table, caption_from_text, scores_from_table, table_from_json
-from .source import ENTRY, SUFFIXES, entry
+from .error_budget import ErrorBudget
+from .filters import rejected
+from .loading import Batch, BatchLoader, ReadResult, crop_centre
+from .sidecars import read_caption, read_table
+from .source import IMAGE_SUFFIXES, RECORD_FIELDS, image_record
 
 log = logging.getLogger(__name__)
 
+Example = tuple[Tensor, str, str]  # image, caption, name
 
-Example = tuple[Tensor, str, str]  # picture, caption, name
 
+@dataclass(kw_only=True, eq=False)
+class StreamLoader(BatchLoader):
+    """Reads all shards in endless rounds, each round in an order of its own.
 
-class StreamedPictures(Pictures):
-    """Batches out of endless rounds through the shards, each round in an order of its own, by the seed.
-
-    Shards are numbered through all rounds; process r of w takes the numbers ≡ r (mod w), and so do its workers among
-    themselves. A run resumes at the first shard that its process had not begun: what the others still held is skipped.
-    Processes of one run start at the same number, best the largest that any had as its `next`.
+    Shards are numbered through all rounds; process r of w reads the numbers n with n % w == r, and its workers divide
+    these likewise. A run resumes at the first shard that its process had not begun; the rest of those before is
+    skipped. All processes must resume at one number, best the largest `next` of any.
     """
 
-    exact = False
-
-    def __init__(
-        self, urls: Sequence[str], choice: Choice, batch: int, seed: int, *, workers: int = 0,
-        bad_share: float = 0.05, rank: int = 0, world: int = 1,
-    ):  # fmt: skip
-        super().__init__(choice, workers, bad_share)
-        self.urls = urls
-        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+    urls: Sequence[str]
+    batch: int
+    seed: int
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         if start:
-            log.info("the stream goes on at its next shard, number %d: the rest of those before is skipped", start)
-        shards = _Shards(self.urls, self.choice, self.batch, self.seed, self.rank, self.world, start)
-        pictures, tars = ErrorBudget("pictures", self.bad_share), ErrorBudget("shards", self.bad_share)
-        every, seen = set(self.urls), set[str]()
+            log.info("the stream resumes at shard %d; the unread rest of earlier shards is skipped", start)
+        images, shards = ErrorBudget("images", self.bad_share), ErrorBudget("shards", self.bad_share)
+        unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
-        following = start
-        for reading in self._readings(shards, None):
-            tars.add(len(reading.shards), {shown(url): reason for url, reason in reading.shards.items() if reason})
-            pictures.add(reading.pictures, reading.bad)
-            reasons.update(reading.reasons)
-            if seen != every:
-                seen |= set(reading.shards)
-                if seen == every:
-                    self._say(reasons, pictures, tars)
-            if reading.batch is not None:
-                following = reading.batch.next = max(following, reading.batch.next)
-                yield reading.batch
+        for result in self._results(_ShardReader(self, start)):
+            shards.add(len(result.shards), {shown(url): reason for url, reason in result.shards.items() if reason})
+            images.add(result.read, result.bad)
+            reasons.update(result.reasons)
+            if unread:
+                unread -= result.shards.keys()
+                if not unread:
+                    _report_round(reasons, images, shards)
+            if result.batch is not None:
+                position = result.batch.next = max(position, result.batch.next)
+                yield result.batch
 
-    def _say(self, reasons: Counter[str], pictures: ErrorBudget, tars: ErrorBudget) -> None:
-        """Say once, after all shards, what was left out; ValueError if it was everything."""
-        if not pictures.read:
-            raise ValueError(
-                f"no shard of the stream holds a picture that can be read: {listed(list(tars.named))}; the log has the "
-                "reason for each"
-            )
-        if not reasons[""]:
-            raise ValueError(
-                f"none of the {pictures.read} pictures of the stream is left, without {left_out(reasons)} and "
-                f"{pictures.failed} that cannot be used: choose other filters or a smaller size under [data]"
-            )
-        log.info("left out of the stream, after all its shards: %s", left_out(reasons))
+
+def _report_round(reasons: Counter[str], images: ErrorBudget, shards: ErrorBudget) -> None:
+    """Logs what was rejected in the first round. ValueError if that was everything."""
+    if not images.read:
+        raise ValueError(
+            f"no shard of the stream contains a readable image: {listed(list(shards.names))}; the log has the reasons"
+        )
+    if not reasons[""]:
+        raise ValueError(
+            f"none of the {images.read} images of the stream can be used: {rejected(reasons)}, and {images.failed} "
+            "unreadable; choose other filters or a smaller size under [data]"
+        )
+    log.info("rejected in the first round of the stream: %s", rejected(reasons))
 
 
 @dataclass
-class _Shards(IterableDataset[Reading]):
-    """Shards read front to back: what workers run."""
+class _ShardReader(IterableDataset[ReadResult]):
+    """Reads the shards of one worker."""
 
-    urls: Sequence[str]
-    choice: Choice
-    batch: int
-    seed: int
-    rank: int
-    world: int
+    loader: StreamLoader
     start: int
 
-    def __iter__(self) -> Iterator[Reading]:
-        info = get_worker_info()
+    def __iter__(self) -> Iterator[ReadResult]:
+        info, loader = get_worker_info(), self.loader
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        waiting: dict[int, list[Example]] = defaultdict(list)  # for a batch, by bucket
+        waiting: dict[int, list[Example]] = defaultdict(list)  # incomplete batches by bucket
         for number in itertools.count(self.start):
-            if number % (self.world * workers) == worker * self.world + self.rank:
-                yield from self._read(number, waiting)
+            if number % (loader.world * workers) == worker * loader.world + loader.rank:
+                yield from self._read_shard(number, waiting)
 
-    def _read(self, number: int, waiting: dict[int, list[Example]]) -> Iterator[Reading]:
-        """Read a shard through; what doesn't fill a batch stays in `waiting`."""
-        turn, place = divmod(number, len(self.urls))
-        url = self.urls[np.random.default_rng((self.seed, turn)).permutation(len(self.urls))[place]]
-        problems, out, found = list[str](), Reading(), 0
-        for sample in _samples(url, problems):
-            kind = next((kind for kind in SUFFIXES if kind in sample), None)
-            if kind is None:
+    def _read_shard(self, number: int, waiting: dict[int, list[Example]]) -> Iterator[ReadResult]:
+        loader = self.loader
+        turn, position = divmod(number, len(loader.urls))
+        url = loader.urls[np.random.default_rng((loader.seed, turn)).permutation(len(loader.urls))[position]]
+        problems, result, found = list[str](), ReadResult(), 0
+        for sample in _read_samples(url, problems):
+            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+            if suffix is None:
                 continue
             found += 1
-            bucket = self._take(sample, kind, (number, found), waiting, out)
-            if bucket is not None and len(waiting[bucket]) == self.batch:
+            bucket = self._add_example(sample, suffix, (number, found), waiting, result)
+            if bucket is not None and len(waiting[bucket]) == loader.batch:
                 images, captions, names = zip(*waiting.pop(bucket), strict=True)
-                out.batch = Batch(torch.stack(images), list(captions), list(names), number + 1)
-                yield out
-                out = Reading()
-        out.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} holds no picture"
-        yield out
+                result.batch = Batch(torch.stack(images), list(captions), list(names), number + 1)
+                yield result
+                result = ReadResult()
+        result.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} contains no image"
+        yield result
 
-    def _take(
-        self, sample: dict[str, Any], kind: str, place: tuple[int, int], waiting: dict[int, list[Example]], out: Reading
+    def _add_example(
+        self, sample: dict[str, Any], suffix: str, key: tuple[int, int], waiting: dict[int, list[Example]],
+        result: ReadResult,
     ) -> int | None:  # fmt: skip
-        """Put an example where it waits for its batch; its bucket, or None if it's left out."""
-        name, choice = f"{shown(sample['__url__'])}:{sample['__key__']}", self.choice
-        out.pictures += 1
+        """Adds an example to its incomplete batch; returns its bucket, None if it is rejected or unreadable."""
+        name, selection = f"{shown(sample['__url__'])}:{sample['__key__']}", self.loader.selection
+        result.read += 1
         try:
-            table = table_from_json(sample["json"], f"the .json of {name}") if "json" in sample else {}
-            size = picture_size(BytesIO(sample[kind]), name)
-            (reason,), (bucket,) = choice.of(np.array([entry(size, scores_from_table(table, name))], dtype=ENTRY))
+            table = read_table(sample.get("json"), name)
+            record = image_record(picture_size(BytesIO(sample[suffix]), name), table, name)
+            (reason,), (bucket,) = selection.select(np.array([record], dtype=RECORD_FIELDS))
             if not reason:
-                caption = _caption(sample, table, name) if choice.captions else ""
-                picture = open_picture(BytesIO(sample[kind]), name)
-                image = fit(picture, choice.sizes[bucket], crop_centre(choice.random_crop, self.seed, *place))
+                caption = read_caption(sample.get("txt"), table, name) if selection.captions else ""
+                centre = crop_centre(selection.random_crop, self.loader.seed, *key)
+                image = fit(open_picture(BytesIO(sample[suffix]), name), selection.sizes[bucket], centre)
                 waiting[bucket].append((image, caption, name))
         except ValueError as error:
-            out.bad[name] = str(error)
+            result.bad[name] = str(error)
             return None
-        out.reasons[str(reason)] += 1
+        result.reasons[str(reason)] += 1
         return None if reason else int(bucket)
 
 
 def shown(url: str) -> str:
-    """A shard's name for the log: an address without what may be secret in it."""
+    """Returns a shard's name for the log: an address without user, password and query, which may be secret."""
     parts = urlsplit(url)
     return url if parts.scheme == "pipe" else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _samples(url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The examples of a shard, by kind; what ends it too early is put into `problems`."""
+def _read_samples(url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a shard by suffix; an error that ends it early is appended to `problems`."""
     import webdataset
 
     def stop(error: Exception) -> bool:
         status = re.search(r"exit \d+", str(error))  # of curl, or of a pipe's command
-        why = status[0] if status else " ".join(str(error.args[0] if error.args else error).split())[:80]
-        problems.append(f"{shown(url)} cannot be read, or not to its end: {why}")
+        reason = status[0] if status else one_line(error.args[0] if error.args else error)[:80]
+        problems.append(f"{shown(url)} cannot be read to its end: {reason}")
         return False
 
-    shard = webdataset.SimpleShardList([url])
-    yield from webdataset.DataPipeline(shard, webdataset.tarfile_to_samples(handler=stop))
-
-
-def _caption(sample: dict[str, Any], table: dict[str, Any], name: str) -> str:
-    if "txt" in sample:
-        return caption_from_text(sample["txt"], name)
-    return caption_from_table(table, name)
+    shards = webdataset.SimpleShardList([url])
+    yield from webdataset.DataPipeline(shards, webdataset.tarfile_to_samples(handler=stop))
