@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside.py COMFYUI BUNDLE OUTPUT`: computes with the host's objects what
-test_host_inside.py compares with the core."""
+"""Run by ComfyUI's Python, `inside.py COMFYUI BUNDLE OUTPUT`: results of our objects in ComfyUI, for
+test_host_inside.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS = ("a red apple", "", "a very small cat on a yellow background, and behi
 
 
 def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
-    """What each stage's network is called with: x, t, text, and for Stage B the prior's latents."""
+    """Returns the inputs of each stage's network: x, t, text, and Stage B's prior latents."""
     t = torch.tensor([1.0, 0.37])
     return {
         "prior": (seeded(2, 16, 5, 6), t, seeded(2, 77, width_c)),
@@ -23,11 +23,11 @@ def calls(width_c: int, width_b: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-AREA = (16, 12, 0, 12)  # of Stage B's latents in `calls`, amid one of Stage C's: height, width, top, left
+AREA = (16, 12, 0, 12)  # height, width, top, left in Stage B's latents of `calls`; off Stage C's grid
 
 
 def preview(latent_format: Any, x: Tensor) -> Tensor:
-    """The host's live preview of latents as a sampler works on them, [h, w, 3] in 0..255; empty if it has none."""
+    """Returns ComfyUI's live preview [h, w, 3] in 0..255 of a sampler's latents; empty if it has none."""
     import latent_preview
     from comfy.cli_args import LatentPreviewMethod, args
 
@@ -48,11 +48,11 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.wuerstchen_core.checkpoints import read_part
 
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {"fingerprint of a name from another node": WuerstchenBundleLoader.fingerprint_inputs(None)}
+    facts: dict[str, Any] = {"fingerprint of None": WuerstchenBundleLoader.fingerprint_inputs(None)}
     for stage in ("prior", "decoder"):
-        tower = clip.load_clip(read_part(bundle, f"{stage}_text_encoder"))
+        text_encoder = clip.load_clip(read_part(bundle, f"{stage}_text_encoder"))
         for i, prompt in enumerate(PROMPTS):
-            [[states, _]] = tower.encode_from_tokens_scheduled(tower.tokenize(prompt))
+            [[states, _]] = text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(prompt))
             tensors[f"text/{stage}/{i}"] = states
 
     schedule = model_sampling.WuerstchenSampling()
@@ -63,7 +63,7 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     parts = {stage: read_part(bundle, stage) for stage in ("prior", "decoder")}
     inputs = calls(parts["prior"].params.c_cond, parts["decoder"].params.clip_embd)
-    # Before the loop below puts other factors in their place.
+    # Read before the loop below replaces the factors.
     facts |= {f"{stage} shipped factors": previews.preview_factors(stage) for stage in parts}
     for stage, part in parts.items():
         patcher = models.load_model(part)
@@ -71,14 +71,14 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         extra = dict(zip(("stable_cascade_prior",), inputs[stage][3:], strict=False))
         tensors[f"network/{stage}"] = network(*inputs[stage][:3], **extra)
         facts[f"{stage} training"] = network.training or any(p.requires_grad for p in network.parameters())
-        facts[f"{stage} host layers"] = sum(hasattr(layer, "comfy_cast_weights") for layer in network.modules())
+        facts[f"{stage} comfy layers"] = sum(hasattr(layer, "comfy_cast_weights") for layer in network.modules())
 
-        # A partial load: most layers stay on the offload device and are brought over for each call. The device of the
-        # computation is "meta", which fails at once on a tensor that was left behind.
+        # A partial load: most layers stay on the offload device and are copied for each call. The compute device is
+        # "meta", on which any tensor that was not copied fails.
         meta = torch.device("meta")
         partial = comfy.model_patcher.ModelPatcher(patcher.model, load_device=meta, offload_device=torch.device("cpu"))
         partial.patch_model(meta, lowvram_model_memory=60_000)
-        facts[f"{stage} left behind"] = sum(not p.is_meta for p in network.parameters())
+        facts[f"{stage} offloaded"] = sum(not p.is_meta for p in network.parameters())
         out = network(*(x.to(meta) for x in inputs[stage][:3]), **{key: x.to(meta) for key, x in extra.items()})
         facts[f"{stage} partial"] = list(out.shape)
 
@@ -99,7 +99,7 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         noise=x, cross_attn=text, stable_cascade_prior=prior_latents
     )
     cond = conds["stable_cascade_prior"]
-    tensors["prior of all"], tensors["prior of area"] = (
+    tensors["whole prior"], tensors["cropped prior"] = (
         cond.process_cond(batch_size=2, area=area).cond for area in (None, AREA)
     )
     return tensors, facts

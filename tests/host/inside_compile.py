@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_compile.py COMFYUI BUNDLE BACKEND OUTPUT`: what ComfyUI's node Torch Compile
-Model makes of both stages, beside what they paint without it, for test_host_compile.py to compare."""
+"""Run by ComfyUI's Python, `inside_compile.py COMFYUI BUNDLE BACKEND OUTPUT`: both stages with and without ComfyUI's
+Torch Compile Model node, for test_host_compile.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
 
-EAGER = "eager"  # torch's compiler that finds the graphs and leaves them as they are
-SIZES = {"other size": (2, 16, 5, 3), "third size": (2, 16, 4, 6)}  # of the prior, which compiles the quickest
+EAGER = "eager"  # the backend that traces graphs without compiling them
+SIZES = {"other size": (2, 16, 5, 3), "third size": (2, 16, 4, 6)}  # of the prior, which compiles fastest
 
 PATCHED = {"prior": "blocks.0.channelwise.4.weight", "decoder": "down_blocks.1.1.channelwise.4.weight"}
 
 
-def painter(stage: str, widths: dict[str, int]) -> Callable[..., Tensor]:
-    """What paints latents of a shape with a MODEL of a stage."""
+def sampler_of(stage: str, widths: dict[str, int]) -> Callable[..., Tensor]:
+    """Returns a function that samples latents of a shape with a MODEL of a stage."""
     from comfy_extras.nodes_custom_sampler import SamplerCustom
     from pack.nodes.sampling import WuerstchenSampler, WuerstchenScheduler
 
@@ -45,7 +45,7 @@ def main(bundle: str, backend: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts: dict[str, Any] = {}
     for stage in STAGES:
         before = dynamo.counters["stats"]["unique_graphs"]
-        plain, generate = models.load_model(parts[stage]), painter(stage, widths)
+        plain, generate = models.load_model(parts[stage]), sampler_of(stage, widths)
         compiled = first(TorchCompileModel.execute(plain, backend))
         sizes = SIZES if stage == "prior" and backend == EAGER else {}
         for name, shape in {"first": SHAPES[stage], "again": SHAPES[stage], **sizes}.items():

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_convert.py COMFYUI FOLDER OUTPUT`: single files that `convert` wrote, in
-the host's own loaders and in ours, and what the host saves of our VAE objects."""
+"""Run by ComfyUI's Python, `inside_convert.py COMFYUI FOLDER OUTPUT`: files of `convert` in ComfyUI's loaders and in
+ours, and our VAE objects saved by ComfyUI."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def main(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.wuerstchen_core.models.text_encoder import CLIP_BIGG, CLIP_H, TextEncoder
 
     tensors: dict[str, Tensor] = {}
-    theirs = comfy.sd.VAE(sd=comfy.utils.load_torch_file(f"{folder}/released/vqgan.safetensors"))
-    tensors["stage_a"] = theirs.first_stage_model.decode(seeded(*LATENTS).to(theirs.vae_dtype)).float()
-    facts: dict[str, Any] = {"stage_a": type(theirs.first_stage_model).__name__}
+    stock = comfy.sd.VAE(sd=comfy.utils.load_torch_file(f"{folder}/released/vqgan.safetensors"))
+    tensors["stage_a"] = stock.first_stage_model.decode(seeded(*LATENTS).to(stock.vae_dtype)).float()
+    facts: dict[str, Any] = {"stage_a": type(stock.first_stage_model).__name__}
     for name, params in (("CLIP_H", CLIP_H), ("CLIP_G", CLIP_BIGG)):
         with torch.device("meta"):
             state = TextEncoder(params).state_dict()

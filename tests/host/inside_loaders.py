@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_loaders.py COMFYUI YAML SAVED OUTPUT`: loads files from the folders in a
-user's YAML with the nodes, saves models to the folder SAVED, and computes what test_host_loaders.py compares."""
+"""Run by ComfyUI's Python, `inside_loaders.py COMFYUI YAML SAVED OUTPUT`: loads files from the folders of a YAML file
+with the nodes, and saves models to the folder SAVED. For test_host_loaders.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tools.comfyui.in_host import load_pack, seeded, write_results
 
 DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
-FILES = {  # which kind of part it is found to be
+FILES = {  # the part that each file holds
     "prior_original.pt": "prior",
     "prior_diffusers.safetensors": "prior",
     "prior_comfyui.safetensors": "prior",
@@ -29,43 +29,43 @@ BY_WIDTH = {"bigg.safetensors": "prior_text_encoder", "h.safetensors": "decoder_
 VAES = ("stage_a_original.pt", "stage_a_cascade.safetensors", "stage_a_diffusers.safetensors")
 ENCODER = "encoder_bundle.safetensors"
 LARGE = "large.safetensors"
-# What a loader (of a model, of tokens, a CLIP or a VAE) is given that it has to refuse, and words of the answer.
+# Loader, wrong file, and what the error must name.
 MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("model", "stage_a.pt"): ("holds Stage A,", "vae folder", "Würstchen VAE Loader"),
-    ("model", "tower.safetensors"): ("holds a text tower,", "text_encoders folder", "Würstchen CLIP Loader"),
-    ("model", "encoder.pt"): ("holds an image encoder,", "vae folder", "Würstchen VAE Loader"),
-    ("model", "v1_stage_b.pt"): ("Stage B of Würstchen v1", "Würstchen Token Decoder Loader"),
-    ("tokens", "decoder_original.pt"): ("holds a decoder (Stage B)", "Würstchen Model Loader"),
-    ("tokens", "sd.safetensors"): ("a Stable Diffusion model", "takes v1's token decoder"),
-    ("tokens", "token decoder of gone.safetensors"): ("there is no 'gone.safetensors' in the checkpoints folder",),
-    ("model", "cascade.safetensors"): ("a Stable Cascade model", "ComfyUI's own loaders"),
-    ("model", "sd.safetensors"): ("a Stable Diffusion model", "a prior (Stage C) or v2's decoder (Stage B)"),
-    ("model", "lora.safetensors"): ("a LoRA", "loras folder"),
-    ("model", "unknown.safetensors"): ("nothing known of Würstchen", "some.key", "choose another file"),
-    ("model", "whole.safetensors"): ("several parts", "`convert` it into a folder", "what is missing"),
-    ("model", "cut.safetensors"): ("cut short or damaged", "fetch it again"),
-    ("model", "cut.pt"): ("cut short or damaged", "fetch it again"),
-    ("model", "payload.pt"): ("payload.pt holds Python objects", "is not opened", "take a safetensors file"),
-    ("model", "half.safetensors"): ("weights of the prior", "missing: 1 (out.1.bias)"),
-    ("model", "gone.safetensors"): ("there is no 'gone.safetensors' in the diffusion_models folder",),
-    ("clip", "sd2.safetensors"): ("last layer was left out", "warp-ai/wuerstchen "),
-    ("clip", "clip_l.safetensors"): ("CLIP-L", "quick_gelu", "CLIP-bigG"),
-    ("clip", "t5.safetensors"): ("a T5 text encoder", "takes CLIP-bigG or CLIP-H"),
+    ("model", "stage_a.pt"): ("stage_a.pt", "Stage A", "vae folder", "Würstchen VAE Loader"),
+    ("model", "tower.safetensors"): ("tower.safetensors", "text_encoders folder", "Würstchen CLIP Loader"),
+    ("model", "encoder.pt"): ("image encoder", "vae folder", "Würstchen VAE Loader"),
+    ("model", "v1_stage_b.pt"): ("token decoder", "Würstchen Token Decoder Loader"),
+    ("tokens", "decoder_original.pt"): ("decoder (Stage B)", "Würstchen Model Loader"),
+    ("tokens", "sd.safetensors"): ("Stable Diffusion", "Würstchen Token Decoder Loader"),
+    ("tokens", "token decoder of gone.safetensors"): ("gone.safetensors", "checkpoints folder"),
+    ("model", "cascade.safetensors"): ("cascade.safetensors", "Stable Cascade"),
+    ("model", "sd.safetensors"): ("Stable Diffusion", "prior (Stage C)", "decoder (Stage B)"),
+    ("model", "lora.safetensors"): ("LoRA", "loras folder"),
+    ("model", "unknown.safetensors"): ("unknown.safetensors", "some.key"),
+    ("model", "whole.safetensors"): ("whole.safetensors", "convert"),
+    ("model", "cut.safetensors"): ("cut.",),
+    ("model", "cut.pt"): ("cut.",),
+    ("model", "payload.pt"): ("payload.pt", "safetensors"),
+    ("model", "half.safetensors"): ("prior", "out.1.bias"),
+    ("model", "gone.safetensors"): ("gone.safetensors", "diffusion_models folder"),
+    ("clip", "sd2.safetensors"): ("sd2.safetensors", "last layer"),
+    ("clip", "clip_l.safetensors"): ("CLIP-L", "CLIP-bigG"),
+    ("clip", "t5.safetensors"): ("T5", "Würstchen CLIP Loader"),
     ("clip", "decoder.safetensors"): (
-        "holds a decoder (Stage B),",
+        "decoder (Stage B)",
         "diffusion_models folder",
         "Würstchen Model Loader",
     ),
-    ("clip", "two_towers.safetensors"): ("several parts", "`convert` it", "what is missing"),
-    ("vae", "v1_parts.safetensors"): ("several parts", "checkpoints folder", "offered here part by part"),
-    ("vae", "sd_vae.safetensors"): ("a VAE of Stable Diffusion's kind", "ComfyUI's own loaders"),
-    ("vae", "prior.safetensors"): ("holds a prior (Stage C),", "diffusion_models folder", "Würstchen Model Loader"),
-    ("vae", "effnet_cascade.pt"): ("a Stable Cascade model",),
+    ("clip", "two_towers.safetensors"): ("two_towers.safetensors", "convert"),
+    ("vae", "v1_parts.safetensors"): ("v1_parts.safetensors", "checkpoints folder"),
+    ("vae", "sd_vae.safetensors"): ("Stable Diffusion", "ComfyUI's own loaders"),
+    ("vae", "prior.safetensors"): ("prior (Stage C)", "diffusion_models folder", "Würstchen Model Loader"),
+    ("vae", "effnet_cascade.pt"): ("effnet_cascade.pt", "Stable Cascade"),
 }
 
 
 def inputs(kind: str, params: Any) -> tuple[Tensor, ...]:
-    """What a network is called with: x, t, text, and for Stage B the prior's latents."""
+    """Returns the inputs of a network: x, t, text, and Stage B's prior latents."""
     t = torch.tensor([1.0, 0.37])
     if kind == "prior":
         return seeded(2, 16, 5, 6), t, seeded(2, 77, params.c_cond)
@@ -82,10 +82,10 @@ def predict(model: Any, kind: str) -> Tensor:
 
 
 class PeakMemory:
-    """The most bytes beside files that this process held, above what it held at first."""
+    """Measures the peak of this process's anonymous memory, in bytes above the start."""
 
     def __enter__(self) -> PeakMemory:
-        self.before = self.most = self._held()
+        self.before = self.peak = self._anonymous()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -97,10 +97,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self.done.wait(0.001):
-            self.most = max(self.most, self._held())
+            self.peak = max(self.peak, self._anonymous())
 
     @staticmethod
-    def _held() -> int:
+    def _anonymous() -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -146,7 +146,7 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for i, prompt in enumerate(PROMPTS):
             [[states, _]] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
             tensors[f"{name} {i}"] = states
-    build, loaders.clip.load_clip = loaders.clip.load_clip, lambda part, _: part.name  # without a vocabulary
+    build, loaders.clip.load_clip = loaders.clip.load_clip, lambda part, _: part.name  # builds nothing
     facts["towers"] |= {name: tower(name) for name in BY_WIDTH}
     loaders.clip.load_clip = build
     for name in VAES:
@@ -164,13 +164,15 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ]
 
     first = model("prior_original.pt")
-    if "force_deepcopy" in inspect.signature(first.clone).parameters:  # the newer host's copy for torch.compile
+    if (
+        "force_deepcopy" in inspect.signature(first.clone).parameters
+    ):  # newer ComfyUI versions copy models for torch.compile
         copied = first.clone(force_deepcopy=True)
         facts["copied"] = copied.model is not first.model
         tensors["prior_original.pt copied"] = predict(copied, "prior")
     with PeakMemory() as memory:
         large = model(LARGE, "fp32")
-    facts["peak"] = [memory.most - memory.before, large.model_size()]
+    facts["peak"] = [memory.peak - memory.before, large.model_size()]
     facts["table unchanged"] = table == folder_paths.folder_names_and_paths
     return tensors, facts
 

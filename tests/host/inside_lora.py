@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_lora.py COMFYUI BUNDLE LORAS OUTPUT`: patches the host's models by the files
-in the folder LORAS, and writes what test_host_lora.py compares with the core."""
+"""Run by ComfyUI's Python, `inside_lora.py COMFYUI BUNDLE LORAS OUTPUT`: applies the files in the folder LORAS to
+ComfyUI's models, for test_host_lora.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tools.comfyui.in_host import load_pack, write_results
 
 WEIGHT = "blocks.2.attention.to_q.weight"
-# What is loaded over the untouched models, one after the other: file, strength of the model and of the CLIP.
+# Chains of LoRAs: file, strength of the model and of the CLIP.
 RUNS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "golden": (("golden", 1.0, 1.0),),
     "trained": (("trained", 1.0, 1.0),),
@@ -30,7 +30,7 @@ STORED = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 class Log(logging.Handler):
-    """Keeps what is written to the log."""
+    """Keeps the warnings of the log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -41,7 +41,7 @@ class Log(logging.Handler):
 
 
 def outputs(model: Any, clip: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The patched network's noise and the patched tower's states; the host's weights are put back afterwards."""
+    """Returns the patched network's prediction and the patched text encoder's states, then restores the weights."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([model])
@@ -51,8 +51,8 @@ def outputs(model: Any, clip: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return noise, states
 
 
-def refused(call: Any, *arguments: Any) -> str:
-    """The sentence of the ValueError that a call ends in."""
+def error_of(call: Any, *arguments: Any) -> str:
+    """Returns the message of the ValueError that a call raises; "" if it raises none."""
     try:
         call(*arguments)
     except ValueError as error:
@@ -75,17 +75,17 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     part = read_part(bundle, "prior")
     prior, clip = models.load_model(part), load_clip(read_part(bundle, "prior_text_encoder"))
     loras = Path(folder)
-    given = load_file(loras / "inputs" / "prior.safetensors")
-    inputs = tuple(given[name] for name in ("x", "t", "text"))
+    tensors_in = load_file(loras / "inputs" / "prior.safetensors")
+    inputs = tuple(tensors_in[name] for name in ("x", "t", "text"))
     runs = RUNS | {f"form/{file.stem}": ((file.stem, 1.0, 1.0),) for file in loras.glob("form *")}
     for name, steps in {"untouched": (), **runs}.items():
-        model, tower, left = prior, clip, len(log.lines)
+        model, text, start = prior, clip, len(log.lines)
         for file, *strengths in steps:
-            model, tower, _ = lora.apply_lora(model, tower, loras / f"{file}.safetensors", *strengths)
-        tensors[f"{name}/noise"], tensors[f"{name}/states"] = outputs(model, tower, inputs)
-        facts[name] = [model is prior, tower is clip, log.lines[left:]]
+            model, text, _ = lora.apply_lora(model, text, loras / f"{file}.safetensors", *strengths)
+        tensors[f"{name}/noise"], tensors[f"{name}/states"] = outputs(model, text, inputs)
+        facts[name] = [model is prior, text is clip, log.lines[start:]]
 
-    # ComfyUI's own way with the converted file, which is LoraLoader's and LoraLoaderModelOnly's.
+    # The converted file in the function of ComfyUI's LoraLoader and LoraLoaderModelOnly.
     _, _, state = lora.apply_lora(prior, clip, loras / "diffusers.safetensors", 1.0, 1.0)
     converted = lora.write_converted(loras / "diffusers.safetensors", state)
     facts["converted"] = [converted.name, len(log.lines)]
@@ -95,7 +95,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     again = converted.stat().st_mtime_ns, lora.write_converted(loras / "diffusers.safetensors", state) == converted
     facts["written once"] = [converted.stat().st_mtime_ns == again[0], again[1]]
     save_file({"other": torch.zeros(1)}, converted)
-    facts["not over another"] = refused(lora.write_converted, loras / "diffusers.safetensors", state)
+    facts["different file"] = error_of(lora.write_converted, loras / "diffusers.safetensors", state)
 
     for name, dtype in STORED.items():
         comfy.model_management.unet_dtype, chosen = (lambda dtype=dtype, **_: dtype), comfy.model_management.unet_dtype
@@ -110,19 +110,19 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{name}/after"] = weight.detach().float()
         tensors[f"{name}/noise"] = model.model.diffusion_model(*inputs).float()
 
-    left = len(log.lines)
+    start = len(log.lines)
     lora.apply_lora(prior, None, loras / "mixed.safetensors", 1.0, 1.0)
-    facts["mixed"] = log.lines[left:]
+    facts["mixed"] = log.lines[start:]
     decoder = models.load_model(read_part(bundle, "decoder"))
-    facts["to the decoder"] = refused(lora.apply_lora, decoder, None, loras / "diffusers.safetensors", 1.0, 1.0)
-    tower = load_clip(read_part(bundle, "decoder_text_encoder"))
-    facts["with the other clip"] = refused(lora.apply_lora, prior, tower, loras / "diffusers.safetensors", 1.0, 1.0)
+    facts["to the decoder"] = error_of(lora.apply_lora, decoder, None, loras / "diffusers.safetensors", 1.0, 1.0)
+    other = load_clip(read_part(bundle, "decoder_text_encoder"))
+    facts["with the other clip"] = error_of(lora.apply_lora, prior, other, loras / "diffusers.safetensors", 1.0, 1.0)
     keys = [f"clip_{name}.transformer.text_model.final_layer_norm.weight" for name in "lg"]
     two = SimpleNamespace(cond_stage_model=SimpleNamespace(state_dict=lambda: dict.fromkeys(keys)))
-    facts["two towers"] = refused(lora.apply_lora, prior, two, loras / "diffusers.safetensors", 1.0, 1.0)
-    other = SimpleNamespace(model=torch.nn.Identity())
-    facts["another model"] = refused(lora.apply_lora, other, None, loras / "diffusers.safetensors", 1.0, 1.0)
-    facts["text alone"] = refused(lora.apply_lora, prior, None, loras / "text.safetensors", 1.0, 1.0)
+    facts["two text encoders"] = error_of(lora.apply_lora, prior, two, loras / "diffusers.safetensors", 1.0, 1.0)
+    no_stage = SimpleNamespace(model=torch.nn.Identity())
+    facts["another model"] = error_of(lora.apply_lora, no_stage, None, loras / "diffusers.safetensors", 1.0, 1.0)
+    facts["text alone"] = error_of(lora.apply_lora, prior, None, loras / "text.safetensors", 1.0, 1.0)
     return tensors, facts
 
 

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_memory.py COMFYUI BUNDLE V1 FOLDER OUTPUT`: networks stored, loaded and
-evicted in every way that ComfyUI knows, each beside what it has to be equal to (`got/...` and `want/...`)."""
+"""Run by ComfyUI's Python, `inside_memory.py COMFYUI BUNDLE V1 FOLDER OUTPUT`: networks stored, loaded and evicted in
+every way of ComfyUI (`got/...`), and the expected results (`want/...`)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ STORED = {
     "bf16": torch.bfloat16,
 }
 TIMES = (1.0, 0.37, 1e-4)
-PARTIAL = 0.6  # of the weights, the largest of them counted twice, may go to the device in a partial load
-COUNTED = (("bf16", 512, 2), ("fp16", 1024, 1))  # dtype, pixels, batch: what the released sizes' memory is counted for
-# ComfyUI frees no memory of a device that is called "cpu".
+PARTIAL = 0.6  # fraction of the weights on the device in a partial load
+COUNTED = (("bf16", 512, 2), ("fp16", 1024, 1))  # dtype, pixels and batch of the measurements at released sizes
+# ComfyUI never frees memory of the device "cpu".
 CPU, GPU = torch.device("cpu"), torch.device("cpu:0")
 GB = 1024**3
 
 
 def inputs(part: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """What a stage's network is called with in the host."""
+    """Returns the inputs of a stage's network in ComfyUI."""
     t, rows = torch.tensor(TIMES), len(TIMES)
     if part.name == "prior":
         return (seeded(rows, 16, 5, 6), t, seeded(rows, 77, part.params.c_cond)), {}
@@ -48,7 +48,7 @@ def inputs(part: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
 
 
 def core(part: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """What the core computes in fp32, with weights rounded to a dtype."""
+    """Returns the core's fp32 result, with weights rounded to a dtype."""
     from pack.wuerstchen_core.checkpoints import Part, build_part
 
     rounded = {key: x if dtype is None else x.to(dtype).float() for key, x in part.state_dict.items()}
@@ -56,8 +56,8 @@ def core(part: Any, dtype: torch.dtype | None = None) -> Tensor:
     return build_part(Part(part.name, part.params, rounded))(x, t, *extra.values(), text)
 
 
-def host(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the host's network computes; time stays in fp32, as the host leaves it."""
+def predict(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the result of ComfyUI's network; ComfyUI keeps the time in fp32."""
     (x, t, text), extra = inputs(part)
     extra = {key: value.to(dtype) for key, value in extra.items()}
     x = x.to(dtype) if x.is_floating_point() else x
@@ -65,7 +65,7 @@ def host(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def storage(part: Any) -> Results:
-    """Weights kept in few bits, computed in fp32; and all of it in fp16."""
+    """Weights stored in few bits and computed in fp32; and everything in fp16."""
     import comfy.model_management as management
     from comfy.cli_args import args
     from pack.nodes.host import models
@@ -76,7 +76,7 @@ def storage(part: Any) -> Results:
             patcher = models.load_model(part)
         parameters = patcher.model.diffusion_model.parameters()
         facts[f"{part.name} {name}"] = sorted({str(p.dtype) for p in parameters})
-        tensors[f"got/{part.name} {name}"] = host(patcher, part)
+        tensors[f"got/{part.name} {name}"] = predict(patcher, part)
         tensors[f"want/{part.name} {name}"] = core(part, dtype)
     with patch.object(args, "fp16_unet", True), patch.object(management, "unet_manual_cast", lambda *_: None):
         patcher = models.load_model(part)
@@ -90,12 +90,12 @@ def storage(part: Any) -> Results:
         "thrice the area": whole.memory_required((1, rest[0], 3 * rest[1], rest[2])),
         "fp16": patcher.model.memory_required((1, *rest)),
     }
-    tensors[f"half/{part.name}"] = host(patcher, part, torch.float16)
+    tensors[f"half/{part.name}"] = predict(patcher, part, torch.float16)
     return tensors, facts
 
 
 def lora(network: nn.Module) -> dict[str, Tensor]:
-    """A LoRA in ComfyUI's own form for every attention and every MLP of a network."""
+    """Returns a LoRA with ComfyUI's keys for every attention and MLP of a network."""
     pairs = {}
     for key, weight in network.state_dict().items():
         if weight.ndim == 2 and (".attention." in key or ".channelwise." in key):
@@ -106,27 +106,29 @@ def lora(network: nn.Module) -> dict[str, Tensor]:
 
 
 def partial_loads(part: Any) -> Results:
-    """A part of the weights on the device, the rest brought over for each call: alone, and with a LoRA on the fly."""
+    """A part of the weights on the device, the rest copied for each call: without and with a LoRA."""
     import comfy.sd
     from pack.nodes.host import models
 
     tensors, facts = {}, {}
     for name, strength in (("plain", 0.0), ("lora", 0.8)):
-        for key, share in (("want", 0), ("got", PARTIAL)):  # 0: all of it
+        for key, fraction in (("want", 0), ("got", PARTIAL)):  # 0: all
             patcher = models.load_model(part)
             if strength:
                 patcher, _ = comfy.sd.load_lora_for_models(
                     patcher, None, lora(patcher.model.diffusion_model), strength, 0.0
                 )
-            patcher.patch_model(CPU, lowvram_model_memory=int(share * patcher.model_size()))
-            tensors[f"{key}/{part.name} partial {name}"] = host(patcher, part)
+            patcher.patch_model(CPU, lowvram_model_memory=int(fraction * patcher.model_size()))
+            tensors[f"{key}/{part.name} partial {name}"] = predict(patcher, part)
             facts[f"{part.name} {key} {name}"] = [patcher.loaded_size(), patcher.model_size()]
     return tensors, facts
 
 
 def dynamic(part: Any) -> Results:
-    """The flag of dynamic VRAM set: layers are built without weights, here for a file in bf16 and a device that
-    computes in fp32. False where the host has no such flag."""
+    """With the flag of dynamic VRAM, layers are built without weights: a bf16 file on a device that computes in fp32.
+
+    The fact "dynamic" is False if this ComfyUI has no such flag.
+    """
     from pack.nodes.host import models
 
     try:
@@ -143,16 +145,16 @@ def dynamic(part: Any) -> Results:
         bare = config.get_model({}).diffusion_model.state_dict()
         with patch("comfy.model_patcher.CoreModelPatcher", ModelPatcherDynamic):
             patcher = models.load_model(part)
-        out = host(patcher, part)
+        out = predict(patcher, part)
     facts = {"dynamic": True, f"{part.name} weights before loading": [len(bare), len(build_part(part).state_dict())]}
     return {f"got/{part.name} dynamic": out, f"want/{part.name} dynamic": core(part, torch.bfloat16)}, facts
 
 
 class Meter:
-    """A device of 3 GB on which every loaded network of this device takes 2 GB, whatever it is."""
+    """A device of 3 GB on which every loaded network takes 2 GB."""
 
     def __init__(self, management: Any):
-        self.management, self.seen = management, []
+        self.management, self.history = management, []
 
     def free(self, device: Any = None, torch_free_too: bool = False) -> Any:
         free = 3 * GB - 2 * GB * sum(entry.device == GPU for entry in self.management.current_loaded_models)
@@ -177,7 +179,7 @@ def small_device() -> Iterator[Meter]:
 
 
 def stable_diffusion() -> Any:
-    """A U-Net of Stable Diffusion's kind, small, that asks for 4 GB."""
+    """Returns a small Stable Diffusion U-Net that requires 4 GB."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -196,7 +198,7 @@ def stable_diffusion() -> Any:
 
 
 def denoise(patcher: Any) -> Tensor:
-    """Two steps of Stable Diffusion in the host's own sampling."""
+    """Runs two steps of Stable Diffusion in ComfyUI's sampling."""
     import comfy.sample
 
     cond = [[seeded(1, 77, 32), {}]]
@@ -205,7 +207,7 @@ def denoise(patcher: Any) -> Tensor:
 
 
 def generate(objects: Any, meter: Meter) -> Tensor:
-    """A whole workflow with the objects of a bundle; the meter sees what is loaded after each node."""
+    """Runs a whole workflow with the objects of a bundle; the meter records what is loaded after each node."""
     from pack.nodes import latents, sampling, text
     from pack.nodes.vae import WuerstchenVAEDecode
 
@@ -213,15 +215,15 @@ def generate(objects: Any, meter: Meter) -> Tensor:
 
     def run(node: Any, **inputs: Any) -> Any:
         out = node.execute(**inputs).args
-        meter.seen.append(meter.loaded())
+        meter.history.append(meter.loaded())
         return out
 
     stage_c, stage_b = run(latents.WuerstchenEmptyLatents, width=128, height=64, batch_size=1)
     clips = {"prior_clip": prior_clip, "decoder_clip": decoder_clip}
     for_prior, for_decoder = run(text.WuerstchenTextEncode, **clips, text="a red apple")
-    how = {"schedule": "linear", "steps": 2, "cfg": 3.0, "seed": 1}
+    settings = {"schedule": "linear", "steps": 2, "cfg": 3.0, "seed": 1}
     [c] = run(
-        sampling.WuerstchenPriorSample, model=prior, positive=for_prior, negative=for_prior, stage_c=stage_c, **how
+        sampling.WuerstchenPriorSample, model=prior, positive=for_prior, negative=for_prior, stage_c=stage_c, **settings
     )
     [cond] = run(sampling.WuerstchenDecoderConditioning, conditioning=for_decoder, stage_c=c)
     [b] = run(sampling.WuerstchenDecoderSample, model=decoder, positive=cond, stage_b=stage_b, steps=2, cfg=1.0, seed=1)
@@ -230,12 +232,12 @@ def generate(objects: Any, meter: Meter) -> Tensor:
 
 
 def networks_of(objects: Any) -> list[nn.Module]:
-    """The networks behind MODELs, CLIPs and VAEs."""
+    """Returns the networks of MODELs, CLIPs and VAEs."""
     return [getattr(thing, "patcher", thing).model for thing in objects]
 
 
 def eviction(bundle: str, folder: Path) -> Results:
-    """Two Würstchen models and another family's take turns on a device that holds one network."""
+    """Two Würstchen models and another model take turns on a device with room for one network."""
     import comfy.model_management as management
     from pack.nodes.host import folders
     from pack.nodes.loaders import WuerstchenBundleLoader
@@ -264,9 +266,9 @@ def eviction(bundle: str, folder: Path) -> Results:
         del first, second, other
         gc.collect()
     return tensors, {
-        "most at once": max(len(seen) for seen in meter.seen),
-        "loaded in turn": [name for seen in meter.seen for name in seen],
-        "around the other family": after_sd,
+        "most at once": max(len(loaded) for loaded in meter.history),
+        "loaded in turn": [name for loaded in meter.history for name in loaded],
+        "around the other model": after_sd,
         "after free_memory": freed,
         "after unload_all_models": left,
         "alive": sum(ref() is not None for ref in alive),
@@ -284,12 +286,12 @@ def main(bundle: str, v1: str, folder: str) -> Results:
     for part in parts:
         tensors[f"plain/{part.name}"] = core(part)
         for compute in (storage, partial_loads, dynamic):
-            more, said = compute(part)
+            more, found = compute(part)
             tensors |= more
-            facts |= said
-    more, said = eviction(bundle, Path(folder))
+            facts |= found
+    more, found = eviction(bundle, Path(folder))
     facts["counted"] = [(case, counted(case)) for name in NETWORKS for case in ((name, *rest) for rest in COUNTED)]
-    return tensors | more, facts | said
+    return tensors | more, facts | found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_mixing.py COMFYUI BUNDLE STAGE_A OUTPUT`: passes latents and pictures between
-the host's nodes and ours; test_host_mixing.py judges what becomes of them."""
+"""Run by ComfyUI's Python, `inside_mixing.py COMFYUI BUNDLE STAGE_A OUTPUT`: passes latents and images between
+ComfyUI's nodes and ours, for test_host_mixing.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
 
-SIDES = (64, 128, 256, 448, 832, 1024, 2048)  # of pictures, in pixels
+SIDES = (256, 448, 832, 1024, 2048)  # of images, in pixels
 Latent = dict[str, Any]
 
 
 class Session:
-    """The untrained model of the host tests, with a text for each stage, and short ways to sample."""
+    """The untrained model with a text for each stage, and short methods to sample."""
 
     def __init__(self, bundle: str):
         from pack.nodes.catalogue import NODES
@@ -36,11 +36,11 @@ class Session:
     def with_prior(self, stage_c: Latent) -> Any:
         return self.ours["DecoderConditioning"].execute(self.decoder_text, stage_c).args[0]
 
-    def paint_c(self, stage_c: Latent, seed: int = 3) -> Latent:
+    def sample_c(self, stage_c: Latent, seed: int = 3) -> Latent:
         text = self.prior_text
         return self.ours["PriorSample"].execute(self.prior, text, text, stage_c, "linear", 2, 1.0, seed).args[0]
 
-    def paint_b(self, positive: Any, stage_b: Latent, seed: int = 3) -> Latent:
+    def sample_b(self, positive: Any, stage_b: Latent, seed: int = 3) -> Latent:
         return self.ours["DecoderSample"].execute(self.decoder, positive, stage_b, 2, 1.0, seed).args[0]
 
     def ksampler(self, model: Any, positive: Any, latent: Latent) -> Latent:
@@ -49,8 +49,8 @@ class Session:
         return nodes.common_ksampler(model, 3, 2, 1.0, "euler_ancestral", "simple", positive, positive, latent)[0]
 
 
-def answer(call: Callable[[], Latent]) -> Any:
-    """The shape of the latents that a call gives, or the sentence that it ends with."""
+def attempt(call: Callable[[], Latent]) -> Any:
+    """Returns the shape of a call's latents, or the message of its ValueError."""
     try:
         return list(call()["samples"].shape)
     except ValueError as error:
@@ -69,14 +69,14 @@ class Lines(logging.Handler):
 
 
 def units() -> dict[str, Tensor]:
-    """Latents inside one family's sampler, as they come out of it, and inside the other's."""
+    """Latents inside one family's sampler, outside it, and inside the other family's."""
     from comfy.latent_formats import SC_B
     from pack.nodes.host.models import DecoderLatents
 
-    inner = {"ours": seeded(2, 4, 8, 6), "theirs": seeded(2, 4, 8, 6)}
-    formats = {"ours": DecoderLatents(), "theirs": SC_B()}
+    inner = {"ours": seeded(2, 4, 8, 6), "cascade": seeded(2, 4, 8, 6)}
+    formats = {"ours": DecoderLatents(), "cascade": SC_B()}
     tensors = {}
-    for one, other in (("ours", "theirs"), ("theirs", "ours")):
+    for one, other in (("ours", "cascade"), ("cascade", "ours")):
         outside = formats[one].process_out(inner[one])
         tensors |= {f"{one}/inside": inner[one], f"{one}/outside": outside}
         tensors[f"{one}/inside the other"] = formats[other].process_in(outside)
@@ -84,7 +84,7 @@ def units() -> dict[str, Tensor]:
 
 
 def stage_a(file: str) -> dict[str, Tensor]:
-    """The host's own Stage A and ours, from one file: pictures of latents, latents of pictures."""
+    """ComfyUI's Stage A and ours, from one file: decoded and encoded."""
     import comfy.sd
     import comfy.utils
     from pack.nodes.host.vae import load_stage_a
@@ -93,7 +93,7 @@ def stage_a(file: str) -> dict[str, Tensor]:
     import nodes
 
     vaes = {
-        "theirs": comfy.sd.VAE(sd=comfy.utils.load_torch_file(file)),
+        "stock": comfy.sd.VAE(sd=comfy.utils.load_torch_file(file)),
         "ours": load_stage_a(read_part(file, "vqgan")),
     }
     latent, pixels = {"samples": seeded(1, 4, 8, 12)}, seeded(1, 32, 48, 3).sigmoid()
@@ -105,35 +105,35 @@ def stage_a(file: str) -> dict[str, Tensor]:
 
 
 def cascade(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The picture of our nodes, and of the host's Cascade nodes in their place."""
-    from comfy_extras import nodes_stable_cascade as theirs
+    """Latents of our nodes, and with Stable Cascade's nodes in their place."""
+    from comfy_extras import nodes_stable_cascade as stock
 
     stage_c, stage_b = session.empty(256, 192)
-    painted = session.paint_c(stage_c)
-    empty_c, empty_b = theirs.StableCascade_EmptyLatentImage.execute(256, 192, 42).args
-    tensors = {"ours": session.paint_b(session.with_prior(painted), stage_b)["samples"]}
-    their_positive = theirs.StableCascade_StageB_Conditioning.execute(session.decoder_text, painted).args[0]
-    tensors["theirs"] = session.paint_b(their_positive, empty_b)["samples"]
+    sampled = session.sample_c(stage_c)
+    empty_c, empty_b = stock.StableCascade_EmptyLatentImage.execute(256, 192, 42).args
+    tensors = {"ours": session.sample_b(session.with_prior(sampled), stage_b)["samples"]}
+    stock_positive = stock.StableCascade_StageB_Conditioning.execute(session.decoder_text, sampled).args[0]
+    tensors["stock"] = session.sample_b(stock_positive, empty_b)["samples"]
     sizes = {}
-    for side in SIDES[2:]:
-        latents = theirs.StableCascade_EmptyLatentImage.execute(side, side, 42).args
+    for side in SIDES:
+        latents = stock.StableCascade_EmptyLatentImage.execute(side, side, 42).args
         sizes[side] = [
             [latent["samples"].shape[-1] for latent in pair] for pair in (latents, session.empty(side, side))
         ]
-    odd_c, odd_b = theirs.StableCascade_EmptyLatentImage.execute(264, 256, 42).args
+    odd_c, odd_b = stock.StableCascade_EmptyLatentImage.execute(264, 256, 42).args
     return tensors, {
         "cascade sizes": sizes,
-        "cascade empty c": answer(lambda: session.paint_c(empty_c)),
-        "cascade odd size": answer(lambda: session.paint_b(session.with_prior(painted), odd_b)),
-        "cascade odd size in a KSampler": answer(
-            lambda: session.ksampler(session.decoder, session.with_prior(painted), odd_b)
+        "cascade empty c": attempt(lambda: session.sample_c(empty_c)),
+        "cascade odd size": attempt(lambda: session.sample_b(session.with_prior(sampled), odd_b)),
+        "cascade odd size in a KSampler": attempt(
+            lambda: session.ksampler(session.decoder, session.with_prior(sampled), odd_b)
         ),
-        "cascade odd size for stage c": answer(lambda: session.paint_c(odd_c)),
+        "cascade odd size for stage c": attempt(lambda: session.sample_c(odd_c)),
     }
 
 
 def others(session: Session) -> dict[str, Any]:
-    """Other families' latents in samplers of the host and in our nodes."""
+    """Other models' latents in KSampler and in our nodes."""
     from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 
     import nodes
@@ -143,33 +143,33 @@ def others(session: Session) -> dict[str, Any]:
     photo = {"samples": seeded(1, 4, 32, 32)}, {"samples": seeded(1, 16, 64, 64)}
     video = {"samples": seeded(1, 16, 1, 12, 12)}
     stage_c, stage_b = session.empty(256, 256)
-    text, painted = session.prior_text, session.paint_c(stage_c)
-    positive = session.with_prior(painted)
+    text, sampled = session.prior_text, session.sample_c(stage_c)
+    positive = session.with_prior(sampled)
     lines = Lines()
     logging.getLogger().addHandler(lines)
     facts = {
-        "empty sd 512 in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, sd[512])),
-        "empty sd3 512 in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, sd3)),
-        "ours in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, stage_c)),
-        "ours in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, stage_b)),
-        "quiet": list(lines.lines),
-        "empty sd 256 in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, sd[256])),
-        "warned": list(lines.lines),
-        "sd in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, photo[0])),
-        "flux in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, photo[1])),
-        "flux in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, photo[1])),
-        "stage c in a KSampler on stage b": answer(lambda: session.ksampler(session.decoder, positive, painted)),
-        "video in a KSampler on stage c": answer(lambda: session.ksampler(session.prior, text, video)),
-        "empty sd3 in our prior node": answer(lambda: session.paint_c(sd3)),
-        "flux in our conditioning node": answer(lambda: session.with_prior(photo[1])),
-        "empty sd in our decoder node": answer(lambda: session.paint_b(positive, sd[256])),
+        "empty sd 512 in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, sd[512])),
+        "empty sd3 512 in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, sd3)),
+        "ours in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, stage_c)),
+        "ours in a KSampler on stage b": attempt(lambda: session.ksampler(session.decoder, positive, stage_b)),
+        "no warning": list(lines.lines),
+        "empty sd 256 in a KSampler on stage b": attempt(lambda: session.ksampler(session.decoder, positive, sd[256])),
+        "warning": list(lines.lines),
+        "sd in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, photo[0])),
+        "flux in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, photo[1])),
+        "flux in a KSampler on stage b": attempt(lambda: session.ksampler(session.decoder, positive, photo[1])),
+        "stage c in a KSampler on stage b": attempt(lambda: session.ksampler(session.decoder, positive, sampled)),
+        "video in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, video)),
+        "empty sd3 in our prior node": attempt(lambda: session.sample_c(sd3)),
+        "flux in our conditioning node": attempt(lambda: session.with_prior(photo[1])),
+        "empty sd in our decoder node": attempt(lambda: session.sample_b(positive, sd[256])),
     }
     logging.getLogger().removeHandler(lines)
     return facts
 
 
 def another_model() -> Any:
-    """Stable Cascade's Stage C, in the smallest size, as the host's loaders give it."""
+    """Returns a small Stage C of Stable Cascade as a MODEL."""
     from comfy.model_patcher import ModelPatcher
     from comfy.supported_models import Stable_Cascade_C
 
@@ -180,35 +180,35 @@ def another_model() -> Any:
 
 
 def other_models(session: Session) -> dict[str, Any]:
-    """Another family's MODEL in the place of ours."""
+    """Another model's MODEL in our nodes."""
     stage_c, stage_b = session.empty(256, 256)
     positive = session.with_prior(stage_c)
     session.prior = session.decoder = another_model()
     return {
-        "another model in our prior node": answer(lambda: session.paint_c(stage_c)),
-        "another model in our decoder node": answer(lambda: session.paint_b(positive, stage_b)),
+        "another model in our prior node": attempt(lambda: session.sample_c(stage_c)),
+        "another model in our decoder node": attempt(lambda: session.sample_b(positive, stage_b)),
     }
 
 
 def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The host's nodes for batches, sizes and masks on our latents."""
-    import comfy_extras.nodes_post_processing  # noqa: F401 before the next: in one host each imports the other
+    """ComfyUI's nodes for batches, sizes and masks with our latents."""
+    import comfy_extras.nodes_post_processing  # noqa: F401 must come first: in one ComfyUI version it and the next import each other
     from comfy_extras.nodes_latent import LatentBatch
 
     import nodes
 
     take, repeat = nodes.LatentFromBatch().frombatch, nodes.RepeatLatentBatch().repeat
     stage_c, stage_b = session.empty(64, 128, batch=2)
-    both_c = session.paint_c(stage_c)
-    both_b = session.paint_b(session.with_prior(both_c), stage_b)
-    second_c, second_b = session.paint_c(take(stage_c, 1, 1)[0]), take(stage_b, 1, 1)[0]
+    both_c = session.sample_c(stage_c)
+    both_b = session.sample_b(session.with_prior(both_c), stage_b)
+    second_c, second_b = session.sample_c(take(stage_c, 1, 1)[0]), take(stage_b, 1, 1)[0]
     tensors = {"both c": both_c["samples"], "both b": both_b["samples"], "second c": second_c["samples"]}
-    tensors["second b"] = session.paint_b(session.with_prior(take(both_c, 1, 1)[0]), second_b)["samples"]
-    tensors["repeated c"] = session.paint_c(repeat(session.empty(64, 128)[0], 2)[0])["samples"]
+    tensors["second b"] = session.sample_b(session.with_prior(take(both_c, 1, 1)[0]), second_b)["samples"]
+    tensors["repeated c"] = session.sample_c(repeat(session.empty(64, 128)[0], 2)[0])["samples"]
     mask = torch.zeros(1, 128, 64)
     mask[:, 64:] = 1
     masked = nodes.SetLatentNoiseMask().set_mask(take(both_c, 0, 1)[0], mask)[0]
-    tensors["masked c"] = session.paint_c(masked, seed=9)["samples"]
+    tensors["masked c"] = session.sample_c(masked, seed=9)["samples"]
     latents = {
         "LatentFromBatch": take(both_c, 1, 1)[0],
         "RepeatLatentBatch": repeat(both_c, 2)[0],
@@ -221,7 +221,7 @@ def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pictures(session: Session, bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our picture, scaled and encoded by the host's nodes."""
+    """Our image, scaled and encoded by ComfyUI's nodes."""
     import comfy.model_management
     from pack.nodes.host.vae import load_stage_a
     from pack.wuerstchen_core.checkpoints import read_part
@@ -232,7 +232,7 @@ def pictures(session: Session, bundle: str) -> tuple[dict[str, Tensor], dict[str
     image = session.ours["VAEDecode"].execute(vae, {"samples": seeded(2, 4, 16, 24) * 3}).args[0]
     scaled = nodes.ImageScale().upscale(image, "lanczos", 128, 64, "disabled")[0]
     tensors = {"image": image, "scaled": scaled, "encoded": nodes.VAEEncode().encode(vae, scaled)[0]["samples"]}
-    return tensors, {"on the host's device": image.device == comfy.model_management.intermediate_device()}
+    return tensors, {"on ComfyUI's device": image.device == comfy.model_management.intermediate_device()}
 
 
 def main(bundle: str, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -241,8 +241,8 @@ def main(bundle: str, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, facts = {}, others(session)
     for group, found in {"units": units(), "stage a": stage_a(file)}.items():
         tensors |= {f"{group}/{key}": x for key, x in found.items()}
-    given = {"cascade": cascade(session), "batches": batches(session), "pictures": pictures(session, bundle)}
-    for group, (found, more) in given.items():
+    results = {"cascade": cascade(session), "batches": batches(session), "pictures": pictures(session, bundle)}
+    for group, (found, more) in results.items():
         tensors |= {f"{group}/{key}": x for key, x in found.items()}
         facts |= more
     return tensors, facts | other_models(session)

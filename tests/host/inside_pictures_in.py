@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_pictures_in.py COMFYUI BUNDLE OUTPUT`: pictures as input on small untrained
-networks, beside what each has to equal (`got/...` and `want/...`), and the sentences that mistakes are answered by."""
+"""Run by ComfyUI's Python, `inside_pictures_in.py COMFYUI BUNDLE OUTPUT`: images as input on small untrained networks
+(`got/...`), the expected results (`want/...`), and the errors of mistakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRENGTH, CFG, STEPS, SEED = 0.6, 2.0, 4, 3
 
 
 class Bundle:
-    """The parts of the bundle as objects of this ComfyUI, and the core's pipeline on it."""
+    """The parts of the bundle as ComfyUI's objects, and the core's pipeline."""
 
     def __init__(self, path: str):
         from pack.nodes.host import models, vae
@@ -45,8 +45,8 @@ def image(array: np.ndarray) -> Tensor:
 
 
 def encode(bundle: Bundle) -> Results:
-    """Pictures of every size, with and without opacity, as the core encodes them."""
-    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
+    """Images of every size, with and without alpha, encoded by the node and by the core."""
+    from pack.nodes.vae import WuerstchenImageEncode as Encode
     from pack.wuerstchen_core.inference.images import read_pixels
 
     tensors, facts = {}, {}
@@ -62,7 +62,7 @@ def encode(bundle: Bundle) -> Results:
         facts[f"{name} size"] = list(views.shape[-2:])
         facts[f"{name} empty"] = [list(empty["samples"].shape), float(empty["samples"].abs().sum())]
 
-    mask = torch.zeros(1, 64, 96)  # of another size than the picture
+    mask = torch.zeros(1, 64, 96)  # another size than the image
     mask[:, 30:40, 60:] = 1
     picture = image(pixels(128, 192, 3))
     c, b = Encode.execute(bundle.encoder, picture, vae=bundle.stage_a, mask=mask).args
@@ -74,13 +74,13 @@ def encode(bundle: Bundle) -> Results:
 
 
 def saved(bundle: Bundle) -> Results:
-    """v2's image encoder as the host's VAESave writes it, read back as our loader reads it; and v1's, told from it."""
+    """v2's image encoder, saved by ComfyUI's VAESave and loaded by our node; and v1's, recognised by its size."""
     import folder_paths
     from comfy_extras.nodes_model_merging import VAESave
     from pack.nodes.host.conditioning import VERSION_KEY
     from pack.nodes.host.vae import load_image_encoder
-    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
     from pack.nodes.loaders import WuerstchenVAELoader
+    from pack.nodes.vae import WuerstchenImageEncode as Encode
     from pack.wuerstchen_core.checkpoints import Part
     from pack.wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoder, ImageEncoderParams
 
@@ -107,7 +107,7 @@ def saved(bundle: Bundle) -> Results:
 
 
 def strength(bundle: Bundle) -> Results:
-    """Both sampling nodes from a picture: at strength 0, in between, at 1, and behind a mask."""
+    """Both sampling nodes from an image: denoise 0, between and 1, and with a mask."""
     from pack.nodes.host.conditioning import PRIOR_KEY
     from pack.nodes.sampling import WuerstchenDecoderSample, WuerstchenPriorSample
     from pack.wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
@@ -158,32 +158,32 @@ def strength(bundle: Bundle) -> Results:
         tensors[f"want/{name} outside"], tensors[f"got/{name} outside"] = (
             latent[..., kept] for latent in (x, run(inside, denoise=STRENGTH))
         )
-        other = torch.where(mask > 0, -x, x)  # what is painted over cannot matter at 1
+        other = torch.where(mask > 0, -x, x)  # the masked area cannot matter at 1
         tensors[f"want/{name} masked at 1"] = run({"samples": other, "noise_mask": mask})
         tensors[f"got/{name} masked at 1"] = run(inside)
     return tensors, {}
 
 
 def reading(bundle: Bundle) -> Results:
-    """How often Stage C reads its texts in a run, and in one whose conditioning patches weights between its steps."""
+    """Counts how often Stage C maps its texts in a run, without and with hooks that patch weights between the steps."""
     import comfy.hooks
     from pack.nodes.sampling import WuerstchenPriorSample
 
-    network, seen = bundle.prior.model.diffusion_model, []
-    handle = network.cond_mapper.register_forward_hook(lambda *_: seen.append(1))
+    network, calls = bundle.prior.model.diffusion_model, []
+    handle = network.cond_mapper.register_forward_hook(lambda *_: calls.append(1))
     counts = []
     for options in ({}, {"hooks": comfy.hooks.create_hook_lora({}, 1.0, 0.0)}):
-        seen.clear()
+        calls.clear()
         positive, negative = [[bundle.text, options]], [[bundle.text * 0.5, {}]]
         empty = {"samples": torch.zeros(1, 16, 3, 5)}
         WuerstchenPriorSample.execute(bundle.prior, positive, negative, empty, "linear", STEPS, CFG, SEED)
-        counts.append(len(seen))
+        counts.append(len(calls))
     handle.remove()
     return {}, {"texts read": counts, "cache left": network.kv_cache is not None}
 
 
 def interpolation(bundle: Bundle) -> Results:
-    """Between two latents of each stage, and two prompts."""
+    """Interpolation between two latents of each stage, and two prompts."""
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
@@ -193,7 +193,7 @@ def interpolation(bundle: Bundle) -> Results:
 
     import nodes
 
-    def way(a: dict[str, Any], b: dict[str, Any], factor: float) -> Tensor:
+    def mix(a: dict[str, Any], b: dict[str, Any], factor: float) -> Tensor:
         return Latents.execute(a, b, factor).args[0]["samples"]
 
     c = seeded(3, 16, 3, 5)
@@ -201,19 +201,19 @@ def interpolation(bundle: Bundle) -> Results:
     b = seeded(2, 4, 16, 16)
     tensors = {
         "want/c at 0": c[:1].expand(2, -1, -1, -1),
-        "got/c at 0": way(one, two, 0.0),
+        "got/c at 0": mix(one, two, 0.0),
         "want/c at 1": c[1:],
-        "got/c at 1": way(one, two, 1.0),
+        "got/c at 1": mix(one, two, 1.0),
         "want/c between": features_from_latents(
             slerp(latents_from_features(c[:1].expand(2, -1, -1, -1)), latents_from_features(c[1:]), 0.3)
         ),
-        "got/c between": way(one, two, 0.3),
+        "got/c between": mix(one, two, 0.3),
         "want/b between": slerp(b[:1], b[1:], 0.7),
-        "got/b between": way({"samples": b[:1]}, {"samples": b[1:]}, 0.7),
+        "got/b between": mix({"samples": b[:1]}, {"samples": b[1:]}, 0.7),
     }
     width = bundle.text.shape[-1]
     raw = [{**x, VERSION_KEY: "v1"} for x in (tagged(c[:1], "stage_c"), tagged(c[1:2], "stage_c"))]
-    tensors |= {"want/raw between": slerp(c[:1], c[1:2], 0.3), "got/raw between": way(*raw, 0.3)}
+    tensors |= {"want/raw between": slerp(c[:1], c[1:2], 0.3), "got/raw between": mix(*raw, 0.3)}
     states = seeded(2, 77, width)
     first = [[states[:1], {PRIOR_KEY: c[:1], "strength": 0.5}]]
     second = [[states[1:], {PRIOR_KEY: c[1:2]}]]
@@ -225,7 +225,7 @@ def interpolation(bundle: Bundle) -> Results:
         )
     [[text, options]] = Prompts.execute(first, second, 0.3).args[0]
     facts["options"] = options["strength"]
-    # The host's own keeps the Stage C latents of what it leads to.
+    # ComfyUI's ConditioningAverage keeps the Stage C latents of the first.
     [[average, own]] = nodes.ConditioningAverage().addWeighted(first, second, 0.75)[0]
     facts["averaged latents"] = torch.equal(own[PRIOR_KEY], c[:1])
     tensors |= {"want/average": states[:1].lerp(states[1:], 0.25), "got/average": average}
@@ -239,24 +239,24 @@ def interpolation(bundle: Bundle) -> Results:
 
 
 def mistakes(bundle: Bundle) -> Results:
-    """What is said of wrong sockets."""
+    """Returns the errors of wrong inputs."""
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
-    from pack.nodes.image_encode import WuerstchenImageEncode as Encode
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents
     from pack.nodes.sampling import WuerstchenPriorSample
+    from pack.nodes.vae import WuerstchenImageEncode as Encode
     from pack.nodes.vae import WuerstchenVAEDecode
 
     picture, c, b = image(pixels(64, 64, 3)), {"samples": seeded(2, 16, 2, 2)}, {"samples": seeded(1, 4, 16, 16)}
     text, long = [[seeded(1, 77, 8), {}]], [[seeded(1, 154, 8), {}]]
-    wide, held = [[seeded(1, 77, 9), {}]], [[seeded(1, 77, 8), {PRIOR_KEY: c["samples"]}]]
+    wide, with_prior = [[seeded(1, 77, 9), {}]], [[seeded(1, 77, 8), {PRIOR_KEY: c["samples"]}]]
     sample = (bundle.prior, text, text)
     cases: dict[str, Callable[[], Any]] = {
         "stage a as encoder": lambda: Encode.execute(bundle.stage_a, picture),
         "encoder as stage a": lambda: Encode.execute(bundle.encoder, picture, vae=bundle.encoder),
         "encoder in decode": lambda: WuerstchenVAEDecode.execute(bundle.encoder, b),
         "sd latents in stage c": lambda: WuerstchenPriorSample.execute(*sample, b, "linear", 2, 1.0, 0, 0.5),
-        "nothing to keep": lambda: WuerstchenPriorSample.execute(
+        "empty, denoise 0.5": lambda: WuerstchenPriorSample.execute(
             *sample, {"samples": torch.zeros(1, 16, 2, 2)}, "linear", 2, 1.0, 0, 0.5
         ),
         "two releases": lambda: WuerstchenPriorSample.execute(
@@ -269,16 +269,16 @@ def mistakes(bundle: Bundle) -> Results:
         "other latents": lambda: Latents.execute(b, {"samples": seeded(1, 8, 16, 16)}, 0.5),
         "two lengths": lambda: Prompts.execute(text, long, 0.5),
         "two towers": lambda: Prompts.execute(text, wide, 0.5),
-        "one with latents": lambda: Prompts.execute(text, held, 0.5),
+        "one with latents": lambda: Prompts.execute(text, with_prior, 0.5),
         "several": lambda: Prompts.execute(text, text * 2, 0.5),
     }
-    said = {}
+    errors = {}
     for name, run in cases.items():
         try:
             run()
         except ValueError as error:
-            said[name] = str(error)
-    return {}, {"said": said}
+            errors[name] = str(error)
+    return {}, {"mistakes": errors}
 
 
 def main(path: str) -> Results:
@@ -287,9 +287,9 @@ def main(path: str) -> Results:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for compute in (encode, saved, strength, reading, interpolation, mistakes):
-        more, told = compute(bundle)
+        more, found = compute(bundle)
         tensors |= more
-        facts |= told
+        facts |= found
     return tensors, facts
 
 

@@ -1,5 +1,5 @@
-"""Run by a ComfyUI's own Python, `inside_vae.py COMFYUI BUNDLE OUTPUT`: the host's VAE nodes with our VAE objects,
-beside what each has to be equal or close to (`got/...` and `want/...`)."""
+"""Run by ComfyUI's Python, `inside_vae.py COMFYUI BUNDLE OUTPUT`: our VAE objects in ComfyUI's VAE nodes (`got/...`)
+and the expected results (`want/...`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.comfyui.in_host import load_pack, seeded, write_results
 Results = tuple[dict[str, Tensor], dict[str, Any]]
 
 TILES = ((64, 32), (128, 32), (96, 64), (512, 64))  # size and overlap in pixels
-ODD = (70, 101)  # height and width that no stage likes
+ODD = (70, 101)  # height and width that are no multiples
 
 
 def picture(height: int, width: int, count: int = 1, channels: int = 3) -> Tensor:
@@ -22,7 +22,7 @@ def picture(height: int, width: int, count: int = 1, channels: int = 3) -> Tenso
 
 
 def stage_a(bundle: str) -> Results:
-    """Stage A in the host's nodes: whole, tiled, cropped, without opacity, in halves."""
+    """Stage A in ComfyUI's nodes: whole, tiled, cropped, without alpha, in half precision."""
     from comfy.cli_args import args
     from pack.nodes.host.vae import load_stage_a
     from pack.wuerstchen_core.checkpoints import load_vqgan, read_part
@@ -66,7 +66,7 @@ def stage_a(bundle: str) -> Results:
 
 
 def image_encoder(bundle: str) -> Results:
-    """The image encoder in the host's nodes: any size, whole even where tiles are asked for."""
+    """The image encoder in ComfyUI's nodes: any size, and whole in the tiled node too."""
     from pack.nodes.host.vae import load_image_encoder as load_vae
     from pack.wuerstchen_core.checkpoints import load_image_encoder, read_part
     from pack.wuerstchen_core.models.image_encoder import semantic_view
@@ -88,7 +88,7 @@ def image_encoder(bundle: str) -> Results:
 
 
 def inpainting(bundle: str) -> Results:
-    """A masked picture through both of the ways to sample: `kept` is what lies outside the mask."""
+    """A masked image through our nodes and KSampler; `kept` is the part outside the mask."""
     from pack.nodes import sampling
     from pack.nodes.host import models, vae
     from pack.nodes.host.models import PRIOR_KEY
@@ -142,9 +142,9 @@ def main(bundle: str) -> Results:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for compute in (stage_a, image_encoder, inpainting):
-        more, said = compute(bundle)
+        more, found = compute(bundle)
         tensors |= more
-        facts |= said
+        facts |= found
     return tensors, facts
 
 

@@ -1,4 +1,4 @@
-"""`tools.bench --comfyui` times each way of sampling in this ComfyUI. No time is asserted."""
+"""`python -m tools.bench --comfyui` times the steps of every sampler in this ComfyUI. No time is asserted."""
 
 from __future__ import annotations
 

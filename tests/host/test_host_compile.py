@@ -1,4 +1,4 @@
-"""ComfyUI's own node Torch Compile Model before our sampling: the same latents, without compiling for each size."""
+"""ComfyUI's Torch Compile Model node before our samplers: same latents, and few compilations for many sizes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def inside(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_compiled_model_paints_what_it_paints_plainly(inside: Inside, stage: str) -> None:
-    """Also with weights that are patched after it was compiled."""
+def test_a_compiled_model_gives_the_same_latents(inside: Inside, stage: str) -> None:
+    """Also if weights are patched after compiling."""
     tensors, facts = inside
     for name in (name for name in facts if name.startswith(stage)):
         plain = tensors[f"plain/{name}"]
@@ -32,8 +32,8 @@ def test_a_compiled_model_paints_what_it_paints_plainly(inside: Inside, stage: s
 
 
 @pytest.mark.parametrize("inside", ["eager"], indirect=True)
-def test_the_second_size_is_the_last_that_is_compiled_for(inside: Inside) -> None:
-    """The node has torch compile for one size, and for all others when it meets the second; each is one graph."""
+def test_the_third_size_needs_no_compilation(inside: Inside) -> None:
+    """torch compiles one graph for the first size and one for all others when it sees the second."""
     facts = inside[1]
     runs = ("first", "again", "other size", "third size", "patched")
     assert [facts[f"prior {run}"] for run in runs] == [1, 1, 2, 2, 2]

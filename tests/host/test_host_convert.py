@@ -1,4 +1,4 @@
-"""What `convert` writes, in the host's own loaders and in ours; and what the host saves comes back."""
+"""Files of `convert` in ComfyUI's loaders and in ours, and VAEs saved by ComfyUI in ours."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def inside(install: Install, folder: Path, tmp_path_factory: pytest.TempPathFact
     return run_inside(install, "inside_convert.py", tmp_path_factory.mktemp("convert"), folder)
 
 
-def test_the_hosts_own_loaders_take_stage_a_and_know_the_towers(inside: Inside, folder: Path) -> None:
+def test_comfyui_loads_stage_a_and_recognises_the_text_encoders(inside: Inside, folder: Path) -> None:
     assert inside[1]["stage_a"] == "StageA"
     with torch.inference_mode():
-        wanted = load_vqgan(folder / "released" / "vqgan.safetensors").decode(seeded(*LATENTS))
-    torch.testing.assert_close(inside[0]["stage_a"], wanted, rtol=0, atol=2e-4 * float(wanted.std()))
+        expected = load_vqgan(folder / "released" / "vqgan.safetensors").decode(seeded(*LATENTS))
+    torch.testing.assert_close(inside[0]["stage_a"], expected, rtol=0, atol=2e-4 * float(expected.std()))
     assert (inside[1]["CLIP_H"], inside[1]["CLIP_G"]) == ("CLIP_H", "CLIP_G")
 
 
-def test_fp8_in_a_single_file(inside: Inside, folder: Path) -> None:
-    """Widened when it is read: in the host as in the core."""
+def test_fp8_files_are_dequantised(inside: Inside, folder: Path) -> None:
+    """In ComfyUI as in the core."""
     assert inside[1]["decoder"] in ("torch.bfloat16", "torch.float32")
     decoder = load_decoder(folder / "tiny" / "decoder.safetensors", dtype=torch.float32)
     x, t, features, text = calls()
     with torch.inference_mode():
-        wanted = decoder(x, t, features, text)
-    torch.testing.assert_close(inside[0]["decoder"], wanted, rtol=0, atol=2e-5)
+        expected = decoder(x, t, features, text)
+    torch.testing.assert_close(inside[0]["decoder"], expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["vqgan", "image_encoder"])
-def test_what_the_host_saves_of_a_vae_is_read_again(inside: Inside, folder: Path, name: str) -> None:
-    saved, given = (
+def test_vaes_saved_by_comfyui_load_back(inside: Inside, folder: Path, name: str) -> None:
+    saved, original = (
         open_source(place / f"{name}.safetensors").networks[name].state for place in (folder, folder / "tiny")
     )
-    assert saved.keys() == given.keys()
-    assert all(x.equal(given[key]) for key, x in saved.items())
+    assert saved.keys() == original.keys()
+    assert all(x.equal(original[key]) for key, x in saved.items())
