@@ -155,7 +155,7 @@ def networks(models: Path) -> dict[str, nn.Module]:
 def inside(
     install: Install, models: Path, networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Inside:
-    """The results of inside_loaders.py in this ComfyUI, which finds the models folder through extra_model_paths.yaml."""
+    """The results of inside_loaders.py in this ComfyUI, which finds the models through extra_model_paths.yaml."""
     folder = tmp_path_factory.mktemp("loaders")
     saved, folders = folder / "saved", folder / "extra_model_paths.yaml"
     saved.mkdir()
