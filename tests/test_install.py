@@ -1,4 +1,4 @@
-"""`pip install .` gives the core alone, with its data."""
+"""`pip install .` installs the library with its data and the command, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "__init__.py", "nodes", "wuerstchen_core")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "nodes", "tools", "wuerstchen_core")
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pip installs, offline; from a copy, since setuptools leaves files beside what it builds."""
+    """Installs offline, from a copy, since setuptools leaves files beside what it builds."""
     folder = tmp_path_factory.mktemp("install")
     source, target = folder / "source", folder / "target"
     source.mkdir()
@@ -35,16 +35,15 @@ def files(folder: Path, *patterns: str) -> set[str]:
     return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.rglob(pattern)}
 
 
-def test_the_core_alone(installed: Path) -> None:
-    names = {path.name for path in installed.iterdir()}
-    assert "wuerstchen_core" in names
-    assert all(name.startswith("wuerstchen-") and name.endswith(".dist-info") for name in names - {"wuerstchen_core"})
+def test_only_the_library_is_installed(installed: Path) -> None:
+    names = {path.name for path in installed.iterdir()} - {"wuerstchen_core", "bin", "Scripts"}
+    assert all(name.startswith("wuerstchen-") and name.endswith(".dist-info") for name in names)
 
 
-def test_all_code_and_the_demos_data(installed: Path) -> None:
-    core = ROOT / "wuerstchen_core"
-    assert files(installed / "wuerstchen_core", "*.py") == files(core, "*.py")
-    data = files(core, "*.json", "*.txt", "*.toml", "*.safetensors")
+def test_all_code_and_data_are_installed(installed: Path) -> None:
+    library = ROOT / "wuerstchen_core"
+    assert files(installed / "wuerstchen_core", "*.py") == files(library, "*.py")
+    data = files(library, "*.json", "*.txt", "*.toml", "*.safetensors")
     assert {"demo/artwork.json", "demo/ARTWORK-LICENSE.txt"} <= data
     assert data <= files(installed / "wuerstchen_core", "*")
 
@@ -56,14 +55,13 @@ def test_requirements_are_those_of_the_file(installed: Path) -> None:
     assert plain == set((ROOT / "requirements.txt").read_text(encoding="utf-8").split())
 
 
-def test_it_runs_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "wuerstchen_core", "generate", "a cat", "--model", "nowhere"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 2 and "nowhere does not exist" in process.stderr
+@pytest.mark.parametrize("name", ["wuerstchen", "python -m wuerstchen_core"])
+def test_the_command_runs_from_anywhere(installed: Path, tmp_path: Path, name: str) -> None:
+    [script] = [path for path in installed.glob("*/wuerstchen*") if path.parent.name in ("bin", "Scripts")]
+    command = [script] if name == "wuerstchen" else [sys.executable, "-m", "wuerstchen_core"]
+    arguments = ("generate", "a cat", "--model", "nowhere"), ("generate", "--help")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    failed, helped = (subprocess.run([*command, *texts], check=False, **options) for texts in arguments)
+    assert failed.returncode == 2 and "nowhere" in failed.stderr
+    assert helped.returncode == 0 and helped.stdout.startswith(f"usage: {name} generate ")

@@ -25,7 +25,7 @@ def normal(requirement: str) -> str:
 
 
 def requirements(name: str) -> list[str]:
-    """The lines of a requirements file, normalised."""
+    """Returns the normalised lines of a requirements file."""
     return sorted(normal(line) for line in (ROOT / name).read_text("utf-8").splitlines() if line.strip())
 
 
@@ -48,7 +48,7 @@ def test_requirement_files_agree_with_the_project() -> None:
         assert sorted(map(normal, dependencies)) == requirements(f"requirements-{extra}.txt")
 
 
-def test_no_bound_can_move_the_torch_of_a_user() -> None:
+def test_requirements_have_no_version_bounds() -> None:
     names = ["numpy", "open-clip-torch", "pillow", "safetensors", "torch", "torchvision"]
     assert requirements("requirements.txt") == names
 
