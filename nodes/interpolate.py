@@ -62,8 +62,6 @@ def _factor_input() -> io.Float.Input:
 
 
 class WuerstchenLatentInterpolate(io.ComfyNode):
-    """Interpolates between two images."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -98,8 +96,6 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
 
 
 class WuerstchenConditioningInterpolate(io.ComfyNode):
-    """Interpolates between two prompts."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -55,8 +55,6 @@ def empty_latents(stage: str, width: int, height: int, batch_size: int) -> dict[
 
 
 class WuerstchenEmptyLatents(io.ComfyNode):
-    """Sets the image size."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

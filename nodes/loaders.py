@@ -35,8 +35,6 @@ def _weight_dtype_input() -> io.Combo.Input:
 
 
 class WuerstchenBundleLoader(io.ComfyNode):
-    """All parts of a model from one file."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -90,8 +88,6 @@ class WuerstchenBundleLoader(io.ComfyNode):
 
 
 class WuerstchenModelLoader(io.ComfyNode):
-    """Stage C or Stage B from a file of its own."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -131,8 +127,6 @@ class WuerstchenModelLoader(io.ComfyNode):
 
 
 class WuerstchenTokenDecoderLoader(io.ComfyNode):
-    """v1's Stage B from a file of its own."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -167,8 +161,6 @@ class WuerstchenTokenDecoderLoader(io.ComfyNode):
 
 
 class WuerstchenCLIPLoader(io.ComfyNode):
-    """A text tower from a file of its own."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -201,8 +193,6 @@ class WuerstchenCLIPLoader(io.ComfyNode):
 
 
 class WuerstchenVAELoader(io.ComfyNode):
-    """Stage A, or the semantic compressor, from a file of its own."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

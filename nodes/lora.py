@@ -27,8 +27,6 @@ def _strength_input(name: str, target: str) -> io.Float.Input:
 
 
 class WuerstchenLoraLoader(io.ComfyNode):
-    """Applies a LoRA of any trainer to a prior or decoder and its text encoder."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -36,8 +36,6 @@ def quick_look(features: Tensor, scale: float, version: str = "v2") -> Tensor:
 
 
 class WuerstchenQuickLook(io.ComfyNode):
-    """Previews Stage C's latents."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -40,8 +40,6 @@ def _check_model(model: Any, expected: type, node: str, output: str) -> None:
 
 
 class WuerstchenPriorSample(io.ComfyNode):
-    """Samples Stage C."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -106,8 +104,6 @@ class WuerstchenPriorSample(io.ComfyNode):
 
 
 class WuerstchenDecoderConditioning(io.ComfyNode):
-    """Adds Stage C's latents to Stage B's text."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -139,8 +135,6 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
 
 
 class WuerstchenDecoderSample(io.ComfyNode):
-    """Samples Stage B."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -199,8 +193,6 @@ class WuerstchenDecoderSample(io.ComfyNode):
 
 
 class WuerstchenScheduler(io.ComfyNode):
-    """Würstchen's schedules for ComfyUI's SamplerCustom."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -225,8 +217,6 @@ class WuerstchenScheduler(io.ComfyNode):
 
 
 class WuerstchenSampler(io.ComfyNode):
-    """Würstchen's samplers for ComfyUI's SamplerCustom."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

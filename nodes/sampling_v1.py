@@ -23,8 +23,6 @@ def _number(name: str, default: float, low: float, high: float, tooltip: str) ->
 
 
 class WuerstchenTokenDecoderSample(io.ComfyNode):
-    """Samples Stage B of v1."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         first, last = V1.temperature

@@ -18,8 +18,6 @@ _EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of t
 
 
 class WuerstchenTextEncode(io.ComfyNode):
-    """Encodes one prompt for both stages."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

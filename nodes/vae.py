@@ -53,8 +53,6 @@ def fit_mask(mask: Tensor, sides: tuple[int, int], width: int, height: int) -> T
 
 
 class WuerstchenVAEDecode(io.ComfyNode):
-    """Decodes Stage A's latents."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -78,8 +76,6 @@ class WuerstchenVAEDecode(io.ComfyNode):
 
 
 class WuerstchenImageEncode(io.ComfyNode):
-    """Encodes images for both stages."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

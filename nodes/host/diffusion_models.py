@@ -1,4 +1,4 @@
-"""The core's networks with the host's layers and calling convention."""
+"""The core's networks built from ComfyUI's layers and called with ComfyUI's arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...wuerstchen_core.models.token_decoder import TokenDecoder
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
-    """Brings its bare parameters to the input's device and dtype: in a partial load the host leaves them behind."""
+    """Moves its parameters to the input's device and dtype, since ComfyUI's partial load offloads only layers."""
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gamma, beta = (comfy.ops.cast_to_input(parameter, x) for parameter in (self.gamma, self.beta))
@@ -28,7 +28,7 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
 
 
 def castable(operations: Any) -> Any:
-    """The host's layer namespace, with our layers in a form that it can cast and offload."""
+    """Returns ComfyUI's layer namespace extended by our layers, in a form that ComfyUI can cast and offload."""
 
     class Cast(HasWeights):
         def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -43,12 +43,12 @@ def castable(operations: Any) -> Any:
         pass
 
     class Embedding(operations.Embedding):
-        """Tokens say nothing of the dtype to compute in, without which fp8 would be read as it is."""
+        """Casts fp8 weights to fp32: integer tokens tell ComfyUI no dtype to compute in."""
 
         def forward(self, tokens: Tensor) -> Tensor:
             return super().forward(tokens, out_dtype=torch.float32)
 
-    # A bare matrix beside a layer, as the original's attention has it, is never offloaded: the weights come divided.
+    # Attention has q, k and v as separate layers: the original's packed matrix is a bare parameter, never offloaded.
     own = {
         "GlobalResponseNorm": CastGlobalResponseNorm,
         "PackedAttention": Attention,
@@ -59,16 +59,16 @@ def castable(operations: Any) -> Any:
     return type("Operations", (operations,), own)
 
 
-class Hosted(nn.Module):
-    """Before one of the core's networks: as the host builds it."""
+class HostNetwork(nn.Module):
+    """Mixin that gives a network of the core the constructor that ComfyUI calls."""
 
     def __init__(self, params: Any, *, operations: Any, device: Any = None, dtype: Any = None):
         super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
         self.dtype = dtype
 
 
-class HostPrior(Hosted, Prior):
-    """Stage C as the host builds and calls it."""
+class HostPrior(HostNetwork, Prior):
+    """Stage C."""
 
     kv_cache: KVCache | None = None  # ComfyUI passes the same text in a new tensor at each step
 
@@ -87,16 +87,16 @@ class HostPrior(Hosted, Prior):
             self.kv_cache = None
 
 
-class HostedStageB(Hosted):
-    """As the host calls Stage B of either release; the prior's latents come under Stable Cascade's name."""
+class HostStageB(HostNetwork):
+    """Mixin for Stage B; ComfyUI passes Stage C's latents under Stable Cascade's name."""
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any) -> Tensor:
         return super().forward(x, timestep, stable_cascade_prior, context)
 
 
-class HostDecoder(HostedStageB, Decoder):  # type: ignore[misc]
-    """v2's Stage B as the host builds and calls it."""
+class HostDecoder(HostStageB, Decoder):  # type: ignore[misc]
+    """Stage B of v2."""
 
 
-class HostTokenDecoder(HostedStageB, TokenDecoder):  # type: ignore[misc]
-    """v1's Stage B; its attention has the weights of the other networks' under their names."""
+class HostTokenDecoder(HostStageB, TokenDecoder):  # type: ignore[misc]
+    """Stage B of v1, with the attention keys of the other networks."""

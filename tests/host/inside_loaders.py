@@ -164,9 +164,7 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ]
 
     first = model("prior_original.pt")
-    if (
-        "force_deepcopy" in inspect.signature(first.clone).parameters
-    ):  # newer versions copy models: torch.compile
+    if "force_deepcopy" in inspect.signature(first.clone).parameters:  # newer versions copy models: torch.compile
         copied = first.clone(force_deepcopy=True)
         facts["copied"] = copied.model is not first.model
         tensors["prior_original.pt copied"] = predict(copied, "prior")

@@ -1,4 +1,4 @@
-"""A ComfyUI as a separate process, and a client for it: finding, starting, queueing, listening, stopping."""
+"""Runs ComfyUI as a subprocess, and a client for it: find, start, queue, listen, stop."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-Wuerstchen"
-START_SECONDS, RUN_SECONDS = 300, 300  # for a machine busy with other things; 10 and 3 are usual
+START_SECONDS, RUN_SECONDS = 300, 300  # for busy machines; usually 10 and 3
 PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
 
 
 @dataclass(frozen=True)
 class Install:
-    """A ComfyUI on this machine."""
+    """A ComfyUI installation."""
 
     root: Path
 
@@ -45,34 +45,34 @@ class Install:
 
     @property
     def python(self) -> str:
-        """COMFYUI_PYTHON, else the installation's own virtual environment, else the one running the tests."""
+        """COMFYUI_PYTHON, or else the installation's virtual environment, or else this Python."""
         own = (self.root / python for python in PYTHONS)
         return os.environ.get("COMFYUI_PYTHON") or str(next(filter(Path.is_file, own), sys.executable))
 
 
 def installs() -> list[Install]:
-    """The ComfyUIs in COMFYUI_PATH (several are separated as in PATH), else ~/ComfyUI and ~/ComfyUI-*."""
-    given = os.environ.get("COMFYUI_PATH")
+    """Returns the ComfyUIs in COMFYUI_PATH (separated as in PATH), or else ~/ComfyUI and ~/ComfyUI-*."""
+    paths = os.environ.get("COMFYUI_PATH")
     home = Path.home()
-    roots = map(Path, given.split(os.pathsep)) if given else [home / "ComfyUI", *sorted(home.glob("ComfyUI-*"))]
+    roots = map(Path, paths.split(os.pathsep)) if paths else [home / "ComfyUI", *sorted(home.glob("ComfyUI-*"))]
     return [Install(root) for root in roots if (root / "main.py").is_file()]
 
 
-Inside = tuple[dict[str, Tensor], dict[str, Any]]
+Inside = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and facts from a script inside ComfyUI
 
 
 def script_environment() -> dict[str, str]:
-    """The environment of a script that a ComfyUI's own Python runs, in which it finds `tools`."""
+    """Returns the environment in which a script run by ComfyUI's Python can import `tools`."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_inside(install: Install, script: str, folder: Path, *given: str | Path) -> Inside:
-    """The tensors and facts that a script beside this file computed in a ComfyUI's own Python, working in `folder`."""
+def run_inside(install: Install, script: str, folder: Path, *arguments: str | Path) -> Inside:
+    """Runs a script of tests/host with ComfyUI's Python in `folder`, and returns its tensors and facts."""
     output = folder / "tensors.safetensors"
-    arguments = map(str, (REPOSITORY / "tests" / "host" / script, install.root, *given, output))
+    command = [install.python, REPOSITORY / "tests" / "host" / script, install.root, *arguments, output]
     result = subprocess.run(
-        [install.python, *arguments],
+        list(map(str, command)),
         capture_output=True,
         text=True,
         timeout=2 * RUN_SECONDS,
@@ -87,17 +87,17 @@ def run_inside(install: Install, script: str, folder: Path, *given: str | Path) 
 
 @dataclass
 class Outcome:
-    """What became of one prompt."""
+    """The result of one prompt."""
 
-    status: str = ""  # the last message: execution_success, execution_error or execution_interrupted
+    status: str = ""  # execution_success, execution_error, execution_interrupted, or invalid
     error: str = ""
-    progress: dict[str, list[int]] = field(default_factory=dict)  # of each node, the steps it reported
+    progress: dict[str, list[int]] = field(default_factory=dict)  # the steps that each node reported
     pictures: list[Image.Image] = field(default_factory=list)
-    log: str = ""  # what the host wrote meanwhile
+    log: str = ""  # ComfyUI's output meanwhile
 
 
 class Server:
-    """A running ComfyUI with this repository as its only custom node and a folder of its own for all but its models."""
+    """A running ComfyUI with this repository as its only custom node pack and its own base directory."""
 
     def __init__(self, install: Install, folder: Path):
         self.install, self.version, self.folder = install, install.version, folder
@@ -152,7 +152,7 @@ class Server:
             return response.read()
 
     def run(self, prompt: dict[str, Any], on_progress: Callable[[str, int], None] | None = None) -> Outcome:
-        """Queue a prompt in API form and listen until it ends; a prompt that fails validation is an outcome too."""
+        """Queues a prompt in API form and waits until it ends or is rejected."""
         written = len(self.log())
         outcome = asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), RUN_SECONDS))
         outcome.log = self.log()[written:]
@@ -190,7 +190,7 @@ class Server:
         return outcome
 
     def _history(self, job: str) -> Any:
-        """What is kept of a job; it is written shortly after the last message."""
+        """Returns the history of a job, which ComfyUI writes shortly after the last message."""
         while job not in (history := self.get(f"/history/{job}")):
             time.sleep(0.05)
         return history[job]

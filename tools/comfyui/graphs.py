@@ -1,4 +1,4 @@
-"""Workflows as the canvas saves them, turned into the form that ComfyUI runs."""
+"""Converts workflows from the canvas format to the prompt format that ComfyUI runs."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from PIL import Image
 
 from .client import REPOSITORY
 
-NOTES = ("Note", "MarkdownNote")  # nodes of the canvas alone
-ALWAYS, MUTED = 0, 2  # modes of a node
+NOTES = ("Note", "MarkdownNote")  # nodes that only the canvas has
+ALWAYS, MUTED = 0, 2  # a node's mode
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 WORKFLOWS = REPOSITORY / "workflows"
-LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # for models/loras; the workflow `lora` names it
-RELEASED, RELEASED_V1 = "wuerstchen_v2_1024", "wuerstchen_v1_512"  # these need weights that do not ship
+LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # goes to models/loras for the workflow `lora`
+RELEASED, RELEASED_V1 = "wuerstchen_v2_1024", "wuerstchen_v1_512"  # need weights that do not ship
 
 
 def names() -> list[str]:
-    """Every workflow that ships."""
+    """Returns the names of the shipped workflows."""
     return sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
 def workflow(name: str) -> dict[str, Any]:
-    """A workflow that ships, as the canvas saves it."""
+    """Returns a shipped workflow in the canvas format."""
     return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def api_form(graph: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt that the frontend would send for `graph`: without its notes and its muted nodes."""
+    """Returns the prompt that the frontend would send for `graph`, without notes and muted nodes.
+
+    Raises ValueError for bypassed nodes, which are not supported, and for values that fit no input.
+    """
     nodes = [node for node in graph["nodes"] if node["type"] not in NOTES and node["mode"] != MUTED]
     if bypassed := [node["id"] for node in nodes if node["mode"] != ALWAYS]:
-        raise ValueError(f"nodes {bypassed} are bypassed, and what the frontend puts in their place is not known here")
-    there = {node["id"] for node in nodes}
-    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"] if link[1] in there}
+        raise ValueError(f"nodes {bypassed} are bypassed, which is not supported: delete or mute them")
+    ids = {node["id"] for node in nodes}
+    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"] if link[1] in ids}
     return {
         str(node["id"]): {"class_type": node["type"], "inputs": _inputs(node, object_info[node["type"]], sources)}
         for node in nodes
@@ -57,12 +60,12 @@ def _inputs(node: Mapping[str, Any], info: Mapping[str, Any], sources: Mapping[i
             if name in linked:
                 inputs[name] = linked.pop(name)
     if values or linked:
-        raise ValueError(f"node {node['id']} ({node['type']}) has more than its inputs: {values}, {list(linked)}")
+        raise ValueError(f"node {node['id']} ({node['type']}) has unknown values {values} or links {list(linked)}")
     return inputs
 
 
 def halves(picture: Image.Image) -> list[Image.Image]:
-    """The left and the right half of a picture, without the few pixels beside their seam that Stage A blends."""
+    """Returns the left and right half of an image; the pixels that Stage A blends at the seam are replaced."""
     pixels, middle, blended = np.array(picture.convert("RGB")), picture.width // 2, 4
     pixels[:, middle - blended : middle] = pixels[:, [middle - blended - 1]]
     pixels[:, middle : middle + blended] = pixels[:, [middle + blended]]

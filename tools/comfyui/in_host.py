@@ -1,4 +1,4 @@
-"""For scripts run by a ComfyUI's own Python: the way into that ComfyUI and our pack, and out with what was computed."""
+"""For scripts run by ComfyUI's Python: imports ComfyUI and this pack, and writes the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def load_pack() -> ModuleType:
-    """This repository as ComfyUI imports it: a package of any name."""
+    """Imports this repository as the package `pack`, in the way ComfyUI does."""
     root = Path(__file__).resolve().parents[2]
     spec = importlib.util.spec_from_file_location("pack", root / "__init__.py", submodule_search_locations=[str(root)])
     assert spec is not None and spec.loader is not None
@@ -31,20 +31,20 @@ def seeded(*shape: int) -> Tensor:
 
 
 def enter() -> list[str]:
-    """Make the ComfyUI that is the first argument importable, on the CPU; the other arguments."""
-    _, comfyui, *given = sys.argv
+    """Makes ComfyUI (the first argument) importable, on the CPU; returns the other arguments."""
+    _, comfyui, *arguments = sys.argv
     sys.argv = sys.argv[:1]
-    sys.path.insert(0, comfyui)  # before all else: ComfyUI has a module called nodes
+    sys.path.insert(0, comfyui)  # first, because ComfyUI has a module `nodes`
     from comfy.cli_args import args
 
     args.cpu = True
-    return given
+    return arguments
 
 
 def write_results(main: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
-    """Run `main` on the arguments between the ComfyUI and the last, which is the file for its tensors and facts."""
-    *given, output = enter()
+    """Runs `main` with the arguments after ComfyUI, except the last: the file for its tensors and facts."""
+    *arguments, output = enter()
     with torch.inference_mode():
-        tensors, facts = main(*given)
+        tensors, facts = main(*arguments)
     copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
     save_file(copies, output, metadata={"facts": json.dumps(facts)})
