@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..wuerstchen_core.checkpoints import Part
-from ..wuerstchen_core.checkpoints.components import PARTS_OF, TEXT_ENCODER
+from ..wuerstchen_core.checkpoints.components import PARTS_OF, TEXT_ENCODER, TOWERS
 from ..wuerstchen_core.checkpoints.key_maps import LORA
 from ..wuerstchen_core.checkpoints.open import open_source
-from ..wuerstchen_core.checkpoints.source import TOWERS, ForeignFile, Source
+from ..wuerstchen_core.checkpoints.source import ForeignFile, Source
 from .host import folders
 
 
@@ -104,7 +104,7 @@ def open_from(name: str, shelf: Shelf, version: str = "auto") -> tuple[Source, s
     try:
         source = open_source(path, version=version)
     except ForeignFile as error:
-        raise _refusal(name, shelf, (), error.held) from error
+        raise _refusal(name, shelf, (), error.contents) from error
     if part is not None:
         return source, part
     # One tower may serve both stages.

@@ -15,49 +15,13 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints import Part
+from ...wuerstchen_core.checkpoints.key_maps import text_to_transformers, text_tower_keys
+from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.text_encoder import END, START, TextEncoderParams
 from . import folders
 
 # Which of the host's names a tower goes by: LoRA and embedding files address it.
 _NAMES = {"prior_text_encoder": "g", "decoder_text_encoder": "h"}
-
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-
-
-def transformers_names(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A tower's weights under the names of transformers, which the host uses; names all that is missing or left."""
-    left, missing = dict(state_dict), []
-
-    def take(key: str) -> Tensor:
-        if key not in left:
-            missing.append(key)
-        return left.pop(key, torch.empty(0))
-
-    out = {
-        "embeddings.token_embedding.weight": take("token_embedding.weight"),
-        "embeddings.position_embedding.weight": take("positional_embedding"),
-    }
-    for i in range(layers):
-        old, new = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            for source, target in _BLOCK.items():
-                out[f"{new}.{target}.{kind}"] = take(f"{old}.{source}.{kind}")
-            for name, rows in zip("qkv", take(f"{old}.attn.in_proj_{kind}").chunk(3), strict=False):
-                out[f"{new}.self_attn.{name}_proj.{kind}"] = rows
-    for kind in ("weight", "bias"):
-        out[f"final_layer_norm.{kind}"] = take(f"ln_final.{kind}")
-    if missing or left:
-        raise ValueError(
-            f"this text tower does not have the {layers} layers its sizes promise: "
-            f"missing {missing or 'nothing'}, unexpected {list(left) or 'nothing'}"
-        )
-    return {f"text_model.{key}": tensor for key, tensor in out.items()}
 
 
 def _tower(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
@@ -85,6 +49,18 @@ def _tower(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, mo
     )
 
 
+def _check_keys(state_dict: Mapping[str, Tensor], layers: int) -> None:
+    """Raises ValueError that names missing and unexpected keys: ComfyUI would only log them."""
+    expected = text_tower_keys(layers)
+    missing = [key for key in expected if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in expected]
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights do not fit a text tower of {layers} layers; "
+            f"missing: {listed(missing) or 'none'}, unexpected: {listed(unexpected) or 'none'}"
+        )
+
+
 def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     """A text tower as a CLIP; its bundle's metadata, which may limit the words it knows, travels with it."""
     params, name = part.params, _NAMES[part.name]
@@ -99,7 +75,8 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
         partial(comfy.sd1_clip.SD1Tokenizer, clip_name=name, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=partial(_tower, params)),
     )
-    state_dict = transformers_names(part.state_dict, params.layers)
+    _check_keys(part.state_dict, params.layers)
+    state_dict = {f"text_model.{key}": x for key, x in text_to_transformers(part.state_dict).items()}
     # Never trained, never read; without it the host would warn of a missing weight.
     state_dict["text_projection.weight"] = torch.eye(params.width)
     options = {}

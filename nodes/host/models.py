@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.components import release
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
+from ...wuerstchen_core.checkpoints.release import release_of_model
 from .conditioning import PRIOR_KEY, add_sampling_wrapper, check_no_prior, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
@@ -62,7 +62,7 @@ class PriorModel(StageModel):
     @property
     def version(self) -> str:
         """The release of the features that it generates, as its units tell."""
-        return release([self.params])
+        return release_of_model([self.params])
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         check_shape(kwargs["noise"].shape, STAGE_C, "Stage C")

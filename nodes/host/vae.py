@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.release import version_of
+from ...wuerstchen_core.checkpoints.release import release_of
 from ...wuerstchen_core.kernels.vqgan import band_height
 from ...wuerstchen_core.models.image_encoder import semantic_view
 
@@ -95,7 +95,7 @@ def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
     """
     network = SemanticCompressor(build_part(part))
     vae = SemanticVAE(network, latent_channels=16, ratio=128 / 3, dtypes=[torch.float32])
-    vae.release = release or version_of(part.params)
+    vae.release = release or release_of(part.params)
     vae.downscale_ratio = 1  # ComfyUI need not crop: semantic_view resizes any size
     width = part.params.stages[0][4] / 24
     vae.memory_used_encode = lambda shape, dtype: 27 * shape[2] * shape[3] * _size(dtype) * width

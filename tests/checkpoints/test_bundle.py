@@ -111,7 +111,7 @@ def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path
 def test_some_parts_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     save_bundle(tmp_path / "prior.safetensors", {"prior": networks["prior"]}, {})
     assert load_prior(tmp_path / "prior.safetensors").params == networks["prior"].params
-    with pytest.raises(ValueError, match="no vqgan; it holds prior$"):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*vqgan"):
         read_part(tmp_path / "prior.safetensors", "vqgan")
 
 
@@ -130,9 +130,9 @@ def test_bundle_without_metadata_loads_by_its_tensors(networks: dict[str, nn.Mod
         ({"format": 2}, "format 2"),
         ({"parts": []}, "damaged"),
         ({"parts": {"prior": {"colour": 1}}}, "colour"),
-        ({"parts": {"prior": {"c": "wide"}}}, r"\[prior\] c must be a whole number, got 'wide'"),
-        ({"parts": {"prior": 5}}, "prior is a table of keys, not 5"),
-        ({"parts": {"prior": {"c": 128, "nhead": 2}}}, "another shape"),
+        ({"parts": {"prior": {"c": "wide"}}}, r"\[prior\] c .*wide"),
+        ({"parts": {"prior": 5}}, "prior.*5"),
+        ({"parts": {"prior": {"c": 128, "nhead": 2}}}, "prior.*wrong shape"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(saved: Path, change: dict[str, Any], said: str) -> None:
@@ -152,12 +152,12 @@ def test_failure_leaves_the_old_file_and_nothing_else(
 ) -> None:
     before = saved.read_bytes()
 
-    def full_disk(file: Any, *arguments: Any) -> None:
-        file.write(b"half")
+    def full_disk(path: Path, *arguments: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writer, "_write", full_disk)
-    with pytest.raises(OSError, match="there is no room for its 0.0[0-9] GB: free some"):
+    with pytest.raises(OSError, match=r"bundle\.safetensors.*disk is full"):
         save_bundle(saved, networks, {})
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
@@ -166,8 +166,8 @@ def test_failure_leaves_the_old_file_and_nothing_else(
 def test_what_can_not_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         save_bundle(tmp_path / "x", {}, {})
-    with pytest.raises(ValueError, match="'unet' is no part"):
+    with pytest.raises(ValueError, match="unet"):
         save_bundle(tmp_path / "x", {"unet": nn.Linear(1, 1)}, {})
-    with pytest.raises(ValueError, match="Linear without sizes"):
+    with pytest.raises(ValueError, match="Linear"):
         save_bundle(tmp_path / "x", {"prior": nn.Linear(1, 1)}, {})
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,7 @@ def test_single_files_say_together_what_the_model_is(bundle: Path, tmp_path: Pat
     told = {"sampling": {"decoder_steps": 7}, "licence": "MIT / CC0", "vocabulary": METADATA["vocabulary"]}
     assert said() == {"format": 1, "version": "v2", "parts": parts, **told}
     retell(decoder, version="v1")
-    with pytest.raises(ValueError, match=r"prior.safetensors is of v2 and .*decoder.safetensors of v1: give those of"):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*v2.*decoder\.safetensors.*v1"):
         said()
 
 
@@ -119,12 +119,12 @@ def test_towers_go_to_the_stage_that_reads_their_width(tmp_path: Path) -> None:
     for width in (64, 128, 192):
         save_file(towers(width), tmp_path / f"{width}.safetensors")
     given = [tmp_path / "64.safetensors", tmp_path / "prior.safetensors", tmp_path / "128.safetensors"]
-    with pytest.raises(ValueError, match="64 wide that no stage given here is left to read: leave it out"):
+    with pytest.raises(ValueError, match=r"64\.safetensors.*64"):
         convert([given[1], tmp_path / "128.safetensors", tmp_path / "64.safetensors"], tmp_path / "x.safetensors")
     save_file(NETWORKS["decoder"].build().state_dict(), tmp_path / "decoder.safetensors")
     [made] = convert(given[1:], tmp_path / "prior_and_tower.safetensors")
     assert read_part(made, "prior_text_encoder").params.width == 128
-    with pytest.raises(ValueError, match=r"both .*prior.safetensors and .*made.safetensors hold a prior: give one"):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*made\.safetensors"):
         made = made.rename(tmp_path / "made.safetensors")
         convert([given[1], made], tmp_path / "x.safetensors")
 
@@ -132,7 +132,7 @@ def test_towers_go_to_the_stage_that_reads_their_width(tmp_path: Path) -> None:
 def test_parts_of_two_releases_are_not_mixed(tmp_path: Path) -> None:
     for name in ("token_decoder", "decoder"):
         save_file(NETWORKS[name].build().state_dict(), tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match="token_decoder is of v1 and decoder of v2: give those of one release"):
+    with pytest.raises(ValueError, match="token_decoder.*v1.*decoder.*v2"):
         convert([tmp_path / "token_decoder.safetensors", tmp_path / "decoder.safetensors"], tmp_path / "x")
 
 
@@ -153,12 +153,12 @@ def test_the_release_of_an_open_prior_is_kept(tmp_path: Path, beside: str | None
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("payload", "Python objects besides weights and is not opened"),
-        ("cut", "is cut short or damaged"),
-        ("cascade", "it holds a Stable Cascade model, whose latents are not Würstchen's"),
-        ("sd", "it holds a Stable Diffusion model"),
-        ("text", "holds no weights"),
-        ("empty folder", "is no diffusers folder"),
+        ("payload", "Python objects"),
+        ("cut", "damaged"),
+        ("cascade", "Stable Cascade"),
+        ("sd", "Stable Diffusion"),
+        ("text", "no weights"),
+        ("empty folder", "diffusers folder"),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "convert"])
@@ -254,9 +254,9 @@ def test_dtype_by_part(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "said"),
     [
-        ("int4"),
-        ("unet=bf16", "'unet' is no part of a model: the parts are prior, "),
-        ("", "dtype '' is unknown"),
+        ("int4", "int4"),
+        ("unet=bf16", "unet"),
+        ("", "dtype ''"),
     ],
 )
 def test_unknown_dtypes_and_parts_are_named(bundle: Path, tmp_path: Path, dtype: str, said: str) -> None:

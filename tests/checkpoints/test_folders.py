@@ -12,8 +12,8 @@ from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_part, save_bundle
+from wuerstchen_core.checkpoints.components import BUNDLE_FOLDER, BUNDLE_NODE
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.inspect import WHOLE
 from wuerstchen_core.checkpoints.open import open_source
 
 V2 = PARTS_OF["v2"]
@@ -79,7 +79,7 @@ def test_one_bundle(bundle: Path, tmp_path: Path, name: str) -> None:
     (folder / f"{name}.safetensors").symlink_to(bundle)
     description = describe(folder)
     assert (description.kind, description.version, description.missing) == ("bundle", "v2", ())
-    assert {(part.folder, part.node) for part in description.parts} == {WHOLE}
+    assert {(part.folder, part.node) for part in description.parts} == {(BUNDLE_FOLDER, BUNDLE_NODE)}
     assert open_source(folder).metadata == open_source(bundle).metadata
     assert_same(folder, bundle, V2)
     [made] = convert([folder], tmp_path / "made.safetensors")
@@ -117,7 +117,7 @@ def test_bundles_add_what_is_not_there_yet(tmp_path: Path) -> None:
 def test_two_bundles_of_one_part_are_refused(tmp_path: Path) -> None:
     for name in ("one", "other"):
         save_bundle(tmp_path / f"{name}.safetensors", {"vqgan": NETWORKS["vqgan"].build()}, {})
-    with pytest.raises(ValueError, match=r"^both .*one.safetensors and .*other.safetensors hold a vqgan: give one"):
+    with pytest.raises(ValueError, match=r"one\.safetensors.*other\.safetensors.*vqgan"):
         open_source(tmp_path)
 
 

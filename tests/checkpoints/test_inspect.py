@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch.serialization import skip_data
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_metadata, save_bundle
+from wuerstchen_core.checkpoints.components import BUNDLE_FOLDER, BUNDLE_NODE, COMPONENTS
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.inspect import STAGES, WHOLE
 from wuerstchen_core.checkpoints.open import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,10 @@ def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("name", "part", "version", "tower", "node"),
     [
-        ("orig_v2_stage_c_prior", "prior", "v2", "CLIP-bigG (1280 wide)", "Model"),
-        ("orig_v1_stage_c_prior", "prior", "v1 (or v2's first file, of June 2023)", "CLIP-H (1024 wide)", "Model"),
-        ("diffusers_diffnext", "decoder", "v2", "CLIP-H (1024 wide)", "Model"),
-        ("orig_v1_stage_b_paella", "token_decoder", "v1", "CLIP-H (1024 wide)", "Token Decoder"),
+        ("orig_v2_stage_c_prior", "prior", "v2", "CLIP-bigG (width 1280)", "Model"),
+        ("orig_v1_stage_c_prior", "prior", "v1 (or v2's first file, of June 2023)", "CLIP-H (width 1024)", "Model"),
+        ("diffusers_diffnext", "decoder", "v2", "CLIP-H (width 1024)", "Model"),
+        ("orig_v1_stage_b_paella", "token_decoder", "v1", "CLIP-H (width 1024)", "Token Decoder"),
         ("orig_stage_a_vqmodel", "vqgan", "v1 and v2 alike", None, "VAE"),
         ("orig_v2_effnet_s", "image_encoder", "v2", None, "VAE"),
         ("orig_v1_effnet_l", "image_encoder", "v1", None, "VAE"),
@@ -62,7 +62,7 @@ def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
 def test_published_files(tmp_path: Path, name: str, part: str, version: str, tower: str | None, node: str) -> None:
     published = manifest(name)
     description = describe(full_size_file(tmp_path / "file.safetensors", published["tensors"]))
-    assert description.kind == "weights alone"
+    assert description.kind == "weights only"
     assert description.version == version
     [info] = description.parts
     assert (info.name, info.dtype, info.parameters) == (part, "fp32", published["parameters"])
@@ -75,7 +75,7 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
 def test_nodes_and_folders_are_those_of_the_nodes() -> None:
     """The loaders' own table is in the nodes, which the core does not import."""
     nodes = "".join(file.read_text("utf-8") for file in (ROOT / "nodes").glob("*.py"))
-    for _, folder, node in (*STAGES.values(), ("", *WHOLE)):
+    for folder, node in [(entry.folder, entry.node) for entry in COMPONENTS.values()] + [WHOLE]:
         assert f'"{node}"' in nodes, node
         assert f'"{folder}"' in nodes or folder == "checkpoints", folder
 
@@ -150,6 +150,7 @@ def loaders() -> Iterator[Any]:
         del sys.modules[name]
 
 
+WHOLE = (BUNDLE_FOLDER, BUNDLE_NODE)
 TOWERS = ("prior_text_encoder", "decoder_text_encoder")
 HELD = {  # the parts of a bundle, and those that no loader takes out of it
     "all": (PARTS_OF["v2"], ()),
@@ -180,7 +181,7 @@ def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, hel
         possible = {part.name, f"prior_{part.name}"}
         shelf = next(shelf for shelf in all_shelves if possible & set(shelf.parts))
         if part.node is None:
-            with pytest.raises(ValueError, match="holds several parts of a model"):
+            with pytest.raises(ValueError, match=r"file\.safetensors"):
                 loaders.open_from(file.name, shelf)
             assert not set(PARTS_OF["v2"]) <= set(names)  # all of which Würstchen Bundle Loader needs
         elif part.node == shelf.node and part.folder == shelf.folder:
@@ -197,10 +198,10 @@ def test_what_no_loader_takes_is_to_be_converted(tmp_path: Path) -> None:
     parts, file = tiny_parts(), tmp_path / "half.safetensors"
     save_bundle(file, {name: parts[name] for name in ("prior", "decoder", "vqgan")}, {})
     assert describe(file).lines()[-4:] == [
-        "  in ComfyUI no loader takes prior, decoder out of this file: `convert` it into a folder of",
-        "    single files, or with what is missing into one bundle",
+        "  in ComfyUI: no node loads prior, decoder from this file; use `convert` to make",
+        "    single files, or one bundle with the missing parts",
         "  in ComfyUI: models/vae, Würstchen VAE Loader (vqgan)",
-        "  missing for a complete model: image_encoder (only pictures as input need it), prior_text_encoder, "
+        "  missing for a complete model: image_encoder (only needed for images as input), prior_text_encoder, "
         "decoder_text_encoder",
     ]
     for single in (tmp_path / "single", *convert([file], tmp_path / "single")):

@@ -92,31 +92,28 @@ def test_several_are_added_up(bundle: Path, files: dict[str, Path]) -> None:
 
 
 REFUSED = {
-    "wide": (
-        "16 keys of wide.safetensors fit nothing in this prior ", "weight is 64x64, its change 128x128",
-        "take a LoRA made for this model",
-    ),
-    "sdxl": ("2 keys of sdxl.safetensors fit nothing in this prior ", "looks made for Stable Diffusion or SDXL"),
-    "words": ("8 keys of words.safetensors fit nothing in this prior text encoder ", "weight is 32x32"),
-    "more": ("1 keys of more.safetensors are no LoRA's that is understood (prior.projection.lora_mid.weight)",),
-}  # fmt: skip
+    "wide": ("prior", "15 more", "64x64", "128x128"),
+    "sdxl": ("prior", "1 more", "Stable Diffusion or SDXL"),
+    "words": ("prior text encoder", "7 more", "32x32"),
+    "more": ("prior.projection.lora_mid.weight",),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_in_one_sentence(bundle: Path, files: dict[str, Path], name: str) -> None:
     with pytest.raises(ValueError, match="^") as error:
         load(bundle, lora=files[name])
-    assert all(words in str(error.value) for words in REFUSED[name]), error.value
+    assert all(fact in str(error.value) for fact in (f"{name}.safetensors", *REFUSED[name])), error.value
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_a_strength_is_a_number(bundle: Path, files: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="^the strength of prior.safetensors must be a number such as 0.8, got nan$"):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*nan"):
         load(bundle, lora={files["prior"]: float("nan")})
 
 
 def test_a_model_without_a_prior_takes_none(bundle: Path, files: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="^prior.safetensors changes the prior, which this model has not: "):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*prior"):
         load(write_tiny_bundle(bundle.with_name("rest.safetensors"), without=("prior",)), lora=files["prior"])
 
 
@@ -139,4 +136,4 @@ def test_the_command_paints_with_loras_and_says_so(
     [expected] = pipeline.generate("a red apple", seed=3)
     assert np.array_equal(np.asarray(expected), np.asarray(changed))
     assert main([*command, "--lora", str(tmp_path / "none.safetensors")]) == 2
-    assert "none.safetensors does not exist: give a LoRA file" in capsys.readouterr().err
+    assert "none.safetensors" in capsys.readouterr().err

@@ -11,10 +11,10 @@ from torch import nn
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS, PARTS_OF, Part, build_part, read_part
-from wuerstchen_core.checkpoints.components import release as release_of
 from wuerstchen_core.checkpoints.components import text_width
 from wuerstchen_core.checkpoints.inspect import describe
 from wuerstchen_core.checkpoints.open import open_source
+from wuerstchen_core.checkpoints.release import release_of
 
 FOLDER = os.environ.get("WUERSTCHEN_WEIGHTS", "")
 FILES = (
@@ -57,7 +57,7 @@ def complete_model(release: str) -> dict[str, Path]:
             if (
                 name.endswith("text_encoder")
                 or name in chosen
-                or (name == "prior" and release_of([part.params]) != release)
+                or (name == "prior" and release_of(part.params) != release)
             ):
                 continue
             chosen[name] = file

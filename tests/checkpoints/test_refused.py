@@ -58,8 +58,8 @@ def reshape(state: State) -> None:
     ("damage", "said"),
     [
         (drop, r"missing: 1 \(out\.1\.bias\)$"),
-        (add, r"unexpected: 5 \(extra\.0, extra\.1, extra\.2, \.\.\.\)$"),
-        (reshape, r"another shape: 1 \(projection\.bias is \[3\] and should be \[64\]\)$"),
+        (add, r"unexpected: 5 \(extra\.0, extra\.1, extra\.2 and 2 more\)$"),
+        (reshape, r"shape: 1 \(projection\.bias is \[3\], expected \[64\]\)$"),
     ],
 )
 def test_strict_loading_names_the_keys(prior: State, damage: Damage, said: str, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_file_cut_short_is_refused(vqgan: State, tmp_path: Path, ending: str, sh
     else:
         torch.save({"state_dict": vqgan}, path, _use_new_zipfile_serialization=ending == "pt")
     whole = path.read_bytes()
-    with pytest.raises(ValueError, match="fetch it again") as refusal:
+    with pytest.raises(ValueError, match="cut.*download") as refusal:
         load_vqgan(written(tmp_path / "cut", whole[: int(len(whole) * share)]))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200 + len(str(tmp_path))
 
@@ -115,20 +115,20 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, said: str) -> N
 
 def test_pytorch_file_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "log.pt")
-    with pytest.raises(ValueError, match="expected a state dict"):
+    with pytest.raises(ValueError, match=r"log\.pt"):
         load_prior(tmp_path / "log.pt")
 
 
 def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path) -> None:
     save_file(prior, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match="no vqgan; it holds prior$"):
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*vqgan"):
         load_vqgan(tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"nothing\.pt"):
         load_prior(tmp_path / "nothing.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no diffusers folder"):
+    with pytest.raises(ValueError, match="empty"):
         load_prior(tmp_path / "empty")
-    with pytest.raises(ValueError, match="'unet' is no part"):
+    with pytest.raises(ValueError, match="unet"):
         read_part(tmp_path / "prior.safetensors", "unet")
     assert read_metadata(tmp_path / "prior.safetensors") == {}
     assert read_metadata(tmp_path) == {}
@@ -145,9 +145,9 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
 )
 def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, held: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ForeignFile, match=f"is no model of Würstchen: it holds {held}, so choose another$") as refusal:
+    with pytest.raises(ForeignFile, match=rf"foreign\.safetensors.*{held}") as refusal:
         load_prior(tmp_path / "foreign.safetensors")
-    assert refusal.value.held == (held,)
+    assert refusal.value.contents == (held,)
 
 
 def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
         load_prior(tmp_path)
 
 
-@pytest.mark.parametrize(("levels", "said"), [(2, "the Stage C previewer of v2"), (3, "a Stable Cascade model")])
+@pytest.mark.parametrize(("levels", "said"), [(2, "previewer of v2"), (3, "Stable Cascade")])
 def test_previewers_are_named(tmp_path: Path, levels: int, said: str) -> None:
     state = stage_c_previewer(levels)
     if levels == 2:
@@ -191,5 +191,5 @@ def test_stable_cascade_is_named_whatever_saved_it(
     tmp_path: Path, make: Callable[[], State], wrap: Callable[[State], State]
 ) -> None:
     torch.save(wrap(make()), tmp_path / "model.pt")
-    with pytest.raises(ForeignFile, match="a Stable Cascade model, whose latents are not Würstchen's"):
+    with pytest.raises(ForeignFile, match=r"model\.pt.*Stable Cascade"):
         open_source(tmp_path / "model.pt")

@@ -39,7 +39,7 @@ def test_v1_is_assumed_and_said_once(open_prior: Path, caplog: pytest.LogCapture
         for _ in range(2):
             assert units(read_part(open_prior, "prior")) == V1_UNITS
     [line] = [record.getMessage() for record in caplog.records]
-    assert str(open_prior) in line and 'give version "v2"' in line and "\n" not in line
+    assert str(open_prior) in line and '"v2"' in line and "\n" not in line
 
 
 @pytest.mark.parametrize(("version", "expected"), [("v1", V1_UNITS), ("v2", V2_UNITS)])
@@ -51,7 +51,7 @@ def test_the_user_decides(
         network = load_prior(open_prior, version=version)
     assert (network.params.feature_scale, network.params.feature_shift) == expected
     assert not caplog.records
-    with pytest.raises(ValueError, match="version 'v3' is unknown: choose auto, v1, v2"):
+    with pytest.raises(ValueError, match="v3.*auto, v1, v2"):
         open_source(open_prior, version="v3")
 
 

@@ -48,5 +48,5 @@ def test_a_divided_folder_is_read_whole_or_refused(tmp_path: Path, index: str) -
     assert loaded.keys() == state.keys()
     assert all(x.dtype == dtype and x.equal(state[key]) for key, x in loaded.items())
     second.unlink()
-    with pytest.raises(ValueError, match=f"names {second.name}, which is not beside it: fetch the whole folder$"):
+    with pytest.raises(ValueError, match=second.name):
         load_prior(tmp_path)

@@ -13,8 +13,7 @@ from tools.demo.evaluate import evaluate, held_out_scenes, paint, reconstruct
 from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata, read_part
-from wuerstchen_core.checkpoints.components import kind_of
-from wuerstchen_core.checkpoints.infer_params import READERS
+from wuerstchen_core.checkpoints.components import component
 from wuerstchen_core.demo.vocabulary import caption, unknown_words_note
 
 pytest.importorskip("resvg_py", reason="judging needs resvg-py")
@@ -44,7 +43,7 @@ def test_it_is_a_small_complete_v1(pipe: WuerstchenPipeline) -> None:
 def test_its_sizes_can_be_read_off_its_tensors(model: str, name: str) -> None:
     """So that a file loads right that lost its metadata: heads are 64 wide, 16 in number in the token decoder."""
     part = read_part(model, name)
-    read = READERS[kind_of(name)](part.state_dict)
+    read = component(name).infer_params(part.state_dict)
     if name == "prior":  # whose units are in no tensor
         read = replace(read, feature_scale=part.params.feature_scale, feature_shift=part.params.feature_shift)
     assert read == part.params

@@ -11,10 +11,9 @@ import pytest
 from helpers.tiny_stages import ALL, STAGES, config_of, write_configs
 
 from tools.demo import build, build_v1
-from wuerstchen_core.checkpoints.components import PARAMS
-from wuerstchen_core.checkpoints.diffusers_layout import Params
+from wuerstchen_core.checkpoints.components import COMPONENTS, Params
 from wuerstchen_core.checkpoints.infer_params import HEAD_WIDTH
-from wuerstchen_core.checkpoints.quant import FP8, planned
+from wuerstchen_core.checkpoints.quant import FP8, quantize
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import LAYOUTS, SHAPES
@@ -46,7 +45,7 @@ LARGEST_BUNDLE, LARGEST_BUNDLE_V1 = 24e6, 8e6  # bytes
 
 def recipe(stage: str, file: str = "") -> tuple[dict[str, Any], Params]:
     config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
-    return config, from_table(PARAMS[PART.get(stage, stage)], config["model"], "model")
+    return config, from_table(COMPONENTS[PART.get(stage, stage)].params, config["model"], "model")
 
 
 @pytest.fixture
@@ -229,7 +228,7 @@ def test_the_parts_of_v1_fit_into_its_bundle() -> None:
     for stage in (*build_v1.TAKEN, *build_v1.STAGES):
         params = recipe(stage, build_v1.STAGES.get(stage, ""))[1]
         state = NETWORKS[type(params)](params, device="meta").state_dict()
-        sizes[stage] = sum(part.size for key, x in state.items() for part in planned(key, x, FP8).values())
+        sizes[stage] = sum(part.nbytes for key, x in state.items() for part in quantize(key, x, FP8).values())
     assert min(sizes.values()) > 1e5
     assert sum(sizes.values()) < LARGEST_BUNDLE_V1
 

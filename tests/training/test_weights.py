@@ -19,8 +19,8 @@ from tools.bench.diffusers_baseline import network_class
 from tools.demo import build, build_v1
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
-from wuerstchen_core.checkpoints.diffusers_layout import component_key
 from wuerstchen_core.checkpoints.inspect import describe
+from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.inference.settings import SamplingSettings
 from wuerstchen_core.models.decoder import Decoder
@@ -51,7 +51,9 @@ def test_diffusers_reads_what_was_trained(run_folder: Path, stage: str) -> None:
     ours = read_part(run_folder / stage / f"{stage}.safetensors", stage)
     sizes = {name: value for name, value in asdict(ours.params).items() if name != "dropout"}  # which it has no key for
     assert asdict(read_part(run_folder / stage / "diffusers" / stage, stage).params).items() >= sizes.items()
-    assert_equal_states({component_key(key): x for key, x in ours.state_dict.items()}, dict(theirs.state_dict()))
+    assert_equal_states(
+        {vqgan_key_to_diffusers(key): x for key, x in ours.state_dict.items()}, dict(theirs.state_dict())
+    )
 
 
 def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:

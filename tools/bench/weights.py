@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wuerstchen_core.checkpoints.components import NETWORKS
-from wuerstchen_core.checkpoints.diffusers_layout import FILE, Params, component_key, config_text
+from wuerstchen_core.checkpoints.components import COMPONENTS, Params
+from wuerstchen_core.checkpoints.diffusers_layout import FILE, config_text
+from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
 from wuerstchen_core.common.devices import DTYPES
 from wuerstchen_core.models.decoder import DecoderParams
 from wuerstchen_core.models.prior import PriorParams
@@ -72,7 +73,7 @@ def num_bytes(part: str, sizes: ModelSizes, dtype: str) -> int:
 @lru_cache
 def _shapes(part: str, sizes: ModelSizes) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return dict(NETWORKS[part](sizes.of(part)).state_dict())
+        return dict(COMPONENTS[part].network(sizes.of(part)).state_dict())
 
 
 def _write(path: Path, part: str, sizes: ModelSizes, pool: Tensor) -> None:
@@ -80,7 +81,7 @@ def _write(path: Path, part: str, sizes: ModelSizes, pool: Tensor) -> None:
     path.parent.mkdir(parents=True)
     tensors, offset = {}, 0
     for key, x in _shapes(part, sizes).items():
-        tensors[component_key(key)] = _random_tensor(key, x, pool, offset)
+        tensors[vqgan_key_to_diffusers(key)] = _random_tensor(key, x, pool, offset)
         offset += x.numel()
     save_file(tensors, path, metadata={"format": "pt"})
     (path.parent / "config.json").write_text(config_text(part, sizes.of(part)), encoding="utf-8")

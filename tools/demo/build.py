@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from wuerstchen_core.checkpoints import PARTS_OF, Part, demo_path, read_part, save_bundle
-from wuerstchen_core.checkpoints.rows import thinned
-from wuerstchen_core.checkpoints.source import TOWERS
+from wuerstchen_core.checkpoints.bundle import drop_token_rows
+from wuerstchen_core.checkpoints.components import TOWERS
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, known_words
 from wuerstchen_core.models.text_encoder import tokenize
@@ -90,7 +90,7 @@ def collect(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
         if not weights.exists():
             raise ValueError(f"{weights} is missing: train the {stage} first")
         read = read_part(weights, part)
-        parts[part] = thinned(read, rows) if part in TOWERS else read
+        parts[part] = drop_token_rows(read, rows) if part in TOWERS else read
     return parts
 
 

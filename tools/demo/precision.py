@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from wuerstchen_core.checkpoints import build_part, demo_path
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.quant import FP8, planned, widened
+from wuerstchen_core.checkpoints.quant import FP8, dequantize, quantize
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
 from .evaluate import evaluate
@@ -60,15 +60,15 @@ SHIPPED = {"shipped": "demo", "shipped v1": "demo-v1"}
 @torch.inference_mode()
 def relative_error(case: Case, stored: torch.dtype, computed: torch.dtype) -> float:
     """|y - y32| / |y32| of a network's result y, in percent; NaN where it is not finite."""
-    exact = _run(case, widened(case.part.state_dict), torch.float32)
+    exact = _run(case, dequantize(case.part.state_dict), torch.float32)
     tensors = {key: x for name, y in case.part.state_dict.items() for key, x in _rounded(name, y, stored).items()}
-    found = _run(case, widened(tensors), computed).float()
+    found = _run(case, dequantize(tensors), computed).float()
     return float(100 * (found - exact).norm() / exact.norm()) if found.isfinite().all() else float("nan")
 
 
 def _rounded(key: str, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     wide = x.float() if x.is_floating_point() else x
-    return {name: tensor.make() for name, tensor in planned(key, wide, dtype).items()}
+    return {name: tensor.load() for name, tensor in quantize(key, wide, dtype).items()}
 
 
 def _run(case: Case, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_core.checkpoints import Part, read_part
-from wuerstchen_core.checkpoints.infer_params import READERS
-from wuerstchen_core.checkpoints.key_maps import to_ours
+from wuerstchen_core.checkpoints.components import COMPONENTS
+from wuerstchen_core.checkpoints.source import to_ours
 from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.demo.artwork import draw_all
 from wuerstchen_core.demo.vocabulary import caption
@@ -61,7 +61,7 @@ def golden_cases() -> Iterator[Case]:
         _, state = to_ours(
             {key.removeprefix("weights/"): x for key, x in tensors.items() if key.startswith("weights/")}
         )
-        params = READERS[name](state, **({"nhead": heads[name]} if name in heads else {}))
+        params = COMPONENTS[name].infer_params(state, **({"nhead": heads[name]} if name in heads else {}))
         given = tuple(tensors[f"in/{key}"] for key in inputs)
         call = _decode if name == "vqgan" else Case.call
         yield Case(name, Part(name, params, state), given, call, kept=(1, 2) if "decoder" in name else (1,))

@@ -1,4 +1,4 @@
-"""Weights in every published layout, to and from our networks."""
+"""Reads and writes weights in every published layout."""
 
 from __future__ import annotations
 

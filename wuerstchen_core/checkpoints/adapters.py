@@ -1,4 +1,4 @@
-"""What a LoRA file holds for each module, and what that adds to the module's weight."""
+"""Adapters (LoRA, LoHa, LoKr) of a LoRA file: their kinds, the weight change they make, and merging."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .components import State, listed
+from ..common.text import listed
+from .components import State
 
 
 @dataclass
 class Adapter:
-    """What changes one module's weight: its tensors under ComfyUI's names, and the file's keys for them."""
+    """Tensors that change one module's weight, under ComfyUI's names, and their keys in the file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -22,7 +23,7 @@ class Adapter:
 
 Adapters = dict[str, Adapter]  # by module path
 
-# The tensors of the kinds that are known: LoRA, LoHa, and LoKr, whose two factors may be products themselves.
+# The tensors of each supported kind: LoRA, LoHa and LoKr, whose two factors may be products themselves.
 _KINDS = (
     {"lora_up.weight", "lora_down.weight"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
@@ -34,19 +35,19 @@ _KINDS = (
 
 
 def is_complete(adapter: Adapter) -> bool:
-    """Whether its tensors are those of a LoRA, LoHa or LoKr (DoRA's magnitudes may be there), no less and no more."""
+    """True if the tensors are exactly those of a LoRA, LoHa or LoKr, with or without DoRA's magnitudes."""
     return set(adapter.tensors) - {"alpha", "dora_scale"} in _KINDS
 
 
 def keys_of(adapters: Adapters) -> list[str]:
-    """The file's keys for adapters."""
+    """Returns the adapters' keys in the file."""
     return [key for adapter in adapters.values() for key in adapter.keys]
 
 
 def delta(tensors: Mapping[str, Tensor]) -> Tensor:
-    """What an adapter without magnitudes adds to a weight [out, in, ...] at strength 1: [out, in * ...].
+    """Returns the change [out, in * ...] that an adapter adds to a weight [out, in, ...] at strength 1.
 
-    Its factors have to fit one another (see `fit`).
+    Without DoRA's magnitudes. The factors must match (see `fit`).
     """
     rank: int | None = None
     if "lora_up.weight" in tensors:
@@ -71,32 +72,38 @@ def delta(tensors: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """Adapters sorted by what they find in a network: a weight of their shape, none, or one of another shape."""
+    """Adapters of a file sorted by the network's weights: shape fits, module missing, shape differs.
+
+    `example` describes the first shape that differs.
+    """
 
     fitting: Adapters
     absent: Adapters
     misshaped: Adapters
-    example: str = ""  # the first wrong shape, in words
+    example: str = ""
 
 
 def fit(adapters: Adapters, shapes: Mapping[str, Sequence[int]]) -> Fit:
-    """Compare adapters with the shapes of a network's weights by module path."""
-    found: tuple[Adapters, Adapters, Adapters] = ({}, {}, {})
+    """Compares adapters with the shapes of a network's weights, by module path."""
+    absent = {path: adapter for path, adapter in adapters.items() if path not in shapes}
+    present = {path: adapter for path, adapter in adapters.items() if path in shapes}
+    fitting = {path: adapter for path, adapter in present.items() if _fits(adapter.tensors, shapes[path])}
+    misshaped = {path: adapter for path, adapter in present.items() if path not in fitting}
     example = ""
-    for path, adapter in adapters.items():
-        shape = shapes.get(path)
-        if shape is None:
-            found[1][path] = adapter
-        elif _fits(adapter.tensors, shape):
-            found[0][path] = adapter
-        else:
-            found[2][path] = adapter
-            example = example or f"{path}'s weight is {'x'.join(map(str, shape))}, its change {_words(adapter.tensors)}"
-    return Fit(*found, example)
+    if misshaped:
+        path, adapter = next(iter(misshaped.items()))
+        change = _change(adapter.tensors)
+        text = "has factors of different rank" if change is None else f"is {_shape_text(change)}"
+        example = f"{path}: the weight is {_shape_text(shapes[path])}, its change {text}"
+    return Fit(fitting, absent, misshaped, example)
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _change(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The shape of an adapter's delta, computed without its numbers; None if its factors do not fit one another."""
+    """Returns the shape of an adapter's delta; None if its factors do not match."""
     sizes = {name: (x.shape[0], x.shape[1:].numel()) for name, x in tensors.items() if x.ndim >= 2}
 
     def product(left: str, right: str) -> tuple[int, int] | None:
@@ -115,38 +122,32 @@ def _change(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return one[0] * two[0], one[1] * two[1]
 
 
-def _words(tensors: Mapping[str, Tensor]) -> str:
-    change = _change(tensors)
-    return "made of factors that differ in rank" if change is None else "x".join(map(str, change))
-
-
 def _fits(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> bool:
     change = _change(tensors)
     if change is None or math.prod(change) != math.prod(shape):
         return False
-    if change[0] != shape[0] and (change[0] != 1 or len(shape) != 4):  # OneTrainer counts a depthwise one's rows as 1
+    if change[0] != shape[0] and (
+        change[0] != 1 or len(shape) != 4
+    ):  # OneTrainer gives a depthwise convolution one row
         return False
     scale, ones = tensors.get("dora_scale"), [1] * (len(shape) - 2)
     return scale is None or list(scale.shape) in ([shape[0], 1, *ones], [1, shape[1], *ones])
 
 
 def merge_lora(state: State, adapters: Adapters, strength: float = 1.0) -> State:
-    """A network's weights with adapters added, computed in fp32 and rounded to the weights' own dtype.
+    """Returns a network's weights with adapters added, computed in fp32 and rounded to each weight's dtype.
 
-    ValueError if one has no weight of its shape in `state`, or has DoRA's magnitudes.
+    Raises ValueError if an adapter has no weight of its shape in `state`, or has DoRA's magnitudes.
     """
     weights = {key.removesuffix(".weight"): x for key, x in state.items() if key.endswith(".weight")}
     found = fit(adapters, {path: x.shape for path, x in weights.items()})
     if found.absent or found.misshaped:
         left = [*keys_of(found.absent), *keys_of(found.misshaped)]
-        raise ValueError(
-            f"{len(left)} keys of this LoRA fit nothing in this network ({listed(left)}): "
-            f"take one for a model of its sizes"
-        )
+        raise ValueError(f"this LoRA does not fit the network ({listed(left)}): use one made for this model")
     merged = dict(state)
     for path, adapter in found.fitting.items():
         if "dora_scale" in adapter.tensors:
-            raise ValueError(f"{path} has DoRA's magnitudes, which are not merged: load the file in ComfyUI")
+            raise ValueError(f"{path} uses DoRA, which cannot be merged here: load the LoRA in ComfyUI")
         weight = weights[path]
         change = delta({name: x.float() for name, x in adapter.tensors.items()}).to(weight.device)
         merged[f"{path}.weight"] = (weight.float() + strength * change.reshape(weight.shape)).to(weight.dtype)

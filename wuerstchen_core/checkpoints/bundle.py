@@ -1,51 +1,70 @@
-"""Our own file format: any subset of a model's parts in one safetensors file, sizes as JSON in its metadata."""
+"""This project's file format: parts of a model in one safetensors file, with their params as JSON in its metadata."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .components import PARTS, TEXT_ENCODER, Params, Part, PlannedPart, State, kind_of, params_to_json
-from .lazy import Planned, all_as_they_are
-from .quant import planned
-from .release import of_others, told_by
+from .components import (
+    PARTS,
+    TEXT_ENCODER,
+    TOWERS,
+    LazyPart,
+    Params,
+    Part,
+    State,
+    check_part_name,
+    params_to_json,
+)
+from .lazy import LazyTensor, lazy_state
+from .quant import quantize
+from .release import only_release, release_of
 from .writer import Progress, write_tensors
 
-DtypeOf: TypeAlias = Callable[[str, str, Planned], torch.dtype | None]  # of a part's name, a key in it and its tensor
-AnyPart: TypeAlias = nn.Module | Part | PlannedPart
+DtypeOf: TypeAlias = Callable[[str, str, LazyTensor], torch.dtype | None]  # called with a part's name, a key, a tensor
+AnyPart: TypeAlias = nn.Module | Part | LazyPart
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
+TABLE = "token_embedding"  # a small model uses a few hundred of a text tower's 49408 rows
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """A bundle's JSON out of its safetensors metadata; {} if the file is no bundle."""
+    """Returns a bundle's JSON from its safetensors metadata; {} if the file is not a bundle.
+
+    Raises ValueError if it is damaged or of an unknown format.
+    """
+
+    def damaged(reason: object) -> ValueError:
+        return ValueError(f"the metadata of {path} is damaged ({reason}): download the file again")
+
     if METADATA_KEY not in metadata:
         return {}
     try:
         content = json.loads(metadata[METADATA_KEY])
     except ValueError as error:
-        raise ValueError(f"the metadata of {path} is damaged ({error}): fetch the file again") from error
+        raise damaged(error) from error
     if not isinstance(content, dict):
-        raise ValueError(f"the metadata of {path} is damaged (no JSON object): fetch the file again")
+        raise damaged("not a JSON object")
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is a bundle of format {content.get('format')!r}, and this version reads format {FORMAT}: update it"
+            f"{path} is a bundle of format {content.get('format')!r}, but this version reads format {FORMAT}: update it"
         )
     for name in ("parts", "sampling", "vocabulary"):
         if not isinstance(content.get(name, {}), dict):
-            raise ValueError(f"the metadata of {path} is damaged ({name} is no JSON object): fetch the file again")
+            raise damaged(f"{name} is not a JSON object")
     return content
 
 
 def split_bundle(state: State) -> dict[str, State] | None:
-    """The parts of a bundle by name, known by its keys alone; None if the weights are no bundle's."""
+    """Returns the parts of a bundle by name; None if the keys are not a bundle's."""
     parts: dict[str, State] = {}
     for key, x in state.items():
         name, _, rest = key.partition(".")
@@ -61,90 +80,97 @@ def save_bundle(
     metadata: Mapping[str, Any],
     dtype: torch.dtype | None | DtypeOf = None,
     progress: Progress | None = None,
+    *,
+    bare: bool = False,
 ) -> None:
-    """Write parts as one file, floating-point tensors in `dtype` (None: as they are; fp8: see `precision`).
+    """Writes parts as one file, floating-point tensors in `dtype` (None: unchanged; fp8: see `quant`).
 
-    Two equal text towers are stored as one. The file appears complete or not at all; OSError says why not.
+    Two equal text towers are stored once. `bare` writes a single part's keys without its name, as other programs
+    expect them. The file appears complete, or OSError says why not.
     """
-    path = Path(path)
-    tensors: dict[str, Planned] = {}
-    sizes: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, LazyTensor] = {}
+    params: dict[str, Params] = {}
     for name, part in merge_towers(parts).items():
-        kind_of(name)
-        sizes[name] = params_to_json(_params(name, part))
+        check_part_name(name)
+        params[name] = _params(name, part)
         for key, x in _tensors(part).items():
-            tensors |= planned(f"{name}.{key}", x, _wanted(dtype, name, key, x))
+            chosen = dtype(name, key, x) if callable(dtype) else dtype
+            tensors |= quantize(key if bare else f"{name}.{key}", x, chosen)
     if not tensors:
-        raise ValueError(f"there is nothing to write to {path}: give at least one of {', '.join(PARTS)}")
-    told = _release(_params(name, part) for name, part in parts.items())
-    content = {**told, **metadata, "format": FORMAT, "parts": sizes}
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps(content)}, progress)
-
-
-def save_part(
-    path: str | os.PathLike[str],
-    part: PlannedPart,
-    metadata: Mapping[str, Any],
-    dtype: torch.dtype | None | DtypeOf = None,
-    progress: Progress | None = None,
-) -> None:
-    """Write one part as a file of its own, its keys bare, so that other programs which know them read it too."""
-    tensors: dict[str, Planned] = {}
-    for key, x in part.tensors.items():
-        tensors |= planned(key, x, _wanted(dtype, part.name, key, x))
+        raise ValueError(f"nothing to write to {path}: give at least one of {', '.join(PARTS)}")
+    release = only_release(map(release_of, params.values()))
     content = {
-        **_release([part.params]),
+        **({"version": release} if release else {}),
         **metadata,
         "format": FORMAT,
-        "parts": {part.name: params_to_json(part.params)},
+        "parts": {name: params_to_json(p) for name, p in params.items()},
     }
     write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
 
 
-def _wanted(dtype: torch.dtype | None | DtypeOf, name: str, key: str, x: Planned) -> torch.dtype | None:
-    return dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name, key, x)
-
-
-def _release(sizes: Iterable[Params]) -> dict[str, str]:
-    """What the metadata say of the release: nothing of parts that v1 and v2 share."""
-    told = of_others(map(told_by, sizes))
-    return {} if told is None else {"version": told}
-
-
-def _tensors(part: AnyPart) -> dict[str, Planned]:
-    if isinstance(part, PlannedPart):
+def _tensors(part: AnyPart) -> dict[str, LazyTensor]:
+    if isinstance(part, LazyPart):
         return part.tensors
-    return all_as_they_are(part.state_dict if isinstance(part, Part) else part.state_dict())
+    return lazy_state(part.state_dict if isinstance(part, Part) else part.state_dict())
 
 
 def _params(name: str, part: AnyPart) -> Params:
     params = getattr(part, "params", None)
     if params is None:
-        raise ValueError(f"{name} is a {type(part).__name__} without sizes: give one of this package's networks")
+        raise ValueError(f"{name} is a {type(part).__name__} without params: give one of this package's networks")
     return params
 
 
 def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
-    """Parts with two equal text towers as one, named `text_encoder`."""
-    merged = dict(parts)
-    prior, decoder = (merged.get(f"{stage}_{TEXT_ENCODER}") for stage in ("prior", "decoder"))
-    if prior is not None and decoder is not None and _equal(prior, decoder):
-        merged = {name: part for name, part in merged.items() if not name.endswith(TEXT_ENCODER)}
-        merged[TEXT_ENCODER] = prior
-    return merged
+    """Returns the parts with two equal text towers as one, named `text_encoder`."""
+    prior, decoder = (parts.get(name) for name in TOWERS)
+    if prior is None or decoder is None or not _equal(prior, decoder):
+        return dict(parts)
+    return {**{name: part for name, part in parts.items() if name not in TOWERS}, TEXT_ENCODER: prior}
 
 
 def _equal(one: AnyPart, other: AnyPart) -> bool:
     if one is other:
         return True
-    mine, theirs = _tensors(one), _tensors(other)
-    if mine.keys() != theirs.keys() or one.params != other.params:
+    a, b = _tensors(one), _tensors(other)
+    if a.keys() != b.keys() or one.params != other.params:
         return False
-    return mine is theirs or all(_same(x, theirs[key]) for key, x in mine.items())
+    return a is b or all(_same(x, b[key]) for key, x in a.items())
 
 
-def _same(one: Planned, other: Planned) -> bool:
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    mine, theirs = one.make(), other.make()
-    return mine.device == theirs.device and torch.equal(mine, theirs)
+    a, b = one.load(), other.load()
+    return a.device == b.device and torch.equal(a, b)
+
+
+def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:
+    """Returns a text tower with only these rows of its token embedding, to store the ones that training changed.
+
+    Beside the shortened `weight` [n, c], `rows` [n] holds their indices; the other rows are restored as zeros.
+    """
+    indices = torch.tensor(sorted(set(rows)), dtype=torch.int32)
+    table = tower.state_dict[f"{TABLE}.weight"][indices.long()]
+    return replace(tower, state_dict={**tower.state_dict, f"{TABLE}.weight": table, f"{TABLE}.rows": indices})
+
+
+def restore_token_rows(state: State, params: Mapping[str, Any] | None) -> State:
+    """Undoes `drop_token_rows`; `params` are those of the bundle's metadata, with the vocabulary size.
+
+    Raises ValueError if the size is missing or the indices are out of range.
+    """
+    if f"{TABLE}.rows" not in state:
+        return state
+    total = (params or {}).get("vocab_size")
+    if not isinstance(total, int):
+        raise ValueError("the metadata lacks vocab_size, the length of the token embedding: download the file again")
+    state = dict(state)
+    rows, stored = state.pop(f"{TABLE}.rows"), state[f"{TABLE}.weight"]
+    table = torch.zeros(total, stored.shape[1], device=stored.device).to(stored.dtype)
+    if not stored.is_meta:
+        if len(rows) != len(stored) or not 0 <= int(rows.min()) <= int(rows.max()) < total:
+            raise ValueError(f"the rows of {TABLE} are damaged: download the file again")
+        table.view(torch.uint8)[rows.long()] = stored.view(torch.uint8)  # torch can't index-assign fp8
+    state[f"{TABLE}.weight"] = table
+    return state

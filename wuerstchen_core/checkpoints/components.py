@@ -1,9 +1,10 @@
-"""The parts a model is made of: their names, their networks, and their sizes as JSON."""
+"""Registry of a model's networks: class, params, key marks, key map, release, and the ComfyUI node that loads each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -11,120 +12,209 @@ from torch import Tensor, nn
 from ..common.dataclass_config import from_table
 from ..models.decoder import Decoder, DecoderParams
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams
-from ..models.prior import V1, Prior, PriorParams
+from ..models.prior import Prior, PriorParams
 from ..models.text_encoder import TextEncoder, TextEncoderParams
 from ..models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..models.vqgan import VQGAN, VQGANParams
-from .lazy import Planned
-
-PARTS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "prior_text_encoder", "decoder_text_encoder")
-PARTS_OF = {  # what a complete model of a release has
-    "v1": tuple(name for name in PARTS if name != "decoder"),
-    "v2": tuple(name for name in PARTS if name != "token_decoder"),
-}
-TEXT_ENCODER = "text_encoder"  # where one tower serves both stages
-NAMED = 3  # how many keys a sentence names
-
-_TOWERS = {1280: "CLIP-bigG", 1024: "CLIP-H"}  # by the width of their states
+from . import infer_params, key_maps
+from .infer_params import CLIP_NAMES
+from .lazy import LazyTensor
 
 State: TypeAlias = dict[str, Tensor]
 Params: TypeAlias = (
     PriorParams | DecoderParams | TokenDecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
 )
 
-PARAMS: dict[str, type[Params]] = {
-    "prior": PriorParams,
-    "decoder": DecoderParams,
-    "token_decoder": TokenDecoderParams,
-    "vqgan": VQGANParams,
-    "image_encoder": ImageEncoderParams,
-    TEXT_ENCODER: TextEncoderParams,
+TEXT_ENCODER = "text_encoder"  # a text tower that serves both stages
+TOWERS = (f"prior_{TEXT_ENCODER}", f"decoder_{TEXT_ENCODER}")
+BUNDLE_FOLDER, BUNDLE_NODE = "checkpoints", "Würstchen Bundle Loader"  # ComfyUI's folder and node for a whole v2 model
+
+
+@dataclass(frozen=True)
+class Component:
+    """One kind of network. Everything that differs by kind is read from here.
+
+    `marks` are keys that only this network's files have, in any layout. `to_ours` maps such a file's keys to ours.
+    `folder` and `node` are the ComfyUI folder and node for its file. `release` is the only release that has it.
+    `text_width` is the param with the width of the text states it reads. `config_fields` maps fields of a config.json
+    to params that no tensor shows.
+    """
+
+    stage: str
+    network: Callable[..., nn.Module]
+    params: type[Params]
+    infer_params: Callable[..., Params]
+    marks: tuple[str, ...]
+    folder: str
+    node: str
+    to_ours: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    release: str | None = None
+    text_width: str | None = None
+    diffusers_class: str | None = None
+    config_fields: Mapping[str, str] = field(default_factory=dict)
+
+
+COMPONENTS = {
+    "prior": Component(
+        stage="Stage C",
+        network=Prior,
+        params=PriorParams,
+        infer_params=infer_params.prior_params,
+        marks=("cond_mapper.0.weight",),
+        folder="diffusion_models",
+        node="Würstchen Model Loader",
+        to_ours=key_maps.split_attention,
+        text_width="c_cond",
+        diffusers_class="WuerstchenPrior",
+        config_fields={"nhead": "nhead"},
+    ),
+    "decoder": Component(
+        stage="Stage B",
+        network=Decoder,
+        params=DecoderParams,
+        infer_params=infer_params.decoder_params,
+        marks=("clip_mapper.weight",),
+        folder="diffusion_models",
+        node="Würstchen Model Loader",
+        to_ours=key_maps.split_attention,
+        release="v2",
+        text_width="clip_embd",
+        diffusers_class="WuerstchenDiffNeXt",
+        config_fields={"nhead": "nhead", "self_attn": "self_attn"},
+    ),
+    "token_decoder": Component(
+        stage="Stage B",
+        network=TokenDecoder,
+        params=TokenDecoderParams,
+        infer_params=infer_params.token_decoder_params,
+        marks=("byt5_mapper.weight",),
+        folder="diffusion_models",
+        node="Würstchen Token Decoder Loader",
+        release="v1",
+        text_width="byt5_embd",
+        config_fields={"nhead": "nhead", "self_attn": "self_attn"},
+    ),
+    "vqgan": Component(
+        stage="Stage A",
+        network=VQGAN,
+        params=VQGANParams,
+        infer_params=infer_params.vqgan_params,
+        marks=("in_block.1.weight",),
+        folder="vae",
+        node="Würstchen VAE Loader",
+        to_ours=key_maps.vqgan_from_diffusers,
+        diffusers_class="PaellaVQModel",
+        config_fields={"scale_factor": "scale_factor"},
+    ),
+    "image_encoder": Component(
+        stage="semantic compressor",
+        network=ImageEncoder,
+        params=ImageEncoderParams,
+        infer_params=infer_params.image_encoder_params,
+        marks=("backbone.0.0.weight",),
+        folder="vae",
+        node="Würstchen VAE Loader",
+    ),
+    TEXT_ENCODER: Component(
+        stage="text",
+        network=TextEncoder,
+        params=TextEncoderParams,
+        infer_params=infer_params.text_encoder_params,
+        marks=tuple(
+            f"{prefix}token_embedding.weight" for prefix in ("", "text.", "embeddings.", "text_model.embeddings.")
+        ),
+        folder="text_encoders",
+        node="Würstchen CLIP Loader",
+        to_ours=key_maps.text_from_any,
+        config_fields={"num_attention_heads": "heads"},
+    ),
 }
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "prior": Prior,
-    "decoder": Decoder,
-    "token_decoder": TokenDecoder,
-    "vqgan": VQGAN,
-    "image_encoder": ImageEncoder,
-    TEXT_ENCODER: TextEncoder,
+
+
+def parts_of(kind: str) -> tuple[str, ...]:
+    """Returns the parts of a model that a kind of network serves as: both stages' towers for "text_encoder"."""
+    return TOWERS if kind == TEXT_ENCODER else (kind,)
+
+
+PARTS = tuple(part for kind in COMPONENTS for part in parts_of(kind))
+PARTS_OF = {  # the parts of a complete model, by release
+    release: tuple(part for kind, c in COMPONENTS.items() if c.release in (None, release) for part in parts_of(kind))
+    for release in ("v1", "v2")
 }
 
 
 @dataclass
 class Part:
-    """One network's sizes (its params dataclass) and weights under our names, as in the file, mapped if possible."""
+    """One network of a model: its params, its weights under our key names, and the file or folder they are from."""
 
     name: str
     params: Any
     state_dict: State
+    path: Path | None = None
 
 
 @dataclass
-class PlannedPart:
-    """A part whose tensors are made one by one, as they are written."""
+class LazyPart:
+    """A part whose tensors are computed one by one, as they are written."""
 
     name: str
     params: Any
-    tensors: dict[str, Planned]
+    tensors: dict[str, LazyTensor]
+
+
+def check_part_name(name: str) -> None:
+    """Raises ValueError unless `name` is a part of a model, or "text_encoder" for both stages' tower."""
+    if name not in (*PARTS, TEXT_ENCODER):
+        raise ValueError(f"unknown part {name!r}: choose from {', '.join(PARTS)}")
+
+
+def component(name: str) -> Component:
+    """Returns the registry's entry for a part, or for "text_encoder". Raises ValueError for other names."""
+    check_part_name(name)
+    return COMPONENTS[kind_of(name)]
 
 
 def kind_of(name: str) -> str:
-    """The kind of network that a part is: its name, but `text_encoder` for either stage's tower."""
-    kind = TEXT_ENCODER if name.endswith(TEXT_ENCODER) else name
-    if name not in PARTS and name != TEXT_ENCODER:
-        raise ValueError(f"{name!r} is no part of a model: the parts are {', '.join(PARTS)}")
-    return kind
+    """Returns the kind of network of a part: its name, but "text_encoder" for either stage's tower."""
+    return TEXT_ENCODER if name in TOWERS else name
 
 
-def listed(keys: Sequence[str]) -> str:
-    """The first few keys."""
-    return f"{', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
+def component_of(params: Params) -> Component:
+    """Returns the registry's entry for params of its class."""
+    return next(entry for entry in COMPONENTS.values() if isinstance(params, entry.params))
 
 
 def text_width(params: Params) -> int | None:
-    """How wide the text states are that a stage reads; None if it reads none."""
-    if isinstance(params, PriorParams):
-        return params.c_cond
-    if isinstance(params, TokenDecoderParams):
-        return params.byt5_embd
-    return params.clip_embd if isinstance(params, DecoderParams) else None
+    """Returns the width of the text states that a network reads; None if it reads none."""
+    name = component_of(params).text_width
+    return None if name is None else getattr(params, name)
 
 
 def tower_name(width: int) -> str:
-    """The text tower that gives states of this width."""
-    return f"{_TOWERS[width]} ({width} wide)" if width in _TOWERS else f"a tower {width} wide"
+    """Returns the name of the text tower with states of this width."""
+    return f"{CLIP_NAMES[width]} (width {width})" if width in CLIP_NAMES else f"a text tower of width {width}"
 
 
-def check_towers(parts: Mapping[str, Part | PlannedPart]) -> None:
-    """Raise ValueError unless each text tower is as wide as the stage that reads it needs."""
+def check_towers(parts: Mapping[str, Part | LazyPart]) -> None:
+    """Raises ValueError unless each text tower has the width that its stage reads."""
     for stage in ("prior", "decoder", "token_decoder"):
         tower = parts.get(f"{stage.removeprefix('token_')}_{TEXT_ENCODER}")
         needed = text_width(parts[stage].params) if stage in parts else None
         if tower is not None and needed is not None and tower.params.width != needed:
             raise ValueError(
-                f"the {stage.replace('_', ' ')} reads the text through {tower_name(needed)}, but its text encoder is "
-                f"{tower_name(tower.params.width)}: give it its own"
+                f"the {stage.replace('_', ' ')} needs {tower_name(needed)}, but its text encoder is "
+                f"{tower_name(tower.params.width)}: use the right one"
             )
 
 
-def release(sizes: Iterable[Params]) -> str:
-    """The release that networks belong to: "v1" if one is of a kind or works in units that v2 does not know."""
-    for params in sizes:
-        if isinstance(params, TokenDecoderParams):
-            return "v1"
-        if isinstance(params, PriorParams) and params.feature_scale == V1["feature_scale"]:
-            return "v1"
-    return "v2"
-
-
 def params_to_json(params: Params) -> dict[str, Any]:
-    """Sizes as plain JSON values."""
+    """Returns params as plain JSON values."""
     return asdict(params)
 
 
 def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
-    """Sizes of part `name` from the values that `params_to_json` gave."""
+    """Returns the params of part `name` from the values of `params_to_json`."""
     try:
-        return from_table(PARAMS[kind_of(name)], values, name)
+        return from_table(component(name).params, values, name)
     except ValueError as error:
-        raise ValueError(f"the sizes in the file's metadata do not fit this version: {error}") from error
+        raise ValueError(f"the params in the file's metadata do not fit this version: {error}") from error

@@ -1,8 +1,8 @@
-"""Sizes of a network, read off the shapes of its tensors (our key names)."""
+"""Infers a network's params from the shapes of its tensors (under our key names)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import isqrt
 
 from torch import Tensor
@@ -10,16 +10,15 @@ from torch import Tensor
 from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
-from ..models.text_encoder import TextEncoderParams
+from ..models.text_encoder import CLIP_BIGG, CLIP_H, TextEncoderParams
 from ..models.token_decoder import TokenDecoderParams
 from ..models.vqgan import VQGANParams
-from .components import TEXT_ENCODER, Params
-from .lazy import Planned
+from .lazy import LazyTensor
 
-HEAD_WIDTH = 64  # of every attention in the released networks and in ours, but for
-TOKEN_HEADS = 16  # the number of heads, in the token decoder, however wide they are
+HEAD_WIDTH = 64  # of every attention in the released networks and ours, except the token decoder
+TOKEN_HEADS = 16  # number of heads in the token decoder, at every width
 
-# What a block of a decoder's level is, by the tensor that only it has; the first that fits wins.
+# The kind of a block in a decoder's level, by a tensor that only this kind has. The first match wins.
 _BLOCK_MARKS = (
     ("depthwise.weight", "C"),
     ("mapper.weight", "T"),
@@ -28,16 +27,17 @@ _BLOCK_MARKS = (
     ("channelwise.0.weight", "F"),
 )
 
-# Towers that other models read, by width and layers: like enough to load, and wrong.
-_QUICK = "computes with quick_gelu and is not the tower of any Würstchen"
+CLIP_NAMES = {CLIP_BIGG.width: "CLIP-bigG", CLIP_H.width: "CLIP-H"}  # Würstchen's text towers: the prior's first
+# Text towers of other models, by width and layers. They would load, and give wrong pictures.
+_QUICK = "uses quick_gelu instead of gelu"
 _OTHER_TOWERS = {
-    (1024, 23): "is Stable Diffusion 2's CLIP-H, whose last layer was left out, and Würstchen reads the last",
+    (CLIP_H.width, CLIP_H.layers - 1): "is Stable Diffusion 2's CLIP-H, which lacks the last layer",
     (768, 12): f"is CLIP-L, which {_QUICK}",
     (512, 12): f"is CLIP-B, which {_QUICK}",
 }
-WHOLE_TOWERS = "take the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
+WHOLE_TOWERS = "use the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
 
-Tensors = Mapping[str, Tensor | Planned]
+Tensors = Mapping[str, Tensor | LazyTensor]
 
 
 def _shape(state: Tensors, key: str) -> tuple[int, ...]:
@@ -49,20 +49,20 @@ def _shape(state: Tensors, key: str) -> tuple[int, ...]:
 def _heads(width: int) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
-            f"the number of heads of a network {width} wide is unknown: heads are {HEAD_WIDTH} wide "
-            "unless the file's metadata or a config.json beside it says otherwise"
+            f"the number of attention heads is unknown: {width} is not a multiple of {HEAD_WIDTH}, and there is "
+            "neither metadata nor a config.json that gives it"
         )
     return width // HEAD_WIDTH
 
 
 def _count(state: Tensors, prefix: str) -> int:
-    """How many entries the list under `prefix` has."""
+    """Returns the length of the module list under `prefix`."""
     entries = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
     return 1 + max((int(entry) for entry in entries if entry.isdecimal()), default=-1)
 
 
 def prior_params(state: Tensors, nhead: int | None = None) -> PriorParams:
-    """Sizes of a Prior; `nhead` where the heads are not 64 wide."""
+    """Returns the params of a Prior; `nhead` is needed if the heads are not 64 wide."""
     c, c_in = _shape(state, "projection.weight")[:2]
     return PriorParams(
         c_in=c_in,
@@ -75,7 +75,7 @@ def prior_params(state: Tensors, nhead: int | None = None) -> PriorParams:
 
 
 def _pattern(kinds: str) -> tuple[str, int]:
-    """The shortest pattern that repeated gives `kinds`, and how often."""
+    """Returns the shortest pattern whose repetition gives `kinds`, and the number of repetitions."""
     for length in range(1, len(kinds) + 1):
         repeats, rest = divmod(len(kinds), length)
         if not rest and kinds[:length] * repeats == kinds:
@@ -84,32 +84,32 @@ def _pattern(kinds: str) -> tuple[str, int]:
 
 
 def _level(state: Tensors, level: int) -> str:
-    """The kinds of a level's blocks on the way down, such as CTACTA."""
+    """Returns the kinds of the blocks in a down level, such as CTACTA."""
     kinds = ""
     for i in range(1 if level else 0, _count(state, f"down_blocks.{level}.")):
         block = f"down_blocks.{level}.{i}."
         kind = next((kind for mark, kind in _BLOCK_MARKS if block + mark in state), None)
         if kind is None:
-            raise ValueError(f"the weights are incomplete: {block}* is no block of a decoder")
+            raise ValueError(f"the weights are incomplete: {block}* is not a known decoder block")
         kinds += kind
     return kinds
 
 
 def _level_widths(state: Tensors) -> tuple[int, ...]:
-    """How wide a decoder's levels are."""
+    """Returns the width of each level of a decoder."""
     first = _shape(state, "embedding.1.weight")[0]
     levels = range(1, _count(state, "down_blocks."))
     return (first, *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels))
 
 
-def _time_width(state: Tensors, otherwise: int) -> int:
-    """The width of a decoder's time embedding."""
+def _time_width(state: Tensors, default: int) -> int:
+    """Returns the width of a decoder's time embedding; `default` if no block has one."""
     times = (key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
-    return next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), otherwise)
+    return next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), default)
 
 
 def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> DecoderParams:
-    """Sizes of a Decoder; `nhead` where the heads are not 64 wide."""
+    """Returns the params of a Decoder; `nhead` is needed if the heads are not 64 wide."""
     base = DecoderParams()
     levels = range(_count(state, "down_blocks."))
     c_patches = _shape(state, "embedding.1.weight")[1]
@@ -139,7 +139,7 @@ def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> Deco
 
 
 def token_decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> TokenDecoderParams:
-    """Sizes of a TokenDecoder; `nhead` where a level with attention has not 16 heads."""
+    """Returns the params of a TokenDecoder; `nhead` is needed if a level with attention does not have 16 heads."""
     num_labels, c_in = _shape(state, "in_mapper.0.weight")
     patterns = [_pattern(_level(state, i)) for i in range(_count(state, "down_blocks."))]
     c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")
@@ -163,7 +163,7 @@ def token_decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -
 
 
 def vqgan_params(state: Tensors) -> VQGANParams:
-    """Sizes of a VQGAN; the scale factor is in no tensor and stays the released model's."""
+    """Returns the params of a VQGAN. No tensor shows the scale factor: it is the released model's."""
     levels = sum(key.startswith("down_blocks.") and key.endswith(".gammas") for key in state)
     blocks_up = sum(key.startswith("up_blocks.") and key.endswith(".gammas") for key in state)
     codebook_size, c_latent = _shape(state, "vquantizer.codebook.weight")
@@ -177,20 +177,20 @@ def vqgan_params(state: Tensors) -> VQGANParams:
 
 
 def image_encoder_params(state: Tensors) -> ImageEncoderParams:
-    """Sizes of an ImageEncoder with EfficientNetV2's S or L stage table: others can't be read off tensors."""
+    """Returns the params of an EfficientNetV2-S or L; other stage tables cannot be inferred."""
     c_latent, last_channel = _shape(state, "mapper.0.weight")[:2]
     for stages in (EFFICIENTNET_V2_S, EFFICIENTNET_V2_L):
         head = state.get(f"backbone.{len(stages) + 1}.0.weight")
         if head is not None and tuple(head.shape) == (last_channel, stages[-1][5], 1, 1):
             return ImageEncoderParams(stages, last_channel, c_latent)
     raise ValueError(
-        "the image encoder is neither EfficientNetV2-S nor L, and the file's metadata, which should hold its stage "
-        "table, is lost: take the file as it was published"
+        "the image encoder is neither EfficientNetV2-S nor L, and the file has no metadata with its stage table: "
+        "use the original file"
     )
 
 
 def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoderParams:
-    """Sizes of a TextEncoder; `heads` where they are not 64 wide."""
+    """Returns the params of a TextEncoder; `heads` is needed if they are not 64 wide."""
     vocab_size, width = _shape(state, "token_embedding.weight")
     layers = _count(state, "transformer.resblocks.")
     if (width, layers) in _OTHER_TOWERS:
@@ -203,13 +203,3 @@ def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoder
         context_length=_shape(state, "positional_embedding")[0],
         mlp_ratio=_shape(state, "transformer.resblocks.0.mlp.c_fc.weight")[0] / width,
     )
-
-
-READERS: dict[str, Callable[..., Params]] = {
-    "prior": prior_params,
-    "decoder": decoder_params,
-    "token_decoder": token_decoder_params,
-    "vqgan": vqgan_params,
-    "image_encoder": image_encoder_params,
-    TEXT_ENCODER: text_encoder_params,
-}

@@ -1,4 +1,4 @@
-"""Other projects' key names to ours: one pure function a format, and the marks by which a format is known."""
+"""Maps other projects' key names to ours, one pure function per format, and recognises files of other models."""
 
 from __future__ import annotations
 
@@ -8,32 +8,18 @@ from functools import reduce
 
 import torch
 
-from .components import TEXT_ENCODER
-from .lazy import AnyTensor, derived
+from .lazy import AnyTensor, apply
 
-COMFYUI_PREFIX = "model.diffusion_model."
-COMFYUI_ENCODER = "encoder."  # of what VAESave writes of an image encoder
+COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
+COMFYUI_ENCODER = "encoder."  # keys of an image encoder from ComfyUI's VAESave
 
-# A key that the format's files hold and no other's; checked after FOREIGN.
-MARKS: tuple[tuple[str, str], ...] = (
-    ("cond_mapper.0.weight", "prior"),
-    ("clip_mapper.weight", "decoder"),
-    ("byt5_mapper.weight", "token_decoder"),
-    ("in_block.1.weight", "vqgan"),
-    ("backbone.0.0.weight", "image_encoder"),
-    ("token_embedding.weight", TEXT_ENCODER),
-    ("text.token_embedding.weight", TEXT_ENCODER),
-    ("embeddings.token_embedding.weight", TEXT_ENCODER),
-    ("text_model.embeddings.token_embedding.weight", TEXT_ENCODER),
-)
-
-PREVIEWER = "the Stage C previewer of v2, a small picture of what a prior made, which nothing here needs"
-LORA = "a LoRA, which changes a model and is none by itself"
-_CASCADE = "a Stable Cascade model, whose latents are not Würstchen's"
+LORA = "a LoRA, which changes a model and is not a model itself"
+_PREVIEWER = "the Stage C previewer of v2, which this project does not use"
+_CASCADE = "a Stable Cascade model, whose latents differ from Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
-_VAE = "a VAE of Stable Diffusion's kind"
+_VAE = "a VAE of the Stable Diffusion kind"
 
-# What part of a key gives away that the weights are somebody else's.
+# Parts of keys that occur in other projects' files and never in ours.
 FOREIGN: tuple[tuple[str, str], ...] = (
     ("lora_", LORA),
     ("_lora.", LORA),
@@ -48,43 +34,44 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     ("encoder.block.0.layer.", "a T5 text encoder"),
 )
 
-_TRANSFORMERS_LAYER = {
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-_OUR_LAYER = {ours: theirs for theirs, ours in _TRANSFORMERS_LAYER.items()}
-_OUR_LAYER |= {f"attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"}  # which are one tensor of ours
+# A text tower's keys in open_clip (ours) and in transformers, where q, k and v are separate tensors.
+_TEXT_KEYS = (
+    ("token_embedding.", "embeddings.token_embedding."),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("ln_final.", "final_layer_norm."),
+    ("transformer.resblocks.", "encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    *((f".attn.{name}_proj.", f".self_attn.{name}_proj.") for name in ("q", "k", "v", "out")),
+)
 _TEXT_PREFIXES = ("positional_embedding", "token_embedding.", "transformer.", "ln_final.", "cls_emb")
+_UNUSED_TEXT_KEYS = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
+_IN_PROJ = re.compile(r"(.+\.attn\.)in_proj_(weight|bias)")
+_Q_PROJ = re.compile(r"(.+\.attn\.)q_proj\.(weight|bias)")
 
 
 def foreign(keys: Iterable[str]) -> str | None:
-    """What the weights are, if they are known and not a part of Würstchen; else None."""
+    """Returns what other model the keys belong to; None if they are unknown or may be Würstchen's."""
     keys = list(keys)
     for mark, name in FOREIGN:
         if any(mark in key for key in keys):
             return name
-    if "mapper.1.running_mean" in keys and "mapper.1.weight" not in keys:  # its batch norm has no affine part
+    if "mapper.1.running_mean" in keys and "mapper.1.weight" not in keys:  # its batch norm has no affine parameters
         return _CASCADE
     if "blocks.18.weight" in keys and "blocks.2.running_mean" in keys:
-        return PREVIEWER if "blocks.24.weight" not in keys else _CASCADE  # whose previewer has one level more
+        return _PREVIEWER if "blocks.24.weight" not in keys else _CASCADE  # Cascade's previewer has one level more
     return None
 
 
-def strip_comfyui(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """ComfyUI's saved model: the network's keys without their prefix, nothing else."""
-    return {key.removeprefix(COMFYUI_PREFIX): x for key, x in state.items() if key.startswith(COMFYUI_PREFIX)}
-
-
-def strip_encoder(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """An image encoder as ComfyUI's VAESave writes it: the network's keys without their prefix."""
-    return {key.removeprefix(COMFYUI_ENCODER): x for key, x in state.items()}
+def strip_prefix(state: dict[str, AnyTensor], prefix: str) -> dict[str, AnyTensor]:
+    """Returns the tensors whose keys start with `prefix`, without the prefix."""
+    return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
 def split_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """The original's Prior and DiffNeXt: `nn.MultiheadAttention` becomes to_q, to_k, to_v and to_out.0."""
+    """Maps the original Prior and DiffNeXt: `nn.MultiheadAttention` becomes to_q, to_k, to_v and to_out.0."""
     out: dict[str, AnyTensor] = {}
     for key, x in state.items():
         head, mark, tail = key.rpartition("attention.attn.")
@@ -99,103 +86,82 @@ def split_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
 
 
 def _third(x: AnyTensor, index: int) -> AnyTensor:
-    """The rows of the query, the key or the value."""
+    """Returns the rows of q (index 0), k (1) or v (2) of a packed projection."""
     shape = ((x.shape[0] + 2 - index) // 3, *x.shape[1:])
-    return derived(shape, x.dtype, lambda whole: whole.tensor_split(3)[index], x)
+    return apply(lambda packed: packed.tensor_split(3)[index], x, shape=shape, dtype=x.dtype)
 
 
-def _joined(parts: list[AnyTensor]) -> AnyTensor:
-    """Rows after rows."""
+def _pack(parts: list[AnyTensor]) -> AnyTensor:
+    """Concatenates the rows of q, k and v."""
     shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
     dtype = reduce(torch.promote_types, (x.dtype for x in parts))
-    return derived(shape, dtype, lambda *rows: torch.cat(rows), *parts)
+    return apply(lambda *rows: torch.cat(rows), *parts, shape=shape, dtype=dtype)
 
 
 def vqgan_from_diffusers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """diffusers' PaellaVQModel: the codebook's key."""
+    """Maps diffusers' PaellaVQModel, whose codebook has another key."""
     return {key.replace("vquantizer.embedding.", "vquantizer.codebook."): x for key, x in state.items()}
 
 
-def text_from_open_clip(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """open_clip's CLIP: the text tower alone, whether it stands at the top or under `text.`; no projection."""
-    prefix = "text." if "text.token_embedding.weight" in state else ""
-    own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+def vqgan_key_to_diffusers(key: str) -> str:
+    """Returns diffusers' name of a VQGAN's key; keys of other networks are the same in diffusers."""
+    return key.replace("vquantizer.codebook.", "vquantizer.embedding.")
+
+
+def text_from_any(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Maps a CLIP text tower of open_clip or transformers, alone or in a whole CLIP model, without its projection."""
+    if any(key.endswith("embeddings.token_embedding.weight") for key in state):
+        return text_from_transformers(state)
+    own = strip_prefix(state, "text.") if "text.token_embedding.weight" in state else state
     return {key: x for key, x in own.items() if key.startswith(_TEXT_PREFIXES)}
 
 
 def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """transformers' CLIPTextModel, or the text half of its CLIPModel, in open_clip's names; no projection."""
-    prefix = "text_model." if "text_model.embeddings.token_embedding.weight" in state else ""
-    own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-    dropped = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
-    out: dict[str, AnyTensor] = {}
+    """Maps transformers' CLIPTextModel, or the text half of its CLIPModel, to open_clip's names.
+
+    Unknown keys stay, so that strict loading names them.
+    """
+    own = strip_prefix(state, "text_model.") or state
+    renamed: dict[str, AnyTensor] = {}
     for key, x in own.items():
-        if key == "embeddings.token_embedding.weight":
-            out["token_embedding.weight"] = x
-        elif key == "embeddings.position_embedding.weight":
-            out["positional_embedding"] = x
-        elif key.startswith("final_layer_norm."):
-            out[key.replace("final_layer_norm.", "ln_final.")] = x
-        elif key.startswith("encoder.layers."):
-            _transformers_layer(key, own, out)
-        elif key not in dropped:
-            out[key] = x  # strict loading will name it
+        if key not in _UNUSED_TEXT_KEYS:
+            for ours, theirs in _TEXT_KEYS:
+                key = key.replace(theirs, ours)
+            renamed[key] = x
+    out = dict(renamed)
+    for key in renamed:
+        trio = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
+        if (found := _Q_PROJ.fullmatch(key)) and all(name in renamed for name in trio):
+            out[f"{found[1]}in_proj_{found[2]}"] = _pack([out.pop(name) for name in trio])
     return out
 
 
 def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """The layers of a text tower in transformers' names, without their prefix; the rest stays."""
+    """Maps a text tower to transformers' names, without the prefix `text_model.`."""
     out: dict[str, AnyTensor] = {}
     for key, x in state.items():
-        found = re.fullmatch(r"(transformer\.resblocks\.\d+)\.(.+)[._](weight|bias)", key)
-        if found is None:
-            out[key] = x
-        elif found[2] == "attn.in_proj":
+        if found := _IN_PROJ.fullmatch(key):
             for index, name in enumerate("qkv"):
-                out[f"{transformers_path(f'{found[1]}.attn.{name}_proj')}.{found[3]}"] = _third(x, index)
+                out[_text_key_to_transformers(f"{found[1]}{name}_proj.{found[2]}")] = _third(x, index)
         else:
-            out[f"{transformers_path(f'{found[1]}.{found[2]}')}.{found[3]}"] = x
+            out[_text_key_to_transformers(key)] = x
     return out
 
 
+def _text_key_to_transformers(key: str) -> str:
+    for ours, theirs in _TEXT_KEYS:
+        key = key.replace(ours, theirs)
+    return key
+
+
+def text_tower_keys(layers: int) -> list[str]:
+    """Returns all keys of a text tower with this number of layers."""
+    modules = ("ln_1.", "attn.in_proj_", "attn.out_proj.", "ln_2.", "mlp.c_fc.", "mlp.c_proj.")
+    keys = [f"transformer.resblocks.{i}.{module}" for i in range(layers) for module in modules]
+    keys = [f"{key}{kind}" for key in (*keys, "ln_final.") for kind in ("weight", "bias")]
+    return ["token_embedding.weight", "positional_embedding", *keys]
+
+
 def transformers_path(path: str) -> str:
-    """What transformers calls a module in the layers of a text tower, without its prefix."""
-    _, _, number, module = path.split(".", 3)
-    return f"encoder.layers.{number}.{_OUR_LAYER[module]}"
-
-
-def _transformers_layer(key: str, state: dict[str, AnyTensor], out: dict[str, AnyTensor]) -> None:
-    """Put one tensor of a layer into `out`; with the query's come the key's and the value's."""
-    number, _, rest = key.removeprefix("encoder.layers.").partition(".")
-    module, _, tensor = rest.rpartition(".")
-    block = f"transformer.resblocks.{number}"
-    if module in _TRANSFORMERS_LAYER:
-        out[f"{block}.{_TRANSFORMERS_LAYER[module]}.{tensor}"] = state[key]
-        return
-    trio = [f"encoder.layers.{number}.self_attn.{name}_proj.{tensor}" for name in "qkv"]
-    if key in trio and all(name in state for name in trio):
-        if key == trio[0]:
-            out[f"{block}.attn.in_proj_{tensor}"] = _joined([state[name] for name in trio])
-    else:
-        out[key] = state[key]  # strict loading will name it
-
-
-def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
-    """The kind of network that weights are, and the weights under our names; a ValueError says what else they are."""
-    if any(key.startswith(COMFYUI_PREFIX) for key in state):
-        state = strip_comfyui(state)
-    if f"{COMFYUI_ENCODER}backbone.0.0.weight" in state:
-        state = strip_encoder(state)
-    other = foreign(state)
-    if other is not None:
-        raise ValueError(other)
-    mark, kind = next(((mark, kind) for mark, kind in MARKS if mark in state), (None, None))
-    if mark is None or kind is None:
-        raise ValueError(f"nothing known of Würstchen (its first keys: {', '.join(list(state)[:3]) or 'none'})")
-    if kind in ("prior", "decoder"):
-        return kind, split_attention(state)
-    if kind == "vqgan":
-        return kind, vqgan_from_diffusers(state)
-    if kind == TEXT_ENCODER:
-        return kind, text_from_transformers(state) if "embeddings." in mark else text_from_open_clip(state)
-    return kind, state
+    """Returns transformers' path of a module in a text tower's layers, without the prefix `text_model.`."""
+    return _text_key_to_transformers(f"{path}.").removesuffix(".")

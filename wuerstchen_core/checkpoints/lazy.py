@@ -1,60 +1,61 @@
-"""Tensors that are made when their turn comes: what is written needs one at a time, not all at once."""
+"""Tensors that are computed when they are written, so that converting needs memory for one tensor at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor's shape and dtype, and how to make it, which is done anew each time; `is_meta` if it has no data.
+class LazyTensor:
+    """Shape and dtype of a tensor, and the function that computes it. `load()` computes it anew each time.
 
-    `stored` is the dtype of what it is made of, before anything was widened.
+    `is_meta` is True if there is no data. `stored` is the dtype in the source file, before any conversion.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    load: Callable[[], Tensor]
     is_meta: bool = False
     stored: torch.dtype | None = None
 
+    @classmethod
+    def of(cls, x: Tensor | LazyTensor) -> LazyTensor:
+        """Returns a tensor as a LazyTensor; a LazyTensor is returned unchanged."""
+        return x if isinstance(x, LazyTensor) else cls(tuple(x.shape), x.dtype, lambda: x, x.is_meta, x.dtype)
+
     @property
-    def size(self) -> int:
-        """In bytes."""
+    def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-AnyTensor = TypeVar("AnyTensor", Tensor, Planned)
+AnyTensor = TypeVar("AnyTensor", Tensor, LazyTensor)
 
 
-def as_it_is(x: Tensor) -> Planned:
-    """A tensor that is there."""
-    return Planned(tuple(x.shape), x.dtype, lambda: x, x.is_meta, x.dtype)
-
-
-def all_as_they_are(state: Mapping[str, Tensor]) -> dict[str, Planned]:
-    """Tensors that are there, by key."""
-    return {key: as_it_is(x) for key, x in state.items()}
-
-
-Make: TypeAlias = Callable[..., Tensor]
+def lazy_state(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """Returns a state dict with each tensor as a LazyTensor."""
+    return {key: LazyTensor.of(x) for key, x in state.items()}
 
 
 @overload
-def derived(shape: Sequence[int], dtype: torch.dtype, make: Make, *given: Tensor) -> Tensor: ...
+def apply(function: Callable[..., Tensor], *inputs: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
 @overload
-def derived(shape: Sequence[int], dtype: torch.dtype, make: Make, *given: Planned) -> Planned: ...
-def derived(shape: Sequence[int], dtype: torch.dtype, make: Make, *given: Tensor | Planned) -> Tensor | Planned:
-    """What `make` makes of the given tensors: now, or where they are planned as a plan, for which the shape and dtype
-    are told (torch could find them without data, but imports 70 MB for it).
+def apply(
+    function: Callable[..., Tensor], *inputs: LazyTensor, shape: Sequence[int], dtype: torch.dtype
+) -> LazyTensor: ...
+def apply(
+    function: Callable[..., Tensor], *inputs: Tensor | LazyTensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | LazyTensor:
+    """Returns `function(*inputs)`; with lazy inputs a LazyTensor of the given shape and dtype that calls it later.
+
+    The caller gives the shape and dtype because letting torch infer them would import another 70 MB.
     """
-    plans = [x for x in given if isinstance(x, Planned)]
-    if not plans:
-        return make(*given)
-    is_meta, stored = any(x.is_meta for x in plans), plans[0].stored
-    return Planned(tuple(shape), dtype, lambda: make(*(x.make() for x in plans)), is_meta, stored)
+    lazy = [x for x in inputs if isinstance(x, LazyTensor)]
+    if not lazy:
+        return function(*inputs)
+    is_meta, stored = any(x.is_meta for x in lazy), lazy[0].stored
+    return LazyTensor(tuple(shape), dtype, lambda: function(*(x.load() for x in lazy)), is_meta, stored)

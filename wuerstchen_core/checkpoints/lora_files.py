@@ -1,8 +1,8 @@
-"""LoRA files in the key names of every trainer, to adapters addressed by our module paths.
+"""Reads LoRA files in every trainer's key names as adapters by our module paths, and merges them into networks.
 
-A key names a place (the network, or a text tower), a module in it, and one of the tensors that change the module's
-weight. It is dotted (diffusers, PEFT, ComfyUI, OneTrainer) or flat, with underscores between modules (Kohya,
-OneTrainer's KOHYA_LORA and its files of 2023 and 2024).
+A key names the network or a text tower, a module in it, and one of the tensors that change the module's weight. It is
+dotted (diffusers, PEFT, ComfyUI, OneTrainer) or flat, with underscores between modules (Kohya, OneTrainer's KOHYA_LORA
+and its files of 2023 and 2024).
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .adapters import Adapter, Adapters, is_complete, keys_of
-from .components import State, listed
+from ..common.text import listed
+from .adapters import Adapter, Adapters, fit, is_complete, keys_of, merge_lora
+from .components import TOWERS, State
+from .key_maps import text_from_transformers, text_to_transformers
 from .weight_files import read_weight_file
 
-# How a key ends, and which tensor that is, in the words of ComfyUI's own adapters. `lora_A` is PEFT's, with the name
-# of the adapter behind it where PEFT itself wrote the file; `processor.to_q_lora.down` diffusers' of 2023.
+Loras = Mapping[str | os.PathLike[str], float]  # strength by file
+SUPPORTED = "LoRA, LoHa, LoKr or DoRA"
+
+# How a key ends, and ComfyUI's name of that tensor. `lora_A` is PEFT's, followed by the adapter's name in files that
+# PEFT itself wrote; `processor.to_q_lora.down` is diffusers' of 2023.
 _TENSORS = tuple(
     (re.compile(rf"[._]{end}$"), tensor)
     for end, tensor in (
@@ -33,7 +40,7 @@ _TENSORS = tuple(
         *((name, name) for name in ("alpha", "dora_scale")),
         *((f"{name}_{side}",) * 2 for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2") for side in "ab"),
         *((name, name) for name in ("lokr_w1", "lokr_w2")),
-        # Not understood, and their modules refused: Tucker factors, OFT, GLoRA, PEFT's biases, whole differences.
+        # Unsupported, so that their modules are refused: Tucker factors, OFT, GLoRA, PEFT's biases, full differences.
         (r"(?:(?:lora_mid|oft_R|[ab][12])\.weight|hada_t[12]|lokr_t2|oft_\w+|lora_B\.bias|diff(?:_b)?)", None),
     )
 )
@@ -45,10 +52,10 @@ _TEXT = re.compile(
 _NETWORK = re.compile(
     r"^(?:(?:prior|unet|model|diffusion_model|base_model\.model)\.|lora_(?:prior_unet|prior_prior|unet)[._]|lycoris_)*"
 )
-# The underscores of a flat path that stand for dots: beside a number, and behind these modules.
+# Underscores of a flat path that stand for dots: next to a number, and after these modules.
 _DOTS = re.compile(r"_(?=\d+(?:_|$))|(?<=\d)_|(?<=attention)_|(?<=self_attn)_|(?<=encoder)_|(?<=mlp)_")
 
-_EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer puts into the same file
+_EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the same file
 
 _FAMILIES = (
     (
@@ -65,33 +72,32 @@ _FAMILIES = (
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: adapters of the network and of a text tower (transformers' paths below `text_model`).
+    """Adapters in a LoRA file: of the network, and of a text tower (transformers' paths below `text_model`).
 
-    `unknown` are the keys of no known adapter, `embeddings` those of bundled textual inversions.
+    `unknown` are keys of unsupported adapters, `embeddings` those of bundled textual inversions.
     """
 
     network: Adapters
     text: Adapters
     unknown: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
-        """All keys but those of embeddings."""
+        """All keys except those of embeddings."""
         return [*keys_of(self.network), *keys_of(self.text), *self.unknown]
 
     def family(self) -> str:
-        """The model that it seems to be made for."""
+        """Returns the name of the model that the keys suggest."""
         keys = self.keys
         return next((name for mark, name in _FAMILIES if any(re.search(mark, key) for key in keys)), "another model")
 
 
 def read_lora(path: str | os.PathLike[str]) -> Lora:
-    """Read a LoRA from a safetensors or PyTorch file; ValueError if it holds no adapter of a kind that is known.
+    """Reads a LoRA from a safetensors or PyTorch file. Raises ValueError if it holds no supported adapter.
 
-    Known are LoRA, LoHa and LoKr, each also with DoRA's magnitudes; OFT, GLoRA, Tucker factors and whole differences
-    are refused.
+    Supported are LoRA, LoHa and LoKr, each also with DoRA's magnitudes, but not OFT, GLoRA, Tucker factors and full
+    differences.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,48 +105,45 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
     content = read_weight_file(path)
     lora = lora_from_state(next(iter(content.states.values())), content.metadata)
     if not lora.network and not lora.text:
-        raise ValueError(
-            f"{path.name} is no LoRA that is understood (its keys: {listed(lora.unknown) or 'embeddings only'}): "
-            "LoRA, DoRA, LoHa and LoKr files are"
-        )
+        raise _unsupported(path.name, lora)
     return lora
 
 
 def lora_from_state(state: State, metadata: Mapping[str, str] | None = None) -> Lora:
-    """Sort the keys of a file; `metadata` is that of its header, in which diffusers may keep the strength (alpha)."""
-    places: dict[str, Adapters] = {"network": {}, "text": {}}
+    """Returns the adapters in a file's tensors; `metadata` is its header's, where diffusers may store alpha."""
+    targets: dict[str, Adapters] = {"network": {}, "text": {}}
     unknown, embeddings = [], []
     for key, x in state.items():
         if key.startswith(_EMBEDDINGS):
             embeddings.append(key)
             continue
-        place, path, tensor = address(key)
-        adapter = places.get(place, {}).setdefault(path, Adapter())
-        if place not in places or tensor in adapter.tensors:  # the same in two namings: the first counts
+        target, path, tensor = parse_key(key)
+        adapter = targets.get(target, {}).setdefault(path, Adapter())
+        if target not in targets or tensor in adapter.tensors:  # given twice, in two namings: the first one counts
             unknown.append(key)
         else:
             adapter.keys.append(key)
             adapter.tensors[tensor] = x
-    for adapters in places.values():
+    for adapters in targets.values():
         for adapter in adapters.values():
-            _shape(adapter.tensors)
+            _normalise(adapter.tensors)
         for path in [path for path, adapter in adapters.items() if not is_complete(adapter)]:
             unknown += adapters.pop(path).keys
-    for name, place in (("prior", "network"), ("text_encoder", "text")):
-        _set_alpha(places[place], metadata or {}, name)
-    return Lora(places["network"], places["text"], tuple(unknown), tuple(embeddings), dict(metadata or {}))
+    for name, target in (("prior", "network"), ("text_encoder", "text")):
+        _set_alpha(targets[target], metadata or {}, name)
+    return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings))
 
 
-def address(key: str) -> tuple[str, str, str]:
-    """A key as ("network" or "text", module path, tensor); all empty if it ends as no adapter's key does."""
+def parse_key(key: str) -> tuple[str, str, str]:
+    """Splits a key into ("network" or "text", module path, tensor); all are empty if it is not an adapter's key."""
     for end, tensor in _TENSORS:
         found = end.search(key)
         if found:
-            return (*_place(key[: found.start()]), tensor or found[0])
+            return (*_parse_path(key[: found.start()]), tensor or found[0])
     return "", "", ""
 
 
-def _place(path: str) -> tuple[str, str]:
+def _parse_path(path: str) -> tuple[str, str]:
     text = _TEXT.match(path)
     path = path[text.end() :] if text else _NETWORK.sub("", path)
     if "." not in path:
@@ -150,21 +153,21 @@ def _place(path: str) -> tuple[str, str]:
     return "network", re.sub(r"(?<=\.to_out)$", ".0", path.replace(".processor.", "."))
 
 
-def _shape(tensors: dict[str, Tensor]) -> None:
-    """Bring tensors to the shapes that ComfyUI's adapters compute with."""
+def _normalise(tensors: dict[str, Tensor]) -> None:
+    """Brings tensors to the shapes that ComfyUI's adapters expect."""
     magnitude = tensors.pop("magnitude", None)  # PEFT's: [out] or [1, out, 1, 1]
     if magnitude is not None:
         tensors["dora_scale"] = magnitude[:, None] if magnitude.ndim == 1 else magnitude.transpose(0, 1)
     for name, x in tensors.items():
-        if name.startswith("hada_") and x.ndim == 4:  # OneTrainer's, of a convolution
+        if name.startswith("hada_") and x.ndim == 4:  # OneTrainer's convolutions
             tensors[name] = x.flatten(1)
 
 
 def _set_alpha(adapters: Adapters, metadata: Mapping[str, str], name: str) -> None:
-    """Give adapters without an alpha the one that diffusers wrote into the header for `name` (without: their rank)."""
+    """Sets missing alphas to the one in diffusers' header for `name`; without one, alpha is the rank."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:  # a header of another make; diffusers' own is JSON
+    except ValueError:  # not diffusers' header
         return
     alpha = config.get(f"{name}.lora_alpha") if isinstance(config, dict) else None
     if not isinstance(alpha, int | float):
@@ -176,3 +179,46 @@ def _set_alpha(adapters: Adapters, metadata: Mapping[str, str], name: str) -> No
             own = next((value for part, value in patterns.items() if f".{path}".endswith(f".{part}")), alpha)
             scale = math.sqrt(down.shape[0]) if config.get(f"{name}.use_rslora") else 1.0
             adapter.tensors["alpha"] = torch.tensor(float(own) * scale)
+
+
+def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
+    """Merges LoRA files into the prior and its text tower in `networks`, which may be replaced.
+
+    Raises ValueError if a file, or a part of it, does not fit these networks.
+    """
+    for file, strength in loras.items():
+        name, lora = Path(file).name, read_lora(file)
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength}")
+        if lora.unknown:
+            raise _unsupported(name, lora)
+        for part, adapters in (("prior", lora.network), (TOWERS[0], lora.text)):
+            if adapters:
+                _merge(networks, part, adapters, strength, name, lora)
+
+
+def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: float, name: str, lora: Lora) -> None:
+    network: nn.Module | None = networks.get(part)
+    title = part.replace("_", " ")
+    if network is None:
+        raise ValueError(f"{name} changes the {title}, which this model lacks: load a complete model")
+    state = network.state_dict()
+    if part == TOWERS[0]:
+        state = text_to_transformers(state)
+    found = fit(adapters, {key.removesuffix(".weight"): x.shape for key, x in state.items() if key.endswith(".weight")})
+    left = [*keys_of(found.absent), *keys_of(found.misshaped)]
+    if left:
+        why = found.example or f"it seems made for {lora.family()}"
+        keys = listed(left, most=1, width=100)
+        raise ValueError(f"{name} does not fit this {title} ({keys}; {why}): use a LoRA made for this model")
+    merged = merge_lora(state, adapters, strength)
+    if part == TOWERS[0]:
+        merged = text_from_transformers(merged)
+    if any(other is network for key, other in networks.items() if key != part):  # the decoder keeps the unchanged tower
+        network = networks[part] = deepcopy(network)
+    network.load_state_dict(merged, assign=True)
+
+
+def _unsupported(name: str, lora: Lora) -> ValueError:
+    keys = listed(lora.unknown, width=100) or "embeddings only"
+    return ValueError(f"{name} uses an unsupported adapter format ({keys}): use a {SUPPORTED} file")

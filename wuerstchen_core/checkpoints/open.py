@@ -1,64 +1,205 @@
-"""From a source (file, folder, bundle, or the shipped model) to its parts."""
+"""Opens a source of weights: a file, a bundle, a folder of diffusers or of single files, or the shipped model."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .bundle import parse_metadata
-from .components import PARTS, Part
-from .folders import open_folder
+from .bundle import parse_metadata, restore_token_rows, split_bundle
+from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name, kind_of, parts_of
+from .key_maps import LORA, foreign
+from .lazy import lazy_state
+from .quant import dequantize, is_scaled
 from .release import check_version
-from .single import open_file
-from .source import Source
-from .weight_files import read_file_metadata
+from .source import BUNDLE, ForeignFile, Network, Source, identify, merge_metadata, no_part
+from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
 
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_ENDINGS = tuple(
+    f"{variant}{ending}{index}"
+    for ending in (".safetensors", ".bin")
+    for variant in ("", ".fp16")
+    for index in ("", ".index.json")
+) + (".safetensors.index.fp16.json", ".bin.index.fp16.json")
+_PIPELINE_CLASSES = "Wuerstchen"  # how diffusers' class names begin; all of them are v2's
+
 
 def demo_path(name: str = "demo") -> Path:
-    """The bundle that ships with this package: "demo", of v2, or "demo-v1"."""
+    """Returns the path of the shipped bundle "demo" (v2) or "demo-v1"."""
     return Path(__file__).parent.parent / "demo" / SHIPPED[name]
 
 
 def source_path(source: str | os.PathLike[str]) -> Path:
-    """The file or folder that a source names. ValueError if it does not exist."""
+    """Returns the file or folder of a source. Raises ValueError if it does not exist."""
     path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist: give a weight file, a diffusers folder, or {' or '.join(map(repr, SHIPPED))}"
-        )
+        names = " or ".join(f'"{name}"' for name in SHIPPED)
+        raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {names}")
     return path
 
 
 def open_source(
-    source: str | os.PathLike[str], wanted: str | None = None, headers_only: bool = False, version: str = "auto"
+    source: str | os.PathLike[str], part: str | None = None, headers_only: bool = False, version: str = "auto"
 ) -> Source:
-    """Open "demo", "demo-v1", a file or a folder; of a folder only the part `wanted`, if one is named.
+    """Opens "demo", "demo-v1", a file or a folder; of a folder only `part`, if given.
 
-    `version` ("v1" or "v2") decides about a prior where nothing else tells the two apart (see `versions`).
+    `version` ("v1" or "v2") is the release of a prior that cannot be determined otherwise (see `release`).
     """
     check_version(version)
-    if wanted is not None and wanted not in PARTS:
-        raise ValueError(f"{wanted!r} is no part of a model: the parts are {', '.join(PARTS)}")
+    if part is not None:
+        check_part_name(part)
     path = source_path(source)
-    opened = open_folder(path, wanted, headers_only) if path.is_dir() else open_file(path, headers_only)
-    return replace(opened, version=version, by_headers=headers_only)
+    opened = _open_folder(path, part, headers_only) if path.is_dir() else _open_file(path, headers_only)
+    return replace(opened, version=version, headers_only=headers_only)
 
 
 def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") -> Part:
-    """One part of a source: a .safetensors or PyTorch file (the original's, diffusers', transformers', open_clip's,
-    ComfyUI's), a folder (a pipeline's, one component's, or of bundles), a bundle, "demo" or "demo-v1"; `version` as for
-    `open_source`.
+    """Reads one part of a source, with `version` as in `open_source`.
 
-    ValueError if the source has no such part or can't be read.
+    Sources: a .safetensors or PyTorch file (original, diffusers, transformers, open_clip, ComfyUI), a folder (a
+    pipeline, one component, or bundles), a bundle, "demo" or "demo-v1".
+    Raises ValueError if the source has no such part or can't be read.
     """
     return open_source(source, name, version=version).part(name)
 
 
 def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """A bundle's JSON; {} for every other source."""
+    """Returns a bundle's JSON; {} for every other source."""
     path = source_path(source)
     return {} if path.is_dir() else parse_metadata(path, read_file_metadata(path))
+
+
+def _open_file(path: Path, headers_only: bool, config: Mapping[str, Any] | None = None) -> Source:
+    """Opens a weight file; `config` is the config.json beside it."""
+    content = read_weight_file(path, headers_only)
+    metadata = parse_metadata(path, content.metadata)
+    bare = content.states.get("", {})
+    bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
+    if bundled is None:
+        return identify(path, content, dict(config or {}), metadata)
+    networks: dict[str, Network] = {}
+    for name, state in bundled.items():
+        params = metadata.get("parts", {}).get(name)
+        try:
+            state = restore_token_rows(state, params)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        network = Network(kind_of(name), dequantize(lazy_state(state)), is_scaled(state), params)
+        networks |= dict.fromkeys(parts_of(name), network)
+    return Source(path, BUNDLE, networks, metadata)
+
+
+def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
+    """Opens a folder of a pipeline, of one component, or of bundles; of several parts only `part`, if given."""
+    if _weights_in(root) is not None:
+        return _open_component(root, headers_only)
+    found = {name: path for name in PARTS if (path := _component_path(root, name)) is not None}
+    index = root / "model_index.json"
+    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    if pipeline and not pipeline.startswith(_PIPELINE_CLASSES):
+        raise ForeignFile(root, (f"the parts of a {pipeline}",))
+    if not index.is_file():
+        found |= _bundled_parts(root, found)
+    if not found:
+        raise ValueError(
+            f"{root} is neither a diffusers folder nor holds a bundle: expected {_STEMS[0]}.safetensors or .bin in it, "
+            f"or in a subfolder named {', '.join((*PARTS, TEXT_ENCODER))}"
+        )
+    if part is not None and part not in found:
+        raise no_part(root, part, list(found))
+    paths = {name: path for name, path in found.items() if part in (None, name)}
+    opened = {path: _open_component(path, headers_only) for path in paths.values()}
+    for name, path in paths.items():
+        if name not in opened[path].networks:
+            raise no_part(path, name, list(opened[path].networks))
+    if [source.layout for source in opened.values()] == [BUNDLE]:
+        layout = BUNDLE
+    else:
+        layout = "folder of single files" if all(path.is_file() for path in opened) else "diffusers folder"
+    metadata = _card_licence(root) | merge_metadata(opened.values()) | ({"version": "v2"} if pipeline else {})
+    return Source(root, layout, {name: opened[path].networks[name] for name, path in paths.items()}, metadata)
+
+
+def _open_component(path: Path, headers_only: bool) -> Source:
+    """Opens a component's folder (weights in one file or several, and config.json), or a single file."""
+    if path.is_file():
+        return _open_file(path, headers_only)
+    file = _weights_in(path)
+    assert file is not None
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if file.suffix == ".json":
+        content = WeightFile({"": _read_shards(file, headers_only)}, {})
+        source = identify(file, content, config, {})
+    else:
+        source = _open_file(file, headers_only, config)
+    metadata = _card_licence(path) | dict(source.metadata)
+    if str(config.get("_class_name", "")).startswith(_PIPELINE_CLASSES):
+        metadata.setdefault("version", "v2")
+    layout = BUNDLE if source.layout == BUNDLE else "diffusers component"
+    return replace(source, path=path, layout=layout, metadata=metadata)
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """Returns the weight file of a component's folder, or the index of its shards."""
+    files = (folder / f"{stem}{ending}" for ending in _ENDINGS for stem in _STEMS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _read_shards(index: Path, headers_only: bool) -> State:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index} lists no weight files: download the whole folder again")
+    state: State = {}
+    for shard in sorted(set(shards.values())):
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
+        state |= read_weight_file(index.parent / shard, headers_only).states.get("", {})
+    return state
+
+
+def _component_path(root: Path, name: str) -> Path | None:
+    """Returns a part's single file or its folder in a pipeline's folder; None if there is neither."""
+    for stem in (name, kind_of(name)):
+        if (root / f"{stem}.safetensors").is_file():
+            return root / f"{stem}.safetensors"
+    if name not in TOWERS:
+        folders: tuple[str, ...] = (name, f"prior_{name}")  # the latter in the combined pipeline
+    elif (root / TOWERS[0]).is_dir():  # the combined pipeline, where the decoder's tower has the plain name
+        folders = (name,) if name == TOWERS[0] else (name, TEXT_ENCODER)
+    else:  # a pipeline of one stage with its own tower
+        folders = (TEXT_ENCODER,) if (root / name.removesuffix(f"_{TEXT_ENCODER}")).is_dir() else ()
+    return next((root / folder for folder in folders if _weights_in(root / folder)), None)
+
+
+def _bundled_parts(root: Path, found: Mapping[str, Path]) -> dict[str, Path]:
+    """Returns files of parts in bundles of any name, in a folder or in a training run (`STAGE/STAGE.safetensors`).
+
+    Skips a bundle with a part that was `found` elsewhere: it is another model's. Raises ValueError if two hold the
+    same part.
+    """
+    runs = (folder / f"{folder.name}.safetensors" for folder in root.iterdir() if folder.is_dir())
+    parts: dict[str, Path] = {}
+    for file in sorted((*root.glob("*.safetensors"), *runs)):
+        metadata = parse_metadata(file, read_file_metadata(file)) if file.is_file() else {}
+        names = [name for part in metadata.get("parts", {}) for name in parts_of(part)]
+        if any(found.get(name, file) != file for name in names):
+            continue
+        if duplicate := next((name for name in names if name in parts), None):
+            raise ValueError(f"both {parts[duplicate]} and {file} hold a {duplicate}: use one of them")
+        parts |= dict.fromkeys(names, file)
+    return parts
+
+
+def _card_licence(root: Path) -> dict[str, str]:
+    """Returns {"licence": ...} from the head of the model card (README.md), or {} if it names none."""
+    card = root / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = text.partition("\n---")[0] if text.startswith("---\n") else ""
+    licence = re.search(r"^license: *(\S.*?) *$", head, re.MULTILINE)
+    return {"licence": licence[1]} if licence else {}

@@ -1,177 +1,184 @@
-"""What a source holds: networks told by their keys, sizes, and whose release they are."""
+"""The content of a source: its networks, identified by their keys, with their params and release."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..common.text import listed
 from ..models.prior import PriorParams
-from .components import TEXT_ENCODER, Params, Part, PlannedPart, State, params_from_json
-from .infer_params import READERS, WHOLE_TOWERS
-from .key_maps import to_ours
-from .lazy import Planned, all_as_they_are
-from .quant import dequantised, is_scaled
-from .release import assumed_version, of_others, sure_version, version_of, with_units
+from .components import (
+    COMPONENTS,
+    TEXT_ENCODER,
+    LazyPart,
+    Params,
+    Part,
+    State,
+    kind_of,
+    params_from_json,
+    parts_of,
+)
+from .infer_params import WHOLE_TOWERS
+from .key_maps import COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
+from .lazy import AnyTensor, LazyTensor, lazy_state
+from .quant import apply_scales, is_scaled
+from .release import guess_release, only_release, release_of, with_units
 from .weight_files import WeightFile
 
-BUNDLE = "bundle"  # the layout of our own file format
-TOWERS = tuple(f"{stage}_{TEXT_ENCODER}" for stage in ("prior", "decoder"))
-
-# diffusers' and transformers' names for what no tensor shows.
-_CONFIG_NAMES = {
-    "prior": {"nhead": "nhead"},
-    "decoder": {"nhead": "nhead", "self_attn": "self_attn"},
-    "token_decoder": {"nhead": "nhead", "self_attn": "self_attn"},
-    "vqgan": {"scale_factor": "scale_factor"},
-    TEXT_ENCODER: {"num_attention_heads": "heads"},
-}
+BUNDLE = "bundle"  # the layout of this project's own files
 
 
 class ForeignFile(ValueError):
-    """A file that holds weights, but none of Würstchen's; `held` says what they are."""
+    """A file with weights of other models only; `contents` says which."""
 
-    def __init__(self, path: Path, held: tuple[str, ...]):
-        super().__init__(f"{path} is no model of Würstchen: it holds {', '.join(held)}, so choose another")
-        self.held = held
+    def __init__(self, path: Path, contents: Sequence[str]):
+        super().__init__(f"{path} is not a Würstchen model: it holds {', '.join(contents)}. Choose another file")
+        self.contents = tuple(contents)
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network's weights under our names, with what the source says of its sizes."""
+    """One network's weights under our key names, with what the source says about its params."""
 
     kind: str
-    tensors: dict[str, Planned]
-    scaled: bool = False  # stored in fp8 with scales
-    sizes: dict[str, Any] | None = None  # a bundle's metadata
+    tensors: dict[str, LazyTensor]
+    scaled: bool = False  # True if stored in fp8 with scales
+    params_json: dict[str, Any] | None = None  # from a bundle's metadata
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
 
     @cached_property
     def state(self) -> State:
-        """All tensors at once."""
-        return {key: x.make() for key, x in self.tensors.items()}
+        return {key: x.load() for key, x in self.tensors.items()}
 
     def params(self) -> Params:
-        """The metadata's sizes, else those of the tensors."""
-        if self.sizes is not None:
-            return params_from_json(self.kind, self.sizes)
+        """Returns the params of the metadata, or else those inferred from the tensors and config.json."""
+        if self.params_json is not None:
+            return params_from_json(self.kind, self.params_json)
         config = self.config.get("text_config", self.config)  # of a whole CLIPModel
         if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(
-                f"this text tower computes with {config['hidden_act']}, Würstchen's with gelu: {WHOLE_TOWERS}"
-            )
-        names = _CONFIG_NAMES.get(self.kind, {})
-        stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+            raise ValueError(f"this text tower uses {config['hidden_act']} but Würstchen's use gelu: {WHOLE_TOWERS}")
+        entry = COMPONENTS[self.kind]
+        stated = {ours: config[theirs] for theirs, ours in entry.config_fields.items() if theirs in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
-        return replace(READERS[self.kind](self.tensors, **heads), **stated)
+        return replace(entry.infer_params(self.tensors, **heads), **stated)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds: networks by part name (one tower may stand under both), and what of it is not ours."""
+    """The networks of a file or folder by part name (one text tower may have both names).
+
+    `refused` describes state dicts that are not Würstchen's. `version` is the user's choice for a prior whose release
+    is unclear. `headers_only` is True if the source was opened without its weights.
+    """
 
     path: Path
     layout: str
     networks: dict[str, Network]
     metadata: dict[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
-    version: str = "auto"  # the release of a prior that may be either's, as the user says it
-    told: str | None = None  # the release that a folder's files tell
-    by_headers: bool = False  # opened without its weights
+    version: str = "auto"
+    headers_only: bool = False
 
     def part(self, name: str) -> Part:
-        """The part `name`; ValueError if it is not there."""
-        part = self.planned(name)
-        return Part(name, part.params, self.networks[name].state)
+        """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
+        lazy = self.lazy_part(name)
+        return Part(name, lazy.params, self.networks[name].state, self.path)
 
-    def planned(self, name: str) -> PlannedPart:
-        """The part `name`, none of whose tensors is made yet; ValueError if it is not there."""
+    def lazy_part(self, name: str) -> LazyPart:
+        """Returns the part `name` without computing its tensors. Raises ValueError if the source does not have it."""
         if name not in self.networks:
-            raise absent(self.path, name, [*self.networks, *self.refused])
-        network, params = self.networks[name], self._params(name)
-        if isinstance(params, PriorParams) and network.sizes is None:
-            release = self.told_version(params) or assumed_version(self.path, params, self.version, self.by_headers)
-            params = with_units(params, release)
-        return PlannedPart(name, params, network.tensors)
-
-    def told_version(self, params: PriorParams) -> str | None:
-        """The release of a prior of these sizes, as far as the source tells it without its weights."""
-        if "version" in self.metadata:
-            return str(self.metadata["version"])
-        return sure_version(params) or of_others(map(self.release_of, self.networks)) or self.told
-
-    def files(self) -> list[Path]:
-        """The weight files, and in a folder others like them."""
-        if self.path.is_file():
-            return [self.path]
-        return [file for ending in ("safetensors", "bin") for file in self.path.rglob(f"*.{ending}")]
-
-    def release_of(self, name: str) -> str | None:
-        """The release that a part other than a prior names."""
+            raise no_part(self.path, name, (*self.networks, *self.refused))
+        network = self.networks[name]
         try:
-            return version_of(self.networks[name].params())
-        except ValueError:  # that part can't be loaded, which only matters to who asks for it
-            return None
-
-    def _params(self, name: str) -> Params:
-        try:
-            return self.networks[name].params()
+            params = network.params()
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        if isinstance(params, PriorParams) and network.params_json is None:
+            release = self.known_release(params) or guess_release(self.path, params, self.version, self.headers_only)
+            params = with_units(params, release)
+        return LazyPart(name, params, network.tensors)
+
+    def known_release(self, params: PriorParams) -> str | None:
+        """Returns the release of a prior with these params; None if only its checksum could tell."""
+        if "version" in self.metadata:
+            return str(self.metadata["version"])
+        return "v2" if params.c_cond == PriorParams.c_cond else self.release_of_others()
+
+    def release_of_others(self) -> str | None:
+        """Returns the release that the parts besides a prior determine."""
+        return only_release(self._release_of(name) for name in self.networks if name != "prior")
+
+    def _release_of(self, name: str) -> str | None:
+        try:
+            return release_of(self.networks[name].params())
+        except ValueError:  # loading that part reports it
+            return None
 
 
-def licences_of(sources: Iterable[Source]) -> dict[str, str]:
-    """All licences that sources name, as one "licence" of metadata; {} if none does."""
-    named = (source.metadata.get("licence") for source in sources)
-    found = dict.fromkeys(str(licence) for licence in named if licence)
-    return {"licence": " / ".join(found)} if found else {}
+def no_part(path: Path, name: str, contents: Sequence[str]) -> ValueError:
+    """Returns the error for a source without the part `name`."""
+    return ValueError(f"{path} has no {name}; it holds {', '.join(contents) or 'nothing known'}")
 
 
-def merged(sources: Iterable[Source]) -> dict[str, Any]:
-    """What several sources say of the one model that they make: all parts, all licences, and of the rest the first
-    word. ValueError where they name two releases.
+def merge_licences(sources: Iterable[Source]) -> dict[str, str]:
+    """Returns {"licence": ...} with the licences of all sources, or {} if there is none."""
+    licences = dict.fromkeys(str(source.metadata["licence"]) for source in sources if source.metadata.get("licence"))
+    return {"licence": " / ".join(licences)} if licences else {}
+
+
+def merge_metadata(sources: Iterable[Source]) -> dict[str, Any]:
+    """Returns the metadata of sources that form one model: all parts and licences, otherwise the first value.
+
+    Raises ValueError if they are of two releases.
     """
-    said = [source for source in sources if source.metadata]
-    of = {str(source.metadata["version"]): source.path for source in said if "version" in source.metadata}
-    if len(of) > 1:
-        (one, file), (other, beside) = list(of.items())[:2]
-        raise ValueError(f"{file} is of {one} and {beside} of {other}: give those of one release")
-    found: dict[str, Any] = {}
-    for source in said:
-        found = {**source.metadata, **found, "parts": {**source.metadata.get("parts", {}), **found.get("parts", {})}}
-    return {**found, **licences_of(said)}
+    sources = [source for source in sources if source.metadata]
+    releases = {str(source.metadata["version"]): source.path for source in sources if "version" in source.metadata}
+    if len(releases) > 1:
+        found = " and ".join(f"{path} is from {release}" for release, path in releases.items())
+        raise ValueError(f"{found}: use files of one release")
+    merged: dict[str, Any] = {}
+    for source in sources:
+        parts = {**source.metadata.get("parts", {}), **merged.get("parts", {})}
+        merged = {**source.metadata, **merged, "parts": parts}
+    return {**merged, **merge_licences(sources)}
 
 
-def absent(path: Path, name: str, held: list[str]) -> ValueError:
-    """That a source has no part `name`, and what it holds."""
-    return ValueError(f"{path} has no {name}; it holds {', '.join(held) or 'nothing known'}")
-
-
-def recognise(path: Path, content: WeightFile, config: dict[str, Any], metadata: dict[str, Any]) -> Source:
-    """Tell by their keys what the state dicts of a file are."""
+def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: dict[str, Any]) -> Source:
+    """Returns the networks in a file's state dicts, identified by their keys. Raises ForeignFile if there is none."""
     networks: dict[str, Network] = {}
     refused: list[str] = []
-    sizes = metadata.get("parts", {})
+    params = metadata.get("parts", {})
     for state in content.states.values():
         try:
-            kind, ours = to_ours(dequantised(all_as_they_are(state)))
+            kind, ours = to_ours(apply_scales(lazy_state(state)))
         except ValueError as error:
             refused.append(str(error))
         else:
-            # A single part's file says in its metadata which tower it is.
-            name = next(
-                (part for part in sizes if part == kind or (kind == TEXT_ENCODER and part.endswith(kind))), kind
-            )
-            networks |= named(name, Network(kind, ours, is_scaled(state), sizes.get(name), config))
+            name = next((part for part in params if kind_of(part) == kind), kind)  # which stage's tower it is
+            network = Network(kind, ours, is_scaled(state), params.get(name), config)
+            networks |= dict.fromkeys(parts_of(name), network)
     if not networks:
-        raise ForeignFile(path, tuple(refused))
+        raise ForeignFile(path, refused)
     layout = " + ".join(key for key in content.states if key) or "bare"
     return Source(path, layout, networks, metadata, tuple(refused))
 
 
-def named(name: str, network: Network) -> dict[str, Network]:
-    """A network under its part's name; a tower that names no stage under both."""
-    return {part: network for part in (TOWERS if name == TEXT_ENCODER else (name,))}
+def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
+    """Returns the kind of network that weights are, and the weights under our key names.
+
+    Raises ValueError, whose message says what else they are, if they are not Würstchen's.
+    """
+    if any(key.startswith(COMFYUI_PREFIX) for key in state):
+        state = strip_prefix(state, COMFYUI_PREFIX)
+    if any(f"{COMFYUI_ENCODER}{mark}" in state for mark in COMPONENTS["image_encoder"].marks):
+        state = strip_prefix(state, COMFYUI_ENCODER)
+    if other := foreign(state):
+        raise ValueError(other)
+    for kind, entry in COMPONENTS.items():
+        if any(mark in state for mark in entry.marks):
+            return kind, entry.to_ours(state)
+    raise ValueError(f"unknown weights (first keys: {listed(list(state)) or 'none'})")

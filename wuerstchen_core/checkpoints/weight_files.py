@@ -1,4 +1,4 @@
-"""Weight files as they lie on the disk: safetensors and PyTorch's, told apart by their first bytes."""
+"""Reads weight files: safetensors and PyTorch's, told apart by their first bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from .components import State
 
-# The weights that training saves hold, best first; a Stage B file holds the image encoder's beside the decoder's.
+# Where training saves keep the network's weights, best first; a Stage B file has the image encoder's beside them.
 NETWORK_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
 ENCODER_KEY = "effnet_state_dict"
 
-# By safetensors' names for them.
-DTYPES = {
+DTYPES = {  # by their names in safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,31 +36,24 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-# What torch.load raises, besides UnpicklingError, on damaged bytes; found by cutting files and changing bytes.
-_DAMAGE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-    SafetensorError,
-)
+# What torch.load raises on damaged bytes besides UnpicklingError; found by cutting files and changing bytes.
+_BAD_TYPES = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
+_DAMAGE = (RuntimeError, OSError, EOFError, struct.error, *_BAD_TYPES)
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The state dicts in a file, by the key they stand under ("" if bare), and a safetensors file's metadata."""
+    """State dicts of a file by the key that holds them ("" if bare), and a safetensors file's metadata."""
 
     states: dict[str, State]
     metadata: dict[str, str]
 
 
 def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
-    """Read a file, memory-mapped where possible; with `headers_only`, safetensors come as tensors without data."""
+    """Reads a file, memory-mapped where possible. With `headers_only`, tensors of a safetensors file have no data.
+
+    Raises ValueError if it is not a weight file, is damaged, or holds Python objects that could run code.
+    """
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
@@ -69,13 +61,13 @@ def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return WeightFile(_states(path, _read_torch(path)), {})
     raise ValueError(
-        f"{path} holds no weights: a safetensors or a PyTorch file was expected (a download that broke off, or a "
-        "pointer to a large file, looks like this), so fetch it again"
+        f"{path} holds no weights: expected a safetensors or PyTorch file. It may be an incomplete download or a "
+        "Git LFS pointer: download it again"
     )
 
 
 def read_file_metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata; {} for other files."""
+    """Returns a safetensors file's metadata; {} for other files."""
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
             return {}
@@ -87,15 +79,15 @@ def read_file_metadata(path: Path) -> dict[str, str]:
 
 
 def _broken(path: Path, reason: object) -> ValueError:
-    first_line = (str(reason) or type(reason).__name__).splitlines()[0]
-    return ValueError(f"{path} is cut short or damaged ({shorten(first_line, 80)}): fetch it again")
+    text = shorten((str(reason) or type(reason).__name__).splitlines()[0], 80)
+    return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
 
 
 def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:
     state: State = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping: it has no iterator)
+            for key in file.keys():  # noqa: SIM118 (it is not iterable)
                 state[key] = _header(file.get_slice(key)) if headers_only else file.get_tensor(key)
             return WeightFile({"": state}, file.metadata() or {})
     except SafetensorError as error:
@@ -108,19 +100,19 @@ def _header(tensor: Any) -> Tensor:
 
 
 def _read_torch(path: Path) -> Any:
-    # By this ending newer versions of torch choose the format, whatever is in the file, unless they don't see it.
+    # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
     misnamed = path.name.endswith(".safetensors")
-    mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is no zip, and can't be mapped
+    mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped
     try:
         with path.open("rb") as file:
             return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise ValueError(
-                f"{path} holds Python objects besides weights and is not opened, since they could run any code: "
-                "take a safetensors file, or a PyTorch file of weights alone"
+                f"{path} was not opened because it holds Python objects, which can run any code: "
+                "use a safetensors file, or a PyTorch file with weights only"
             ) from error
-        raise _broken(path, "no PyTorch file") from error
+        raise _broken(path, "not a PyTorch file") from error
     except _DAMAGE as error:
         raise _broken(path, error) from error
 
@@ -130,7 +122,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _states(path: Path, content: Any) -> dict[str, State]:
-    """The state dicts in what a PyTorch file holds, averaged weights before raw ones."""
+    """Returns the state dicts in a PyTorch file's content; EMA weights take precedence over raw ones."""
     if _is_state(content):
         return {"": content}
     states: dict[str, State] = {}
@@ -146,11 +138,11 @@ def _states(path: Path, content: Any) -> dict[str, State]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
+    """Reads a JSON file with one object. Raises ValueError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _broken(path, error) from error
     if not isinstance(content, dict):
-        raise _broken(path, "no JSON object")
+        raise _broken(path, "not a JSON object")
     return content

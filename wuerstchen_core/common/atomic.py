@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,12 +16,13 @@ _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROF
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a draft beside `path`, syncs the draft to disk and moves it to `path`.
+    """Calls `write` with a draft beside `path`, syncs the draft to disk and moves it to `path`. Creates the folder.
 
     On any error the draft is removed and `path` stays as it was. OSError names the path and the reason.
     """
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(draft)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
@@ -28,7 +30,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise OSError(f"{path} was not written: {reason(error)}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # if the folder itself is missing or locked
+            draft.unlink()
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:

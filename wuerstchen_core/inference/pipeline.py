@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..checkpoints import PARTS, Part, build_part
 from ..checkpoints.components import check_towers
-from ..checkpoints.merge import Loras, merge_loras
+from ..checkpoints.lora_files import Loras, merge_loras
 from ..checkpoints.open import open_source
 from ..checkpoints.release import check_release
 from ..common.devices import pick_device, pick_dtype

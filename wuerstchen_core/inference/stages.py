@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import PARTS
-from ..checkpoints.components import release
+from ..checkpoints.release import release_of_model
 from ..common.geometry import decoder_side, prior_side
 from ..diffusion.samplers import Seed, guidance, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
@@ -54,7 +54,7 @@ class Stages:
         self.prior_text_encoder = prior_text_encoder
         self.decoder_text_encoder = decoder_text_encoder
         self.metadata = dict(metadata or {})
-        self.version = release([network.params for network in self.networks()])
+        self.version = release_of_model([network.params for network in self.networks()])
         self.sampling = SamplingSettings.of(self.metadata, self.version)
 
     @property

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
-from ..checkpoints.diffusers_layout import is_component, save_component
+from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from .data.dataset import ImageDataset
 from .rng import StepRandom
 
@@ -58,5 +58,5 @@ class Stage(ABC, Generic[N]):
     def finish(self, folder: Path, net: N) -> None:
         """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
         for name, part in self.parts(net).items():
-            if is_component(name, part):
+            if is_in_diffusers(part):
                 save_component(folder / "diffusers" / name, name, part, self.told)

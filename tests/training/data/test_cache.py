@@ -21,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from wuerstchen_core.checkpoints import read_part, save_bundle
-from wuerstchen_core.checkpoints.source import TOWERS
+from wuerstchen_core.checkpoints.components import TOWERS
 from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache

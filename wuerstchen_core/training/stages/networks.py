@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints import Part, build_part, read_part
 from ...checkpoints.open import SHIPPED, open_source
-from ...checkpoints.source import licences_of
+from ...checkpoints.source import merge_licences
 from ...common.dataclass_config import from_table
 from ...models.image_encoder import ImageEncoder, semantic_view
 from ...models.text_encoder import TextEncoder, tokenize
@@ -62,7 +62,7 @@ def base_metadata(sources: Sequence[str | Path]) -> dict[str, Any]:
     if not sources:
         return {}
     opened = (open_source(source, headers_only=True) for source in sources)
-    return {"base": Path(sources[0]).name, **licences_of(opened)}
+    return {"base": Path(sources[0]).name, **merge_licences(opened)}
 
 
 def read_input(config: Mapping[str, Any], stage: str, part: str) -> Part:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoints.components import release, text_width
+from ...checkpoints.components import text_width
 from ...checkpoints.open import open_source
+from ...checkpoints.release import release_of_model
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
@@ -58,7 +59,7 @@ class PriorStage(NoisePrediction[Prior]):
 
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
         """The captions painted; only once there is a decoder to paint with, and a tower to read them to it."""
-        stage, part, kind = PAINTERS[release([net.params])]
+        stage, part, kind = PAINTERS[release_of_model([net.params])]
         sources = {name: input_source(self.config, name) for name in (stage, "vqgan")}
         if missing := [name for name, source in sources.items() if not source_exists(source)]:
             log.info("no sheet: it is painted by what [inputs] names as %s", " and ".join(missing))
