@@ -13,7 +13,7 @@ from torch import nn
 from ..common.atomic import replace_file
 from ..models.prior import PriorParams
 from .bundle import FORMAT, METADATA_KEY
-from .components import COMPONENTS, Params, component_of
+from .components import COMPONENTS, Params
 from .key_maps import vqgan_key_to_diffusers
 from .writer import write_tensors
 
@@ -36,11 +36,10 @@ def config_text(name: str, params: Params) -> str:
     return json.dumps({"_class_name": CLASSES[name], **diffusers_config(name, params)}, indent=2)
 
 
-def is_in_diffusers(network: nn.Module) -> bool:
+def is_in_diffusers(name: str, network: nn.Module) -> bool:
     """True if diffusers has this network; of v1 it has Stage A only."""
-    params: Any = network.params
-    units = getattr(params, "feature_scale", PriorParams.feature_scale)
-    return component_of(params).diffusers_class is not None and units == PriorParams.feature_scale
+    units = getattr(network.params, "feature_scale", PriorParams.feature_scale)
+    return name in CLASSES and units == PriorParams.feature_scale
 
 
 def save_component(folder: Path, name: str, network: nn.Module, metadata: Mapping[str, Any]) -> None:

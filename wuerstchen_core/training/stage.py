@@ -58,5 +58,5 @@ class Stage(ABC, Generic[N]):
     def finish(self, folder: Path, net: N) -> None:
         """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
         for name, part in self.parts(net).items():
-            if is_in_diffusers(part):
+            if is_in_diffusers(name, part):
                 save_component(folder / "diffusers" / name, name, part, self.told)
