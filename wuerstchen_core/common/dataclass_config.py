@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,6 +35,24 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         if not _fits(value, hints[key]):
             raise ValueError(f"[{where}] {key} must be {_name(hints[key])}, got {value!r}")
     return kind(**values)
+
+
+def check_range(config: object, where: str, names: str, least: float, most: float = math.inf) -> None:
+    """Raises ValueError unless each of the fields in `names` is None or from `least` to `most`."""
+    expected = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"[{where}] {name} must be {expected}, got {value:g}")
+
+
+def check_choices(config: object, where: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless a field is one of `known`, or for a tuple, one or more of them without repetition."""
+    value = getattr(config, name)
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or not set(values) <= set(known) or len(set(values)) < len(values):
+        amount = "one or more" if value is values else "one"
+        raise ValueError(f"[{where}] {name} must be {amount} of {', '.join(known)}, got {', '.join(values) or 'none'}")
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -266,8 +266,3 @@ def test_unusable_sources(
     with pytest.raises(ValueError, match=message) as error:
         opened(source)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
-
-
-def test_a_seed_is_not_negative(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"\[train\] seed .*-1"):
-        opened(folder, seed=-1)

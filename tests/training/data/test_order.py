@@ -77,9 +77,3 @@ def test_substitutes_are_the_next_images_of_the_bucket() -> None:
         bucket, batch = make_order(counts).batch_at(5)
         others = list(make_order(counts).substitutes(5, 1))
         assert sorted([*others, int(batch[1])]) == make_order(counts).members[bucket].tolist()
-
-
-def test_no_images_or_no_batch() -> None:
-    for counts, batch in (((0, 0), 4), ((), 4), ((3,), 0)):
-        with pytest.raises(ValueError, match=r"batch of \d .* \d images"):
-            make_order(counts, batch)

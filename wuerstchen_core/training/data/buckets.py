@@ -43,14 +43,6 @@ def nearest_buckets(records: np.ndarray, buckets: tuple[Size, ...], enlarge: flo
     return best
 
 
-def cached_buckets(records: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
-    """Returns the bucket index [N] of each example of a cache by its cropped size; -1 if no bucket has that size."""
-    out = np.full(len(records), -1)
-    for bucket, (wide, high) in enumerate(buckets):
-        out[(records["wide"] == wide) & (records["high"] == high)] = bucket
-    return out
-
-
 def fit(image: Image.Image, size: Size, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """Scales an RGB image to cover `size` and crops it; returns [3, height, width] uint8.
 

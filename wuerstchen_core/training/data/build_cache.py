@@ -8,6 +8,7 @@ shards n with n % w == r, and training on the cache uses the images in the same 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import tarfile
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
-from ...common.dataclass_config import from_table
+from ...common.dataclass_config import check_choices, check_range, from_table
 from ...common.devices import DTYPES
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
@@ -37,7 +37,7 @@ from ..run import STAGES, stage_class
 from ..stages import networks
 from .error_budget import ErrorBudget
 from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
-from .loading import IndexedLoader, read_example
+from .loading import Batch, IndexedLoader, ReadResult, collate, read_example
 from .open import ImageDataConfig, configured_cache, open_loader
 from .shards import add_member
 
@@ -62,14 +62,9 @@ class CacheConfig:
     batch: int = 8  # images in one forward pass
 
     def __post_init__(self) -> None:
-        if not self.what or not set(self.what) <= set(CACHEABLE) or len(set(self.what)) < len(self.what):
-            known, values = ", ".join(CACHEABLE), ", ".join(self.what) or "none"
-            raise ValueError(f"[cache] what must be one or more of {known}, got {values}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"[cache] dtype {self.dtype!r} is unknown: choose {', '.join(DTYPES)}")
-        for name in ("shard", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"[cache] {name} must be at least 1, got {getattr(self, name)}")
+        check_choices(self, "cache", "what", CACHEABLE)
+        check_choices(self, "cache", "dtype", DTYPES)
+        check_range(self, "cache", "shard batch", 1)
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:
@@ -113,39 +108,26 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
 
 
 @dataclass
-class _Chunk:
-    """Readable images of one bucket for one forward pass."""
-
-    read: int  # images, the bad ones included
-    indices: list[int]
-    images: list[Tensor]  # [3, H, W] uint8
-    captions: list[str]
-    bad: dict[str, str]  # name → reason
-
-
-@dataclass
-class _Chunks(Dataset[_Chunk]):
-    """The chunks that workers read."""
+class _ChunkReader(Dataset[tuple[list[int], ReadResult]]):
+    """Reads the images of one forward pass; returns the indices of the readable ones, and the images and captions."""
 
     loader: IndexedLoader
-    parts: list[tuple[int, list[int]]]  # bucket and image indices of each
+    chunks: list[tuple[int, list[int]]]  # bucket and image indices of each
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.chunks)
 
-    def __getitem__(self, number: int) -> _Chunk:
-        bucket, indices = self.parts[number]
-        source, chunk = self.loader.source, _Chunk(len(indices), [], [], [], {})
+    def __getitem__(self, number: int) -> tuple[list[int], ReadResult]:
+        bucket, indices = self.chunks[number]
+        source, result, examples = self.loader.source, ReadResult(read=len(indices)), {}
         for index in indices:
             try:
-                image, caption, _ = read_example(source, self.loader.selection, index, bucket)
+                examples[index] = read_example(source, self.loader.selection, index, bucket)
             except ValueError as error:
-                chunk.bad[source.names[index]] = str(error)
-                continue
-            chunk.indices.append(index)
-            chunk.images.append(image)
-            chunk.captions.append(caption)
-        return chunk
+                result.bad[source.names[index]] = str(error)
+        if examples:
+            result.batch = collate(list(examples.values()), [source.names[index] for index in examples])
+        return list(examples), result
 
 
 @dataclass
@@ -177,21 +159,22 @@ class _CacheWriter:
         if "text" in self.encoders:
             content = save({"text": self.encoders["text"]([""])[0].to(DTYPES[self.options.dtype])})
             replace_file(self.folder / EMPTY_TEXT, lambda draft: draft.write_bytes(content))
-        replace_file(self.folder / MANIFEST, lambda draft: draft.write_text(self.manifest.to_json(), encoding="utf-8"))
+        text = json.dumps(asdict(self.manifest), indent=1) + "\n"
+        replace_file(self.folder / MANIFEST, lambda draft: draft.write_text(text, encoding="utf-8"))
 
     def write_shards(self, accelerator: Accelerator) -> None:
         """Writes the missing shards of this process."""
         digits = max(5, len(str(self.manifest.shards - 1)))
         paths = {number: self.folder / f"{number:0{digits}d}.tar" for number in range(self.manifest.shards)}
         mine = range(accelerator.process_index, self.manifest.shards, accelerator.num_processes)
-        missing = {number: self._parts(number) for number in mine if not paths[number].exists()}
-        chunks = _Chunks(self.loader, [part for parts in missing.values() for part in parts])
-        results = iter(DataLoader(chunks, batch_size=None, num_workers=self.loader.workers))
-        total, to_do = sum(len(self._members(number)) for number in mine), sum(len(part) for _, part in chunks.parts)
+        missing = {number: self._chunks(number) for number in mine if not paths[number].exists()}
+        reader = _ChunkReader(self.loader, [chunk for chunks in missing.values() for chunk in chunks])
+        results = iter(DataLoader(reader, batch_size=None, num_workers=self.loader.workers))
+        total, to_do = sum(len(self._members(number)) for number in mine), sum(len(part) for _, part in reader.chunks)
         shown = accelerator.is_main_process
         with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=not shown) as progress:
-            for number, parts in missing.items():
-                replace_file(paths[number], partial(self._write_shard, islice(results, len(parts)), progress))
+            for number, chunks in missing.items():
+                replace_file(paths[number], partial(self._write_shard, islice(results, len(chunks)), progress))
         log.info(
             "%d images cached in %s, %d bad ones skipped, %d there already",
             self.budget.read - self.budget.failed, self.folder, self.budget.failed, total - to_do,
@@ -201,33 +184,34 @@ class _CacheWriter:
         """Returns the image indices of a shard."""
         return self.selected[number * self.options.shard : (number + 1) * self.options.shard]
 
-    def _parts(self, number: int) -> list[tuple[int, list[int]]]:
+    def _chunks(self, number: int) -> list[tuple[int, list[int]]]:
         """Returns the bucket and the image indices of each forward pass for a shard."""
         members, size = self._members(number), self.options.batch
         grouped = [(bucket, members[self.buckets[members] == bucket]) for bucket in range(self.buckets.max() + 1)]
         return [(bucket, part[i : i + size].tolist()) for bucket, part in grouped for i in range(0, len(part), size)]
 
-    def _write_shard(self, chunks: Iterator[_Chunk], progress: tqdm[Any], path: Path) -> None:
+    def _write_shard(
+        self, results: Iterator[tuple[list[int], ReadResult]], progress: tqdm[Any], path: Path
+    ) -> None:  # fmt: skip
         with tarfile.open(path, "w") as tar:
-            for chunk in chunks:
-                self.budget.add(chunk.read, chunk.bad)
-                if chunk.indices:
-                    self._add_chunk(tar, chunk)
-                progress.update(chunk.read)
+            for indices, result in results:
+                self.budget.add(result.read, result.bad)
+                if result.batch is not None:
+                    self._add_examples(tar, indices, result.batch)
+                progress.update(result.read)
 
-    def _add_chunk(self, tar: tarfile.TarFile, chunk: _Chunk) -> None:
-        images, dtype = torch.stack(chunk.images).float() / 255, self.options.dtype
-        tensors = {}
+    def _add_examples(self, tar: tarfile.TarFile, indices: list[int], batch: Batch) -> None:
+        images, dtype, tensors = batch.images.float() / 255, self.options.dtype, {}
         for name, encode in self.encoders.items():
-            tensors[name] = encode(chunk.captions if name == "text" else images).to(DTYPES[dtype])
+            tensors[name] = encode(batch.captions if name == "text" else images).to(DTYPES[dtype])
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{name} are not finite in {dtype}: choose another [cache] dtype")
         height, width = images.shape[-2:]
-        for i, index in enumerate(chunk.indices):
-            record, own = self.loader.source.records[index], {name: x[i] for name, x in tensors.items()}
-            files = example_files(chunk.captions[i], record, (width, height), own)
+        for i, index in enumerate(indices):
+            own = {name: x[i] for name, x in tensors.items()}
+            files = example_files(batch.captions[i], self.loader.source.records[index], (width, height), own)
             if self.options.pictures:
-                files["png"] = _png(chunk.images[i])
+                files["png"] = _png(batch.images[i])
             for suffix, content in files.items():
                 add_member(tar, f"{index:09d}.{suffix}", content)
 

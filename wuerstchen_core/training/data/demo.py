@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import from_table
+from ...common.dataclass_config import check_choices, check_range, from_table
 from ...demo import vocabulary
 from ...demo.artwork import CANVAS, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
@@ -35,17 +35,11 @@ class DemoDataConfig:
     def __post_init__(self) -> None:
         if self.canvas < 64 or self.canvas % 64:
             raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
-        if not 0 < self.things <= len(THINGS):
-            raise ValueError(f"[data] things must be 1 to {len(THINGS)}, got {self.things}")
-        if self.most < 0:
-            raise ValueError(f"[data] most must be 0 or more, got {self.most}")
-        for name, values, known in (("layouts", self.layouts, LAYOUTS), ("shapes", self.shapes, tuple(SHAPES))):
-            if not values or not set(values) <= set(known) or len(set(values)) < len(values):
-                raise ValueError(
-                    f"[data] {name} must be one or more of {', '.join(known)}, got {', '.join(values) or 'none'}"
-                )
-        if self.background and self.background not in COLOURS:
-            raise ValueError(f"[data] background {self.background!r} is unknown: choose {', '.join(COLOURS)}")
+        check_range(self, "data", "things", 1, len(THINGS))
+        check_range(self, "data", "most", 0)
+        check_choices(self, "data", "layouts", LAYOUTS)
+        check_choices(self, "data", "shapes", SHAPES)
+        check_choices(self, "data", "background", ("", *COLOURS))
 
 
 class DemoDataset(InMemoryDataset):

@@ -21,11 +21,9 @@ class EpochOrder:
     """
 
     def __init__(self, members: Sequence[np.ndarray], batch: int, seed: int):
-        """`members` are the image indices of each bucket. ValueError if there are none."""
+        """`members` are the image indices of each bucket; one bucket at least has some."""
         self.members, self.batch, self.seed = list(members), batch, seed
         self._counts = np.array([len(part) for part in members], dtype=object)  # Python integers never overflow
-        if batch < 1 or not any(self._counts):
-            raise ValueError(f"no batch of {batch} can be made of {sum(self._counts)} images")
         self._permutations: list[dict[int, np.ndarray]] = [{} for _ in members]
         self._epochs: dict[int, np.ndarray] = {}
 

@@ -6,8 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
-from .buckets import Size, cached_buckets, nearest_buckets
+from ...common.dataclass_config import check_range
+from .buckets import Size, fit, nearest_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +28,8 @@ class Filters:
     max_unsafe: float | None = None  # probability of being unsafe (punsafe): 0.99
 
     def __post_init__(self) -> None:
-        for name in ("min_side", "max_side"):
-            if (side := getattr(self, name)) is not None and side < 1:
-                raise ValueError(f"[data] {name} must be at least 1 pixel, got {side}")
-        for name in ("max_watermark", "max_unsafe"):
-            if (limit := getattr(self, name)) is not None and not 0 <= limit <= 1:
-                raise ValueError(f"[data] {name} must be 0 to 1, got {limit:g}")
+        check_range(self, "data", "min_side max_side", 1)
+        check_range(self, "data", "max_watermark max_unsafe", 0, 1)
 
     def reasons(self, records: np.ndarray) -> np.ndarray:
         """Returns why each image is rejected, as texts [N]; "" for those that pass."""
@@ -69,12 +68,20 @@ class Selection:
 
     def select(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns why each image is rejected ("" if it is used) and the bucket index of each, both [N]."""
-        if "wide" in (records.dtype.names or ()):
-            buckets, reason = cached_buckets(records, self.sizes), "cached in other sizes"
+        if "wide" in (records.dtype.names or ()):  # of a cache, where images have their final size
+            match = [(records["wide"] == wide) & (records["high"] == high) for wide, high in self.sizes]
+            buckets, reason = np.where(np.any(match, 0), np.argmax(match, 0), -1), "cached in other sizes"
         else:
             buckets, reason = nearest_buckets(records, self.sizes, self.enlarge), "smaller than every bucket"
         reasons = self.filters.reasons(records)
         return np.where((reasons == "") & (buckets < 0), reason, reasons), buckets
+
+    def crop(self, image: Image.Image, bucket: int, *key: int) -> Tensor:
+        """Returns an image in its bucket's size, [3, H, W] uint8; the position of a random crop depends on `key`."""
+        if not self.random_crop:
+            return fit(image, self.sizes[bucket])
+        x, y = np.random.default_rng(key).random(2).tolist()
+        return fit(image, self.sizes[bucket], (x, y))
 
 
 def rejected(reasons: Counter[str]) -> str:

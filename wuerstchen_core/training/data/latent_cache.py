@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,9 +52,6 @@ class CacheManifest:
     def shards(self) -> int:
         """The number of shards of the complete cache."""
         return -(-self.count // self.shard)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Cache(NamedTuple):

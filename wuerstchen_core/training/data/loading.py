@@ -6,22 +6,22 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.text import listed
-from .buckets import fit
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import Selection
 from .source import ImageSource
 
 MAX_SUBSTITUTES = 20  # tried for one unreadable image
+
+Example = tuple[Tensor, str, dict[str, Tensor]]  # image [3, H, W] uint8 (empty if not needed), caption, cached tensors
 
 
 @dataclass
@@ -102,12 +102,12 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         size, result = self.order.batch // self.world, ReadResult()
         examples, names = [], []
         for slot in range(self.rank * size, (self.rank + 1) * size):
-            centre = crop_centre(self.selection.random_crop, self.order.seed, step, slot)
             substitutes = itertools.islice(self.order.substitutes(step, slot), MAX_SUBSTITUTES)
             for index in itertools.chain([int(indices[slot])], substitutes):
                 result.read += 1
                 try:
-                    examples.append(read_example(self.source, self.selection, index, bucket, centre))
+                    key = self.order.seed, step, slot
+                    examples.append(read_example(self.source, self.selection, index, bucket, *key))
                 except ValueError as error:
                     result.bad[self.source.names[index]] = str(error)
                     continue
@@ -115,29 +115,21 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
                 break
             else:
                 return result
-        images, captions, tensors = zip(*examples, strict=True)
-        cached = {name: torch.stack([one[name] for one in tensors]) for name in self.selection.cached}
-        result.batch = Batch(torch.stack(images), list(captions), names, step + 1, cached)
+        result.batch = collate(examples, names, step + 1)
         return result
 
 
-def read_example(
-    source: ImageSource, selection: Selection, index: int, bucket: int, centre: tuple[float, float] = (0.5, 0.5)
-) -> tuple[Tensor, str, dict[str, Tensor]]:
-    """Returns an example's image [3, H, W] uint8 (empty if not needed), caption and cached tensors.
-
-    ValueError, naming the example, if it cannot be read.
-    """
+def read_example(source: ImageSource, selection: Selection, index: int, bucket: int, *key: int) -> Example:
+    """Reads what a selection needs of an image; `key` places a random crop. ValueError, naming it, if it is damaged."""
     caption = source.caption(index) if selection.captions else ""
     cached = source.cached_tensors(index, selection.cached)
     if not selection.images:
         return torch.empty(0, dtype=torch.uint8), caption, cached
-    return fit(source.image(index), selection.sizes[bucket], centre), caption, cached
+    return selection.crop(source.image(index), bucket, *key), caption, cached
 
 
-def crop_centre(random: bool, *key: int) -> tuple[float, float]:
-    """Returns the position of a crop for `fit`; a random one is a function of `key`."""
-    if not random:
-        return 0.5, 0.5
-    x, y = np.random.default_rng(key).random(2).tolist()
-    return x, y
+def collate(examples: Sequence[Example], names: Sequence[str], position: int = 0) -> Batch:
+    """Returns the batch of some examples; `position` is its `next`."""
+    images, captions, tensors = zip(*examples, strict=True)
+    cached = {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}
+    return Batch(torch.stack(images), list(captions), list(names), position, cached)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...common.dataclass_config import check_choices, check_range
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes
 from .epoch_order import EpochOrder
@@ -27,7 +28,6 @@ from .streams import StreamLoader
 
 log = logging.getLogger(__name__)
 
-CROPS = ("centre", "random")
 STREAMS = ("http:", "https:", "pipe:")
 
 
@@ -55,13 +55,10 @@ class ImageDataConfig(Filters):
             raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
         if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
             raise ValueError(f"[data] size must be a multiple of {self.multiple} up to {LARGEST}, got {self.size}")
-        for name, least in (("ratio", 1.0), ("enlarge", 1.0), ("workers", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"[data] {name} must be at least {least:g}, got {getattr(self, name):g}")
-        if not 0 <= self.bad_share <= 1:
-            raise ValueError(f"[data] bad_share must be 0 to 1, got {self.bad_share:g}")
-        if self.crop not in CROPS:
-            raise ValueError(f"[data] crop {self.crop!r} is unknown: choose {' or '.join(CROPS)}")
+        check_range(self, "data", "ratio enlarge", 1)
+        check_range(self, "data", "workers", 0)
+        check_range(self, "data", "bad_share", 0, 1)
+        check_choices(self, "data", "crop", ("centre", "random"))
         for width, height in self.buckets:
             check_size(width, height)
 
@@ -93,8 +90,6 @@ def open_loader(
     `cache` is the folder for the indexes of shards, `cached` names the tensors to read from a cache. ValueError if a
     source cannot be read or nothing is left of it.
     """
-    if seed < 0:
-        raise ValueError(f"[train] seed must be 0 or more, got {seed}")
     selection = Selection(config, config.sizes, config.enlarge, config.crop == "random", captions, images, cached)
     options: dict[str, Any] = {"selection": selection, "workers": config.workers, "bad_share": config.bad_share}
     options |= {"rank": rank, "world": world}

@@ -173,10 +173,7 @@ def _load_index(path: Path, stamp: np.ndarray) -> ShardIndex | None:
 
 def _save_index(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
     names, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
-
-    def write(draft: Path) -> None:
-        with draft.open("wb") as file:
-            np.savez(file, stamp=stamp, entries=index.records, names=names, bad=bad, reasons=reasons)
-
+    content = BytesIO()
+    np.savez(content, stamp=stamp, entries=index.records, names=names, bad=bad, reasons=reasons)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, write)
+    replace_file(path, lambda draft: draft.write_bytes(content.getbuffer()))

@@ -7,33 +7,28 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.text import listed, one_line
 from ...inference.images import open_picture, picture_size
-from .buckets import fit
 from .error_budget import ErrorBudget
 from .filters import rejected
-from .loading import Batch, BatchLoader, ReadResult, crop_centre
+from .loading import Batch, BatchLoader, Example, ReadResult, collate
 from .sidecars import read_caption, read_table
 from .source import IMAGE_SUFFIXES, RECORD_FIELDS, image_record
 
 log = logging.getLogger(__name__)
 
-Example = tuple[Tensor, str, str]  # image, caption, name
-
 
 @dataclass(kw_only=True, eq=False)
-class StreamLoader(BatchLoader):
-    """Reads all shards in endless rounds, each round in an order of its own.
+class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
+    """Reads all shards in endless rounds, each round in an order of its own; it is also the dataset of its workers.
 
     Shards are numbered through all rounds; process r of w reads the numbers n with n % w == r, and its workers divide
     these likewise. A run resumes at the first shard that its process had not begun; the rest of those before is
@@ -43,6 +38,7 @@ class StreamLoader(BatchLoader):
     urls: Sequence[str]
     batch: int
     seed: int
+    start: int = 0
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         if start:
@@ -50,7 +46,7 @@ class StreamLoader(BatchLoader):
         images, shards = ErrorBudget("images", self.bad_share), ErrorBudget("shards", self.bad_share)
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
-        for result in self._results(_ShardReader(self, start)):
+        for result in self._results(replace(self, start=start)):
             shards.add(len(result.shards), {shown(url): reason for url, reason in result.shards.items() if reason})
             images.add(result.read, result.bad)
             reasons.update(result.reasons)
@@ -61,6 +57,53 @@ class StreamLoader(BatchLoader):
             if result.batch is not None:
                 position = result.batch.next = max(position, result.batch.next)
                 yield result.batch
+
+    def __iter__(self) -> Iterator[ReadResult]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        waiting: dict[int, list[tuple[Example, str]]] = defaultdict(list)  # incomplete batches by bucket
+        for number in itertools.count(self.start):
+            if number % (self.world * workers) == worker * self.world + self.rank:
+                yield from self._read_shard(number, waiting)
+
+    def _read_shard(self, number: int, waiting: dict[int, list[tuple[Example, str]]]) -> Iterator[ReadResult]:
+        turn, position = divmod(number, len(self.urls))
+        url = self.urls[np.random.default_rng((self.seed, turn)).permutation(len(self.urls))[position]]
+        problems, result, found = list[str](), ReadResult(), 0
+        for sample in _read_samples(url, problems):
+            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+            if suffix is None:
+                continue
+            found, name = found + 1, f"{shown(sample['__url__'])}:{sample['__key__']}"
+            result.read += 1
+            try:
+                reason, bucket, example = self._read_example(sample, suffix, name, number, found)
+            except ValueError as error:
+                result.bad[name] = str(error)
+                continue
+            result.reasons[reason] += 1
+            if example is not None:
+                waiting[bucket].append((example, name))
+            if len(waiting[bucket]) == self.batch:
+                examples, names = zip(*waiting.pop(bucket), strict=True)
+                result.batch = collate(examples, names, number + 1)
+                yield result
+                result = ReadResult()
+        result.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} contains no image"
+        yield result
+
+    def _read_example(
+        self, sample: dict[str, Any], suffix: str, name: str, *key: int
+    ) -> tuple[str, int, Example | None]:  # fmt: skip
+        """Returns the reason for rejecting an example or "", its bucket, and the example if it is used."""
+        table, selection = read_table(sample.get("json"), name), self.selection
+        record = image_record(picture_size(BytesIO(sample[suffix]), name), table, name)
+        (reason,), (bucket,) = selection.select(np.array([record], dtype=RECORD_FIELDS))
+        if reason:
+            return str(reason), int(bucket), None
+        caption = read_caption(sample.get("txt"), table, name) if selection.captions else ""
+        image = selection.crop(open_picture(BytesIO(sample[suffix]), name), bucket, self.seed, *key)
+        return "", int(bucket), (image, caption, {})
 
 
 def _report_round(reasons: Counter[str], images: ErrorBudget, shards: ErrorBudget) -> None:
@@ -75,63 +118,6 @@ def _report_round(reasons: Counter[str], images: ErrorBudget, shards: ErrorBudge
             "unreadable; choose other filters or a smaller size under [data]"
         )
     log.info("rejected in the first round of the stream: %s", rejected(reasons))
-
-
-@dataclass
-class _ShardReader(IterableDataset[ReadResult]):
-    """Reads the shards of one worker."""
-
-    loader: StreamLoader
-    start: int
-
-    def __iter__(self) -> Iterator[ReadResult]:
-        info, loader = get_worker_info(), self.loader
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        waiting: dict[int, list[Example]] = defaultdict(list)  # incomplete batches by bucket
-        for number in itertools.count(self.start):
-            if number % (loader.world * workers) == worker * loader.world + loader.rank:
-                yield from self._read_shard(number, waiting)
-
-    def _read_shard(self, number: int, waiting: dict[int, list[Example]]) -> Iterator[ReadResult]:
-        loader = self.loader
-        turn, position = divmod(number, len(loader.urls))
-        url = loader.urls[np.random.default_rng((loader.seed, turn)).permutation(len(loader.urls))[position]]
-        problems, result, found = list[str](), ReadResult(), 0
-        for sample in _read_samples(url, problems):
-            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            if suffix is None:
-                continue
-            found += 1
-            bucket = self._add_example(sample, suffix, (number, found), waiting, result)
-            if bucket is not None and len(waiting[bucket]) == loader.batch:
-                images, captions, names = zip(*waiting.pop(bucket), strict=True)
-                result.batch = Batch(torch.stack(images), list(captions), list(names), number + 1)
-                yield result
-                result = ReadResult()
-        result.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} contains no image"
-        yield result
-
-    def _add_example(
-        self, sample: dict[str, Any], suffix: str, key: tuple[int, int], waiting: dict[int, list[Example]],
-        result: ReadResult,
-    ) -> int | None:  # fmt: skip
-        """Adds an example to its incomplete batch; returns its bucket, None if it is rejected or unreadable."""
-        name, selection = f"{shown(sample['__url__'])}:{sample['__key__']}", self.loader.selection
-        result.read += 1
-        try:
-            table = read_table(sample.get("json"), name)
-            record = image_record(picture_size(BytesIO(sample[suffix]), name), table, name)
-            (reason,), (bucket,) = selection.select(np.array([record], dtype=RECORD_FIELDS))
-            if not reason:
-                caption = read_caption(sample.get("txt"), table, name) if selection.captions else ""
-                centre = crop_centre(selection.random_crop, self.loader.seed, *key)
-                image = fit(open_picture(BytesIO(sample[suffix]), name), selection.sizes[bucket], centre)
-                waiting[bucket].append((image, caption, name))
-        except ValueError as error:
-            result.bad[name] = str(error)
-            return None
-        result.reasons[str(reason)] += 1
-        return None if reason else int(bucket)
 
 
 def shown(url: str) -> str:
