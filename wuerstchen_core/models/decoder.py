@@ -10,18 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.mlp import MappedLatents
-from .init import xavier_init
-from .layers import EPS, ChannelNorm, channels_last, timestep_embedding
+from .layers import EPS, channels_last, timestep_embedding
 from .operations import Operations
-from .unet import UNet
+from .unet import UNet, UNetParams
 
 
 @dataclass(frozen=True)
-class DecoderParams:
-    """Sizes of a Decoder, one entry a level from fine to coarse; the defaults are v2's.
-
-    A level repeats its pattern of blocks: C(onvolution), T(ime), A(ttention), F(eed-forward).
-    """
+class DecoderParams(UNetParams):
+    """Sizes of a Decoder; the defaults are v2's."""
 
     c_in: int = 4
     c_out: int = 4
@@ -39,14 +35,9 @@ class DecoderParams:
     self_attn: bool = True
     dropout: float = 0.0  # the original trains with 0.1
 
-    @property
-    def multiple(self) -> int:
-        """Latent sides must be multiples of this."""
-        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
-
 
 def resize_prior_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic, antialiased resize of Stage C latents to a level's size, in fp32 whatever their dtype."""
+    """Resizes Stage C latents to a level's size: bicubic, antialiased, always in fp32."""
     return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True, align_corners=True)
 
 
@@ -55,38 +46,20 @@ class Decoder(UNet):
 
     def __init__(self, params: DecoderParams, *, operations: Any = Operations, device: Any = None, dtype: Any = None):
         super().__init__()
-        p = params
+        p, factory = params, {"device": device, "dtype": dtype}
         self.params = params
-        factory = {"device": device, "dtype": dtype}
-
         self.clip_mapper = operations.Linear(p.clip_embd, p.c_cond, **factory)
         mappers: list[Any] = [
             operations.Conv2d(p.effnet_embd, p.c_cond, kernel_size=1, **factory) if inject else None
             for inject in (*p.inject_effnet, *reversed(p.inject_effnet))
         ]
         self.effnet_mappers = nn.ModuleList(mappers)
-        self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(p.patch_size),
-            operations.Conv2d(p.c_in * p.patch_size**2, p.c_hidden[0], kernel_size=1, **factory),
-            ChannelNorm(),
-        )
         c_injected = tuple(p.c_cond if inject else 0 for inject in p.inject_effnet)
-        self.add_levels(p, c_injected, v1=False, operations=operations, **factory)
-        self.clf = nn.Sequential(
-            ChannelNorm(),
-            operations.Conv2d(p.c_hidden[0], 2 * p.c_out * p.patch_size**2, kernel_size=1, **factory),
-            nn.PixelShuffle(p.patch_size),
-        )
+        self.build(p.c_in, 2 * p.c_out, c_injected, v1=False, operations=operations, **factory)
 
     def init_weights(self) -> None:
-        """Initialise as the original does before training."""
-        self.apply(xavier_init)
-        for layer in (*self.effnet_mappers, self.clip_mapper):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].get_parameter("weight"), 0.02)
-        nn.init.zeros_(self.clf[1].get_parameter("weight"))
-        self.init_levels(sum(self.params.blocks))
+        """Initialises the weights as the original does before training."""
+        self.init_unet((*filter(None, self.effnet_mappers), self.clip_mapper))
 
     def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int]) -> MappedLatents | None:
         mapper = self.effnet_mappers[index]
@@ -95,26 +68,18 @@ class Decoder(UNet):
         return MappedLatents(channels_last(resize_prior_latents(prior_latents, size)), mapper)
 
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """The two maps (a, b), fp32, from which the noise is (latents - a) / b; shapes as in `forward`."""
-        p = self.params
-        time = timestep_embedding(t, p.c_r).to(text.dtype)
-        text = F.layer_norm(self.clip_mapper(text), (p.c_cond,), eps=EPS)
-        x = self.embedding[0](latents)
-        x = self.embedding[2](self.embedding[1](channels_last(x)))
-        x = self.run_levels(x, time, text, partial(self._inject, prior_latents))
-        a, b = self.clf(x).float().chunk(2, dim=1)
+        """Returns the maps a and b, in fp32, of which the noise is (latents - a) / b; shapes as in `forward`."""
+        time = timestep_embedding(t, self.params.c_r).to(text.dtype)
+        text = F.layer_norm(self.clip_mapper(text), (self.params.c_cond,), eps=EPS)
+        a, b = self.run(latents, time, text, partial(self._inject, prior_latents)).float().chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def forward(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> Tensor:
-        """Noise in latents [B, 4, H, W] at times t [B], given prior_latents [B, 16, h, w] and text [B, 77, clip_embd].
+        """Returns the noise in latents [B, 4, H, W] at times t [B] in [0, 1].
 
-        H and W must be multiples of `params.multiple`.
+        It depends on prior_latents [B, 16, h, w] and text [B, 77, clip_embd]. H and W must be multiples of
+        `params.multiple`.
         """
-        multiple = self.params.multiple
-        if latents.shape[-1] % multiple or latents.shape[-2] % multiple:
-            raise ValueError(
-                f"Stage B latents of {latents.shape[-1]}x{latents.shape[-2]} cannot be halved often enough: "
-                f"both sides must be multiples of {multiple} ({multiple * 4} pixels)"
-            )
+        self.check_size(latents)
         a, b = self.forward_ab(latents, t, prior_latents, text)
         return ((latents.float() - a) / b).to(latents.dtype).contiguous()

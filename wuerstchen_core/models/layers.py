@@ -134,19 +134,10 @@ class ResBlock(nn.Module):
 class EarlySkipResBlock(ResBlock):
     """v1's ConvNeXt block: `skip` channels join before the depthwise convolution and take part in its groups."""
 
-    def __init__(
-        self,
-        c: int,
-        c_skip: int = 0,
-        kernel_size: int = 3,
-        dropout: float = 0.0,
-        operations: Any = Operations,
-        **factory: Any,
-    ):
+    def __init__(self, c: int, c_skip: int, kernel_size: int, dropout: float, operations: Any, **factory: Any):
         super().__init__(c, 0, kernel_size, dropout, operations, **factory)
-        self.depthwise = operations.Conv2d(
-            c + c_skip, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c, **factory
-        )
+        padding = kernel_size // 2
+        self.depthwise = operations.Conv2d(c + c_skip, c, kernel_size, padding=padding, groups=c, **factory)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, injected: MappedLatents | None = None) -> Tensor:
         h = x if skip is None else torch.cat([x, skip], dim=1)

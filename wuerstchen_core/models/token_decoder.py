@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .init import xavier_init
-from .layers import EPS, ChannelNorm, channels_last, timestep_embedding
+from .layers import EPS, ChannelNorm, timestep_embedding
 from .operations import Operations
-from .unet import UNet
+from .unet import UNet, UNetParams
 
 
 @dataclass(frozen=True)
-class TokenDecoderParams:
-    """Sizes of a TokenDecoder, one entry a level from fine to coarse; the defaults are v1's (see DecoderParams)."""
+class TokenDecoderParams(UNetParams):
+    """Sizes of a TokenDecoder; the defaults are v1's."""
 
     c_in: int = 256
     c_out: int = 256
@@ -31,15 +30,10 @@ class TokenDecoderParams:
     blocks: tuple[int, ...] = (4, 12, 4)
     level_config: tuple[str, ...] = ("CT", "CTA", "CTA")
     effnet_embd: int = 16
-    byt5_embd: int = 1024  # width of the text states: CLIP-H's; ByT5 was read before
+    byt5_embd: int = 1024  # width of CLIP-H's text states; the original's name is from an earlier ByT5
     kernel_size: int = 3
     self_attn: bool = True
     dropout: float = 0.0  # the original trains with 0.1
-
-    @property
-    def multiple(self) -> int:
-        """Sides of the grid of tokens must be multiples of this."""
-        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
 
 class TokenDecoder(UNet):
@@ -54,62 +48,39 @@ class TokenDecoder(UNet):
         self.byt5_mapper = operations.Linear(p.byt5_embd, p.c_cond, **factory)
         self.effnet_mapper = operations.Linear(p.effnet_embd, p.c_cond, **factory)
         self.in_mapper = nn.Sequential(operations.Embedding(p.num_labels, p.c_in, **factory))
-        self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(p.patch_size),
-            operations.Conv2d(p.c_in * p.patch_size**2, p.c_hidden[0], kernel_size=1, **factory),
-            ChannelNorm(),
-        )
-        none = (0,) * len(p.c_hidden)
-        self.add_levels(p, none, v1=True, operations=operations, **factory)
-        self.clf = nn.Sequential(
-            ChannelNorm(),
-            operations.Conv2d(p.c_hidden[0], p.c_out * p.patch_size**2, kernel_size=1, **factory),
-            nn.PixelShuffle(p.patch_size),
-        )
+        self.build(p.c_in, p.c_out, (0,) * len(p.c_hidden), v1=True, operations=operations, **factory)
         self.out_mapper = nn.Sequential(
             ChannelNorm(), operations.Conv2d(p.c_out, p.num_labels, kernel_size=1, bias=False, **factory)
         )
 
     def init_weights(self) -> None:
-        """Initialise as the original does before training."""
-        self.apply(xavier_init)
-        for layer in (self.byt5_mapper, self.effnet_mapper):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].get_parameter("weight"), 0.02)
-        nn.init.zeros_(self.clf[1].get_parameter("weight"))
+        """Initialises the weights as the original does before training."""
+        self.init_unet((self.byt5_mapper, self.effnet_mapper))
         codes = self.in_mapper[0].get_parameter("weight")
         nn.init.normal_(codes, std=math.sqrt(1 / self.params.num_labels))
-        with torch.no_grad():  # a copy to start from: the two are trained apart
+        with torch.no_grad():  # a copy: the two are trained separately
             self.out_mapper[1].get_parameter("weight").copy_(codes[:, :, None, None])
-        self.init_levels(sum(self.params.blocks))
 
     def condition(self, prior_latents: Tensor, text: Tensor) -> Tensor:
-        """Stage C latents [B, 16, h, w] and text states [B, M, byt5_embd] as one sequence [B, h w + M, c_cond]."""
+        """Maps Stage C latents [B, 16, h, w] and text [B, M, byt5_embd] to one sequence [B, h w + M, c_cond]."""
         features = self.effnet_mapper(prior_latents.flatten(2).transpose(1, 2).to(text.dtype))
         return F.layer_norm(torch.cat([features, self.byt5_mapper(text)], dim=1), (self.params.c_cond,), eps=EPS)
 
     def forward(
         self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, positions: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, num_labels, H, W] of the clean tokens, given tokens [B, H, W] noised to times t [B] in [0, 1],
-        prior_latents [B, 16, h, w] and text [B, 77, byt5_embd].
+        """Returns logits [B, num_labels, H, W] of the clean tokens.
 
-        H and W must be multiples of `params.multiple`. With `positions` [B, n], indices into the H W tokens of each
-        picture, the logits are of these alone: [B, num_labels, n, 1].
+        They depend on tokens [B, H, W] noised to times t [B] in [0, 1], prior_latents [B, 16, h, w] and text
+        [B, 77, byt5_embd]. H and W must be multiples of `params.multiple`. With `positions` [B, n], indices into the
+        H W tokens of each image, only their logits are returned: [B, num_labels, n, 1].
         """
         p = self.params
-        if tokens.shape[-1] % p.multiple or tokens.shape[-2] % p.multiple:
-            raise ValueError(
-                f"Stage B tokens of {tokens.shape[-1]}x{tokens.shape[-2]} cannot be halved often enough: "
-                f"both sides must be multiples of {p.multiple} ({p.multiple * 4} pixels)"
-            )
+        self.check_size(tokens)
         time = timestep_embedding(t, p.c_r).to(text.dtype)
         codes = self.in_mapper[0](tokens).to(text.dtype)
         x = F.layer_norm(codes, (p.c_in,), eps=EPS).permute(0, 3, 1, 2)
-        x = self.embedding[0](x)
-        x = self.embedding[2](self.embedding[1](channels_last(x)))
-        x = self.run_levels(x, time, self.condition(prior_latents, text))
-        x = self.clf(x)
+        x = self.run(x, time, self.condition(prior_latents, text))
         if positions is not None:
             x = x.flatten(2).gather(2, positions[:, None].expand(-1, p.c_out, -1))[..., None]
         return self.out_mapper(x).contiguous()
