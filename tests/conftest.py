@@ -39,6 +39,15 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "plain torch"])
+def kernels(request: pytest.FixtureRequest) -> Generator[bool]:
+    """Runs a test with the kernels and again with plain torch."""
+    from wuerstchen_core.kernels.dispatch import use_kernels
+
+    with use_kernels(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def inputs(run_folder: Path) -> list[str]:
     """Overrides with which a stage in another folder takes the networks of that run."""

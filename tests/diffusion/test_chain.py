@@ -14,6 +14,7 @@ from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
+pytestmark = pytest.mark.usefixtures("kernels")
 SCALE = 0.3764
 
 

@@ -37,6 +37,7 @@ def model(golden: Golden) -> Callable[[Tensor, Tensor, float], Tensor]:
     return guidance(network, (features, text), (torch.zeros_like(features), golden["in/byt5_uncond"]))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("run", RUNS)
 def test_the_original_runs(golden: Golden, codebook: Tensor, model: Callable[..., Tensor], run: str) -> None:
     config = golden.config[run]

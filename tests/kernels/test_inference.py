@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.golden_data import assert_near
-from helpers.networks import NETWORKS
+from helpers.networks import NETWORKS, VQ
 from torch import Tensor, nn
 
-from wuerstchen_core.kernels import attention, linear, mlp
+from wuerstchen_core.kernels import attention, linear, mlp, vqgan
 from wuerstchen_core.kernels.dispatch import use_kernels
 from wuerstchen_core.models.layers import ChannelwiseMLP
+from wuerstchen_core.models.vqgan import VQGAN
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,3 +153,44 @@ def test_environment_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WUERSTCHEN_KERNELS", value)
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == str(value != "off")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_decoding_in_bands_equals_plain_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no seams, and the memory of a band does not grow with the image's height."""
+    sizes: list[int] = []
+
+    def recorded(x: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
+        sizes.append(x[..., 0].numel())
+        return linear.linear(x, *args, **kwargs)
+
+    monkeypatch.setattr(vqgan, "linear", recorded)
+    monkeypatch.setattr(vqgan, "band_height", lambda *_: rows)
+    network = VQGAN(VQ).requires_grad_(False)
+    torch.manual_seed(0)
+    for x in network.parameters():
+        x.normal_(std=0.1)
+    largest = []
+    for height in (20 * rows, 50 * rows):
+        latents = torch.randn(2, 4, height, 5)
+        sizes.clear()
+        out = network.decode(latents)
+        largest.append(max(sizes))
+        with use_kernels(False):
+            assert_near(out, network.decode(latents), 1e-5)
+    assert largest[0] == largest[1] < 20 * rows * 5 * 2 * 4  # positions of the whole image
+
+
+def test_vqgan_has_gradients_and_no_bands_in_training() -> None:
+    latents = torch.randn(1, 4, 8, 5)
+    network = VQGAN(VQ)
+    assert vqgan.decode_in_bands(network, latents) is None
+    network.decode(latents).sum().backward()
+    assert network.out_block[0].weight.grad is not None
+
+
+def test_band_height(kernels: bool) -> None:
+    """A whole image at once without kernels; nodes estimate memory from it."""
+    assert vqgan.band_height(1, 6, 2**14, cpu=False) == (4 if kernels else 6)
+    assert vqgan.band_height(1, 3, 2**14, cpu=False) == 3
+    assert vqgan.band_height(2, 100, 64, cpu=True) == (32 if kernels else 100)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wuerstchen_core.models.decoder import Decoder, DecoderParams, resize_prior_latents
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TOLERANCE = 2e-5  # observed 2e-6
 
 

@@ -14,9 +14,9 @@ from wuerstchen_core.common.geometry import prior_side
 from wuerstchen_core.models.image_encoder import (
     EFFICIENTNET_V2_L,
     EFFICIENTNET_V2_S,
+    EfficientNetStage,
     ImageEncoder,
     ImageEncoderParams,
-    Stage,
     semantic_view,
 )
 from wuerstchen_core.models.prior import PriorParams, latents_from_features
@@ -34,7 +34,7 @@ V1_UNITS = replace(PriorParams(), feature_scale=1.0, feature_shift=0.0)  # the f
     ],
     ids=["S", "L"],
 )
-def test_latents(size: str, stages: tuple[Stage, ...], own_units: PriorParams, own: str) -> None:
+def test_latents(size: str, stages: tuple[EfficientNetStage, ...], own_units: PriorParams, own: str) -> None:
     golden = Golden("effnet_procedural")
     encoder = ImageEncoder(ImageEncoderParams(stages), device="meta").eval()
     state = {key: hashed_weight(key, tuple(value.shape)) for key, value in encoder.state_dict().items()}

@@ -16,6 +16,7 @@ from wuerstchen_core.training.ema import EMA
 from wuerstchen_core.training.optim import build_optimizers
 from wuerstchen_core.training.stages.losses import NoiseConfig, noise_loss
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TOLERANCE = 1e-5  # observed 1e-6
 
 

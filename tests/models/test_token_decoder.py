@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TOLERANCE = 1e-4  # of logits up to 30; observed 1e-5
 
 

@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers.golden_data import Golden, assert_near
 from helpers.networks import VQ
-from torch import Tensor
 
-from wuerstchen_core.kernels import linear
-from wuerstchen_core.kernels import vqgan as vqgan_kernel
 from wuerstchen_core.models.layers import nearest_codes
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams, VQResBlock
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TOLERANCE = 2e-5  # observed 4e-6
 
 
@@ -96,7 +94,7 @@ def test_chunks_do_not_change_the_nearest_code() -> None:
 
 
 def test_a_side_that_cannot_be_encoded_is_refused() -> None:
-    with pytest.raises(ValueError, match="30x32 pixels .* multiples of 4"):
+    with pytest.raises(ValueError, match="30x32 pixels.* 4$"):
         VQGAN(VQ).encode(torch.zeros(1, 3, 32, 30))
 
 
@@ -111,29 +109,3 @@ def test_initial_weights() -> None:
         assert not block.gammas.any() and not block.depthwise[1].bias.any() and not block.channelwise[0].bias.any()
     assert 0.95 * bound < float(blocks[1].channelwise[0].weight.detach().abs().max()) <= bound
     assert 0.9 / 64 < float(vqgan.vquantizer.codebook.weight.detach().abs().max()) <= 1 / 64
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
-def test_bands_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their height, without a seam; and what is worked on at once does not grow with the picture's."""
-    held: list[int] = []
-
-    def counted(x: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
-        held.append(x[..., 0].numel())
-        return linear.linear(x, *args, **kwargs)
-
-    monkeypatch.setattr(vqgan_kernel, "linear", counted)
-    monkeypatch.setattr(vqgan_kernel, "band_height", lambda *_: rows)
-    network = VQGAN(VQ).requires_grad_(False)
-    torch.manual_seed(0)
-    for x in network.parameters():
-        x.normal_(std=0.1)
-    most = []
-    for height in (20 * rows, 50 * rows):
-        latents = torch.randn(2, 4, height, 5)
-        held.clear()
-        banded = network.decode(latents)
-        most.append(max(held))
-        whole = network.decode(latents.requires_grad_())
-        assert_near(banded, whole, 1e-5)
-    assert most[0] == most[1] < 20 * rows * 5 * 2 * 4  # of all that there are

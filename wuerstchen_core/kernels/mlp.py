@@ -51,7 +51,7 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
     else:
         h = first(x if injected is None else injected.append_to(x))
     if h.dtype == torch.float16 or not training_on_cpu(h):
-        return last(dropout(norm(gelu(h))))  # type: ignore[no-any-return]
+        return last(dropout(norm(gelu(h))))
     rate = dropout.p if dropout.training else 0
     out: Tensor = _MLPTail.apply(norm, Dropout(rate), h, *norm.weights(h), *last.weights(h))
     return out

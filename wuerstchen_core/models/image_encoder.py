@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..common.geometry import semantic_view_size
 
-# torchvision is imported where a network is built: it takes longer to import than all the rest of the package.
+# torchvision takes longer to import than the rest of the package, so it is imported where a network is built.
 
 FUSED, MB = "fused", "mb"
-Stage = tuple[str, int, int, int, int, int, int]  # kind, expansion, kernel, stride, channels in, out, layers
+EfficientNetStage = tuple[str, int, int, int, int, int, int]  # kind, expansion, kernel, stride, c_in, c_out, layers
 
-EFFICIENTNET_V2_S: tuple[Stage, ...] = (
+EFFICIENTNET_V2_S: tuple[EfficientNetStage, ...] = (
     (FUSED, 1, 3, 1, 24, 24, 2),
     (FUSED, 4, 3, 2, 24, 48, 4),
     (FUSED, 4, 3, 2, 48, 64, 4),
@@ -24,7 +24,7 @@ EFFICIENTNET_V2_S: tuple[Stage, ...] = (
     (MB, 6, 3, 1, 128, 160, 9),
     (MB, 6, 3, 2, 160, 256, 15),
 )
-EFFICIENTNET_V2_L: tuple[Stage, ...] = (
+EFFICIENTNET_V2_L: tuple[EfficientNetStage, ...] = (
     (FUSED, 1, 3, 1, 32, 32, 4),
     (FUSED, 4, 3, 2, 32, 64, 7),
     (FUSED, 4, 3, 2, 64, 96, 7),
@@ -42,13 +42,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ImageEncoderParams:
     """Stage table and widths; the defaults are v2's (v1: EFFICIENTNET_V2_L)."""
 
-    stages: tuple[Stage, ...] = EFFICIENTNET_V2_S
+    stages: tuple[EfficientNetStage, ...] = EFFICIENTNET_V2_S
     last_channel: int = 1280
     c_latent: int = 16
 
 
 class ImageEncoder(nn.Module):
-    """Pictures, as `semantic_view` gives them, to Stage C latents (raw: without the prior's (x + 1) / 42)."""
+    """Maps the images of `semantic_view` to Stage C features (before the prior's (x + 1) / 42)."""
 
     def __init__(self, params: ImageEncoderParams, *, device: Any = None, dtype: Any = None):
         from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.params = params
         kinds = {FUSED: FusedMBConvConfig, MB: MBConvConfig}
-        # EfficientNetV2 knows no stochastic depth at inference, so the probability is left at its default.
+        # Stochastic depth does nothing at inference; its probability stays at the default.
         self.backbone = EfficientNet(
             [kinds[kind](*numbers) for kind, *numbers in params.stages],
             dropout=0.0,
@@ -70,12 +70,12 @@ class ImageEncoder(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] to latents [B, 16, H/32, W/32]."""
+        """Maps normalised images [B, 3, H, W] to features [B, 16, H/32, W/32]."""
         return self.mapper(self.backbone(images))
 
 
 def semantic_view(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as the encoder sees them: 3/4 of the size, in multiples of 32, ImageNet scale."""
+    """Prepares images [B, 3, H, W] in [0, 1] for the encoder: 3/4 of the size in multiples of 32, ImageNet scale."""
     height, width = semantic_view_size(images.shape[-2]), semantic_view_size(images.shape[-1])
     images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]

@@ -104,7 +104,7 @@ class ChannelwiseMLP(nn.Sequential):
     @accelerated_by(mlp)
     def forward(self, x: Tensor, injected: MappedLatents | None = None) -> Tensor:
         """[B, H, W, c_in] to [B, H, W, c]; the mapped latents in `injected` are the last of the c_in channels."""
-        return super().forward(x if injected is None else injected.append_to(x))  # type: ignore[no-any-return]
+        return super().forward(x if injected is None else injected.append_to(x))
 
 
 class ResBlock(nn.Module):

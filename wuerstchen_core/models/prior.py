@@ -25,7 +25,7 @@ class PriorParams:
     c_r: int = 64
     depth: int = 32
     nhead: int = 24
-    feature_scale: float = 42.0  # latents are (features + shift) / scale; 1 and 0 in v1; stored in no tensor
+    feature_scale: float = 42.0  # latents are (features + shift) / scale; 1 and 0 in v1; not in the state dict
     feature_shift: float = 1.0
     dropout: float = 0.0  # the original trains with 0.1
 

@@ -1,4 +1,4 @@
-"""CLIP's text tower (arXiv 2103.00020), read as Würstchen reads it: 77 last hidden states after the final norm."""
+"""CLIP's text tower (arXiv 2103.00020); Würstchen conditions on its 77 last hidden states after the final norm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .operations import Embedding
 
-# open_clip is imported where a tower or the tokenizer is built: it takes seconds to import.
+# open_clip takes seconds to import, so it is imported where a tower or the tokenizer is built.
 
-START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>; the latter also pads
+START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>, which is also the padding
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ CLIP_BIGG = TextEncoderParams(width=1280, heads=20, layers=32)
 
 
 class TextEncoder(nn.Module):
-    """open_clip's text transformer with the causal and the padding mask combined."""
+    """open_clip's text transformer with a causal and a padding mask."""
 
     def __init__(self, params: TextEncoderParams, *, device: Any = None, dtype: Any = None):
         from open_clip.transformer import Transformer
@@ -48,7 +48,7 @@ class TextEncoder(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """Initialise as CLIP does before training."""
+        """Initialises the weights as CLIP does before training."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         width, layers = self.params.width, self.params.layers
@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids [B, L] and their mask [B, L] (True: a token, False: padding) to states [B, L, width]."""
+        """Returns states [B, L, width] of token ids [B, L]; the mask [B, L] is False for padding."""
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]
         allowed = mask.bool()[:, None, :] & causal_mask(length, ids.device)  # [B, L, L]
@@ -69,20 +69,22 @@ class TextEncoder(nn.Module):
         return self.ln_final(x)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts of any length to states [B, 77 n, width]: n pieces of 75 tokens, each read as a text of its own.
+        """Returns states [B, 77 n, width] of prompts of any length: n chunks of 75 tokens, each encoded separately.
 
-        Raises ValueError where the prompts differ in n.
+        Raises ValueError if the prompts differ in n.
         """
         ids, mask = zip(*(tokenize_chunks(prompt, self.params.context_length) for prompt in prompts), strict=True)
-        if len({len(pieces) for pieces in ids}) > 1:
-            raise ValueError("these prompts differ in their number of 75-token pieces: encode them one by one")
+        if len(counts := {len(chunks) for chunks in ids}) > 1:
+            raise ValueError(
+                f"the prompts have different numbers of 75-token chunks ({counts}): encode them one by one"
+            )
         device = self.token_embedding.weight.device
         states = self(torch.cat(ids).to(device), torch.cat(mask).to(device))
         return states.unflatten(0, (len(prompts), -1)).flatten(1, 2)
 
 
 def causal_mask(length: int, device: Any) -> Tensor:
-    """[L, L], True where a token may look."""
+    """Returns [L, L], True where token i (row) may attend to token j (column)."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
@@ -94,20 +96,20 @@ def _tokenizer() -> Any:
 
 
 def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, Tensor]:
-    """Prompts to token ids [B, 77], cut or padded with <|endoftext|>, and their mask [B, 77] (True: a token)."""
-    return _framed([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
+    """Returns token ids [B, 77] of prompts, truncated or padded with <|endoftext|>, and the mask (False: padding)."""
+    return _pad([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
 
 
 def tokenize_chunks(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
-    """A prompt of any length to ids and mask [n, 77], as `tokenize` makes them, of n pieces of 75 tokens each.
+    """Returns ids and mask [n, 77] of a prompt of any length, in n chunks of 75 tokens.
 
-    It is cut where ComfyUI cuts it: after 75 tokens, whether or not a word ends there.
+    Like ComfyUI, it splits after 75 tokens even inside a word.
     """
-    tokens, room = _tokenizer().encode(prompt), context_length - 2
-    return _framed([tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)], context_length)
+    tokens, size = _tokenizer().encode(prompt), context_length - 2
+    return _pad([tokens[i : i + size] for i in range(0, max(len(tokens), 1), size)], context_length)
 
 
-def _framed(texts: Sequence[Sequence[int]], context_length: int) -> tuple[Tensor, Tensor]:
+def _pad(texts: Sequence[Sequence[int]], context_length: int) -> tuple[Tensor, Tensor]:
     rows = [[START, *tokens, END] for tokens in texts]
     ids = torch.tensor([row + [END] * (context_length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (context_length - len(row)) for row in rows])

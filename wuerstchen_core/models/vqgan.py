@@ -29,11 +29,11 @@ class VQGANParams:
 
 
 class Quantized(NamedTuple):
-    """Latents snapped to the codebook, the code of each, and the losses that train them (scalars)."""
+    """Result of vector quantisation."""
 
-    latents: Tensor  # [B, 4, h, w]; gradients pass straight through
+    latents: Tensor  # [B, 4, h, w], the nearest codes; gradients pass straight through
     indices: Tensor  # [B, h, w]
-    codebook_loss: Tensor
+    codebook_loss: Tensor  # scalar, as is the next
     commit_loss: Tensor
 
 
@@ -77,13 +77,13 @@ class VQResBlock(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Pixels in [0, 1] to latents in codebook units and back."""
+    """Maps images in [0, 1] to latents in codebook units and back."""
 
     def __init__(self, params: VQGANParams, *, operations: Any = Operations, device: Any = None, dtype: Any = None):
         super().__init__()
         p, factory = params, {"device": device, "dtype": dtype}
         self.params = params
-        widths = [p.c_hidden >> i for i in reversed(range(p.levels))]  # fine to coarse
+        widths = [p.c_hidden >> i for i in reversed(range(p.levels))]  # from fine to coarse
 
         self.in_block = nn.Sequential(
             nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], kernel_size=1, **factory)
@@ -112,7 +112,7 @@ class VQGAN(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Initialise as the original does before training."""
+        """Initialises the weights as the original does before training."""
         for block in self.modules():
             if isinstance(block, VQResBlock):
                 block.apply(xavier_init)
@@ -121,28 +121,27 @@ class VQGAN(nn.Module):
         nn.init.uniform_(self.vquantizer.codebook.weight, -bound, bound)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to latents [B, 4, H/4, W/4] in codebook units, not quantised."""
+        """Maps images [B, 3, H, W] in [0, 1] to latents [B, 4, H/4, W/4] in codebook units, not quantised."""
         multiple = 2**self.params.levels
         if images.shape[-1] % multiple or images.shape[-2] % multiple:
             raise ValueError(
-                f"an image of {images.shape[-1]}x{images.shape[-2]} pixels cannot be encoded: "
-                f"both sides must be multiples of {multiple}"
+                f"the image has {images.shape[-1]}x{images.shape[-2]} pixels: sides must be multiples of {multiple}"
             )
         return self.down_blocks(channels_last(self.in_block(images))).contiguous()
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Snap latents [B, 4, h, w] in codebook units to the nearest codes."""
+        """Replaces latents [B, 4, h, w] in codebook units by the nearest codes."""
         return self.vquantizer(latents)
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        """Codes [B, h, w] to the latents [B, 4, h, w] that they stand for."""
+        """Looks up the codes [B, 4, h, w] of indices [B, h, w]."""
         return self.vquantizer.codebook(indices).permute(0, 3, 1, 2)
 
     @accelerated_by(decode_in_bands)
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], about [0, 1], not clamped."""
+        """Maps latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], roughly in [0, 1], not clamped."""
         return self.out_block(self.up_blocks(channels_last(latents))).contiguous()
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Codes [B, h, w] to images [B, 3, 4h, 4w]."""
+        """Maps indices [B, h, w] of codes to images [B, 3, 4h, 4w]."""
         return self.decode(self.indices_to_latents(indices))
