@@ -12,7 +12,7 @@ from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_part, save_bundle
-from wuerstchen_core.checkpoints.components import BUNDLE_FOLDER, BUNDLE_NODE
+from wuerstchen_core.checkpoints.components import BUNDLE_LOADER
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
@@ -79,7 +79,7 @@ def test_one_bundle(bundle: Path, tmp_path: Path, name: str) -> None:
     (folder / f"{name}.safetensors").symlink_to(bundle)
     description = describe(folder)
     assert (description.kind, description.version, description.missing) == ("bundle", "v2", ())
-    assert {(part.folder, part.node) for part in description.parts} == {(BUNDLE_FOLDER, BUNDLE_NODE)}
+    assert {(part.folder, part.node) for part in description.parts} == {BUNDLE_LOADER}
     assert open_source(folder).metadata == open_source(bundle).metadata
     assert_same(folder, bundle, V2)
     [made] = convert([folder], tmp_path / "made.safetensors")

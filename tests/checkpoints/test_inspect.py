@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.serialization import skip_data
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_metadata, save_bundle
-from wuerstchen_core.checkpoints.components import BUNDLE_FOLDER, BUNDLE_NODE, COMPONENTS
+from wuerstchen_core.checkpoints.components import BUNDLE_LOADER, COMPONENTS
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
@@ -75,7 +75,7 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
 def test_nodes_and_folders_are_those_of_the_nodes() -> None:
     """The loaders' own table is in the nodes, which the core does not import."""
     nodes = "".join(file.read_text("utf-8") for file in (ROOT / "nodes").glob("*.py"))
-    for folder, node in [(entry.folder, entry.node) for entry in COMPONENTS.values()] + [WHOLE]:
+    for folder, node in [*(entry.loader for entry in COMPONENTS.values()), WHOLE]:
         assert f'"{node}"' in nodes, node
         assert f'"{folder}"' in nodes or folder == "checkpoints", folder
 
@@ -150,7 +150,7 @@ def loaders() -> Iterator[Any]:
         del sys.modules[name]
 
 
-WHOLE = (BUNDLE_FOLDER, BUNDLE_NODE)
+WHOLE = BUNDLE_LOADER
 TOWERS = ("prior_text_encoder", "decoder_text_encoder")
 HELD = {  # the parts of a bundle, and those that no loader takes out of it
     "all": (PARTS_OF["v2"], ()),

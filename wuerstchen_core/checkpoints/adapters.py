@@ -102,33 +102,20 @@ def _shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _change(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+def _change(tensors: Mapping[str, Tensor]) -> torch.Size | None:
     """Returns the shape of an adapter's delta; None if its factors do not match."""
-    sizes = {name: (x.shape[0], x.shape[1:].numel()) for name, x in tensors.items() if x.ndim >= 2}
-
-    def product(left: str, right: str) -> tuple[int, int] | None:
-        if left not in sizes or right not in sizes or sizes[left][1] != sizes[right][0]:
-            return None
-        return sizes[left][0], sizes[right][1]
-
-    if "lora_up.weight" in tensors:
-        return product("lora_up.weight", "lora_down.weight")
-    kind = "hada" if "hada_w1_a" in tensors else "lokr"
-    one, two = (sizes.get(name) or product(f"{name}_a", f"{name}_b") for name in (f"{kind}_w1", f"{kind}_w2"))
-    if one is None or two is None:
+    try:
+        return delta({name: x.to("meta", torch.float32) for name, x in tensors.items()}).shape
+    except (RuntimeError, IndexError):
         return None
-    if kind == "hada":
-        return one if one == two else None
-    return one[0] * two[0], one[1] * two[1]
 
 
 def _fits(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> bool:
     change = _change(tensors)
     if change is None or math.prod(change) != math.prod(shape):
         return False
-    if change[0] != shape[0] and (
-        change[0] != 1 or len(shape) != 4
-    ):  # OneTrainer gives a depthwise convolution one row
+    one_row = change[0] == 1 and len(shape) == 4  # OneTrainer's depthwise convolutions
+    if change[0] != shape[0] and not one_row:
         return False
     scale, ones = tensors.get("dora_scale"), [1] * (len(shape) - 2)
     return scale is None or list(scale.shape) in ([shape[0], 1, *ones], [1, shape[1], *ones])
@@ -141,9 +128,9 @@ def merge_lora(state: State, adapters: Adapters, strength: float = 1.0) -> State
     """
     weights = {key.removesuffix(".weight"): x for key, x in state.items() if key.endswith(".weight")}
     found = fit(adapters, {path: x.shape for path, x in weights.items()})
-    if found.absent or found.misshaped:
-        left = [*keys_of(found.absent), *keys_of(found.misshaped)]
-        raise ValueError(f"this LoRA does not fit the network ({listed(left)}): use one made for this model")
+    if left := [*keys_of(found.absent), *keys_of(found.misshaped)]:
+        why = f"; {found.example}" if found.example else ""
+        raise ValueError(f"no weight for {listed(left, most=1, width=100)}{why}")
     merged = dict(state)
     for path, adapter in found.fitting.items():
         if "dora_scale" in adapter.tensors:

@@ -130,19 +130,15 @@ def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
 
 
 def _equal(one: AnyPart, other: AnyPart) -> bool:
-    if one is other:
-        return True
     a, b = _tensors(one), _tensors(other)
-    if a.keys() != b.keys() or one.params != other.params:
-        return False
-    return a is b or all(_same(x, b[key]) for key, x in a.items())
+    if a is b or one is other:
+        return True
+    return one.params == other.params and a.keys() == b.keys() and all(_same(x, b[key]) for key, x in a.items())
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    a, b = one.load(), other.load()
-    return a.device == b.device and torch.equal(a, b)
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and torch.equal(one.load().cpu(), other.load().cpu())
 
 
 def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:

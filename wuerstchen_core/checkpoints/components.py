@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -27,7 +27,20 @@ Params: TypeAlias = (
 
 TEXT_ENCODER = "text_encoder"  # a text tower that serves both stages
 TOWERS = (f"prior_{TEXT_ENCODER}", f"decoder_{TEXT_ENCODER}")
-BUNDLE_FOLDER, BUNDLE_NODE = "checkpoints", "Würstchen Bundle Loader"  # ComfyUI's folder and node for a whole v2 model
+
+
+class Loader(NamedTuple):
+    """A ComfyUI node that loads files, and the folder under ComfyUI's `models` that it reads."""
+
+    folder: str
+    node: str
+
+
+MODEL_LOADER = Loader("diffusion_models", "Würstchen Model Loader")
+TOKEN_LOADER = Loader("diffusion_models", "Würstchen Token Decoder Loader")
+CLIP_LOADER = Loader("text_encoders", "Würstchen CLIP Loader")
+VAE_LOADER = Loader("vae", "Würstchen VAE Loader")
+BUNDLE_LOADER = Loader("checkpoints", "Würstchen Bundle Loader")  # for a whole v2 model
 
 
 @dataclass(frozen=True)
@@ -35,9 +48,7 @@ class Component:
     """One kind of network. Everything that differs by kind is read from here.
 
     `marks` are keys that only this network's files have, in any layout. `to_ours` maps such a file's keys to ours.
-    `folder` and `node` are the ComfyUI folder and node for its file. `release` is the only release that has it.
-    `text_width` is the param with the width of the text states it reads. `config_fields` maps fields of a config.json
-    to params that no tensor shows.
+    `release` is the only release that has it. `text_width` names the param with the width of the text states it reads.
     """
 
     stage: str
@@ -45,13 +56,11 @@ class Component:
     params: type[Params]
     infer_params: Callable[..., Params]
     marks: tuple[str, ...]
-    folder: str
-    node: str
+    loader: Loader
     to_ours: Callable[[dict[str, Any]], dict[str, Any]] = dict
     release: str | None = None
     text_width: str | None = None
     diffusers_class: str | None = None
-    config_fields: Mapping[str, str] = field(default_factory=dict)
 
 
 COMPONENTS = {
@@ -61,12 +70,10 @@ COMPONENTS = {
         params=PriorParams,
         infer_params=infer_params.prior_params,
         marks=("cond_mapper.0.weight",),
-        folder="diffusion_models",
-        node="Würstchen Model Loader",
+        loader=MODEL_LOADER,
         to_ours=key_maps.split_attention,
         text_width="c_cond",
         diffusers_class="WuerstchenPrior",
-        config_fields={"nhead": "nhead"},
     ),
     "decoder": Component(
         stage="Stage B",
@@ -74,13 +81,11 @@ COMPONENTS = {
         params=DecoderParams,
         infer_params=infer_params.decoder_params,
         marks=("clip_mapper.weight",),
-        folder="diffusion_models",
-        node="Würstchen Model Loader",
+        loader=MODEL_LOADER,
         to_ours=key_maps.split_attention,
         release="v2",
         text_width="clip_embd",
         diffusers_class="WuerstchenDiffNeXt",
-        config_fields={"nhead": "nhead", "self_attn": "self_attn"},
     ),
     "token_decoder": Component(
         stage="Stage B",
@@ -88,11 +93,9 @@ COMPONENTS = {
         params=TokenDecoderParams,
         infer_params=infer_params.token_decoder_params,
         marks=("byt5_mapper.weight",),
-        folder="diffusion_models",
-        node="Würstchen Token Decoder Loader",
+        loader=TOKEN_LOADER,
         release="v1",
         text_width="byt5_embd",
-        config_fields={"nhead": "nhead", "self_attn": "self_attn"},
     ),
     "vqgan": Component(
         stage="Stage A",
@@ -100,11 +103,9 @@ COMPONENTS = {
         params=VQGANParams,
         infer_params=infer_params.vqgan_params,
         marks=("in_block.1.weight",),
-        folder="vae",
-        node="Würstchen VAE Loader",
+        loader=VAE_LOADER,
         to_ours=key_maps.vqgan_from_diffusers,
         diffusers_class="PaellaVQModel",
-        config_fields={"scale_factor": "scale_factor"},
     ),
     "image_encoder": Component(
         stage="semantic compressor",
@@ -112,8 +113,7 @@ COMPONENTS = {
         params=ImageEncoderParams,
         infer_params=infer_params.image_encoder_params,
         marks=("backbone.0.0.weight",),
-        folder="vae",
-        node="Würstchen VAE Loader",
+        loader=VAE_LOADER,
     ),
     TEXT_ENCODER: Component(
         stage="text",
@@ -123,10 +123,8 @@ COMPONENTS = {
         marks=tuple(
             f"{prefix}token_embedding.weight" for prefix in ("", "text.", "embeddings.", "text_model.embeddings.")
         ),
-        folder="text_encoders",
-        node="Würstchen CLIP Loader",
+        loader=CLIP_LOADER,
         to_ours=key_maps.text_from_any,
-        config_fields={"num_attention_heads": "heads"},
     ),
 }
 

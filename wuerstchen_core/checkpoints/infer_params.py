@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 from torch import Tensor
 
@@ -95,70 +96,64 @@ def _level(state: Tensors, level: int) -> str:
     return kinds
 
 
-def _level_widths(state: Tensors) -> tuple[int, ...]:
-    """Returns the width of each level of a decoder."""
-    first = _shape(state, "embedding.1.weight")[0]
-    levels = range(1, _count(state, "down_blocks."))
-    return (first, *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels))
-
-
-def _time_width(state: Tensors, default: int) -> int:
-    """Returns the width of a decoder's time embedding; `default` if no block has one."""
-    times = (key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
-    return next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), default)
+def _levels(state: Tensors, c_r: int) -> dict[str, Any]:
+    """Returns the params that the two decoders share, with `c_r` if no block has a time embedding."""
+    levels = range(_count(state, "down_blocks."))
+    patterns = [_pattern(_level(state, i)) for i in levels]
+    times = [key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight")]
+    return {
+        "c_r": next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), c_r),
+        "c_hidden": (
+            _shape(state, "embedding.1.weight")[0],
+            *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels[1:]),
+        ),
+        "blocks": tuple(repeats for _, repeats in patterns),
+        "level_config": tuple(kinds for kinds, _ in patterns),
+        "kernel_size": _shape(state, "down_blocks.0.0.depthwise.weight")[-1],
+    }
 
 
 def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> DecoderParams:
     """Returns the params of a Decoder; `nhead` is needed if the heads are not 64 wide."""
     base = DecoderParams()
-    levels = range(_count(state, "down_blocks."))
+    shared = _levels(state, base.c_r)
     c_patches = _shape(state, "embedding.1.weight")[1]
     patch_size = isqrt(c_patches // base.c_in)
-    c_hidden = _level_widths(state)
-    patterns = [_pattern(_level(state, i)) for i in levels]
     c_cond, clip_embd = _shape(state, "clip_mapper.weight")
-    inject = tuple(f"effnet_mappers.{i}.weight" in state for i in levels)
-    effnet = next((state[f"effnet_mappers.{i}.weight"].shape[1] for i in levels if inject[i]), base.effnet_embd)
+    mappers = [state.get(f"effnet_mappers.{i}.weight") for i in range(len(shared["blocks"]))]
     if nhead is None:
-        nhead = tuple(_heads(c) if "A" in kinds else -1 for c, (kinds, _) in zip(c_hidden, patterns, strict=True))
+        levels = zip(shared["c_hidden"], shared["level_config"], strict=True)
+        nhead = tuple(_heads(c) if "A" in kinds else -1 for c, kinds in levels)
     return DecoderParams(
         c_in=c_patches // patch_size**2,
         c_out=_shape(state, "clf.1.weight")[0] // (2 * patch_size**2),
-        c_r=_time_width(state, base.c_r),
         patch_size=patch_size,
         c_cond=c_cond,
-        c_hidden=c_hidden,
         nhead=nhead,
-        blocks=tuple(repeats for _, repeats in patterns),
-        level_config=tuple(kinds for kinds, _ in patterns),
-        inject_effnet=inject,
-        effnet_embd=effnet,
+        inject_effnet=tuple(x is not None for x in mappers),
+        effnet_embd=next((x.shape[1] for x in mappers if x is not None), base.effnet_embd),
         clip_embd=clip_embd,
-        kernel_size=_shape(state, "down_blocks.0.0.depthwise.weight")[-1],
+        **shared,
     )
 
 
 def token_decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> TokenDecoderParams:
     """Returns the params of a TokenDecoder; `nhead` is needed if a level with attention does not have 16 heads."""
+    shared = _levels(state, TokenDecoderParams.c_r)
     num_labels, c_in = _shape(state, "in_mapper.0.weight")
-    patterns = [_pattern(_level(state, i)) for i in range(_count(state, "down_blocks."))]
     c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")
     if nhead is None:
-        nhead = tuple(TOKEN_HEADS if "A" in kinds else -1 for kinds, _ in patterns)
+        nhead = tuple(TOKEN_HEADS if "A" in kinds else -1 for kinds in shared["level_config"])
     return TokenDecoderParams(
         c_in=c_in,
         c_out=_shape(state, "out_mapper.1.weight")[1],
         num_labels=num_labels,
-        c_r=_time_width(state, TokenDecoderParams.c_r),
         patch_size=isqrt(_shape(state, "embedding.1.weight")[1] // c_in),
         c_cond=c_cond,
-        c_hidden=_level_widths(state),
         nhead=nhead,
-        blocks=tuple(repeats for _, repeats in patterns),
-        level_config=tuple(kinds for kinds, _ in patterns),
         effnet_embd=_shape(state, "effnet_mapper.weight")[1],
         byt5_embd=byt5_embd,
-        kernel_size=_shape(state, "down_blocks.0.0.depthwise.weight")[-1],
+        **shared,
     )
 
 

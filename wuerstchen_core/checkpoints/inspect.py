@@ -13,13 +13,13 @@ import torch
 from ..common.devices import WEIGHT_DTYPES
 from ..models.prior import V1, PriorParams
 from .components import (
-    BUNDLE_FOLDER,
-    BUNDLE_NODE,
+    BUNDLE_LOADER,
     PARTS,
     PARTS_OF,
     TEXT_ENCODER,
     TOWERS,
     LazyPart,
+    Loader,
     component,
     params_to_json,
     text_width,
@@ -114,7 +114,7 @@ def describe(source: str | os.PathLike[str]) -> Description:
         source=str(source),
         kind="weights only" if content.layout == "bare" else content.layout,
         version=version,
-        parts=tuple(_part_info(part, content, *loaders[name]) for name, part in parts.items()),
+        parts=tuple(_part_info(part, content, loaders[name]) for name, part in parts.items()),
         text_towers={name: tower_name(width) for name, width in widths.items()},
         missing=tuple(name for name in PARTS_OF[release] if name not in content.networks),
         refused=content.refused,
@@ -133,25 +133,26 @@ def _parts(content: Source) -> dict[str, LazyPart]:
     return parts
 
 
-def _loaders(content: Source, parts: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
-    """Returns the ComfyUI folder and node for each part.
+def _loaders(content: Source, parts: Iterable[str]) -> dict[str, Loader | None]:
+    """Returns the ComfyUI loader for each part; None if there is none.
 
     A node loads a part from a file only if it is the one part for this node. Exceptions: the bundle node loads a whole
     v2 model, and parts of a v1 bundle are chosen by name.
     """
-    own = {name: (component(name).folder, component(name).node) for name in parts}
+    own = {name: component(name).loader for name in parts}
     if content.layout == BUNDLE:
         if content.metadata.get("version") == "v1":
-            return {name: (BUNDLE_FOLDER if len(own) > 1 else folder, node) for name, (folder, node) in own.items()}
+            folder = BUNDLE_LOADER.folder
+            return {name: loader._replace(folder=folder) if len(own) > 1 else loader for name, loader in own.items()}
         if set(PARTS_OF["v2"]) <= content.networks.keys():
-            return dict.fromkeys(own, (BUNDLE_FOLDER, BUNDLE_NODE))
+            return dict.fromkeys(own, BUNDLE_LOADER)
     elif content.path.is_dir():  # each part has its own file
         return dict(own)
     loaders = list(own.values())
-    return {name: loader if loaders.count(loader) == 1 else (None, None) for name, loader in own.items()}
+    return {name: loader if loaders.count(loader) == 1 else None for name, loader in own.items()}
 
 
-def _part_info(part: LazyPart, content: Source, folder: str | None, node: str | None) -> PartInfo:
+def _part_info(part: LazyPart, content: Source, loader: Loader | None) -> PartInfo:
     floats = {key: x for key, x in part.tensors.items() if x.dtype.is_floating_point}
     learned = [x for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))]
     network = content.networks.get(part.name) or content.networks[TOWERS[0]]
@@ -161,8 +162,8 @@ def _part_info(part: LazyPart, content: Source, folder: str | None, node: str | 
         parameters=sum(math.prod(x.shape) for x in learned),
         dtype=_dtype_names((x.dtype for x in floats.values()), network.scaled),
         sizes=params_to_json(part.params),
-        folder=folder,
-        node=node,
+        folder=loader.folder if loader else None,
+        node=loader.node if loader else None,
     )
 
 

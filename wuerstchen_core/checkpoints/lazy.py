@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,21 +41,12 @@ def lazy_state(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     return {key: LazyTensor.of(x) for key, x in state.items()}
 
 
-@overload
-def apply(function: Callable[..., Tensor], *inputs: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
-@overload
-def apply(
-    function: Callable[..., Tensor], *inputs: LazyTensor, shape: Sequence[int], dtype: torch.dtype
-) -> LazyTensor: ...
-def apply(
-    function: Callable[..., Tensor], *inputs: Tensor | LazyTensor, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor | LazyTensor:
+def apply(function: Callable[..., Tensor], *inputs: Any, shape: Sequence[int], dtype: torch.dtype) -> Any:
     """Returns `function(*inputs)`; with lazy inputs a LazyTensor of the given shape and dtype that calls it later.
 
     The caller gives the shape and dtype because letting torch infer them would import another 70 MB.
     """
-    lazy = [x for x in inputs if isinstance(x, LazyTensor)]
-    if not lazy:
+    if not isinstance(inputs[0], LazyTensor):
         return function(*inputs)
-    is_meta, stored = any(x.is_meta for x in lazy), lazy[0].stored
-    return LazyTensor(tuple(shape), dtype, lambda: function(*(x.load() for x in lazy)), is_meta, stored)
+    is_meta, stored = any(x.is_meta for x in inputs), inputs[0].stored
+    return LazyTensor(tuple(shape), dtype, lambda: function(*(x.load() for x in inputs)), is_meta, stored)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.text import listed
-from .adapters import Adapter, Adapters, fit, is_complete, keys_of, merge_lora
+from .adapters import Adapter, Adapters, is_complete, keys_of, merge_lora
 from .components import TOWERS, State
 from .key_maps import text_from_transformers, text_to_transformers
 from .weight_files import read_weight_file
@@ -205,13 +205,12 @@ def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: fl
     state = network.state_dict()
     if part == TOWERS[0]:
         state = text_to_transformers(state)
-    found = fit(adapters, {key.removesuffix(".weight"): x.shape for key, x in state.items() if key.endswith(".weight")})
-    left = [*keys_of(found.absent), *keys_of(found.misshaped)]
-    if left:
-        why = found.example or f"it seems made for {lora.family()}"
-        keys = listed(left, most=1, width=100)
-        raise ValueError(f"{name} does not fit this {title} ({keys}; {why}): use a LoRA made for this model")
-    merged = merge_lora(state, adapters, strength)
+    try:
+        merged = merge_lora(state, adapters, strength)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} does not fit this {title} ({error}; it seems made for {lora.family()}): use a LoRA for this model"
+        ) from error
     if part == TOWERS[0]:
         merged = text_from_transformers(merged)
     if any(other is network for key, other in networks.items() if key != part):  # the decoder keeps the unchanged tower

@@ -30,6 +30,14 @@ from .weight_files import WeightFile
 
 BUNDLE = "bundle"  # the layout of this project's own files
 
+# Fields of a config.json with params that no tensor shows, by diffusers' or transformers' name.
+_CONFIG_FIELDS = {
+    "nhead": "nhead",
+    "num_attention_heads": "heads",
+    "self_attn": "self_attn",
+    "scale_factor": "scale_factor",
+}
+
 
 class ForeignFile(ValueError):
     """A file with weights of other models only; `contents` says which."""
@@ -61,7 +69,8 @@ class Network:
         if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"this text tower uses {config['hidden_act']} but Würstchen's use gelu: {WHOLE_TOWERS}")
         entry = COMPONENTS[self.kind]
-        stated = {ours: config[theirs] for theirs, ours in entry.config_fields.items() if theirs in config}
+        names = {theirs: ours for theirs, ours in _CONFIG_FIELDS.items() if ours in entry.params.__dataclass_fields__}
+        stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
         return replace(entry.infer_params(self.tensors, **heads), **stated)
