@@ -8,6 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core.checkpoints.components import BUNDLE_LOADER, TOWERS
+from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
@@ -21,7 +23,7 @@ DTYPE_CHOICES = {"default": None} | {
     {"fp8": "fp8_e4m3fn"}.get(name, name): dtype for name, dtype in WEIGHT_DTYPES.items()
 }
 # By the width of its states, the stage whose name in LoRA and embedding files a tower goes by, whichever reads it.
-_TOWER_BY_WIDTH = {1280: "prior_text_encoder", 1024: "decoder_text_encoder"}
+_TOWER_BY_WIDTH = dict(zip(CLIP_NAMES, TOWERS, strict=True))
 
 
 def _weight_dtype_input() -> io.Combo.Input:
@@ -39,7 +41,7 @@ class WuerstchenBundleLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenBundleLoader",
-            display_name="Würstchen Bundle Loader",
+            display_name=BUNDLE_LOADER.node,
             category="Würstchen/loaders",
             description="Loads all parts of a Würstchen model from one file. The shipped demo needs no download.",
             search_aliases=["checkpoint loader", "load model", "demo", "stage a", "stage b", "stage c"],

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..wuerstchen_core.checkpoints import Part
-from ..wuerstchen_core.checkpoints.components import PARTS_OF, TEXT_ENCODER, TOWERS
+from ..wuerstchen_core.checkpoints.components import (
+    BUNDLE_LOADER,
+    CLIP_LOADER,
+    MODEL_LOADER,
+    PARTS_OF,
+    TEXT_ENCODER,
+    TOKEN_LOADER,
+    TOWERS,
+    VAE_LOADER,
+    Loader,
+    parts_loaded_by,
+)
+from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.key_maps import LORA
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.source import ForeignFile, Source
@@ -25,12 +37,14 @@ class Shelf:
     takes: str
 
 
-MODEL = Shelf(
-    "Würstchen Model Loader", "diffusion_models", ("prior", "decoder"), "a prior (Stage C) or v2's decoder (Stage B)"
-)
-TOKENS = Shelf("Würstchen Token Decoder Loader", MODEL.folder, ("token_decoder",), "v1's token decoder (Stage B)")
-CLIP = Shelf("Würstchen CLIP Loader", "text_encoders", TOWERS, "CLIP-bigG or CLIP-H")
-VAE = Shelf("Würstchen VAE Loader", "vae", ("vqgan", "image_encoder"), "Stage A or an image encoder")
+def _shelf(loader: Loader, takes: str) -> Shelf:
+    return Shelf(loader.node, loader.folder, parts_loaded_by(loader), takes)
+
+
+MODEL = _shelf(MODEL_LOADER, "a prior (Stage C) or v2's decoder (Stage B)")
+TOKENS = _shelf(TOKEN_LOADER, "v1's token decoder (Stage B)")
+CLIP = _shelf(CLIP_LOADER, " or ".join(CLIP_NAMES.values()))
+VAE = _shelf(VAE_LOADER, "Stage A or an image encoder")
 
 _NAMES = {
     "prior": "a prior (Stage C)",
@@ -115,7 +129,7 @@ def open_from(name: str, shelf: Shelf, version: str = "auto") -> tuple[Source, s
         if is_v1(source):
             advice = "put it into the checkpoints folder, where it is offered here part by part"
         elif set(PARTS_OF["v2"]) <= set(source.networks):
-            advice = "put it into the checkpoints folder, for Würstchen Bundle Loader"
+            advice = f"put it into the {BUNDLE_LOADER.folder} folder, for {BUNDLE_LOADER.node}"
         else:
             advice = "`convert` it into a folder of single files, or with what is missing into one bundle"
         raise ValueError(f"{name!r} holds several parts of a model, and {shelf.node} takes one: {advice}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.serialization import skip_data
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_metadata, save_bundle
-from wuerstchen_core.checkpoints.components import BUNDLE_LOADER, COMPONENTS
+from wuerstchen_core.checkpoints.components import BUNDLE_LOADER
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
@@ -70,14 +70,6 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
     assert description.text_towers == ({part: tower} if tower else {})
     release = "v1" if version.startswith("v1 (") or version == "v1" else "v2"
     assert description.missing == tuple(other for other in PARTS_OF[release] if other != part)
-
-
-def test_nodes_and_folders_are_those_of_the_nodes() -> None:
-    """The loaders' own table is in the nodes, which the core does not import."""
-    nodes = "".join(file.read_text("utf-8") for file in (ROOT / "nodes").glob("*.py"))
-    for folder, node in [*(entry.loader for entry in COMPONENTS.values()), WHOLE]:
-        assert f'"{node}"' in nodes, node
-        assert f'"{folder}"' in nodes or folder == "checkpoints", folder
 
 
 def test_a_file_of_four_gigabytes_is_described_at_once(tmp_path: Path) -> None:

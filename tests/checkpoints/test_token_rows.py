@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers.networks import NETWORKS
 
-from tools.demo.build import known_rows
+from tools.demo.build import drop_token_rows, known_rows
 from wuerstchen_core.checkpoints import Part, describe, load_text_encoder, save_bundle
-from wuerstchen_core.checkpoints.bundle import drop_token_rows, restore_token_rows
+from wuerstchen_core.checkpoints.bundle import restore_token_rows
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.demo.vocabulary import LAYOUTS, caption, scenes
 from wuerstchen_core.models.text_encoder import tokenize

@@ -11,7 +11,8 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from wuerstchen_core.checkpoints import PARTS_OF, Part, demo_path, read_part, save_bundle
-from wuerstchen_core.checkpoints.bundle import drop_token_rows
+from wuerstchen_core.checkpoints.bundle import TABLE
 from wuerstchen_core.checkpoints.components import TOWERS
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, known_words
@@ -92,6 +93,13 @@ def collect(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
         read = read_part(weights, part)
         parts[part] = drop_token_rows(read, rows) if part in TOWERS else read
     return parts
+
+
+def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:
+    """Returns a text tower with only these rows of its token embedding (see `restore_token_rows`)."""
+    indices = torch.tensor(sorted(set(rows)), dtype=torch.int32)
+    table = tower.state_dict[f"{TABLE}.weight"][indices.long()]
+    return replace(tower, state_dict={**tower.state_dict, f"{TABLE}.weight": table, f"{TABLE}.rows": indices})
 
 
 def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DemoDataConfig) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,7 +32,7 @@ AnyPart: TypeAlias = nn.Module | Part | LazyPart
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
-TABLE = "token_embedding"  # a small model uses a few hundred of a text tower's 49408 rows
+TABLE = "token_embedding"  # a small model uses a few hundred of its 49408 rows
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -141,20 +140,11 @@ def _same(one: LazyTensor, other: LazyTensor) -> bool:
     return alike and torch.equal(one.load().cpu(), other.load().cpu())
 
 
-def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:
-    """Returns a text tower with only these rows of its token embedding, to store the ones that training changed.
-
-    Beside the shortened `weight` [n, c], `rows` [n] holds their indices; the other rows are restored as zeros.
-    """
-    indices = torch.tensor(sorted(set(rows)), dtype=torch.int32)
-    table = tower.state_dict[f"{TABLE}.weight"][indices.long()]
-    return replace(tower, state_dict={**tower.state_dict, f"{TABLE}.weight": table, f"{TABLE}.rows": indices})
-
-
 def restore_token_rows(state: State, params: Mapping[str, Any] | None) -> State:
-    """Undoes `drop_token_rows`; `params` are those of the bundle's metadata, with the vocabulary size.
+    """Restores a token embedding of which a bundle stores only the trained rows; all others become zeros.
 
-    Raises ValueError if the size is missing or the indices are out of range.
+    Beside the shortened `weight` [n, c], `rows` [n] holds their indices. `params` are those of the bundle's metadata.
+    Raises ValueError if these lack the vocabulary size, or an index is out of range.
     """
     if f"{TABLE}.rows" not in state:
         return state

@@ -134,6 +134,11 @@ def parts_of(kind: str) -> tuple[str, ...]:
     return TOWERS if kind == TEXT_ENCODER else (kind,)
 
 
+def parts_loaded_by(loader: Loader) -> tuple[str, ...]:
+    """Returns the parts of a model that a ComfyUI node loads from files of their own."""
+    return tuple(part for kind, entry in COMPONENTS.items() if entry.loader == loader for part in parts_of(kind))
+
+
 PARTS = tuple(part for kind in COMPONENTS for part in parts_of(kind))
 PARTS_OF = {  # the parts of a complete model, by release
     release: tuple(part for kind, c in COMPONENTS.items() if c.release in (None, release) for part in parts_of(kind))
