@@ -1,4 +1,4 @@
-"""Pictures to train on, made for the tests: each of one colour, by which it is known again."""
+"""Training images for tests, each of one colour that identifies it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Files = Mapping[str, bytes]
 
 
 def picture(number: int, width: int = 64, height: int = 64, kind: str = "PNG", **options: Any) -> bytes:
-    """The file of a picture whose red is its number."""
+    """Returns the file of an image whose red is its number."""
     file = io.BytesIO()
     Image.new("RGB", (width, height), (number, 100, 200)).save(file, kind, **options)
     return file.getvalue()
 
 
 def examples(numbers: Sequence[int], width: int = 64, height: int = 64) -> dict[str, bytes]:
-    """Pictures with captions: 007.png beside 007.txt, which says "picture 7"."""
+    """Returns images with captions: 007.png and 007.txt, which contains "picture 7"."""
     files = {}
     for number in numbers:
         files[f"{number:03d}.png"] = picture(number, width, height)
@@ -38,7 +38,7 @@ def write_folder(root: Path, files: Files) -> Path:
 
 
 def shard(files: Files) -> bytes:
-    """A tar file."""
+    """Returns a tar file."""
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as tar:
         for name, content in files.items():

@@ -124,11 +124,11 @@ def test_the_table_chooses_the_class() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"layouts": ["corners"]}, "layouts .*pair, got corners"),
-        ({"layouts": []}, "layouts .*pair, got none"),
+        ({"layouts": ["corners"]}, "layouts .*pair, got .'corners'"),
+        ({"layouts": []}, r"layouts .*pair, got \[\]"),
         (
             {"shapes": ["square", "square"]},
-            "shapes .*landscape, got square, square",
+            "shapes .*landscape, got .'square', 'square'",
         ),
         ({"shapes": "square"}, "shapes .*'square'"),
         ({"things": 130}, "things .*129, got 130"),

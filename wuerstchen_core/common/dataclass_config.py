@@ -1,26 +1,68 @@
-"""Dataclasses out of tables that people write: TOML configurations, the JSON of a file's metadata."""
+"""Builds dataclasses from tables: TOML configurations, and the JSON metadata of weight files."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_ITEMS = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number, as in `Annotated[float, Range(least=0, most=1)]`; `from_table` checks them."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, x: float) -> bool:
+        return (
+            (self.least is None or x >= self.least)
+            and (self.above is None or x > self.above)
+            and (self.most is None or x <= self.most)
+            and (self.below is None or x < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+
+
+Fraction = Annotated[float, Range(least=0, most=1)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Count = Annotated[int, Range(least=1)]
+CountOrZero = Annotated[int, Range(least=0)]
+
+
+class Choices(tuple[str, ...]):
+    """Known texts of a text, or of a tuple of one or more without repetition: `Annotated[str, Choices(NAMES)]`."""
+
+    def __contains__(self, x: object) -> bool:
+        values = x if isinstance(x, tuple) else (x,)
+        return 0 < len(values) == len(set(values)) and set(values) <= set(self)
+
+    def __str__(self) -> str:
+        return f"chosen from {', '.join(filter(None, self))}"
+
 
 def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A dataclass from its values by name (lists become tuples).
+    """Returns a dataclass with the values of a table; lists become tuples.
 
-    ValueError names unknown, missing and mistyped keys; `where` is the name of the table they stand in.
+    ValueError names the table (`where`) and its unknown, missing and invalid keys.
     """
     if not isinstance(table, Mapping):
-        raise ValueError(f"{where} is a table of keys, not {table!r}")
+        raise ValueError(f"{where} must be a table of keys, got {table!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
+    if unknown := sorted(set(table) - set(fields)):
         raise ValueError(f"[{where}] has no key {', '.join(unknown)}: it takes {', '.join(fields)}")
     missing = [
         name
@@ -29,58 +71,44 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     ]
     if missing:
         raise ValueError(f"[{where}] lacks {', '.join(missing)}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     values = {key: _as_tuple(value) for key, value in table.items()}
     for key, value in values.items():
         if not _fits(value, hints[key]):
-            raise ValueError(f"[{where}] {key} must be {_name(hints[key])}, got {value!r}")
+            raise ValueError(f"[{where}] {key} must be {_describe(hints[key], _TYPES)}, got {table[key]!r}")
     return kind(**values)
 
 
-def check_range(config: object, where: str, names: str, least: float, most: float = math.inf) -> None:
-    """Raises ValueError unless each of the fields in `names` is None or from `least` to `most`."""
-    expected = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-    for name in names.split():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"[{where}] {name} must be {expected}, got {value:g}")
-
-
-def check_choices(config: object, where: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless a field is one of `known`, or for a tuple, one or more of them without repetition."""
-    value = getattr(config, name)
-    values = value if isinstance(value, tuple) else (value,)
-    if not values or not set(values) <= set(known) or len(set(values)) < len(values):
-        amount = "one or more" if value is values else "one"
-        raise ValueError(f"[{where}] {name} must be {amount} of {', '.join(known)}, got {', '.join(values) or 'none'}")
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_MANY = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
-
-
-def _name(hint: Any) -> str:
-    if hint in _NAMES:
-        return _NAMES[hint]
-    kinds = get_args(hint)
-    if isinstance(hint, UnionType):
-        return " or ".join(_name(kind) for kind in kinds if kind is not NoneType)
-    return f"a list of {'' if kinds[-1] is Ellipsis else f'{len(kinds)} '}{_MANY.get(kinds[0], 'lists')}"
-
-
 def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return _fits(value, arguments[0]) and value in arguments[1]
+    if origin is Literal:
+        return value in arguments
     if isinstance(hint, UnionType):
-        return any(_fits(value, kind) for kind in get_args(hint))
-    expected = get_origin(hint) or hint
-    if expected is tuple:
-        kinds = get_args(hint)
-        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
+        return any(_fits(value, kind) for kind in arguments)
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is Ellipsis else arguments
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if isinstance(value, bool):  # which Python takes for a number
-        return expected is bool
-    return isinstance(value, (int, float) if expected is float else expected)
+    if isinstance(value, bool):  # a bool is an int in Python
+        return origin is bool
+    return isinstance(value, (int, float) if origin is float else origin)
+
+
+def _describe(hint: Any, names: Mapping[type, str]) -> str:
+    """Returns what a value must be; `names` are those of the simple types."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_describe(arguments[0], names)}, {arguments[1]}"
+    if origin is Literal:
+        return f"one of {', '.join(filter(None, arguments))}"
+    if isinstance(hint, UnionType):
+        return " or ".join(_describe(kind, names) for kind in arguments if kind is not NoneType)
+    if origin is tuple:
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"{'lists' if names is _ITEMS else 'a list'} of {count}{_describe(arguments[0], _ITEMS)}"
+    return names[hint]
 
 
 def _as_tuple(value: Any) -> Any:
-    """Lists to tuples, at every depth."""
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

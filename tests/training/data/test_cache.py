@@ -289,9 +289,9 @@ def test_what_a_cache_lacks_is_named(config: Path, stage: str, what: list[str], 
 
 
 MISTAKES = {
-    'cache.what=["tokens"]': r"\[cache\] what .*latents.* tokens",
-    "cache.what=[]": r"\[cache\] what .* none",
-    'cache.dtype="int8"': r"\[cache\] dtype .*bf16.* int8",
+    'cache.what=["tokens"]': r"\[cache\] what .*latents.*tokens",
+    "cache.what=[]": r"\[cache\] what .*latents.*\[\]",
+    'cache.dtype="int8"': r"\[cache\] dtype .*bf16.*int8",
     "cache.shard=0": r"\[cache\] shard .* 1, got 0",
     "cache.batch=0": r"\[cache\] batch .* 1, got 0",
     "cache.size=1": r"\[cache\] .*\bsize\b.*output",

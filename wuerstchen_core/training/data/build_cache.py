@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
-from ...common.dataclass_config import check_choices, check_range, from_table
+from ...common.dataclass_config import Choices, Count, from_table
 from ...common.devices import DTYPES
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
@@ -55,16 +55,11 @@ class CacheConfig:
     """The `[cache]` table."""
 
     output: str  # a folder
-    what: tuple[str, ...] = CACHEABLE
-    dtype: str = "bf16"  # of the cached tensors
+    what: Annotated[tuple[str, ...], Choices(CACHEABLE)] = CACHEABLE
+    dtype: Annotated[str, Choices(DTYPES)] = "bf16"  # of the cached tensors
     pictures: bool = False  # cache the cropped images too
-    shard: int = 500  # images in a shard
-    batch: int = 8  # images in one forward pass
-
-    def __post_init__(self) -> None:
-        check_choices(self, "cache", "what", CACHEABLE)
-        check_choices(self, "cache", "dtype", DTYPES)
-        check_range(self, "cache", "shard batch", 1)
+    shard: Count = 500  # images in a shard
+    batch: Count = 8  # images in one forward pass
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:

@@ -62,7 +62,7 @@ class ImageDataset(ABC):
     def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Any], Tensor]:
         """Returns a function that maps a batch to `derive(compute(images))`, images [B, 3, H, W] in [0, 1].
 
-        What `compute` would return is read from a cache if one has `name`.
+        The result of `compute` is read from a cache instead if one has `name`.
         """
 
     def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import check_choices, check_range, from_table
+from ...common.dataclass_config import Choices, CountOrZero, Range, from_table
 from ...demo import vocabulary
 from ...demo.artwork import CANVAS, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
@@ -26,20 +26,16 @@ class DemoDataConfig:
     """The `[data]` table of a run on the demo's scenes; smaller values give short trials."""
 
     canvas: int = CANVAS  # pixels, a multiple of 64
-    things: int = TRAINED_THINGS  # only the first ones
-    layouts: tuple[str, ...] = SIMPLE
-    shapes: tuple[str, ...] = ("square",)
-    most: int = 0  # scenes of each layout and shape, sampled from all; 0: MAX_SIMPLE and MAX_OTHER
-    background: str = ""  # only scenes on this one, with captions that name any: what a LoRA can learn
+    things: Annotated[int, Range(least=1, most=len(THINGS))] = TRAINED_THINGS  # only the first ones
+    layouts: Annotated[tuple[str, ...], Choices(LAYOUTS)] = SIMPLE
+    shapes: Annotated[tuple[str, ...], Choices(SHAPES)] = ("square",)
+    most: CountOrZero = 0  # scenes of each layout and shape, sampled from all; 0: MAX_SIMPLE and MAX_OTHER
+    # Only scenes on this background, with captions that name any: for a LoRA to learn.
+    background: Annotated[str, Choices(("", *COLOURS))] = ""
 
     def __post_init__(self) -> None:
         if self.canvas < 64 or self.canvas % 64:
             raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
-        check_range(self, "data", "things", 1, len(THINGS))
-        check_range(self, "data", "most", 0)
-        check_choices(self, "data", "layouts", LAYOUTS)
-        check_choices(self, "data", "shapes", SHAPES)
-        check_choices(self, "data", "background", ("", *COLOURS))
 
 
 class DemoDataset(InMemoryDataset):

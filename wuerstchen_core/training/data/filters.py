@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ...common.dataclass_config import check_range
+from ...common.dataclass_config import Range
 from .buckets import Size, fit, nearest_buckets
+
+Side = Annotated[int | None, Range(least=1)]
+Probability = Annotated[float | None, Range(least=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +25,11 @@ class Filters:
     them from LAION's table.
     """
 
-    min_side: int | None = None  # pixels of the shorter side: 512
-    max_side: int | None = None  # pixels of the longer side: 4096
-    max_watermark: float | None = None  # probability of a watermark (pwatermark): 0.5
+    min_side: Side = None  # pixels of the shorter side: 512
+    max_side: Side = None  # pixels of the longer side: 4096
+    max_watermark: Probability = None  # probability of a watermark (pwatermark): 0.5
     min_aesthetic: float | None = None  # aesthetic score, 1 to 10 (AESTHETIC_SCORE, aesthetic): 5.0
-    max_unsafe: float | None = None  # probability of being unsafe (punsafe): 0.99
-
-    def __post_init__(self) -> None:
-        check_range(self, "data", "min_side max_side", 1)
-        check_range(self, "data", "max_watermark max_unsafe", 0, 1)
+    max_unsafe: Probability = None  # probability of being unsafe (punsafe): 0.99
 
     def reasons(self, records: np.ndarray) -> np.ndarray:
         """Returns why each image is rejected, as texts [N]; "" for those that pass."""

@@ -37,7 +37,7 @@ class Batch:
 
 @dataclass
 class ReadResult:
-    """What a worker sends: a batch or None, and what it counted since the last result."""
+    """Message of a worker: a batch or None, and its counts since the last message."""
 
     batch: Batch | None = None
     read: int = 0  # images, the bad ones included

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ...common.dataclass_config import check_choices, check_range
+from ...common.dataclass_config import CountOrZero, Fraction, Range
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes
 from .epoch_order import EpochOrder
@@ -28,6 +28,7 @@ from .streams import StreamLoader
 
 log = logging.getLogger(__name__)
 
+AtLeastOne = Annotated[float, Range(least=1)]
 STREAMS = ("http:", "https:", "pipe:")
 
 
@@ -38,27 +39,22 @@ class ImageDataConfig(Filters):
     # Folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands.
     source: str | tuple[str, ...]
     size: int = 1024  # pixels of a square's side; no bucket has more pixels than that square
-    ratio: float = 1.0  # largest aspect ratio of the buckets; 1: squares only, as in the original
+    ratio: AtLeastOne = 1.0  # largest aspect ratio of the buckets; 1: squares only, as in the original
     multiple: int = 128  # sides are multiples of it, in pixels: 64, or better 128
     buckets: tuple[tuple[int, int], ...] = ()  # width and height of each, instead of the three keys above
-    enlarge: float = 1.0  # largest factor of upscaling; smaller images are rejected
-    crop: str = "centre"  # or random, as in the original
-    workers: int = 4  # processes that read; 0: the training process reads itself
-    bad_share: float = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
+    enlarge: AtLeastOne = 1.0  # largest factor of upscaling; smaller images are rejected
+    crop: Literal["centre", "random"] = "centre"  # or random, as in the original
+    workers: CountOrZero = 4  # processes that read; 0: the training process reads itself
+    bad_share: Fraction = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
     allow_pipe: bool = False  # allow `pipe:` sources to run their command
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.source or not all([self.source] if isinstance(self.source, str) else self.source):
             raise ValueError("[data] source is empty: give a folder of images, or shards")
         if self.multiple < 64 or self.multiple % 64:
             raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
         if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
             raise ValueError(f"[data] size must be a multiple of {self.multiple} up to {LARGEST}, got {self.size}")
-        check_range(self, "data", "ratio enlarge", 1)
-        check_range(self, "data", "workers", 0)
-        check_range(self, "data", "bad_share", 0, 1)
-        check_choices(self, "data", "crop", ("centre", "random"))
         for width, height in self.buckets:
             check_size(width, height)
 
