@@ -96,7 +96,7 @@ def _read_requests(
     pipeline.sampling.changed(**{name: defaults.get(name) for name in SETTINGS})
     requests: dict[int, list[ImageRequest]] = {}
     skipped: dict[int, str] = {}
-    for number, raw in read_lines(options.prompts):
+    for number, raw in read_lines(options.prompts).items():
         shard = (number - 1) // (options.shards or 1)
         if shard % world != rank:
             continue
@@ -122,9 +122,7 @@ def _generate_missing(
     for shard, images in requests.items():
         output = open_output(options.output, options.shards, shard)
         work.append((output, _missing(images, output, models)))
-    pipeline.warn_of_unknown_words(
-        {text for _, missing in work for one in missing for text in (one.prompt, one.negative)}
-    )
+    pipeline.warn_of_unknown_words(text for _, images in work for one in images for text in (one.prompt, one.negative))
     total, generated, reported = sum(map(len, requests.values())), 0, time.monotonic()
     existing = total - sum(len(missing) for _, missing in work)
     for output, missing in work:
@@ -155,16 +153,14 @@ def _batches(images: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRe
 
 def _missing(images: Sequence[ImageRequest], output: ImageFolder, models: Mapping[str, Any]) -> list[ImageRequest]:
     """Returns the images that do not exist. ValueError if one exists with other settings."""
-    existing, missing = output.prepare([one.name for one in images]), []
+    existing = output.prepare([one.name for one in images])
     for one in images:
-        if one.name not in existing:
-            missing.append(one)
-        elif existing[one.name] != one.metadata(models):
+        if one.name in existing and existing[one.name] != one.metadata(models):
             raise ValueError(
-                f"{output} contains {one.name} with another prompt, seed, model or option: remove it, or give another "
-                "--output"
+                f"{output.path} contains {one.name} with another prompt, seed, model or option: remove it, or give "
+                "another --output"
             )
-    return missing
+    return [one for one in images if one.name not in existing]
 
 
 def _ranks() -> tuple[int, int, int]:

@@ -26,10 +26,7 @@ class ImageFolder:
     """A folder with two files per image: NAME.json with its metadata, and NAME.png, which is written last."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __str__(self) -> str:
-        return str(self.folder)
+        self.folder = self.path = folder
 
     def prepare(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
         """Removes drafts of these images, and returns the metadata of those that exist.
@@ -52,7 +49,6 @@ class ImageFolder:
 
     def add(self, name: str, image: Image.Image, metadata: Mapping[str, Any]) -> None:
         """Writes an image."""
-        self.folder.mkdir(exist_ok=True)
         text = json.dumps(metadata, ensure_ascii=False)
         replace_file(self.folder / f"{name}.json", lambda draft: draft.write_text(text, encoding="utf-8"))
         save_image(image, self.folder / f"{name}.png", metadata)
@@ -70,9 +66,6 @@ class Shard(ImageFolder):
     def __init__(self, path: Path):
         super().__init__(path.with_name(f".{path.stem}"))
         self.path = path
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     def prepare(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
         remove_drafts(self.path.parent, {self.path.name})

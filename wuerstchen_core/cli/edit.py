@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_count, add_options, generate_and_save
+from .options import add_options, run_command
 from .save import FORMATS
 
 if TYPE_CHECKING:
@@ -48,14 +48,13 @@ def add(commands: Any) -> None:
         parser.add_argument(name.lower(), metavar=name, help=text)
     text = "number of images, including both ends (default: 5)"
     parser.add_argument("--steps", type=int, default=5, metavar="N", help=text)
-    add_options(parser, size="the first image's, else the model's own", name="the names of both ends")
+    add_options(parser, name="the names of both ends", size="the first image's, else the model's own", count=False)
 
 
 def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.set_defaults(run=_edit)
     parser.add_argument("image", metavar="IMAGE", help="the image file")
-    add_count(parser)
     return parser
 
 
@@ -82,7 +81,7 @@ def _edit(options: argparse.Namespace) -> None:
         images["mask"] = open_mask(options.mask)
     files = {name: Path(getattr(options, name)).name for name in images}
     title = f"{Path(options.image).stem} {options.command}"
-    generate_and_save(options, title, {**images, **values}, {"command": options.command, **files, **values})
+    run_command(options, title, {**images, **values}, {"command": options.command, **files, **values})
 
 
 def _interpolate(options: argparse.Namespace) -> None:
@@ -91,7 +90,7 @@ def _interpolate(options: argparse.Namespace) -> None:
     ends = {name: _read_end(text) for name, text in texts.items()}
     labels = {name: Path(text).name if _is_image(text) else text for name, text in texts.items()}
     title = " to ".join(Path(label).stem if _is_image(label) else label for label in labels.values())
-    generate_and_save(options, title, {**ends, **values}, {"command": options.command, **labels, **values})
+    run_command(options, title, {**ends, **values}, {"command": options.command, **labels, **values})
 
 
 def _is_image(argument: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import batch
-from .options import add_count, add_options, generate_and_save
+from .options import add_options, run_command
 
 
 def add(commands: Any) -> None:
@@ -17,7 +17,6 @@ def add(commands: Any) -> None:
     text = 'what to generate, such as "a red apple on a blue background"'
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help=text)
     add_options(parser, size="the model's own", name="the prompt")
-    add_count(parser)
     text = (
         'instead of PROMPT: a file with a JSON object per line, {"prompt": ...} and, if they differ, seed, count, '
         "width, height, negative and other options by name. --output is a folder; images that it already holds are "
@@ -39,4 +38,4 @@ def _run(options: argparse.Namespace) -> None:
     if options.shards is not None or options.batch is not None:
         raise ValueError("--shards and --batch need --prompts: remove them, or add it")
     request = {"prompt": options.prompt, "negative": options.negative}
-    generate_and_save(options, options.prompt, request, request)
+    run_command(options, options.prompt, request, request)

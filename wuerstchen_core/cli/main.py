@@ -17,7 +17,7 @@ from . import edit, generate, train, weights
 
 MODULES = (generate, edit, weights, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
-INSTALL_HINT = "`pip install wuerstchen` or, inside the pack's folder, `pip install -r requirements.txt`"
+INSTALL_HINT = "`pip install wuerstchen` or, in the pack's folder, `pip install -r requirements.txt`"
 PACKAGE = __package__.partition(".")[0]
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -40,11 +40,13 @@ class Choices:
         return iter([*self._more, *getattr(import_module(self._module, __package__), self._registry)])
 
 
-def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: bool = True, name: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, name: str, size: str | None, count: bool = True, prior: bool = True
+) -> None:
     """Adds the options of a command that generates images.
 
-    `size` describes the default size (None: the command has no size options), `name` the default file name; `prior`
-    adds the options of Stage C.
+    `name` describes the default file name and `size` the default size (None: there are no size options). `count` adds
+    --count, `prior` the options of Stage C.
     """
     parser.set_defaults(memory_hint=MEMORY_HINT if size else "choose a smaller image")
     option = parser.add_argument
@@ -52,6 +54,8 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
     option("--model", default="demo", help="bundle file or diffusers folder (default: the small model that ships)")
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
     option("--seed", type=int, default=0, help="same seed, same image (default: 0)")
+    if count:
+        option("--count", type=int, default=1, help="number of images, with the seeds SEED, SEED + 1, ... (default: 1)")
     if size:
         option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
         option("--height", type=int, help="likewise")
@@ -81,15 +85,7 @@ def add_options(parser: argparse.ArgumentParser, *, size: str | None, prior: boo
     option("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
 
-def add_count(parser: argparse.ArgumentParser) -> None:
-    """Adds the option --count."""
-    text = "number of images, with the seeds SEED, SEED + 1, ... (default: 1)"
-    parser.add_argument("--count", type=int, default=1, help=text)
-
-
-def generate_and_save(
-    options: argparse.Namespace, title: str, arguments: Mapping[str, Any], request: Mapping[str, Any]
-) -> None:
+def run_command(options: argparse.Namespace, title: str, arguments: dict[str, Any], request: dict[str, Any]) -> None:
     """Loads the model, calls its method of the command's name once per seed, saves the images and prints their paths.
 
     `arguments` go to the method beside the options of sampling. `title` is the default file name. `request` is the part
@@ -114,8 +110,8 @@ def generate_and_save(
             images = method(seed=seed, callback=callback, **arguments, **size, **sampling)
         for image in images:
             path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
-            actual_size = {"width": image.width, "height": image.height}
-            save_image(image, path, image_metadata(request, seed, models, {**settings, **actual_size}))
+            settings |= {"width": image.width, "height": image.height}
+            save_image(image, path, image_metadata(request, seed, models, settings))
             saved.append({"path": str(path), "seed": seed, "seconds": callback.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")

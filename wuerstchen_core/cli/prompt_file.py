@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,20 +61,17 @@ class ImageRequest:
         return dict(json.loads(json.dumps(table)))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file that are not blank, numbered from 1. ValueError if there is none."""
-    empty = True
+def read_lines(path: Path) -> dict[int, bytes]:
+    """Returns the lines of a file that are not blank, by number. ValueError if there is none."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                empty = False
-                yield number, raw
-    if empty:
+        lines = {number: raw for number, raw in enumerate(file, 1) if raw.strip()}
+    if not lines:
         raise ValueError(f'{path} has no prompts: write one JSON object per line, such as {{"prompt": "a red apple"}}')
+    return lines
 
 
 def parse_line(
-    number: int, raw: bytes, defaults: Mapping[str, Any], settings: SamplingSettings, seed: int
+    number: int, raw: bytes, defaults: dict[str, Any], settings: SamplingSettings, seed: int
 ) -> list[ImageRequest]:
     """Returns the images of a line; `defaults` and the model's `settings` complete it. ValueError if it is invalid.
 

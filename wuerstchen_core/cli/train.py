@@ -8,9 +8,7 @@ from typing import Any
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
 CACHE = "cache"
-INSTALL_HINT = (
-    '`pip install "wuerstchen[train]"` or, inside the pack\'s folder, `pip install -r requirements-train.txt`'
-)
+INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
 

@@ -37,21 +37,12 @@ _NAMES = (
     "tree", "cactus", "sunflower", "sun", "moon", "star", "rainbow", "snowman", "heart",
     # faces
     "robot", "pumpkin",
-    # added later: food
+    # added later, in the same order of kinds
     "tomato", "peach", "chili pepper", "croissant", "bread", "cheese", "cookie", "fried egg", "taco", "honey pot",
-    "cake", "cup of coffee",
-    # animals
-    "lion", "shark", "koala", "monkey", "cow", "chicken", "unicorn", "swan", "duck", "snail", "spider", "dolphin",
-    "whale", "bat", "chick", "wolf",
-    # vehicles
-    "bus", "ambulance", "scooter", "flying saucer",
-    # objects
-    "teapot", "drum", "trumpet", "violin", "bell", "balloon", "kite", "scissors", "camera", "telephone", "hat",
-    "shirt", "diamond", "anchor", "candle", "trophy",
-    # nature
-    "cloud", "fire", "snowflake", "tulip", "rose", "leaf", "fir",
-    # faces
-    "ghost",
+    "cake", "cup of coffee", "lion", "shark", "koala", "monkey", "cow", "chicken", "unicorn", "swan", "duck", "snail",
+    "spider", "dolphin", "whale", "bat", "chick", "wolf", "bus", "ambulance", "scooter", "flying saucer", "teapot",
+    "drum", "trumpet", "violin", "bell", "balloon", "kite", "scissors", "camera", "telephone", "hat", "shirt",
+    "diamond", "anchor", "candle", "trophy", "cloud", "fire", "snowflake", "tulip", "rose", "leaf", "fir", "ghost",
     # not in the shipped models: `tools.demo.adapt` adds it by a LoRA
     "potato",
 )  # fmt: skip
@@ -273,16 +264,14 @@ def _split(text: str) -> list[str]:
 @cache
 def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = LAYOUTS) -> tuple[str, ...]:
     """Returns every lower-case word that captions of these things and layouts can contain, sorted."""
-    words = [*_COLOUR_WORDS.values(), *_SIZE_WORDS.values(), _GROUND_WORDS, _DEPICTIONS, _CENTRE_WORDS]
-    phrases = [name for thing in things for name in thing.names]
-    phrases += [*COLOURS, "a", "an", "the", *(word for group in words for word in group)]
-    templates = [*_TEMPLATES, _DEPICTED, *_POSITIONED[:2]]
+    groups = [thing.names for thing in things]
+    groups += [*_COLOUR_WORDS.values(), *_SIZE_WORDS.values(), _GROUND_WORDS, _DEPICTIONS, _CENTRE_WORDS]
+    groups += [tuple(COLOURS), ("a", "an", "the"), tuple(_TEMPLATES), (_DEPICTED, *_POSITIONED[:2])]
     if "corner" in layouts:
-        phrases += [*POSITIONS, *(word for group in _ROW_WORDS.values() for word in group)]
-        templates += _POSITIONED
+        groups += [POSITIONS, *_ROW_WORDS.values(), _POSITIONED]
     if "pair" in layouts:
-        templates += _PAIRED
-    phrases += [re.sub(r"\{\w+\}", " ", template) for template in templates]
+        groups += [tuple(_PAIRED)]
+    phrases = [re.sub(r"\{\w+\}", " ", phrase) for group in groups for phrase in group]
     return tuple(sorted({word for phrase in phrases for word in _split(phrase)}))
 
 
