@@ -11,7 +11,7 @@ __all__ = ["WuerstchenPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline, and torch with it, when it is first asked for."""
+    """Imports the pipeline, and torch with it, on first access."""
     if name == "WuerstchenPipeline":
         from .inference.pipeline import WuerstchenPipeline
 

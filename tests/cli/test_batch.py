@@ -323,11 +323,11 @@ def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> N
     arguments = [str(argument) for argument in command(bundle, prompts, out)]
     with pytest.raises(AssertionError, match="SIGKILL|exitcode: -9|Signal 9"):
         launch(str(Path(__file__).parents[1] / "helpers" / "batch_process.py"), *arguments)
-    there = {path.name: path.stat().st_ino for path in out.glob("*.png")}
-    assert {"000002.png"} <= set(there) and not {"000002-2.png", "000012.png"} & set(there)
+    existing = {path.name: path.stat().st_ino for path in out.glob("*.png")}
+    assert {"000002.png"} <= set(existing) and not {"000002-2.png", "000012.png"} & set(existing)
     launch("-m", "wuerstchen_core", *arguments, by="accelerate")
     assert run(*command(bundle, prompts, alone)) == 2
-    assert there.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
+    assert existing.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
     assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES)
     assert_equal_pictures(by_name(out), by_name(alone))
     jsons = [name for name in files(out) if name.endswith(".json")]

@@ -280,7 +280,7 @@ def test_usage_and_errors_name_the_command(
 # train and inspect
 
 
-def test_train_hands_over(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+def test_train_calls_the_trainer(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     trainer = pytest.importorskip("wuerstchen_core.training.run")
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(trainer, "run", lambda *arguments: calls.append(arguments))

@@ -1,4 +1,4 @@
-"""The demo's vocabulary: distinct things, captions of known words, a fair held-out part."""
+"""The demo's vocabulary: things, captions, the held-out pairs and notes on unknown words."""
 
 import random
 import re
@@ -62,22 +62,22 @@ def test_scenes_are_all_combinations_in_a_fixed_order():
     assert set(scenes(LAYOUTS)) == {*everything, *corners, *(scene._replace(shape=0) for scene in pairs)}
 
 
-def test_a_fifth_of_the_pairs_is_held_out_and_every_part_stays_known():
-    kept = [scene for scene in scenes() if not held_out(scene)]
-    share = 1 - len(kept) / len(scenes())
-    assert 0.18 <= share <= 0.22
-    assert {scene.thing for scene in kept} == set(range(len(THINGS)))
-    assert {scene.colour for scene in kept} == set(range(len(COLOURS)))
+def test_a_fifth_of_the_pairs_is_held_out_and_training_has_every_thing_and_colour():
+    trained = [scene for scene in scenes() if not held_out(scene)]
+    fraction = 1 - len(trained) / len(scenes())
+    assert 0.18 <= fraction <= 0.22
+    assert {scene.thing for scene in trained} == set(range(len(THINGS)))
+    assert {scene.colour for scene in trained} == set(range(len(COLOURS)))
     assert all(held_out(scene) == held_out(scene._replace(size=0)) for scene in scenes())
 
 
-def test_what_is_held_out_is_so_in_every_layout_and_shape():
+def test_pairs_are_held_out_in_every_layout_and_shape():
     for scene in scenes(["corner"], shape=1):
         assert held_out(scene) == held_out(Scene(scene.thing, scene.colour, 0))
     pairs = scenes(["pair"], shape=2)
     for scene in pairs:
-        alone = [held_out(Scene(thing, scene.colour, 0)) for thing in (scene.thing, scene.other)]
-        assert held_out(scene) == any(alone)
+        single = [held_out(Scene(thing, scene.colour, 0)) for thing in (scene.thing, scene.other)]
+        assert held_out(scene) == any(single)
     assert 0.34 <= sum(map(held_out, pairs)) / len(pairs) <= 0.38  # 1 - 0.8 * 0.8
 
 
@@ -98,7 +98,7 @@ def test_the_plain_caption(scene, text):
 
 
 def some_scenes(seed):
-    """All with one thing, and of those with two as many as have one alone."""
+    """Returns all scenes with one thing, and 2,000 with two."""
     return scenes(["large", "small", "corner"]) + random.Random(seed).sample(scenes(["pair"]), 2000)
 
 
@@ -112,7 +112,7 @@ def words_of(texts):
 
 @pytest.mark.parametrize("layouts", [SIMPLE, ("small", "corner"), ("large", "pair"), LAYOUTS], ids="+".join)
 def test_captions_use_known_words_and_together_all_of_them(layouts):
-    """Those of the first things alone too, as a smaller model knows them."""
+    """Also for a model that knows only the first 12 things."""
     rng, things = random.Random(0), THINGS[:12]
     shown = [scene for scene in scenes(layouts) if scene.thing < 12 and (scene.other or 0) < 12]
     shown = shown if "pair" not in layouts else random.Random(1).sample(shown, 600)
@@ -168,7 +168,7 @@ def test_captions_repeat_with_their_seed_and_vary_without():
 
 
 def extent(picture):
-    """The first column, the first row, and the last ones, of what is no background."""
+    """Returns left, top, right and bottom of the pixels that differ from the background."""
     rows, columns = np.nonzero((picture != picture[0, 0]).any(axis=-1))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
@@ -176,7 +176,7 @@ def extent(picture):
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
 @pytest.mark.parametrize("place", range(len(POSITIONS)), ids=POSITIONS)
 def test_drawings_are_where_they_should_be(shape, place):
-    """A ball, which is round and fills its box but for a pixel or two of 120."""
+    """A ball is round and fills its box of 120 pixels up to a pixel or two."""
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
     ball, (width, height) = NAMES["basketball"], list(SHAPES.values())[shape]
     picture = np.asarray(artwork.draw(Scene(ball, YELLOW, SMALL, place, shape)))
@@ -216,7 +216,7 @@ def test_a_smaller_canvas_shows_the_same_picture():
 
 
 def test_drawing_refuses_a_tiny_canvas():
-    with pytest.raises(ValueError, match="at least 16 pixels, got 8"):
+    with pytest.raises(ValueError, match="got 8"):
         artwork.draw_all([], canvas=8)
 
 

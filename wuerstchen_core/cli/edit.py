@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SIZE = "the valid size nearest to the image's"
-IMAGE_NAME = "the image's"
+IMAGE_NAME = "the image"
 SUFFIXES = (*FORMATS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # `interpolate` takes other arguments as prompts
 SIDES = ("left", "top", "right", "bottom")
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser's commands."""
-    parser = _add_command(commands, "reconstruct", "encode an image by the 42.67x compression and decode it")
+    parser = _add_command(commands, "reconstruct", "encode an image with 42.67x compression, and decode it")
     parser.add_argument("--prompt", default="", help="text for Stage B, beside the image's features")
     add_options(parser, size=IMAGE_SIZE, prior=False, name=IMAGE_NAME)
 
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
         parser.add_argument(name.lower(), metavar=name, help=text)
     text = "number of images, including both ends (default: 5)"
     parser.add_argument("--steps", type=int, default=5, metavar="N", help=text)
-    add_options(parser, name="the names of both ends", size="the first image's, else the model's own", count=False)
+    add_options(parser, name="both ends", size="the first image's, else the model's own", count=False)
 
 
 def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -60,7 +60,7 @@ def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser
 
 def _add_fill_options(parser: argparse.ArgumentParser) -> None:
     _add_strength(parser, 1.0)
-    text = "decode the whole image, instead of copying the pixels that are kept from the original"
+    text = "save the decoded image as it is, instead of copying unmasked pixels from the original"
     parser.add_argument("--no-composite", dest="composite", action="store_false", help=text)
     add_options(parser, size=None, name=IMAGE_NAME)
 

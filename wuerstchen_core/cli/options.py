@@ -45,12 +45,12 @@ def add_options(
 ) -> None:
     """Adds the options of a command that generates images.
 
-    `name` describes the default file name and `size` the default size (None: there are no size options). `count` adds
-    --count, `prior` the options of Stage C.
+    `name` says what the default file is named after, `size` describes the default size (None: no size options).
+    `count` adds --count, `prior` the options of Stage C.
     """
     parser.set_defaults(memory_hint=MEMORY_HINT if size else "choose a smaller image")
     option = parser.add_argument
-    option("--output", type=Path, help=f"file or folder to write to (default: a name made of {name})")
+    option("--output", type=Path, help=f"file or folder to write to (default: named after {name})")
     option("--model", default="demo", help="bundle file or diffusers folder (default: the small model that ships)")
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
     option("--seed", type=int, default=0, help="same seed, same image (default: 0)")
@@ -58,7 +58,7 @@ def add_options(
         option("--count", type=int, default=1, help="number of images, with the seeds SEED, SEED + 1, ... (default: 1)")
     if size:
         option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
-        option("--height", type=int, help="likewise")
+        option("--height", type=int, help="in pixels, likewise")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
     dtypes = Choices("..common.devices", "DTYPES", "auto")
     option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="%(choices)s (default: auto)")

@@ -20,7 +20,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def slug(prompt: str) -> str:
-    """Returns a file name without suffix, made of a prompt's letters and digits."""
+    """Returns a file name, without suffix, from a prompt's letters and digits."""
     words = re.sub(r"[\W_]+", "-", prompt.casefold()).strip("-")
     return words[:SLUG_LENGTH].rstrip("-") or "picture"
 
@@ -36,9 +36,9 @@ def check_output(output: Path | None) -> None:
 
 
 def output_path(output: Path | None, title: str, number: int | None) -> Path:
-    """Returns the path of an image; `number` is its index if a run has several.
+    """Returns the path of an image; `number` is its index if a run has more than one.
 
-    Only a file named by `output` is overwritten. Names made of the title count up until they are free.
+    Only a file named by `output` is overwritten. Default names get a number if the file exists.
     """
     if output is not None and not output.is_dir():
         return output if number is None else output.with_stem(f"{output.stem}-{number + 1}")

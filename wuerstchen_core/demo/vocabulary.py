@@ -143,6 +143,7 @@ _PAIRED = {
     "{subject} on the left and {other} on the right": 2,
 }
 _SIZE_WORD_RATES = {"large": 0.2, "small": 1.0, "corner": 0.5, "pair": 0.1}  # how often a caption names the size
+_NAMED = 5  # unknown words that a note names; it counts the others
 _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # "a unicorn", not "an unicorn"
 
 
@@ -190,8 +191,8 @@ def held_out(scene: Scene) -> bool:
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """Returns the plain caption of a scene, or with `rng` a random wording.
 
-    A small thing in the middle is always called small. Other sizes are named now and then: what is large is the
-    default, and what is in a corner or a pair is always small.
+    A small thing in the middle is always called small. Other captions name the size only sometimes: large is the
+    default, and things in corners and pairs are always small.
     """
     colour = list(COLOURS)[scene.colour]
     if rng is not None:
@@ -247,7 +248,7 @@ def _random_subject(thing: int, scene: Scene, article: str, rng: random.Random) 
 
 
 def _random_case(text: str, rng: random.Random) -> str:
-    """Capitalises a caption or its first letter now and then, and adds a full stop."""
+    """Randomly capitalises a caption or its first letter, and adds a full stop."""
     draw = rng.random()
     if draw < 0.2:
         text = text[0].upper() + text[1:]
@@ -283,21 +284,21 @@ def unknown_words_note(
     The word list is the "vocabulary" in a bundle's metadata; a model without one knows every word. Words in `reported`
     are skipped, and new ones are added to it. `model` is the source for `inspect`, by default the shipped bundle.
     """
-    known = metadata.get("vocabulary", {}).get("words")
-    if known is None:
-        return None
-    words = [word for word in dict.fromkeys(_split(" ".join(prompts))) if word not in {*known, *reported}]
-    if not words:
+    vocabulary = metadata.get("vocabulary", {})
+    known = vocabulary.get("words", ())
+    skipped = reported.union(known)
+    words = [word for word in dict.fromkeys(_split(" ".join(prompts))) if word not in skipped]
+    if not known or not words:
         return None
     reported.update(words)
-    candidates = [*metadata["vocabulary"].get("things", ()), *(word for word in known if len(word) > 2)]
-    nearest = dict.fromkeys(near for word in words for near in get_close_matches(word, candidates, n=2))
+    candidates = [*vocabulary.get("things", ()), *(word for word in known if len(word) > 2)]
+    nearest = dict.fromkeys(near for word in words[:_NAMED] for near in get_close_matches(word, candidates, n=2))
     quoted = [f'"{word}"' for word in words]
-    verb = "is" if len(words) == 1 else "are"
+    subject = f"{listed(quoted, most=_NAMED)} {'is' if len(words) == 1 else 'are'}"
     hint = f"; nearest: {', '.join(list(nearest)[:4])}" if nearest else ""
     model = model or ("demo-v1" if metadata.get("version") == "v1" else "demo")
     return (
-        f"{listed(quoted, most=5)} {verb} unknown to this model{hint}\n"
+        f"{subject} unknown to this model{hint}\n"
         f"`python -m wuerstchen_core inspect {model} --words` lists the {len(known)} words that it knows"
     )
 
