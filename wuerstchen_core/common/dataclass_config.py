@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -36,22 +36,25 @@ class Range:
         return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """Choices of a text, or of a list of different texts, as in `Annotated[str, OneOf(("p2", "v"))]`; see `Range`."""
+
+    names: Collection[str]
+
+    def __contains__(self, x: str | tuple[str, ...]) -> bool:
+        chosen = x if isinstance(x, tuple) else (x,)
+        return bool(chosen) and set(chosen) <= set(self.names) and len(set(chosen)) == len(chosen)
+
+    def __str__(self) -> str:
+        return f"of {', '.join(filter(None, self.names))}"
+
+
 Fraction = Annotated[float, Range(least=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Count = Annotated[int, Range(least=1)]
 CountOrZero = Annotated[int, Range(least=0)]
-
-
-class Choices(tuple[str, ...]):
-    """Known texts of a text, or of a tuple of one or more without repetition: `Annotated[str, Choices(NAMES)]`."""
-
-    def __contains__(self, x: object) -> bool:
-        values = x if isinstance(x, tuple) else (x,)
-        return 0 < len(values) == len(set(values)) and set(values) <= set(self)
-
-    def __str__(self) -> str:
-        return f"chosen from {', '.join(filter(None, self))}"
 
 
 def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -83,9 +86,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
         return _fits(value, arguments[0]) and value in arguments[1]
-    if origin is Literal:
-        return value in arguments
-    if isinstance(hint, UnionType):
+    if origin in (Union, UnionType):
         return any(_fits(value, kind) for kind in arguments)
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is Ellipsis else arguments
@@ -99,10 +100,10 @@ def _describe(hint: Any, names: Mapping[type, str]) -> str:
     """Returns what a value must be; `names` are those of the simple types."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        if isinstance(arguments[1], OneOf):
+            return f"one {'or more ' if arguments[0] is not str else ''}{arguments[1]}"
         return f"{_describe(arguments[0], names)}, {arguments[1]}"
-    if origin is Literal:
-        return f"one of {', '.join(filter(None, arguments))}"
-    if isinstance(hint, UnionType):
+    if origin in (Union, UnionType):
         return " or ".join(_describe(kind, names) for kind in arguments if kind is not NoneType)
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
-from ...common.dataclass_config import Choices, Count, from_table
+from ...common.dataclass_config import Count, OneOf, from_table
 from ...common.devices import DTYPES
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
@@ -55,8 +55,8 @@ class CacheConfig:
     """The `[cache]` table."""
 
     output: str  # a folder
-    what: Annotated[tuple[str, ...], Choices(CACHEABLE)] = CACHEABLE
-    dtype: Annotated[str, Choices(DTYPES)] = "bf16"  # of the cached tensors
+    what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = CACHEABLE
+    dtype: Annotated[str, OneOf(DTYPES)] = "bf16"  # of the cached tensors
     pictures: bool = False  # cache the cropped images too
     shard: Count = 500  # images in a shard
     batch: Count = 8  # images in one forward pass

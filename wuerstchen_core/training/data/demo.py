@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import Choices, CountOrZero, Range, from_table
+from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table
 from ...demo import vocabulary
 from ...demo.artwork import CANVAS, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
@@ -27,11 +27,11 @@ class DemoDataConfig:
 
     canvas: int = CANVAS  # pixels, a multiple of 64
     things: Annotated[int, Range(least=1, most=len(THINGS))] = TRAINED_THINGS  # only the first ones
-    layouts: Annotated[tuple[str, ...], Choices(LAYOUTS)] = SIMPLE
-    shapes: Annotated[tuple[str, ...], Choices(SHAPES)] = ("square",)
+    layouts: Annotated[tuple[str, ...], OneOf(LAYOUTS)] = SIMPLE
+    shapes: Annotated[tuple[str, ...], OneOf(SHAPES)] = ("square",)
     most: CountOrZero = 0  # scenes of each layout and shape, sampled from all; 0: MAX_SIMPLE and MAX_OTHER
     # Only scenes on this background, with captions that name any: for a LoRA to learn.
-    background: Annotated[str, Choices(("", *COLOURS))] = ""
+    background: Annotated[str, OneOf(("", *COLOURS))] = ""
 
     def __post_init__(self) -> None:
         if self.canvas < 64 or self.canvas % 64:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
-from ...common.dataclass_config import CountOrZero, Fraction, Range
+from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes
 from .epoch_order import EpochOrder
@@ -43,7 +43,7 @@ class ImageDataConfig(Filters):
     multiple: int = 128  # sides are multiples of it, in pixels: 64, or better 128
     buckets: tuple[tuple[int, int], ...] = ()  # width and height of each, instead of the three keys above
     enlarge: AtLeastOne = 1.0  # largest factor of upscaling; smaller images are rejected
-    crop: Literal["centre", "random"] = "centre"  # or random, as in the original
+    crop: Annotated[str, OneOf(("centre", "random"))] = "centre"  # or random, as in the original
     workers: CountOrZero = 4  # processes that read; 0: the training process reads itself
     bad_share: Fraction = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
     allow_pipe: bool = False  # allow `pipe:` sources to run their command
