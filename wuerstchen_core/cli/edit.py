@@ -24,18 +24,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompt", default="", help="text for Stage B, beside the image's features")
     add_options(parser, size=IMAGE_SIZE, prior=False, name=IMAGE_NAME)
 
-    parser = _add_command(commands, "variations", "generate images similar to an image, or change it by a prompt")
+    parser = _add_command(commands, "variations", "generate images similar to an image, or change it by a prompt", 0.7)
     parser.add_argument("--prompt", default="", help="what to generate (default: no text, the image alone)")
-    _add_strength(parser, 0.7)
     add_options(parser, size=IMAGE_SIZE, name=IMAGE_NAME)
 
-    parser = _add_command(commands, "inpaint", "replace a part of an image")
-    text = "an image of the same size: white is replaced, black is kept"
-    parser.add_argument("mask", metavar="MASK", help=text)
+    parser = _add_command(commands, "inpaint", "replace a part of an image", 1.0)
+    parser.add_argument("mask", metavar="MASK", help="an image of the same size: white is replaced, black is kept")
     parser.add_argument("prompt", metavar="PROMPT", help="what to generate there")
     _add_fill_options(parser)
 
-    parser = _add_command(commands, "outpaint", "extend an image beyond its borders")
+    parser = _add_command(commands, "outpaint", "extend an image beyond its borders", 1.0)
     parser.add_argument("prompt", metavar="PROMPT", help="what the larger image shows")
     for side in SIDES:
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help=f"to add at the {side}")
@@ -44,30 +42,25 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("interpolate", help="generate images between two images or prompts")
     parser.set_defaults(run=_interpolate)
     for name in ("A", "B"):
-        text = f"a prompt, or an image file ({', '.join(SUFFIXES)})"
-        parser.add_argument(name.lower(), metavar=name, help=text)
-    text = "number of images, including both ends (default: 5)"
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help=text)
+        parser.add_argument(name.lower(), metavar=name, help=f"a prompt, or an image file ({', '.join(SUFFIXES)})")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="number of images (default: 5)")
     add_options(parser, name="both ends", size="the first image's, else the model's own", count=False)
 
 
-def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+def _add_command(commands: Any, name: str, text: str, strength: float | None = None) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.set_defaults(run=_edit)
     parser.add_argument("image", metavar="IMAGE", help="the image file")
+    if strength is not None:
+        text = f"from 0, the image as it is, to 1, a new one (default: {strength})"
+        parser.add_argument("--strength", type=float, default=strength, help=text)
     return parser
 
 
 def _add_fill_options(parser: argparse.ArgumentParser) -> None:
-    _add_strength(parser, 1.0)
     text = "save the decoded image as it is, instead of copying unmasked pixels from the original"
     parser.add_argument("--no-composite", dest="composite", action="store_false", help=text)
     add_options(parser, size=None, name=IMAGE_NAME)
-
-
-def _add_strength(parser: argparse.ArgumentParser, default: float) -> None:
-    text = f"from 0, the image as it is, to 1, a new one (default: {default})"
-    parser.add_argument("--strength", type=float, default=default, help=text)
 
 
 def _edit(options: argparse.Namespace) -> None:

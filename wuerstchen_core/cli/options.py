@@ -69,17 +69,15 @@ def add_options(
         text = "a LoRA for Stage C and its strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
         schedules, samplers = Choices("..diffusion.schedule", "SCHEDULES"), Choices("..diffusion.samplers", "SAMPLERS")
-        text = "schedule of Stage C: %(choices)s (default: the model's; fast takes few steps in both stages)"
+        text = "of Stage C: %(choices)s (default: the model's; fast takes few steps in both stages)"
         option("--schedule", metavar="NAME", choices=schedules, help=text)
-        text = "sampler of Stage C: %(choices)s (default: the schedule's)"
-        option("--sampler", metavar="NAME", choices=samplers, help=text)
+        option("--sampler", metavar="NAME", choices=samplers, help="of Stage C: %(choices)s (default: the schedule's)")
         option("--prior-steps", type=int, metavar="N", help="steps of Stage C (linear schedule, unless --schedule)")
         option("--prior-guidance", type=float, metavar="SCALE", help="guidance scale of Stage C; 1: none")
     option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")
     option("--decoder-guidance", type=float, metavar="SCALE", help="guidance scale of Stage B; 1: none")
     option("--decoder-guidance-end", type=float, metavar="SCALE", help="scale at the last step (default: the same)")
-    text = "v1: sampling temperature of Stage B at the first and the last step"
-    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help=text)
+    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help="v1: at the first and last step")
     text = "v1: how Stage B chooses tokens: %(choices)s"
     option("--token-mode", metavar="MODE", choices=Choices("..diffusion.token_sampler", "MODES"), help=text)
     option("--json", action="store_true", help="print files, seeds and seconds as JSON")

@@ -19,16 +19,14 @@ def add(commands: Any) -> None:
     text = f"{', '.join(STAGES)}; or {CACHE}, which encodes a dataset for later training runs"
     parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=text)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="training configuration")
-    text = "override a value of the configuration; repeatable"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.stage == CACHE:
-        from ..training.data.build_cache import make_cache
-
-        make_cache(options.config, options.set)
-        return
+    from ..training.data.build_cache import make_cache
     from ..training.run import run
 
-    run(options.stage, options.config, options.set)
+    if options.stage == CACHE:
+        make_cache(options.config, options.set)
+    else:
+        run(options.stage, options.config, options.set)

@@ -13,8 +13,6 @@ from ..demo.vocabulary import word_list
 from .options import VERSION_HELP
 from .progress import Bar
 
-WIDTH = 100  # columns of the word list
-
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser's commands."""
@@ -54,7 +52,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _paragraph(group: str, words: list[str]) -> str:
     names = ", ".join(words).replace(" ", "\xa0").replace(",\xa0", ", ")  # lines break between names only
-    lines = fill(f"{group} ({len(words)}): {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    lines = fill(f"{group} ({len(words)}): {names}", 100, subsequent_indent="  ", break_on_hyphens=False)
     return lines.replace("\xa0", " ")
 
 

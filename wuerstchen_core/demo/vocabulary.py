@@ -120,7 +120,6 @@ _COLOUR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "violet")}
 _SIZE_WORDS = {"large": ("big", "large", "huge"), "small": ("small", "little", "tiny")}
 _GROUND_WORDS = ("background", "backdrop")
 _DEPICTIONS = ("picture", "image", "drawing", "emoji", "icon", "illustration")
-_DEPICTED = "{depiction} of {subject}"
 _TEMPLATES = {  # and their weights
     "{subject} on {ground}": 10,
     "{subject} against {ground}": 2,
@@ -225,8 +224,7 @@ def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
         other = _random_subject(scene.other, scene, article, rng)
         subject = _random_template(_PAIRED, rng).format(subject=subject, other=other)
     if rng.random() < 0.2:
-        depiction = _with_article(rng.choice(_DEPICTIONS), article)
-        subject = _DEPICTED.format(depiction=depiction, subject=subject)
+        subject = f"{_with_article(rng.choice(_DEPICTIONS), article)} of {subject}"
     if scene.position:
         row, side = POSITIONS[scene.position].split()
         subject += " " + rng.choice(_POSITIONED).format(position=f"{rng.choice(_ROW_WORDS[row])} {side}")
@@ -267,7 +265,7 @@ def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = L
     """Returns every lower-case word that captions of these things and layouts can contain, sorted."""
     groups = [thing.names for thing in things]
     groups += [*_COLOUR_WORDS.values(), *_SIZE_WORDS.values(), _GROUND_WORDS, _DEPICTIONS, _CENTRE_WORDS]
-    groups += [tuple(COLOURS), ("a", "an", "the"), tuple(_TEMPLATES), (_DEPICTED, *_POSITIONED[:2])]
+    groups += [tuple(COLOURS), ("a", "an", "the", "of"), tuple(_TEMPLATES), _POSITIONED[:2]]
     if "corner" in layouts:
         groups += [POSITIONS, *_ROW_WORDS.values(), _POSITIONED]
     if "pair" in layouts:
