@@ -1,4 +1,4 @@
-"""What each loader offers, and what it finds in the file that is chosen."""
+"""The files that each loader node offers, and the component that it loads from the chosen file."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from typing import Any
 
 from ..wuerstchen_core.checkpoints import Part
 from ..wuerstchen_core.checkpoints.components import (
-    BUNDLE_LOADER,
-    CLIP_LOADER,
-    MODEL_LOADER,
+    BUNDLE_FOLDER,
+    BUNDLE_NODE,
+    COMPONENTS,
     PARTS_OF,
     TEXT_ENCODER,
-    TOKEN_LOADER,
     TOWERS,
-    VAE_LOADER,
-    Loader,
-    parts_loaded_by,
+    kind_of,
+    parts_of,
 )
-from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.key_maps import LORA
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.source import ForeignFile, Source
@@ -28,116 +25,115 @@ from .host import folders
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """One loader: its node, the host's folder that it reads, and the parts that it takes from there."""
+class Loader:
+    """A node that loads one component from a file of its folder, or from a v1 bundle; both are in the registry."""
 
     node: str
-    folder: str
-    parts: tuple[str, ...]
-    takes: str
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, component in COMPONENTS.items() if component.node == self.node]
+
+    @property
+    def parts(self) -> list[str]:
+        return [part for kind in self.kinds for part in parts_of(kind)]
+
+    @property
+    def folder(self) -> str:
+        return COMPONENTS[self.kinds[0]].folder
 
 
-def _shelf(loader: Loader, takes: str) -> Shelf:
-    return Shelf(loader.node, loader.folder, parts_loaded_by(loader), takes)
+MODEL, TOKENS, CLIP, VAE = (Loader(COMPONENTS[kind].node) for kind in ("prior", "token_decoder", TEXT_ENCODER, "vqgan"))
 
-
-MODEL = _shelf(MODEL_LOADER, "a prior (Stage C) or v2's decoder (Stage B)")
-TOKENS = _shelf(TOKEN_LOADER, "v1's token decoder (Stage B)")
-CLIP = _shelf(CLIP_LOADER, " or ".join(CLIP_NAMES.values()))
-VAE = _shelf(VAE_LOADER, "Stage A or an image encoder")
-
-_NAMES = {
-    "prior": "a prior (Stage C)",
-    "decoder": "a decoder (Stage B)",
-    "token_decoder": "Stage B of Würstchen v1, which paints tokens",
-    "vqgan": "Stage A",
-    "image_encoder": "an image encoder",
-    **dict.fromkeys(TOWERS, "a text tower"),
-}
-# How the parts of a bundle are offered by name.
 _OF = " of "
+# Choices of a v1 bundle's parts, such as "Stage A of NAME". Never change these: saved workflows contain them.
 _LABELS = {
-    "prior": "prior",
-    "token_decoder": "token decoder",
     "vqgan": "Stage A",
-    "image_encoder": "image encoder",
     TEXT_ENCODER: "text tower",
-    TOWERS[0]: "text tower (prior)",
-    TOWERS[1]: "text tower (decoder)",
+    **{tower: f"text tower ({tower.removesuffix(f'_{TEXT_ENCODER}')})" for tower in TOWERS},
 }
+
+
+def _label(part: str) -> str:
+    return _LABELS.get(part, part.replace("_", " "))
+
+
+def _describe(kinds: list[str]) -> str:
+    return ", ".join(f"{kind.replace('_', ' ')} ({COMPONENTS[kind].stage})" for kind in kinds)
 
 
 def fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
-    """What changes when a file does."""
-    if name is None:  # another node gives the name, and the host knows when that changes
+    """Returns a value that changes with the file; None if another node gives the name, whose changes ComfyUI sees."""
+    if name is None:
         return None
     status = find(name).stat()
     return name, status.st_mtime_ns, status.st_size
 
 
-def choices(shelf: Shelf) -> list[str]:
-    """What a loader offers: the files of its folder, then the parts that bundles of v1 have for it."""
-    bundled = [
-        f"{_LABELS[part]}{_OF}{bundle}"
-        for bundle, held in folders.v1_bundles().items()
-        for part in held
-        if part in _LABELS and {part, f"prior_{part}"} & set(shelf.parts)
+def choices(loader: Loader) -> list[str]:
+    """Lists the files of a loader's folder, then its parts of v1 bundles."""
+    parts = [
+        f"{_label(part)}{_OF}{bundle}"
+        for bundle, names in folders.v1_bundles().items()
+        for part in names
+        if kind_of(part) in loader.kinds
     ]
-    return [*folders.file_names(shelf.folder), *bundled]
+    return [*folders.file_names(loader.folder), *parts]
 
 
-def find(shelf: Shelf, name: str) -> tuple[Path, str | None]:
-    """The file behind one of `choices`, and the name of the part that is meant, where the file has several."""
+def find(loader: Loader, name: str) -> tuple[Path, str | None]:
+    """Returns the file of one of `choices`, and the part to load if it is a bundle's."""
     label, _, bundle = name.partition(_OF)
-    part = next((part for part, words in _LABELS.items() if words == label), None)
-    if part is None or not bundle or name in folders.file_names(shelf.folder):
-        return folders.file_path(shelf.folder, name), None
+    part = next((part for part in (*loader.parts, TEXT_ENCODER) if _label(part) == label), None)
+    if part is None or not bundle or name in folders.file_names(loader.folder):
+        return folders.file_path(loader.folder, name), None
     return folders.bundle_path(bundle), TOWERS[0] if part == TEXT_ENCODER else part
 
 
-def path_of(shelf: Shelf, name: str) -> Path:
-    return find(shelf, name)[0]
+def path_of(loader: Loader, name: str) -> Path:
+    return find(loader, name)[0]
 
 
-def _refusal(name: str, shelf: Shelf, found: tuple[str, ...], other: tuple[str, ...]) -> ValueError:
-    """A sentence about a file without a part for the shelf: what it holds, and what takes that."""
-    held = ", ".join(dict.fromkeys((*(_NAMES[part] for part in found), *other)))
-    right = next((shelf for shelf in (MODEL, TOKENS, CLIP, VAE) if set(shelf.parts) & set(found)), None)
-    if right is not None:
-        advice = f"put it into the {right.folder} folder, for {right.node}"
-    elif LORA in other:
-        advice = "put it into the loras folder, for a LoRA loader"
+def _wrong_file(name: str, loader: Loader, parts: list[str], foreign: tuple[str, ...]) -> ValueError:
+    """Returns the error for a file without a component of the loader: what it holds, and what loads that."""
+    kinds = list(dict.fromkeys(map(kind_of, parts)))
+    contents = ", ".join(filter(None, (_describe(kinds), *foreign)))
+    if kinds:
+        component = COMPONENTS[kinds[0]]
+        advice = f"move it to the {component.folder} folder and use {component.node}"
+    elif LORA in foreign:
+        advice = "move it to the loras folder and use a LoRA loader"
     else:
-        advice = "choose another file, and ComfyUI's own loaders for this one"
-    return ValueError(f"{name!r} holds {held}, and {shelf.node} takes {shelf.takes}: {advice}")
+        advice = "choose another file, or use ComfyUI's own loaders for this one"
+    return ValueError(f"{name!r} holds {contents}, but {loader.node} loads {_describe(loader.kinds)}: {advice}")
 
 
-def open_from(name: str, shelf: Shelf, version: str = "auto") -> tuple[Source, str]:
-    """A file of a shelf, and the name of its one part that belongs there."""
-    path, part = find(shelf, name)
+def open_from(name: str, loader: Loader, version: str = "auto") -> tuple[Source, str]:
+    """Opens one of `choices`; returns the source and its part for the loader. ValueError unless it has exactly one."""
+    path, part = find(loader, name)
     try:
         source = open_source(path, version=version)
     except ForeignFile as error:
-        raise _refusal(name, shelf, (), error.contents) from error
+        raise _wrong_file(name, loader, [], error.contents) from error
     if part is not None:
         return source, part
-    # One tower may serve both stages.
-    found = {id(source.networks[part]): part for part in reversed(shelf.parts) if part in source.networks}
+    # Both stages may share one text encoder.
+    found = {id(source.networks[part]): part for part in reversed(loader.parts) if part in source.networks}
     if not found:
-        raise _refusal(name, shelf, tuple(source.networks), source.refused)
+        raise _wrong_file(name, loader, list(source.networks), source.refused)
     if len(found) > 1:
         if is_v1(source):
-            advice = "put it into the checkpoints folder, where it is offered here part by part"
+            advice = f"move it to the {BUNDLE_FOLDER} folder, from which this node offers its parts"
         elif set(PARTS_OF["v2"]) <= set(source.networks):
-            advice = f"put it into the {BUNDLE_LOADER.folder} folder, for {BUNDLE_LOADER.node}"
+            advice = f"move it to the {BUNDLE_FOLDER} folder and use {BUNDLE_NODE}"
         else:
-            advice = "`convert` it into a folder of single files, or with what is missing into one bundle"
-        raise ValueError(f"{name!r} holds several parts of a model, and {shelf.node} takes one: {advice}")
+            advice = "use `convert` to split it into a folder of single files"
+        raise ValueError(f"{name!r} holds several parts of a model, but {loader.node} loads one: {advice}")
     return source, next(iter(found.values()))
 
 
-def read_from(name: str, shelf: Shelf, version: str = "auto") -> Part:
-    source, part = open_from(name, shelf, version)
+def read_from(name: str, loader: Loader, version: str = "auto") -> Part:
+    source, part = open_from(name, loader, version)
     return source.part(part)
 
 

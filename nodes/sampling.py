@@ -13,7 +13,7 @@ from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
 from .host.sampling import sample_stage, sampler_object, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
-from .schema import cfg_input, denoise_input, schema, seed_input, steps_input
+from .schema import cfg_input, denoise_input, schema, seed_input, start_input, steps_input
 
 FAST = SCHEDULES["fast"]
 CFG = "Classifier-free guidance: higher values follow the prompt more closely. 1 turns it off and halves the time."
@@ -55,11 +55,7 @@ class WuerstchenPriorSample(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="The prior output of a second Würstchen Text Encode; its text may be empty."
                 ),
-                io.Latent.Input(
-                    "stage_c",
-                    tooltip="The stage_c output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
-                    "an image. With a mask, only the masked area is regenerated.",
-                ),
+                start_input(STAGE_C),
                 *_schedule_inputs(),
                 cfg_input(4.0, CFG),
                 seed_input(),
@@ -147,11 +143,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The decoder of a Würstchen loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
-                io.Latent.Input(
-                    "stage_b",
-                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
-                    "an image. With a mask, only the masked area is regenerated.",
-                ),
+                start_input(STAGE_B),
                 steps_input(
                     12, f"Number of equal steps: 12 as published, {FAST.decoder_steps} with Stage C's fast schedule."
                 ),

@@ -11,7 +11,7 @@ from ..wuerstchen_core.diffusion.token_sampler import MODES
 from ..wuerstchen_core.inference.settings import V1
 from .host.token_sampling import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
-from .schema import denoise_input, schema, seed_input, steps_input
+from .schema import denoise_input, schema, seed_input, start_input, steps_input
 from .vae import check_stage_a
 
 NODE = "Würstchen Token Decoder Sample"
@@ -35,11 +35,7 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
             inputs=[
                 TokenDecoderType.Input("token_decoder", tooltip="The output of Würstchen Token Decoder Loader."),
                 io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
-                io.Latent.Input(
-                    "stage_b",
-                    tooltip="The stage_b output of Würstchen Empty Latents, or of Würstchen Image Encode to start from "
-                    "an image. With a mask, only the masked area is regenerated.",
-                ),
+                start_input(STAGE_B),
                 io.Vae.Input("vae", tooltip="Stage A, whose codebook turns tokens into latents."),
                 steps_input(V1.decoder_steps, "Number of equal steps: 8 as published. More steps take longer."),
                 _number(

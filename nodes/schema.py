@@ -42,3 +42,11 @@ def cfg_input(default: float, tooltip: str) -> io.Float.Input:
 
 def denoise_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tooltip)
+
+
+def start_input(stage: str) -> io.Latent.Input:
+    return io.Latent.Input(
+        stage,
+        tooltip=f"The {stage} output of Würstchen Empty Latents, or of Würstchen Image Encode to start from an image. "
+        "With a mask, only the masked area is regenerated.",
+    )

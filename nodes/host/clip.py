@@ -1,4 +1,4 @@
-"""CLIP objects: the host's own CLIP classes around Würstchen's text towers."""
+"""CLIP objects: ComfyUI's CLIP classes around Würstchen's text encoders."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
-from torch import Tensor
 
-from ...wuerstchen_core.checkpoints import Part
-from ...wuerstchen_core.checkpoints.key_maps import text_to_transformers, text_tower_keys
-from ...wuerstchen_core.common.text import listed
+from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.checkpoints.key_maps import text_to_transformers
 from ...wuerstchen_core.models.text_encoder import END, START, TextEncoderParams
 from . import folders
 
-# Which of the host's names a tower goes by: LoRA and embedding files address it.
+# ComfyUI's names of the text encoders, which LoRA and embedding files use.
 _NAMES = {"prior_text_encoder": "g", "decoder_text_encoder": "h"}
 
 
-def _tower(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
+def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
+    """Returns ComfyUI's text encoder: its result is the last layer after the final norm, with padding masked."""
     config = {
         "hidden_size": params.width,
         "intermediate_size": int(params.width * params.mlp_ratio),
@@ -35,7 +34,6 @@ def _tower(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, mo
         "eos_token_id": END,
         "hidden_act": "gelu",
     }
-    # The last hidden states after the final norm; padding is masked, as diffusers does.
     return comfy.sd1_clip.SDClipModel(
         device=device,
         dtype=dtype,
@@ -49,20 +47,8 @@ def _tower(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, mo
     )
 
 
-def _check_keys(state_dict: Mapping[str, Tensor], layers: int) -> None:
-    """Raises ValueError that names missing and unexpected keys: ComfyUI would only log them."""
-    expected = text_tower_keys(layers)
-    missing = [key for key in expected if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in expected]
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights do not fit a text tower of {layers} layers; "
-            f"missing: {listed(missing) or 'none'}, unexpected: {listed(unexpected) or 'none'}"
-        )
-
-
 def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
-    """A text tower as a CLIP; its bundle's metadata, which may limit the words it knows, travels with it."""
+    """Returns a text encoder as a CLIP that keeps its bundle's metadata, such as the words the model knows."""
     params, name = part.params, _NAMES[part.name]
     tokenizer = partial(
         comfy.sd1_clip.SDTokenizer,
@@ -73,16 +59,16 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     )
     target = comfy.supported_models_base.ClipTarget(
         partial(comfy.sd1_clip.SD1Tokenizer, clip_name=name, tokenizer=tokenizer),
-        partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=partial(_tower, params)),
+        partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=partial(_text_model, params)),
     )
-    _check_keys(part.state_dict, params.layers)
-    state_dict = {f"text_model.{key}": x for key, x in text_to_transformers(part.state_dict).items()}
-    # Never trained, never read; without it the host would warn of a missing weight.
+    # build_part reports missing and unexpected weights, and copies nothing.
+    state_dict = {f"text_model.{key}": x for key, x in text_to_transformers(build_part(part).state_dict()).items()}
+    # Untrained and unused; without it ComfyUI would warn of a missing weight.
     state_dict["text_projection.weight"] = torch.eye(params.width)
     options = {}
     if comfy.model_management.is_device_cpu(comfy.model_management.text_encoder_device()):
-        options["dtype"] = torch.float32  # the host would store fp16 and compute in fp32
-    # The newer host loads the weights itself, before it moves the tower to the device.
+        options["dtype"] = torch.float32  # ComfyUI would store fp16 and compute in fp32
+    # Newer ComfyUI versions load the weights before they move the model to the device.
     takes_weights = "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
     clip = comfy.sd.CLIP(
         target,
@@ -93,10 +79,10 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     )
     if not takes_weights:
         clip.load_sd(state_dict)
-    clip.cond_stage_model.wuerstchen_metadata = dict(metadata or {})  # clones share the tower
+    clip.cond_stage_model.wuerstchen_metadata = dict(metadata or {})  # clones share this model
     return clip
 
 
 def metadata_of(clip: Any) -> Mapping[str, Any]:
-    """The metadata of the bundle that a CLIP came from; {} for every other CLIP."""
+    """Returns the metadata of the bundle that a CLIP came from; {} for other CLIPs."""
     return getattr(clip.cond_stage_model, "wuerstchen_metadata", {})

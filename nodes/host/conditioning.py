@@ -58,12 +58,6 @@ def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.C
     return comfy.conds.CONDRegular(states)
 
 
-def check_no_prior(given: Mapping[str, Any]) -> None:
-    """Raises ValueError if Stage C gets a conditioning for Stage B."""
-    if given.get(PRIOR_KEY) is not None:
-        raise ValueError("Stage C got the decoder's conditioning: connect the prior output of Würstchen Text Encode")
-
-
 class PriorCond(comfy.conds.CONDRegular):
     """Stage C latents of the whole image, cropped wherever ComfyUI crops Stage B's latents to an area."""
 

@@ -16,7 +16,7 @@ from torch import nn
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
 from ...wuerstchen_core.checkpoints.release import release_of_model
-from .conditioning import PRIOR_KEY, add_sampling_wrapper, check_no_prior, prior_cond, text_cond
+from .conditioning import PRIOR_KEY, add_sampling_wrapper, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .model_sampling import WuerstchenSampling
@@ -66,7 +66,10 @@ class PriorModel(StageModel):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         check_shape(kwargs["noise"].shape, STAGE_C, "Stage C")
-        check_no_prior(kwargs)
+        if kwargs.get(PRIOR_KEY) is not None:
+            raise ValueError(
+                "Stage C got the decoder's conditioning: connect the prior output of Würstchen Text Encode"
+            )
         return {"c_crossattn": text_cond("Stage C", self.params.c_cond, kwargs)}
 
     def memory_values(self, batch: int, pixels: int) -> float:
@@ -107,42 +110,23 @@ class TokenModel(StageModel):
         return 2.2 * 4 * self.params.num_labels * input_shape[0] * math.prod(input_shape[2:])
 
 
+MODELS: dict[str, type[StageModel]] = {"prior": PriorModel, "decoder": DecoderModel, "token_decoder": TokenModel}
+
+
 class StageConfig(comfy.supported_models_base.BASE):
     """ComfyUI's description of a stage; the network gets all of `unet_config`."""
 
-    model: ClassVar[type[StageModel]]
     unet_extra_config: ClassVar[dict[str, Any]] = {}
-    latent_format = DecoderLatents
     memory_usage_factor = 1.0
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
 
+    def __init__(self, name: str, params: Any):
+        super().__init__({"params": params})
+        self.model = MODELS[name]
+        self.latent_format = PriorLatents(params) if name == "prior" else DecoderLatents()
+
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> StageModel:
         return self.model(self, device=device)
-
-
-class PriorConfig(StageConfig):
-    """Stage C of v1 and v2, which differ in the units of their latents."""
-
-    model = PriorModel
-
-    def __init__(self, unet_config: dict[str, Any]):
-        super().__init__(unet_config)
-        self.latent_format = PriorLatents(unet_config["params"])
-
-
-class DecoderConfig(StageConfig):
-    """Stage B of v2."""
-
-    model = DecoderModel
-
-
-class TokenConfig(StageConfig):
-    """Stage B of v1."""
-
-    model = TokenModel
-
-
-_CONFIGS = {"prior": PriorConfig, "decoder": DecoderConfig, "token_decoder": TokenConfig}
 
 
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
@@ -153,7 +137,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     management = comfy.model_management
     # build_part reports missing and misshapen weights, and copies nothing.
     state_dict = split_attention(build_part(part).state_dict())
-    config = _CONFIGS[part.name]({"params": part.params})
+    config = StageConfig(part.name, part.params)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     dtype = weight_dtype or management.unet_dtype(
         device=load_device,

@@ -140,7 +140,7 @@ def dynamic(part: Any) -> Results:
 
     part = Part(part.name, part.params, {key: x.bfloat16() for key, x in part.state_dict.items()})
     with patch.object(management, "aimdo_enabled", True):
-        config = models._CONFIGS[part.name]({"params": part.params})
+        config = models.StageConfig(part.name, part.params)
         config.set_inference_dtype(torch.float32, None)
         bare = config.get_model({}).diffusion_model.state_dict()
         with patch("comfy.model_patcher.CoreModelPatcher", ModelPatcherDynamic):

@@ -65,8 +65,7 @@ def stage(case: Case, device: str) -> Prepared:
     from pack.wuerstchen_core.models.prior import PriorParams
 
     name, kind, side, batch = case
-    family = {"prior": (models.PriorConfig, PriorParams()), "decoder": (models.DecoderConfig, DecoderParams())}
-    config = family[name][0]({"params": family[name][1]})
+    config = models.StageConfig(name, PriorParams() if name == "prior" else DecoderParams())
     config.set_inference_dtype(DTYPES[kind], None)
     model = config.get_model({}, device=torch.device("meta"))
     factory = {"device": device, "dtype": DTYPES[kind]}
@@ -95,7 +94,7 @@ def tokens(case: Case, device: str) -> Prepared:
     from pack.wuerstchen_core.models.token_decoder import TokenDecoderParams
 
     _, kind, side, batch = case
-    config = models.TokenConfig({"params": TokenDecoderParams()})
+    config = models.StageConfig("token_decoder", TokenDecoderParams())
     config.set_inference_dtype(DTYPES[kind], None)
     model = config.get_model({}, device=torch.device("meta"))
     network, factory = model.diffusion_model, {"device": device, "dtype": DTYPES[kind]}

@@ -154,14 +154,6 @@ def _text_key_to_transformers(key: str) -> str:
     return key
 
 
-def text_tower_keys(layers: int) -> list[str]:
-    """Returns all keys of a text tower with this number of layers."""
-    modules = ("ln_1.", "attn.in_proj_", "attn.out_proj.", "ln_2.", "mlp.c_fc.", "mlp.c_proj.")
-    keys = [f"transformer.resblocks.{i}.{module}" for i in range(layers) for module in modules]
-    keys = [f"{key}{kind}" for key in (*keys, "ln_final.") for kind in ("weight", "bias")]
-    return ["token_embedding.weight", "positional_embedding", *keys]
-
-
 def transformers_path(path: str) -> str:
     """Returns transformers' path of a module in a text tower's layers, without the prefix `text_model.`."""
     return _text_key_to_transformers(f"{path}.").removesuffix(".")
