@@ -13,9 +13,9 @@ from ..wuerstchen_core.diffusion.interpolate import TOKEN, slerp
 from ..wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .latents import CHANNELS, NAMES, STAGE_B, STAGE_C, TAG, check_latent, tagged
-from .schema import schema
+from .schema import schema, title
 
-LATENTS, PROMPTS = "Würstchen Latent Interpolate", "Würstchen Conditioning Interpolate"
+LATENTS, PROMPTS = title("WuerstchenLatentInterpolate"), title("WuerstchenConditioningInterpolate")
 
 
 def stage_of(latent: Mapping[str, Any]) -> str:
@@ -51,14 +51,7 @@ def common_version(node: str, first: Mapping[str, Any], second: Mapping[str, Any
 
 
 def _factor_input() -> io.Float.Input:
-    return io.Float.Input(
-        "factor",
-        default=0.5,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Position between the two: 0 is exactly the first, 1 exactly the second.",
-    )
+    return io.Float.Input("factor", default=0.5, min=0.0, max=1.0, step=0.01)
 
 
 class WuerstchenLatentInterpolate(io.ComfyNode):
@@ -66,19 +59,10 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenLatentInterpolate",
-            display_name=LATENTS,
-            category="Würstchen/latent",
-            description="Interpolates spherically between two latents of one stage and size.",
+            category="latent",
             search_aliases=["slerp", "blend latents", "mix pictures", "morph"],
-            inputs=[
-                io.Latent.Input(
-                    "first",
-                    tooltip="Latents of Stage C or Stage B. Stage C latents from other packs' nodes are taken as v2's.",
-                ),
-                io.Latent.Input("second", tooltip="Latents of the same stage and size."),
-                _factor_input(),
-            ],
-            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="Latents of the same stage and size.")],
+            inputs=[io.Latent.Input("first"), io.Latent.Input("second"), _factor_input()],
+            outputs=[io.Latent.Output("latent")],
         )
 
     @classmethod
@@ -100,22 +84,10 @@ class WuerstchenConditioningInterpolate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenConditioningInterpolate",
-            display_name=PROMPTS,
-            category="Würstchen/conditioning",
-            description="Interpolates spherically between two prompts, token by token.",
+            category="conditioning",
             search_aliases=["slerp", "conditioning average", "mix prompts", "blend prompts", "morph"],
-            inputs=[
-                io.Conditioning.Input("first", tooltip="A conditioning; its masks, areas and step ranges are kept."),
-                io.Conditioning.Input(
-                    "second", tooltip="One conditioning of the same stage, with as many chunks of 75 tokens."
-                ),
-                _factor_input(),
-            ],
-            outputs=[
-                io.Conditioning.Output(
-                    "conditioning", display_name="conditioning", tooltip="The interpolated conditioning."
-                )
-            ],
+            inputs=[io.Conditioning.Input("first"), io.Conditioning.Input("second"), _factor_input()],
+            outputs=[io.Conditioning.Output("conditioning")],
         )
 
     @classmethod

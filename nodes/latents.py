@@ -59,35 +59,13 @@ class WuerstchenEmptyLatents(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenEmptyLatents",
-            display_name="Würstchen Empty Latents",
-            category="Würstchen/latent",
-            description="Empty latents of one image size for both stages.",
+            category="latent",
             search_aliases=["empty latent image", "size", "resolution", "width", "height", "batch"],
             inputs=[
-                *(
-                    io.Int.Input(
-                        side,
-                        default=256,
-                        min=16,
-                        max=16384,
-                        step=8,
-                        tooltip=f"{side.capitalize()} of the image in pixels, rounded to a multiple of {MULTIPLE} from "
-                        f"{MULTIPLE} to {LARGEST}. Use a size that the model was trained on.",
-                    )
-                    for side in ("width", "height")
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=4096,
-                    tooltip="Number of images; image i uses the sampling nodes' seed + i.",
-                ),
+                *(io.Int.Input(side, default=256, min=16, max=16384, step=8) for side in ("width", "height")),
+                io.Int.Input("batch_size", default=1, min=1, max=4096),
             ],
-            outputs=[
-                io.Latent.Output("stage_c", display_name="stage_c", tooltip="For Würstchen Prior Sample."),
-                io.Latent.Output("stage_b", display_name="stage_b", tooltip="For Würstchen Decoder Sample."),
-            ],
+            outputs=[io.Latent.Output("stage_c"), io.Latent.Output("stage_b")],
         )
 
     @classmethod

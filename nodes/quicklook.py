@@ -15,9 +15,9 @@ from .host.conditioning import VERSION_KEY
 from .host.latents import PIXELS
 from .host.previews import preview_factors
 from .latents import STAGE_C, check_latent
-from .schema import schema
+from .schema import schema, title
 
-NODE = "Würstchen Quick Look"
+NODE = title("WuerstchenQuickLook")
 
 
 def quick_look(features: Tensor, scale: float, version: str = "v2") -> Tensor:
@@ -40,22 +40,10 @@ class WuerstchenQuickLook(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenQuickLook",
-            display_name=NODE,
-            category="Würstchen/latent",
-            description="Shows a blurred preview of Stage C's latents, without running Stage B.",
+            category="latent",
             search_aliases=["preview", "stage c", "peek", "draft"],
-            inputs=[
-                io.Latent.Input("stage_c", tooltip="The latents from Würstchen Prior Sample."),
-                io.Float.Input(
-                    "scale",
-                    default=1.0,
-                    min=0.03,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Size of the preview: 1 is about the size of Stage B's image.",
-                ),
-            ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The preview, also shown on the node.")],
+            inputs=[io.Latent.Input("stage_c"), io.Float.Input("scale", default=1.0, min=0.03, max=2.0, step=0.01)],
+            outputs=[io.Image.Output("image")],
             is_output_node=True,
         )
 

@@ -11,15 +11,15 @@ from ..wuerstchen_core.diffusion.token_sampler import MODES
 from ..wuerstchen_core.inference.settings import V1
 from .host.token_sampling import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
-from .schema import denoise_input, schema, seed_input, start_input, steps_input
+from .schema import denoise_input, schema, seed_input, steps_input, title
 from .vae import check_stage_a
 
-NODE = "Würstchen Token Decoder Sample"
+NODE = title("WuerstchenTokenDecoderSample")
 TokenDecoderType = io.Custom("WUERSTCHEN_TOKEN_DECODER")
 
 
-def _number(name: str, default: float, low: float, high: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=low, max=high, step=0.05, tooltip=tooltip)
+def _number(name: str, default: float, low: float, high: float) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=low, max=high, step=0.05)
 
 
 class WuerstchenTokenDecoderSample(io.ComfyNode):
@@ -28,58 +28,24 @@ class WuerstchenTokenDecoderSample(io.ComfyNode):
         first, last = V1.temperature
         return schema(
             node_id="WuerstchenTokenDecoderSample",
-            display_name=NODE,
-            category="Würstchen/sampling",
-            description="Stage B of Würstchen v1: generates tokens of Stage A's codebook from Stage C's latents.",
+            category="sampling",
             search_aliases=["stage b", "sampling", "paella", "v1", "tokens"],
             inputs=[
-                TokenDecoderType.Input("token_decoder", tooltip="The output of Würstchen Token Decoder Loader."),
-                io.Conditioning.Input("positive", tooltip="The output of Würstchen Decoder Conditioning."),
-                start_input(STAGE_B),
-                io.Vae.Input("vae", tooltip="Stage A, whose codebook turns tokens into latents."),
-                steps_input(V1.decoder_steps, "Number of equal steps: 8 as published. More steps take longer."),
-                _number(
-                    "cfg",
-                    V1.decoder_guidance,
-                    1.0,
-                    30.0,
-                    "Classifier-free guidance of the first step: higher values follow the prompt more closely. 1 turns "
-                    "it off and halves the time.",
-                ),
-                _number(
-                    "cfg_end", 0.0, 0.0, 30.0, "Guidance of the last step, reached linearly. 0 means the same as cfg."
-                ),
-                _number(
-                    "temperature",
-                    first,
-                    0.05,
-                    10.0,
-                    "Sampling temperature of the first step: below 1, likely tokens "
-                    "are preferred and images get smoother.",
-                ),
-                _number(
-                    "temperature_end", last, 0.05, 10.0, "Sampling temperature of the last step, reached linearly."
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(MODES),
-                    default=V1.token_mode,
-                    tooltip="How tokens are chosen. multinomial: drawn by probability, as published; argmax: the most "
-                    "likely; quantised: the nearest to the mean of all codes.",
-                ),
+                TokenDecoderType.Input("token_decoder"),
+                io.Conditioning.Input("positive"),
+                io.Latent.Input("stage_b"),
+                io.Vae.Input("vae"),
+                steps_input(V1.decoder_steps),
+                _number("cfg", V1.decoder_guidance, 1.0, 30.0),
+                _number("cfg_end", 0.0, 0.0, 30.0),
+                _number("temperature", first, 0.05, 10.0),
+                _number("temperature_end", last, 0.05, 10.0),
+                io.Combo.Input("mode", options=list(MODES), default=V1.token_mode),
                 seed_input(),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The decoder output of a second Würstchen Text Encode; its text may be empty. Needed if "
-                    "cfg or cfg_end is above 1.",
-                ),
-                denoise_input(
-                    "Fraction of the tokens of the image in stage_b that start out random: 0 keeps the image, 1 uses "
-                    "Stage C's latents alone. Use 1 for empty latents."
-                ),
+                io.Conditioning.Input("negative", optional=True),
+                denoise_input(),
             ],
-            outputs=[io.Latent.Output("stage_b_out", display_name="stage_b", tooltip="For Würstchen VAE Decode.")],
+            outputs=[io.Latent.Output("stage_b_out")],
         )
 
     @classmethod

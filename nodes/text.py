@@ -22,29 +22,16 @@ class WuerstchenTextEncode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenTextEncode",
-            display_name="Würstchen Text Encode",
-            category="Würstchen/conditioning",
-            description="Encodes a prompt with the text encoders of both stages.",
+            category="conditioning",
             search_aliases=["prompt", "clip text encode", "conditioning", "negative"],
             inputs=[
-                io.Clip.Input("prior_clip", tooltip="The text encoder of Stage C (CLIP-bigG in the released v2)."),
-                io.Clip.Input("decoder_clip", tooltip="The text encoder of Stage B (CLIP-H in the released models)."),
+                io.Clip.Input("prior_clip"),
+                io.Clip.Input("decoder_clip"),
                 io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="a red apple on a blue background",
-                    tooltip="What the image should show; for a negative prompt, what it should not show. (word:1.3) "
-                    "gives a word more weight, embedding:name inserts a file from models/embeddings. Longer texts are "
-                    "encoded in chunks of 75 tokens (about 50 words).",
+                    "text", multiline=True, dynamic_prompts=True, default="a red apple on a blue background"
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output("prior", display_name="prior", tooltip="For Würstchen Prior Sample."),
-                io.Conditioning.Output(
-                    "decoder", display_name="decoder", tooltip="For Würstchen Decoder Conditioning."
-                ),
-            ],
+            outputs=[io.Conditioning.Output("prior"), io.Conditioning.Output("decoder")],
         )
 
     @classmethod

@@ -17,11 +17,11 @@ from ..wuerstchen_core.inference.images import legal_size, read_pixels, to_pictu
 from .host.conditioning import VERSION_KEY
 from .host.vae import SemanticVAE
 from .latents import STAGE_B, STAGE_C, check_latent, empty_latents, tagged
-from .schema import schema
+from .schema import schema, title
 
 logger = logging.getLogger(__name__)
 
-DECODE, ENCODE = "Würstchen VAE Decode", "Würstchen Image Encode"
+DECODE, ENCODE = title("WuerstchenVAEDecode"), title("WuerstchenImageEncode")
 
 
 def check_stage_a(vae: Any, node: str) -> None:
@@ -57,15 +57,10 @@ class WuerstchenVAEDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenVAEDecode",
-            display_name=DECODE,
-            category="Würstchen/latent",
-            description="Stage A: decodes Stage B's latents to an image.",
+            category="latent",
             search_aliases=["stage a", "vqgan", "latent to image"],
-            inputs=[
-                io.Vae.Input("vae", tooltip="Stage A: the vae output of a Würstchen loader."),
-                io.Latent.Input("stage_b", tooltip="The latents from Würstchen Decoder Sample."),
-            ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The decoded image.")],
+            inputs=[io.Vae.Input("vae"), io.Latent.Input("stage_b")],
+            outputs=[io.Image.Output("image")],
         )
 
     @classmethod
@@ -80,34 +75,15 @@ class WuerstchenImageEncode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="WuerstchenImageEncode",
-            display_name=ENCODE,
-            category="Würstchen/latent",
-            description="Encodes images to latents of both stages: to reconstruct, vary, mix or inpaint them.",
+            category="latent",
             search_aliases=["vae encode", "image to image", "img2img", "inpaint", "outpaint", "image to latent"],
             inputs=[
-                io.Vae.Input("image_encoder", tooltip="The image encoder output of a Würstchen loader."),
-                io.Image.Input(
-                    "image",
-                    tooltip=f"Images of any size. Each is scaled and cropped around its centre to the nearest "
-                    f"multiples of {MULTIPLE} pixels, up to {LARGEST}; transparency becomes white.",
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Stage A: the vae output of a Würstchen loader. With it, stage_b holds the image too; "
-                    "without it, stage_b is empty and has the image's size.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="The area to regenerate. Stage C regenerates every latent (42.67 pixels wide) that it "
-                    "touches; stage_b is masked only if vae is connected.",
-                ),
+                io.Vae.Input("image_encoder"),
+                io.Image.Input("image"),
+                io.Vae.Input("vae", optional=True),
+                io.Mask.Input("mask", optional=True),
             ],
-            outputs=[
-                io.Latent.Output("stage_c", display_name="stage_c", tooltip="The image's content, for Stage C."),
-                io.Latent.Output("stage_b", display_name="stage_b", tooltip="For Würstchen Decoder Sample."),
-            ],
+            outputs=[io.Latent.Output("stage_c"), io.Latent.Output("stage_b")],
         )
 
     @classmethod
