@@ -8,13 +8,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core.checkpoints.components import TOWERS
+from ..wuerstchen_core.checkpoints.components import CLIP_LOADER, MODEL_LOADER, TOKEN_LOADER, TOWERS, VAE_LOADER
 from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, folders, models, vae
-from .model_files import CLIP, MODEL, TOKENS, VAE, choices, fingerprint, is_v1, open_from, path_of, read_from
+from .model_files import choices, fingerprint, is_v1, open_from, path_of, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import schema
 
@@ -56,10 +56,8 @@ class WuerstchenBundleLoader(io.ComfyNode):
     def execute(cls, bundle: str) -> io.NodeOutput:
         source = open_source(folders.bundle_path(bundle))
         if is_v1(source):
-            raise ValueError(
-                f"{bundle!r} holds Würstchen v1, whose parts are loaded one by one: choose them in {MODEL.node}, "
-                f"{TOKENS.node}, {CLIP.node} and {VAE.node}"
-            )
+            nodes = ", ".join(loader.node for loader in (MODEL_LOADER, TOKEN_LOADER, CLIP_LOADER, VAE_LOADER))
+            raise ValueError(f"{bundle!r} holds Würstchen v1, whose parts are loaded one by one: use {nodes}")
         return io.NodeOutput(
             models.load_model(source.part("prior")),
             models.load_model(source.part("decoder")),
@@ -78,7 +76,7 @@ class WuerstchenModelLoader(io.ComfyNode):
             category="loaders",
             search_aliases=["unet loader", "load diffusion model", "stage b", "stage c", "prior", "decoder"],
             inputs=[
-                io.Combo.Input("model_name", options=choices(MODEL)),
+                io.Combo.Input("model_name", options=choices(MODEL_LOADER)),
                 _weight_dtype_input(),
                 io.Combo.Input("version", options=list(VERSIONS), default=VERSIONS[0], optional=True),
             ],
@@ -87,11 +85,11 @@ class WuerstchenModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, **_: Any) -> Any:
-        return fingerprint(partial(path_of, MODEL), model_name)
+        return fingerprint(partial(path_of, MODEL_LOADER), model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, version: str = "auto") -> io.NodeOutput:
-        part = read_from(model_name, MODEL, version)
+        part = read_from(model_name, MODEL_LOADER, version)
         return io.NodeOutput(models.load_model(part, DTYPE_CHOICES[weight_dtype]))
 
 
@@ -102,17 +100,17 @@ class WuerstchenTokenDecoderLoader(io.ComfyNode):
             node_id="WuerstchenTokenDecoderLoader",
             category="loaders",
             search_aliases=["unet loader", "load diffusion model", "stage b", "paella", "v1"],
-            inputs=[io.Combo.Input("model_name", options=choices(TOKENS)), _weight_dtype_input()],
+            inputs=[io.Combo.Input("model_name", options=choices(TOKEN_LOADER)), _weight_dtype_input()],
             outputs=[TokenDecoderType.Output("token_decoder")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, **_: Any) -> Any:
-        return fingerprint(partial(path_of, TOKENS), model_name)
+        return fingerprint(partial(path_of, TOKEN_LOADER), model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(models.load_model(read_from(model_name, TOKENS), DTYPE_CHOICES[weight_dtype]))
+        return io.NodeOutput(models.load_model(read_from(model_name, TOKEN_LOADER), DTYPE_CHOICES[weight_dtype]))
 
 
 class WuerstchenCLIPLoader(io.ComfyNode):
@@ -122,17 +120,17 @@ class WuerstchenCLIPLoader(io.ComfyNode):
             node_id="WuerstchenCLIPLoader",
             category="loaders",
             search_aliases=["text encoder", "clip-g", "bigg", "clip-h", "load clip"],
-            inputs=[io.Combo.Input("clip_name", options=choices(CLIP))],
+            inputs=[io.Combo.Input("clip_name", options=choices(CLIP_LOADER))],
             outputs=[io.Clip.Output("clip")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> Any:
-        return fingerprint(partial(path_of, CLIP), clip_name)
+        return fingerprint(partial(path_of, CLIP_LOADER), clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
-        source, name = open_from(clip_name, CLIP)
+        source, name = open_from(clip_name, CLIP_LOADER)
         part = source.part(name)
         part = replace(part, name=_PART_BY_WIDTH.get(part.params.width, name))
         return io.NodeOutput(clip.load_clip(part, source.metadata))
@@ -145,17 +143,17 @@ class WuerstchenVAELoader(io.ComfyNode):
             node_id="WuerstchenVAELoader",
             category="loaders",
             search_aliases=["stage a", "vqgan", "load vae"],
-            inputs=[io.Combo.Input("vae_name", options=choices(VAE))],
+            inputs=[io.Combo.Input("vae_name", options=choices(VAE_LOADER))],
             outputs=[io.Vae.Output("vae")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None) -> Any:
-        return fingerprint(partial(path_of, VAE), vae_name)
+        return fingerprint(partial(path_of, VAE_LOADER), vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        source, name = open_from(vae_name, VAE)
+        source, name = open_from(vae_name, VAE_LOADER)
         part = source.part(name)
         if name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..wuerstchen_core.checkpoints import Part
 from ..wuerstchen_core.checkpoints.components import (
-    BUNDLE_FOLDER,
-    BUNDLE_NODE,
+    BUNDLE_LOADER,
     COMPONENTS,
     PARTS_OF,
     TEXT_ENCODER,
     TOWERS,
+    Loader,
+    component,
     kind_of,
-    parts_of,
+    parts_loaded_by,
 )
 from ..wuerstchen_core.checkpoints.key_maps import LORA
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.source import ForeignFile, Source
 from .host import folders
-
-
-@dataclass(frozen=True)
-class Loader:
-    """A node that loads one component from a file of its folder, or from a v1 bundle; both are in the registry."""
-
-    node: str
-
-    @property
-    def kinds(self) -> list[str]:
-        return [kind for kind, component in COMPONENTS.items() if component.node == self.node]
-
-    @property
-    def parts(self) -> list[str]:
-        return [part for kind in self.kinds for part in parts_of(kind)]
-
-    @property
-    def folder(self) -> str:
-        return COMPONENTS[self.kinds[0]].folder
-
-
-MODEL, TOKENS, CLIP, VAE = (Loader(COMPONENTS[kind].node) for kind in ("prior", "token_decoder", TEXT_ENCODER, "vqgan"))
 
 _OF = " of "
 # Choices of a v1 bundle's parts, such as "Stage A of NAME". Never change these: saved workflows contain them.
@@ -58,7 +36,9 @@ def _label(part: str) -> str:
     return _LABELS.get(part, part.replace("_", " "))
 
 
-def _describe(kinds: list[str]) -> str:
+def _describe(parts: Iterable[str]) -> str:
+    """Returns the kinds of parts in words, such as "prior (Stage C), decoder (Stage B)"."""
+    kinds = dict.fromkeys(map(kind_of, parts))
     return ", ".join(f"{kind.replace('_', ' ')} ({COMPONENTS[kind].stage})" for kind in kinds)
 
 
@@ -76,7 +56,7 @@ def choices(loader: Loader) -> list[str]:
         f"{_label(part)}{_OF}{bundle}"
         for bundle, names in folders.v1_bundles().items()
         for part in names
-        if kind_of(part) in loader.kinds
+        if kind_of(part) in COMPONENTS and component(part).loader == loader
     ]
     return [*folders.file_names(loader.folder), *parts]
 
@@ -84,7 +64,7 @@ def choices(loader: Loader) -> list[str]:
 def find(loader: Loader, name: str) -> tuple[Path, str | None]:
     """Returns the file of one of `choices`, and the part to load if it is a bundle's."""
     label, _, bundle = name.partition(_OF)
-    part = next((part for part in (*loader.parts, TEXT_ENCODER) if _label(part) == label), None)
+    part = next((part for part in (*parts_loaded_by(loader), TEXT_ENCODER) if _label(part) == label), None)
     if part is None or not bundle or name in folders.file_names(loader.folder):
         return folders.file_path(loader.folder, name), None
     return folders.bundle_path(bundle), TOWERS[0] if part == TEXT_ENCODER else part
@@ -96,16 +76,17 @@ def path_of(loader: Loader, name: str) -> Path:
 
 def _wrong_file(name: str, loader: Loader, parts: list[str], foreign: tuple[str, ...]) -> ValueError:
     """Returns the error for a file without a component of the loader: what it holds, and what loads that."""
-    kinds = list(dict.fromkeys(map(kind_of, parts)))
-    contents = ", ".join(filter(None, (_describe(kinds), *foreign)))
-    if kinds:
-        component = COMPONENTS[kinds[0]]
-        advice = f"move it to the {component.folder} folder and use {component.node}"
+    if parts:
+        right = component(parts[0]).loader
+        advice = f"move it to the {right.folder} folder and use {right.node}"
     elif LORA in foreign:
         advice = "move it to the loras folder and use a LoRA loader"
     else:
         advice = "choose another file, or use ComfyUI's own loaders for this one"
-    return ValueError(f"{name!r} holds {contents}, but {loader.node} loads {_describe(loader.kinds)}: {advice}")
+    contents = ", ".join(filter(None, (_describe(parts), *foreign)))
+    return ValueError(
+        f"{name!r} holds {contents}, but {loader.node} loads {_describe(parts_loaded_by(loader))}: {advice}"
+    )
 
 
 def open_from(name: str, loader: Loader, version: str = "auto") -> tuple[Source, str]:
@@ -118,14 +99,14 @@ def open_from(name: str, loader: Loader, version: str = "auto") -> tuple[Source,
     if part is not None:
         return source, part
     # Both stages may share one text encoder.
-    found = {id(source.networks[part]): part for part in reversed(loader.parts) if part in source.networks}
+    found = {id(source.networks[part]): part for part in reversed(parts_loaded_by(loader)) if part in source.networks}
     if not found:
         raise _wrong_file(name, loader, list(source.networks), source.refused)
     if len(found) > 1:
         if is_v1(source):
-            advice = f"move it to the {BUNDLE_FOLDER} folder, from which this node offers its parts"
+            advice = f"move it to the {BUNDLE_LOADER.folder} folder, from which this node offers its parts"
         elif set(PARTS_OF["v2"]) <= set(source.networks):
-            advice = f"move it to the {BUNDLE_FOLDER} folder and use {BUNDLE_NODE}"
+            advice = f"move it to the {BUNDLE_LOADER.folder} folder and use {BUNDLE_LOADER.node}"
         else:
             advice = "use `convert` to split it into a folder of single files"
         raise ValueError(f"{name!r} holds several parts of a model, but {loader.node} loads one: {advice}")

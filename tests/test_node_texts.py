@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wuerstchen_core.checkpoints.components import BUNDLE_NODE, COMPONENTS
+from wuerstchen_core.checkpoints.components import BUNDLE_LOADER, COMPONENTS
 
 LOCALES = Path(__file__).parents[1] / "locales"
 
@@ -33,6 +33,12 @@ def test_translations_have_the_keys_of_the_english_texts(language: str) -> None:
     assert list(paths(texts(language))) == list(paths(texts("en")))
 
 
+@pytest.mark.parametrize("language", ["de", "zh"])
+def test_no_description_is_left_in_english(language: str) -> None:
+    translated, english = texts(language), texts("en")
+    assert not [node for node in english if translated[node]["description"] == english[node]["description"]]
+
+
 def test_the_registry_names_the_nodes_as_they_are_displayed() -> None:
-    names = {node["display_name"] for node in texts("en").values()}
-    assert {BUNDLE_NODE, *(component.node for component in COMPONENTS.values())} <= names
+    loaders = [BUNDLE_LOADER, *(component.loader for component in COMPONENTS.values())]
+    assert {loader.node for loader in loaders} <= {node["display_name"] for node in texts("en").values()}

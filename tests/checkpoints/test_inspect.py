@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.serialization import skip_data
 
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_metadata, save_bundle
-from wuerstchen_core.checkpoints.components import BUNDLE_LOADER
+from wuerstchen_core.checkpoints.components import BUNDLE_LOADER, component
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
@@ -168,18 +168,17 @@ def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, hel
     save_bundle(file, {name: parts[name] for name in names}, {})
     description = describe(file)
     assert tuple(part.name for part in description.parts if part.node is None) == left
-    all_shelves = [loaders.MODEL, loaders.TOKENS, loaders.CLIP, loaders.VAE]
     for part in description.parts:
         possible = {part.name, f"prior_{part.name}"}
-        shelf = next(shelf for shelf in all_shelves if possible & set(shelf.parts))
+        loader = component(part.name).loader
         if part.node is None:
             with pytest.raises(ValueError, match=r"file\.safetensors"):
-                loaders.open_from(file.name, shelf)
+                loaders.open_from(file.name, loader)
             assert not set(PARTS_OF["v2"]) <= set(names)  # all of which Würstchen Bundle Loader needs
-        elif part.node == shelf.node and part.folder == shelf.folder:
-            assert loaders.open_from(file.name, shelf)[1] in possible
-        elif part.node == shelf.node:
-            offered = [loaders.open_from(name, shelf)[1] for name in loaders.choices(shelf)]
+        elif part.node == loader.node and part.folder == loader.folder:
+            assert loaders.open_from(file.name, loader)[1] in possible
+        elif part.node == loader.node:
+            offered = [loaders.open_from(name, loader)[1] for name in loaders.choices(loader)]
             assert part.folder == "checkpoints" and possible & set(offered)
         else:
             assert (part.folder, part.node) == WHOLE and set(PARTS_OF["v2"]) <= set(names)
