@@ -53,8 +53,8 @@ def top(name: str) -> str:
 
 def folder(module: str) -> str:
     """Returns the folder of MAY_IMPORT that a module is in."""
-    top, *rest = module.split(".")
-    return rest[0] if top == "wuerstchen_core" and rest and rest[0] != "__main__" else top
+    first, *rest = module.split(".")
+    return rest[0] if first == "wuerstchen_core" and rest and rest[0] != "__main__" else first
 
 
 def imports(module: str) -> list[tuple[str, bool]]:
