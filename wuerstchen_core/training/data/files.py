@@ -20,11 +20,11 @@ from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .latent_cache import read_empty_text
 from .loading import Batch, IndexedLoader
 from .open import ImageDataConfig, configured_cache, open_loader
+from .streams import STREAM
 
 log = logging.getLogger(__name__)
 
 PREVIEWS = 24  # images for a sample grid
-STREAM = "stream"  # the fingerprint of streams
 
 
 class FileDataset(ImageDataset):
@@ -54,11 +54,10 @@ class FileDataset(ImageDataset):
             self.config, batch=batch, seed=seed, cache=cache, rank=rank, world=world, images=images,
             captions=self._captions and "text" not in self._cached, cached=tuple(sorted(self._cached)),
         )  # fmt: skip
-        indexed = isinstance(self._loader, IndexedLoader)
-        self.fingerprint = self._loader.fingerprint() if isinstance(self._loader, IndexedLoader) else STREAM
+        self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")
-            if (fingerprint == STREAM) == indexed:  # a position counts shards in a stream, otherwise batches
+            if STREAM in (fingerprint, self.fingerprint):  # where a position counts shards instead of batches
                 position = 0
         self.position, self._batches = position, self._loader.batches(position)
 

@@ -63,6 +63,10 @@ class BatchLoader(ABC):
         ValueError once more than `bad_share` is unreadable.
         """
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a hash of everything that the batches depend on: if it differs, a resumed run is not exact."""
+
     def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
         """Yields the workers' results in order, without drawing from torch's global random numbers."""
         generator = torch.Generator()  # DataLoader draws a seed for its workers, which do not use it
@@ -88,7 +92,6 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             yield result.batch
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that the batches depend on: if it differs, a resumed run is not exact."""
         settings = self.selection.sizes, self.selection.random_crop, self.order.batch, self.order.seed
         digest = hashlib.sha256(repr(settings).encode())
         for members in self.order.members:

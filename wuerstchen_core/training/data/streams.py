@@ -25,6 +25,8 @@ from .source import IMAGE_SUFFIXES, RECORD_FIELDS, image_record
 
 log = logging.getLogger(__name__)
 
+STREAM = "stream"  # the fingerprint of all streams, whose contents are unknown
+
 
 @dataclass(kw_only=True, eq=False)
 class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
@@ -57,6 +59,9 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             if result.batch is not None:
                 position = result.batch.next = max(position, result.batch.next)
                 yield result.batch
+
+    def fingerprint(self) -> str:
+        return STREAM
 
     def __iter__(self) -> Iterator[ReadResult]:
         info = get_worker_info()
