@@ -42,7 +42,8 @@ def add_warnings(patcher: Any, ancestral: bool) -> None:
     logged: set[str] = set()  # shared with the patcher's clones
 
     def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        text = warning(*args[:2], ancestral)  # sampler and sigmas
+        sampler, sigmas = args[:2]
+        text = warning(sampler, sigmas, ancestral)
         if text and text not in logged:
             logged.add(text)
             logger.warning(text)

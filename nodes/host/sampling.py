@@ -41,18 +41,18 @@ def sample_core(
     draw = draw or seeded_noise((extra_args["seed"] + 1) % (LARGEST_SEED - len(x)), len(x))
     times = torch.where(sigmas > 0, schedule.timestep(sigmas), torch.zeros_like(sigmas))
 
-    def noise_in(x: Tensor, t: Tensor) -> Tensor:
+    def predict_noise(x: Tensor, t: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         sigma = schedule.sigma(t)
-        wide = x * (1 + expand(sigma, x) ** 2).sqrt()
-        return (wide - model(wide, sigma, **extra_args)) / expand(sigma, x)
+        scaled = x * (1 + expand(sigma, x) ** 2).sqrt()
+        return (scaled - model(scaled, sigma, **extra_args)) / expand(sigma, x)
 
     def progress(step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         if callback is not None:
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
     x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
-    x = sample(noise_in, x, times, draw=draw, sampler=sampler, callback=progress)
+    x = sample(predict_noise, x, times, draw=draw, sampler=sampler, callback=progress)
     mask = extra_args.get("denoise_mask")
     if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise outside the mask too
         x = torch.lerp(model.latent_image, x, mask)

@@ -63,7 +63,7 @@ def sample_token_stage(
     needed = model.memory_required((2 * len(samples), *samples.shape[1:]))  # choosing tokens needs both halves anyway
     comfy.model_management.load_models_gpu([patcher], memory_required=needed, minimum_memory_required=needed)
     dtype = model.get_dtype_inference()
-    cond, uncond = (tuple(x.to(device, dtype) for x in states) for states in (cond, uncond))
+    conds = [tuple(x.to(device, dtype) for x in states) for states in (cond, uncond)]
     codebook, samples = codebook.to(device), samples.to(device)
 
     def network(tokens: Tensor, t: Tensor, prior: Tensor, text: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def sample_token_stage(
 
     show = latent_preview.prepare_callback(patcher, len(times) - 1)
 
-    def progress(step: int, steps: int, tokens: Tensor, chosen: Tensor) -> None:
-        show(step, model.latent_format.process_in(decode(chosen)), tokens, steps)  # previews use v2's units
+    def progress(step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        show(step, model.latent_format.process_in(decode(denoised)), x, steps)  # previews use v2's units
 
     draw = SeededTokenNoise(seed, latent.get("batch_index", len(samples)))
     noise = draw.tokens(len(codebook), *samples.shape[-2:]).to(device)
@@ -89,7 +89,7 @@ def sample_token_stage(
     try:
         patcher.pre_run()
         tokens = sample_tokens(
-            guidance(network, cond, uncond),
+            guidance(network, *conds),
             tokens,
             times,
             noise=noise,

@@ -121,7 +121,7 @@ def test_bundle(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def loaders() -> Iterator[Any]:
-    """The module of the loaders' own `open_from` and shelves, over a host whose every folder is `folders.root`."""
+    """The module nodes/model_files.py, with `folders.root` as every folder of ComfyUI."""
 
     def v1_bundles() -> dict[str, tuple[str, ...]]:
         told = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
@@ -150,7 +150,7 @@ HELD = {  # the parts of a bundle, and those that no loader takes out of it
     "no towers": (("prior", "decoder", "vqgan"), ("prior", "decoder")),
     "two towers": (TOWERS, TOWERS),
     "pictures": (("vqgan", "image_encoder", "prior"), ("vqgan", "image_encoder")),
-    "one of each shelf": (("decoder", "vqgan", "prior_text_encoder"), ()),
+    "one per loader": (("decoder", "vqgan", "prior_text_encoder"), ()),
     "one": (("prior",), ()),
     "v1": (PARTS_OF["v1"], ()),
     "half of v1": (("prior", "token_decoder", "vqgan", "image_encoder"), ()),
