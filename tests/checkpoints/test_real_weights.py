@@ -76,7 +76,7 @@ def test_a_complete_model_paints(release: str, tmp_path: Path) -> None:
         pytest.skip(f"the folder is no complete {release}: it lacks {', '.join(missing)}")
     pipe = WuerstchenPipeline.load(model)
     assert all(isinstance(getattr(pipe, name), nn.Module) for name in model) and pipe.version == release
-    sampling = pipe.sampling.changed(width=512, height=512)
+    sampling = pipe.sampling.updated(width=512, height=512)
     prior_text, decoder_text = pipe.encode_text(["a red apple on a wooden table, photograph"])
     features = pipe.sample_prior(prior_text, sampling, seed=1)
     assert features.isfinite().all() and features.std() > 0.2

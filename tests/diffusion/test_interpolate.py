@@ -13,7 +13,7 @@ from wuerstchen_core.diffusion.masks import latent_mask
 from wuerstchen_core.diffusion.schedule import linear_times, strength_times, two_part_times
 
 
-def test_slerp_turns_evenly_and_its_length_changes_evenly() -> None:
+def test_slerp_rotates_and_scales_evenly() -> None:
     a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])
     for fraction in (0.25, 0.5, 0.9):
         angle, length = fraction * math.pi / 2, 3 + 2 * fraction
@@ -29,7 +29,7 @@ def test_slerp_ends_at_its_ends(dims: tuple[int, ...]) -> None:
     assert_near(slerp(a.float(), b.float(), 0.3, dims), slerp(b.float(), a.float(), 0.7, dims), 1e-5)
 
 
-def test_slerp_spans_what_it_is_told() -> None:
+def test_slerp_of_pictures_and_of_tokens() -> None:
     a, b = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     assert_near(slerp(a, b, 0.4)[1:], slerp(a[1:], b[1:], 0.4), 1e-6)
     assert_near(slerp(a, b, 0.4, TOKEN)[:, 1:, 2:], slerp(a[:, 1:, 2:], b[:, 1:, 2:], 0.4, TOKEN), 1e-6)
@@ -37,13 +37,13 @@ def test_slerp_spans_what_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, 2.0, -1.0, -0.5])
-def test_slerp_goes_straight_where_no_plane_is_known(factor: float) -> None:
+def test_parallel_vectors_are_interpolated_linearly(factor: float) -> None:
     a = torch.randn(2, 4, 3, 5)
     assert_near(slerp(a, factor * a, 0.25), a * (0.75 + 0.25 * factor), 1e-5)
 
 
-def test_slerp_of_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="no way from 1x16x6x6 to 1x16x3x6"):
+def test_invalid_interpolations() -> None:
+    with pytest.raises(ValueError, match="1x16x6x6 and 1x16x3x6"):
         slerp(torch.zeros(1, 16, 6, 6), torch.zeros(1, 16, 3, 6), 0.5)
     for fraction in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="from 0 .* to 1"):
@@ -56,7 +56,7 @@ def test_strength_times() -> None:
         assert torch.equal(strength_times(times, 1.0), times)
         assert len(strength_times(times, 0.3)) == len(times) and not strength_times(times, 0.0).any()
     for strength in (-0.1, 1.01, math.nan):
-        with pytest.raises(ValueError, match="choose a number from 0 .* to 1"):
+        with pytest.raises(ValueError, match="strength"):
             strength_times(linear_times(3), strength)
 
 

@@ -221,7 +221,7 @@ def test_guidance() -> None:
 
 def test_init_without_mask_is_refused() -> None:
     x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="init and mask belong together"):
+    with pytest.raises(ValueError, match="init and mask"):
         sample(lambda x, t: x, x, linear_times(2), draw=seeded_noise(0, 1), init=x)
 
 

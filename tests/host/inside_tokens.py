@@ -53,12 +53,14 @@ class Sampler:
         from pack.nodes.host import models, vae
         from pack.nodes.sampling_v1 import WuerstchenTokenDecoderSample
         from pack.wuerstchen_core.checkpoints import build_part
-        from pack.wuerstchen_core.inference.stages import Stages
+        from pack.wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
         self.node = WuerstchenTokenDecoderSample
         self.decoder = models.load_model(source.part("token_decoder"))
         self.vae = vae.load_stage_a(source.part("vqgan"))
-        self.core = Stages(**{name: build_part(source.part(name)) for name in ("prior", "token_decoder", "vqgan")})
+        self.core = WuerstchenPipeline(
+            **{name: build_part(source.part(name)) for name in ("prior", "token_decoder", "vqgan")}
+        )
         self.features, self.text = seeded(BATCH, 16, 2, 3), seeded(1, 77, 24)
         self.empty = seeded(1, 77, 24).flip(1)
         self.picture = seeded(BATCH, 4, *SIZE)
@@ -219,8 +221,8 @@ def prior(source: Any) -> dict[str, Tensor]:
     from pack.nodes.host import models
     from pack.nodes.sampling import WuerstchenPriorSample
     from pack.wuerstchen_core.checkpoints import build_part
+    from pack.wuerstchen_core.inference.pipeline import WuerstchenPipeline
     from pack.wuerstchen_core.inference.settings import V1
-    from pack.wuerstchen_core.inference.stages import Stages
     from pack.wuerstchen_core.models.prior import PriorParams, latents_from_features
 
     part = source.part("prior")
@@ -232,7 +234,7 @@ def prior(source: Any) -> dict[str, Tensor]:
     settings = {"schedule": "linear", "steps": 4, "cfg": 6.0, "seed": SEED}
     [out] = WuerstchenPriorSample.execute(first, cond, none, canvas, **settings).args
     sampling = replace(V1, width=128, height=64, prior_steps=4)
-    core = Stages(prior=build_part(part)).sample_prior(text, sampling, negative=empty, seed=SEED)
+    core = WuerstchenPipeline(prior=build_part(part)).sample_prior(text, sampling, negative=empty, seed=SEED)
     noise = seeded(1, 16, 2, 3)
     steps = (4, 6.0, "euler", "simple", cond, none, canvas["samples"])
     outs = [comfy.sample.sample(model, noise, *steps, seed=SEED) for model in (first, second)]

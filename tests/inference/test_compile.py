@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.inference import stages
+from wuerstchen_core.inference import pipeline
 from wuerstchen_core.inference.compile import can_compile, compile_network
 from wuerstchen_core.models.layers import FeedForwardBlock
 
@@ -67,9 +67,9 @@ def test_all_sizes_share_their_graphs(release: str, tmp_path: Path, graphs: list
     plain, compiled = (WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32") for _ in range(2))
     compiled.compile(backend=counting(graphs))
     graphs.clear()  # of the trial
-    told: dict[str, Any] = {"count": 2, "prior_steps": 2, "decoder_steps": 1}
+    options: dict[str, Any] = {"count": 2, "prior_steps": 2, "decoder_steps": 1}
     for width, height in SIZES:
-        pictures = [pipe.generate(PROMPT, width=width, height=height, **told) for pipe in (compiled, plain)]
+        pictures = [pipe.generate(PROMPT, width=width, height=height, **options) for pipe in (compiled, plain)]
         assert np.abs(pixels(pictures[0]) - pixels(pictures[1])).max() <= ROUNDING
         assert len(graphs) == BLOCKS, (width, height)
 
@@ -80,10 +80,10 @@ def test_a_single_picture_has_graphs_of_its_own(tmp_path: Path, graphs: list[Any
     pipe = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "tiny.safetensors"), device="cpu", dtype="fp32")
     pipe.compile(backend=counting(graphs))
     graphs.clear()
-    told: dict[str, Any] = {"prior_steps": 1, "decoder_steps": 1}
+    options: dict[str, Any] = {"prior_steps": 1, "decoder_steps": 1}
     for count, wanted in ((2, BLOCKS), (1, BLOCKS + BLOCKS_B), (3, BLOCKS + BLOCKS_B)):
         for width, height in SIZES:
-            pipe.generate(PROMPT, width=width, height=height, count=count, **told)
+            pipe.generate(PROMPT, width=width, height=height, count=count, **options)
             assert len(graphs) == wanted, (count, width, height)
 
 
@@ -130,7 +130,7 @@ def test_copies_are_plain_and_go_by_their_own_weights(graphs: list[Any]) -> None
     assert graphs == []
 
 
-def test_hooks_of_a_compiled_block_are_heard(graphs: list[Any]) -> None:
+def test_hooks_of_a_compiled_block_run(graphs: list[Any]) -> None:
     block, x = FeedForwardBlock(8).requires_grad_(False).eval(), torch.ones(2, 8, 3, 4)
     compile_network(block, backend=counting(graphs))
     plain = block(x)
@@ -154,20 +154,20 @@ def test_a_compiled_network_can_be_compiled_as_a_whole(graphs: list[Any]) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "quick"}, "torch.compile refuses mode='quick': Unrecognized mode=quick"),
-        ({"backend": "inductr"}, "torch.compile refuses backend='inductr': Invalid backend"),
-        ({"options": {"speed": 1}}, "torch.compile refuses options={'speed': 1}: Unexpected optimization option speed"),
-        ({"dynamic": False}, "compile takes no 'dynamic': its graphs serve all sizes"),
-        ({"fullgraf": True}, "compile takes no 'fullgraf'; of torch.compile's options it takes backend, fullgraph"),
+        ({"mode": "quick"}, "mode='quick': Unrecognized"),
+        ({"backend": "inductr"}, "backend='inductr': Invalid"),
+        ({"options": {"speed": 1}}, "options={'speed': 1}: Unexpected"),
+        ({"dynamic": False}, "'dynamic'"),
+        ({"fullgraf": True}, "'fullgraf'"),
     ],
 )
 def test_options_that_torch_does_not_know(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:
         can_compile("cpu", **options)
-    assert str(error.value).startswith(words) and len(str(error.value)) < 300
+    assert words in str(error.value) and len(str(error.value)) < 300
 
 
-def test_without_a_compiler_it_paints_and_says_so(
+def test_without_a_compiler_it_warns_and_generates(
     bundle: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,15 +175,16 @@ def test_without_a_compiler_it_paints_and_says_so(
     assert run(*command, "plain.png") == 0
     assert caplog.messages == []
     assert run(*command, "compiled.png", "--compile") == 0
-    assert caplog.messages == [f"torch.compile does not work here, the networks run without it: {broken}"]
+    [warning] = caplog.messages
+    assert "torch.compile" in warning and broken in warning
     with Image.open("plain.png") as plain, Image.open("compiled.png") as compiled:
         assert plain.text == compiled.text and np.array_equal(plain, compiled)
 
 
 def test_the_option_compiles_the_denoisers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(stages, "can_compile", lambda *_: True)
-    monkeypatch.setattr(stages, "compile_network", compiled.append)
+    monkeypatch.setattr(pipeline, "can_compile", lambda *_: True)
+    monkeypatch.setattr(pipeline, "compile_network", compiled.append)
     pipe = WuerstchenPipeline.load(bundle, device="cpu", compile=True)
     assert compiled == [pipe.prior, pipe.decoder]
     WuerstchenPipeline.load(bundle, device="cpu")

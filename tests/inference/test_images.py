@@ -1,4 +1,4 @@
-"""Pictures and masks as people have them, turned into tensors; what cannot be read is one sentence."""
+"""Pictures and masks of all kinds as tensors, and errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from helpers.golden_data import assert_near
 from PIL import Image
 from torchvision import transforms
 
-from wuerstchen_core.common.geometry import covering_legal
 from wuerstchen_core.inference.images import (
-    legal_canvas,
+    extend,
     legal_size,
     open_mask,
     open_picture,
+    pad_to_legal,
     picture_size,
     read_batch,
     read_masked,
     read_pixels,
     to_pictures,
     to_pixels,
-    widen,
 )
 from wuerstchen_core.models.image_encoder import IMAGENET_MEAN, IMAGENET_STD, semantic_view
 
@@ -73,8 +72,17 @@ def test_sixteen_bits_of_grey_are_not_clipped(tmp_path: Path, where: str) -> Non
             assert file.mode.startswith("I")
     opened = open_picture(tmp_path / "grey.png" if where == "file" else image)
     assert np.asarray(opened)[0].tolist() == [[value] * 3 for value in (0, 1, 128, 255)]
-    older = Image.fromarray(values.astype(np.int32))  # as older Pillows call it
+    older = Image.fromarray(values.astype(np.int32))  # the mode that older versions of Pillow give it
     assert older.mode == "I" and open_picture(older).getpixel((2, 0)) == (128, 128, 128)
+
+
+def test_dark_grey_of_sixteen_bits_stays_dark() -> None:
+    """Values up to 255 are 16-bit ones in mode I;16, and taken as 8-bit ones in mode I."""
+    values = np.array([[0, 128, 255]], dtype=np.uint16)
+    dark, plain = Image.fromarray(values), Image.fromarray(values.astype(np.int32))
+    assert (dark.mode, plain.mode) == ("I;16", "I")
+    assert np.asarray(open_mask(dark))[0].tolist() == [0, 0, 1]
+    assert np.asarray(open_mask(plain))[0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4)])
@@ -104,7 +112,7 @@ def test_cmyk(tmp_path: Path) -> None:
     assert red > 250 and green < 5 and blue < 5
 
 
-def test_exif_turns(tmp_path: Path) -> None:
+def test_exif_orientation(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (8, 4), "red").save(tmp_path / "turned.jpg", exif=turned)
@@ -115,7 +123,7 @@ def test_exif_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_the_size_is_that_of_the_turned_picture(kind: str) -> None:
+def test_the_size_follows_exif_orientation(kind: str) -> None:
     for orientation in range(1, 9):
         turned, file = Image.Exif(), io.BytesIO()
         turned[274] = orientation
@@ -126,7 +134,7 @@ def test_the_size_is_that_of_the_turned_picture(kind: str) -> None:
 def test_the_size_of_a_png_is_known_without_its_pixels() -> None:
     file = io.BytesIO(png(7, 5, 8, 0, bytes(40))[:45])  # the header, and the start of the pixels
     assert picture_size(file, "it") == (7, 5)
-    with pytest.raises(ValueError, match=r"^it is cut short or damaged"):
+    with pytest.raises(ValueError, match="^it .*damaged"):
         open_picture(file, "it")
 
 
@@ -137,7 +145,7 @@ def test_broken_exif_data_are_damage() -> None:
     text = b"\x01\x0e\x00\x02"  # the description's tag, and that it is a text
     assert file.getvalue().count(text) == 1
     broken = io.BytesIO(file.getvalue().replace(text, b"\x01\x24\x00\x02"))  # a tag for numbers
-    with pytest.raises(ValueError, match=r"^it is cut short or damaged"):
+    with pytest.raises(ValueError, match="^it .*damaged"):
         open_picture(broken, "it")
 
 
@@ -167,21 +175,20 @@ def test_a_picture_covers_and_is_cropped_around_its_centre() -> None:
 def test_a_batch_has_one_size() -> None:
     assert read_batch([noise(64, 64), noise(60, 70)]).shape == (2, 3, 64, 64)
     assert read_batch([noise(64, 64), noise(128, 64)], 64, 64).shape == (2, 3, 64, 64)
-    with pytest.raises(ValueError, match="would be 128x64 and 64x64 pixels, but a batch has one size"):
+    with pytest.raises(ValueError, match="128x64 and 64x64"):
         read_batch([noise(64, 64), noise(128, 64)])
-    with pytest.raises(ValueError, match="no picture was given"):
+    with pytest.raises(ValueError, match="no picture"):
         read_batch([])
 
 
 def test_a_canvas_repeats_its_edges() -> None:
     pixels = torch.rand(1, 3, 70, 64)
-    canvas = legal_canvas(pixels)
+    canvas = pad_to_legal(pixels)
     assert canvas.shape == (1, 3, 128, 64) and torch.equal(canvas[..., :70, :], pixels)
     assert torch.equal(canvas[..., 70:, :], pixels[..., -1:, :].expand(1, 3, 58, 64))
-    assert [covering_legal(side) for side in (1, 64, 65, 2048)] == [64, 64, 128, 2048]
 
 
-# what the encoder is shown
+# the encoder's view
 
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (256, 256), (256, 384), (640, 256)])
@@ -205,25 +212,25 @@ def test_the_semantic_view_is_the_originals(size: tuple[int, int]) -> None:
 def test_a_mask_of_the_pictures_size() -> None:
     picture, mask = noise(100, 50), Image.new("1", (100, 50))
     mask.paste(1, (10, 10, 20, 20))
-    pixels, marked = read_masked(picture, mask)
-    assert pixels.shape == (1, 3, 50, 100) and marked.shape == (1, 1, 50, 100)
-    assert to_pictures(pixels)[0] == picture and marked.sum() == 100
-    with pytest.raises(ValueError, match="the mask is 50x100 pixels and the picture 100x50: give a mask of"):
+    pixels, mask_pixels = read_masked(picture, mask)
+    assert pixels.shape == (1, 3, 50, 100) and mask_pixels.shape == (1, 1, 50, 100)
+    assert to_pictures(pixels)[0] == picture and mask_pixels.sum() == 100
+    with pytest.raises(ValueError, match="50x100 .*100x50"):
         read_masked(picture, Image.new("L", (50, 100), 255))
 
 
 @pytest.mark.parametrize("grey", [0, 127])
-def test_a_mask_that_marks_nothing(grey: int) -> None:
-    with pytest.raises(ValueError, match="the mask marks nothing: make white what is to be painted"):
+def test_an_empty_mask(grey: int) -> None:
+    with pytest.raises(ValueError, match="mask is empty"):
         read_masked(noise(64, 64), Image.new("L", (64, 64), grey))
 
 
 def test_a_thin_line_of_a_mask_survives_the_scaling_down() -> None:
     picture, mask = Image.new("RGB", (5000, 40)), Image.new("L", (5000, 40))
     mask.paste(255, (2500, 0, 2501, 40))
-    pixels, marked = read_masked(picture, mask)
-    assert pixels.shape[-2:] == marked.shape[-2:] == (16, 2048)
-    assert marked.amax(dim=-1).min() == 1 and marked.mean() < 0.01
+    pixels, mask_pixels = read_masked(picture, mask)
+    assert pixels.shape[-2:] == mask_pixels.shape[-2:] == (16, 2048)
+    assert mask_pixels.amax(dim=-1).min() == 1 and mask_pixels.mean() < 0.01
 
 
 def test_a_strip_keeps_a_row_when_it_is_scaled_down() -> None:
@@ -232,30 +239,30 @@ def test_a_strip_keeps_a_row_when_it_is_scaled_down() -> None:
 
 
 def test_a_large_picture_and_its_mask_are_scaled_down_alike() -> None:
-    pixels, marked = read_masked(Image.new("RGB", (4096, 1000), "red"), Image.new("L", (4096, 1000), 255))
-    assert pixels.shape == (1, 3, 500, 2048) and marked.shape == (1, 1, 500, 2048)
+    pixels, mask_pixels = read_masked(Image.new("RGB", (4096, 1000), "red"), Image.new("L", (4096, 1000), 255))
+    assert pixels.shape == (1, 3, 500, 2048) and mask_pixels.shape == (1, 1, 500, 2048)
 
 
-def test_borders_are_all_painted() -> None:
+def test_borders_are_masked() -> None:
     pixels = to_pixels(noise(64, 64))
-    wide, mask = widen(pixels, torch.zeros(1, 1, 64, 64), (10, 0, 5, 20))
+    wide, mask = extend(pixels, torch.zeros(1, 1, 64, 64), (10, 0, 5, 20))
     assert wide.shape == (1, 3, 84, 79) and torch.equal(wide[..., :64, 10:74], pixels)
     assert not mask[..., :64, 10:74].any() and mask.sum() == 84 * 79 - 64 * 64
 
 
 @pytest.mark.parametrize(
     ("borders", "message"),
-    [((0, 0, 0, 0), "borders of 0, 0, 0 and 0"), ((-1, 5, 0, 0), "borders of -1"), ((0, 0, 2000, 0), "2064x64 pixels")],
+    [((0, 0, 0, 0), "0, 0, 0 and 0"), ((-1, 5, 0, 0), "-1"), ((0, 0, 2000, 0), "2064x64")],
 )
-def test_borders_that_cannot_be_painted(borders: tuple[int, int, int, int], message: str) -> None:
+def test_invalid_borders(borders: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        widen(torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 64, 64), borders)
+        extend(torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 64, 64), borders)
 
 
-# what is no picture
+# files that are not pictures
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     whole = io.BytesIO()
     noise(64, 64).save(whole, "PNG")
     broken = bytearray(whole.getvalue())
@@ -267,9 +274,9 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     # 20,000 x 20,000 pixels of nothing are a small file: the size stands in its first bytes.
     (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, 1, 0, zlib.compress(b"")))
     wrong = {
-        "cut.png": "cut short or damaged", "broken.png": "cut short or damaged", "text.png": "no picture",
-        "empty.png": "no picture", "bomb.png": "more than 178 million pixels", "nowhere.png": "does not exist",
-        ".": "no picture",
+        "cut.png": "damaged", "broken.png": "damaged", "text.png": "not a readable picture",
+        "empty.png": "not a readable picture", "bomb.png": "178 million", "nowhere.png": "does not exist",
+        ".": "not a readable picture",
     }  # fmt: skip
     for name, words in wrong.items():
         for read in (open_picture, open_mask):
@@ -277,7 +284,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
                 read(tmp_path / name)
             message = str(caught.value)
             assert str(tmp_path) in message and "\n" not in message and len(message) - len(str(tmp_path)) < 300
-    with pytest.raises(ValueError, match="floating point numbers"):
+    with pytest.raises(ValueError, match="floating-point"):
         open_picture(Image.new("F", (4, 4), 0.5))
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline is loaded from, and in which precision it runs."""
+"""Sources of a pipeline, and its precision."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_trainers_files_in_a_folder_paint(bundle: Path, pipe: WuerstchenPipeli
 def test_a_model_without_its_prior_still_reconstructs(tmp_path: Path) -> None:
     path = write_tiny_bundle(tmp_path / "half.safetensors", without=("prior",))
     half = WuerstchenPipeline.load(path, device="cpu")
-    with pytest.raises(ValueError, match="this model has no prior, which is needed here"):
+    with pytest.raises(ValueError, match="no prior"):
         half.generate(PROMPT)
     assert half.reconstruct(Image.new("RGB", (64, 64), "red"))[0].size == (64, 64)
 
@@ -86,13 +86,13 @@ def test_a_model_without_its_prior_still_reconstructs(tmp_path: Path) -> None:
     ("source", "options", "message"),
     [
         ("nowhere.safetensors", {}, "nowhere.safetensors does not exist"),
-        ({}, {}, "no file was given: name at least one of prior, decoder"),
-        ({"unet": "x"}, {}, "unet"),
-        (None, {"dtype": "int8"}, "dtype 'int8' is unknown: choose auto, fp32, bf16, fp16"),
-        (None, {"dtype": torch.int8}, "dtype 'torch.int8' is unknown"),
-        (None, {"device": "abacus"}, "device 'abacus' is unknown: choose auto, .*cpu"),
-        (None, {"device": "vulkan"}, "device 'vulkan' is not on this machine: choose auto, .*cpu"),
-        (None, {"device": "cuda:99"}, "device 'cuda:99' is not on this machine: choose auto, .*cpu"),
+        ({}, {}, "prior, decoder"),
+        ({"unet": "x"}, {}, "'unet'.*prior"),
+        (None, {"dtype": "int8"}, "'int8'.*auto, fp32, bf16, fp16$"),
+        (None, {"dtype": torch.int8}, "'torch.int8'"),
+        (None, {"device": "abacus"}, "'abacus'.*auto, .*cpu"),
+        (None, {"device": "vulkan"}, "'vulkan'.*auto, .*cpu"),
+        (None, {"device": "cuda:99"}, "'cuda:99'.*auto, .*cpu"),
     ],
     ids=str,
 )
@@ -113,8 +113,8 @@ def test_a_tower_of_another_width_is_named(bundle: Path, tmp_path: Path) -> None
     [
         ({"sampling": [1]}, "sampling"),
         ({"vocabulary": ["a"]}, "vocabulary"),
-        ({"sampling": {"width": None}}, "unusable sampling defaults .*'width': None"),
-        ({"sampling": {"decoder_steps": "many"}}, "unusable sampling defaults .*'decoder_steps': 'many'"),
+        ({"sampling": {"width": None}}, "'width': None"),
+        ({"sampling": {"decoder_steps": "many"}}, "'decoder_steps': 'many'"),
     ],
     ids=str,
 )
@@ -125,13 +125,13 @@ def test_metadata_that_does_not_fit(tmp_path: Path, metadata: dict[str, Any], me
 
 
 def test_a_pipeline_without_networks_says_so() -> None:
-    with pytest.raises(ValueError, match="this model has no network"):
+    with pytest.raises(ValueError, match="no network"):
         _ = WuerstchenPipeline().device
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(bundle: Path) -> None:
-    with pytest.raises(ValueError, match="device 'cuda' is not on this machine: choose auto, "):
+    with pytest.raises(ValueError, match="'cuda'.*auto"):
         WuerstchenPipeline.load(bundle, device="cuda")
 
 
@@ -190,7 +190,7 @@ def test_a_diffusers_folder_paints(tmp_path: Path) -> None:
     options: dict[str, Any] = {"width": 128, "height": 64, "prior_steps": 2, "decoder_steps": 2}
     images = loaded.generate(PROMPT, **options)
     assert images[0].size == (128, 64)
-    with pytest.raises(ValueError, match="this model has no image encoder"):
+    with pytest.raises(ValueError, match="image encoder"):
         loaded.encode(images[0])
 
     parts = {name: read_part(folder, name) for name in PARTS_OF["v2"] if name != "image_encoder"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pipe.version == "v1"
     config = golden.config
     height, width = golden["out/image"].shape[-2:]
-    sampling = pipe.sampling.changed(
+    sampling = pipe.sampling.updated(
         width=width, height=height, prior_steps=config["prior_steps"], token_mode=config["mode"]
     )
     # What the config says beside that are the defaults.
@@ -85,7 +86,7 @@ def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_published_defaults() -> None:
-    sampling = SamplingSettings.of({}, "v1")
+    sampling = SamplingSettings.from_metadata({}, "v1")
     assert (sampling.width, sampling.height) == (512, 512)
     assert (sampling.schedule, sampling.prior_steps, sampling.prior_guidance) == ("linear", 60, 6.0)
     assert (sampling.decoder_steps, sampling.decoder_guidance) == (8, 2.0)
@@ -141,12 +142,12 @@ def test_reconstruct(pipe: WuerstchenPipeline) -> None:
 
 @pytest.mark.parametrize("temperature", [(0.0, 1.0), (1.0,), (1.0, float("inf")), 0.7])
 def test_a_temperature_that_cannot_be_used(pipe: WuerstchenPipeline, temperature: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="temperatures of .* cannot be used: give two numbers above 0"):
+    with pytest.raises(ValueError, match=re.escape(str(temperature))):
         pipe.generate(PROMPTS[0], temperature=temperature)  # type: ignore[arg-type]
 
 
 def test_an_unknown_mode(pipe: WuerstchenPipeline) -> None:
-    with pytest.raises(ValueError, match="choose one of multinomial, argmax, quantised"):
+    with pytest.raises(ValueError, match="quant.*multinomial, argmax, quantised"):
         pipe.generate(PROMPTS[0], token_mode="quant")
 
 
@@ -155,10 +156,10 @@ def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
     told: dict[str, Any]
     for told in ({"temperature": (1.0, 0.5)}, {"token_mode": "argmax"}):
         for paint, given in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
-            with pytest.raises(ValueError, match="paints no tokens, .* leave that out, or choose a model of v1"):
+            with pytest.raises(ValueError, match=f"v1.*{next(iter(told))}"):
                 paint(given, **told)
     assert (
-        SamplingSettings.of({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
+        SamplingSettings.from_metadata({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
     )  # as a Stage A out of a bundle of v1 has
 
 
@@ -189,7 +190,7 @@ def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: st
     loaded = WuerstchenPipeline.load(sources, device="cpu").prior
     assert loaded is not None and (loaded.params.feature_scale == 1) == (told == "v1")
     if beside == "token_decoder":
-        with pytest.raises(ValueError, match="token_decoder is of v1 and prior of v2: give those of one release"):
+        with pytest.raises(ValueError, match="token_decoder .*v1.*prior .*v2"):
             WuerstchenPipeline.load(sources, device="cpu", version="v2")
     else:
         chosen = WuerstchenPipeline.load(sources, device="cpu", version="v2").prior

@@ -134,7 +134,7 @@ def test_one_command_remakes_all_that_follows_from_the_weights(
     v1 = WuerstchenPipeline()
     knows = build.vocabulary(DemoDataConfig(things=12, layouts=LAYOUTS, shapes=tuple(SHAPES)))
     quick = WuerstchenPipeline(metadata={"vocabulary": knows}, **{name: getattr(pipe, name) for name in PARTS_OF["v2"]})
-    quick.sampling = quick.sampling.changed(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
+    quick.sampling = quick.sampling.updated(width=64, height=64, prior_steps=1, prior_guidance=1.0, decoder_steps=1)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: v1 if source == "demo-v1" else quick)
     monkeypatch.setattr(remake, "ROOT", tmp_path)
     monkeypatch.setattr(remake, "DEMO", tmp_path)

@@ -115,7 +115,7 @@ def reconstruct(
 ) -> tuple[list[Image.Image], list[float]]:
     """Each scene's true picture after the 42.67x bottleneck (no text), and the PSNR of it in dB."""
     assert pipe.image_encoder is not None
-    sampling = pipe.sampling.changed(width=CANVAS, height=CANVAS, **changes)
+    sampling = pipe.sampling.updated(width=CANVAS, height=CANVAS, **changes)
     images: list[Image.Image] = []
     values: list[float] = []
     for start in range(0, len(wanted), BATCH):
@@ -123,7 +123,7 @@ def reconstruct(
         pixels = torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 255
         features = pipe.image_encoder(semantic_view(pixels)).float()
         _, text = pipe.encode_text([""])
-        painted = pipe.paint(features, text.expand(len(truth), -1, -1), sampling, seed=0)
+        painted = pipe.decode(pipe.sample_decoder(features, text.expand(len(truth), -1, -1), sampling, seed=0))
         values += [psnr(a, np.asarray(b)) for a, b in zip(truth, painted, strict=True)]
         images += painted
     return images, values

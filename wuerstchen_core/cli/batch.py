@@ -93,7 +93,7 @@ def _read_requests(
     """
     values = {**vars(options), **sampling_options(options)}
     defaults = {key: values[key] for key in KEYS if values.get(key) is not None and key not in ("prompt", "seed")}
-    pipeline.sampling.changed(**{name: defaults.get(name) for name in SETTINGS})
+    pipeline.sampling.updated(**{name: defaults.get(name) for name in SETTINGS})
     requests: dict[int, list[ImageRequest]] = {}
     skipped: dict[int, str] = {}
     for number, raw in read_lines(options.prompts).items():
@@ -128,7 +128,7 @@ def _generate_missing(
     for output, missing in work:
         for batch in _batches(missing, options.batch or 1):
             prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
-            kwargs = {**batch[0].settings.numbers(), "negative": batch[0].negative}
+            kwargs = {**batch[0].settings.as_dict(), "negative": batch[0].negative}
             with StepBar(f"image {existing + generated + 1} of {total}: ", show_progress) as callback:
                 results = pipeline.generate(prompts, seed=seeds, callback=callback, **kwargs)
             for one, image in zip(batch, results, strict=True):

@@ -98,7 +98,7 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
     sampling = sampling_options(options)
     started = time.perf_counter()
     pipeline, models = load_pipeline(options)
-    settings = pipeline.sampling.changed(**sampling).numbers()
+    settings = pipeline.sampling.updated(**sampling).as_dict()
     saved: list[dict[str, Any]] = []
     report = {**request, "device": str(pipeline.device), "images": saved}
     report["load_seconds"] = round(time.perf_counter() - started, 3)

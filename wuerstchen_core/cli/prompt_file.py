@@ -57,7 +57,7 @@ class ImageRequest:
     def metadata(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the metadata that the image's file will hold, as JSON reads it (tuples are lists)."""
         request = {"prompt": self.prompt, "negative": self.negative}
-        table = image_metadata(request, self.seed, models, self.settings.numbers())
+        table = image_metadata(request, self.seed, models, self.settings.as_dict())
         return dict(json.loads(json.dumps(table)))
 
 
@@ -85,7 +85,7 @@ def parse_line(
     check_count(line.count, first)
     if line.count > MAX_COUNT:
         raise ValueError(f"count {line.count} is too large: give at most {MAX_COUNT}, or several lines")
-    settings = settings.changed(**{name: getattr(line, name) for name in SETTINGS})
+    settings = settings.updated(**{name: getattr(line, name) for name in SETTINGS})
     # The first image's name does not depend on `count`, which may grow later.
     names = [f"{number:06d}{f'-{i}' if i > 1 else ''}" for i in range(1, line.count + 1)]
     return [ImageRequest(name, line.prompt, line.negative, first + i, settings) for i, name in enumerate(names)]

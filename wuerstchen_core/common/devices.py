@@ -1,4 +1,4 @@
-"""Where the networks run and in which precision, when the user leaves it open."""
+"""The table of dtypes, and the choice of device and dtype."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ WEIGHT_DTYPES = {
 }
 # Those that networks compute in; fp8 is for storage.
 DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if dtype.itemsize > 1}
-# Measured on a CPU with AVX512-BF16: bf16 makes the released prior 2.4 times as fast and the shipped small model no
-# faster, so that it may as well paint the same picture everywhere.
-LARGE_MODEL = 100_000_000  # parameters
+
+# With fewer parameters bf16 is no faster than fp32, in which every processor computes the same picture. On a CPU with
+# AVX512-BF16 it runs the released prior 2.4 times as fast and the shipped small model equally fast.
+LARGE_MODEL = 100_000_000
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device asked for; "auto" is the GPU (CUDA or ROCm, XPU, MPS) if there is one, else the CPU."""
+    """Returns the device; "auto" is the GPU (CUDA or ROCm, XPU, MPS) if there is one, otherwise the CPU.
+
+    Raises ValueError if it is unknown or not present.
+    """
     counts = {
         "cuda": torch.cuda.device_count(),
-        "xpu": _count_xpus(),
+        "xpu": torch.xpu.device_count() if hasattr(torch, "xpu") else 0,  # since torch 2.4
         "mps": int(torch.backends.mps.is_available()),
         "cpu": 1,
     }
@@ -40,10 +44,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
-    """The dtype asked for; "auto" is bf16 if the processor computes it natively and the model is large, else fp32."""
+    """Returns the dtype; "auto" is bf16 for a large model on a processor with native bf16, otherwise fp32.
+
+    Raises ValueError if networks cannot compute in it.
+    """
     if dtype == "auto":
-        large = parameters >= LARGE_MODEL
-        return torch.bfloat16 if large and native_bf16(device) else torch.float32
+        return torch.bfloat16 if parameters >= LARGE_MODEL and native_bf16(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype {str(dtype)!r} is unknown: choose auto, {', '.join(DTYPES)}")
@@ -51,16 +57,11 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) 
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the processor has bf16 arithmetic of its own."""
+    """True if the processor has bf16 arithmetic."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     if device.type == "cpu":
-        # Private in torch, and no public name exists: a torch without them means fp32.
+        # These are private, without a public equivalent; a torch without them counts as fp32.
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return device.type == "xpu"
-
-
-def _count_xpus() -> int:
-    xpu = getattr(torch, "xpu", None)  # torch 2.4
-    return 0 if xpu is None else xpu.device_count()

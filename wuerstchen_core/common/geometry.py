@@ -1,4 +1,4 @@
-"""Which picture sizes are legal, and how large the latents of each stage are."""
+"""Legal picture sizes, and the sizes of each stage's latents."""
 
 from __future__ import annotations
 
@@ -7,35 +7,30 @@ LARGEST = 2048
 
 
 def nearest_legal(side: int) -> int:
-    """The legal side, in pixels, nearest to `side`."""
+    """Returns the legal side, in pixels, nearest to `side`."""
     return min(max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE), LARGEST)
 
 
-def covering_legal(side: int) -> int:
-    """The smallest legal side, in pixels, that `side` fits into."""
-    return min(max(1, -(-side // MULTIPLE)) * MULTIPLE, LARGEST)
-
-
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError, naming the nearest legal size, unless both sides are multiples of 64 up to 2048 pixels."""
+    """Raises ValueError, naming the nearest legal size, unless both sides are multiples of 64 up to 2048 pixels."""
     legal = nearest_legal(width), nearest_legal(height)
     if (width, height) != legal:
         raise ValueError(
-            f"{width}x{height} pixels cannot be painted: both sides must be multiples of {MULTIPLE} "
+            f"{width}x{height} pixels cannot be generated: both sides must be multiples of {MULTIPLE} "
             f"from {MULTIPLE} to {LARGEST}; the nearest legal size is {legal[0]}x{legal[1]}"
         )
 
 
 def prior_side(pixels: int) -> int:
-    """Side of Stage C latents: pixels / 42.67, rounded up (128 pixels are exactly 3)."""
+    """Returns the side of Stage C latents: pixels / 42.67, rounded up (128 pixels are exactly 3)."""
     return -(-pixels * 3 // 128)
 
 
 def decoder_side(pixels: int) -> int:
-    """Side of Stage A and B latents: pixels / 4."""
+    """Returns the side of Stage A and B latents: pixels / 4."""
     return pixels // 4
 
 
 def semantic_view_size(pixels: int) -> int:
-    """Side of the picture that the semantic compressor (32x) is shown, so that its latents have `prior_side`."""
+    """Returns the side that a picture is resized to for the image encoder (32x), whose output has `prior_side`."""
     return prior_side(pixels) * 32

@@ -21,3 +21,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean X?"` for the known word nearest to `word`, or "" if none is near."""
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError that lists the known names unless `name` is one of them."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"{kind} {name!r} is unknown: choose {', '.join(known)}")

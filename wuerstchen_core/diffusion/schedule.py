@@ -1,4 +1,4 @@
-"""The cosine noise schedule in continuous time, and the published time schedules by name.
+"""The cosine noise schedule in continuous time, and named time schedules.
 
 t = 1 is noise, t = 0 the picture. Source: Nichol & Dhariwal, arXiv 2102.09672, equation 17, as the original uses it.
 """
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.text import check_choice
+
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
-MOST_STEPS = 10_000  # more is taken for a typing error: the times alone would fill the memory
+MAX_STEPS = 10_000  # more can only be a typing error, and would fill the memory
 
 
 def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
-    """Share of signal variance at times t, any shape, clamped to [1e-4, 0.9999].
+    """Returns the signal's fraction of the variance at times t (any shape), clamped to [1e-4, 0.9999].
 
-    A `scaler` above (below) 1 bends time so that more of the schedule is spent near noise (the picture).
+    A `scaler` above (below) 1 warps time so that more of the schedule is spent near noise (the picture).
     """
     if scaler > 1:
         t = 1 - (1 - t) ** scaler
@@ -32,33 +34,31 @@ def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
 
 
 def expand(per_sample: Tensor, like: Tensor) -> Tensor:
-    """[B] to [B, 1, 1, ...] with as many dimensions as `like`."""
+    """Reshapes [B] to [B, 1, 1, ...] with as many dimensions as `like`."""
     return per_sample.view(-1, *[1] * (like.dim() - 1))
 
 
 def diffuse(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x0 [B, ...] with noise mixed in up to times t [B] (arXiv 2006.11239, equation 4)."""
+    """Returns x0 [B, ...] noised to times t [B] (arXiv 2006.11239, equation 4)."""
     signal = expand(alpha_bar(t), x0)
     return signal.sqrt() * x0 + (1 - signal).sqrt() * noise
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0, scaler: float = 1.0) -> Tensor:
-    """Loss weight at times t (arXiv 2204.00227, equation 8): 1 - alpha_bar at the defaults, which Würstchen uses."""
+    """Returns the loss weight at times t (arXiv 2204.00227, equation 8); Würstchen's defaults give 1 - alpha_bar."""
     signal = alpha_bar(t, scaler)
     return (k + signal / (1 - signal)) ** -gamma
 
 
 def training_times(uniform: Tensor) -> Tensor:
-    """The original's training times from uniform draws in [0, 1): 7.5 % of them are exactly 1."""
+    """Maps uniform numbers in [0, 1) to the original's training times; 7.5 % of them are exactly 1."""
     return (1 - uniform).mul(1.08).add(0.001).clamp(0.001, 1.0)
 
 
 def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
-    """`steps` equal steps from start to end: [steps + 1] times."""
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps were asked for: at least 1 is needed")
-    if steps > MOST_STEPS:
-        raise ValueError(f"{steps} sampling steps were asked for: at most {MOST_STEPS} can be taken")
+    """Returns [steps + 1] equally spaced times. Raises ValueError unless steps is from 1 to MAX_STEPS."""
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"{steps} sampling steps cannot be taken: choose a number from 1 to {MAX_STEPS}")
     return torch.linspace(start, end, steps + 1)
 
 
@@ -71,7 +71,7 @@ def two_part_times(steps: int) -> Tensor:
 
 
 def squared_times(steps: int) -> Tensor:
-    """Returns [steps + 1] times, squares of equally spaced ones: the steps shrink towards the picture."""
+    """Returns the squares of [steps + 1] equally spaced times: the steps shrink towards the picture."""
     return linear_times(steps) ** 2
 
 
@@ -90,26 +90,25 @@ SCHEDULES = {
     "original": Schedule(two_part_times, 30),  # the original v2 notebook: 20 + 10 steps
     "diffusers": Schedule(two_part_times, 29),  # DEFAULT_STAGE_C_TIMESTEPS: 19 + 10 steps
     "linear": Schedule(linear_times),
-    # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps: docs/steps.md. Few steps
-    # that each add noise go wrong now and then, hence ddim.
+    # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps (docs/steps.md). Few steps
+    # that each add noise fail now and then, hence ddim.
     "fast": Schedule(squared_times, 6, "ddim", 4),
 }
 
 
 def named_times(schedule: str, steps: int) -> Tensor:
-    """Returns the times of a schedule by name; `steps` counts only if the schedule has no fixed number of steps."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is unknown: choose {', '.join(SCHEDULES)}")
+    """Returns the times [N + 1] of a schedule by name; `steps` is ignored if the schedule has a fixed number."""
+    check_choice("schedule", schedule, SCHEDULES)
     return SCHEDULES[schedule].times(SCHEDULES[schedule].steps or steps)
 
 
 def strength_times(times: Tensor, strength: float) -> Tensor:
-    """A schedule [N + 1] that starts at `strength` instead of 1, in as many steps and of the same shape.
+    """Returns times [N + 1] scaled to start at `strength` instead of 1, for image to image.
 
-    Of the linear schedule this is what ComfyUI's `denoise` makes. Raises ValueError where it is not from 0 to 1.
+    For the linear schedule it equals ComfyUI's `denoise`. Raises ValueError unless `strength` is from 0 to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(
-            f"a strength of {strength} cannot be used: choose a number from 0 (the picture as it is) to 1 (a new one)"
+            f"strength {strength} cannot be used: choose a number from 0 (the picture as it is) to 1 (a new one)"
         )
     return times * strength

@@ -1,4 +1,4 @@
-"""`torch.compile`, where torch can: it needs a C++ compiler, on a GPU Triton, and nobody has to have them."""
+"""`torch.compile` for the denoisers, where torch can: it needs a C++ compiler and, on a GPU, Triton."""
 
 from __future__ import annotations
 
@@ -18,82 +18,77 @@ from ..models.layers import FeedForwardBlock, ResBlock, TimestepBlock
 logger = logging.getLogger(__name__)
 
 BLOCKS = (ResBlock, TimestepBlock, AttnBlock, FeedForwardBlock)
-GRAPHS = 64  # of a kind of block: by its width, what joins it, its dtype, and what torch tells apart
+MAX_GRAPHS = 64  # per class of block: they differ in width, injected channels, dtype, and what torch distinguishes
 OPTIONS = ("backend", "fullgraph", "mode", "options")
-LAST_WORDS = 150  # characters of torch's
+MAX_ERROR = 150  # characters of torch's message
 
 
 def can_compile(device: Any, **options: Any) -> bool:
-    """Try it on next to nothing: what it needs differs with the device and the system, and with its `options`.
+    """True if `torch.compile` works, tried on a tiny function; otherwise logs why.
 
-    Where it fails, the log says why. ValueError where torch does not know the options.
+    Raises ValueError for options that torch does not know, and for `dynamic`, since graphs serve all sizes.
     """
     for name in options:
         if name not in OPTIONS:
-            why = ": its graphs serve all sizes" if name == "dynamic" else ""
-            known = ", ".join(OPTIONS)
-            raise ValueError(f"compile takes no {name!r}{why}; of torch.compile's options it takes {known}")
+            raise ValueError(f"compile has no option {name!r}: choose among {', '.join(OPTIONS)}")
     try:
-        torch.compile(_trial)  # fails where this torch can't compile on this system or for this Python
+        torch.compile(_add_one)  # fails if this torch cannot compile on this system or for this Python
         try:
-            compiled = torch.compile(_trial, **options)
+            compiled = torch.compile(_add_one, **options)
         except (RuntimeError, TypeError, AttributeError) as error:
-            given = ", ".join(f"{name}={shorten(repr(value), 40)}" for name, value in options.items())
-            raise ValueError(f"torch.compile refuses {given}: {_words(error)}") from error
+            values = ", ".join(f"{name}={shorten(repr(value), 40)}" for name, value in options.items())
+            raise ValueError(f"torch.compile refuses {values}: {shorten(str(error), MAX_ERROR)}") from error
         compiled(torch.zeros(8, device=device))
-    except (RuntimeError, OSError) as error:  # what its compilers raise, and a folder that they can't write into
-        logger.warning("torch.compile does not work here, the networks run without it: %s", _words(error))
+    except (RuntimeError, OSError) as error:  # from torch's compilers, or a cache folder that is not writable
+        reason = shorten(str(error), MAX_ERROR)
+        logger.warning("torch.compile does not work here, the networks run without it: %s", reason)
         return False
     return True
 
 
-def _trial(x: Tensor) -> Tensor:
+def _add_one(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _words(error: Exception) -> str:
-    return shorten(str(error), LAST_WORDS)
-
-
 def compile_network(network: nn.Module, **options: Any) -> None:
-    """Let torch compile a denoiser's blocks when they are first called; `options` are `torch.compile`'s.
+    """Compiles a denoiser's blocks at their first call; `options` are `torch.compile`'s.
 
-    Blocks that are alike share their graphs, so that a prior of 32 repetitions compiles as quickly as one of 1: as a
-    whole it would take eight times as long. A graph serves all sizes and batches, but for what torch itself
-    tells apart: a single picture from several, and on a CPU which convolution is the quickest.
+    Blocks of one class share their graphs, so that a prior of 32 repetitions compiles as fast as one of 1; as a whole
+    it would take eight times as long. A graph serves all sizes and batches, except for what torch distinguishes: one
+    picture from several and, on a CPU, which convolution is the fastest.
 
-    A block with hooks runs as it is; torch does not see hooks that a block's inner layers get after its first call.
-    Copies of the network are not compiled.
+    Blocks with hooks run uncompiled; hooks added to a block's inner layers after its first call are not seen. Copies of
+    the network are not compiled.
     """
-    import torch._dynamo as dynamo  # takes a second, which only those shall pay who compile
+    import torch._dynamo as dynamo  # takes a second
 
-    told = {"dynamic": True, **options}
+    settings = {"dynamic": True, **options}
     if "recompile_limit" in signature(torch.compile).parameters:
-        told["recompile_limit"] = GRAPHS
-    else:  # an older torch has one limit for all
-        dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, GRAPHS)
+        settings["recompile_limit"] = MAX_GRAPHS
+    else:  # older versions of torch have one global limit
+        dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, MAX_GRAPHS)
     calls: dict[type[nn.Module], Callable[..., Tensor]] = {}
     for block in network.modules():
         kind = type(block)
-        if isinstance(block, BLOCKS) and block._compiled_call_impl is None:  # not a second time
+        if isinstance(block, BLOCKS) and block._compiled_call_impl is None:  # not compiled yet
             if kind not in calls:
-                calls[kind] = _call(torch.compile(kind.forward, **told), dynamo.maybe_mark_dynamic)
-            # Where `nn.Module.compile` puts it, too: torch keeps it out of copies and files.
+                calls[kind] = _block_call(torch.compile(kind.forward, **settings), dynamo.maybe_mark_dynamic)
+            # The attribute that `nn.Module.compile` sets, which torch leaves out of copies and files.
             block._compiled_call_impl = MethodType(calls[kind], block)
 
 
-def _call(compiled: Callable[..., Tensor], mark: Callable[..., None]) -> Callable[..., Tensor]:
-    """What calling a block does."""
+def _block_call(compiled: Callable[..., Tensor], mark_dynamic: Callable[..., None]) -> Callable[..., Tensor]:
+    """Returns a block's `__call__` that runs the compiled forward pass, or the plain one if the block has hooks."""
 
-    def call(block: nn.Module, *given: Any) -> Tensor:
-        changed = "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks
-        if changed or torch.compiler.is_compiling():  # which compiles the block as a part of something else
-            out: Tensor = block._call_impl(*given)
+    def call(block: nn.Module, *inputs: Any) -> Tensor:
+        hooked = "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks
+        if hooked or torch.compiler.is_compiling():  # the latter: the block is part of a larger compiled module
+            out: Tensor = block._call_impl(*inputs)
             return out
-        for x in given:
+        for x in inputs:
             for y in x if isinstance(x, tuple) else (x,):
-                if isinstance(y, Tensor):  # else sides that happen to be equal would have to stay equal
-                    mark(y, list(range(y.dim())))
-        return compiled(block, *given)
+                if isinstance(y, Tensor):  # otherwise sides that are equal once would have to stay equal
+                    mark_dynamic(y, list(range(y.dim())))
+        return compiled(block, *inputs)
 
     return call

@@ -1,4 +1,9 @@
-"""Pictures in: through the bottleneck and back, varied, painted over in parts, and the way between two of them."""
+"""Editing pictures: reconstruction, variations, inpainting, outpainting and interpolation.
+
+`settings` are fields of SamplingSettings, such as prior_steps; None means the model's default. Pictures whose size is
+not legal are scaled to cover the nearest legal size and cropped around the centre; a side above 2048 pixels is scaled
+down to it.
+"""
 
 from __future__ import annotations
 
@@ -11,238 +16,244 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusion.interpolate import TOKEN, check_fraction, slerp
-from ..diffusion.masks import PAINTED, latent_mask
+from ..diffusion.masks import MASK_THRESHOLD, latent_mask
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
 from .images import (
     Picture,
-    legal_canvas,
+    extend,
     open_picture,
+    pad_to_legal,
     read_batch,
     read_masked,
     read_pixels,
     to_pictures,
     to_pixels,
-    widen,
 )
-from .prompts import Prompt, Prompts
-from .settings import Callback, SamplingSettings, check_count, ignore
-from .stages import need
+from .prompts import Prompt, check_request, encode_prompt, prompt_states
+from .settings import Callback, SamplingSettings, check_count, notify
+from .stages import Components, decode, encode_pixels, encode_text, sample_decoder, sample_prior
 
 
-class Editing(Prompts):
-    """What a model makes of pictures. `numbers` are those of `generate`: steps, guidance and so on, None: as usual.
+@torch.inference_mode()
+def encode(
+    model: Components,
+    image: Picture | Sequence[Picture],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+) -> Tensor:
+    """Returns the Stage C features [B, 16, h, w] of a picture, or of several that end up in one size."""
+    return encode_pixels(model, read_batch(image, width, height))
 
-    Where a picture's size is not a legal one it is scaled until it covers the nearest legal one and cropped around
-    its centre; a picture with a side above 2048 pixels is scaled down to it.
+
+@torch.inference_mode()
+def reconstruct(
+    model: Components,
+    image: Picture | Sequence[Picture],
+    *,
+    prompt: Prompt = "",
+    seed: int = 0,
+    width: int | None = None,
+    height: int | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Compresses pictures 42.67x and decodes them with Stages B and A; picture i has seed `seed` + i."""
+    pixels = read_batch(image, width, height)
+    sampling = _sampling(model, pixels, settings)
+    check_count(len(pixels), seed)
+    text = prompt_states(model, prompt, "decoder_text_encoder").expand(len(pixels), -1, -1)
+    latents = sample_decoder(model, encode_pixels(model, pixels), text, sampling, seed=seed, callback=callback)
+    images = decode(model, latents)
+    notify(callback, "picture")
+    return images
+
+
+@torch.inference_mode()
+def variations(
+    model: Components,
+    image: Picture,
+    prompt: Prompt = "",
+    *,
+    strength: float = 0.7,
+    negative: str = "",
+    count: int = 1,
+    seed: int = 0,
+    width: int | None = None,
+    height: int | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Generates `count` variations of a picture from its partly noised features: image to image at Stage C.
+
+    Strength 0 is the reconstruction (whose Stage B reads the prompt); at 1 the picture is ignored, as in `generate`.
+    Picture i has seed `seed` + i.
     """
+    pixels = read_pixels(image, width, height)
+    run: dict[str, Any] = {"negative": negative, "count": count, "seed": seed, "callback": callback}
+    return _edit(model, pixels, None, prompt, strength, **run, **settings)
 
-    @torch.inference_mode()
-    def encode(
-        self, image: Picture | Sequence[Picture], *, width: int | None = None, height: int | None = None
-    ) -> Tensor:
-        """A picture, or several that end up in one size, to Stage C features [B, 16, h, w]."""
-        return self.features(read_batch(image, width, height))
 
-    @torch.inference_mode()
-    def reconstruct(
-        self,
-        image: Picture | Sequence[Picture],
-        *,
-        prompt: Prompt = "",
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        callback: Callback | None = None,
-        **numbers: Any,
-    ) -> list[Image.Image]:
-        """Pictures through the 42.67x bottleneck and back, as Stage B remembers them; picture i has seed `seed` + i."""
-        pixels = read_batch(image, width, height)
-        sampling = self._sampling(pixels, numbers)
-        check_count(len(pixels), seed)
-        text = self.prompt_states(prompt, "decoder_text_encoder").expand(len(pixels), -1, -1)
-        images = self.paint(self.features(pixels), text, sampling, seed=seed, callback=callback)
-        (callback or ignore)("picture", 1, 1, None)
-        return images
+@torch.inference_mode()
+def inpaint(
+    model: Components,
+    image: Picture,
+    mask: Picture,
+    prompt: Prompt,
+    *,
+    strength: float = 1.0,
+    composite: bool = True,
+    **options: Any,
+) -> list[Image.Image]:
+    """Generates the white part of a mask anew. `options` are those of `variations`: negative, count, seed, callback
+    and settings.
 
-    @torch.inference_mode()
-    def variations(
-        self,
-        image: Picture,
-        prompt: Prompt = "",
-        *,
-        strength: float = 0.7,
-        negative: str = "",
-        count: int = 1,
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        callback: Callback | None = None,
-        **numbers: Any,
-    ) -> list[Image.Image]:
-        """A picture painted anew from its own features, partly noised: image to image at Stage C.
+    Stage C generates each of its cells of 42.67 pixels that the mask touches; Stage B follows the mask to 4 pixels. Use
+    it for whole things, not for details finer than a cell. With `composite` the original pixels are laid over the
+    unmasked part (blended where the mask is grey); without, that part is their reconstruction. The mask must have the
+    picture's size, which stays unless a side is above 2048 pixels.
+    """
+    pixels, mask_pixels = read_masked(image, mask)
+    return _edit(model, pixels, mask_pixels, prompt, strength, composite, **options)
 
-        At strength 0 it is the reconstruction (by Stage B, which reads the prompt), at 1 the picture is ignored and it
-        is what `generate` paints. Picture i of `count` has the seed `seed` + i.
-        """
-        pixels = read_pixels(image, width, height)
-        sampling = self._sampling(pixels, numbers)
-        strength_times(sampling.prior_times(), strength)  # which refuses what cannot be used
-        self.check([prompt, negative], count, seed, with_pictures=True)
-        features = self.features(pixels).expand(count, -1, -1, -1)
-        told: dict[str, Any] = {"seed": seed, "callback": callback}
-        text, unwanted = self.texts(prompt, negative, count, callback)
-        features = self.sample_prior(text[0], sampling, negative=unwanted[0], init=features, strength=strength, **told)
-        images = self.paint(features, text[1], sampling, negative=unwanted[1], **told)
-        (callback or ignore)("picture", 1, 1, None)
-        return images
 
-    @torch.inference_mode()
-    def inpaint(
-        self,
-        image: Picture,
-        mask: Picture,
-        prompt: Prompt,
-        *,
-        strength: float = 1.0,
-        composite: bool = True,
-        **told: Any,
-    ) -> list[Image.Image]:
-        """Paint the white of a mask anew; `told` is what `variations` takes: negative, count, seed, callback, numbers.
+@torch.inference_mode()
+def outpaint(
+    model: Components,
+    image: Picture,
+    prompt: Prompt,
+    *,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    strength: float = 1.0,
+    composite: bool = True,
+    **options: Any,
+) -> list[Image.Image]:
+    """Extends a picture by `left`, `top`, `right` and `bottom` generated pixels; the rest as in `inpaint`.
 
-        Stage C works in cells of 42.67 pixels, and paints each that the mask touches; Stage B and what is kept follow
-        the mask to 4 pixels. Sound for whole things, not for what is finer than a cell. With `composite` the picture
-        itself is laid over what was not masked (softly where the mask is grey); without, that is its reconstruction.
-        The picture keeps its size, unless a side is above 2048 pixels; the mask has to have the same.
-        """
-        pixels, marked = read_masked(image, mask)
-        return self._paint_over(pixels, marked, prompt, strength, composite, **told)
+    Below strength 1 the new part starts from the picture's repeated edge pixels.
+    """
+    pixels = to_pixels(open_picture(image))
+    canvas, mask = extend(pixels, torch.zeros_like(pixels[:, :1]), (left, top, right, bottom))
+    return _edit(model, canvas, mask, prompt, strength, composite, **options)
 
-    @torch.inference_mode()
-    def outpaint(
-        self,
-        image: Picture,
-        prompt: Prompt,
-        *,
-        left: int = 0,
-        top: int = 0,
-        right: int = 0,
-        bottom: int = 0,
-        strength: float = 1.0,
-        composite: bool = True,
-        **told: Any,
-    ) -> list[Image.Image]:
-        """Paint a picture on, `left`, `top`, `right` and `bottom` pixels wider; the rest as in `inpaint`.
 
-        Below strength 1 what is painted starts from the picture's edges, drawn out.
-        """
-        pixels = to_pixels(open_picture(image))
-        wider = widen(pixels, torch.zeros_like(pixels[:, :1]), (left, top, right, bottom))
-        return self._paint_over(*wider, prompt, strength, composite, **told)
+@torch.inference_mode()
+def interpolate(
+    model: Components,
+    a: Prompt | PathLike[str] | Image.Image,
+    b: Prompt | PathLike[str] | Image.Image,
+    *,
+    steps: int = 5,
+    fractions: Sequence[float] | None = None,
+    negative: str = "",
+    seed: int = 0,
+    width: int | None = None,
+    height: int | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Generates pictures on the way from a to b: `steps` of them including both ends, or one for each of `fractions`.
 
-    @torch.inference_mode()
-    def interpolate(
-        self,
-        a: Prompt | PathLike[str] | Image.Image,
-        b: Prompt | PathLike[str] | Image.Image,
-        *,
-        steps: int = 5,
-        fractions: Sequence[float] | None = None,
-        negative: str = "",
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        callback: Callback | None = None,
-        **numbers: Any,
-    ) -> list[Image.Image]:
-        """Pictures on the way from a to b: `steps` of them, both ends among them, or one for each of `fractions`.
+    A `str` is a prompt; a picture is a PIL image or a `Path`. All results have one seed and one size, that of the first
+    picture. Between two prompts the text states are interpolated; otherwise the Stage C latents, in the prior's units.
+    The ends equal `generate` and `reconstruct`.
+    """
+    if fractions is None and steps < 2:
+        raise ValueError(f"{steps} steps cannot be taken: choose at least 2, for the two ends")
+    fractions = linear_times(steps - 1, 0.0, 1.0).tolist() if fractions is None else list(fractions)
+    for fraction in fractions:
+        check_fraction(fraction)
+    pictures = [end for end in (a, b) if not isinstance(end, str | Mapping)]
+    prompts = [end for end in (a, b) if isinstance(end, str | Mapping)]
+    check_request(model, [*prompts, negative], len(fractions), seed, with_pictures=bool(pictures))
+    if pictures:
+        height, width = read_pixels(pictures[0], width, height).shape[-2:]
+    sampling = model.sampling.updated(width=width, height=height, **settings)
+    uncond = encode_text(model, [negative])
+    run: dict[str, Any] = {"seed": seed, "callback": callback}
 
-        A `str` is a prompt; a picture is PIL's, or a `Path`. All pictures have one seed and one size, the first
-        picture's. Between prompts the text states turn, and each picture is painted from its own; as soon as one end
-        is a picture the Stage C latents turn, in the prior's units. The ends are what `generate` and `reconstruct`
-        give.
-        """
-        if fractions is None and steps < 2:
-            raise ValueError(f"{steps} steps were asked for: at least 2 are needed, the two ends")
-        wanted = linear_times(steps - 1, 0.0, 1.0).tolist() if fractions is None else list(fractions)
-        for fraction in wanted:
-            check_fraction(fraction)
-        pictures = [end for end in (a, b) if not isinstance(end, str | Mapping)]
-        prompts = [end for end in (a, b) if isinstance(end, str | Mapping)]
-        self.check([*prompts, negative], len(wanted), seed, with_pictures=bool(pictures))
-        if pictures:
-            height, width = read_pixels(pictures[0], width, height).shape[-2:]
-        sampling = self.sampling.changed(width=width, height=height, **numbers)
-        unwanted = self.encode_text([negative])
-        stage_c: dict[str, Any] = {"negative": unwanted[0], "seed": seed, "callback": callback}
-        if pictures:
-            first, last = (self._end(end, sampling, stage_c) for end in (a, b))
-        else:
-            first, last = (self.encode_prompt(prompt) for prompt in prompts)
-        images: list[Image.Image] = []
-        for fraction in wanted:
-            if pictures:
-                features = self._between(first[0], last[0], fraction)
-            else:
-                features = self.sample_prior(slerp(first[0], last[0], fraction, TOKEN), sampling, **stage_c)
-            text = slerp(first[1], last[1], fraction, TOKEN)
-            images += self.paint(features, text, sampling, negative=unwanted[1], seed=seed, callback=callback)
-        (callback or ignore)("picture", 1, 1, None)
-        return images
+    def features_of(states: Tensor) -> Tensor:
+        return sample_prior(model, states, sampling, negative=uncond[0], **run)
 
-    def _paint_over(
-        self,
-        pixels: Tensor,
-        mask: Tensor,
-        prompt: Prompt,
-        strength: float,
-        composite: bool,
-        *,
-        negative: str = "",
-        count: int = 1,
-        seed: int = 0,
-        callback: Callback | None = None,
-        **numbers: Any,
-    ) -> list[Image.Image]:
-        canvas, painted = legal_canvas(pixels), legal_canvas(mask).to(self.device)
-        sampling = self._sampling(canvas, numbers)
-        strength_times(sampling.prior_times(), strength)
-        self.check([prompt, negative], count, seed, with_pictures=True)
-        told: dict[str, Any] = {"seed": seed, "callback": callback}
-        text, unwanted = self.texts(prompt, negative, count, callback)
-        init: Tensor = self.features(canvas).expand(count, -1, -1, -1)
-        keeps = not bool((painted >= PAINTED).all())  # else it is as in `variations`
-        cells = latent_mask(painted, *init.shape[-2:]) if keeps else None
-        features = self.sample_prior(
-            text[0], sampling, negative=unwanted[0], init=init, mask=cells, strength=strength, **told
-        )
-        kept = None
-        if keeps:
-            plain = self.prompt_states("", "decoder_text_encoder").expand(count, -1, -1)
-            kept = self.sample_decoder(init, plain, sampling, **told)
-            cells = latent_mask(painted, *kept.shape[-2:])
-        latents = self.sample_decoder(features, text[1], sampling, negative=unwanted[1], init=kept, mask=cells, **told)
-        [picture], [soft] = to_pictures(pixels), to_pictures(mask)
-        images = [image.crop((0, 0, *picture.size)) for image in self.decode(latents)]
-        (callback or ignore)("picture", 1, 1, None)
-        return [Image.composite(image, picture, soft) for image in images] if composite else images
-
-    def _sampling(self, pixels: Tensor, numbers: Mapping[str, Any]) -> SamplingSettings:
-        return self.sampling.changed(width=pixels.shape[-1], height=pixels.shape[-2], **numbers)
-
-    def _end(
-        self, end: Prompt | Picture, sampling: SamplingSettings, stage_c: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Features and the decoder's text states of one end of an interpolation."""
+    def end_of(end: Prompt | Picture) -> tuple[Tensor, Tensor]:
+        """Returns what is interpolated at Stage C, and the decoder's text states."""
         if isinstance(end, str | Mapping):
-            prior, decoder = self.encode_prompt(end)
-            return self.sample_prior(prior, sampling, **stage_c), decoder
+            prior, decoder = encode_prompt(model, end)
+            return (features_of(prior) if pictures else prior), decoder
         pixels = read_pixels(end, sampling.width, sampling.height)
-        return self.features(pixels), self.prompt_states("", "decoder_text_encoder")
+        return encode_pixels(model, pixels), prompt_states(model, "", "decoder_text_encoder")
 
-    def _between(self, a: Tensor, b: Tensor, fraction: float) -> Tensor:
-        if fraction in (0, 1):  # exactly, which the way into other units and back is not
-            return b if fraction else a
-        params = need(self.prior, "prior").params
-        between = slerp(latents_from_features(a, params), latents_from_features(b, params), fraction)
-        return features_from_latents(between, params)
+    first, last = end_of(a), end_of(b)
+    images: list[Image.Image] = []
+    for fraction in fractions:
+        if pictures:
+            features = _between(model, first[0], last[0], fraction)
+        else:
+            features = features_of(slerp(first[0], last[0], fraction, TOKEN))
+        text = slerp(first[1], last[1], fraction, TOKEN)
+        images += decode(model, sample_decoder(model, features, text, sampling, negative=uncond[1], **run))
+    notify(callback, "picture")
+    return images
+
+
+def _edit(
+    model: Components,
+    pixels: Tensor,
+    mask: Tensor | None,
+    prompt: Prompt,
+    strength: float,
+    composite: bool = False,
+    *,
+    negative: str = "",
+    count: int = 1,
+    seed: int = 0,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Generates pixels [1, 3, H, W] anew where `mask` [1, 1, H, W] is 1, or all of them if it is None."""
+    canvas = pad_to_legal(pixels)
+    sampling = _sampling(model, canvas, settings)
+    strength_times(sampling.prior_times(), strength)  # raises ValueError if out of range
+    check_request(model, [prompt, negative], count, seed, with_pictures=True)
+    cond, uncond = encode_prompt(model, prompt), encode_text(model, [negative])
+    notify(callback, "text")
+    prior_text, text = (states.expand(count, -1, -1) for states in cond)
+    run: dict[str, Any] = {"seed": seed, "callback": callback}
+    init = encode_pixels(model, canvas).expand(count, -1, -1, -1)
+    grid = None if mask is None else pad_to_legal(mask).to(model.device)
+    if grid is not None and bool((grid >= MASK_THRESHOLD).all()):
+        grid = None
+    cells = None if grid is None else latent_mask(grid, *init.shape[-2:])
+    features = sample_prior(
+        model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, **run
+    )
+    kept = None
+    if grid is not None:
+        plain = prompt_states(model, "", "decoder_text_encoder").expand(count, -1, -1)
+        kept = sample_decoder(model, init, plain, sampling, **run)
+        cells = latent_mask(grid, *kept.shape[-2:])
+    latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept, mask=cells, **run)
+    images = [image.crop((0, 0, pixels.shape[-1], pixels.shape[-2])) for image in decode(model, latents)]
+    notify(callback, "picture")
+    if mask is None or not composite:
+        return images
+    [picture], [blend] = to_pictures(pixels), to_pictures(mask)
+    return [Image.composite(image, picture, blend) for image in images]
+
+
+def _sampling(model: Components, pixels: Tensor, settings: Mapping[str, Any]) -> SamplingSettings:
+    """Returns the settings of a run in the size of the pixels."""
+    return model.sampling.updated(width=pixels.shape[-1], height=pixels.shape[-2], **settings)
+
+
+def _between(model: Components, a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    """Interpolates features in the prior's units."""
+    if fraction in (0, 1):  # exact, which converting units and back is not
+        return b if fraction else a
+    params = model.require("prior").params
+    between = slerp(latents_from_features(a, params), latents_from_features(b, params), fraction)
+    return features_from_latents(between, params)

@@ -1,4 +1,4 @@
-"""PIL pictures to tensors and back."""
+"""Reads pictures and masks, and converts them to tensors and back."""
 
 from __future__ import annotations
 
@@ -15,153 +15,151 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..common.geometry import LARGEST, check_size, covering_legal, nearest_legal
-from ..diffusion.masks import PAINTED
+from ..common.geometry import LARGEST, MULTIPLE, check_size, nearest_legal
+from ..diffusion.masks import MASK_THRESHOLD
 
 Picture = str | PathLike[str] | Image.Image
 
-SIXTEEN_BITS = 257  # a 16-bit value is 257 times the 8-bit one: 65535 / 255
-LYING = (5, 6, 7, 8)  # EXIF's orientations of a picture whose sides are swapped
+SIXTEEN_BITS = 257  # 65535 / 255
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def open_picture(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
-    """A picture, or the file of one, as RGB: turned as its EXIF data says, transparency on white, 16 bits cut to 8.
+    """Returns a picture, or the picture in a file, as RGB: EXIF orientation applied, transparency over white, 8 bits.
 
-    CMYK is converted as Pillow does, without colour profiles. Raises ValueError where a file is no picture; it calls
-    the file by `name`, which an open file needs.
+    CMYK is converted as Pillow does, without colour profiles. Raises ValueError if a file is not a picture; the message
+    calls it `name`, which must be given for open files.
     """
-    upright = _in_8_bits(_upright(picture, name))
-    if upright.has_transparency_data:
-        upright = _on_ground(upright, "white")
-    return upright.convert("RGB")
+    return _read(picture, name, "white").convert("RGB")
 
 
 def open_mask(mask: Picture) -> Image.Image:
-    """A mask, or the file of one, as grey: white is painted, black is kept, and so is what is transparent."""
-    upright = _in_8_bits(_upright(mask))
-    if upright.has_transparency_data:
-        upright = _on_ground(upright, "black")
-    return upright.convert("L")
+    """Returns a mask, or the mask in a file, as grey: white is generated, black and transparent pixels are kept."""
+    return _read(mask, "", "black").convert("L")
 
 
 def picture_size(picture: str | PathLike[str] | BinaryIO, name: str = "") -> tuple[int, int]:
-    """Width and height of the file of a picture as `open_picture` would turn it, read off its header.
-
-    Raises ValueError where a file is no picture; it calls the file by `name`, which an open file needs.
-    """
+    """Returns the width and height that `open_picture` would give, from the file's header. Errors as there."""
     with _opened(picture, name or str(picture)) as file:
-        if file.format == "TIFF":  # whose size only the newer Pillows have turned already
+        if file.format == "TIFF":  # only newer versions of Pillow have transposed its size already
             return ImageOps.exif_transpose(file).size
-        # By the base class: that of PNG decodes the whole picture, in case EXIF data stand behind it.
-        lies = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in LYING
-        return (file.height, file.width) if lies else file.size
+        # The base class's method: PNG's own decodes the whole picture to find EXIF data behind it.
+        transposed = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in TRANSPOSED
+        return (file.height, file.width) if transposed else file.size
 
 
 def legal_size(width: int, height: int) -> tuple[int, int]:
-    """The legal size nearest to that of a picture, which is first scaled down if a side is too long."""
+    """Returns the legal size nearest to a picture's, scaled down first if a side is too long."""
     scale = min(1.0, LARGEST / max(width, height))
     return nearest_legal(round(width * scale)), nearest_legal(round(height * scale))
 
 
 def read_pixels(picture: Picture, width: int | None = None, height: int | None = None) -> Tensor:
-    """A picture, or the file of one, as [1, 3, height, width] in [0, 1]: scaled to cover the size, cropped around its
-    centre. A side that is None is the legal one nearest to the picture's own."""
+    """Returns a picture as [1, 3, height, width] in [0, 1]: scaled to cover the size and cropped around its centre.
+
+    A side that is None is the legal one nearest to the picture's own.
+    """
     opened = open_picture(picture)
-    own = legal_size(*opened.size)
-    size = own[0] if width is None else width, own[1] if height is None else height
+    nearest = legal_size(*opened.size)
+    size = nearest[0] if width is None else width, nearest[1] if height is None else height
     check_size(*size)
     return to_pixels(ImageOps.fit(opened, size, Image.Resampling.LANCZOS))
 
 
 def read_batch(pictures: Picture | Sequence[Picture], width: int | None = None, height: int | None = None) -> Tensor:
-    """One picture or several, each as `read_pixels` does, as [B, 3, height, width]; they must end up in one size."""
+    """Returns one or several pictures, read by `read_pixels`, as [B, 3, height, width]. Their sizes must agree."""
     several = [pictures] if isinstance(pictures, str | PathLike | Image.Image) else list(pictures)
     if not several:
         raise ValueError("no picture was given: give at least one")
-    read = [read_pixels(picture, width, height) for picture in several]
-    sizes = {f"{pixels.shape[-1]}x{pixels.shape[-2]}" for pixels in read}
+    batch = [read_pixels(picture, width, height) for picture in several]
+    sizes = {f"{pixels.shape[-1]}x{pixels.shape[-2]}" for pixels in batch}
     if len(sizes) > 1:
         raise ValueError(
-            f"the pictures would be {' and '.join(sorted(sizes)[:2])} pixels, but a batch has one size: "
-            "give width and height, or hand them in one by one"
+            f"the pictures differ in size ({' and '.join(sorted(sizes)[:2])} pixels): give width and height, or pass "
+            "them one by one"
         )
-    return torch.cat(read)
+    return torch.cat(batch)
 
 
 def read_masked(picture: Picture, mask: Picture) -> tuple[Tensor, Tensor]:
-    """A picture [1, 3, H, W] and the mask of what to paint in it [1, 1, H, W], in the picture's own pixels.
+    """Returns a picture [1, 3, H, W] and its mask [1, 1, H, W], both scaled down if a side is above 2048 pixels.
 
-    Both are scaled down where a side is above 2048 pixels. Raises ValueError where their sizes differ, or where the
-    mask marks nothing.
+    Raises ValueError if their sizes differ or the mask is empty.
     """
-    opened, marked = open_picture(picture), open_mask(mask)
-    if opened.size != marked.size:
+    opened, opened_mask = open_picture(picture), open_mask(mask)
+    if opened.size != opened_mask.size:
         raise ValueError(
-            f"the mask is {marked.width}x{marked.height} pixels and the picture {opened.width}x{opened.height}: "
-            "give a mask of the picture's size"
+            f"the mask is {opened_mask.width}x{opened_mask.height} pixels and the picture "
+            f"{opened.width}x{opened.height}: give a mask of the picture's size"
         )
-    mask_pixels = to_pixels(marked)
-    if not (mask_pixels >= PAINTED).any():
-        raise ValueError("the mask marks nothing: make white what is to be painted, black what is to be kept")
+    mask_pixels = to_pixels(opened_mask)
+    if not (mask_pixels >= MASK_THRESHOLD).any():
+        raise ValueError("the mask is empty: make the part to generate white, the part to keep black")
     if max(opened.size) > LARGEST:
         scale = LARGEST / max(opened.size)
         width, height = (max(1, round(side * scale)) for side in opened.size)
         opened = opened.resize((width, height), Image.Resampling.LANCZOS)
-        mask_pixels = F.adaptive_max_pool2d(mask_pixels, (height, width))  # so that no thin line is lost
+        mask_pixels = F.adaptive_max_pool2d(mask_pixels, (height, width))  # keeps thin lines
     return to_pixels(opened), mask_pixels
 
 
-def widen(pixels: Tensor, mask: Tensor, borders: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """A picture and its mask on a larger canvas, `borders` = left, top, right, bottom pixels wider, all to be painted.
+def extend(pixels: Tensor, mask: Tensor, borders: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Adds borders (left, top, right, bottom, in pixels) to a picture and its mask, all of them to be generated.
 
-    Raises ValueError where a border is below 0, all are 0, or the canvas has a side above 2048 pixels.
+    Raises ValueError if a border is below 0, all are 0, or a side of the canvas exceeds 2048 pixels.
     """
     left, top, right, bottom = borders
     if min(borders) < 0 or max(borders) == 0:
         raise ValueError(
-            f"borders of {left}, {top}, {right} and {bottom} pixels cannot be painted: give the pixels to add at the "
-            "left, top, right or bottom, at least one of them above 0"
+            f"borders of {left}, {top}, {right} and {bottom} pixels cannot be generated: give the pixels to add at the "
+            "left, top, right or bottom, none below 0 and at least one above 0"
         )
     width, height = pixels.shape[-1] + left + right, pixels.shape[-2] + top + bottom
     if max(width, height) > LARGEST:
         raise ValueError(
-            f"a canvas of {width}x{height} pixels is too large: choose smaller borders or scale the picture down, so "
-            f"that no side is above {LARGEST}"
+            f"a canvas of {width}x{height} pixels is too large: choose smaller borders or scale the picture down to "
+            f"sides of at most {LARGEST}"
         )
     pad = (left, right, top, bottom)
     return F.pad(pixels, pad, mode="replicate"), F.pad(mask, pad, value=1.0)
 
 
-def legal_canvas(pixels: Tensor) -> Tensor:
-    """Pixels [B, c, H, W], at the right and at the bottom made up to multiples of 64 by repeating their edges."""
+def pad_to_legal(pixels: Tensor) -> Tensor:
+    """Pads pixels [B, c, H, W] at the right and bottom to multiples of 64 by repeating their edges."""
     height, width = pixels.shape[-2:]
-    return F.pad(pixels, (0, covering_legal(width) - width, 0, covering_legal(height) - height), mode="replicate")
+    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture in RGB or grey as [1, 3 or 1, H, W] in [0, 1]."""
+    """Returns a picture in RGB or grey as [1, 3 or 1, H, W] in [0, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)[None] / 255
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images [B, 3 or 1, H, W], clamped to [0, 1], as PIL pictures in RGB or grey."""
+    """Returns images [B, 3 or 1, H, W], clamped to [0, 1], as PIL pictures in RGB or grey."""
     pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
 
 
-def _upright(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
+def _read(picture: Picture | BinaryIO, name: str, background: str) -> Image.Image:
+    """Returns a picture with EXIF orientation applied, in 8 bits, transparency over a background."""
     if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture)
-    with _opened(picture, name or str(picture)) as file:
-        return ImageOps.exif_transpose(file)
+        image = ImageOps.exif_transpose(picture)
+    else:
+        with _opened(picture, name or str(picture)) as file:
+            image = ImageOps.exif_transpose(file)
+    image = _in_8_bits(image)
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
 
 
 @contextmanager
 def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image.Image]:
-    """The file of a picture as Pillow opens it; what goes wrong in there is a ValueError that names it."""
+    """Opens a picture's file with Pillow. Errors inside the block become a ValueError that names the file."""
     try:
-        with warnings.catch_warnings():  # from 89 million pixels Pillow warns, from twice as many it raises
+        with warnings.catch_warnings():  # Pillow warns above 89 million pixels and raises above twice as many
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(picture) as file:
                 yield file
@@ -171,24 +169,21 @@ def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Imag
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
     except (UnidentifiedImageError, IsADirectoryError):
-        raise ValueError(f"{name} is no picture that can be read: give a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, TypeError, struct.error) as error:  # Pillow's own, for broken PNG and EXIF data
-        raise ValueError(f"{name} is cut short or damaged ({error}): save it again") from error
+        raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
+    except (OSError, SyntaxError, TypeError, struct.error) as error:  # Pillow's, for broken PNG and EXIF data
+        raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8, which Pillow's own conversion would clip; Pillow calls it I;16, older ones I."""
+    """Scales 16-bit grey to 8 bits; Pillow's own conversion would clip it.
+
+    Its mode is I;16, or I in older versions of Pillow, whose values then tell it from 8 bits.
+    """
     if image.mode == "F":
-        raise ValueError(
-            "a picture of floating point numbers has no fixed white: save it with 8 or 16 bits a channel first"
-        )
+        raise ValueError("a picture of floating-point numbers has no defined white: save it with 8 or 16 bits first")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.float64)
     if image.mode != "I" or values.max() > 255:
         values = values / SIXTEEN_BITS
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-
-
-def _on_ground(image: Image.Image, colour: str) -> Image.Image:
-    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image.convert("RGBA"))

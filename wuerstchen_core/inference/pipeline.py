@@ -1,4 +1,4 @@
-"""Text, pictures and latents in, pictures out: the three stages of v2 behind one class."""
+"""The pipeline: text, pictures and latents in, pictures out."""
 
 from __future__ import annotations
 
@@ -17,18 +17,32 @@ from ..checkpoints.open import open_source
 from ..checkpoints.release import check_release
 from ..common.devices import pick_device, pick_dtype
 from ..diffusion.samplers import Seed
-from .editing import Editing
+from . import editing, prompts, stages
+from .compile import can_compile, compile_network
 from .prompts import Prompt
-from .settings import Callback, ignore
+from .settings import Callback, notify
 
 Source = str | PathLike[str]
-
 
 _DECODERS = {"token_decoder": "v1", "decoder": "v2"}
 
 
-class WuerstchenPipeline(Editing):
-    """Text, pictures and latents in, pictures out."""
+class WuerstchenPipeline(stages.Components):
+    """Generates and edits pictures with one model. Its methods are the functions of this package, by name."""
+
+    # One stage at a time.
+    encode_text = stages.encode_text
+    encode_prompt = prompts.encode_prompt
+    encode = editing.encode
+    sample_prior = stages.sample_prior
+    sample_decoder = stages.sample_decoder
+    decode = stages.decode
+    # Pictures in, pictures out.
+    reconstruct = editing.reconstruct
+    variations = editing.variations
+    inpaint = editing.inpaint
+    outpaint = editing.outpaint
+    interpolate = editing.interpolate
 
     @classmethod
     def load(
@@ -41,12 +55,12 @@ class WuerstchenPipeline(Editing):
         compile: bool = False,
         lora: Source | Loras | None = None,
     ) -> WuerstchenPipeline:
-        """The shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or sources by part:
-        {"prior": FILE, ...}, of which the prior's, or else the first, says how the model is used.
+        """Loads the shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or components
+        from separate sources: {"prior": FILE, ...}, where the metadata is the prior's, or else the first source's.
 
-        `version` ("v1" or "v2") decides about a prior 1024 wide that nothing else tells apart. `compile` calls
-        the method of that name. `lora` is a LoRA file for the prior (and its text tower), or strengths by file.
-        A source that holds some parts only gives a pipeline with these. Raises ValueError where one can't be read.
+        `version` ("v1" or "v2") is the release of a prior 1024 wide that nothing else identifies. `compile` calls the
+        method of that name. `lora` is a LoRA file for the prior (and its text encoder), or strengths by file. A source
+        with some components gives a pipeline with these. Raises ValueError if a source cannot be read.
         """
         target = pick_device(device)
         parts, metadata = _read(source, version)
@@ -55,11 +69,11 @@ class WuerstchenPipeline(Editing):
         chosen = pick_dtype(dtype, target, sum(x.numel() for part in parts.values() for x in part.state_dict.values()))
         networks: dict[str, Any] = {}
         for name, part in parts.items():
+            # One text encoder can serve both stages.
             twin = next((other for other in networks if parts[other].state_dict is part.state_dict), None)
-            # A picture is read once and steers all that follows; what bf16 costs Stage A is half a level of 255.
-            wanted = torch.float32 if name == "image_encoder" else chosen
-            # A twin is the one text tower that serves both stages.
-            networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=wanted)
+            # A picture is encoded once and steers all that follows; bf16 costs Stage A half a level of 255.
+            precision = torch.float32 if name == "image_encoder" else chosen
+            networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
         if lora is not None:
             merge_loras(networks, lora if isinstance(lora, Mapping) else {lora: 1.0})
         pipeline = cls(**networks, metadata=metadata)
@@ -67,6 +81,17 @@ class WuerstchenPipeline(Editing):
         if compile:
             pipeline.compile()
         return pipeline
+
+    def compile(self, **options: Any) -> None:
+        """Compiles Stages C and B with `torch.compile` at their first steps, which take longer; see `compile_network`.
+
+        `options` are `torch.compile`'s; raises ValueError for unknown ones. If torch cannot compile here, it logs why
+        and changes nothing. Meant for GPUs: on a CPU it is slower.
+        """
+        if can_compile(self.device, **options):
+            for name in stages.DENOISERS:
+                if (network := getattr(self, name)) is not None:
+                    compile_network(network, **options)
 
     @torch.inference_mode()
     def generate(
@@ -89,15 +114,14 @@ class WuerstchenPipeline(Editing):
         sampler: str | None = None,
         callback: Callback | None = None,
     ) -> list[Image.Image]:
-        """Paint `count` pictures of each prompt, prompt by prompt; picture i of them all has the seed `seed` + i, or
-        `seed[i]`.
+        """Generates `count` pictures of each prompt, prompt by prompt; picture i has seed `seed` + i, or `seed[i]`.
 
-        A prompt with weights, {"a cat": 2, "a dog": 1}, is a mix: the weighted average of what the texts say.
-        None stands for the model's own default. Raises ValueError, before any work, where a value cannot be used.
-        Of a text above 75 tokens (about 50 words) each 75 are encoded for themselves; both stages read all of them.
+        A prompt with weights, {"a cat": 2, "a dog": 1}, is a mix: the weighted average of the texts' states. None means
+        the model's default. Raises ValueError, before any work, for values that cannot be used. Texts above 75 tokens
+        (about 50 words) are encoded in pieces of 75; both stages read all of them.
         """
-        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
-        sampling = self.sampling.changed(
+        several = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+        sampling = self.sampling.updated(
             width=width,
             height=height,
             schedule=schedule,
@@ -110,31 +134,30 @@ class WuerstchenPipeline(Editing):
             token_mode=token_mode,
             sampler=sampler,
         )
-        self.check([*prompts, negative], len(prompts) * count, seed)
-        report = callback or ignore
-        wanted = [self.encode_prompt(one) for one in prompts]
-        unwanted = self.encode_text([negative])
-        report("text", 1, 1, None)
+        prompts.check_request(self, [*several, negative], len(several) * count, seed)
+        cond = [self.encode_prompt(one) for one in several]
+        uncond = self.encode_text([negative])
+        notify(callback, "text")
         images: list[Image.Image] = []
-        for _, alike in groupby(wanted, lambda states: states[0].shape):  # only texts of one length share a batch
-            texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*alike, strict=True)]
+        for _, batch in groupby(cond, lambda states: states[0].shape):  # only texts of one length share a batch
+            texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*batch, strict=True)]
             seeds = seed[len(images) :] if isinstance(seed, Sequence) else seed + len(images)
-            told: dict[str, Any] = {"seed": seeds, "callback": report}
-            features = self.sample_prior(texts[0], sampling, negative=unwanted[0], **told)
-            images += self.decode(self.sample_decoder(features, texts[1], sampling, negative=unwanted[1], **told))
-        report("picture", 1, 1, None)
+            run: dict[str, Any] = {"seed": seeds, "callback": callback}
+            features = self.sample_prior(texts[0], sampling, negative=uncond[0], **run)
+            images += self.decode(self.sample_decoder(features, texts[1], sampling, negative=uncond[1], **run))
+        notify(callback, "picture")
         return images
 
 
 def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str, Part], dict[str, Any]]:
-    """The parts of a source, or of one source a part, and the metadata that says how the model is used."""
+    """Returns the parts of a source, or of one source per part, and the model's metadata."""
     if not isinstance(source, Mapping):
         opened = open_source(source, version=version)
         return {name: opened.part(name) for name in opened.networks}, opened.metadata
     if not source:
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     main = "prior" if "prior" in source else next(iter(source))
-    if version == "auto":  # the Stage B beside it tells whose a prior is
-        version = next((told for name, told in _DECODERS.items() if name in source), version)
+    if version == "auto":  # the Stage B beside it tells the release of a prior
+        version = next((release for name, release in _DECODERS.items() if name in source), version)
     sources = {name: open_source(where, name, version=version) for name, where in source.items()}
     return {name: opened.part(name) for name, opened in sources.items()}, sources[main].metadata

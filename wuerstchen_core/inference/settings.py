@@ -1,47 +1,44 @@
-"""What a run of the pipeline is told: size, steps and guidance, checked before any work, and who watches it."""
+"""Settings of one sampling run, checked before any work, and the callback that reports its progress."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.geometry import check_size
-from ..diffusion.samplers import Progress, Seed, check_sampler
+from ..common.text import check_choice
+from ..diffusion.samplers import SAMPLERS, Progress, Seed
 from ..diffusion.schedule import SCHEDULES, Schedule, linear_times, named_times
 from ..diffusion.token_sampler import MODES
 
 LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
-TOKENS = ("temperature", "token_mode")  # what only a Stage B that paints tokens can be told
-
-
-class Callback(Protocol):
-    """Called with the stage ("text", "prior", "decoder" or "picture"), how many of its steps are done and what the
-    picture's latents look like so far, in their public units (None outside sampling). May raise to stop."""
-
-    def __call__(self, stage: str, done: int, steps: int, denoised: Tensor | None) -> None: ...
+TOKEN_SETTINGS = ("temperature", "token_mode")  # of v1's Stage B only
+# Called with the stage ("text", "prior", "decoder" or "picture"), how many of its steps are done, how many it has, and
+# the denoised latents in their public units (None outside sampling). May raise to stop.
+Callback = Callable[[str, int, int, Tensor | None], None]
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """One run's numbers; the defaults are those published for v2. Raises ValueError where one cannot be used."""
+    """Settings of one run. The defaults are those published for v2. Raises ValueError for values out of range."""
 
     width: int = 1024  # pixels
     height: int = 1024
-    schedule: str = "original"  # of Stage C, a key of SCHEDULES
+    schedule: str = "original"  # of Stage C: a key of SCHEDULES
     prior_steps: int = 30
-    prior_guidance: float = 4.0  # 1 and less: none
+    prior_guidance: float = 4.0  # 1 or less: none
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
-    decoder_guidance_end: float | None = None  # reached in equal steps from `decoder_guidance`; None: the same
-    tokens: bool = False  # whether Stage B paints them, as v1's does: else the rest is of no use
-    temperature: tuple[float, float] = (1.0, 0.6)  # at the first step and the last; below 1, likelier tokens
-    token_mode: str = "multinomial"  # how a token is chosen: multinomial, argmax or quantised
-    sampler: str = Schedule.sampler  # of Stage C, a key of SAMPLERS
+    decoder_guidance_end: float | None = None  # at the last step, reached linearly; None: as at the first
+    tokens: bool = False  # True if Stage B samples tokens (v1), which the next two settings are for
+    temperature: tuple[float, float] = (1.0, 0.6)  # at the first and the last step; below 1 prefers likely tokens
+    token_mode: str = "multinomial"  # one of MODES
+    sampler: str = Schedule.sampler  # of Stage C: a key of SAMPLERS
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -49,90 +46,81 @@ class SamplingSettings:
         if steps != self.prior_steps:
             raise ValueError(
                 f"the {self.schedule} schedule has {steps} steps, not {self.prior_steps}: "
-                "leave the prior's steps out, or choose the linear schedule"
+                "remove prior_steps, or choose the linear schedule"
             )
-        check_sampler(self.sampler)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("token mode", self.token_mode, MODES)
         self.decoder_times()
         for scale in (self.prior_guidance, *self.decoder_scales()):
             if not math.isfinite(scale):
-                raise ValueError(
-                    f"a guidance of {scale} cannot be used: choose a number, such as {SamplingSettings.prior_guidance}"
-                )
-        if self.token_mode not in MODES:
-            raise ValueError(f"the token mode {self.token_mode!r} is unknown: choose one of {', '.join(MODES)}")
-        if (
-            not isinstance(self.temperature, tuple)
-            or len(self.temperature) != 2
-            or not all(0 < value < math.inf for value in self.temperature)
-        ):
+                raise ValueError(f"guidance {scale} cannot be used: choose a number such as 4")
+        pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2
+        if not pair or not all(0 < value < math.inf for value in self.temperature):
             raise ValueError(
-                f"temperatures of {self.temperature} cannot be used: "
-                "give two numbers above 0, for the first step and the last"
+                f"temperature {self.temperature} cannot be used: give two numbers above 0, for the first and last step"
             )
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Any], version: str = "v2") -> SamplingSettings:
-        """The defaults of the model whose metadata this is, on top of its version's."""
-        given, own = metadata.get("sampling", {}), V1 if version == "v1" else cls()
-        known = {name: value for name, value in own.numbers().items() if name in given}
+    def from_metadata(cls, metadata: Mapping[str, Any], version: str = "v2") -> SamplingSettings:
+        """Returns a model's defaults: those in its metadata, otherwise those of its version."""
+        stored, defaults = metadata.get("sampling", {}), V1 if version == "v1" else cls()
         try:
-            known = {name: _like(value, given[name]) for name, value in known.items()}
+            own = {name: _like(value, stored[name]) for name, value in defaults.as_dict().items() if name in stored}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the model's metadata holds unusable sampling defaults ({given}): {error}") from error
-        return own.changed(**known)
+            raise ValueError(f"the model's metadata holds unusable sampling defaults ({stored}): {error}") from error
+        return defaults.updated(**own)
 
-    def changed(self, **given: Any) -> SamplingSettings:
-        """These numbers with `given` in their place; None means unchanged.
+    def updated(self, **changes: Any) -> SamplingSettings:
+        """Returns a copy with the changes that are not None.
 
-        A number of prior steps alone asks for the linear schedule, a schedule alone for its own number of steps, and
-        for its sampler; with the fast one the steps of Stage B change, too.
+        `prior_steps` without `schedule` selects the linear schedule. `schedule` without `prior_steps` sets its own
+        number of steps. A different schedule also sets its own sampler and (v2) steps of Stage B, unless given.
         """
-        asked = {name: value for name, value in given.items() if value is not None}
-        if idle := [name.replace("_", " ") for name in TOKENS if name in asked and not self.tokens]:
-            raise ValueError(
-                f"this model's Stage B paints no tokens, for which the {' and the '.join(idle)} would be: "
-                "leave that out, or choose a model of v1"
-            )
-        if "prior_steps" in asked:
-            asked.setdefault("schedule", "linear")
-        elif "schedule" in asked:
-            asked["prior_steps"] = len(named_times(asked["schedule"], self.prior_steps)) - 1
-        if "schedule" in asked and asked["schedule"] != self.schedule:
-            old, new = SCHEDULES[self.schedule], SCHEDULES[asked["schedule"]]
-            asked.setdefault("sampler", new.sampler)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        unused = [name for name in TOKEN_SETTINGS if name in changes]
+        if unused and not self.tokens:
+            raise ValueError(f"only v1 models take {' and '.join(unused)}: remove this, or load a v1 model")
+        if "prior_steps" in changes:
+            changes.setdefault("schedule", "linear")
+        elif "schedule" in changes:
+            changes["prior_steps"] = len(named_times(changes["schedule"], self.prior_steps)) - 1
+        name = changes.get("schedule", self.schedule)
+        if name != self.schedule and name in SCHEDULES:
+            old, new = SCHEDULES[self.schedule], SCHEDULES[name]
+            changes.setdefault("sampler", new.sampler)
             if new.decoder_steps != old.decoder_steps and not self.tokens:
-                asked.setdefault("decoder_steps", new.decoder_steps or SamplingSettings.decoder_steps)
-        return replace(self, **asked)
+                changes.setdefault("decoder_steps", new.decoder_steps or SamplingSettings.decoder_steps)
+        return replace(self, **changes)
 
-    def numbers(self) -> dict[str, Any]:
-        """Those that count in this kind of model, by name."""
-        idle = ("tokens",) if self.tokens else ("tokens", *TOKENS)
-        return {name: value for name, value in asdict(self).items() if name not in idle}
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the settings that apply to this kind of model, by name."""
+        unused = ("tokens",) if self.tokens else ("tokens", *TOKEN_SETTINGS)
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def prior_times(self) -> Tensor:
-        """Times of Stage C, [prior_steps + 1]."""
+        """Returns the times of Stage C, [prior_steps + 1]."""
         return named_times(self.schedule, self.prior_steps)
 
     def decoder_times(self) -> Tensor:
-        """Times of Stage B, [decoder_steps + 1]."""
+        """Returns the times of Stage B, [decoder_steps + 1]."""
         return linear_times(self.decoder_steps)
 
     def decoder_scales(self) -> list[float]:
-        """Guidance of each step of Stage B."""
+        """Returns the guidance of each step of Stage B."""
         end = self.decoder_guidance if self.decoder_guidance_end is None else self.decoder_guidance_end
         return [max(scale, 1.0) for scale in torch.linspace(self.decoder_guidance, end, self.decoder_steps).tolist()]
 
     def temperatures(self) -> list[float]:
-        """Temperature of each step of v1's Stage B."""
+        """Returns the temperature of each step of v1's Stage B."""
         return torch.linspace(*self.temperature, self.decoder_steps).tolist()
 
 
-# v1's published defaults: those of the notebook.
+# The defaults published for v1, in its notebook.
 V1 = SamplingSettings(512, 512, "linear", 60, 6.0, 8, 2.0, tokens=True)
 
 
 def _like(default: Any, value: Any) -> Any:
-    """A value out of JSON in the type of its default."""
+    """Converts a JSON value to the type of a default."""
     if isinstance(default, tuple):
         return tuple(float(part) for part in value)
     if default is None:
@@ -141,20 +129,26 @@ def _like(default: Any, value: Any) -> Any:
 
 
 def check_count(count: int, seed: Seed) -> None:
-    """Raise ValueError unless there is something to paint, and a seed for each picture."""
+    """Raises ValueError unless the count is 1 or more and each picture gets a valid seed."""
     if count < 1:
-        raise ValueError(f"{count} pictures were asked for: give at least one prompt, and a count of at least 1")
+        raise ValueError(f"{count} pictures cannot be generated: give at least one prompt, and a count of 1 or more")
     if isinstance(seed, Sequence):
         if len(seed) != count:
-            raise ValueError(f"{len(seed)} seeds were given for {count} pictures: give one number, or one for each")
+            raise ValueError(f"{len(seed)} seeds for {count} pictures: give one seed, or one for each picture")
         for one in seed:
             check_count(1, one)
     elif not 0 <= seed <= LARGEST_SEED - count:
         raise ValueError(f"seed {seed} cannot be used: choose a number from 0 to {LARGEST_SEED - count}")
 
 
+def notify(callback: Callback | None, stage: str) -> None:
+    """Reports a stage of one step as done."""
+    if callback is not None:
+        callback(stage, 1, 1, None)
+
+
 def sampler_progress(callback: Callback | None, stage: str, public: Callable[[Tensor], Tensor]) -> Progress | None:
-    """A sampler's callback that passes on the stage and the denoised latents in their public units."""
+    """Returns a sampler's callback that passes the denoised latents on in the stage's public units."""
     if callback is None:
         return None
 
@@ -162,7 +156,3 @@ def sampler_progress(callback: Callback | None, stage: str, public: Callable[[Te
         callback(stage, step + 1, steps, public(denoised))
 
     return progress
-
-
-def ignore(stage: str, done: int, steps: int, denoised: Tensor | None) -> None:
-    """What is called when nobody watches."""

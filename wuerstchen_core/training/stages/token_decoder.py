@@ -93,4 +93,4 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         return token_loss(self.noise, net(seen, t, features, text, places), tokens, replaced, t)
 
     def reconstruct(self, net: TokenDecoder, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor:
-        return super().reconstruct(net, images, prompts, sampling.changed(decoder_steps=8))
+        return super().reconstruct(net, images, prompts, sampling.updated(decoder_steps=8))
