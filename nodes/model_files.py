@@ -37,9 +37,10 @@ def _label(part: str) -> str:
 
 
 def _describe(parts: Iterable[str]) -> str:
-    """Returns the kinds of parts in words, such as "prior (Stage C), decoder (Stage B)"."""
-    kinds = dict.fromkeys(map(kind_of, parts))
-    return ", ".join(f"{kind.replace('_', ' ')} ({COMPONENTS[kind].stage})" for kind in kinds)
+    """Returns the kinds of parts in words, such as "prior (Stage C), image encoder"."""
+    stages = {kind: COMPONENTS[kind].stage for kind in map(kind_of, parts)}
+    names = (f"{kind} ({stage})" if stage.startswith("Stage") else kind for kind, stage in stages.items())
+    return ", ".join(names).replace("_", " ")
 
 
 def fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
