@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,32 @@ from wuerstchen_core.checkpoints.components import BUNDLE_LOADER, COMPONENTS
 LOCALES = Path(__file__).parents[1] / "locales"
 
 
-def texts(language: str) -> dict[str, Any]:
-    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+def flatten(value: Any, path: str = "") -> dict[str, str]:
+    """Returns the texts of nested tables by path, in order."""
+    if isinstance(value, str):
+        return {path: value}
+    return {key: text for name, inner in value.items() for key, text in flatten(inner, f"{path}/{name}").items()}
 
 
-def paths(value: Any, path: str = "") -> Iterator[str]:
-    """Yields the path of every text, in order."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from paths(inner, f"{path}/{key}")
-    else:
-        assert isinstance(value, str) and value.strip(), path
-        yield path
+def texts(language: str) -> dict[str, str]:
+    return flatten(json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("language", ["de", "zh"])
-def test_translations_have_the_keys_of_the_english_texts(language: str) -> None:
-    assert list(paths(texts(language))) == list(paths(texts("en")))
-
-
-@pytest.mark.parametrize("language", ["de", "zh"])
-def test_no_description_is_left_in_english(language: str) -> None:
+def test_every_text_is_translated(language: str) -> None:
     translated, english = texts(language), texts("en")
-    assert not [node for node in english if translated[node]["description"] == english[node]["description"]]
+    assert list(translated) == list(english)
+    same = {path for path in english if translated[path] == english[path]}
+    assert not [path for path in same if path.endswith(("tooltip", "description"))]
+
+
+@pytest.mark.parametrize("language", ["en", "de", "zh"])
+def test_explanations_are_sentences(language: str) -> None:
+    for path, text in texts(language).items():
+        assert text.strip() == text != "", path
+        assert text.endswith((".", "。")) == path.endswith(("tooltip", "description")), path
 
 
 def test_the_registry_names_the_nodes_as_they_are_displayed() -> None:
-    loaders = [BUNDLE_LOADER, *(component.loader for component in COMPONENTS.values())]
-    assert {loader.node for loader in loaders} <= {node["display_name"] for node in texts("en").values()}
+    names = {text for path, text in texts("en").items() if path.endswith("display_name")}
+    assert {loader.node for loader in (BUNDLE_LOADER, *(part.loader for part in COMPONENTS.values()))} <= names

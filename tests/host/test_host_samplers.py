@@ -34,7 +34,7 @@ INWARD: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(scope="module")
 def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inside:
-    """What inside_samplers.py computed in this ComfyUI."""
+    """The results of inside_samplers.py in this ComfyUI."""
     return run_inside(install, "inside_samplers.py", tmp_path_factory.mktemp("samplers"), checkpoints / TINY)
 
 
