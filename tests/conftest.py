@@ -51,9 +51,9 @@ def kernels(request: pytest.FixtureRequest) -> Generator[bool]:
 @pytest.fixture
 def inputs(run_folder: Path) -> list[str]:
     """Overrides with which a stage in another folder takes the networks of that run."""
-    from helpers.tiny_stages import inputs_of
+    from helpers.tiny_stages import input_overrides
 
-    return inputs_of(run_folder)
+    return input_overrides(run_folder)
 
 
 def _together(item: pytest.Item) -> str:

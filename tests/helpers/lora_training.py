@@ -1,4 +1,4 @@
-"""LoRAs of a prior and of its text tower, trained in a tiny size."""
+"""LoRA training of a prior and its text encoder in a tiny size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIGURED = AdapterConfig(
     RANK, ALPHA, ("to_q", "to_out.0", "kv_mapper.1"), ("q_proj", "self_attn.out_proj", "fc2")
 )  # fmt: skip
 WORDS = {"attn.q_proj": "self_attn.q_proj", "attn.out_proj": "self_attn.out_proj", "mlp.c_proj": "mlp.fc2"}
-CHANGED = {  # our paths, and how the file has them
+CHANGED = {  # our paths and those in the file
     f"blocks.{i}.{name}": f"prior.blocks.{i}.{name}"
     for i in (2, 5)
     for name in ("attention.to_q", "attention.to_out.0", "kv_mapper.1")
@@ -50,8 +50,8 @@ TOKENS = tokenize(["a red apple", ""])
 
 
 def write_config(folder: Path, bundle: Path) -> Path:
-    """The configuration, on the networks of the tiny bundle."""
+    """Writes the configuration, with the networks of a bundle as inputs."""
     path = folder / "lora.toml"
-    given = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
-    path.write_text(f"{CONFIG}\n[inputs]\n{given}\n", encoding="utf-8")
+    sources = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
+    path.write_text(f"{CONFIG}\n[inputs]\n{sources}\n", encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The smallest thing that learns, for tests of the training loop."""
+"""The smallest network that can be trained, for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
+from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, log_rows
 from wuerstchen_core.training.config import LoopConfig
 from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.rng import StepRandom
@@ -42,18 +41,19 @@ class Line(nn.Module):
 
 
 class LineStage(Stage[Line]):
-    """Learns the sum of its inputs. `stop` raises KeyboardInterrupt at a step; `spoil` makes inputs that are none."""
+    """Learns the sum of its inputs. Batch `stop` raises KeyboardInterrupt; batches `nan_at` are NaN."""
 
-    name, tables = "prior", ()
-    dataset = InMemoryDataset(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # which it does not look at
+    name = part = "prior"
+    tables = ()
+    dataset = InMemoryDataset(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))  # for sample grids alone
 
     def __init__(
-        self, width: int = 4, stop: int | None = None, spoil: Container[int] = (), dropout: float = 0.3
+        self, width: int = 4, stop: int | None = None, nan_at: Container[int] = (), dropout: float = 0.3
     ):  # fmt: skip
         torch.manual_seed(1)
         self.net = Line(LineParams(width), dropout)
-        self.stop, self.spoil, self.width, self.losses = stop, spoil, width, 0
-        self.trained_in_train_mode: list[bool] = []
+        self.stop, self.nan_at, self.width, self.losses = stop, nan_at, width, 0
+        self.train_modes: list[bool] = []
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         return (rng.normal(self.width),)
@@ -62,20 +62,17 @@ class LineStage(Stage[Line]):
         self.losses += 1
         if self.losses == self.stop:
             raise KeyboardInterrupt
-        self.trained_in_train_mode.append(net.training)
-        x = batch[0] * torch.nan if self.losses in self.spoil else batch[0]
+        self.train_modes.append(net.training)
+        x = batch[0] * torch.nan if self.losses in self.nan_at else batch[0]
         return F.mse_loss(net(x), x.sum(1, keepdim=True))
 
-    def sample_grid(self, net: Line) -> Image.Image | None:
+    def samples(self, net: Line, validation: InMemoryDataset) -> list[Tensor] | None:
         assert not net.training and not torch.is_grad_enabled()
-        return Image.new("RGB", (4, 4), (1, 2, 3))
-
-    def parts(self, net: Line) -> dict[str, nn.Module]:
-        return {"prior": net}
+        return [torch.tensor([1, 2, 3])[None, :, None, None].expand(1, 3, 4, 4) / 255]
 
 
 class DeepLine(Line):
-    """A line with a block before it, whose matrix Muon can train."""
+    """A line behind a block, whose matrix Muon can train."""
 
     def __init__(self, params: LineParams, dropout: float):
         super().__init__(params, dropout)
@@ -90,19 +87,14 @@ class DeepLineStage(LineStage):
         super().__init__(**options)
         self.net = DeepLine(LineParams(), self.net.dropout)
 
-    def parts(self, net: Line) -> dict[str, nn.Module]:
-        part = Line(net.params)  # a bundle's prior is one of ours: the block is left out
-        part.load_state_dict(net.state_dict(), strict=False)
-        return {"prior": part}
 
-
-def files(folder: Path) -> set[str]:
+def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
 def assert_same_training(folder: Path, whole: Path) -> None:
-    assert shown(read_log(folder)) == shown(read_log(whole))
+    assert log_rows(folder) == log_rows(whole)
     assert_equal_states(ema_of(folder), ema_of(whole))
     assert_equal_states(checkpoint(folder)["net"], checkpoint(whole)["net"])
     assert (folder / "prior.safetensors").read_bytes() == (whole / "prior.safetensors").read_bytes()
-    assert files(folder) == files(whole)
+    assert file_names(folder) == file_names(whole)

@@ -1,4 +1,4 @@
-"""The trainers in a tiny size: two things at 64 pixels, a few steps."""
+"""All stages in a tiny size: two things at 64 pixels, a few steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from wuerstchen_core.training.checkpoint import checkpoints
 
-STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of v2, in the order in which they need each other
+STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of v2, each after those whose networks it uses
 ALL = (*STAGES, "token-decoder")
-DIFFUSERS = ("vqgan", "decoder", "prior")  # stages whose networks it has
+DIFFUSERS = ("vqgan", "decoder", "prior")  # stages whose networks diffusers has
 
 COMMON = """
 run = {run}
@@ -107,21 +107,21 @@ stratified = true
 
 
 def write_configs(folder: Path, run: Path) -> None:
-    """The recipe's TOML files: one a stage, those of the second trainings, and v1's own prior's."""
-    of_v1 = TABLES["prior"].replace("[noise]", "feature_scale = 1.0\nfeature_shift = 0.0\n[noise]")
+    """Writes a TOML file for each stage of the demo's recipe, for its second trainings, and for v1's prior."""
+    prior_v1 = TABLES["prior"].replace("[noise]", "feature_scale = 1.0\nfeature_shift = 0.0\n[noise]")
     again = {f"{stage}_again": "[noise]" + TABLES[stage].split("[noise]")[1] for stage in ("decoder", "prior")}
-    for name, tables in {**TABLES, **again, "prior_v1": of_v1}.items():
+    for name, tables in {**TABLES, **again, "prior_v1": prior_v1}.items():
         text = COMMON.format(run=json.dumps(str(run))) + tables
-        config_of(folder, name).write_text(text, encoding="utf-8")
+        config_path(folder, name).write_text(text, encoding="utf-8")
 
 
-def config_of(folder: Path, stage: str) -> Path:
-    """The TOML file of a stage."""
+def config_path(folder: Path, stage: str) -> Path:
+    """Returns the path of a stage's TOML file."""
     return folder / f"{stage.replace('-', '_')}.toml"
 
 
-# Two processes on one machine. `accelerate launch` divides work over GPUs only, so it is told of some, and its
-# processes to leave them alone.
+# Two processes on one machine. `accelerate launch` starts several processes for GPUs only, so --multi_gpu is set, and
+# ACCELERATE_USE_CPU in the processes.
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
     "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0 "
@@ -130,19 +130,20 @@ LAUNCHERS = {
 
 
 def launch(*command: str, by: str = "torchrun") -> None:
-    """Run a script, or a module after "-m", in two processes on the CPU, as `torchrun` or `accelerate launch` does."""
+    """Runs a script, or a module after "-m", in two processes on the CPU by `torchrun` or `accelerate launch`."""
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    told = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     launcher = [sys.executable, "-m", *LAUNCHERS[by].split()]
+    environment = {**os.environ, **environment}
     done = subprocess.run(
-        [*launcher, *command], env={**os.environ, **told}, capture_output=True, text=True, timeout=300, check=False
+        [*launcher, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def inputs_of(run: Path, but: str = "") -> list[str]:
-    """Overrides with which a stage in another folder takes the networks of a run, all but one's."""
+def input_overrides(run: Path, but: str = "") -> list[str]:
+    """Returns overrides that name the networks of a run under `[inputs]`, except that of stage `but`."""
     files = {stage: run / stage / f"{stage}.safetensors" for stage in ALL if stage != but}
     return [f"inputs.{stage}='{file}'" for stage, file in files.items() if file.exists()]
 
@@ -151,9 +152,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def shown(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What must be equal in the logs of equal trainings: all but the time."""
-    return [(row["step"], row["loss"], row["lr"]) for row in rows]
+def log_rows(folder: Path) -> list[tuple[Any, ...]]:
+    """Returns step, loss and rate of each row of the log, which are equal in equal trainings."""
+    return [(row["step"], row["loss"], row["lr"]) for row in read_log(folder)]
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def ema_of(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Equal bit for bit."""
+    """Asserts that two state dicts are equal bit for bit."""
     assert one.keys() == other.keys()
     different = [key for key in one if not torch.equal(one[key], other[key])]
     assert not different

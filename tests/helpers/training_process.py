@@ -1,4 +1,4 @@
-"""What several processes run: `torchrun train_apart.py WAY FOLDER`. WAYS are functions of the folder."""
+"""Training in several processes: `torchrun training_process.py replicated|sharded FOLDER`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor
 from helpers.recording_trainer import CONFIG, DeepLineStage
 from wuerstchen_core.training.loop import train
 
-CONFIG_APART = replace(CONFIG, steps=20, muon_lr=0.02, save_every=10)
+PROCESS_CONFIG = replace(CONFIG, steps=20, muon_lr=0.02, save_every=10)
 
 
 def replicated(folder: Path) -> None:
-    """Half of each batch in each of two processes, under accelerate's own wrapping."""
-    train(DeepLineStage(dropout=0.0), replace(CONFIG_APART, batch=2), folder)
+    """Trains with half of each batch in each of two processes, wrapped by accelerate."""
+    train(DeepLineStage(dropout=0.0), replace(PROCESS_CONFIG, batch=2), folder)
 
 
 def sharded(folder: Path) -> None:
-    """As `replicated`, with the weights divided over the processes; stopped in the middle and gone on."""
+    """Trains with sharded weights, too; stops in the middle and resumes."""
 
     def prepare(self: Accelerator, net: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[object, ...]:
         whole = dict(net.named_parameters())
@@ -41,7 +41,7 @@ def sharded(folder: Path) -> None:
         return net, *(self.prepare_optimizer(optimizer) for optimizer in optimizers)
 
     Accelerator.prepare = prepare  # type: ignore[method-assign]
-    config = replace(CONFIG_APART, batch=2, muon_lr=0.0)
+    config = replace(PROCESS_CONFIG, batch=2, muon_lr=0.0)
     try:
         train(DeepLineStage(dropout=0.0, stop=15), config, folder)
     except KeyboardInterrupt:
@@ -51,4 +51,4 @@ def sharded(folder: Path) -> None:
 if __name__ == "__main__":
     {"replicated": replicated, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()
-    os._exit(0)  # what torch's threads do at an orderly end aborts one process in many
+    os._exit(0)  # torch's threads sometimes abort a process at a normal exit

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_stages import ALL, STAGES, config_of, write_configs
+from helpers.tiny_stages import ALL, STAGES, config_path, write_configs
 
 from tools.demo import build, build_v1
 from wuerstchen_core.checkpoints.components import COMPONENTS, Params
@@ -44,14 +44,14 @@ LARGEST_BUNDLE, LARGEST_BUNDLE_V1 = 24e6, 8e6  # bytes
 
 
 def recipe(stage: str, file: str = "") -> tuple[dict[str, Any], Params]:
-    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
+    config = read_config(build.RECIPE / file if file else config_path(build.RECIPE, stage), [])
     return config, from_table(COMPONENTS[PART.get(stage, stage)].params, config["model"], "model")
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     write_configs(tmp_path, tmp_path / "run")
-    return config_of(tmp_path, "prior")
+    return config_path(tmp_path, "prior")
 
 
 @pytest.fixture
@@ -83,62 +83,67 @@ def test_overrides_are_toml_and_bare_words_are_text(file: Path) -> None:
     )
 
 
-MISTAKES = {
-    "train.stepz=3": r"^\[train\] has no key stepz: it takes steps, batch, lr, ",
-    "train.steps=many": r"^\[train\] steps must be a whole number, got 'many'$",
-    "train.steps=4.5": r"^\[train\] steps must be a whole number, got 4.5$",
-    "train.steps=true": r"^\[train\] steps must be a whole number, got True$",
-    "train.lr=.001": r"^\[train\] lr must be a number, got '.001'$",
-    "train.betas=0.9": r"^\[train\] betas must be a list of 2 numbers, got 0.9$",
-    "train.betas=[0.9]": r"^\[train\] betas must be a list of 2 numbers, got \(0.9,\)$",
-    "train.betas=[0.9, 1.5]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1.5\]$",
-    "train.betas=[0.9, 1]": r"^\[train\] betas must be at least 0 and less than 1, got \[0.9, 1\]$",
-    "train.betas=[nan, 0.9]": r"^\[train\] betas must be at least 0 and less than 1, got \[nan, 0.9\]$",
-    "train.seed=4294967296": r"^\[train\] seed must be from 0 to 4294967295, got 4294967296$",
-    "train.log_every=0": r"^\[train\] log_every must be more than 0, got 0$",
-    "train=5": r"^train is a table of keys, not 5$",
-    "train": r"^--set 'train' is not of the form table.key=value$",
-    "train.steps.more=1": r"^--set 'train.steps.more=1' names a key inside steps, which is no table$",
-    "model.depht=2": r"^\[model\] has no key depht: it takes c_in, c, c_cond, c_r, depth, nhead, feature_scale, ",
-    "modle.depth=2": r"^the configuration has no place for modle: it takes run, inputs, data, ",
-    "vqgan.crop=32": r"^the configuration has no place for vqgan: ",
-    "noise.weight=p3": r"^\[noise\] weight 'p3' is unknown: choose p2, v or x0$",
-    "inputs.effnet=x": r"^\[inputs\] has no key effnet: it takes vqgan, encoder, text, decoder, token-decoder, prior$",
-    "data.canvas=100": r"^\[data\] canvas must be a multiple of 64 pixels, got 100$",
-    "data.things=130": r"^\[data\] things must be 1 to 129, got 130$",
-    'data={"things"=1, "layouts"=["pair"]}': r"^\[data\] leaves no square scene to draw: of these layouts none",
-    "run=3": r"^the configuration names no run folder: ",
-    "inputs.text=none.safetensors": r"encoder.safetensors is missing: train the encoder first, or name its file as ",
+MISTAKES = {  # an override, and what the error names
+    "train.stepz=3": r"\[train\] .*stepz.* steps, batch, lr",
+    "train.steps=many": r"\[train\] steps .*whole number.*'many'",
+    "train.steps=4.5": r"\[train\] steps .*whole number.*4\.5",
+    "train.steps=true": r"\[train\] steps .*whole number.*True",
+    "train.steps=0": r"\[train\] steps .*at least 1.* 0$",
+    "train.lr=.001": r"\[train\] lr .*number.*'\.001'",
+    "train.lr=0.0": r"\[train\] lr .*more than 0.* 0\.0$",
+    "train.betas=0.9": r"\[train\] betas .*list of 2.*0\.9",
+    "train.betas=[0.9]": r"\[train\] betas .*list of 2.*\[0\.9\]",
+    "train.betas=[0.9, 1.5]": r"\[train\] betas .*less than 1.*1\.5",
+    "train.betas=[0.9, 1]": r"\[train\] betas .*less than 1.*, 1\]",
+    "train.betas=[nan, 0.9]": r"\[train\] betas .*nan",
+    "train.seed=4294967296": r"\[train\] seed .*4294967295.*4294967296",
+    "train.precision=fp8": r"\[train\] precision .*no, bf16, fp16.*'fp8'",
+    "train=5": r"train .*table.* 5$",
+    "train": r"--set 'train'.*table\.key=value",
+    "train.steps.more=1": r"--set 'train\.steps\.more=1'.*steps",
+    "model.depht=2": r"\[model\] .*depht.* depth",
+    "modle.depth=2": r"modle .*model",
+    "vqgan.crop=32": r"vqgan .*noise",
+    "noise.weight=p3": r"\[noise\] weight .*p2, v, x0.*'p3'",
+    "inputs.effnet=x": r"\[inputs\] .*encoder.*effnet",
+    "data.canvas=100": r"\[data\] canvas .*64.*100",
+    "data.things=130": r"\[data\] things .*129.*130",
+    'data={"things"=1, "layouts"=["pair"]}': r"\[data\] .*square",
+    "run=3": r"run .* 3$",
+    "inputs.text=3": r"\[inputs\] .*text = 3$",
+    "inputs.text=none.safetensors": r"encoder\.safetensors is missing",
 }
 
 
 @pytest.mark.parametrize("change", MISTAKES)
-def test_a_mistake_is_named_in_one_sentence(file: Path, change: str) -> None:
+def test_a_mistake_is_named_in_one_line(file: Path, change: str) -> None:
     with pytest.raises(ValueError, match=MISTAKES[change]) as error:
         run("prior", file, [change])
     assert "\n" not in str(error.value)
     assert not (file.parent / "run").exists()
 
 
-def test_a_model_that_is_no_table_is_named_beside_a_start(file: Path) -> None:
-    with pytest.raises(ValueError, match=r"^model is a table of keys, not 3$"):
+def test_a_model_that_is_not_a_table_is_named_beside_a_start(file: Path) -> None:
+    with pytest.raises(ValueError, match="model .* 3$"):
         run("prior", file, ["model=3", "start=demo", "inputs.encoder=demo", "inputs.text=demo"])
 
 
-def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^\[train\] lacks steps, batch$"):
+def test_missing_keys_and_tables_are_named() -> None:
+    with pytest.raises(ValueError, match=r"\[train\] .*steps, batch"):
         from_table(LoopConfig, {"lr": 1}, "train")
-    with pytest.raises(ValueError, match=r"^the configuration has no \[model\] table: "):
+    with pytest.raises(ValueError, match=r"\[model\]"):
         check_tables({"run": "x"}, ("start", "model"))
+    with pytest.raises(ValueError, match="run"):
+        check_tables({"model": {}}, ("start", "model"))
 
 
 def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[model\n", encoding="utf-8")
-    for path, reason in ((file, "is no TOML file: "), (tmp_path / "none.toml", "No such file")):
+    for path in (file, tmp_path / "none.toml"):
         assert main(["train", "prior", "--config", str(path)]) == 2
         line = capsys.readouterr().err
-        assert reason in line and str(path) in line and line.count("\n") == 1
+        assert str(path) in line and line.count("\n") == 1
 
 
 def test_a_missing_drawing_package_is_named(
@@ -161,18 +166,13 @@ SHOWN = {
     "decoder": EVERYTHING,
     "prior": replace(EVERYTHING, most=1200),
 }
-VQGAN_BAD = [
-    ("margin=-1", "margin must be 0 or more and quantize_from 1 or more, got -1 and 2"),
-    ("quantize_from=0", "margin must be 0 or more and quantize_from 1 or more, got 8 and 0"),
-    ("quantized=1.5", "quantized is a share from 0 to 1, got 1.5"),
-]
 
 
-@pytest.mark.parametrize(("told", "why"), VQGAN_BAD)
-def test_options_of_stage_a_that_cannot_be_are_refused(told: str, why: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("margin", -1), ("quantize_from", 0), ("quantized", 1.5)])
+def test_invalid_options_of_stage_a_are_named(key: str, value: float, tmp_path: Path) -> None:
     write_configs(tmp_path, tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"^\[vqgan\] {why}$"):
-        run("vqgan", config_of(tmp_path, "vqgan"), [f"vqgan.{told}"])
+    with pytest.raises(ValueError, match=rf"\[vqgan\] {key} .*{value}$"):
+        run("vqgan", config_path(tmp_path, "vqgan"), [f"vqgan.{key}={value}"])
 
 
 SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
@@ -182,7 +182,7 @@ SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
     ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND, ("prior", build_v1.STAGES["prior"])]
 )
 def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
-    config = read_config(build.RECIPE / file if file else config_of(build.RECIPE, stage), [])
+    config = read_config(build.RECIPE / file if file else config_path(build.RECIPE, stage), [])
     kind: Any = stage_class(stage)
     trainer = importlib.import_module(kind.__module__)
     check_tables(config, kind.tables)

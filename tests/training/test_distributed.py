@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.recording_trainer import DeepLineStage, files
+from helpers.recording_trainer import DeepLineStage, file_names
 from helpers.tiny_stages import checkpoint, ema_of, launch, read_log
-from helpers.training_process import CONFIG_APART
+from helpers.training_process import PROCESS_CONFIG
 
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.rng import StepRandom
@@ -19,11 +19,11 @@ APART = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 @pytest.mark.parametrize(
     ("way", "muon_lr", "launcher"),
-    [("replicated", CONFIG_APART.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
+    [("replicated", PROCESS_CONFIG.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
 )
 def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: float, launcher: str) -> None:
     """A batch of 4 in one process, or 2 in each of two: the same weights after 20 steps, and one log."""
-    train(DeepLineStage(dropout=0.0), replace(CONFIG_APART, batch=4, muon_lr=muon_lr), tmp_path / "one")
+    train(DeepLineStage(dropout=0.0), replace(PROCESS_CONFIG, batch=4, muon_lr=muon_lr), tmp_path / "one")
     launch(str(APART), way, str(tmp_path / "two"), by=launcher)
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert one["step"] == two["step"] == 20
@@ -35,7 +35,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: 
     assert [row["step"] for row in read_log(tmp_path / "two")] == [row["step"] for row in read_log(tmp_path / "one")]
     losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert file_names(tmp_path / "two") == file_names(tmp_path / "one")
     start, end = (DeepLineStage(dropout=0.0).net.state_dict(), ema_of(tmp_path / "two"))
     assert not torch.allclose(start["layer.weight"], end["layer.weight"], atol=0.1)
 

@@ -13,10 +13,10 @@ from helpers.tiny_stages import (
     STAGES,
     assert_equal_states,
     checkpoint,
-    config_of,
+    config_path,
     ema_of,
+    log_rows,
     read_log,
-    shown,
     write_configs,
 )
 from PIL import Image
@@ -52,7 +52,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 def trained(configs: Path) -> Path:
     """The run folder of all stages."""
     for stage in STAGES:
-        run(stage, config_of(configs, stage), CHANGES)
+        run(stage, config_path(configs, stage), CHANGES)
     return configs / "run"
 
 
@@ -65,7 +65,7 @@ def test_a_stage_learns_from_a_folder(trained: Path, stage: str) -> None:
         assert sheet.getpixel((64, 64))[1:] == (100, 200)  # the truth comes first
 
 
-def inputs_of(trained: Path) -> list[str]:
+def input_overrides(trained: Path) -> list[str]:
     return [f"inputs.{stage}='{trained / stage / stage}.safetensors'" for stage in STAGES]
 
 
@@ -73,7 +73,7 @@ def test_a_run_of_several_shapes_goes_on_exactly_where_it_was_stopped(
     configs: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Squares and wide pictures in one run, stopped between two checkpoints."""
-    told = [*CHANGES, *inputs_of(trained), "data.buckets=[[64, 64], [128, 64]]", "train.batch=3", "train.steps=6"]
+    told = [*CHANGES, *input_overrides(trained), "data.buckets=[[64, 64], [128, 64]]", "train.batch=3", "train.steps=6"]
     seen: list[tuple[int, ...]] = []
     loss = DecoderStage.loss
 
@@ -85,26 +85,26 @@ def test_a_run_of_several_shapes_goes_on_exactly_where_it_was_stopped(
 
     monkeypatch.setattr(DecoderStage, "loss", watched)
     stop = 0
-    run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'whole'}'"])
+    run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'whole'}'"])
     whole = list(seen)
     assert set(whole) == {(16, 16), (16, 32)}
     stop = len(seen) + 4
     with pytest.raises(KeyboardInterrupt):
-        run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
-    run("decoder", config_of(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
+        run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
+    run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
     assert seen[6:9] == whole[:3] and seen[10:] == whole[2:]  # from the checkpoint of step 2
-    assert shown(read_log(tmp_path / "stopped" / "decoder")) == shown(read_log(tmp_path / "whole" / "decoder"))
+    assert log_rows(tmp_path / "stopped" / "decoder") == log_rows(read_log(tmp_path / "whole" / "decoder"))
     assert_equal_states(ema_of(tmp_path / "stopped" / "decoder"), ema_of(tmp_path / "whole" / "decoder"))
 
 
 def test_other_pictures_in_a_run_that_goes_on_are_told(
     configs: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = [*CHANGES, *inputs_of(trained), f"run='{tmp_path}'", "train.sheet_every=1000"]
-    run("prior", config_of(configs, "prior"), told)
+    told = [*CHANGES, *input_overrides(trained), f"run='{tmp_path}'", "train.sheet_every=1000"]
+    run("prior", config_path(configs, "prior"), told)
     root = write_folder(tmp_path / "other", examples(range(30, 36)))
     with caplog.at_level(logging.WARNING):
-        run("prior", config_of(configs, "prior"), [*told, "train.steps=6", f"data.source='{root}'"])
+        run("prior", config_path(configs, "prior"), [*told, "train.steps=6", f"data.source='{root}'"])
     assert "have changed" in caplog.text
     assert checkpoint(tmp_path / "prior")["step"] == 6
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.picture_folders import examples, write_folder
-from helpers.recording_trainer import CONFIG, LineStage, assert_same_training, files
+from helpers.recording_trainer import CONFIG, LineStage, assert_same_training, file_names
 
 from wuerstchen_core.training.checkpoint import LOG
 from wuerstchen_core.training.data.files import FileDataset
@@ -143,7 +143,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> Non
 
     with apart(stop_halfway, tmp_path):
         wait_for(half)
-    assert half() and "checkpoint-00000014.pt" not in files(tmp_path)
+    assert half() and "checkpoint-00000014.pt" not in file_names(tmp_path)
     (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # as another process left it
     train(LineStage(), LONG, tmp_path)
     assert_same_training(tmp_path, whole)

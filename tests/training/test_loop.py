@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.recording_trainer import CONFIG, LineStage, files
-from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, read_log, shown
+from helpers.recording_trainer import CONFIG, LineStage, file_names
+from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, log_rows, read_log
 from PIL import Image
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def test_a_run_folder(whole: Path) -> None:
         "sheet-000004.png",
         "sheet-000008.png",
     }
-    assert files(whole) == names
+    assert file_names(whole) == names
     rows = read_log(whole)
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert all(set(row) == {"step", "loss", "lr", "seconds", "skipped"} for row in rows)
@@ -68,6 +68,19 @@ def test_the_ema_is_the_moving_average(tmp_path: Path) -> None:
     assert not torch.allclose(ema["layer.weight"], kept[-1]["layer.weight"], atol=1e-4)
 
 
+@pytest.mark.parametrize("stop", [None, 2])
+def test_the_ema_starts_as_the_weights_after_skipped_steps(tmp_path: Path, stop: int | None) -> None:
+    """The first finite step copies the weights, also if the run is resumed just before it."""
+    config = replace(CONFIG, steps=2, save_every=1)
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(LineStage(nan_at=[1], stop=stop), config, tmp_path)
+    train(LineStage(nan_at=[1] if stop is None else []), config, tmp_path)
+    assert checkpoint(tmp_path)["skipped"] == 1
+    assert_equal_states(ema_of(tmp_path), checkpoint(tmp_path)["net"])
+    assert not torch.equal(ema_of(tmp_path)["layer.weight"], LineStage().net.layer.weight)
+
+
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     config = replace(CONFIG, steps=100, warmup=10, decay=0.2)
     rates = [learning_rate(config, step) for step in range(101)]
@@ -79,22 +92,22 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 
 
 def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path, whole: Path) -> None:
-    train(LineStage(spoil=[6]), CONFIG, tmp_path)
+    train(LineStage(nan_at=[6]), CONFIG, tmp_path)
     assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
     assert all(math.isfinite(row["loss"]) for row in read_log(tmp_path))
     assert all(x.isfinite().all() for x in ema_of(tmp_path).values())
-    assert shown(read_log(tmp_path))[0] == shown(read_log(whole))[0]
+    assert log_rows(tmp_path)[0] == log_rows(whole)[0]
     assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])
 
 
 def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_checkpoint(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=40, log_every=5, save_every=5)
-    for name, spoil, told in (
-        ("row", range(12, 100), "10 of 21 steps of prior had no finite loss or gradients, 10 of them now in a row: "),
-        ("half", range(2, 100, 2), r"11 of 22 steps of prior had no finite loss or gradients; \[train\] bad_share = "),
+    for name, nan_at, facts in (
+        ("row", range(12, 100), "10 of 21 .*10 in a row"),
+        ("half", range(2, 100, 2), r"11 of 22 .*bad_share = 0\.05"),
     ):
-        with pytest.raises(ValueError, match=f"^{told}"):
-            train(LineStage(spoil=spoil), config, tmp_path / name)
+        with pytest.raises(ValueError, match=facts):
+            train(LineStage(nan_at=nan_at), config, tmp_path / name)
         assert all(x.isfinite().all() for x in ema_of(tmp_path / name).values())
     assert [row["step"] for row in read_log(tmp_path / "row")] == [5, 10, 15]
     assert checkpoint(tmp_path / "row")["step"] == checkpoint(tmp_path / "half")["step"] == 20
@@ -103,33 +116,31 @@ def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_c
 def test_a_resumed_run_counts_steps_in_a_row_on(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=40, save_every=5)
     with pytest.raises(KeyboardInterrupt):
-        train(LineStage(spoil=range(8, 100), stop=14), config, tmp_path)  # steps 8 to 10 are lost at the checkpoint
-    with pytest.raises(ValueError, match="^10 of 17 steps of prior had no finite loss or gradients, 10 of them now in"):
-        train(LineStage(spoil=range(1, 100)), config, tmp_path)
+        train(LineStage(nan_at=range(8, 100), stop=14), config, tmp_path)  # steps 8 to 10 are lost at the checkpoint
+    with pytest.raises(ValueError, match="10 of 17 .*10 in a row"):
+        train(LineStage(nan_at=range(1, 100)), config, tmp_path)
 
 
-def test_what_fsdp_would_lose_is_refused() -> None:
+def test_fsdp_is_configured_or_refused() -> None:
     stage = LineStage()
     accelerator = SimpleNamespace(
-        scaler=None, distributed_type="FSDP", is_fsdp2=True, log_with=[], gradient_accumulation_steps=1
-    )
-    loop.check_setup(accelerator, CONFIG, stage)
-    stage.undivided = "the codes of vqgan"
-    with pytest.raises(ValueError, match="^the codes of vqgan can't be trained by FSDP, which divides weights: train"):
-        loop.check_setup(accelerator, CONFIG, stage)
-
-
-def test_fsdp_takes_networks_whole() -> None:
-    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
-    for given in ({"fsdp_plugin": plugin}, {}):
-        loop.take_whole(SimpleNamespace(state=SimpleNamespace(**given)))
-    assert not plugin.cpu_ram_efficient_loading
+        scaler=None, distributed_type="FSDP", is_fsdp2=True, log_with=[], gradient_accumulation_steps=1,
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True)),
+    )  # fmt: skip
+    loop.configure(accelerator, CONFIG, stage)
+    assert not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    stage.fsdp_conflict = "the codebook"
+    with pytest.raises(ValueError, match="the codebook .*FSDP"):
+        loop.configure(accelerator, CONFIG, stage)
+    accelerator.is_fsdp2 = False
+    with pytest.raises(ValueError, match="fsdp_version"):
+        loop.configure(accelerator, CONFIG, stage)
 
 
 def test_an_older_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     net = Prior(PriorParams(c=64, c_cond=16, depth=1, nhead=1))
-    with pytest.raises(ValueError, match=r"^torch .* has no Muon: update it, or leave \[train\] muon_lr out$"):
+    with pytest.raises(ValueError, match=r"torch .*Muon.*muon_lr"):
         build_optimizers(net, torch.device("cpu"), 1e-3)
     assert list(build_optimizers(net, torch.device("cpu"))) == ["adamw"]
 
@@ -138,12 +149,12 @@ def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture
     train(LineStage(), CONFIG, tmp_path)
     with caplog.at_level("INFO"):
         train(LineStage(), CONFIG, tmp_path)
-    assert f"{tmp_path} is at step {CONFIG.steps} already: raise [train] steps, or give another run" in caplog.text
+    assert f"{tmp_path} is at step {CONFIG.steps}" in caplog.text
 
 
 def test_a_batch_that_is_no_number_leaves_no_trace(tmp_path: Path) -> None:
     """Nor in buffers, which it has been through before its loss shows it."""
-    train(LineStage(spoil=[3]), CONFIG, tmp_path)
+    train(LineStage(nan_at=[3]), CONFIG, tmp_path)
     assert all(x.isfinite().all() for key in ("net", "average") for x in checkpoint(tmp_path)[key].values())
     assert checkpoint(tmp_path)["skipped"] == 1
 
@@ -158,7 +169,7 @@ def test_old_checkpoints_go_only_when_there_is_a_newer_one(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"checkpoint-00000009.pt was not written \(.*see that the disk has room"):
+        with pytest.raises(OSError, match=r"checkpoint-00000009\.pt .*disk"):
             train(LineStage(), replace(config, steps=12), tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
 
@@ -173,7 +184,7 @@ def test_a_disk_that_fills_up_amid_a_checkpoint_leaves_the_last_good_one(tmp_pat
     kept = {path.name: path.read_bytes() for path in checkpoints(tmp_path)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(OSError, match=r"00000004.* was not written \(.*see that the disk has room"):
+        with pytest.raises(OSError, match=r"checkpoint-00000004\.pt .*disk"):
             train(LineStage(), config, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -191,25 +202,22 @@ def test_a_step_of_several_batches_is_that_of_one(tmp_path: Path) -> None:
 
 def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
-    message = (
-        r"checkpoint-00000008.pt is damaged or of a run with another \[model\] or muon_lr: restore these, delete the "
-        "file to go on from the one before, or choose another run folder$"
-    )
-    with pytest.raises(ValueError, match=message):
+    facts = r"checkpoint-00000008\.pt .*\[model\].*muon_lr"
+    with pytest.raises(ValueError, match=facts):
         train(LineStage(width=5), CONFIG, folder)
     newest = folder / "checkpoint-00000008.pt"
     whole_file = newest.read_bytes()
     for content in (whole_file[: len(whole_file) // 2], b"", b"no checkpoint", b"\x80\x02"):
         newest.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=facts):
             train(LineStage(), CONFIG, folder)
-    assert shown(read_log(folder)) == shown(read_log(whole))
+    assert log_rows(folder) == log_rows(whole)
 
 
 def test_the_network_trains_in_train_mode_also_after_a_sheet(whole: Path, tmp_path: Path) -> None:
     stage = LineStage()
     train(stage, CONFIG, tmp_path)
-    assert stage.trained_in_train_mode == [True] * 8
+    assert stage.train_modes == [True] * 8
 
 
 def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +241,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 def test_batches_that_accelerate_would_gather_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would divide the gradients by their number, and leave the gathering to us."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ValueError, match="^accelerate is configured to take 4 batches a step: set that to 1 and"):
+    with pytest.raises(ValueError, match=r"accelerate .*4.*\[train\] accumulate"):
         train(LineStage(), CONFIG, tmp_path)
 
 
@@ -254,18 +262,18 @@ def test_tensorboard_shows_the_log_also_of_a_run_that_was_stopped(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "facts"),
     [
-        ({"precision": "fp16", "muon_lr": 0.1}, r"^\[train\] muon_lr does not go with fp16"),
-        ({"trackers": ("tensorboard", "nobody")}, r"nobody"),
-        ({"checkpointing": True}, r"^\[train\] checkpointing is for priors"),
+        ({"precision": "fp16", "muon_lr": 0.1}, "muon_lr .*fp16"),
+        ({"trackers": ("tensorboard", "nobody")}, "nobody"),
+        ({"checkpointing": True}, "checkpointing"),
     ],
 )
 def test_what_the_loop_cannot_do_is_said_before_it_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], facts: str
 ) -> None:
     if "precision" in change:  # a scaler is made for GPUs alone
         monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(scaler=object()))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=facts):
         train(LineStage(), replace(CONFIG, **change), tmp_path)
     assert not list(tmp_path.glob("*.pt"))

@@ -12,7 +12,7 @@ from helpers.golden_data import assert_near
 from helpers.lora_training import ALPHA, CHANGED, RANK, TOKENS, write_config
 from helpers.networks import NETWORKS
 from helpers.picture_folders import examples, write_folder
-from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, read_log, shown
+from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, log_rows, read_log
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +27,7 @@ from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.demo import DemoDataConfig, DemoDataset
-from wuerstchen_core.training.ema import load_into, meta_copy
+from wuerstchen_core.training.ema import meta_copy
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage, attach, attach_text_encoder
@@ -69,14 +69,15 @@ def test_adapters_start_as_no_change_and_alone_learn() -> None:
 def test_a_skeleton_shares_the_base_and_nothing_else() -> None:
     prior, inputs = NETWORKS["prior"].perturbed(), NETWORKS["prior"].inputs()
     attach(prior, AdapterConfig())
-    bones = meta_copy(prior)
+    copy = meta_copy(prior)
     frozen, learning = (
         {name: p for name, p in prior.named_parameters() if p.requires_grad == wanted} for wanted in (False, True)
     )
-    copied = dict(bones.named_parameters())
+    copied = dict(copy.named_parameters())
     assert all(copied[name] is p for name, p in frozen.items()) and all(copied[name].is_meta for name in learning)
     values = {key: torch.full_like(x, 0.1) for key, x in prior.state_dict().items()}
-    changed = load_into(bones, values)(*inputs)
+    copy.load_state_dict(values, assign=True)
+    changed = copy(*inputs)
     assert (changed - prior(*inputs)).abs().max() > 0.01
     prior.load_state_dict(values)
     assert torch.equal(prior(*inputs), changed)
@@ -106,8 +107,8 @@ def test_licences_of_both_that_a_lora_is_of_go_with_it(config: Path, bundle: Pat
     save_bundle(tower, {"text_encoder": read_part(bundle, "prior_text_encoder")}, {"licence": "of a tower"})
     for targets, licence in (('["fc2"]', "MIT / of a tower"), ("[]", "MIT")):
         told = [f"run='{tmp_path}'", f"inputs.text='{tower}'", f"lora.text_targets={targets}"]
-        stage = LoraStage(changed := read_config(config, told))
-        assert base_metadata(stage.bases(changed))["licence"] == licence
+        stage = LoraStage(read_config(config, told))
+        assert base_metadata(stage.bases)["licence"] == licence
 
 
 @torch.no_grad()
@@ -125,12 +126,14 @@ def test_the_tower_takes_tokens_to_the_states_that_it_gave_before() -> None:
 @torch.no_grad()
 def test_a_sheet_is_painted_with_the_tower_that_learns(config: Path, tmp_path: Path) -> None:
     stage = LoraStage(read_config(config, [f"run='{tmp_path}'"]))
-    before = stage.sample_grid(stage.net.eval())
+    validation = stage.dataset.preview_images()
+    assert validation is not None
+    before = stage.samples(stage.net.eval(), validation)
     for name, p in stage.net.named_parameters():
         if "text_encoder" in name and "lora_B" in name:
             p.add_(1.0)
-    after = stage.sample_grid(stage.net)
-    assert before is not None and after is not None and before.tobytes() != after.tobytes()
+    after = stage.samples(stage.net, validation)
+    assert before is not None and after is not None and not torch.equal(before[1], after[1])
 
 
 @pytest.mark.long
@@ -169,7 +172,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     assert checkpoint(tmp_path / "lora")["step"] == 2
     torch.manual_seed(5)
     run("lora", config, [f"run='{tmp_path}'"])
-    assert shown(read_log(tmp_path / "lora")) == shown(read_log(trained))
+    assert log_rows(tmp_path / "lora") == log_rows(trained)
     assert_equal_states(ema_of(tmp_path / "lora"), ema_of(trained))
     assert (tmp_path / "lora" / "lora.safetensors").read_bytes() == (trained / "lora.safetensors").read_bytes()
 
@@ -209,24 +212,24 @@ def test_pictures_of_one_background_are_said_to_have_any() -> None:
     assert {colour for colour in COLOURS if any(colour in text for text in texts)} == set(COLOURS)
 
 
-MISTAKES = {
-    "lora.rank=0": r"^\[lora\] rank must be 1 or more, got 0$",
-    "lora.alpha=-1.0": r"^\[lora\] alpha must be above 0, or 0 for the rank, got -1.0$",
-    "lora.dropout=1.0": r"^\[lora\] dropout is a share from 0 to below 1, got 1.0$",
-    "lora.targets=['to_x']": r"^\[lora\] targets: no linear layer's path ends in 'to_x'; ",
-    "lora.text_targets=['to_q']": r"^\[lora\] text_targets: no linear layer's path ends in 'to_q'; q_proj and fc1 are ",
-    "lora={targets=[]}": r"^\[lora\] targets and text_targets are empty: name what learns, such as to_q$",
-    "lora.ranks=3": r"^\[lora\] has no key ranks: it takes rank, alpha, targets, text_targets, dropout$",
-    "noise.slow_times=true": r"^\[noise\] slow_times is of no use to a LoRA, ",
-    "model.depth=2": r"^the configuration has no place for model: it takes run, .* train, noise, lora$",
-    "inputs.prior=none.safetensors": r"^none.safetensors is missing: train the prior first, or name its file as prior ",
-    "inputs.lora=x": r"^\[inputs\] has no key lora: ",
-    "data.background=mauve": r"^\[data\] background 'mauve' is unknown: choose ",
+MISTAKES = {  # an override, and what the error names
+    "lora.rank=0": r"\[lora\] rank .* 0$",
+    "lora.alpha=-1.0": r"\[lora\] alpha .*-1\.0$",
+    "lora.dropout=1.0": r"\[lora\] dropout .*less than 1.* 1\.0$",
+    "lora.targets=['to_x']": r"\[lora\] targets: .*'to_x'",
+    "lora.text_targets=['to_q']": r"\[lora\] text_targets: .*'to_q'",
+    "lora={targets=[]}": r"\[lora\] targets .*text_targets",
+    "lora.ranks=3": r"\[lora\] .*ranks.* rank, alpha",
+    "noise.slow_times=true": r"\[noise\] slow_times",
+    "model.depth=2": r"model .*noise, lora",
+    "inputs.prior=none.safetensors": r"none\.safetensors is missing",
+    "inputs.lora=x": r"\[inputs\] .*lora",
+    "data.background=mauve": r"\[data\] background .*mauve",
 }
 
 
 @pytest.mark.parametrize("change", MISTAKES)
-def test_a_mistake_is_named_in_one_sentence(config: Path, tmp_path: Path, change: str) -> None:
+def test_a_mistake_is_named_in_one_line(config: Path, tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match=MISTAKES[change]) as error:
         run("lora", config, [f"run='{tmp_path / 'run'}'", change])
     assert "\n" not in str(error.value) and len(str(error.value)) < 300

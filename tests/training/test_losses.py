@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers.golden_data import Golden, assert_near
 
+from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.layers import TimestepBlock, timestep_embedding
-from wuerstchen_core.models.prior import features_from_latents, latents_from_features
+from wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.stages.losses import (
     DecoderNoiseConfig,
@@ -19,7 +20,7 @@ from wuerstchen_core.training.stages.losses import (
     contrastive_loss,
     corrupt_features,
     draw_times,
-    freeze_quick_times,
+    freeze_fast_times,
     noise_loss,
     noise_weight,
     token_loss,
@@ -56,13 +57,13 @@ def test_a_token_that_stayed_counts_the_less_the_less_noise_there_is() -> None:
     assert_near(token_weight(replaced, t), torch.tensor([[[1.0, 0.3]], [[1.0, 0.65]], [[1.0, 1.0]]]), 1e-6)
 
 
-WRONG = [{"smoothing": 1.0}, {"smoothing": -0.1}, {"places": -1}, {"focus": 0}, {"drop": 2}, {"text_drop": 2}]
+INVALID = {"smoothing": 1.0, "places": -1, "focus": 0.0, "drop": 2.0, "text_drop": -0.5}
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_settings_of_the_token_noise_are_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"^\[noise\] (smoothing|places|focus|drop|text_drop) (is|must)"):
-        TokenNoiseConfig(**wrong)
+@pytest.mark.parametrize("key", INVALID)
+def test_values_out_of_range_are_named(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"\[noise\] {key} .*{INVALID[key]}$"):
+        from_table(TokenNoiseConfig, {key: INVALID[key]}, "noise")
 
 
 def test_v_is_one_over_the_signal_up_to_the_cap() -> None:
@@ -142,7 +143,7 @@ def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
     """A step apart, what turns more than 16 times over all times moves; what is left is nearly the same."""
     block = TimestepBlock(4, 64)
     before = block.mapper.weight.detach().clone()
-    freeze_quick_times(torch.nn.Sequential(block))
+    freeze_fast_times(torch.nn.Sequential(block))
     block(torch.randn(2, 4, 1, 1, generator=rng()), timestep_embedding(torch.tensor([0.2, 0.7]), 64)).sum().backward()
     torch.optim.SGD(block.parameters(), lr=1.0).step()
     moved = (block.mapper.weight - before).detach().ne(0).any(0)
@@ -152,7 +153,7 @@ def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
 
 def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
     features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
-    out = corrupt_features(DecoderNoiseConfig(), features, StepRandom(0, 0, DRAWS))
+    out = corrupt_features(DecoderNoiseConfig(), features, StepRandom(0, 0, DRAWS), PriorParams())
     dropped = out.flatten(1).eq(0).all(1)
     kept = out.flatten(1).eq(features.flatten(1)).all(1)
     noised = ~(dropped | kept)
@@ -167,9 +168,11 @@ def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
 
 def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
     features = torch.randn(64, 4, 2, 2, generator=rng(1))
-    assert torch.equal(corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, StepRandom(0, 0, 64)), features)
-    assert corrupt_features(DecoderNoiseConfig(drop=1), features, StepRandom(0, 0, 64)).eq(0).all()
-    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, StepRandom(0, 0, 64))
+    assert torch.equal(
+        corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, StepRandom(0, 0, 64), PriorParams()), features
+    )
+    assert corrupt_features(DecoderNoiseConfig(drop=1), features, StepRandom(0, 0, 64), PriorParams()).eq(0).all()
+    noised = corrupt_features(DecoderNoiseConfig(drop=0, noised=1), features, StepRandom(0, 0, 64), PriorParams())
     assert not noised.flatten(1).eq(features.flatten(1)).any(1).any()
 
 

@@ -96,17 +96,18 @@ def test_a_release_has_its_encoders_features_in_its_priors_units(release: str) -
     """What the prior of a recipe works on has mean 0 and variance 1, as its new encoder normalises."""
     encoder, prior = (read_config(RECIPES[f"{release}_{stage}"], []) for stage in ("encoder", "prior"))
     options = from_table(EncoderConfig, encoder.get("encoder", {}), "encoder")
-    net = Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), options, begun=False)
+    net = Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), options, pretrained=False)
     norm = net.image_encoder.mapper[1]
     units = from_table(PriorParams, prior["model"], "model")
     mean, deviation = norm.get_parameter("bias"), norm.get_parameter("weight")
     assert (latents_from_features(mean, units) == 0).all() and (deviation / units.feature_scale == 1).all()
 
 
-@pytest.mark.parametrize(("told", "why"), [({"widths": ()}, "widths must be"), ({"feature_scale": 0.0}, "more than 0")])
-def test_options_of_the_encoder_that_cannot_be_are_refused(told: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValueError, match=rf"^\[encoder\] .*{why}"):
-        EncoderConfig(**told)
+def test_invalid_options_of_the_encoder_are_named() -> None:
+    with pytest.raises(ValueError, match=r"\[encoder\] feature_scale .*0\.0$"):
+        from_table(EncoderConfig, {"feature_scale": 0.0}, "encoder")
+    with pytest.raises(ValueError, match=r"\[encoder\] widths"):
+        Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), EncoderConfig(widths=()), pretrained=False)
 
 
 def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
@@ -128,10 +129,10 @@ def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
     model = {"stages": [list(stage) for stage in SMALL], "last_channel": 16}
     stage = EncoderStage({**told, "model": model})
     assert torch.equal(stage.net.image_encoder.backbone[0][0].weight, given["features.0.0.weight"])
-    for wrong, why in ((theirs(16), "is of no EfficientNet of these sizes"), (tmp_path / "none", "does not exist")):
-        with pytest.raises(ValueError, match=rf"^\[encoder\] backbone: .*{why}"):
+    for wrong in (theirs(16), tmp_path / "none"):
+        with pytest.raises(ValueError, match=rf"\[encoder\] backbone: .*{wrong.name}"):
             load_backbone(encoder, wrong)
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="none"):
         (tmp_path / "none").write_bytes(b"no weights")
         load_backbone(encoder, tmp_path / "none")
 

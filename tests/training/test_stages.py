@@ -17,12 +17,12 @@ from helpers.tiny_stages import (
     STAGES,
     assert_equal_states,
     checkpoint,
-    config_of,
+    config_path,
     ema_of,
-    inputs_of,
+    input_overrides,
     launch,
+    log_rows,
     read_log,
-    shown,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -101,14 +101,14 @@ def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
         return loss(self, net, *batch)
 
     loss = kind.loss
-    overrides = [f"run='{tmp_path}'", *inputs_of(whole.parent)]
+    overrides = [f"run='{tmp_path}'", *input_overrides(whole.parent)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kind, "loss", stopped)
-        run(stage, config_of(run_folder, stage), overrides)
+        run(stage, config_path(run_folder, stage), overrides)
     assert checkpoint(tmp_path / stage)["step"] == 2
     torch.manual_seed(5)
-    assert run(stage, config_of(run_folder, stage), overrides) == tmp_path / stage / f"{stage}.safetensors"
-    assert shown(read_log(tmp_path / stage)) == shown(read_log(whole))
+    assert run(stage, config_path(run_folder, stage), overrides) == tmp_path / stage / f"{stage}.safetensors"
+    assert log_rows(tmp_path / stage) == log_rows(whole)
     assert_equal_states(ema_of(tmp_path / stage), ema_of(whole))
 
 
@@ -117,8 +117,8 @@ def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
 def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: str) -> None:
     """The command under torchrun, with half of each batch. Without dropout, batch norm and contrast: the same steps."""
     whole = trained(run_folder, stage)
-    changes = [f"run='{tmp_path}'", *inputs_of(whole.parent), "train.batch=2"]
-    config = ["--config", str(config_of(run_folder, stage)), *(f"--set={change}" for change in changes)]
+    changes = [f"run='{tmp_path}'", *input_overrides(whole.parent), "train.batch=2"]
+    config = ["--config", str(config_path(run_folder, stage)), *(f"--set={change}" for change in changes)]
     launch("-m", "wuerstchen_core", "train", stage, *config)
     assert {path.name for path in (tmp_path / stage).iterdir()} == {path.name for path in whole.iterdir()}
     assert all(x.isfinite().all() for x in ema_of(tmp_path / stage).values())
@@ -129,7 +129,7 @@ def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: st
 
 def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, inputs: list[str]) -> None:
     run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.checkpointing=true"])
-    assert shown(read_log(tmp_path / "prior")) == shown(read_log(run_folder / "prior"))
+    assert log_rows(tmp_path / "prior") == log_rows(run_folder / "prior")
     assert_equal_states(ema_of(tmp_path / "prior"), ema_of(run_folder / "prior"))
 
 
@@ -137,7 +137,7 @@ def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, 
 def test_bf16_trains_nearly_the_same_on_weights_in_fp32(
     run_folder: Path, inputs: list[str], tmp_path: Path, stage: str
 ) -> None:
-    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, "train.precision='bf16'"])
+    run(stage, config_path(run_folder, stage), [f"run='{tmp_path}'", *inputs, "train.precision='bf16'"])
     rounded, exact = ([row["loss"] for row in read_log(folder / stage)] for folder in (tmp_path, run_folder))
     assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
     assert all(x.dtype == torch.float32 for x in checkpoint(tmp_path / stage)["net"].values())
@@ -145,7 +145,7 @@ def test_bf16_trains_nearly_the_same_on_weights_in_fp32(
 
 def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.seed=1"])
-    assert shown(read_log(tmp_path / "prior")) != shown(read_log(run_folder / "prior"))
+    assert log_rows(tmp_path / "prior") != log_rows(run_folder / "prior")
 
 
 LEARNING = {  # steps, and the share of the first loss that may be left; the text tower takes longer than a test may
@@ -163,7 +163,7 @@ def test_the_loss_goes_down(run_folder: Path, inputs: list[str], tmp_path: Path,
     rows = 4
     changes = [f"train.steps={steps}", f"train.log_every={steps // rows}", "train.lr=5e-3", "train.batch=8"]
     changes += ["train.save_every=1000", "train.sheet_every=1000", "train.warmup=4", "train.muon_lr=0.0"]
-    run(stage, config_of(run_folder, stage), [f"run='{tmp_path}'", *inputs, *changes])
+    run(stage, config_path(run_folder, stage), [f"run='{tmp_path}'", *inputs, *changes])
     losses = [row["loss"] for row in read_log(tmp_path / stage)]
     assert len(losses) == rows and losses[-1] < share * losses[0], losses
 
@@ -178,15 +178,19 @@ def test_codes_that_are_near_start_alike() -> None:
 
 def test_a_token_decoder_must_know_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     wrong = [f"run='{tmp_path}'", *inputs, "model.num_labels=17"]
-    with pytest.raises(ValueError, match=r"^\[model\] num_labels is 17, but Stage A has 16 codes: give it as many$"):
-        run("token-decoder", config_of(run_folder, "token-decoder"), wrong)
-    with pytest.raises(ValueError, match=r"^\[codes\] width must be 0 or more, got -1.0$"):
-        run("token-decoder", config_of(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])
+    with pytest.raises(ValueError, match=r"\[model\] num_labels .*17.*16"):
+        run("token-decoder", config_path(run_folder, "token-decoder"), wrong)
+    with pytest.raises(ValueError, match=r"\[codes\] width .*-1\.0$"):
+        run("token-decoder", config_path(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])
 
 
 def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, tmp_path: Path) -> None:
     for missing in ("decoder", "vqgan"):
-        run("prior", run_folder / "prior.toml", [f"run='{tmp_path / missing}'", *inputs_of(run_folder, but=missing)])
+        run(
+            "prior",
+            run_folder / "prior.toml",
+            [f"run='{tmp_path / missing}'", *input_overrides(run_folder, but=missing)],
+        )
         folder = tmp_path / missing / "prior"
         assert not list(folder.glob("*.png")) and (folder / "prior.safetensors").exists()
 
@@ -205,7 +209,7 @@ def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path:
     assert "text:" in process.communicate()[1]  # the progress bar
     assert main(command) == 0
     run("text", run_folder / "text.toml", whole)
-    assert shown(read_log(tmp_path / "killed" / "text")) == shown(read_log(tmp_path / "whole" / "text"))
+    assert log_rows(tmp_path / "killed" / "text") == log_rows(tmp_path / "whole" / "text")
     assert_equal_states(ema_of(tmp_path / "killed" / "text"), ema_of(tmp_path / "whole" / "text"))
 
 
@@ -222,7 +226,5 @@ def test_pictures_of_a_trial(run_folder: Path) -> None:
 
 
 def test_crops_must_fit_the_pictures(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^\[vqgan\] crop must be at most 48 pixels, which the margin leaves, got 52$"
-    ):
+    with pytest.raises(ValueError, match=r"\[vqgan\] crop .*48.*52"):
         run("vqgan", run_folder / "vqgan.toml", [f"run='{tmp_path}'", "vqgan.crop=52"])

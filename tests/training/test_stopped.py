@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers.recording_trainer import CONFIG, DeepLineStage, LineStage, assert_same_training, files
+from helpers.recording_trainer import CONFIG, DeepLineStage, LineStage, assert_same_training, file_names
 from helpers.tiny_stages import checkpoint, read_log
 from PIL import Image
 
@@ -45,7 +45,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path
     assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
     assert len(optimizers["adamw"].param_groups[0]["params"]) == 3
     assert set(build_optimizers(DeepLineStage().net, torch.device("cpu"))) == {"adamw"}
-    with pytest.raises(ValueError, match=r"^\[train\] muon_lr leaves AdamW nothing to train here: leave it out$"):
+    with pytest.raises(ValueError, match="muon_lr .*AdamW"):
         build_optimizers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(4, 4, bias=False)}), torch.device("cpu"), 0.1)
     train(DeepLineStage(), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -61,7 +61,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "again")
     stage = LineStage()
     train(stage, CONFIG, folder)
-    assert stage.losses == 0 and stage.trained_in_train_mode == []
+    assert stage.losses == 0 and stage.train_modes == []
     assert_same_training(folder, whole)
 
 
@@ -93,7 +93,7 @@ def test_an_interrupt_while_writing_leaves_the_last_state_whole(
         with pytest.raises(KeyboardInterrupt):
             train(LineStage(), CONFIG, tmp_path)
     assert len(calls) == 2 and checkpoint(tmp_path)["step"] == 4
-    assert not [name for name in files(tmp_path) if "part" in name]
+    assert not [name for name in file_names(tmp_path) if "part" in name]
     train(LineStage(), CONFIG, tmp_path)
     assert_same_training(tmp_path, whole)
 
@@ -177,4 +177,4 @@ def test_a_network_that_accelerate_compiles_is_saved_as_it_is(whole: Path, compi
     train(LineStage(), CONFIG, tmp_path)
     for name in ("net", "average"):
         assert checkpoint(tmp_path)[name].keys() == checkpoint(whole)[name].keys()
-    assert files(tmp_path) == files(whole)
+    assert file_names(tmp_path) == file_names(whole)

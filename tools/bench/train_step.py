@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_core.models.decoder import Decoder, DecoderParams
-from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.training.optim import build_optimizers
 from wuerstchen_core.training.stages.networks import load_or_create
 
@@ -22,7 +20,6 @@ from .weights import ModelSizes
 
 DROPOUT = 0.1  # the original's and diffusers'
 MAX_GRAD_NORM = 1.0
-NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"prior": (Prior, PriorParams), "decoder": (Decoder, DecoderParams)}
 FIRST_LAYERS = ("projection.weight", "embedding.1.weight")
 
 
@@ -38,7 +35,7 @@ class WuerstchenTrainStep(Side):
         self.optimizer = self.build_optimizer()
 
     def load(self, part: str, path: Path) -> Any:
-        return load_or_create({"start": str(path), "model": {"dropout": DROPOUT}}, part, *NETWORKS[part])
+        return load_or_create({"start": str(path), "model": {"dropout": DROPOUT}}, part, nn.Module)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizers(self.network, torch.device(self.setting.device))["adamw"]

@@ -32,6 +32,8 @@ class Range:
         )
 
     def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
         words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
         return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
 

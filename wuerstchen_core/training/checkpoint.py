@@ -1,4 +1,4 @@
-"""Checkpoints and the log of a run: written whole or not at all, and read back exactly."""
+"""Checkpoints and the log of a training run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 
 from ..common.atomic import replace_file
+from ..common.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -22,25 +22,23 @@ UNREADABLE = (RuntimeError, ValueError, LookupError, EOFError, TypeError, Attrib
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
+    """Returns the checkpoints in a folder, newest first."""
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint, and only then remove what goes beyond the newest `keep`. OSError if it can't be written."""
+    """Writes a checkpoint, then removes all but the newest `keep`. OSError names the file if the disk is full."""
     path = folder / f"checkpoint-{step:08d}.pt"
     try:
         replace_file(path, partial(torch.save, contents))
-    except (RuntimeError, OSError) as error:  # of a full disk, torch says the first
-        raise OSError(
-            f"{path} was not written ({shorten(str(error), 80)}): see that the disk has room, then go on from the last"
-        ) from error
-    for path in checkpoints(folder)[keep:]:
-        path.unlink()
+    except RuntimeError as error:  # torch raises this, not OSError, on a full disk
+        raise OSError(f"{path} was not written: {one_line(error)[:80]}; check that the disk has space") from error
+    for old in checkpoints(folder)[keep:]:
+        old.unlink()
 
 
 def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
-    """Let `load` take the newest checkpoint; None if there is none. ValueError if it can't be read."""
+    """Passes the newest checkpoint to `load` and returns it; None if there is none. ValueError if it does not fit."""
     path = next(iter(checkpoints(folder)), None)
     if path is None:
         return None
@@ -51,28 +49,28 @@ def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> d
         raise
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} is damaged or of a run with another [model] or muon_lr: restore these, delete the file to go on "
-            "from the one before, or choose another run folder"
+            f"{path} is damaged, or comes from a run with another [model] or muon_lr: restore these, delete the file "
+            "to resume from the previous checkpoint, or choose another run folder"
         ) from error
-    log.info("going on from step %d of %s", contents["step"], path)
+    log.info("resuming from step %d of %s", contents["step"], path)
     return contents
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Add a row to the log."""
+    """Appends a row to the log."""
     with (folder / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def rows_until(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of the log up to a step, without a last one that an interrupt cut short."""
+def read_rows(folder: Path, last_step: int) -> list[dict[str, Any]]:
+    """Returns the rows of the log up to a step, without an incomplete last line."""
     path = folder / LOG
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["step"] <= step]
+    return [row for row in rows if row["step"] <= last_step]
 
 
 def write_rows(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """The log anew."""
+    """Replaces the log."""
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    replace_file(folder / LOG, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_file(folder / LOG, lambda draft: draft.write_text(text, encoding="utf-8"))

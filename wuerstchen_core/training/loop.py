@@ -1,4 +1,4 @@
-"""The one training loop: accelerate's devices, processes and precision, EMA, exact resume, log and sample sheets."""
+"""The training loop of all stages: accelerate's devices, processes and precision, EMA, exact resume, log, samples."""
 
 from __future__ import annotations
 
@@ -19,189 +19,181 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..common.atomic import remove_drafts, replace_file
-from .checkpoint import append_row, read_checkpoint, rows_until, write_checkpoint, write_rows
+from .checkpoint import append_row, read_checkpoint, read_rows, write_checkpoint, write_rows
 from .config import LoopConfig
-from .ema import EMA, load_into, meta_copy
+from .ema import EMA, meta_copy
 from .optim import build_optimizers, recompute_blocks
 from .rng import StepRandom
-from .sharding import like, load_optimizer, whole
+from .sample_grid import sample_grid
+from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
+from .stages.networks import base_metadata
 
 log = logging.getLogger(__name__)
 
-FEW = 10  # steps that may have no finite loss, whatever their share, but not in a row
-PATIENCE = timedelta(hours=2)  # of the other processes, while the first draws and writes
+MAX_SKIPPED = 10  # steps that may be skipped whatever bad_share is; as many in a row stop the run
+TIMEOUT = timedelta(hours=2)  # of the other processes while the main process samples and writes
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """Share of the rate at a step: warmup, constant, linear decay at the end."""
+    """Returns the learning rate at a step as a fraction of `lr`: warmup, constant, linear decay at the end."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     decay_steps = max(1.0, config.steps * config.decay)
     return min(warmup, max(0.0, (config.steps - step) / decay_steps), 1.0)
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
-    """Train a stage in `folder`, going on from the checkpoint there; returns the file of its EMA weights.
+    """Trains a stage in `folder`, from the newest checkpoint there on, and returns the file of its EMA weights.
 
-    What is stopped at any moment goes on from its last checkpoint as if it had never been: same weights, same log.
-    Under `accelerate launch` or `torchrun` all processes call this; the first of them writes.
+    A run that was stopped at any moment and started again gives the weights and the log of an uninterrupted one. Under
+    `accelerate launch` or `torchrun` all processes call this; the main process writes the files.
     """
     return _Run(stage, config, folder).train()
 
 
-def check_setup(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -> None:
-    """Raise ValueError where the loop can't do what was asked for."""
+def configure(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -> None:
+    """Sets up FSDP. Raises ValueError for settings of accelerate that the loop does not support."""
     if accelerator.scaler is not None and config.muon_lr:
-        raise ValueError("[train] muon_lr does not go with fp16, whose gradients are scaled: set precision to bf16")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP version 1 can't be saved here: set fsdp_version to 2 in accelerate's configuration")
-    if accelerator.distributed_type == DistributedType.FSDP and stage.undivided:
-        raise ValueError(f"{stage.undivided} can't be trained by FSDP, which divides weights: train it by DDP")
-    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    if missing := [name for name in config.trackers if name not in there]:
-        raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install it, or leave it out")
+        raise ValueError("[train] muon_lr does not work with fp16, whose gradients are scaled: set precision to bf16")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("FSDP version 1 is not supported: set fsdp_version to 2 in accelerate's configuration")
+        if stage.fsdp_conflict:
+            raise ValueError(f"{stage.fsdp_conflict} cannot be trained by FSDP, which shards weights: use DDP")
+    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing := [name for name in config.trackers if name not in available]:
+        raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install or remove it")
     if (batches := accelerator.gradient_accumulation_steps) != 1:
         raise ValueError(
-            f"accelerate is configured to take {batches} batches a step: set that to 1 and [train] accumulate to "
+            f"accelerate is configured to accumulate {batches} batches: set that to 1 and [train] accumulate to "
             f"{batches}"
         )
-
-
-def take_whole(accelerator: Accelerator) -> None:
-    """Let FSDP take networks as they are: made again of a state dict alone, as accelerate has it by default, they lose
-    what is not in it, such as the weights that a LoRA leaves as they are."""
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        # accelerate's default rebuilds a network from its state dict alone, and loses the base weights of a LoRA.
         plugin.cpu_ram_efficient_loading = False
 
 
 class _Run:
-    """A training as one process sees it."""
+    """One process of a training run."""
 
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
-        AcceleratorState._reset_state()  # so that an earlier training's precision is not this one's
+        self.metadata = base_metadata(stage.bases)
+        AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,
             log_with=list(config.trackers) or None,
             project_dir=folder,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=stage.idle_weights),
-                InitProcessGroupKwargs(timeout=PATIENCE),
+                DistributedDataParallelKwargs(find_unused_parameters=stage.unused_weights),
+                InitProcessGroupKwargs(timeout=TIMEOUT),
             ],
         )
-        check_setup(self.accelerator, config, stage)
+        configure(self.accelerator, config, stage)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
-        take_whole(self.accelerator)
-        self.bones = meta_copy(stage.net)
+        self.ema_net = meta_copy(stage.net)
         if config.checkpointing:
             recompute_blocks(stage.net)
         optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
-        self.net, *self.steppers = self.accelerator.prepare(stage.net, *optimizers.values())
-        self.optimizers = dict(zip(optimizers, (one.optimizer for one in self.steppers), strict=True))
-        self.plain = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
-        self.average = EMA(self.plain, config.ema)
-        self.recent: list[Tensor] = []  # losses since the last row of the log
-        self.skipped = self.lost = 0  # steps without a finite loss: all, and the last in a row
+        self.net, *self.prepared = self.accelerator.prepare(stage.net, *optimizers.values())
+        self.optimizers = dict(zip(optimizers, (wrapper.optimizer for wrapper in self.prepared), strict=True))
+        self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
+        self.ema = EMA(self.unwrapped, config.ema)
+        self.losses: list[Tensor] = []  # since the last row of the log
+        self.skipped = self.skipped_in_row = 0  # steps without a finite loss
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
-        start, before, data = self._resume()
+        start, seconds, data = self._resume()
         if start >= config.steps:
-            log.info("%s is at step %d already: raise [train] steps, or give another run folder", self.folder, start)
-        self._begin(data)
+            log.info("%s is at step %d already: raise [train] steps, or choose another run folder", self.folder, start)
+        for network in self.stage.frozen:
+            network.to(self.accelerator.device)
+        self.stage.dataset.start_reading(
+            data.get("position", 0), data.get("fingerprint", ""),
+            batch=config.batch, seed=config.seed, cache=self.folder,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
+        )  # fmt: skip
         if config.trackers:
-            of = {"tensorboard": {"purge_step": start + 1}}  # what a stopped run wrote beyond its last checkpoint
-            self.accelerator.init_trackers(self.stage.name, init_kwargs=of)
+            options = {"tensorboard": {"purge_step": start + 1}}  # drop what a stopped run logged after its checkpoint
+            self.accelerator.init_trackers(self.stage.name, init_kwargs=options)
         self.net.train()
         progress = tqdm(
             range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
             disable=not self.main,
         )  # fmt: skip
-        began = time.monotonic() - before
+        began = time.monotonic() - seconds
         for step in progress:
             self._step(step)
             done = step + 1
-            log_now, save_now, draw_now = (
+            log_due, save_due, sample_due = (
                 done == config.steps or done % every == 0
                 for every in (config.log_every, config.save_every, config.sheet_every)
             )
-            if log_now:
+            if log_due:
                 self._log(done, round(time.monotonic() - began, 1), progress)
-            if draw_now or save_now:  # last: what an interrupt leaves undone before it is done again
-                self._keep(done, file, draw_now, save_now)
+            if sample_due or save_due:  # the checkpoint comes last: what an interrupt prevents is done again
+                self._save(done, file, sample_due, save_due)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return file
 
-    def _begin(self, data: dict[str, Any]) -> None:
-        """Make the stage ready for its first batch, on pictures read up to where `data` says."""
-        config, accelerator = self.config, self.accelerator
-        for network in self.stage.frozen:
-            network.to(accelerator.device)
-        self.stage.dataset.start_reading(
-            data.get("position", 0), data.get("fingerprint", ""),
-            batch=config.batch, seed=config.seed, cache=self.folder,
-            rank=accelerator.process_index, world=accelerator.num_processes,
-        )  # fmt: skip
-
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator
         processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch
-        for optimizer, name in zip(self.steppers, self.optimizers, strict=True):
+        fraction = learning_rate(config, step)
+        for name, optimizer in self.optimizers.items():  # every step, since a checkpoint may hold other settings
+            settings: dict[str, Any] = {"lr": fraction * (config.muon_lr if name == "muon" else config.lr)}
+            settings |= {"weight_decay": config.weight_decay} | ({"betas": config.betas} if name == "adamw" else {})
             for group in optimizer.param_groups:
-                group.update(self._settings(name, step))
-        losses, buffers = [], [(x, x.clone()) for x in self.plain.buffers()]
+                group.update(settings)
+        losses, buffers = [], [(x, x.clone()) for x in self.unwrapped.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank
             torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # of dropout
-            places = range(part * size, (part + 1) * size)
-            rng = StepRandom(config.seed, step, size * processes * config.accumulate, places)
-            batch = [_to(item, accelerator.device) for item in self.stage.batch(step, rng)]
+            indices = range(part * size, (part + 1) * size)
+            rng = StepRandom(config.seed, step, size * processes * config.accumulate, indices)
+            batch = [x.to(accelerator.device) if isinstance(x, Tensor) else x for x in self.stage.batch(step, rng)]
             last = turn == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.net):
-                with accelerator.autocast():  # not of the backward pass, in which it would hold on to its weights
+                with accelerator.autocast():  # without the backward pass, where it would keep its casts of the weights
                     loss = self.stage.loss(self.net, *batch) / config.accumulate
                 accelerator.backward(loss)
             losses.append(loss.detach().float())
         norm = accelerator.clip_grad_norm_(self.net.parameters(), config.clip)
         finite = math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-        for optimizer in self.steppers:
-            if finite or accelerator.scaler is not None:  # fp16's scaler steps over what overflows, and learns from it
+        for optimizer in self.prepared:
+            if finite or accelerator.scaler is not None:  # fp16's scaler skips overflows itself and adapts
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
-            self.average.update(self.plain, first=step == self.skipped)
-            self.recent.append(torch.stack(losses).sum())
-            self.lost = 0
+            self.ema.update(self.unwrapped, first=step == self.skipped)  # True if all earlier steps were skipped
+            self.losses.append(torch.stack(losses).sum())
+            self.skipped_in_row = 0
         else:
-            for x, before in buffers:  # of which batch norms are full of it
+            for x, before in buffers:  # batch norms hold the batch's statistics by now
                 x.copy_(before)
             self._skip(step)
 
-    def _settings(self, name: str, step: int) -> dict[str, Any]:
-        """What the configuration says for a step, whatever a checkpoint said before."""
-        config, share = self.config, learning_rate(self.config, step)
-        if name == "muon":
-            return {"lr": config.muon_lr * share, "weight_decay": config.weight_decay}
-        return {"lr": config.lr * share, "weight_decay": config.weight_decay, "betas": config.betas}
-
     def _skip(self, step: int) -> None:
-        self.skipped, self.lost = self.skipped + 1, self.lost + 1
-        log.warning("step %d of %s is left out: its loss or gradients are not finite", step + 1, self.stage.name)
-        lost = f"{self.skipped} of {step + 1} steps of {self.stage.name} had no finite loss or gradients"
-        if self.lost == FEW:
-            raise ValueError(f"{lost}, {FEW} of them now in a row: lower the rate")
-        if self.skipped > max(FEW, self.config.bad_share * (step + 1)):
-            raise ValueError(f"{lost}; [train] bad_share = {self.config.bad_share:g} allows no more: lower the rate")
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        name, limit = self.stage.name, self.config.bad_share
+        log.warning("%s: step %d is skipped, since its loss or gradients are not finite", name, step + 1)
+        message = f"{name}: {self.skipped} of {step + 1} steps had no finite loss or gradients"
+        if self.skipped_in_row == MAX_SKIPPED:
+            raise ValueError(f"{message}, the last {MAX_SKIPPED} in a row: lower the rate")
+        if self.skipped > max(MAX_SKIPPED, limit * (step + 1)):
+            raise ValueError(f"{message}, more than [train] bad_share = {limit:g} allows: lower the rate")
 
     def _log(self, done: int, seconds: float, progress: tqdm[int]) -> None:
-        """The mean loss since the last row, over all processes; no row where none was finite."""
-        if not self.recent:
+        """Logs the mean loss since the last row over all processes; no row if every step was skipped."""
+        if not self.losses:
             return
-        mean: Tensor = self.accelerator.reduce(torch.stack(self.recent).mean(), reduction="mean")
-        self.recent.clear()
+        mean: Tensor = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
+        self.losses.clear()
         loss, rate = mean.item(), self.optimizers["adamw"].param_groups[0]["lr"]
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=done)
@@ -209,65 +201,63 @@ class _Run:
             row = {"step": done, "loss": loss, "lr": rate, "seconds": seconds, "skipped": self.skipped}
             append_row(self.folder, row)
 
-    def _keep(self, done: int, file: Path, draw: bool, save: bool) -> None:
-        """Draw a sheet, and save the weights and a checkpoint; whichever is due."""
-        average = whole(self.average.values, self.main)
-        if save:
-            weights = whole(self.plain.state_dict(), self.main)
-            states = whole({name: one.state_dict() for name, one in self.optimizers.items()}, self.main)
-            data = self._read_so_far()
-            losses = self.accelerator.reduce(torch.stack(self.recent), "mean").tolist() if self.recent else []
+    def _save(self, done: int, file: Path, sample: bool, checkpoint: bool) -> None:
+        """Writes a sample grid, or the weights and a checkpoint, or both."""
+        ema = gather(self.ema.values, self.main)
+        if checkpoint:
+            weights = gather(self.unwrapped.state_dict(), self.main)
+            states = gather({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}, self.main)
+            # Processes that read streams are at different positions; all resume from the furthest.
+            position = torch.tensor([self.stage.dataset.position], device=self.accelerator.device)
+            furthest = self.accelerator.gather(position).max().item()
+            data = {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
+            losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
         if self.main:
-            net = load_into(self.bones, average).to(self.accelerator.device)
-            if draw:
+            self.ema_net.load_state_dict(ema, assign=True)
+            net = self.ema_net.to(self.accelerator.device)
+            if sample and (images := self.stage.dataset.preview_images()) is not None:
                 with torch.no_grad():
-                    sample_grid = self.stage.sample_grid(net)
-                if sample_grid is not None:
-                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(sample_grid.save, format="PNG"))
-            if save:
-                self.stage.save(file, net, {**self.stage.told, "training": {"step": done}})
-                if done == self.config.steps:
-                    self.stage.finish(self.folder, net)
-                contents = {"step": done, "skipped": self.skipped, "lost": self.lost, "losses": losses}
-                contents |= {"data": data, "net": weights, "average": average, "optimizers": states}
+                    rows = self.stage.samples(net, images)
+                if rows is not None:
+                    grid = sample_grid(rows)
+                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(grid.save, format="PNG"))
+            if checkpoint:
+                self.stage.save(file, net, {**self.metadata, "training": {"step": done}})
+                part, network = self.stage.part, getattr(net, self.stage.part, net)
+                if done == self.config.steps and is_in_diffusers(part, network):
+                    save_component(self.folder / "diffusers" / part, part, network, self.metadata)
+                contents = {"step": done, "skipped": self.skipped, "lost": self.skipped_in_row, "losses": losses}
+                contents |= {"data": data, "net": weights, "average": ema, "optimizers": states}
                 contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def _read_so_far(self) -> dict[str, Any]:
-        """How far the pictures were read: as far as the process that is furthest, where they read streams."""
-        position = torch.tensor([self.stage.dataset.position], device=self.accelerator.device)
-        furthest = self.accelerator.gather(position).max().item()
-        return {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
-
     def _resume(self) -> tuple[int, float, dict[str, Any]]:
-        """Go on from the checkpoint, if there is one, and drop what the log says beyond it; the step, the seconds that
-        training has taken, and how far the pictures were read."""
-        contents = read_checkpoint(self.folder, self._take)
+        """Loads the newest checkpoint, if any, and removes later rows of the log.
+
+        Returns the step, the seconds of training so far, and the position in the data.
+        """
+        contents = read_checkpoint(self.folder, self._load)
         step = contents["step"] if contents else 0
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
         if (steps != step).any():
-            raise ValueError(f"{self.folder} is not the same folder for all processes: let all machines share it")
+            raise ValueError(f"{self.folder} is not the same folder for all processes: use one that all machines share")
         if contents:
-            self.skipped, self.lost = contents["skipped"], contents.get("lost", 0)
-            self.recent = list(torch.tensor(contents["losses"], device=self.accelerator.device))
-        kept = rows_until(self.folder, step)
+            self.skipped, self.skipped_in_row = contents["skipped"], contents["lost"]
+            self.losses = list(torch.tensor(contents["losses"], device=self.accelerator.device))
+        rows = read_rows(self.folder, step)
         self.accelerator.wait_for_everyone()
         if self.main:
             remove_drafts(self.folder)
-            write_rows(self.folder, kept)
+            write_rows(self.folder, rows)
         self.accelerator.wait_for_everyone()
-        return step, kept[-1]["seconds"] if kept else 0.0, contents["data"] if contents else {}
+        return step, rows[-1]["seconds"] if rows else 0.0, contents["data"] if contents else {}
 
-    def _take(self, contents: dict[str, Any]) -> None:
-        own = self.plain.state_dict()
-        self.plain.load_state_dict({key: like(x, own[key]) for key, x in contents["net"].items()})
+    def _load(self, contents: dict[str, Any]) -> None:
+        own = self.unwrapped.state_dict()
+        self.unwrapped.load_state_dict({key: shard_like(x, own[key]) for key, x in contents["net"].items()})
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, contents["optimizers"][name])
-        self.average.load(contents["average"])
+        self.ema.load(contents["average"])
         if self.accelerator.scaler is not None and "scaler" in contents:
             self.accelerator.scaler.load_state_dict(contents["scaler"])
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, Tensor) else item

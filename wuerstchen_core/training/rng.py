@@ -1,4 +1,4 @@
-"""The chance of a training step, the same however its batch is divided over processes."""
+"""Random numbers of one training step, independent of how the batch is split over processes."""
 
 from __future__ import annotations
 
@@ -10,59 +10,55 @@ from torch import Tensor
 
 
 class StepRandom:
-    """All that is drawn for some samples of a step's batch.
+    """Random numbers for some samples of a step's batch.
 
-    What a sample draws depends on the seed, the step and its place in the whole batch: one process that takes all of it
-    sees what two see that take a half each.
+    Each sample's numbers depend on the seed, the step and its index in the whole batch: two processes with half of a
+    batch each draw what one process with all of it draws.
     """
 
-    def __init__(self, seed: int, step: int, total: int, places: Sequence[int] | None = None):
-        """`places` are those of the samples in the batch of `total`; None: all."""
+    def __init__(self, seed: int, step: int, total: int, indices: Sequence[int] | None = None):
+        """`indices` are the positions of the samples in the batch of `total`; None: all of them."""
         self.total = total
-        self.places = list(range(total) if places is None else places)
-        self._together = _generator(seed, step)
-        self._own = [_generator(seed, step, place + 1) for place in self.places]  # numpy takes a last 0 for nothing
+        self.indices = list(range(total) if indices is None else indices)
+        self._shared = _generator(seed, step)
+        self._own = [_generator(seed, step, i + 1) for i in self.indices]  # SeedSequence ignores a last 0
 
     def __len__(self) -> int:
-        return len(self.places)
-
-    def mine(self, whole: Tensor) -> Tensor:
-        """The rows of the own samples, of what was drawn for the whole batch."""
-        return whole[self.places]
+        return len(self.indices)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Numbers [n, *shape] in [0, 1)."""
+        """Returns numbers [n, *shape] in [0, 1)."""
         if shape:
             return torch.stack([torch.rand(shape, generator=own) for own in self._own])
-        return self.mine(torch.rand(self.total, generator=self._together))
+        return torch.rand(self.total, generator=self._shared)[self.indices]
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers [n, *shape]."""
+        """Returns standard normal numbers [n, *shape]."""
         return torch.stack([torch.randn(shape, generator=own) for own in self._own])
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """Whole numbers [n, *shape] from 0 to high - 1."""
+        """Returns integers [n, *shape] in [0, high)."""
         if shape:
             return torch.stack([torch.randint(high, shape, generator=own) for own in self._own])
-        return self.mine(torch.randint(high, (self.total,), generator=self._together))
+        return torch.randint(high, (self.total,), generator=self._shared)[self.indices]
 
     def shared(self, high: int) -> int:
-        """One whole number from 0 to high - 1 for all samples."""
-        return int(torch.randint(high, (), generator=self._together))
+        """Returns one integer in [0, high), the same for all samples."""
+        return int(torch.randint(high, (), generator=self._shared))
 
     def permutations(self, length: int) -> Tensor:
-        """The numbers from 0 to length - 1 in an order of its own for each sample, [n, length]."""
+        """Returns a permutation [n, length] for each sample."""
         return torch.stack([torch.randperm(length, generator=own) for own in self._own])
 
     def strata(self) -> Tensor:
-        """A number [n] in [0, 1) of each sample: one in each of as many equal parts as the whole batch has samples."""
-        order = torch.randperm(self.total, generator=self._together)
-        return self.mine((order + torch.rand(self.total, generator=self._together)) / self.total)
+        """Returns numbers [n] in [0, 1): the whole batch has one in each of `total` equal intervals."""
+        order = torch.randperm(self.total, generator=self._shared)
+        return ((order + torch.rand(self.total, generator=self._shared)) / self.total)[self.indices]
 
     def pick(self, count: int) -> Tensor:
-        """Which [n] of `count` things the samples take: each thing once at most, where there are enough."""
+        """Returns indices [n] below `count`, without repetition in the whole batch if `count` suffices."""
         if self.total <= count:
-            return self.mine(torch.randperm(count, generator=self._together)[: self.total])
+            return torch.randperm(count, generator=self._shared)[: self.total][self.indices]
         return self.integers(count)
 
 

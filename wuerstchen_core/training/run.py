@@ -1,4 +1,4 @@
-"""Start a trainer from a configuration file."""
+"""Trains a stage as a configuration file says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .stage import Stage
-from .stages.networks import base_metadata
 
 STAGES = {
     "vqgan": "vqgan.VQGANStage",
@@ -26,22 +25,23 @@ STAGES = {
 
 
 def stage_class(stage: str) -> type[Stage[Any]]:
-    """A stage's class."""
+    """Returns the class of a stage, and imports only its module."""
     module, name = STAGES[stage].split(".")
     kind: type[Stage[Any]] = getattr(importlib.import_module(f".stages.{module}", __package__), name)
     return kind
 
 
 def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
-    """Train one stage as the file says, going on where an earlier run stopped; returns the file of its weights.
+    """Trains a stage, or resumes its training, and returns the file of its weights.
 
-    `run` in the file is the folder that all stages of a model share; each works in a folder of its own name there.
+    The stages of a model share the folder `run` of the configuration; each has a subfolder of its name there.
     """
     config = read_config(config_path, overrides)
-    kind: Any = stage_class(stage)  # a subclass, which takes a configuration
+    kind: Any = stage_class(stage)  # a concrete class, which takes the configuration
     check_tables(config, kind.tables)
-    loop = from_table(LoopConfig, config.get("train", {}), "train")
-    torch.manual_seed(loop.seed)  # of the first weights
-    trained = kind(config)
-    trained.told = base_metadata(trained.bases(config))
-    return train(trained, loop, Path(config["run"]) / stage)
+    loop_config = from_table(LoopConfig, config.get("train", {}), "train")
+    torch.manual_seed(loop_config.seed)  # of the initial weights
+    trainer = kind(config)
+    if "start" in config:
+        trainer.bases = [config["start"]]
+    return train(trainer, loop_config, Path(config["run"]) / stage)

@@ -1,4 +1,4 @@
-"""Tensors that are divided over processes (FSDP's), put together and divided again; others pass as they are."""
+"""Gathers tensors that FSDP has sharded over processes, and shards them again. Plain tensors pass unchanged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-WAYS = ("fused", "foreach")  # of an optimizer's groups: what goes with the device, not with the training
+DEVICE_OPTIONS = ("fused", "foreach")  # of an optimizer's groups; they depend on the device
 
 
-def whole(tree: Any, keep: bool = True) -> Any:
-    """Nested containers with every tensor in one piece, for which all processes must ask; None where it isn't kept."""
+def gather(tree: Any, keep: bool = True) -> Any:
+    """Returns nested containers with whole tensors, or with None unless `keep`. All processes must call this."""
 
     def join(x: Any) -> Any:
         if isinstance(x, DTensor):
@@ -23,18 +23,19 @@ def whole(tree: Any, keep: bool = True) -> Any:
     return tree_map(join, tree)
 
 
-def like(x: Any, other: Tensor) -> Any:
-    """x, which may be whole, divided as `other` is, if it has its shape."""
+def shard_like(x: Any, other: Tensor) -> Any:
+    """Returns x sharded as `other` is, if their shapes are equal."""
     if isinstance(other, DTensor) and isinstance(x, Tensor) and x.shape == other.shape:
         return distribute_tensor(x, other.device_mesh, other.placements)
     return x
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Take over the whole state dict of an optimizer, dividing its tensors as the weights are; how it computes is its
-    own."""
+    """Loads a whole state dict, sharded as the weights are. `DEVICE_OPTIONS` keep their present values."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {key: like(x, weights[i]) for key, x in values.items()} for i, values in saved["state"].items()}
-    ways = [{key: group[key] for key in WAYS if key in group} for group in optimizer.param_groups]
-    groups = [{**group, **way} for group, way in zip(saved["param_groups"], ways, strict=True)]
+    state = {i: {key: shard_like(x, weights[i]) for key, x in values.items()} for i, values in saved["state"].items()}
+    groups = [
+        {**group, **{key: current[key] for key in DEVICE_OPTIONS if key in current}}
+        for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

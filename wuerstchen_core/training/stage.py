@@ -1,62 +1,46 @@
-"""What the loop needs to know of what it trains."""
+"""The interface between the training loop and the network that it trains."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
-from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
-from .data.dataset import ImageDataset
+from .data.dataset import ImageDataset, InMemoryDataset
 from .rng import StepRandom
 
 N = TypeVar("N", bound=nn.Module)
 
 
 class Stage(ABC, Generic[N]):
-    """One of a model's networks, and how it learns."""
+    """A network, the batches that it is trained on, and its loss."""
 
-    name: str
-    tables: tuple[str, ...]  # top-level configuration keys that only some stages read
-    net: N  # everything that learns
-    frozen: tuple[nn.Module, ...] = ()  # networks that it asks, but that don't learn
-    dataset: ImageDataset  # what it learns from
-    told: Mapping[str, Any] = {}  # what the weights' metadata say of where they began
-    idle_weights = False  # whether there are steps in which some weights get no gradient
-    undivided = ""  # what of its configuration asks for whole weights, which FSDP divides
+    name: str  # of the command, the run's subfolder and the file of weights
+    part: str  # of a bundle: `net`, or its submodule of this name if the rest is thrown away after training
+    tables: tuple[str, ...]  # keys and tables of the configuration, besides those of all stages
+    net: N
+    dataset: ImageDataset
+    frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
+    bases: Sequence[str | Path] = ()  # sources of the weights that training starts from; their licences are passed on
+    unused_weights = False  # True if some steps give some weights no gradient
+    fsdp_conflict = ""  # what needs whole weights, and so rules out FSDP
 
     @abstractmethod
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        """The samples of a step that `chance` draws for; all chance comes from it, so that a resumed run, and one of
-        more processes, sees what it would have seen."""
+        """Returns the samples of `rng`, which must be the only source of randomness: then runs resume exactly."""
 
     @abstractmethod
     def loss(self, net: N, *batch: Any) -> Tensor:
-        """The loss of a batch (scalar), the mean of its samples'; `net` is `self.net`, perhaps wrapped."""
+        """Returns the mean loss of a batch (scalar). `net` is `self.net`, perhaps wrapped by accelerate."""
 
     @abstractmethod
-    def sample_grid(self, net: N) -> Image.Image | None:
-        """A picture of what `net` (the EMA) can do by now; None if it can't be shown yet."""
-
-    @abstractmethod
-    def parts(self, net: N) -> dict[str, nn.Module]:
-        """The parts of a bundle that `net` (the EMA) holds."""
-
-    def bases(self, config: Mapping[str, Any]) -> list[str | Path]:
-        """The sources of the weights that it started from, whose licences go with what it trains."""
-        return [config["start"]] if "start" in config else []
+    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
+        """Returns images and what `net` (the EMA) makes of them, each [B, 3, H, W] in [0, 1]; None if it cannot yet."""
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
-        """Write `net` (the EMA) as what the training is for."""
-        save_bundle(path, self.parts(net), metadata)
-
-    def finish(self, folder: Path, net: N) -> None:
-        """Write `net` (the EMA) after the last step in diffusers' layout too, if diffusers has such a network."""
-        for name, part in self.parts(net).items():
-            if is_in_diffusers(name, part):
-                save_component(folder / "diffusers" / name, name, part, self.told)
+        """Writes the weights of `net` (the EMA)."""
+        save_bundle(path, {self.part: getattr(net, self.part, net)}, metadata)

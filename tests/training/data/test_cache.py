@@ -23,6 +23,7 @@ from torch import Tensor
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.checkpoints.components import TOWERS
 from wuerstchen_core.models.image_encoder import ImageEncoder
+from wuerstchen_core.training.config import INPUTS
 from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.files import FileDataset
@@ -267,7 +268,7 @@ def test_a_damaged_or_incomplete_cache_is_reported(
 
 @pytest.mark.parametrize("name", COMPUTED_BY)
 def test_another_network_is_refused(cached_config: Path, tmp_path: Path, bundle: Path, name: str) -> None:
-    stage, part = COMPUTED_BY[name]
+    stage, part = COMPUTED_BY[name], INPUTS[COMPUTED_BY[name]]
     other = tmp_path / "other.safetensors"
     changed = read_part(bundle, part)
     key = next(key for key, x in changed.state_dict.items() if x.is_floating_point())

@@ -68,7 +68,8 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     Under `accelerate launch` or `torchrun` each process computes a part of the shards.
     """
     config = read_config(config_path, overrides)
-    check_tables(config, tuple({table for stage in STAGES for table in stage_class(stage).tables} - {"model"}))
+    tables = {table: None for stage in STAGES for table in stage_class(stage).tables}
+    check_tables({"model": {}, **config}, tuple(tables))  # accepts the file of any stage; its [model] is not used
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
     if "source" not in config.get("data", {}):
         raise ValueError("[data] source is missing: name images to cache (the demo's scenes stay in memory anyway)")
@@ -86,7 +87,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     encoders = {}
     for name in options.what:
         kind, encode = ENCODERS[name]
-        network = networks.load_frozen(config, *networks.COMPUTED_BY[name], kind)
+        network = networks.load_frozen(config, networks.COMPUTED_BY[name], kind)
         encoders[name] = partial(encode, network.to(accelerator.device))
     manifest = CacheManifest(
         networks={name: networks.weights_fingerprint(config, name) for name in options.what},

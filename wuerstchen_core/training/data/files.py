@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from ..rng import StepRandom
-from ..stages.networks import COMPUTED_BY, weights_fingerprint
+from ..stages.networks import weights_fingerprint
 from .buckets import fit
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
@@ -130,13 +130,13 @@ class FileDataset(ImageDataset):
         return InMemoryDataset(torch.stack(images), texts)
 
 
-def open_dataset(config: Mapping[str, Any], captions: bool = True, tower: str = COMPUTED_BY["text"][1]) -> ImageDataset:
+def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: str = "") -> ImageDataset:
     """Returns the dataset of a configuration: the source in its `[data]` table, or the demo's scenes if it has none.
 
-    `captions`: False if the stage needs none. `tower`: the text encoder that reads them, as a part of a bundle.
+    `captions`: False if the stage needs none. `text_part`: the text encoder that reads them, as a part of a bundle.
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:
-        return FileDataset(data, captions, cache(partial(weights_fingerprint, config, tower=tower)))
+        return FileDataset(data, captions, cache(partial(weights_fingerprint, config, text_part=text_part)))
     several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)

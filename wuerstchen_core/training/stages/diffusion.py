@@ -1,4 +1,4 @@
-"""What the trainers of Stages B and C share: latents computed once, noised, and cleaned given text."""
+"""Shared by the trainers of Stages B and C: noise prediction from latents, given text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from ...checkpoints.components import text_width, tower_name
@@ -15,103 +14,93 @@ from ...diffusion.schedule import diffuse
 from ...inference.settings import SamplingSettings
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
+from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
-from ..sample_grid import sample_grid
 from ..stage import N, Stage
-from .losses import NoiseConfig, TimesConfig, draw_times, freeze_quick_times, noise_loss
+from .losses import NoiseConfig, TimesConfig, draw_times, freeze_fast_times, noise_loss
 from .networks import encode_features, encode_text, load_frozen, read_input
 
 
 class DiffusionStage(Stage[N]):
-    """A network that knows noise from pictures."""
+    """Predicts the noise in `latents` from noised latents, conditioning and text.
+
+    Subclasses set `net` and `noise`, call `__init__`, and then set `latents`.
+    """
 
     tables: tuple[str, ...] = ("start", "model", "noise")
     noise: TimesConfig
-    reads = "prior_text_encoder"  # through this tower of a source that holds two
-    # What is asked of pictures, and the network that computes it: only read where it has to, or when a sheet needs it.
-    networks: Mapping[str, str] = {"features": "encoder", "text": "tower"}
+    latents: Callable[[Any], Tensor]  # of the pictures that `sample_batch` returned
+    text_part = "prior_text_encoder"  # of a source that has two text encoders
+    inputs: Mapping[str, str] = {"features": "encoder", "text": "text_encoder"}  # and the network that computes each
 
     def __init__(self, config: Mapping[str, Any]):
         if self.noise.slow_times:
-            freeze_quick_times(self.net)
-            self.undivided = "[noise] slow_times"
+            freeze_fast_times(self.net)
+            self.fsdp_conflict = "[noise] slow_times"
         self.config = config
-        self.dataset = open_dataset(config, tower=self.reads)
-        self.frozen = tuple(
-            getattr(self, self.networks[name]) for name in self.networks if self.dataset.must_compute(name)
-        )
+        self.dataset = open_dataset(config, text_part=self.text_part)
+        # Networks whose results are all cached are not even loaded, unless `samples` needs them.
+        self.frozen = [
+            getattr(self, network) for name, network in self.inputs.items() if self.dataset.must_compute(name)
+        ]
         params: Any = self.net.params
-        width, needed = read_input(config, "text", self.reads).params.width, text_width(params)
-        if needed is not None and width != needed:
+        width, expected = read_input(config, "text", self.text_part).params.width, text_width(params)
+        if expected is not None and width != expected:
             raise ValueError(
-                f"this {self.name} reads the text through {tower_name(needed)}, but what [inputs] names as text is "
-                f"{tower_name(width)}: name another, or, to start from nothing, give [model] its width"
+                f"the {self.name} needs text states of {tower_name(expected)}, but the text encoder under [inputs] is "
+                f"{tower_name(width)}: name another as text, or give a new network its width under [model]"
             )
-        self.text = self.texts()
+        self.text = self.text_inputs()
 
     @cached_property
     def encoder(self) -> ImageEncoder:
-        return load_frozen(self.config, "encoder", "image_encoder", ImageEncoder)
+        return load_frozen(self.config, "encoder", ImageEncoder)
 
     @cached_property
-    def tower(self) -> TextEncoder:
-        return load_frozen(self.config, "text", self.reads, TextEncoder)
+    def text_encoder(self) -> TextEncoder:
+        return load_frozen(self.config, "text", TextEncoder, self.text_part)
 
     def encode_features(self, images: Tensor) -> Tensor:
-        """Features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
+        """Returns features [B, 16, h, w] of images [B, 3, H, W] in [0, 1]."""
         return encode_features(self.encoder, images)
 
-    def texts(self) -> Callable[[Any, StepRandom, float], Tensor]:
-        """What the network is given of the captions of pictures, a share of which is dropped: their states."""
-        return self.dataset.map_captions(lambda prompts: encode_text(self.tower, prompts))
+    def text_inputs(self) -> Callable[[Any, StepRandom, float], Tensor]:
+        """Returns a function of pictures, rng and `text_drop` to text states [B, 77, c]."""
+        return self.dataset.map_captions(lambda prompts: encode_text(self.text_encoder, prompts))
 
-    @abstractmethod
-    def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
-        """The pictures `picked` noised to times t [B], and what the loss compares the network's answer with."""
-
-    @abstractmethod
-    def given(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
-        """What the network is given of the pictures `picked`, beside their text."""
-
-    @abstractmethod
-    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
-        """What `net` makes of pictures [B, 3, H, W] in [0, 1] with these captions; None if it can't yet."""
-
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        picked = self.dataset.sample_batch(rng)
-        text = self.text(picked, rng, self.noise.text_drop)
-        given = self.given(picked, rng)
-        t = draw_times(self.noise, step, rng)
-        return *self.noised(picked, t, rng), t, *given, text
-
-    def sample_grid(self, net: N) -> Image.Image | None:
-        """Held-out pictures, and under each what the network makes of it."""
-        held = self.dataset.preview_images()
-        if held is None:
-            return None
-        picked = held.evenly_spaced(24)
-        prompts = held.captions(picked, StepRandom(0, 0, len(picked)))
-        truth = held.images(picked)
-        height, width = truth.shape[-2:]
-        sampling = SamplingSettings(
-            width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
-        )
-        out = self.reconstruct(net, truth, prompts, sampling)
-        return None if out is None else sample_grid([truth[:12], out[:12], truth[12:], out[12:]])
-
-
-class NoisePrediction(DiffusionStage[N]):
-    """A network that predicts the noise in `latents`."""
-
-    noise: NoiseConfig
-    latents: Callable[[Any], Tensor]  # of the pictures of a batch
+    def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
+        """Returns the arguments of the network between times and text."""
+        return ()
 
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
+        """Returns latents noised to times t [B], and the targets of the loss."""
         latents = self.latents(picked)
         noise = rng.normal(*latents.shape[1:])
         return diffuse(latents, t, noise), noise
 
+    @abstractmethod
+    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
+        """Returns samples [B, 3, H, W] for images and their captions; None if a network is missing."""
+
+    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
+        picked = self.dataset.sample_batch(rng)
+        text = self.text(picked, rng, self.noise.text_drop)
+        conditioning = self.conditioning(picked, rng)
+        t = draw_times(self.noise, step, rng)
+        return *self.noised(picked, t, rng), t, *conditioning, text
+
     def loss(self, net: N, *batch: Any) -> Tensor:
+        assert isinstance(self.noise, NoiseConfig)
         latents, noise, t, *given = batch
         return noise_loss(self.noise, net(latents, t, *given), noise, t)
+
+    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
+        picked = validation.evenly_spaced(24)
+        images, prompts = validation.images(picked), validation.captions(picked, StepRandom(0, 0, len(picked)))
+        height, width = images.shape[-2:]
+        sampling = SamplingSettings(
+            width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
+        )
+        results = self.reconstruct(net, images, prompts, sampling)
+        return None if results is None else [images, results]

@@ -1,8 +1,8 @@
-"""Train the semantic encoder through a throw-away regression decoder, before Stage B exists.
+"""Trains the image encoder (semantic compressor) with a throw-away regression decoder, before Stage B exists.
 
-The original trained it together with Stage B. Measured on the demo (one core, error of the picture at t = 0.95 on
-held-out pictures): together 0.020 after 940 s; apart 0.013 after 1590 s of encoder and 700 s of Stage B. Apart was
-chosen all the same: the prior, which takes longest, then trains on cached latents beside Stage B instead of after it.
+The original trained it together with Stage B. Measured on the demo (one core, image error at t = 0.95 on validation
+pictures): together 0.020 after 940 s; separately 0.013 after 1590 s of encoder and 700 s of Stage B. Separate training
+was chosen because the prior, which takes longest, can then train beside Stage B instead of after it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ...checkpoints.weight_files import read_weight_file
-from ...common.dataclass_config import from_table
+from ...common.dataclass_config import Positive, from_table
 from ...diffusion.schedule import expand
-from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
+from ...models.image_encoder import ImageEncoder, semantic_view
 from ...models.prior import PriorParams, latents_from_features
+from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
-from ..sample_grid import sample_grid
 from ..stage import Stage
 from .networks import load_or_create
 
@@ -33,22 +32,18 @@ from .networks import load_or_create
 class EncoderConfig:
     """The `[encoder]` table."""
 
-    noise: float = 0.3  # largest standard deviation of the noise on the latents (which have 1)
+    noise: float = 0.3  # largest standard deviation of noise on the latents, which have 1
     widths: tuple[int, ...] = (256, 192, 128)  # of the regression decoder, coarse to fine
-    patch: int = 4  # pixels on a side that each of its last tokens becomes
-    feature_scale: float = PriorParams.feature_scale  # of a new encoder, as the prior's: v1 has 1 and 0
+    patch: int = 4  # side in pixels of the regression decoder's last tokens
+    feature_scale: Positive = PriorParams.feature_scale  # of a new encoder, as the prior's: 1 and 0 in v1
     feature_shift: float = PriorParams.feature_shift
-    backbone: str = ""  # file of torchvision's EfficientNet of these sizes, to begin with: ImageNet's, in the original
-
-    def __post_init__(self) -> None:
-        if not self.widths:
-            raise ValueError("[encoder] widths must be at least one number, got none")
-        if not self.feature_scale > 0:
-            raise ValueError(f"[encoder] feature_scale must be more than 0, got {self.feature_scale}")
+    backbone: str = ""  # file of torchvision's EfficientNet to start from; the original's was trained on ImageNet
 
 
 def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn.Sequential:
-    """Latents [B, 16, h, w] to pictures [B, 3, H, W]: dense convolutions, twice as fine at each width."""
+    """Returns a network of latents [B, 16, h, w] to images [B, 3, H, W], with twice the resolution at each width."""
+    if not widths:
+        raise ValueError("[encoder] widths is empty: give at least one number")
     layers: list[nn.Module] = [nn.Conv2d(c_latent, widths[0], 3, padding=1)]
     for c_in, c_out in zip(widths, (*widths[1:], 3 * patch**2), strict=True):
         layers += [
@@ -61,35 +56,34 @@ def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn
 
 
 def load_backbone(encoder: ImageEncoder, path: Path) -> None:
-    """Begin with torchvision's weights of an EfficientNet, whose classifier is left out. ValueError if they are of
-    another, or none."""
+    """Loads torchvision's EfficientNet weights without the classifier. ValueError if they do not fit."""
     if not path.is_file():
-        raise ValueError(f"[encoder] backbone: {path} does not exist; it is a file of torchvision's weights")
-    given = {
+        raise ValueError(f"[encoder] backbone: {path} does not exist; name a file of torchvision's weights")
+    weights = {
         key.removeprefix("features."): x
         for state in read_weight_file(path).states.values()
         for key, x in state.items()
         if key.startswith("features.")
     }
     own = encoder.backbone.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    if given.keys() - own.keys() or any(key not in given or given[key].shape != own[key].shape for key in needed):
+    shapes = {key: x.shape for key, x in own.items() if not key.endswith("num_batches_tracked")}
+    found = {key: weights[key].shape for key in shapes if key in weights}
+    if weights.keys() - own.keys() or found != shapes:
         raise ValueError(
-            f"[encoder] backbone: {path} is of no EfficientNet of these sizes: give the file of the one that [model] "
-            "stages describes (v2's is torchvision's efficientnet_v2_s, v1's efficientnet_v2_l)"
+            f"[encoder] backbone: {path} does not fit [model] stages (v2's are those of torchvision's "
+            "efficientnet_v2_s, v1's of efficientnet_v2_l): name another file"
         )
-    encoder.backbone.load_state_dict(given, strict=False)
+    encoder.backbone.load_state_dict(weights, strict=False)
 
 
 class Compressor(nn.Module):
-    """The encoder and its throw-away decoder."""
+    """The image encoder and its throw-away decoder."""
 
-    def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig, begun: bool):
-        """`begun`: it was trained before."""
+    def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig, pretrained: bool):
         super().__init__()
         self.image_encoder = image_encoder
         self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
-        if not begun:  # fixed, so that what the prior works on, v2's (features + 1) / 42, has mean 0 and variance 1
+        if not pretrained:  # a fixed norm gives the prior's latents, in v2 (features + 1) / 42, mean 0 and variance 1
             norm = self.image_encoder.mapper[1]
             norm.get_parameter("weight").data.fill_(self.units.feature_scale)
             norm.get_parameter("bias").data.fill_(-self.units.feature_shift)
@@ -97,25 +91,25 @@ class Compressor(nn.Module):
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] as they come through latents with `noise` on them."""
+        """Returns the reconstruction of images [B, 3, H, W] in [0, 1] from latents with `noise`."""
         latents = latents_from_features(self.image_encoder(semantic_view(images)), self.units) + noise
         return self.decoder(latents)
 
 
 class EncoderStage(Stage[Compressor]):
-    """Whole pictures through 42.67x compression and back."""
+    """Reconstructs whole pictures after 42.67x compression."""
 
-    name = "encoder"
+    name, part = "encoder", "image_encoder"
     tables = ("start", "model", "encoder")
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")
-        encoder = load_or_create(config, "image_encoder", ImageEncoder, ImageEncoderParams)
+        encoder = load_or_create(config, "image_encoder", ImageEncoder)
         if self.options.backbone:
             if "start" in config:
-                raise ValueError("[encoder] backbone is for a new encoder: leave it out, or start")
+                raise ValueError("[encoder] backbone is for a new encoder: remove it, or remove start")
             load_backbone(encoder, Path(self.options.backbone))
-        self.net = Compressor(encoder, self.options, begun="start" in config)
+        self.net = Compressor(encoder, self.options, pretrained="start" in config)
         self.dataset = open_dataset(config, captions=False)
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
@@ -130,13 +124,6 @@ class EncoderStage(Stage[Compressor]):
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return F.mse_loss(out, target)
 
-    def sample_grid(self, net: Compressor) -> Image.Image | None:
-        held = self.dataset.preview_images()
-        if held is None:
-            return None
-        truth = held.images(held.evenly_spaced(24)).to(next(net.parameters()).device)
-        out = torch.cat([net(part, truth.new_zeros(())) for part in truth.split(12)])
-        return sample_grid([truth[:12], out[:12], truth[12:], out[12:]])
-
-    def parts(self, net: Compressor) -> dict[str, nn.Module]:
-        return {"image_encoder": net.image_encoder}
+    def samples(self, net: Compressor, validation: InMemoryDataset) -> list[Tensor]:
+        images = validation.images(validation.evenly_spaced(24)).to(next(net.parameters()).device)
+        return [images, torch.cat([net(chunk, images.new_zeros(())) for chunk in images.split(12)])]

@@ -1,4 +1,4 @@
-"""What later stages need of earlier ones: frozen networks, and latents computed once."""
+"""The networks of a training run: the one that is trained, and the frozen ones that compute its inputs."""
 
 from __future__ import annotations
 
@@ -12,79 +12,79 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints import Part, build_part, read_part
+from ...checkpoints.components import component
 from ...checkpoints.open import SHIPPED, open_source
 from ...checkpoints.source import merge_licences
 from ...common.dataclass_config import from_table
 from ...models.image_encoder import ImageEncoder, semantic_view
 from ...models.text_encoder import TextEncoder, tokenize
 from ...models.vqgan import VQGAN
+from ..config import INPUTS
 
 N = TypeVar("N", bound=nn.Module)
 
-COMPUTED_BY = {  # what may be computed before a training: by the network of which stage, which part of a bundle it is
-    "latents": ("vqgan", "vqgan"),
-    "features": ("encoder", "image_encoder"),
-    "text": ("text", "prior_text_encoder"),
-}
+# What can be cached, and the stage whose network computes it.
+COMPUTED_BY = {"latents": "vqgan", "features": "encoder", "text": "text"}
 
 
 def input_source(config: Mapping[str, Any], stage: str) -> str | Path:
-    """Where a stage's network is: where `[inputs]` says, or where the same run puts it."""
+    """Returns the source of a stage's network: the one under `[inputs]`, else its file in the run folder."""
     return config.get("inputs", {}).get(stage, Path(config["run"]) / stage / f"{stage}.safetensors")
 
 
 def source_exists(source: str | Path) -> bool:
-    """Whether it is a shipped model's name, or a file or folder."""
+    """True for a shipped model's name and for an existing file or folder."""
     return source in SHIPPED or Path(source).exists()
 
 
-def load_or_create(config: Mapping[str, Any], part: str, kind: type[N], sizes: type) -> N:
-    """The network that a stage trains: of `[model]` sizes with its first weights, or that of the source `start`.
+def load_or_create(config: Mapping[str, Any], part: str, kind: type[N]) -> N:
+    """Returns the network to train: loaded from `start`, or initialised with the sizes of `[model]`.
 
-    Of that `[model]` may change what is no size, such as the dropout. ValueError where one can't be had.
+    With `start`, `[model]` may change only what is not a size, such as dropout. ValueError if the weights do not fit.
     """
-    given, source = config.get("model", {}), config.get("start")
+    values, source, params = config.get("model", {}), config.get("start"), component(part).params
     if source is None:
-        network = kind(from_table(sizes, given, "model"))
-        if callable(begin := getattr(network, "init_weights", None)):
-            begin()
+        network = kind(from_table(params, values, "model"))
+        if callable(init_weights := getattr(network, "init_weights", None)):
+            init_weights()
         return network
-    found = read_part(source, part)
-    built = build_part(replace(found, params=from_table(sizes, {**asdict(found.params), **given}, "model")))
+    loaded = read_part(source, part)
+    loaded = replace(loaded, params=from_table(params, asdict(loaded.params) | values, "model"))
+    built = build_part(loaded)
     assert isinstance(built, kind)
-    for p in (*built.parameters(), *built.buffers()):  # what lies in the file is not to change
-        p.data = p.data.to(torch.float32 if p.is_floating_point() else None, copy=True)
+    for x in (*built.parameters(), *built.buffers()):  # copies: the file may be mapped into memory
+        x.data = x.data.to(torch.float32 if x.is_floating_point() else None, copy=True)
     return built.train().requires_grad_(True)
 
 
+def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part:
+    """Reads another stage's weights, `part` of a source (default: `INPUTS[stage]`). ValueError if it is missing."""
+    source = input_source(config, stage)
+    if not source_exists(source):
+        raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
+    return read_part(source, part or INPUTS[stage])
+
+
+def load_frozen(config: Mapping[str, Any], stage: str, kind: type[N], part: str = "") -> N:
+    """Loads the network of another stage in fp32; see `read_input`."""
+    network = build_part(read_input(config, stage, part), dtype=torch.float32)
+    assert isinstance(network, kind)
+    return network
+
+
 def base_metadata(sources: Sequence[str | Path]) -> dict[str, Any]:
-    """What a network that is trained from sources says of them: the name of the first and, if known, all licences."""
+    """Returns the metadata of weights trained from sources: the first one's name and all known licences."""
     if not sources:
         return {}
     opened = (open_source(source, headers_only=True) for source in sources)
     return {"base": Path(sources[0]).name, **merge_licences(opened)}
 
 
-def read_input(config: Mapping[str, Any], stage: str, part: str) -> Part:
-    """What an earlier stage of the same run trained, or `[inputs]` names a source of; ValueError if it's not there."""
-    source = input_source(config, stage)
-    if not source_exists(source):
-        raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
-    return read_part(source, part)
-
-
-def load_frozen(config: Mapping[str, Any], stage: str, part: str, kind: type[N]) -> N:
-    """A network that an earlier stage of the same run trained, or that `[inputs]` names a source of."""
-    network = build_part(read_input(config, stage, part), dtype=torch.float32)
-    assert isinstance(network, kind)
-    return network
-
-
-def weights_fingerprint(config: Mapping[str, Any], name: str, tower: str = COMPUTED_BY["text"][1]) -> str:
-    """The sha256 of the weights that compute what `MADE_BY` knows by this name; of texts, this `tower` of a bundle."""
-    stage, part = COMPUTED_BY[name]
+def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "") -> str:
+    """Returns the sha256 of the weights that compute `name`, a key of `COMPUTED_BY`; "text" of `text_part`."""
     digest = hashlib.sha256()
-    for key, x in sorted(read_input(config, stage, tower if name == "text" else part).state_dict.items()):
+    weights = read_input(config, COMPUTED_BY[name], text_part if name == "text" else "")
+    for key, x in sorted(weights.state_dict.items()):
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -92,27 +92,27 @@ def weights_fingerprint(config: Mapping[str, Any], name: str, tower: str = COMPU
 
 @torch.no_grad()
 def encode_features(encoder: ImageEncoder, images: Tensor) -> Tensor:
-    """Stage C features [B, 16, h, w] of pictures [B, 3, H, W] in [0, 1]."""
-    return encoder(semantic_view(images.to(_place(encoder)))).cpu()
+    """Returns Stage C features [B, 16, h, w] of images [B, 3, H, W] in [0, 1], on the CPU."""
+    return encoder(semantic_view(images.to(_device(encoder)))).cpu()
 
 
 @torch.no_grad()
 def encode_latents(vqgan: VQGAN, images: Tensor) -> Tensor:
-    """Stage A latents [B, 4, H / 4, W / 4] of pictures, as Stage B works on them (unit variance)."""
-    return vqgan.encode(images.to(_place(vqgan))).cpu() / vqgan.params.scale_factor
+    """Returns Stage A latents [B, 4, H / 4, W / 4] of images, scaled to unit variance for Stage B, on the CPU."""
+    return vqgan.encode(images.to(_device(vqgan))).cpu() / vqgan.params.scale_factor
 
 
 @torch.no_grad()
 def encode_tokens(vqgan: VQGAN, latents: Tensor) -> Tensor:
-    """Stage A tokens [B, h, w] of latents [B, 4, h, w] of unit variance."""
-    return vqgan.quantize(latents.to(_place(vqgan)) * vqgan.params.scale_factor).indices.cpu()
+    """Returns Stage A tokens [B, h, w] of latents [B, 4, h, w] of unit variance, on the CPU."""
+    return vqgan.quantize(latents.to(_device(vqgan)) * vqgan.params.scale_factor).indices.cpu()
 
 
 @torch.no_grad()
-def encode_text(tower: TextEncoder, prompts: list[str]) -> Tensor:
-    """Text states [B, 77, c]."""
-    return tower(*(x.to(_place(tower)) for x in tokenize(prompts))).cpu()
+def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> Tensor:
+    """Returns text states [B, 77, c], on the CPU."""
+    return text_encoder(*(x.to(_device(text_encoder)) for x in tokenize(prompts))).cpu()
 
 
-def _place(network: nn.Module) -> torch.device:
+def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device

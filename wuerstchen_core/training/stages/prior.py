@@ -1,4 +1,4 @@
-"""Train Stage C: noise prediction on the frozen encoder's features, given text."""
+"""Trains Stage C: predicts noise in the frozen image encoder's features, given text."""
 
 from __future__ import annotations
 
@@ -16,77 +16,63 @@ from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
 from ...models.decoder import Decoder
-from ...models.prior import Prior, PriorParams, latents_from_features
+from ...models.prior import Prior, latents_from_features
 from ...models.text_encoder import TextEncoder
 from ...models.token_decoder import TokenDecoder
 from ...models.vqgan import VQGAN
-from ..rng import StepRandom
-from .diffusion import NoisePrediction
+from ..config import INPUTS
+from .diffusion import DiffusionStage
 from .losses import NoiseConfig
 from .networks import encode_text, input_source, load_frozen, load_or_create, source_exists
 
 log = logging.getLogger(__name__)
 
-# Who paints the sheets of a release's prior: the stage, its part of a bundle, and the network.
-PAINTERS: dict[str, tuple[str, str, type[nn.Module]]] = {
-    "v1": ("token-decoder", "token_decoder", TokenDecoder),
-    "v2": ("decoder", "decoder", Decoder),
-}
+DECODERS: dict[str, tuple[str, type[nn.Module]]] = {"v1": ("token-decoder", TokenDecoder), "v2": ("decoder", Decoder)}
+TEXT_ENCODER = "text_encoder"  # submodule of a prior whose text encoder is trained with it
 
 
-class PriorStage(NoisePrediction[Prior]):
-    """Stage C as the original trains it, on cached features."""
+class PriorStage(DiffusionStage[Prior]):
+    """Stage C as in the original, except that the features may be cached."""
 
-    name = "prior"
+    name = part = "prior"
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
-        self.net = self.start(config)
+        self.net = self.build(config)
         super().__init__(config)
-        units = partial(latents_from_features, params=self.net.params)
-        self.latents = self.dataset.map_images("features", self.encode_features, units)
+        to_latents = partial(latents_from_features, params=self.net.params)
+        self.latents = self.dataset.map_images("features", self.encode_features, to_latents)
 
-    def start(self, config: Mapping[str, Any]) -> Prior:
-        """The network before its first step."""
-        return load_or_create(config, "prior", Prior, PriorParams)
-
-    def given(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
-        return ()
-
-    def reader(self, net: Prior) -> TextEncoder:
-        """Who reads texts for `net`."""
-        return self.tower
+    def build(self, config: Mapping[str, Any]) -> Prior:
+        """Returns the network before its first step."""
+        return load_or_create(config, "prior", Prior)
 
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
-        """The captions painted; only once there is a decoder to paint with, and a tower to read them to it."""
-        stage, part, kind = PAINTERS[release_of_model([net.params])]
-        sources = {name: input_source(self.config, name) for name in (stage, "vqgan")}
-        if missing := [name for name, source in sources.items() if not source_exists(source)]:
-            log.info("no sheet: it is painted by what [inputs] names as %s", " and ".join(missing))
+        """Generates images from the captions; None if Stage A, Stage B or its text encoder is missing."""
+        stage, kind = DECODERS[release_of_model([net.params])]
+        if missing := [name for name in (stage, "vqgan") if not source_exists(input_source(self.config, name))]:
+            log.info("no samples: they need %s under [inputs]", " and ".join(missing))
             return None
-        place = next(net.parameters()).device
-        painter: dict[str, Any] = {part: load_frozen(self.config, stage, part, kind).to(place)}
-        words = self._words(stage, painter[part], prompts)
-        if words is None:
+        decoder = load_frozen(self.config, stage, kind)
+        decoder_text_encoder = self._decoder_text_encoder(stage, decoder.params)
+        if decoder_text_encoder is None:
+            log.info("no samples: %s has no text encoder for its decoder", input_source(self.config, stage))
             return None
-        vqgan = load_frozen(self.config, "vqgan", "vqgan", VQGAN).to(place)
-        tower = self.reader(net).to(place)
-        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=tower, **painter)
-        text = encode_text(tower, prompts)
-        return vqgan.decode(pipeline.sample_decoder(pipeline.sample_prior(text, sampling), words, sampling))
+        device, vqgan = next(net.parameters()).device, load_frozen(self.config, "vqgan", VQGAN)
+        text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder)
+        for network in (decoder, decoder_text_encoder, vqgan, text_encoder):
+            network.to(device)
+        networks: dict[str, Any] = {INPUTS[stage]: decoder}
+        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=text_encoder, **networks)
+        prior_latents = pipeline.sample_prior(encode_text(text_encoder, prompts), sampling)
+        text = encode_text(decoder_text_encoder, prompts)
+        return vqgan.decode(pipeline.sample_decoder(prior_latents, text, sampling))
 
-    def _words(self, stage: str, painter: Any, prompts: list[str]) -> Tensor | None:
-        """Text states for the decoder `painter`: of the run's tower as it was, or where that is another's, such as
-        CLIP-bigG, of the tower beside the decoder; None if there is none."""
-        source, name = input_source(self.config, stage), "decoder_text_encoder"
-        if text_width(painter.params) == self.tower.params.width:
-            tower = self.tower
-        elif name in open_source(source, headers_only=True).networks:
-            tower = load_frozen(self.config, stage, name, TextEncoder)
-        else:
-            log.info("no sheet: %s holds no text encoder for the decoder", source)
-            return None
-        return encode_text(tower.to(next(painter.parameters()).device), prompts)
-
-    def parts(self, net: Prior) -> dict[str, nn.Module]:
-        return {"prior": net}
+    def _decoder_text_encoder(self, stage: str, decoder_params: Any) -> TextEncoder | None:
+        """Returns the run's untrained text encoder, or, if the decoder needs another width, the one in its source."""
+        if text_width(decoder_params) == self.text_encoder.params.width:
+            return self.text_encoder
+        part = "decoder_text_encoder"
+        if part in open_source(input_source(self.config, stage), headers_only=True).networks:
+            return load_frozen(self.config, stage, TextEncoder, part)
+        return None

@@ -1,8 +1,8 @@
-"""Train Stage A: squared error, and the codebook loss once the latents have settled.
+"""Trains Stage A: squared error, and the codebook loss once the latents have settled.
 
-The original's script was never published. Würstchen's Stage B works on latents that were not quantised, so a part of
-each batch goes past the codebook. Of the original's discriminator the class is known, its weight in the loss is not:
-there is none here.
+The original's script was never published. Würstchen's Stage B works on latents that are not quantized, so part of each
+batch bypasses the codebook. Of the original's discriminator only the class is known, not its weight in the loss: it is
+left out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from ...common.dataclass_config import from_table
-from ...models.vqgan import VQGAN, VQGANParams
+from ...common.dataclass_config import Count, CountOrZero, Fraction, from_table
+from ...models.vqgan import VQGAN
+from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
-from ..sample_grid import sample_grid
 from ..stage import Stage
 from .networks import load_or_create
 
@@ -31,72 +30,64 @@ class VQGANConfig:
     """The `[vqgan]` table."""
 
     crop: int = 96  # pixels
-    margin: int = 24  # pixels of the picture's border that crops leave out
-    quantized: float = 0.5  # share of a batch that is decoded from its codes
-    quantize_from: int = 200  # steps without the codebook, which is then seeded with latents
-
-    def __post_init__(self) -> None:
-        if self.margin < 0 or self.quantize_from < 1:
-            raise ValueError(
-                "[vqgan] margin must be 0 or more and quantize_from 1 or more, "
-                f"got {self.margin} and {self.quantize_from}"
-            )
-        if not 0 <= self.quantized <= 1:
-            raise ValueError(f"[vqgan] quantized is a share from 0 to 1, got {self.quantized}")
+    margin: CountOrZero = 24  # pixels at the border that crops avoid
+    quantized: Fraction = 0.5  # fraction of a batch that is decoded from codes
+    quantize_from: Count = 200  # steps without the codebook, which is then initialised with latents
 
 
 class Autoencoder(nn.Module):
-    """A VQGAN that takes pictures through its codes, or past them."""
+    """Encodes and decodes images, with or without quantizing."""
 
-    def __init__(self, vqgan: VQGAN, begun: bool):
-        """`begun`: it was trained before."""
+    def __init__(self, vqgan: VQGAN, pretrained: bool):
         super().__init__()
         self.vqgan = vqgan
-        if not begun:  # a fixed scale leaves the latents at unit variance once divided by the scale factor
+        if not pretrained:  # a fixed norm gives the latents unit variance once they are divided by the scale factor
             scale = vqgan.down_blocks[-1].get_parameter("1.weight")
             scale.data.fill_(vqgan.params.scale_factor)
             scale.requires_grad_(False)
 
-    def forward(self, images: Tensor, through_codes: int | None, seeding: bool) -> Tensor:
-        """The loss of pictures [B, 3, H, W], the first `through_codes` of which go through the codebook; None: of all
-        past it, and if `seeding` it starts from them."""
+    def forward(self, images: Tensor, quantized: int | None, init_codebook: bool) -> Tensor:
+        """Returns the loss of images [B, 3, H, W], the first `quantized` of which are decoded from codes.
+
+        None turns the codebook and its loss off; `init_codebook` first sets its codes to latents of these images.
+        """
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
-        if seeding:
-            self.seed_codebook(latents.detach())
-        if through_codes is not None:
+        if init_codebook:
+            self.init_codebook(latents.detach())
+        if quantized is not None:
             codes = self.vqgan.quantize(latents)
             loss = codes.codebook_loss + 0.25 * codes.commit_loss
-            latents = torch.cat([codes.latents[:through_codes], latents[through_codes:]])
+            latents = torch.cat([codes.latents[:quantized], latents[quantized:]])
         return loss + F.mse_loss(self.vqgan.decode(latents), images)
 
     @torch.no_grad()
-    def seed_codebook(self, latents: Tensor) -> None:
-        """Start the codes from latents of a batch, spread a little: the first process's."""
-        book = self.vqgan.vquantizer.codebook.weight
+    def init_codebook(self, latents: Tensor) -> None:
+        """Sets the codes to random latents of the first process, with a little noise."""
+        codebook = self.vqgan.vquantizer.codebook.weight
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        picked = rows[torch.randint(len(rows), (len(book),), device=rows.device)]
-        book.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
+        picked = rows[torch.randint(len(rows), (len(codebook),), device=rows.device)]
+        codebook.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(book, 0)
+            dist.broadcast(codebook, 0)
 
 
 class VQGANStage(Stage[Autoencoder]):
-    """Random crops of the pictures, encoded and decoded."""
+    """Reconstructs random crops."""
 
-    name = "vqgan"
+    name = part = "vqgan"
     tables = ("start", "model", "vqgan")
-    idle_weights = True  # the codebook's, until it is used
-    undivided = "the codes of vqgan"
+    unused_weights = True  # the codebook, until it is used
+    fsdp_conflict = "the codebook of vqgan"
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
-        self.begun = "start" in config
-        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN, VQGANParams), self.begun)
+        self.pretrained = "start" in config
+        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained)
         self.dataset = open_dataset(config, captions=False)
-        crop, room = self.options.crop, self.dataset.side - 2 * self.options.margin
-        if not 0 < crop <= room:
-            raise ValueError(f"[vqgan] crop must be at most {room} pixels, which the margin leaves, got {crop}")
+        crop, largest = self.options.crop, self.dataset.side - 2 * self.options.margin
+        if not 0 < crop <= largest:
+            raise ValueError(f"[vqgan] crop must be from 1 to {largest} pixels, which the margin leaves, got {crop}")
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
@@ -108,17 +99,12 @@ class VQGANStage(Stage[Autoencoder]):
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
         images, step = batch
-        quantised = self.begun or step > self.options.quantize_from
-        through_codes = int(len(images) * self.options.quantized) if quantised else None
-        return net(images, through_codes, seeding=not self.begun and step == self.options.quantize_from)
+        start = self.options.quantize_from
+        quantized = int(len(images) * self.options.quantized) if self.pretrained or step > start else None
+        return net(images, quantized, init_codebook=not self.pretrained and step == start)
 
-    def sample_grid(self, net: Autoencoder) -> Image.Image | None:
-        held = self.dataset.preview_images()
-        if held is None:
-            return None
-        truth = held.images(held.evenly_spaced(12)).to(next(net.parameters()).device)
-        latents = net.vqgan.encode(truth)
-        return sample_grid([truth, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)])
-
-    def parts(self, net: Autoencoder) -> dict[str, nn.Module]:
-        return {"vqgan": net.vqgan}
+    def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
+        """Returns pictures, and their reconstructions without and with quantizing."""
+        images = validation.images(validation.evenly_spaced(12)).to(next(net.parameters()).device)
+        latents = net.vqgan.encode(images)
+        return [images, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)]
