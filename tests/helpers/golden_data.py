@@ -1,4 +1,4 @@
-"""Reads the golden files: inputs, weights and outputs computed with the original code."""
+"""Reads golden files: inputs, weights and outputs computed with the original code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def tuples(value: Any) -> Any:
-    """JSON lists as tuples, which is how the params dataclasses hold them."""
+    """Converts JSON lists to tuples, as in the params dataclasses."""
     return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 class Golden:
-    """One golden file; `golden["in/x"]` reads a tensor when it is asked for."""
+    """One golden file; `golden["in/x"]` reads one tensor."""
 
     def __init__(self, name: str):
         self.file = safe_open(FOLDER / f"{name}.safetensors", "pt")
@@ -31,18 +31,18 @@ class Golden:
         return self.file.get_tensor(key)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose key starts with `prefix`, without it."""
+        """Returns all tensors whose key starts with `prefix`, which is removed."""
         return {key[len(prefix) :]: self[key] for key in self.file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def weights(self, prefix: str = "weights/") -> dict[str, Tensor]:
-        """A network's weights, in our key names."""
+        """Returns a network's weights with our key names."""
         return split_attention(self.under(prefix))
 
     def sizes(self) -> dict[str, Any]:
-        """The network's sizes; its dropout is left out, as the golden runs did."""
+        """Returns the network's sizes without its dropout, since the golden runs had none."""
         return {key: value for key, value in self.config.items() if key != "dropout"}
 
 
 def assert_near(value: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal in shape, and nowhere further apart than `tolerance` (absolute)."""
+    """Asserts equal shapes and a largest absolute difference of `tolerance`."""
     torch.testing.assert_close(value, expected, rtol=0, atol=tolerance)

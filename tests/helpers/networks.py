@@ -1,4 +1,4 @@
-"""Every network in a tiny size, with inputs for it: what the tests of all networks run over."""
+"""A tiny version of every network, with inputs."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ PROMPTS = ("a red apple on a blue background", "a cat", "")
 
 @dataclass(frozen=True)
 class Network:
-    """How to build a network and to call it; `inputs` are x and other tensors, for 3 samples."""
+    """Builds and calls a network; `inputs` returns its arguments for 3 samples."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
-    shape: tuple[int, ...]  # of the result
+    shape: tuple[int, ...]  # of the output
     call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs)  # noqa: E731
 
     def perturbed(self) -> nn.Module:
-        """The network as it starts its training, moved off the zeros it starts from, in eval mode."""
+        """Returns the network in eval mode, with its initial weights plus noise, so that none are zero."""
         torch.manual_seed(0)
         network = self.build()
         if not isinstance(network, ImageEncoder):  # torchvision initialises that one

@@ -1,4 +1,4 @@
-"""What holds for every network: shapes, gradients, compilation, precision, saving, independence of a batch."""
+"""Properties of every network: shapes, gradients, compilation, precision, saving, independence of the batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return float((value.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
-def test_gives_finite_values_of_the_promised_shape(network: Network) -> None:
+def test_output_is_finite_and_has_the_documented_shape(network: Network) -> None:
     with torch.no_grad():
         out = network.call(network.perturbed(), *network.inputs())
     assert tuple(out.shape) == network.shape
@@ -51,13 +51,13 @@ def test_every_parameter_gets_a_gradient(network: Network) -> None:
     for name, parameter in module.named_parameters():
         gradient = parameter.grad
         assert gradient is not None and gradient.isfinite().all(), name
-        if name.endswith("to_k.bias"):  # shifts every score of a query alike, which the softmax takes out
+        if name.endswith("to_k.bias"):  # shifts all scores of a query equally, which the softmax cancels
             assert gradient.abs().max() < 1e-6, name
         else:
             assert gradient.any(), name
 
 
-def test_training_computes_the_same(network: Network) -> None:
+def test_output_is_the_same_with_gradients(network: Network) -> None:
     module, inputs = network.perturbed(), network.inputs()
     with torch.no_grad():
         expected = network.call(module, *inputs)
@@ -83,7 +83,7 @@ def test_inductor_agrees(name: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(network.call, fullgraph=True)
     with torch.no_grad():
-        # With frequencies of its own for the time embedding: 4e-6 to 3e-5.
+        # With inductor's own exp in the time embedding: 4e-6 to 3e-5.
         assert relative(compiled(module, *inputs), network.call(module, *inputs)) < 2e-6
 
 
@@ -92,18 +92,18 @@ def test_half_precision_stays_close(network: Network, dtype: torch.dtype, tolera
     module, inputs = network.perturbed(), network.inputs()
     with torch.no_grad():
         expected = network.call(module, *inputs)
-        # Times and token ids keep their types, as in every caller.
+        # All callers keep the dtype of times and token ids.
         half = [x.to(dtype) if x.is_floating_point() and x.dim() > 1 else x for x in inputs]
         out = network.call(module.to(dtype), *half)
     assert out.dtype == dtype
     assert relative(out, expected) < tolerance
 
 
-def test_response_norm_in_half_precision_sums_squares_beyond_its_range() -> None:
+def test_response_norm_does_not_overflow_in_fp16() -> None:
     norm = GlobalResponseNorm(2)
     with torch.no_grad():
         norm.gamma.fill_(1)
-        x = torch.full((1, 16, 16, 2), 40.0)  # 256 * 1600 is more than fp16 holds
+        x = torch.full((1, 16, 16, 2), 40.0)  # 256 * 1600 overflows fp16
         assert relative(norm.half()(x.half()), norm.float()(x)) < 0.005
 
 
@@ -123,7 +123,7 @@ def test_a_batch_equals_its_singles(network: Network) -> None:
         assert_near(network.call(module, *inputs), torch.cat(singles), 1e-5)
 
 
-def test_quantised_latents_are_codes() -> None:
+def test_quantized_latents_are_codes() -> None:
     module = NETWORKS["vqgan"].perturbed()
     assert isinstance(module, VQGAN)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_quantised_latents_are_codes() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", [Attention, FeedForwardBlock])
-def test_dropout_is_live_in_training_only(kind: type[Attention | FeedForwardBlock], grad: bool) -> None:
+def test_dropout_is_active_in_training_only(kind: type[Attention | FeedForwardBlock], grad: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 6, 8) if kind is Attention else torch.randn(1, 8, 3, 2)
     block = Attention(8, 2, dropout=0.5) if kind is Attention else FeedForwardBlock(8, dropout=0.5)
@@ -151,26 +151,26 @@ def test_dropout_is_live_in_training_only(kind: type[Attention | FeedForwardBloc
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder", "token_decoder"])
-def test_a_network_in_training_drops_in_its_attention_and_in_its_mlps(name: str) -> None:
-    """As the original does; each place alone changes what comes out, and without both nothing is left to chance."""
-    network = NETWORKS[name].perturbed()
-    dropping = type(network)(replace(network.params, dropout=0.1))
-    dropping.load_state_dict(network.state_dict())
-    attention = [module for module in dropping.modules() if isinstance(module, MultiHeadAttention)]
-    mlps = [module for module in dropping.modules() if isinstance(module, nn.Dropout)]
+def test_dropout_in_attention_and_in_mlps(name: str) -> None:
+    """As in the original; each of them alone makes the output random, and without both it is deterministic."""
+    base = NETWORKS[name].perturbed()
+    network = type(base)(replace(base.params, dropout=0.1))
+    network.load_state_dict(base.state_dict())
+    attention = [module for module in network.modules() if isinstance(module, MultiHeadAttention)]
+    mlps = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     assert attention and all(module.dropout == 0.1 for module in attention)
     assert len(mlps) >= len(attention) and all(module.p == 0.1 for module in mlps)
 
-    def changes() -> bool:
-        one, other = (NETWORKS[name].call(dropping.train(), *NETWORKS[name].inputs()) for _ in range(2))
+    def is_random() -> bool:
+        one, other = (NETWORKS[name].call(network.train(), *NETWORKS[name].inputs()) for _ in range(2))
         return not torch.equal(one, other)
 
-    for shares in ((0.1, 0.0), (0.0, 0.1), (0.0, 0.0)):
+    for rates in ((0.1, 0.0), (0.0, 0.1), (0.0, 0.0)):
         for module in attention:
-            module.dropout = shares[0]
+            module.dropout = rates[0]
         for mlp_dropout in mlps:
-            mlp_dropout.p = shares[1]
-        assert changes() == any(shares)
+            mlp_dropout.p = rates[1]
+        assert is_random() == any(rates)
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "image_encoder"])  # torchvision's own layers

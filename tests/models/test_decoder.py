@@ -1,4 +1,4 @@
-"""The v2 decoder against the original's numbers, and how it starts its training."""
+"""The v2 decoder against outputs of the original code, and its initialisation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_noise(golden: Golden, decoder: Decoder, time: str) -> None:
     assert_near(out, golden[f"out/eps_{time}"], TOLERANCE)
 
 
-def test_noise_of_a_tall_picture(golden: Golden, decoder: Decoder) -> None:
+def test_noise_of_a_tall_image(golden: Golden, decoder: Decoder) -> None:
     names = ("in/x_32x16", "in/r_32x16", "in/effnet_32x16", "in/clip_32x16")
     assert_near(decoder(*(golden[name] for name in names)), golden["out/eps_32x16"], TOLERANCE)
 
@@ -42,7 +42,7 @@ def test_prior_latents_of_another_size(golden: Golden, decoder: Decoder) -> None
     assert_near(out, golden["out/eps_tmix_effnet_13x9"], TOLERANCE)
 
 
-def test_no_prior_latents_are_zeros(golden: Golden, decoder: Decoder) -> None:
+def test_zeros_as_prior_latents(golden: Golden, decoder: Decoder) -> None:
     out = decoder(golden["in/x"], golden["in/r_tmix"], torch.zeros_like(golden["in/effnet"]), golden["in/clip"])
     assert_near(out, golden["out/eps_tmix_effnet_zero"], TOLERANCE)
 
@@ -53,8 +53,8 @@ def test_the_two_maps_of_the_head(golden: Golden, decoder: Decoder) -> None:
     assert_near(b, golden["out/b_tmix"], TOLERANCE)
 
 
-def test_every_level_of_the_way_down(golden: Golden, decoder: Decoder) -> None:
-    """The deepest level holds every kind of block: C, T, F and A."""
+def test_every_level_down(golden: Golden, decoder: Decoder) -> None:
+    """The deepest level has every kind of block: C, T, F and A."""
     seen: list[Tensor] = []
     hooks = [
         level[-1].register_forward_hook(lambda module, inputs, out: seen.insert(0, out))
@@ -83,7 +83,7 @@ def test_resize_computes_in_fp32(golden: Golden, dtype: torch.dtype) -> None:
     assert torch.equal(resize_prior_latents(latents, (4, 6)), resize_prior_latents(latents.float(), (4, 6)))
 
 
-def test_a_side_that_cannot_be_halved_is_refused() -> None:
+def test_sizes_that_are_no_multiple_are_refused() -> None:
     decoder = Decoder(DECODER)
     with pytest.raises(ValueError, match=r"24x20.* 8 \(32 pixels\)"):
         decoder(torch.zeros(1, 4, 20, 24), torch.ones(1), torch.zeros(1, 16, 2, 3), torch.zeros(1, 7, 24))
@@ -98,7 +98,7 @@ def test_initial_weights() -> None:
     torch.manual_seed(0)
     decoder = Decoder(DECODER)
     decoder.init_weights()
-    # The original leaves the transposed convolutions, the ways up, at torch's own defaults.
+    # The original leaves the transposed convolutions at torch's defaults.
     ups = {f"{name}.bias" for name, layer in decoder.named_modules() if isinstance(layer, nn.ConvTranspose2d)}
     zeros = [
         p for name, p in decoder.named_parameters() if name.endswith((".bias", ".gamma", ".beta")) and name not in ups

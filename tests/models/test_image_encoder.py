@@ -1,4 +1,4 @@
-"""The semantic compressor against the original's numbers, with weights that follow from their names."""
+"""The semantic compressor against outputs of the original code, with weights hashed from their names."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from wuerstchen_core.models.image_encoder import (
 from wuerstchen_core.models.prior import PriorParams, latents_from_features
 
 TOLERANCE = 1e-5  # observed: S 1.4e-6 in the backbone and 1.7e-6 in the latents, L 2.1e-6 and 1.2e-6
-V1_UNITS = replace(PriorParams(), feature_scale=1.0, feature_shift=0.0)  # the features as they are
+V1_UNITS = replace(PriorParams(), feature_scale=1.0, feature_shift=0.0)  # unscaled features
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("size", "stages", "own_units", "own"),
+    ("size", "stages", "units", "scaling"),
     [
         ("s", EFFICIENTNET_V2_S, PriorParams(), "scaled"),  # v2's
         ("l", EFFICIENTNET_V2_L, V1_UNITS, "raw"),  # v1's: 117 M weights, hashed in 3 s
     ],
     ids=["S", "L"],
 )
-def test_latents(size: str, stages: tuple[EfficientNetStage, ...], own_units: PriorParams, own: str) -> None:
+def test_latents(size: str, stages: tuple[EfficientNetStage, ...], units: PriorParams, scaling: str) -> None:
     golden = Golden("effnet_procedural")
     encoder = ImageEncoder(ImageEncoderParams(stages), device="meta").eval()
     state = {key: hashed_weight(key, tuple(value.shape)) for key, value in encoder.state_dict().items()}
@@ -46,11 +46,11 @@ def test_latents(size: str, stages: tuple[EfficientNetStage, ...], own_units: Pr
     latents = encoder(images)
     assert_near(latents, golden[f"out/{size}_latent_raw"], TOLERANCE)
     assert_near(latents_from_features(latents), golden[f"out/{size}_latent_scaled"], TOLERANCE / 42)
-    assert_near(latents_from_features(latents, own_units), golden[f"out/{size}_latent_{own}"], TOLERANCE)
+    assert_near(latents_from_features(latents, units), golden[f"out/{size}_latent_{scaling}"], TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (256, 128), (192, 320), (1024, 1536)])
-def test_view_gives_latents_of_the_prior_size(size: tuple[int, int]) -> None:
+def test_view_has_the_prior_size(size: tuple[int, int]) -> None:
     view = semantic_view(torch.rand(1, 3, *size))
     assert tuple(view.shape[-2:]) == (32 * prior_side(size[0]), 32 * prior_side(size[1]))
 
@@ -62,6 +62,6 @@ def test_view_has_imagenet_scale() -> None:
     assert_near(black[0, :, 5, 5], -mean / std, 1e-5)
 
 
-def test_a_small_table_compresses_by_32() -> None:
+def test_small_encoder_compresses_by_32() -> None:
     with torch.no_grad():
         assert ImageEncoder(IMAGE).eval()(torch.zeros(1, 3, 96, 64)).shape == (1, 16, 3, 2)

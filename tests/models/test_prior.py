@@ -59,10 +59,9 @@ def test_every_block(golden: Golden, prior: Prior) -> None:
 
 
 def test_a_training_step(golden: Golden) -> None:
-    """The original's loss and gradients, which also take the attention's own way through a backward pass; then
-    AdamW and the EMA."""
+    """The original's loss, gradients, AdamW step and EMA."""
     step = Golden("prior_train_step")
-    prior = Prior(PriorParams(**golden.sizes())).eval()  # as the golden run: without dropout
+    prior = Prior(PriorParams(**golden.sizes())).eval()  # without dropout, like the golden run
     prior.load_state_dict(golden.weights())
     t = training_times(step["in/uniform"])
     assert_near(t, step["out/t"], 1e-6)
@@ -79,10 +78,9 @@ def test_a_training_step(golden: Golden) -> None:
         gradient = prior.get_parameter(name).grad
         assert gradient is not None
         assert_near(gradient, expected, 2e-7)  # observed 2e-8
-    told = step.config["adamw"]
     average = EMA(prior, step.config["ema_beta"])
     optimizers = build_optimizers(prior, torch.device("cpu"))
-    optimizers["adamw"].param_groups[0].update(told)
+    optimizers["adamw"].param_groups[0].update(step.config["adamw"])
     assert_near(torch.nn.utils.clip_grad_norm_(prior.parameters(), step.config["clip"]), step["out/grad_norm"], 1e-6)
     optimizers["adamw"].step()
     average.update(prior, first=False)

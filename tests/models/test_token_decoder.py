@@ -1,4 +1,4 @@
-"""The v1 decoder against the original's numbers, and how it starts its training."""
+"""The v1 decoder against outputs of the original code, and its initialisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def golden() -> Golden:
 @pytest.fixture(scope="module")
 def decoder(golden: Golden) -> TokenDecoder:
     network = TokenDecoder(TokenDecoderParams(**golden.sizes())).eval().requires_grad_(False)
-    network.load_state_dict(golden.under("weights/"))  # its names are the original's
+    network.load_state_dict(golden.under("weights/"))  # keys have the original's names
     return network
 
 
@@ -32,21 +32,21 @@ def test_logits(golden: Golden, decoder: TokenDecoder, time: str) -> None:
     assert_near(out, golden[f"out/logits_{time}"], TOLERANCE)
 
 
-def test_no_prior_latents_are_zeros(golden: Golden, decoder: TokenDecoder) -> None:
+def test_zeros_as_prior_latents(golden: Golden, decoder: TokenDecoder) -> None:
     out = decoder(golden["in/x"], golden["in/r_tmix"], torch.zeros_like(golden["in/effnet"]), golden["in/byt5"])
     assert_near(out, golden["out/logits_tmix_effnet_zero"], TOLERANCE)
 
 
-def test_no_text_is_a_shorter_sequence(golden: Golden, decoder: TokenDecoder) -> None:
+def test_without_text(golden: Golden, decoder: TokenDecoder) -> None:
     out = decoder(golden["in/x"], golden["in/r_tmix"], golden["in/effnet"], golden["in/byt5"][:, :0])
     assert_near(out, golden["out/logits_tmix_no_text"], TOLERANCE)
 
 
-def test_the_sequence_that_the_tokens_read(golden: Golden, decoder: TokenDecoder) -> None:
+def test_conditioning_sequence(golden: Golden, decoder: TokenDecoder) -> None:
     assert_near(decoder.condition(golden["in/effnet"], golden["in/byt5"]), golden["out/c_embed"], 1e-5)
 
 
-def test_a_side_that_cannot_be_halved_is_refused() -> None:
+def test_sizes_that_are_no_multiple_are_refused() -> None:
     decoder = TokenDecoder(TOKEN_DECODER)
     tokens = torch.zeros(1, 20, 24, dtype=torch.long)
     with pytest.raises(ValueError, match=r"24x20.* 8 \(32 pixels\)"):
@@ -57,7 +57,7 @@ def test_initial_weights() -> None:
     torch.manual_seed(0)
     decoder = TokenDecoder(TOKEN_DECODER)
     decoder.init_weights()
-    # The original leaves the transposed convolutions, the ways up, at torch's own defaults.
+    # The original leaves the transposed convolutions at torch's defaults.
     ups = {f"{name}.bias" for name, layer in decoder.named_modules() if isinstance(layer, nn.ConvTranspose2d)}
     zeros: list[Tensor] = [
         p for name, p in decoder.named_parameters() if name.endswith(("bias", ".gamma", ".beta")) and name not in ups

@@ -1,4 +1,4 @@
-"""The VQGAN against the original's numbers, in eval and in train mode, and how it starts its training."""
+"""The VQGAN against outputs of the original code, in eval and in train mode, and its initialisation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def vqgan(golden: Golden) -> VQGAN:
 
 
 @torch.no_grad()
-def test_encode_and_quantise(golden: Golden, vqgan: VQGAN) -> None:
-    scale = vqgan.params.scale_factor  # the original's latents are divided by it, ours are in codebook units
+def test_encode_and_quantize(golden: Golden, vqgan: VQGAN) -> None:
+    scale = vqgan.params.scale_factor  # divides the original's latents; ours are in codebook units
     latents = vqgan.encode(golden["in/x"])
     quantized = vqgan.quantize(latents)
     assert_near(latents / scale, golden["out/enc_x"], TOLERANCE)
@@ -40,7 +40,7 @@ def test_encode_and_quantise(golden: Golden, vqgan: VQGAN) -> None:
 
 
 @torch.no_grad()
-def test_quantise_any_latents(golden: Golden, vqgan: VQGAN) -> None:
+def test_quantize_any_latents(golden: Golden, vqgan: VQGAN) -> None:
     quantized = vqgan.quantize(golden["in/z"])
     assert_near(quantized.latents, golden["out/vq_z_q"], TOLERANCE)
     assert torch.equal(quantized.indices, golden["out/vq_z_indices"])
@@ -93,7 +93,7 @@ def test_chunks_do_not_change_the_nearest_code() -> None:
     assert torch.equal(nearest_codes(rows, codebook, chunk=7), nearest_codes(rows, codebook))
 
 
-def test_a_side_that_cannot_be_encoded_is_refused() -> None:
+def test_sizes_that_are_no_multiple_are_refused() -> None:
     with pytest.raises(ValueError, match="30x32 pixels.* 4$"):
         VQGAN(VQ).encode(torch.zeros(1, 3, 32, 30))
 

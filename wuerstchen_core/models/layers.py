@@ -1,4 +1,4 @@
-"""Blocks that the networks share, named as in the released weights.
+"""Blocks shared by the networks, named as in the released weights.
 
 Tensors are NCHW, in channels-last memory order, so that every permute below is a view.
 """
