@@ -1,4 +1,4 @@
-"""Samplers driven by recorded noise, and their steps recorded."""
+"""Recorded noise for samplers, and a recorder of their steps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from wuerstchen_core.diffusion.samplers import NoiseSource
 
 
 def replay(*noises: Tensor) -> NoiseSource:
-    """The recorded noise, one draw after the other."""
+    """Returns a source of the recorded noise, in order."""
     left = iter(noises)
     return lambda like: next(left)
 
 
 def recorder(into: list[Tensor]) -> Callable[[int, int, Tensor, Tensor], None]:
+    """Returns a callback that appends each step's x."""
     return lambda step, steps, x, denoised: into.append(x)
 
 
 class RecordedTokenNoise:
-    """The original's randomness: `torch.multinomial` runs a race of exponentials."""
+    """The original's random numbers; `torch.multinomial` compares exponentials."""
 
     def __init__(self, uniforms: Tensor, exponentials: Tensor | None):
         self.uniforms: Iterator[Tensor] = iter(uniforms)

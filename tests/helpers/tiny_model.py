@@ -1,4 +1,4 @@
-"""A whole model in a tiny size, with random weights: what the tests of the pipeline and the command line paint with."""
+"""A complete tiny model with random weights, for tests of the pipeline and the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METADATA = {
 
 
 def tiny_parts(release: str = "v2") -> dict[str, nn.Module]:
-    """The six networks of a release, off the zeros they start from; one text tower serves both stages."""
+    """Returns the six networks of a release with noisy initial weights; one text encoder serves both stages."""
     torch.manual_seed(0)
     tower = TextEncoder(TEXT)
     decoders: dict[str, tuple[str, nn.Module]] = {
@@ -54,7 +54,7 @@ def tiny_parts(release: str = "v2") -> dict[str, nn.Module]:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    colours = parts["vqgan"].out_block[0]  # about half gray, so that few pixels are cut off at 0 and 255
+    colours = parts["vqgan"].out_block[0]  # around grey, so that few pixels are clipped at 0 and 255
     with torch.no_grad():
         colours.weight.mul_(0.05)
         colours.bias.fill_(0.5)
@@ -64,6 +64,6 @@ def tiny_parts(release: str = "v2") -> dict[str, nn.Module]:
 def write_tiny_bundle(
     path: Path, metadata: dict[str, Any] = METADATA, without: tuple[str, ...] = (), release: str = "v2"
 ) -> Path:
-    """The tiny model as a bundle in fp32, less the parts named in `without`."""
+    """Writes the tiny model as a bundle in fp32, except the parts named in `without`."""
     save_bundle(path, {name: part for name, part in tiny_parts(release).items() if name not in without}, metadata)
     return path

@@ -33,6 +33,7 @@ class WuerstchenPipeline(stages.Components):
     # One stage at a time.
     encode_text = stages.encode_text
     encode_prompt = prompts.encode_prompt
+    warn_of_unknown_words = prompts.warn_of_unknown_words
     encode = editing.encode
     sample_prior = stages.sample_prior
     sample_decoder = stages.sample_decoder

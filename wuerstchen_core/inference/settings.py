@@ -132,13 +132,12 @@ def check_count(count: int, seed: Seed) -> None:
     """Raises ValueError unless the count is 1 or more and each picture gets a valid seed."""
     if count < 1:
         raise ValueError(f"{count} pictures cannot be generated: give at least one prompt, and a count of 1 or more")
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise ValueError(f"{len(seed)} seeds for {count} pictures: give one seed, or one for each picture")
-        for one in seed:
-            check_count(1, one)
-    elif not 0 <= seed <= LARGEST_SEED - count:
-        raise ValueError(f"seed {seed} cannot be used: choose a number from 0 to {LARGEST_SEED - count}")
+    if isinstance(seed, Sequence) and len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} pictures: give one seed, or one for each picture")
+    first, largest = ([*seed], LARGEST_SEED - 1) if isinstance(seed, Sequence) else ([seed], LARGEST_SEED - count)
+    for one in first:
+        if not 0 <= one <= largest:
+            raise ValueError(f"seed {one} cannot be used: choose a number from 0 to {largest}")
 
 
 def notify(callback: Callback | None, stage: str) -> None:

@@ -118,7 +118,7 @@ def test_damaged_images_are_replaced_named_once_and_counted(
         assert not {2, 3, 4, 5, 6} & set(colours) and captions == [f"picture {number}" for number in colours]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 5 and "number 1: 006.png" in said[0]
-    for name, reason in {"002": "cut short", "003": "not UTF-8", "004": "no caption", "005": "no caption"}.items():
+    for name, reason in {"002": "damaged", "003": "not UTF-8", "004": "no caption", "005": "no caption"}.items():
         assert sum(f"{name}.png" in line and reason in line for line in said[1:]) == 1
     without = read(opened(folder, bad_share=0.5, captions=False), 15)
     colours = {number for colours, _, _ in without for number in colours}

@@ -145,7 +145,7 @@ def test_damaged_files_are_named_and_skipped(site: str, shards: Path, caplog: py
         ("2.tar", "no image"),
         ("3.tar", "cannot be read to its end"),
         ("3.tar:030", "no caption"),
-        ("4.tar:040", "cut short"),
+        ("4.tar:040", "damaged"),
         ("4.tar:041", "not UTF-8"),
         (f"{SHARDS}.tar", "cannot be read"),
     ):
