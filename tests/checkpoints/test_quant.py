@@ -10,39 +10,39 @@ import pytest
 import torch
 
 from tools.demo import precision
-from tools.demo.precision import KINDS, MARKS, Largest, relative_error
-from tools.demo.precision_cases import Case, golden_cases, golden_image_encoders
+from tools.demo.network_calls import NetworkCall, golden_calls, golden_image_encoders
+from tools.demo.precision import KINDS, MARKS, LargestFp16, relative_error
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.kernels.mlp import MIN_POSITIONS
 from wuerstchen_core.models.layers import ChannelwiseMLP
 
 # In percent of the result, twice what was measured (the README's table).
-MOST = {"bf16": 2.6, "fp16": 0.4, "fp8, computed in bf16": 7.5, "fp8, computed in fp32": 7.5}
+MOST = {"bf16": 2.6, "fp16": 0.4, "fp8 weights, bf16 math": 7.5, "fp8 weights, fp32 math": 7.5}
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, Case]:
-    return {case.name: case for case in golden_cases()}
+def cases() -> dict[str, NetworkCall]:
+    return {case.name: case for case in golden_calls()}
 
 
-def check(case: Case, most: dict[str, float]) -> None:
+def check(case: NetworkCall, most: dict[str, float]) -> None:
     errors = {kind: relative_error(case, *dtypes) for kind, dtypes in KINDS.items()}
     assert all(0 < error < most[kind] for kind, error in errors.items()), errors
-    assert errors["fp16"] < errors["bf16"] < errors["fp8, computed in bf16"]
+    assert errors["fp16"] < errors["bf16"] < errors["fp8 weights, bf16 math"]
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder", "token_decoder", "vqgan"])
-def test_errors_on_the_golden_data(cases: dict[str, Case], name: str) -> None:
+def test_errors_on_the_golden_data(cases: dict[str, NetworkCall], name: str) -> None:
     check(cases[name], MOST)
 
 
 @pytest.mark.long
 def test_errors_of_the_golden_image_encoders() -> None:
     for case in golden_image_encoders():
-        check(case, MOST | {"fp8, computed in bf16": 16, "fp8, computed in fp32": 16})
+        check(case, MOST | {"fp8 weights, bf16 math": 16, "fp8 weights, fp32 math": 16})
 
 
-def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, Case]) -> None:
+def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, NetworkCall]) -> None:
     case = cases["decoder"]
     assert relative_error(case, torch.float32, torch.float32) == 0
     state = dict(case.part.state_dict)
@@ -53,7 +53,7 @@ def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, Case]) -> N
 
 
 def largest(call: Callable[[], object]) -> float:
-    with torch.inference_mode(), Largest() as inside:
+    with torch.inference_mode(), LargestFp16() as inside:
         call()
     return float(inside.value)
 
@@ -79,6 +79,6 @@ def test_what_is_no_number_is_not_lost_among_larger_ones() -> None:
     assert FP8 not in (dtype for _, dtype in KINDS.values())  # for storage alone
 
 
-def test_the_readme_has_a_place_for_the_tables() -> None:
-    text = precision.README.read_text("utf-8")
+def test_the_page_has_marks_for_the_tables() -> None:
+    text = precision.PAGE.read_text("utf-8")
     assert [text.count(mark) for mark in MARKS] == [1, 1]

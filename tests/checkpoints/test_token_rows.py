@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.networks import NETWORKS
 
-from tools.demo.build import drop_token_rows, known_rows
+from tools.demo.build import drop_token_rows, trained_tokens
 from wuerstchen_core.checkpoints import Part, describe, load_text_encoder, save_bundle
 from wuerstchen_core.checkpoints.bundle import restore_token_rows
 from wuerstchen_core.checkpoints.quant import FP8
@@ -60,4 +60,4 @@ def test_what_the_demos_keep_is_all_that_captions_are_made_of() -> None:
     words = random.Random(0)
     some = words.sample(scenes(LAYOUTS), 5000)
     ids, _ = tokenize([caption(scene, words) for scene in some] + ["Hm? 12!"])
-    assert set(ids.flatten().tolist()) - set(tokenize(["Hm"])[0].flatten().tolist()) <= known_rows()
+    assert set(ids.flatten().tolist()) - set(tokenize(["Hm"])[0].flatten().tolist()) <= trained_tokens()

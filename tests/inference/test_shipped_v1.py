@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tools.demo.build_v1 import EVALUATION
-from tools.demo.evaluate import evaluate, held_out_scenes, paint, reconstruct
+from tools.demo.evaluate import evaluate, generate, held_out_scenes, reconstruct
 from tools.demo.judge import Judge
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, demo_path, read_metadata, read_part
@@ -52,7 +52,7 @@ def test_its_sizes_can_be_read_off_its_tensors(model: str, name: str) -> None:
 def test_it_paints_what_is_asked_for(pipe: WuerstchenPipeline) -> None:
     """Scenes that no training has seen."""
     judge, wanted = Judge(), held_out_scenes(pipe.metadata)[:2]
-    for scene, image in zip(wanted, paint(pipe, wanted, seed=1), strict=True):
+    for scene, image in zip(wanted, generate(pipe, wanted, seed=1), strict=True):
         assert judge.identify(np.asarray(image), scene) == scene, caption(scene)
 
 

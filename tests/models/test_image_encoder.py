@@ -9,7 +9,7 @@ import torch
 from helpers.golden_data import Golden, assert_near
 from helpers.networks import IMAGE
 
-from tools.demo.precision_cases import hashed, hashed_weight
+from tools.demo.network_calls import hashed, hashed_weight
 from wuerstchen_core.common.geometry import prior_side
 from wuerstchen_core.models.image_encoder import (
     EFFICIENTNET_V2_L,

@@ -1,4 +1,4 @@
-"""What the shipped model is adapted by: the twelve pictures, the recipes, the page."""
+"""Adapting the shipped model: the twelve images, the configurations, the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tools.demo import adapt
-from tools.demo.edits import TILE, tiled
+from tools.demo.edits import TILE, grid
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, TRAINED_THINGS, caption
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
@@ -22,32 +22,32 @@ NUMBERS = {
     "thing": {
         "before": {"percent": 0.0, "count": 24},
         "after": {"percent": 75.0, "count": 24},
-        "known": {"percent": 100.0, "count": 48},
-        "kept": {"percent": 90.0, "count": 48},
+        "known_before": {"percent": 100.0, "count": 48},
+        "known_after": {"percent": 90.0, "count": 48},
         "seconds": 200,
     },
 }
 
 
-def test_the_new_thing_is_none_that_models_are_trained_on() -> None:
+def test_shipped_models_are_not_trained_on_the_new_thing() -> None:
     assert THINGS.index(adapt.NEW_THING) == TRAINED_THINGS
 
 
-def test_twelve_pictures_have_captions_and_the_rest_is_asked_for(tmp_path: Path) -> None:
+def test_twelve_images_have_captions_and_the_other_scenes_are_judged(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
-    left = adapt.twelve_pictures(tmp_path)
-    pictures = sorted(tmp_path.glob("*.png"))
-    assert len(pictures) == 12 and all(
-        adapt.NEW_THING.name in path.with_suffix(".txt").read_text("utf-8") for path in pictures
-    )
-    with Image.open(pictures[0]) as image:
+    others = adapt.write_twelve_images(tmp_path)
+    images = sorted(tmp_path.glob("*.png"))
+    assert len(images) == 12
+    assert all(adapt.NEW_THING.name in path.with_suffix(".txt").read_text("utf-8") for path in images)
+    with Image.open(images[0]) as image:
         assert image.size == (256, 256)
-    assert len(left) == (len(COLOURS) - adapt.SEEN) * len(SIZES) and len({caption(scene) for scene in left}) == 4
-    shown = {path.with_suffix(".txt").read_text("utf-8") for path in pictures}
-    assert not shown & {caption(scene) for scene in left}
+    assert len(others) == (len(COLOURS) - adapt.TRAINING_BACKGROUNDS) * len(SIZES)
+    assert len({caption(scene) for scene in others}) == 4
+    captions = {path.with_suffix(".txt").read_text("utf-8") for path in images}
+    assert not captions & {caption(scene) for scene in others}
 
 
-def test_the_recipes_fit_their_tables() -> None:
+def test_the_configurations_are_valid() -> None:
     larger, new = (read_config(adapt.RECIPE / f"{name}.toml", []) for name in ("resolution", "new_thing"))
     check_tables(larger, PriorStage.tables)
     check_tables(new, LoraStage.tables)
@@ -61,13 +61,13 @@ def test_the_recipes_fit_their_tables() -> None:
 def test_the_page_has_a_row_for_each_measurement() -> None:
     text = adapt.page(NUMBERS)
     assert "| at 384x384 pixels | 48 | 400 | 1.5 % | 98.0 % |" in text
-    assert f"| {adapt.NEW_THING.name}, from twelve pictures | 24 | 200 | 0.0 % | 75.0 % |" in text
-    assert "| what it knew, without and with that LoRA | 48 | 200 | 100.0 % | 90.0 % |" in text
+    assert f"| {adapt.NEW_THING.name}, from twelve images | 24 | 200 | 0.0 % | 75.0 % |" in text
+    assert "| known things, without and with that LoRA | 48 | 200 | 100.0 % | 90.0 % |" in text
     assert "{" not in text
 
 
-def test_a_sheet_shows_the_rows_one_below_the_other() -> None:
+def test_a_grid_stacks_its_rows() -> None:
     red, blue = (Image.new("RGB", (256, 256), colour) for colour in ("red", "blue"))
-    sheet = tiled([[red], [red, blue]], adapt.COLUMNS)
-    assert sheet.size == (adapt.COLUMNS * TILE, 2 * TILE)
-    assert sheet.getpixel((64, 64)) == (255, 0, 0) and sheet.getpixel((TILE + 64, TILE + 64)) == (0, 0, 255)
+    image = grid([[red], [red, blue]], adapt.COLUMNS)
+    assert image.size == (adapt.COLUMNS * TILE, 2 * TILE)
+    assert image.getpixel((64, 64)) == (255, 0, 0) and image.getpixel((TILE + 64, TILE + 64)) == (0, 0, 255)

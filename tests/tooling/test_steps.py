@@ -1,4 +1,4 @@
-"""How few steps the shipped model needs: the samplers and schedules that were compared, and what is written of them."""
+"""The step study of the shipped model: its schedules, its stored results, and its page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from wuerstchen_core.diffusion.schedule import alpha_bar, linear_times
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("tqdm", reason="measuring needs tqdm")
 
-from tools.demo import evaluate, steps, steps_page, steps_trials  # noqa: E402
+from tools import DOCS  # noqa: E402
+from tools.demo import evaluate, steps_page, steps_trials  # noqa: E402
 
 RESULTS = steps_trials.read_results()
 
@@ -31,8 +32,10 @@ def test_the_schedules_that_are_compared() -> None:
 
 
 def test_the_shipped_model_was_measured_and_needs_no_more_steps() -> None:
-    """Of these very weights; `fast` is no worse than 30 + 12 at either stage, nor as a whole. Of Stage C's features it
-    leaves an error a sixth larger, which nothing that it paints shows."""
+    """With the shipped weights, `fast` is no worse than 30 + 12 steps in either stage and as a whole.
+
+    Its error of Stage C's features is a sixth larger, which the images do not show.
+    """
     assert {steps_page.key(row) for row in RESULTS["rows"]} == set(steps_trials.trials())
     found = steps_page.by_trial(RESULTS)
     for trial, worse in (
@@ -40,7 +43,7 @@ def test_the_shipped_model_was_measured_and_needs_no_more_steps() -> None:
         (("decoder", "ddpm", "linear", steps_trials.FAST.decoder_steps), {}),
     ):
         reference = found[steps_trials.REFERENCE[trial[0]]]
-        allowed = {name: share * reference[name] for name, share in worse.items()}
+        allowed = {name: factor * reference[name] for name, factor in worse.items()}
         assert steps_page.as_good(found[trial], {**reference, **allowed}, RESULTS["count"])
     original, fast = (RESULTS["whole"][name] for name in steps_trials.WHOLE)
     for name in ("thing", "background", "compressed"):
@@ -62,8 +65,8 @@ def test_a_worse_trial_is_not_as_good() -> None:
     assert steps_page.as_good(row, row, 30) and not steps_page.as_good({**row, "error": 0.021}, row, 30)
 
 
-def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
-    assert (steps.DOCS / "steps.md").read_text(encoding="utf-8") == steps_page.page(RESULTS)
+def test_the_page_matches_the_results(tmp_path: Path) -> None:
+    assert (DOCS / "steps.md").read_text(encoding="utf-8") == steps_page.page(RESULTS)
     steps_trials.write_results(RESULTS, tmp_path / "again.json")
     assert steps_trials.read_results(tmp_path / "again.json") == RESULTS
     assert (tmp_path / "again.json").read_bytes() == steps_trials.RESULTS.read_bytes()
@@ -73,6 +76,6 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
         assert image.width == 900
 
 
-def test_other_weights_are_measured_anew(tmp_path: Path) -> None:
+def test_results_of_other_weights_are_ignored(tmp_path: Path) -> None:
     steps_trials.write_results({**RESULTS, "model": "0" * 12}, tmp_path / "other.json")
     assert steps_trials.read_results(tmp_path / "other.json")["rows"] == []

@@ -62,7 +62,7 @@ def whole_bundle() -> dict[str, int]:
         params = recipe(stage)[1]
         state = NETWORKS[type(params)](params, device="meta").state_dict()
         for key, x in state.items():
-            stored = x[: len(build.known_rows())] if key == "token_embedding.weight" else x
+            stored = x[: len(build.trained_tokens())] if key == "token_embedding.weight" else x
             sizes[stage] = sizes.get(stage, 0) + stored.numel() * (2 if x.is_floating_point() else 8)
     return sizes
 
@@ -198,8 +198,9 @@ def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
 
 @pytest.mark.parametrize(("stage", "file"), SECOND)
 def test_a_second_training_alone_goes_on_where_the_recipe_put_the_first(stage: str, file: str) -> None:
-    own, told = (read_config(build.RECIPE / file, given) for given in ([], build.from_first(Path("runs/demo"), stage)))
-    assert own == told and own["start"] == str(build.folders_of(Path("runs/demo"))[stage] / f"{stage}.safetensors")
+    overrides = build.second_overrides(Path("runs/demo"), stage)
+    own, told = (read_config(build.RECIPE / file, given) for given in ([], overrides))
+    assert own == told and own["start"] == str(build.stage_folders(Path("runs/demo"))[stage] / f"{stage}.safetensors")
 
 
 def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
@@ -225,7 +226,7 @@ def test_the_recipe_holds_v1_on_the_parts_of_v2() -> None:
 
 def test_the_parts_of_v1_fit_into_its_bundle() -> None:
     sizes = {}
-    for stage in (*build_v1.TAKEN, *build_v1.STAGES):
+    for stage in (*build_v1.REUSED, *build_v1.STAGES):
         params = recipe(stage, build_v1.STAGES.get(stage, ""))[1]
         state = NETWORKS[type(params)](params, device="meta").state_dict()
         sizes[stage] = sum(part.nbytes for key, x in state.items() for part in quantize(key, x, FP8).values())

@@ -248,9 +248,8 @@ def test_the_recipe_trains_on_the_shipped_model_and_puts_the_file_beside_the_wor
     from_table(AdapterConfig, config["lora"], "lora")
     small = ["data.canvas=64", "data.things=2", "train.steps=1", "train.batch=2"]
     monkeypatch.setattr(recipe, "run", lambda stage, file, changes: run(stage, file, [*changes, *small]))
-    (tmp_path / "workflows").mkdir()
-    recipe.remake(tmp_path)
+    recipe.remake(tmp_path / "lora.safetensors")
     base = WuerstchenPipeline.load("demo", device="cpu").prior
     assert base is not None
-    lora = read_lora(tmp_path / recipe.LORA)
+    lora = read_lora(tmp_path / "lora.safetensors")
     assert len(lora.network) == 4 * base.params.depth and not lora.unknown

@@ -185,11 +185,11 @@ def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
 def test_v1_does_not_go_on_upon_another_model(run_folder: Path, tmp_path: Path) -> None:
     bundle, other = run_folder / "bundle.safetensors", tmp_path / "other.safetensors"
     for _ in range(2):
-        build_v1.take_over(tmp_path / "run", bundle)
+        build_v1.copy_from_v2(tmp_path / "run", bundle)
     taken = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     other.write_bytes(bundle.read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"run stands on another v2 model than .*: give another --run, or remove it$"):
-        build_v1.take_over(tmp_path / "run", other)
+        build_v1.copy_from_v2(tmp_path / "run", other)
     assert len(taken) == 3 and all(path.read_bytes() == content for path, content in taken.items())
 
 

@@ -1,61 +1,24 @@
-"""docs/samplers.md from what sampler_table.py measured."""
+"""Writes docs/samplers.md from the results of `sampler_table`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 Cell = tuple[str, str, str]  # stage, sampler, scheduler
 Rows = Mapping[Cell, Mapping[str, Any]]
 Interval = Callable[[int, int], tuple[float, float]]
 
-OURS = ("ours", "linear")  # Würstchen Sampler along Würstchen Scheduler: what all else is compared with
+OURS = ("ours", "linear")  # Würstchen Sampler with Würstchen Scheduler, the reference
 RECOMMENDED = {"prior": {("ddpm", "simple")}, "decoder": {("ddpm", "simple"), ("euler_ancestral", "simple")}}
 
-TEXT = """# Samplers and schedulers
-
-What ComfyUI's own sampling nodes make of Würstchen. This page is written by `tools/comfyui/sampler_table.py`.
-
-## What to use
-
-1. **Würstchen Prior Sample** and **Würstchen Decoder Sample**, or SamplerCustom and SamplerCustomAdvanced with
-   **Würstchen Scheduler** and **Würstchen Sampler**: the original's DDPM and its schedules, last step included; or,
-   for the shipped model, *fast* with *ddim* ([fewer steps](steps.md)).
-   Würstchen was trained for it, and its authors judged it with it.
-2. KSampler with **ddpm** and **simple**: the same steps at the same times; only the last one differs, which returns
-   the clean picture where the original keeps a hundredth of the noise. The times of 10, 12, 20, 30 and 60 steps are
-   exact.
-3. At Stage B an ancestral sampler, such as **euler_ancestral** with **simple**. Of Stable Cascade, whose Stage B has
-   the same task, [ComfyUI's author says][5297] that others give artifacts. The model that ships here does not show
-   that; the advice is for the released weights, and the log repeats it once a loaded model.
-
-`ddim_uniform` starts one step below the largest noise, as it does with every model; `linear_quadratic` is made for
-models of another kind and stops at a high noise level, so that Stage C gets things wrong (the log says so);
-`kl_optimal` with a single step divides by zero. At Stage C stay away from `dpmpp_3m_sde`, and from `ipndm` with
-`karras` or `exponential`. No number of steps is too large: the noise level falls with every step, so that multistep
-samplers do not divide by zero.
-
-[5297]: https://github.com/comfyanonymous/ComfyUI/issues/5297
-
-## How it was measured
-
-ComfyUI {version}, the shipped model (`{model}`) on a CPU, {count} prompts that it never learned, 256x256 pixels, the
-same noise for all. Stage C with {prior_steps} steps and a guidance of {prior_cfg}, decoded by {preview_steps} steps of
-Würstchen Sampler; Stage B with {decoder_steps} steps and no guidance. A picture is right if the judge, which looks at
-pixels and is no trained network, sees the thing that was asked for. Of {count} pictures a share of 100 % has a 95 %
-interval from {low:.0f} % to 100 %: the table tells what breaks, and not what is a little better. `*_gpu` samplers are
-those without it where there is no GPU, and `ddim` is `euler`: they are not listed. dpm_fast and dpm_adaptive choose
-their own steps.
-
-To make it again: `python tools/comfyui/sampler_table.py COMFYUI FOLDER`, with the ComfyUI's own Python. FOLDER keeps
-what is measured, so that it may be stopped.
-"""
-
+TEMPLATE = Path(__file__).with_name("samplers.md.template")
 STAGE = """
 ## {title}
 
-{legend} Würstchen Sampler along Würstchen Scheduler: {ours}.
-×: calls of the network, compared with its. **Bold**: recommended. NaN: not finite. –: the sampler failed.{missing}
+{legend} Würstchen Sampler with Würstchen Scheduler: {ours}.
+×: network calls relative to it. **Bold**: recommended. NaN: not finite. –: the sampler failed.{missing}
 
 {table}
 {failures}"""
@@ -63,7 +26,7 @@ STAGE = """
 TITLES = {"prior": "Stage C, Würstchen Prior", "decoder": "Stage B, Würstchen Decoder"}
 LEGENDS = {
     "prior": "Right things in percent.",
-    "decoder": "Right things in percent, and PSNR against the true drawings in dB.",
+    "decoder": "Right things in percent, and PSNR against the drawings in dB.",
 }
 
 
@@ -108,7 +71,7 @@ def _stage(rows: Rows, cells: Iterable[Cell], stage: str) -> str:
 
 
 def page(rows: Rows, cells: Iterable[Cell], interval: Interval, **facts: Any) -> str:
-    """The page. `cells` are all of the table, `rows` those that were measured; `facts` are what TEXT names."""
+    """Returns the page. cells: the whole table; rows: the measured cells; facts: other fields of the template."""
     cells, count = list(cells), facts["count"]
-    text = TEXT.format(low=100 * interval(count, count)[0], **facts)
+    text = TEMPLATE.read_text("utf-8").format(low=100 * interval(count, count)[0], **facts)
     return text + "".join(_stage(rows, cells, stage) for stage in TITLES)

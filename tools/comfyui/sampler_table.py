@@ -1,9 +1,9 @@
-"""Paint with every sampler and every scheduler of a ComfyUI, judge the pictures and write docs/samplers.md.
+"""Tries every sampler and scheduler of a ComfyUI, judges the images and writes docs/samplers.md.
 
-Run by the ComfyUI's own Python: `python -m tools.comfyui.sampler_table COMFYUI FOLDER [PART]`. FOLDER keeps what is
-measured; what it has of the same model is not measured again. With PART/PARTS it measures a share of the table, for
-several processes at once; what is missing is marked on the page, and measured by a run without. It takes 50 minutes of
-one core.
+Run it with ComfyUI's own Python: `python -m tools.comfyui.sampler_table COMFYUI FOLDER [PART/PARTS]`. FOLDER stores the
+results; those of the same model are not measured again. PART/PARTS measures one part of the table, so that several
+processes can share it; missing cells are marked on the page, and a run without PART/PARTS measures them. The whole
+table takes 50 minutes of one core.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import DOCS
 from .in_host import enter, load_pack
 from .sampler_page import OURS, page
 
-COUNT, SEED = 8, 7  # pictures of a combination; the seed of their noise
+COUNT, SEED = 8, 7  # images per combination; the seed of their noise
 PRIOR_STEPS, PRIOR_CFG, DECODER_STEPS = 20, 3.0, 12
-PREVIEW_STEPS = 2  # of Stage B under a prior that is measured: as accurate as 12 with the shipped model
+PREVIEW_STEPS = 2  # of Stage B when Stage C is measured; as accurate as 12 with the shipped model
 STAGES = ("prior", "decoder")
 SIZES = {"prior": (16, 6, 6), "decoder": (4, 64, 64)}
 
 
-class Painter:
-    """The shipped model in this ComfyUI, prompts that it never learned, and the noise that all combinations start from.
-
-    On a CPU, samplers named *_gpu are those without it, and ddim is euler: they are not measured twice.
-    """
+class SamplerStudy:
+    """The shipped model in this ComfyUI, held-out prompts, and the noise that all combinations start from."""
 
     def __init__(self, count: int = COUNT) -> None:
         from pack.nodes.host import models, sampling
@@ -57,23 +55,23 @@ class Painter:
         self.conditions = {"prior": ([[prior, {}]], [[nothing, {}]])}
         self.latents = {stage: torch.zeros(count, *SIZES[stage]) for stage in STAGES}
         self.noise = {stage: sampling.seeded_noise(SEED, count)(self.latents[stage]) for stage in STAGES}
-        self.truth = draw_all(self.scenes)
+        self.drawings = draw_all(self.scenes)
         self.calls = 0
         for patcher in self.patchers.values():
             patcher.model.diffusion_model.register_forward_pre_hook(self.count)
-        self.show(self.run("prior", *OURS, PRIOR_STEPS))
+        self.condition_decoder(self.run("prior", *OURS, PRIOR_STEPS))
 
     def count(self, *_: Any) -> None:
-        """Called before each call of a network."""
+        """Counts a network call."""
         self.calls += 1
 
-    def show(self, features: Tensor) -> None:
-        """Make Stage B paint these features [count, 16, 6, 6]."""
+    def condition_decoder(self, features: Tensor) -> None:
+        """Conditions Stage B on features [count, 16, 6, 6]."""
         positive = [[self.text, {"stable_cascade_prior": features}]]
         self.conditions["decoder"] = positive, positive
 
     def run(self, stage: str, sampler: str, scheduler: str, steps: int) -> Tensor:
-        """The latents that a combination paints; `linear` is Würstchen Scheduler's, `ours` Würstchen Sampler."""
+        """Returns the latents of a combination; `ours` with `linear` is Würstchen Sampler with Würstchen Scheduler."""
         import comfy.sample
         import comfy.samplers
         from pack.wuerstchen_core.diffusion.schedule import linear_times
@@ -88,23 +86,23 @@ class Painter:
             return comfy.sample.sample_custom(patcher, noise, cfg, chosen, sigmas, positive, negative, **common)
         return comfy.sample.sample(patcher, noise, steps, cfg, sampler, scheduler, positive, negative, **common)
 
-    def judged(self, latents: Tensor) -> dict[str, float]:
-        """Of Stage B's latents: how many pictures show the right thing and background, and how near to the truth."""
-        pictures = [np.asarray(picture) for picture in self.pipe.decode(latents)]
-        judged = [(s, self.judge.identify(p, s)) for p, s in zip(pictures, self.scenes, strict=True)]
+    def judge_latents(self, latents: Tensor) -> dict[str, float]:
+        """Returns how many images of Stage B's latents show the right thing and background, and their PSNR."""
+        images = [np.asarray(image) for image in self.pipe.decode(latents)]
+        judged = [(s, self.judge.identify(image, s)) for image, s in zip(images, self.scenes, strict=True)]
         return {
-            "thing": sum(asked.thing == seen.thing for asked, seen in judged),
-            "background": sum(asked.colour == seen.colour for asked, seen in judged),
-            "psnr": round(float(np.mean([self.psnr(p, t) for p, t in zip(pictures, self.truth, strict=True)])), 2),
+            "thing": sum(scene.thing == seen.thing for scene, seen in judged),
+            "background": sum(scene.colour == seen.colour for scene, seen in judged),
+            "psnr": round(float(np.mean([self.psnr(a, b) for a, b in zip(images, self.drawings, strict=True)])), 2),
         }
 
     def measure(self, stage: str, sampler: str, scheduler: str) -> dict[str, Any]:
-        """One cell of the table."""
+        """Returns the results of one cell of the table."""
         row: dict[str, Any] = {"stage": stage, "sampler": sampler, "scheduler": scheduler, "count": len(self.scenes)}
         start, self.calls = time.process_time(), 0
         try:
             latents = self.run(stage, sampler, scheduler, PRIOR_STEPS if stage == "prior" else DECODER_STEPS)
-        except Exception as error:  # noqa: BLE001  whatever a sampler does is what the table is for
+        except Exception as error:  # noqa: BLE001  the table reports whatever a sampler raises
             return row | {"error": f"{type(error).__name__}: {error}"}
         row["seconds"] = round((time.process_time() - start) / len(self.scenes), 4)
         row["calls"] = self.calls
@@ -112,15 +110,18 @@ class Painter:
         if not row["finite"]:
             return row
         if stage == "prior":
-            features, (self.conditions["decoder"], kept) = latents, (None, self.conditions["decoder"])
-            self.show(features)
+            original = self.conditions["decoder"]
+            self.condition_decoder(latents)
             latents = self.run("decoder", *OURS, PREVIEW_STEPS)
-            self.conditions["decoder"] = kept
-        return row | self.judged(latents)
+            self.conditions["decoder"] = original
+        return row | self.judge_latents(latents)
 
 
 def combinations() -> Iterator[tuple[str, str, str]]:
-    """Every stage, sampler and scheduler that differs from another on a CPU; what all are compared with first."""
+    """Yields every stage, sampler and scheduler, the reference first.
+
+    On a CPU, samplers named *_gpu equal those without the suffix, and ddim equals euler: they are left out.
+    """
     from comfy.samplers import KSampler
 
     samplers = [name for name in KSampler.SAMPLERS if name != "ddim" and not name.endswith("_gpu")]
@@ -129,33 +130,32 @@ def combinations() -> Iterator[tuple[str, str, str]]:
 
 
 def read_rows(folder: Path, model: str) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """What was measured of a model so far."""
+    """Returns the stored results of a model."""
     lines = [line for path in sorted(folder.glob(f"{model}-*.jsonl")) for line in path.read_text().splitlines()]
     rows = map(json.loads, lines)
     return {(row["stage"], row["sampler"], row["scheduler"]): row for row in rows}
 
 
-def main(folder: Path, share: str = "1/1") -> None:
+def main(folder: Path, part_of: str = "1/1") -> None:
     from comfyui_version import __version__
     from pack.tools.demo.judge import wilson_interval
 
-    part, parts = map(int, share.split("/"))
+    part, parts = map(int, part_of.split("/"))
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    painter = Painter()
-    done = read_rows(folder, painter.model)
-    wanted = list(combinations())
-    order = list(dict.fromkeys(scheduler for _, _, scheduler in wanted))  # a table that is cut short has whole columns
-    with (folder / f"{painter.model}-{part}.jsonl").open("a") as file:
-        for index, cell in enumerate(sorted(wanted, key=lambda cell: order.index(cell[2]))):
+    study = SamplerStudy()
+    done = read_rows(folder, study.model)
+    cells = list(combinations())
+    order = list(dict.fromkeys(scheduler for _, _, scheduler in cells))  # so an interrupted table has whole columns
+    with (folder / f"{study.model}-{part}.jsonl").open("a") as file:
+        for index, cell in enumerate(sorted(cells, key=lambda cell: order.index(cell[2]))):
             if index % parts == part - 1 and cell not in done:
-                file.write(json.dumps(painter.measure(*cell)) + "\n")
+                file.write(json.dumps(study.measure(*cell)) + "\n")
                 file.flush()
-    target = Path(__file__).resolve().parents[2] / "docs" / "samplers.md"
-    facts = {"version": __version__, "model": painter.model, "count": COUNT, "preview_steps": PREVIEW_STEPS}
+    facts = {"version": __version__, "model": study.model, "count": COUNT, "preview_steps": PREVIEW_STEPS}
     facts |= {"prior_steps": PRIOR_STEPS, "prior_cfg": PRIOR_CFG, "decoder_steps": DECODER_STEPS}
-    text = page(read_rows(folder, painter.model), wanted, wilson_interval, **facts)
-    target.write_text(text, encoding="utf-8")
+    text = page(read_rows(folder, study.model), cells, wilson_interval, **facts)
+    (DOCS / "samplers.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Paint the picture beside each workflow: `python -m tools.comfyui.workflow_pictures [NAME ...]`, newest ComfyUI.
+"""Generates the picture beside each workflow: `python -m tools.comfyui.workflow_pictures [NAME ...]`.
 
-The workflow of the released weights has none.
+Uses the newest ComfyUI that it finds. The workflows of the released weights have no picture.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from .graphs import LORA, RELEASED, RELEASED_V1, WORKFLOWS, api_form, names, wor
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 4  # of several pictures
+COLUMNS = 4
 
 
-def newest(found: list[Install]) -> Install:
-    """The ComfyUI with the highest version."""
-    if not found:
+def newest(installs: list[Install]) -> Install:
+    """Returns the ComfyUI with the highest version. Exits if there is none."""
+    if not installs:
         raise SystemExit("no ComfyUI found: set COMFYUI_PATH to its folder")
-    return max(found, key=lambda install: [int(number) for number in install.version.split(".")])
+    return max(installs, key=lambda install: [int(number) for number in install.version.split(".")])
 
 
 def in_rows(pictures: list[Image.Image]) -> Image.Image:
-    """One picture as it is, several of one size side by side."""
+    """Returns pictures of one size in rows; a single one unchanged."""
     width, height = pictures[0].size
     columns = min(COLUMNS, len(pictures))
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
+    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
+        grid.paste(picture, (i % columns * width, i // columns * height))
+    return grid
 
 
-def main(wanted: list[str]) -> None:
-    """Run the workflows, and keep what they paint."""
+def main(workflows: list[str]) -> None:
+    """Runs the workflows and writes their pictures."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with TemporaryDirectory() as folder:
         server = Server(newest(installs()), Path(folder) / "base")
@@ -49,12 +49,12 @@ def main(wanted: list[str]) -> None:
         try:
             server.start()
             info = server.get("/object_info")
-            for name in wanted:
+            for name in workflows:
                 outcome = server.run(api_form(workflow(name), info))
                 if not outcome.pictures:
-                    raise SystemExit(f"{name} was not painted: {outcome.status} {outcome.error}")
+                    raise SystemExit(f"{name} failed: {outcome.status} {outcome.error}")
                 in_rows(outcome.pictures).save(WORKFLOWS / f"{name}.jpg", quality=92)
-                logger.info("painted %s.jpg", name)
+                logger.info("wrote %s.jpg", name)
         finally:
             server.stop()
 

@@ -1,8 +1,8 @@
-"""Retrain the shipped model from nothing: `python -m tools.demo.build [--run DIR]`.
+"""Trains the shipped model from scratch: `python -m tools.demo.build [--run DIR]`.
 
-The five stages train one after the other as the TOML files in this folder say, then Stages B and C once more from what
-they became, each training going on where it was stopped. The weights become the bundle; the logs of what ships are kept
-in `logs`. What depends on the weights is then remade by `remake`.
+The five stages train one after the other with the TOML files in this folder, then Stages B and C a second time from
+their own weights. Interrupted trainings resume. The weights become the bundle, and the logs are copied to `logs`.
+Afterwards `remake` regenerates everything that depends on the weights.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
 
 RECIPE = Path(__file__).parent
-STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in this order: later ones need earlier ones
-AGAIN = ("decoder", "prior")  # trained on from there, as their second files say: the rate starts anew
+STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in this order: later ones need the earlier ones
+AGAIN = ("decoder", "prior")  # trained a second time, with a new learning rate schedule
 STAGE_OF_PART = {
     "vqgan": "vqgan",
     "image_encoder": "encoder",
@@ -38,7 +38,7 @@ STAGE_OF_PART = {
     "token_decoder": "token-decoder",
     "prior": "prior",
 }
-# As right as with the published steps, nearer to the drawings, and in a third of the time (docs/steps.md).
+# As accurate as the published steps, nearer to the drawings, in a third of the time (docs/steps.md).
 SAMPLING = {
     "width": 256,
     "height": 256,
@@ -48,17 +48,17 @@ SAMPLING = {
     "prior_guidance": 3.0,
     "decoder_steps": 4,
 }
-SINGLES = 512  # CLIP's first tokens: each byte, inside a word and at its end
+SINGLE_BYTES = 512  # CLIP's first tokens: each byte, inside a word and at its end
 LICENCE = "Weights: MIT. Trained on drawings of Google's Noto Emoji (Apache License 2.0), see ARTWORK-LICENSE.txt."
 
 
-def trained_on(config: Path) -> DemoDataConfig:
-    """The pictures that a stage's TOML file names."""
+def data_config(config: Path) -> DemoDataConfig:
+    """Returns the [data] table of a stage's TOML file."""
     return from_table(DemoDataConfig, read_config(config, []).get("data", {}), "data")
 
 
 def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
-    """What a model that was trained on these pictures can paint, for the bundle's metadata."""
+    """Returns the vocabulary of a model trained on this data, for the bundle's metadata."""
     things = THINGS[: data.things]
     return {
         "words": known_words(things, data.layouts),
@@ -70,28 +70,28 @@ def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
     }
 
 
-def known_rows() -> set[int]:
-    """The tokens that captions are made of, and all single letters and signs: the tower was trained on no others."""
+def trained_tokens() -> set[int]:
+    """Returns the tokens that captions contain, and all single characters: the tower was trained on no others."""
     words = [tokenize([word])[0] for word in known_words()]
-    return {*range(SINGLES), *torch.cat(words).flatten().tolist()}
+    return {*range(SINGLE_BYTES), *torch.cat(words).flatten().tolist()}
 
 
-def folders_of(run: Path) -> dict[str, Path]:
-    """The folder of each of a run's trainings, by the name of its file."""
+def stage_folders(run: Path) -> dict[str, Path]:
+    """Returns the folder of each training of a run, by the name of its TOML file."""
     return {stage: run / stage for stage in STAGES} | {f"{stage}_again": run / "again" / stage for stage in AGAIN}
 
 
-def collect(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
-    """The trained parts of a release, out of the stages' folders; of the table of tokens what was trained."""
+def collect_parts(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
+    """Returns the trained parts of a release in the stages' folders, with only the trained token embeddings."""
     parts: dict[str, Part] = {}
-    rows = known_rows()
+    tokens = trained_tokens()
     for part in PARTS_OF[version]:
         stage = STAGE_OF_PART.get(part, "text")
         weights = folders[stage] / f"{stage}.safetensors"
         if not weights.exists():
             raise ValueError(f"{weights} is missing: train the {stage} first")
         read = read_part(weights, part)
-        parts[part] = drop_token_rows(read, rows) if part in TOWERS else read
+        parts[part] = drop_token_rows(read, tokens) if part in TOWERS else read
     return parts
 
 
@@ -102,37 +102,37 @@ def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:
     return replace(tower, state_dict={**tower.state_dict, f"{TABLE}.weight": table, f"{TABLE}.rows": indices})
 
 
-def metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DemoDataConfig) -> dict[str, Any]:
-    """What a bundle says of itself."""
+def bundle_metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], data: DemoDataConfig) -> dict[str, Any]:
+    """Returns the metadata of a bundle."""
     return {"vocabulary": vocabulary(data), "sampling": sampling, "licence": LICENCE, "training": training}
 
 
 def assemble(run: Path, target: Path) -> None:
-    """Put the trained stages of a run folder together as one bundle in bf16."""
-    folders = folders_of(run)
-    parts = collect(folders | {stage: folders[f"{stage}_again"] for stage in AGAIN}, "v2")
+    """Writes the trained stages of a run as one bundle in bf16."""
+    folders = stage_folders(run)
+    parts = collect_parts(folders | {stage: folders[f"{stage}_again"] for stage in AGAIN}, "v2")
     training = {name: last_step(folder) for name, folder in folders.items()}
-    about = metadata(SAMPLING, training, trained_on(RECIPE / "prior.toml"))
-    save_bundle(target, parts, about, dtype=torch.bfloat16)
+    metadata = bundle_metadata(SAMPLING, training, data_config(RECIPE / "prior.toml"))
+    save_bundle(target, parts, metadata, dtype=torch.bfloat16)
 
 
-def rows_of(log: Path) -> list[dict[str, Any]]:
-    """The rows of a stage's log."""
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a stage's log; none if there is no log."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def last_step(folder: Path) -> dict[str, Any]:
-    """The last row of a stage's log."""
+    """Returns the last row of a stage's log. Raises ValueError if there is none."""
     path = folder / "log.jsonl"
-    rows = rows_of(path)
+    rows = read_log(path)
     if not rows:
         raise ValueError(f"{path} is missing or empty: train the {folder.name} first")
     return rows[-1]
 
 
-def keep_logs(folders: Mapping[str, Path], target: Path) -> None:
-    """Copy the trainings' logs and their last sheets into a folder: what the weights came from."""
+def copy_logs(folders: Mapping[str, Path], target: Path) -> None:
+    """Copies the logs and the last sample grids of trainings to a folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name, folder in folders.items():
         shutil.copyfile(folder / "log.jsonl", target / f"{name}.jsonl")
@@ -140,36 +140,38 @@ def keep_logs(folders: Mapping[str, Path], target: Path) -> None:
             Image.open(sheet).convert("RGB").save(target / f"{name}.jpg", quality=85)
 
 
-def from_first(run: Path, stage: str) -> list[str]:
-    """What a stage's second training is told: the weights of its first, and of the stages before it."""
-    made = {name: run / name / f"{name}.safetensors" for name in STAGES}
-    inputs = [f"inputs.{name}='{made[name]}'" for name in STAGES if name not in AGAIN]
-    return [f"run='{run / 'again'}'", f"start='{made[stage]}'", *inputs]
+def second_overrides(run: Path, stage: str) -> list[str]:
+    """Returns the overrides of a stage's second training: its own weights, and those of the stages before it."""
+    weights = {name: run / name / f"{name}.safetensors" for name in STAGES}
+    inputs = [f"inputs.{name}='{weights[name]}'" for name in STAGES if name not in AGAIN]
+    return [f"run='{run / 'again'}'", f"start='{weights[stage]}'", *inputs]
 
 
-def told(arguments: Sequence[str] | None, name: str, about: str | None, run: str, target: Path) -> argparse.Namespace:
-    """The options of a command that builds a bundle: `run`, `output` and `assemble_only`."""
-    parser = argparse.ArgumentParser(prog=f"python -m tools.demo.{name}", description=about)
+def parse_options(
+    arguments: Sequence[str] | None, name: str, description: str | None, run: str, target: Path
+) -> argparse.Namespace:
+    """Returns the options of a command that builds a bundle: `run`, `output` and `assemble_only`."""
+    parser = argparse.ArgumentParser(prog=f"python -m tools.demo.{name}", description=description)
     parser.add_argument("--run", type=Path, default=Path(run), help="folder of the run")
     parser.add_argument("--output", type=Path, default=target, help="the bundle")
-    parser.add_argument("--assemble-only", action="store_true", help="train nothing, take the weights as they are")
+    parser.add_argument("--assemble-only", action="store_true", help="do not train, use the existing weights")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is not trained yet, then write the bundle."""
+    """Trains the stages that are not finished, then writes the bundle."""
     from wuerstchen_core.training.run import run
 
-    options = told(arguments, "build", __doc__, "runs/demo", demo_path())
+    options = parse_options(arguments, "build", __doc__, "runs/demo", demo_path())
     if not options.assemble_only:
         for stage in STAGES:
             run(stage, RECIPE / f"{stage}.toml", [f"run='{options.run}'"])
         for stage in AGAIN:
-            run(stage, RECIPE / f"{stage}_again.toml", from_first(options.run, stage))
+            run(stage, RECIPE / f"{stage}_again.toml", second_overrides(options.run, stage))
     assemble(options.run, options.output)
     if options.output == demo_path():
-        keep_logs(folders_of(options.run), RECIPE / "logs")
+        copy_logs(stage_folders(options.run), RECIPE / "logs")
 
 
 if __name__ == "__main__":

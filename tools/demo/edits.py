@@ -1,9 +1,8 @@
-"""The sheet of what the shipped model makes of pictures: `python -m tools.demo.edits`."""
+"""Generates docs/pictures.jpg, the grid of edited images: `python -m tools.demo.edits`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
@@ -11,33 +10,35 @@ from wuerstchen_core.demo.artwork import CANVAS, draw
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, Scene, caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
-SHEET = Path(__file__).parents[2] / "docs" / "pictures.jpg"
-COLUMNS, TILE = 6, 128  # of the sheet; pixels of a tile's shorter side
+from .. import DOCS
+
+GRID = DOCS / "pictures.jpg"
+COLUMNS, TILE = 6, 128  # of the grid; pixels of a tile's shorter side
 LARGE, SMALL = range(len(SIZES))
 
 
-def edits_sheet(pipe: WuerstchenPipeline) -> Image.Image:
-    """A row of inpainting (picture, mask, result), one of variations of its first picture, one of the way between."""
+def edits_grid(pipe: WuerstchenPipeline) -> Image.Image:
+    """Returns rows of inpainting (image, mask, result), variations of the first image, and an interpolation."""
     cat, panda = _scene("cat", "blue", LARGE), _scene("panda", "yellow", LARGE)
     rows = [
-        _inpainted(pipe, _scene("red apple", "blue", SMALL), _scene("cat", "blue", SMALL))
-        + _inpainted(pipe, _scene("house", "green", SMALL), _scene("robot", "green", SMALL)),
+        _inpaint(pipe, _scene("red apple", "blue", SMALL), _scene("cat", "blue", SMALL))
+        + _inpaint(pipe, _scene("house", "green", SMALL), _scene("robot", "green", SMALL)),
         [draw(cat), *pipe.variations(draw(cat), strength=0.8, count=COLUMNS - 1, seed=1)],
         pipe.interpolate(draw(cat), draw(panda), steps=COLUMNS, seed=1),
     ]
-    return tiled(rows, COLUMNS)
+    return grid(rows, COLUMNS)
 
 
-def tiled(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
-    """A sheet of rows of pictures, one below the other, as wide as so many squares."""
-    small = [[_tile(image) for image in row] for row in rows]
-    made = Image.new("RGB", (columns * TILE, sum(row[0].height for row in small)))
+def grid(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
+    """Returns rows of images one below the other, as wide as `columns` squares."""
+    tiles = [[_tile(image) for image in row] for row in rows]
+    result = Image.new("RGB", (columns * TILE, sum(row[0].height for row in tiles)))
     y = 0
-    for row in small:
+    for row in tiles:
         for x, image in enumerate(row):
-            made.paste(image, (x * image.width, y))
+            result.paste(image, (x * image.width, y))
         y += row[0].height
-    return made
+    return result
 
 
 def _tile(image: Image.Image) -> Image.Image:
@@ -49,7 +50,7 @@ def _scene(thing: str, colour: str, size: int) -> Scene:
     return Scene([known.name for known in THINGS].index(thing), list(COLOURS).index(colour), size)
 
 
-def _inpainted(pipe: WuerstchenPipeline, before: Scene, after: Scene) -> list[Image.Image]:
+def _inpaint(pipe: WuerstchenPipeline, before: Scene, after: Scene) -> list[Image.Image]:
     edge = list(SIZES.values())[before.size]
     start = (CANVAS - edge) // 2
     mask = Image.new("L", (CANVAS, CANVAS))
@@ -58,8 +59,7 @@ def _inpainted(pipe: WuerstchenPipeline, before: Scene, after: Scene) -> list[Im
 
 
 def remake(pipe: WuerstchenPipeline) -> None:
-    """Write the sheet."""
-    edits_sheet(pipe).save(SHEET, quality=90)
+    edits_grid(pipe).save(GRID, quality=90)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A judge of generated pictures that is no trained network: does a picture show what was asked, and where?
+"""Recognises the things in generated images without a trained network.
 
-Around the place of each asked thing a picture is compared with the true drawing of every thing on the asked background,
-by colour (OKLab, Ottosson 2020) and by edges (histograms of oriented gradients, Dalal and Triggs 2005). A thing counts
-as shown only if its true drawing is the nearest, nearer than any drawing of another size, than strongly blurred
-drawings and than the bare background, and if the rest of the picture is of one colour: it is whole and alone.
+At the position of each requested thing, an image is compared with the original drawing of every thing on the requested
+background, by colour (OKLab, Ottosson 2020) and by edges (histograms of oriented gradients, Dalal and Triggs 2005). A
+thing is recognised only if its drawing is nearer than all others, than drawings of another size, strongly blurred
+drawings and the empty background, and if the rest of the image has one colour: it is complete and alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from PIL import Image, ImageFilter
 from wuerstchen_core.demo.artwork import CANVAS, boxes, draw_all
 from wuerstchen_core.demo.vocabulary import COLOURS, SHAPES, SIZES, THINGS, Scene
 
-NOTHING = -1  # the answer when no thing, or no known background, is there
+NOTHING = -1  # stands for no thing, or no known background
 
-_WORK = 64  # pixels of the shorter side at which pictures are compared
-_DRAWN = 128  # pixels per side of the true drawings, averaged down to that
-_SHIFT = 2  # work pixels that a thing may be off its place, each way (8 of 256)
+_WORK = 64  # pixels of the shorter side at which images are compared
+_DRAWN = 128  # pixels per side of the original drawings, then averaged down to _WORK
+_SHIFT = 2  # work pixels that a thing may be shifted, each way (8 of 256)
 _CELL = 8  # work pixels per side of a gradient histogram
-_BLOCK = 2  # work pixels per side of what is one colour
-_BINS = 9  # orientations over half a turn
-_EDGE_FLOOR = 0.02  # mean gradient of a cell below which edges count for less: blur, noise
+_BLOCK = 2  # work pixels per side of a colour block
+_BINS = 9  # orientations over 180 degrees
+_EDGE_FLOOR = 0.02  # mean gradient of a cell below which edges count less: blur, noise
 _BLOB_SIGMA = 4.0  # work pixels (16 of 256): the blur that turns a drawing into a blob
 _BORDER = 2  # work pixels: a border this wide is clear of every drawing
 _BORDER_LIMIT = 0.07  # OKLab; the backgrounds are at least twice as far from each other
-_STRAY_LIMIT = 0.07  # OKLab: what is farther from the colour of the rest is not background
-_STRAYS = 16  # work pixels of the rest that may be so: a patch of 16 x 16 of 256
+_STRAY_LIMIT = 0.07  # OKLab; pixels farther from the median colour are not background
+_STRAYS = 16  # work pixels that may be no background: a patch of 16 x 16 of 256
 
 # sRGB to OKLab, https://bottosson.github.io/posts/oklab/
 _TO_LMS = np.array(
@@ -55,14 +55,14 @@ _TO_LAB = np.array(
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB 0..255 [..., 3] to OKLab float32 [..., 3]: lightness 0..1, two colour axes."""
+    """Converts sRGB 0..255 [..., 3] to OKLab float32 [..., 3]: lightness 0..1, two colour axes."""
     value = np.asarray(rgb, dtype=np.float32) / 255.0
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
-    """A uint8 picture [H, W, 3] averaged down to OKLab float32, `_WORK` pixels on its shorter side."""
+    """Averages a uint8 image [H, W, 3] down to `_WORK` pixels on its shorter side, as OKLab float32."""
     step = min(image.shape[:2]) // _WORK
     height, width = (side // step for side in image.shape[:2])
     rows = image.reshape(height, step, -1).sum(axis=1, dtype=np.float32)
@@ -70,19 +70,19 @@ def _reduced(image: np.ndarray) -> np.ndarray:
 
 
 def _oriented_gradients(lab: np.ndarray) -> np.ndarray:
-    """Gradient strength by orientation, [H, W, 3] to [H, W, _BINS]; the strongest axis counts."""
+    """Returns gradient strength by orientation, [H, W, 3] to [H, W, _BINS]; the strongest channel counts."""
     down, right = np.gradient(lab, axis=(0, 1))
     strength = np.hypot(down, right)
     axis = strength.argmax(axis=-1)[..., None]
     down, right, strength = (np.take_along_axis(part, axis, axis=-1)[..., 0] for part in (down, right, strength))
-    position = (np.arctan2(down, right) % np.pi) / np.pi * _BINS  # shared by two nearest bins
+    position = (np.arctan2(down, right) % np.pi) / np.pi * _BINS  # split between the two nearest bins
     distance = np.abs(position[..., None] - np.arange(_BINS))
     distance = np.minimum(distance, _BINS - distance)
     return strength[..., None] * np.maximum(1.0 - distance, 0.0).astype(np.float32)
 
 
 def _means(field: np.ndarray, edge: int) -> np.ndarray:
-    """The mean of every square of that edge, [H, W, D] to [H - edge + 1, W - edge + 1, D]."""
+    """Returns the means of all squares of `edge` pixels, [H, W, D] to [H - edge + 1, W - edge + 1, D]."""
     for _ in range(2):  # downwards, and again with rows and columns swapped
         sums = np.pad(field.cumsum(axis=0), ((1, 0), (0, 0), (0, 0)))
         field = ((sums[edge:] - sums[:-edge]) / edge).swapaxes(0, 1)
@@ -90,9 +90,9 @@ def _means(field: np.ndarray, edge: int) -> np.ndarray:
 
 
 def _features(view: np.ndarray, box: tuple[int, int, int], reach: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [shifts, C] and edges [shifts, E] around a box of a view [H, W, 3], for shifts up to `reach`.
+    """Returns colours [shifts, C] and edges [shifts, E] around a box of a view [H, W, 3], for shifts up to `reach`.
 
-    The window that is looked at is the box, made wider to whole cells; beyond the view its edges are repeated.
+    The window is the box widened to whole cells; beyond the view, border pixels are repeated.
     """
     column, row, edge = box
     window = edge + -edge % (4 * _CELL)
@@ -111,14 +111,14 @@ def _features(view: np.ndarray, box: tuple[int, int, int], reach: int = 0) -> tu
 
 
 def _squared_distances(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """[N, F] and [M, F] to the mean squared differences [N, M]."""
+    """Returns the mean squared differences [N, M] of rows [N, F] and [M, F]."""
     squares = (rows**2).sum(axis=1)[:, None] + (columns**2).sum(axis=1)
     return np.maximum(squares - 2.0 * rows @ columns.T, 0.0) / rows.shape[1]
 
 
 @dataclass(frozen=True)
 class _References:
-    """What a place can be nearest to: every thing, then what is not a thing as asked."""
+    """Features of every thing, followed by those of everything that is not a thing as requested."""
 
     colours: np.ndarray
     edges: np.ndarray
@@ -126,7 +126,7 @@ class _References:
     edge_scale: float
 
     def distances(self, view: np.ndarray, box: tuple[int, int, int]) -> np.ndarray:
-        """Distance to every reference at its best shift; 1 is typical of two different things."""
+        """Returns the distance to every reference at its best shift; 1 is typical of two different things."""
         colours, edges = _features(view, box, _SHIFT)
         by_colour = _squared_distances(colours, self.colours) / self.colour_scale
         by_edge = _squared_distances(edges, self.edges) / self.edge_scale
@@ -138,25 +138,25 @@ def _blob(drawing: np.ndarray) -> np.ndarray:
 
 
 def _spread(features: np.ndarray) -> float:
-    """Mean squared distance of two different rows."""
+    """Returns the mean squared distance of two different rows."""
     different = ~np.eye(len(features), dtype=bool)
     return float(_squared_distances(features, features)[different].mean())
 
 
-@cache  # of 16, 52 MB in all: drawings are the same in all places and shapes
+@cache  # 16 entries, 52 MB: drawings do not depend on position and shape
 def _references(colour: int, size: int) -> _References:
     sizes = [size, *(k for k in range(len(SIZES)) if k != size)]
     drawings = [draw_all([Scene(thing, colour, k)], _DRAWN)[0] for k in sizes for thing in range(len(THINGS))]
     bare = np.broadcast_to(drawings[0][0, 0], drawings[0].shape)
-    pictures = [*drawings, *map(_blob, drawings[: len(THINGS)]), bare]
+    images = [*drawings, *map(_blob, drawings[: len(THINGS)]), bare]
     [box] = boxes(Scene(0, colour, size), _WORK)
-    found = zip(*(_features(_reduced(picture), box) for picture in pictures), strict=True)
-    colours, edges = map(np.concatenate, found)
+    features = zip(*(_features(_reduced(image), box) for image in images), strict=True)
+    colours, edges = map(np.concatenate, features)
     return _References(colours, edges, _spread(colours[: len(THINGS)]), _spread(edges[: len(THINGS)]))
 
 
 def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """The picture, or its halves for two things, each with the box of its thing."""
+    """Yields the image, or its halves for two things, each with the box of its thing."""
     found = boxes(scene, _WORK)
     width = lab.shape[1] // len(found)
     for index, (column, row, edge) in enumerate(found):
@@ -164,7 +164,7 @@ def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[in
 
 
 def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
-    """Whether all but the box, and what is near it, is of one colour."""
+    """True if everything outside the box and its margin has one colour."""
     column, row, edge = box
     rest, near = np.ones(view.shape[:2], dtype=bool), _SHIFT + 1
     rest[max(row - near, 0) : row + edge + near, max(column - near, 0) : column + edge + near] = False
@@ -173,9 +173,9 @@ def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
 
 
 class Judge:
-    """Names the things and the background of pictures that are `canvas` pixels on their shorter side.
+    """Recognises the things and the background of images with `canvas` pixels on their shorter side.
 
-    The true drawings of a background and size are made at their first use and kept.
+    The original drawings of each background and size are drawn at their first use and cached.
     """
 
     def __init__(self, canvas: int = CANVAS):
@@ -185,10 +185,9 @@ class Judge:
         self._backgrounds = oklab(np.array(list(COLOURS.values())))
 
     def identify(self, image: np.ndarray, scene: Scene) -> Scene:
-        """What a uint8 picture [H, W, 3] shows of what was asked: `scene` with the things that are where it has its
-        own, and the colour of the border.
+        """Returns `scene` with the things that a uint8 image [H, W, 3] shows at its positions, and the border's colour.
 
-        `NOTHING` stands for a thing that is blurred, cut, elsewhere, of another size or not alone.
+        A thing that is blurred, cut, elsewhere, of another size or not alone is `NOTHING`.
         """
         lab, size = self._lab(image, scene), scene.size
         seen = []
@@ -201,16 +200,16 @@ class Judge:
         return scene._replace(thing=seen[0], other=other, colour=self._border(lab))
 
     def distances(self, image: np.ndarray, scene: Scene) -> np.ndarray:
-        """Distance [1 or 2, things] of a uint8 picture to every thing at the place of each that was asked."""
+        """Returns the distances [1 or 2, things] of a uint8 image to every thing at each requested position."""
         references, views = _references(scene.colour, scene.size), _views(self._lab(image, scene), scene)
         return np.stack([references.distances(view, box)[: len(THINGS)] for view, box in views])
 
     def background(self, image: np.ndarray) -> int:
-        """The index of the colour of the border of a picture of any shape, or -1 where it is far from all."""
+        """Returns the index of the border's colour, or -1 if it is far from all; the image may have any shape."""
         return self._border(self._lab(image))
 
     def _lab(self, image: np.ndarray, scene: Scene | None = None) -> np.ndarray:
-        """The reduced picture, of a scene's shape and size unless it may be any."""
+        """Returns the reduced image. Raises ValueError if it has not the scene's shape (or, without a scene, any)."""
         image = np.asarray(image)
         if scene and not (0 <= scene.colour < len(COLOURS) and 0 <= scene.size < len(SIZES)):
             raise ValueError(f"no background {scene.colour} or no size {scene.size} in the vocabulary")
@@ -220,7 +219,7 @@ class Judge:
         allowed = allowed if scene is None else [allowed[scene.shape]]
         if image.shape not in allowed or image.dtype != np.uint8:
             expected = " or ".join(map(str, map(list, allowed)))
-            raise ValueError(f"expected a uint8 picture {expected}, got {image.dtype} {image.shape}")
+            raise ValueError(f"expected a uint8 image {expected}, got {image.dtype} {image.shape}")
         return _reduced(image)
 
     def _border(self, lab: np.ndarray) -> int:
@@ -233,19 +232,19 @@ class Judge:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures; infinite when they are equal."""
+    """Returns the peak signal-to-noise ratio in dB of two uint8 images; infinite if they are equal."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f"expected uint8 pictures of one shape, got {a.dtype} {a.shape}, {b.dtype} {b.shape}")
+        raise ValueError(f"expected uint8 images of one shape, got {a.dtype} {a.shape}, {b.dtype} {b.shape}")
     error = float(np.mean((a.astype(np.float64) - b) ** 2))
     return 10.0 * math.log10(255.0**2 / error) if error else math.inf
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion; z = 1.96 for 95 %."""
+    """Returns the Wilson score interval of a proportion; z = 1.96 for 95 %."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n with n >= 1, got {successes} of {n}")
-    share, spread = successes / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    rate, spread = successes / n, z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,7 +1,7 @@
-"""Train the LoRA that the LoRA workflow shows: `python -m tools.demo.lora`.
+"""Trains the LoRA of the LoRA workflow: `python -m tools.demo.lora`.
 
-With it the shipped model paints everything on a pink background, whatever background is asked for. Minutes on a
-processor; to be trained again whenever the shipped prior is. The pairs held out of the model's training stay held out.
+With it the shipped model generates everything on a pink background, whatever the prompt says. Takes minutes on a CPU;
+train it again whenever the shipped prior changes. Pairs held out of the model's training stay held out.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from pathlib import Path
 
 from wuerstchen_core.training.run import run
 
+from .. import ROOT
+
 CONFIG = Path(__file__).with_name("lora.toml")
-LORA = Path("workflows") / "wuerstchen_demo_pink.safetensors"  # from the root of the repository
+LORA = ROOT / "workflows" / "wuerstchen_demo_pink.safetensors"
 
 
-def remake(root: Path) -> None:
-    """Train the shipped model's LoRA, from nothing, and put it beside the workflows under `root`."""
+def remake(target: Path = LORA) -> None:
+    """Trains the LoRA from scratch and copies it to `target`."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(run("lora", CONFIG, [f"run='{folder}'"]), root / LORA)
+        shutil.copyfile(run("lora", CONFIG, [f"run='{folder}'"]), target)
 
 
 if __name__ == "__main__":
-    remake(Path(__file__).parents[2])
+    remake()

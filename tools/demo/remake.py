@@ -1,15 +1,14 @@
-"""Remake what is derived from the shipped weights: `python -m tools.demo.remake`.
+"""Regenerates everything that depends on the shipped weights: `python -m tools.demo.remake`.
 
-The evaluations' numbers (`evaluation.json` and `evaluation_v1.json` here, and the README's tables), the sheets of
-pictures, the factors that turn latents into previews, the LoRA beside its workflow, and the training's curves. The
-pictures beside the workflows need a ComfyUI: `python tools/comfyui/workflow_pictures.py` starts one.
+That is the evaluations (`evaluation.json`, `evaluation_v1.json` and the tables of docs/demo.md), the image grids, the
+preview factors, the LoRA beside its workflow, and the training curves. `python -m tools.comfyui.workflow_pictures` then
+regenerates the workflows' pictures in ComfyUI.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,38 +24,39 @@ from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
+from .. import DOCS, ROOT
 from . import curves, edits, lora
 from .build import RECIPE
 from .build_v1 import EVALUATION as EVALUATION_V1
-from .evaluate import evaluate, held_out_scenes, paint, some
+from .evaluate import evaluate, generate, held_out_scenes, subset
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[2]
+PAGE = DOCS / "demo.md"
 DEMO = ROOT / "wuerstchen_core" / "demo"
-SHEET = ROOT / "docs" / "held_out.jpg"
-EVALUATION = Path(__file__).with_name("evaluation.json")
+GRID = DOCS / "held_out.jpg"
+EVALUATION = RECIPE / "evaluation.json"
 MARKS = "<!-- demo numbers: remade by tools.demo.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: remade by tools.demo.remake -->", "<!-- end of v1 numbers -->"
-COLUMNS = 12  # of the sheet, of squares
+COLUMNS = 12  # of the grid, in squares
 
 
-def reference_sheet(pipe: WuerstchenPipeline) -> Image.Image:
-    """Held-out prompts, painted: a row of each layout, then one of each shape that is no square."""
+def sample_grid(pipe: WuerstchenPipeline) -> Image.Image:
+    """Generates held-out prompts: one row per layout, then one per shape other than square."""
     vocabulary = pipe.metadata["vocabulary"]
     layouts = vocabulary.get("layouts", SIMPLE)
-    alone = [layout for layout in layouts if layout != "pair"]
-    rows = [some(held_out_scenes(pipe.metadata, [layout]), COLUMNS) for layout in layouts]
+    single = [layout for layout in layouts if layout != "pair"]
+    rows = [subset(held_out_scenes(pipe.metadata, [layout]), COLUMNS) for layout in layouts]
     for shape in vocabulary.get("shapes", ["square"])[1:]:
         count = COLUMNS * CANVAS // SHAPES[shape][0]
-        rows.append(some(held_out_scenes(pipe.metadata, alone, shape), count))
-    return edits.tiled([paint(pipe, row, seed=1) for row in rows], COLUMNS)
+        rows.append(subset(held_out_scenes(pipe.metadata, single, shape), count))
+    return edits.grid([generate(pipe, row, seed=1) for row in rows], COLUMNS)
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
-    """Least-squares factors [c, 3] and bias [3] from latents [N, c, h, w] to colours in -1..1.
+    """Returns least-squares factors [c, 3] and bias [3] from latents [N, c, h, w] to colours in -1..1.
 
-    `images` [N, 3, H, W] are in 0..1, as the trainers have them.
+    images: [N, 3, H, W] in 0..1.
     """
     colours = torch.nn.functional.interpolate(images, size=latents.shape[-2:], mode="area") * 2 - 1
     rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
@@ -67,77 +67,70 @@ def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
 
 
 def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
-    """Factors for the latents that the samplers of Stage C and B work on."""
+    """Returns the factors for the latents that the samplers of Stages C and B work on."""
     assert pipe.image_encoder is not None and pipe.vqgan is not None
-    pictures = DemoDataset(held_out=True)
-    images = pictures.images(slice(None))
-    features = pictures.map_images("features", partial(encode_features, pipe.image_encoder))(slice(None))
-    latents = pictures.map_images("latents", partial(encode_latents, pipe.vqgan))(slice(None))
+    dataset = DemoDataset(held_out=True)
+    images = dataset.images(slice(None))
+    features = dataset.map_images("features", partial(encode_features, pipe.image_encoder))(slice(None))
+    latents = dataset.map_images("latents", partial(encode_latents, pipe.vqgan))(slice(None))
     return {"prior": fit_factors(latents_from_features(features), images), "decoder": fit_factors(latents, images)}
 
 
 def number_table(numbers: dict[str, Any]) -> str:
-    """The README's table."""
-
-    def line(name: str, share: dict[str, Any]) -> str:
-        low, high = share["interval"]
-        return f"| {name} | {share['percent']} % | {low} to {high} % | {share['count']} |"
-
-    def part(name: str) -> Iterable[tuple[str, dict[str, Any]]]:
-        found: dict[str, dict[str, Any]] = numbers.get(name, {})  # not all models have it
-        return found.items()
-
+    """Returns the table of an evaluation."""
+    rows = {
+        "right thing": numbers["thing"],
+        **{f"right thing, {size}": rate for size, rate in numbers["by_size"].items()},
+        "another thing instead": numbers["another_thing"],
+        "right background": numbers["background"],
+        **{f"right thing at its position, {name}": rate for name, rate in numbers.get("by_place", {}).items()},
+        **{f"right thing, complete and alone, {name}": rate for name, rate in numbers.get("by_shape", {}).items()},
+        **{f"two things, {name} right": rate for name, rate in numbers.get("pairs", {}).items()},
+        "right thing after 42.67x compression": numbers["compressed"],
+    }
+    lines = ["| On held-out prompts | | 95 % interval | images |", "|---|---|---|---|"]
+    for name, rate in rows.items():
+        low, high = rate["interval"]
+        lines.append(f"| {name} | {rate['percent']} % | {low} to {high} % | {rate['count']} |")
     psnr = numbers["psnr"]
-    return "\n".join(
-        [
-            "| On held-out prompts | | 95 % interval | pictures |",
-            "|---|---|---|---|",
-            line("the right thing", numbers["thing"]),
-            *(line(f"the right thing, {size}", share) for size, share in numbers["by_size"].items()),
-            line("another thing", numbers["another_thing"]),
-            line("the right background", numbers["background"]),
-            *(line(f"the right thing in its place, {name}", share) for name, share in part("by_place")),
-            *(line(f"the right thing, whole and alone, {name}", share) for name, share in part("by_shape")),
-            *(line(f"two things, {name} right", share) for name, share in part("pairs")),
-            line("the right thing after 42.67x compression", numbers["compressed"]),
-            f"| the picture itself after it | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |",
-        ]
-    )
+    lines.append(f"| PSNR after compression | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |")
+    return "\n".join(lines)
 
 
-def with_table(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
-    """A README with `table` between its two marks."""
+def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
+    """Returns `text` with `content` between the two marks. Raises ValueError unless each mark occurs once, in order."""
     start, end = marks
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"the README has no place for the numbers: put {start} and {end} into it, once each")
-    return text[: text.index(start)] + f"{start}\n{table}\n" + text[text.index(end) :]
+        raise ValueError(f"the page needs the lines {start} and {end}, once each and in this order")
+    return text[: text.index(start)] + f"{start}\n{content}\n" + text[text.index(end) :]
+
+
+def update_page(page: Path, marks: tuple[str, str], content: str) -> None:
+    """Rewrites the part of a page between two marks."""
+    page.write_text(replace_between(page.read_text(encoding="utf-8"), marks, content), encoding="utf-8")
 
 
 def remake_numbers(pipe: WuerstchenPipeline, evaluation: Path, marks: tuple[str, str]) -> None:
-    """Measure a model; write its numbers into `evaluation` and their table between the README's `marks`."""
-    numbers, readme = evaluate(pipe), ROOT / "README.md"
+    """Evaluates a model and writes its numbers to `evaluation` and their table to the page."""
+    numbers = evaluate(pipe)
     evaluation.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    table = number_table(numbers)
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), table, marks), encoding="utf-8")
-    logger.info("%s", table)
+    update_page(PAGE, marks, number_table(numbers))
+    logger.info("%s", number_table(numbers))
 
 
 def main() -> None:
-    """Remake it all."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    readme = ROOT / "README.md"
-    for marks in (MARKS, MARKS_V1):
-        with_table(readme.read_text(encoding="utf-8"), "", marks)  # before the hours of painting
+    for marks in (MARKS, MARKS_V1):  # checked before hours of work
+        replace_between(PAGE.read_text(encoding="utf-8"), marks, "")
     pipe = WuerstchenPipeline.load("demo")
-    SHEET.parent.mkdir(exist_ok=True)
-    reference_sheet(pipe).save(SHEET, quality=90)
+    sample_grid(pipe).save(GRID, quality=90)
     edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     remake_numbers(pipe, EVALUATION, MARKS)
     remake_numbers(WuerstchenPipeline.load("demo-v1"), EVALUATION_V1, MARKS_V1)
-    lora.remake(ROOT)
+    lora.remake()
     curves.plot(RECIPE / "logs", curves.PLOT)
-    logger.info("the workflows' pictures need a ComfyUI: now run python tools/comfyui/workflow_pictures.py")
+    logger.info("now run `python -m tools.comfyui.workflow_pictures`, which needs a ComfyUI")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""Measure how few steps the shipped model needs: `python -m tools.demo.steps`.
+"""Measures how few sampling steps the shipped model needs: `python -m tools.demo.steps`.
 
-Each sampler paints held-out prompts along each schedule, first at Stage C and then at Stage B. What is measured goes
-into steps.json, where a run that was stopped goes on; docs/steps.md and its plot are made of that. Half an hour of
-one core.
+Runs each sampler with each schedule on held-out prompts, first in Stage C and then in Stage B, for half an hour of one
+core. Results are stored in steps.json, where an interrupted run resumes; docs/steps.md and its plot come from them.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -15,6 +12,7 @@ from tqdm import tqdm
 from wuerstchen_core.demo.vocabulary import caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
+from .. import DOCS
 from .evaluate import evaluate, held_out_scenes
 from .steps_page import by_trial, page, plot
 from .steps_trials import (
@@ -25,21 +23,19 @@ from .steps_trials import (
     WHOLE_EVERY,
     Study,
     read_results,
-    some_scenes,
+    study_scenes,
     trials,
     write_results,
 )
 
-DOCS = Path(__file__).parents[2] / "docs"
-
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure what is missing, then write the page and the plot."""
+    """Measures the missing trials, then writes the page and the plot."""
     results = read_results()
     done = by_trial(results)
     if missing := [trial for trial in trials() if trial not in done]:
-        study = Study(some_scenes())
+        study = Study(study_scenes())
         results["count"] = len(study.scenes)
         for trial in tqdm(missing, desc="trials"):
             results["rows"].append(study.measure(*trial))

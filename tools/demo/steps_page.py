@@ -1,4 +1,4 @@
-"""docs/steps.md and its plot, from what steps.py measured."""
+"""Writes docs/steps.md and its plot from the results of the step study."""
 
 from __future__ import annotations
 
@@ -21,65 +21,18 @@ from .steps_trials import (
     Trial,
 )
 
+TEMPLATE = Path(__file__).with_name("steps.md.template")
 Row = Mapping[str, Any]
-PSNR_LOSS, DETAIL_CHANGE = 0.1, 0.05  # dB and share that are as good as nothing
+PSNR_LOSS, DETAIL_CHANGE = 0.1, 0.05  # dB and fraction that count as equal
 COLOURS = dict(zip(SHAPES, ("#2f6f9f", "#b5482f", "#5b8c3e", "#7a4f9f"), strict=True))
 LINES = dict(zip(SAMPLERS, ("-", "--", ":"), strict=True))
 TITLES = {"prior": "Stage C", "decoder": "Stage B"}
 NUMBERS = {"prior": "error", "decoder": "psnr"}
 SHOWN = {"thing": "{}: right things in %", "error": "{}: error of the features in %", "psnr": "{}: PSNR in dB"}
 
-TEXT = """# Fewer steps
-
-How few steps the shipped model needs. This page is written by `python -m tools.demo.steps`, which
-measures for half an hour of one core, and goes on where it was stopped.
-
-**Measured for the shipped demo (`{model}`) alone.** We never ran the released weights: theirs are the published
-schedules, *original* with 30 steps and 12 of Stage B.
-
-## The schedule `fast`
-
-{prior} steps of Stage C by DDIM at the times (1 - i/{prior})², so that they shrink towards the picture, and {decoder}
-equal steps of Stage B by DDPM: `--schedule fast`, `generate(..., schedule="fast")`, and the choice *fast* in *Würstchen
-Prior Sample* (with {decoder} steps in *Würstchen Decoder Sample*) and in *Würstchen Scheduler* (with *ddim* in
-*Würstchen Sampler*). {held} held-out prompts (every {whole_every}rd pair of thing and background), and
-their pictures after 42.67x compression:
-
-{whole}
-
-![Right things, and how near they are to the drawings, by steps](steps.png)
-
-## How it was measured
-
-{count} held-out prompts (every {every}th pair of thing and background), 256x256 pixels, a guidance of 3, the same
-noise for all. A picture is right if the judge, which looks at pixels and is no trained network, sees the thing that was
-asked for; if all {count} are, the 95 % interval begins at {low:.0f} %. Right things soon cannot tell schedules apart,
-so that other numbers stand beside them: at Stage C the squared error of the features, as a share of the variance of the
-drawings' own (its pictures are painted by {preview} steps of Stage B); at Stage B, which paints what 30 steps of
-Stage C decided, the PSNR against the drawing.
-
-**Bold**: as good as {reference_prior}, or as
-{reference_decoder}: right things and backgrounds within the 95 % intervals, at Stage C no
-larger error, at Stage B a PSNR at most {loss} dB lower and as much detail (the mean size of the Laplacian) within
-{change:.0%}. PSNR rewards what is smooth, and falls with more steps: it is the detail that a step too few costs. On
-sheets, one step of Stage B shows a woven texture. `fast` takes two steps of Stage B more than the fewest in bold. Its
-DDIM leaves Stage C's features farther from the drawings' than DDPM does, in any number of steps, and what it paints is
-right as often or more often. Not measured with it: pictures to start from, masks, and v1, of which it changes Stage C
-alone.
-
-What few steps get wrong now and then shows in more seeds of hard prompts. Of {hard_count} pictures of
-{hard} were wrong (0 means fewer than 9 %,
-with 95 % confidence):
-
-{hard_trials}
-
-*original* is that schedule's shape, two thirds of the steps down to t = 2/3, in any number of steps; *log-SNR* has
-equal steps of the logarithm of signal to noise; *squared* are equal steps, squared.
-"""
-
 
 def as_good(row: Row, reference: Row, count: int) -> bool:
-    """Whether a trial of `count` pictures is no worse than its stage's reference, in all that was measured."""
+    """True if a trial of `count` images is no worse than its stage's reference in every measured respect."""
     for name in ("thing", "background"):
         most, least = (wilson_interval(one[name], count) for one in (row, reference))
         if most[1] < least[0]:
@@ -91,19 +44,19 @@ def as_good(row: Row, reference: Row, count: int) -> bool:
 
 
 def key(row: Row) -> Trial:
-    """The trial that a row was measured of."""
+    """Returns the trial of a row."""
     return row["stage"], row["sampler"], row["schedule"], row["steps"]
 
 
 def by_trial(results: Mapping[str, Any]) -> dict[Trial, Row]:
-    """Trials by stage, sampler, schedule and steps."""
+    """Returns the rows by trial."""
     return {key(row): row for row in results["rows"]}
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The page."""
+    """Returns docs/steps.md."""
     whole = next(iter(results["whole"].values()))
-    text = TEXT.format(
+    text = TEMPLATE.read_text("utf-8").format(
         model=results["model"],
         prior=FAST.steps,
         decoder=FAST.decoder_steps,
@@ -114,8 +67,8 @@ def page(results: Mapping[str, Any]) -> str:
         every=EVERY,
         low=100 * wilson_interval(results["count"], results["count"])[0],
         preview=PREVIEW,
-        reference_prior=_called("prior"),
-        reference_decoder=_called("decoder"),
+        reference_prior=_describe(REFERENCE["prior"]),
+        reference_decoder=_describe(REFERENCE["decoder"]),
         loss=PSNR_LOSS,
         change=DETAIL_CHANGE,
         hard=" and ".join(f'"{prompt}"' for prompt in HARD),
@@ -125,9 +78,9 @@ def page(results: Mapping[str, Any]) -> str:
     return text + "".join(_stage(results, stage) for stage in COUNTS)
 
 
-def _called(stage: str) -> str:
-    _, sampler, schedule, steps = REFERENCE[stage]
-    return f"{steps} steps of {SAMPLERS[sampler]} along *{schedule}* at {TITLES[stage]}"
+def _describe(trial: Trial) -> str:
+    stage, sampler, schedule, steps = trial
+    return f"{steps} {SAMPLERS[sampler]} steps of *{schedule}* in {TITLES[stage]}"
 
 
 def _hard(rows: Sequence[Row]) -> str:
@@ -139,10 +92,13 @@ def _hard(rows: Sequence[Row]) -> str:
 
 
 def _whole(measured: Mapping[str, Any]) -> str:
-    lines = ["| Steps | right thing | right background | right thing, compressed | PSNR |", "|---|---|---|---|---|"]
+    lines = [
+        "| Steps | right thing | right background | right thing after compression | PSNR |",
+        "|---|---|---|---|---|",
+    ]
     for name, found in measured.items():
-        shares = [found[key] for key in ("thing", "background", "compressed")]
-        cells = ["{percent} % ({interval[0]} to {interval[1]})".format(**share) for share in shares]
+        rates = [found[key] for key in ("thing", "background", "compressed")]
+        cells = ["{percent} % ({interval[0]} to {interval[1]})".format(**rate) for rate in rates]
         lines.append(f"| {' | '.join([name, *cells])} | {found['psnr']['mean']} dB |")
     return "\n".join(lines)
 
@@ -168,7 +124,7 @@ def _stage(results: Mapping[str, Any], stage: str) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Right things, and how near the features or pictures are to the drawings', by steps, as a PNG."""
+    """Plots right things, and the distance from the drawings, over the steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The trials of steps.py: samplers, schedules and numbers of steps, and what the shipped model makes of them."""
+"""The trials of the step study: samplers, schedules and numbers of steps, measured on the shipped model."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from wuerstchen_core.inference.stages import in_fp32
 from wuerstchen_core.models.image_encoder import semantic_view
 from wuerstchen_core.models.prior import KVCache, features_from_latents
 
-from .evaluate import held_out_scenes, judge_pictures
+from .evaluate import held_out_scenes, judge_images
 from .judge import Judge, psnr
 
 FAST = SCHEDULES["fast"]
 Trial = tuple[str, str, str, int]  # stage, sampler, schedule, steps
 
 RESULTS = Path(__file__).with_name("steps.json")
-SEED, EVERY = 1, 18  # of the noise; of the held-out pairs only every so many
+SEED, EVERY = 1, 18  # of the noise; every 18th held-out pair
 COUNTS = {"prior": (2, 4, 6, 8, 12, 30), "decoder": (1, 2, 4, 8, 12)}
 REFERENCE: dict[str, Trial] = {
     "prior": ("prior", "ddpm", "original", 30),
     "decoder": ("decoder", "ddpm", "linear", 12),
 }
-HARD = "a small umbrella on a red background", "a small teddy bear on a red background"  # few steps get them wrong
-HARD_SEEDS = 20  # of each
+HARD = "a small umbrella on a red background", "a small teddy bear on a red background"  # often wrong with few steps
+HARD_SEEDS = 20  # images of each
 HARD_TRIALS: list[Trial] = [
     REFERENCE["prior"],
     *(("prior", "ddpm", "squared", steps) for steps in (6, 8, 12)),
     *(("prior", "ddim", "squared", steps) for steps in (5, FAST.steps)),
 ]
-PREVIEW = 2  # steps of Stage B under a Stage C that is measured
-WHOLE_EVERY = 3  # of the held-out pairs, for what is painted from beginning to end
+PREVIEW = 2  # steps of Stage B when Stage C is measured
+WHOLE_EVERY = 3  # every third held-out pair, for whole images
 WHOLE: dict[str, dict[str, Any]] = {
     "original, 30 + 12": {"schedule": "original", "decoder_steps": 12},
     f"fast, {FAST.steps} + {FAST.decoder_steps}": {"schedule": "fast"},
@@ -62,7 +62,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 def log_snr_times(steps: int) -> Tensor:
-    """Equal steps of the logarithm of signal to noise, from end to end of the clamped schedule."""
+    """Returns equal steps of the log signal-to-noise ratio, over the whole clamped schedule."""
     first, last = torch.tensor([ALPHA_BAR_MIN, ALPHA_BAR_MAX], dtype=torch.float64).logit()
     signal = torch.linspace(float(first), float(last), steps + 1, dtype=torch.float64).sigmoid()
     start = math.cos(S / (1 + S) * math.pi / 2)
@@ -81,7 +81,7 @@ SHAPES: dict[str, Callable[[int], Tensor]] = {
 
 
 class Study:
-    """The shipped model, prompts, and what does not change from one trial to the next; picture i has seed SEED + i."""
+    """The shipped model, the prompts, and everything that all trials share; image i has seed SEED + i."""
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self.pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32")
@@ -96,7 +96,7 @@ class Study:
         self.features = self.prior(sampler, SHAPES[schedule](steps))
 
     def prior(self, sampler: str, times: Tensor) -> Tensor:
-        """Features [B, 16, 6, 6] that Stage C paints."""
+        """Samples Stage C; returns features [B, 16, 6, 6]."""
         assert self.pipe.prior is not None
         draw, scale = seeded_noise(SEED, len(self.scenes)), self.pipe.sampling.prior_guidance
         predict = guided(in_fp32(self.pipe.prior, KVCache(self.pipe.prior)), self.text[:1], (self.nothing,), scale)
@@ -104,7 +104,7 @@ class Study:
         return features_from_latents(x, self.pipe.prior.params)
 
     def decoder(self, sampler: str, times: Tensor, features: Tensor) -> list[Image.Image]:
-        """Pictures of features."""
+        """Samples Stage B from features and decodes."""
         assert self.pipe.decoder is not None and self.pipe.vqgan is not None
         draw, cond = seeded_noise(SEED, len(self.scenes)), (features, self.text[1])
         noise = draw(torch.empty(len(features), 4, 64, 64))
@@ -113,54 +113,54 @@ class Study:
         return self.pipe.decode(x * self.pipe.vqgan.params.scale_factor)
 
     def measure(self, stage: str, sampler: str, schedule: str, steps: int) -> dict[str, Any]:
-        """One trial."""
+        """Returns the results of one trial."""
         row: dict[str, Any] = {"stage": stage, "sampler": sampler, "schedule": schedule, "steps": steps}
         times = SHAPES[schedule](steps)
         if stage == "prior":
             features = self.prior(sampler, times)
             error = (features - self.true_features).square().mean() / self.true_features.var()
             row["error"] = round(float(error), 4)
-            pictures = self.decoder("ddpm", linear_times(PREVIEW), features)
+            images = self.decoder("ddpm", linear_times(PREVIEW), features)
         else:
-            pictures = self.decoder(sampler, times, self.features)
-        judged = judge_pictures(self.judge, self.scenes, pictures)
-        pairs = list(zip(map(np.asarray, pictures), self.truth, strict=True))
+            images = self.decoder(sampler, times, self.features)
+        judged = judge_images(self.judge, self.scenes, images)
+        pairs = list(zip(map(np.asarray, images), self.truth, strict=True))
         return row | {
-            "thing": sum(asked.thing == seen.thing for asked, seen in judged),
-            "background": sum(asked.colour == seen.colour for asked, seen in judged),
+            "thing": sum(scene.thing == seen.thing for scene, seen in judged),
+            "background": sum(scene.colour == seen.colour for scene, seen in judged),
             "psnr": round(float(np.mean([psnr(*pair) for pair in pairs])), 2),
-            "detail": round(float(np.mean([edges(a) / edges(b) for a, b in pairs])), 3),
+            "detail": round(float(np.mean([detail(a) / detail(b) for a, b in pairs])), 3),
         }
 
 
-def edges(picture: np.ndarray) -> float:
-    """How much neighbouring pixels [H, W, 3] differ: the mean size of the Laplacian of their mean colour."""
-    grey = picture.mean(axis=-1, dtype=np.float64)
+def detail(image: np.ndarray) -> float:
+    """Returns the mean absolute Laplacian of the grey values of pixels [H, W, 3]."""
+    grey = image.mean(axis=-1, dtype=np.float64)
     around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
     return float(np.abs(4 * grey[1:-1, 1:-1] - around).mean())
 
 
-def some_scenes() -> list[Scene]:
-    """What the trials paint."""
-    held = held_out_scenes(read_metadata("demo"))
-    return [scene for index, scene in enumerate(held) if index // len(SIZES) % EVERY == 0]
+def study_scenes() -> list[Scene]:
+    """Returns the held-out scenes of the trials."""
+    scenes = held_out_scenes(read_metadata("demo"))
+    return [scene for index, scene in enumerate(scenes) if index // len(SIZES) % EVERY == 0]
 
 
 def trials() -> Iterator[Trial]:
-    """All that are compared."""
+    """Yields every combination that is compared."""
     for stage, counts in COUNTS.items():
         yield from product([stage], SAMPLERS, SHAPES, counts)
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """What was measured of the shipped model so far."""
+    """Returns the results for the shipped weights; without rows if they are of other weights."""
     model = hashlib.sha256(demo_path().read_bytes()).hexdigest()[:12]
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if found.get("model") == model else {"model": model, "rows": [], "whole": {}}
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return results if results.get("model") == model else {"model": model, "rows": [], "whole": {}}
 
 
 def write_results(results: dict[str, Any], path: Path = RESULTS) -> None:
-    """One line a trial."""
+    """Writes the results with one line per trial."""
     rows = ",\n".join(map(json.dumps, results["rows"]))
     rest = json.dumps({**results, "rows": []}, indent=1)
     path.write_text(rest.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n", encoding="utf-8")

@@ -1,11 +1,10 @@
-"""What `precision` measures: the networks of the golden data, of the shipped models and of the released sizes."""
+"""The network calls that `precision` measures: golden data, shipped models, released sizes."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.demo.artwork import draw_all
 from wuerstchen_core.demo.vocabulary import caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
-from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import (
     EFFICIENTNET_V2_L,
     EFFICIENTNET_V2_S,
@@ -27,28 +25,28 @@ from wuerstchen_core.models.image_encoder import (
     ImageEncoderParams,
     semantic_view,
 )
-from wuerstchen_core.models.prior import Prior, PriorParams, latents_from_features
+from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.models.text_encoder import tokenize
-from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 
+from .. import ROOT
 from .evaluate import held_out_scenes
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @dataclass(frozen=True)
-class Case:
-    """A network and what it is called with, in fp32."""
+class NetworkCall:
+    """A network and its inputs in fp32."""
 
     name: str
     part: Part
     inputs: tuple[Tensor, ...]
-    call: Callable[..., Tensor] = lambda network, *inputs: network(*inputs)  # noqa: E731
-    kept: tuple[int, ...] = ()  # the inputs that stay in fp32
+    forward: Callable[..., Tensor] = lambda network, *inputs: network(*inputs)  # noqa: E731
+    fp32_inputs: tuple[int, ...] = ()  # indices of the inputs that are never cast
 
 
-def golden_cases() -> Iterator[Case]:
-    """The small networks of the golden data, whose weights are random and each of weight."""
+def golden_calls() -> Iterator[NetworkCall]:
+    """Yields the small networks of the golden data; in these random weights every layer affects the output."""
     names = {
         "prior": ("prior_small", ("x_24", "r_24", "c_24")),
         "decoder": ("diffnext_small", ("x", "r_tmix", "effnet", "clip")),
@@ -62,20 +60,21 @@ def golden_cases() -> Iterator[Case]:
             {key.removeprefix("weights/"): x for key, x in tensors.items() if key.startswith("weights/")}
         )
         params = COMPONENTS[name].infer_params(state, **({"nhead": heads[name]} if name in heads else {}))
-        given = tuple(tensors[f"in/{key}"] for key in inputs)
-        call = _decode if name == "vqgan" else Case.call
-        yield Case(name, Part(name, params, state), given, call, kept=(1, 2) if "decoder" in name else (1,))
+        values = tuple(tensors[f"in/{key}"] for key in inputs)
+        forward = _decode if name == "vqgan" else NetworkCall.forward
+        fp32_inputs = (1, 2) if "decoder" in name else (1,)
+        yield NetworkCall(name, Part(name, params, state), values, forward, fp32_inputs)
 
 
-def golden_image_encoders() -> Iterator[Case]:
-    """v2's image encoder and v1's, which are of the released size, with the golden data's weights."""
+def golden_image_encoders() -> Iterator[NetworkCall]:
+    """Yields v2's and v1's image encoders at the released sizes with the golden data's weights."""
     images = _golden("effnet_procedural")["in/x"]
     for name, stages in (("image_encoder", EFFICIENTNET_V2_S), ("image_encoder, v1", EFFICIENTNET_V2_L)):
         sizes = ImageEncoderParams(stages)
         with torch.device("meta"):
             shapes = ImageEncoder(sizes).state_dict()
         state = {key: hashed_weight(key, tuple(x.shape)) for key, x in shapes.items()}
-        yield Case(name, Part("image_encoder", sizes, state), (images,))
+        yield NetworkCall(name, Part("image_encoder", sizes, state), (images,))
 
 
 def _golden(file: str) -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ def _golden(file: str) -> dict[str, Tensor]:
 
 
 def hashed(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers in [-1, 1) that depend on the key and the position alone (the golden data's recipe)."""
+    """Returns numbers in [-1, 1) that depend only on the key and the index, as in the golden data."""
     x = np.arange(int(np.prod(shape)), dtype=np.uint32) + np.uint32(zlib.crc32(key.encode()))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
@@ -92,7 +91,7 @@ def hashed(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def hashed_weight(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The golden image encoder's weight of that key in our names, which are the original's."""
+    """Returns the golden image encoder's weight for a key of our state dict."""
     if key.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.long)
     u = hashed(key, shape)
@@ -109,13 +108,9 @@ def _decode(network: Any, latents: Tensor) -> Tensor:
     return network.decode(latents)
 
 
-def _read(network: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    return network(ids, mask)
-
-
 @torch.inference_mode()
-def shipped_cases(model: str) -> Iterator[Case]:
-    """The networks of "demo", or those that only "demo-v1" has, on held-out pictures and captions, half noised."""
+def shipped_calls(model: str) -> Iterator[NetworkCall]:
+    """Yields the networks of "demo", or those that only "demo-v1" has, with noised held-out images and captions."""
     pipe = WuerstchenPipeline.load(model, device="cpu", dtype="fp32")
     assert pipe.image_encoder is not None and pipe.vqgan is not None and pipe.prior is not None
     scenes = held_out_scenes(pipe.metadata)
@@ -132,32 +127,31 @@ def shipped_cases(model: str) -> Iterator[Case]:
         return (x + torch.randn(x.shape, generator=draw)) * 0.5**0.5
 
     latents = noised(latents_from_features(features, pipe.prior.params))
-    yield Case("prior", read_part(model, "prior"), (latents, time, text), kept=(1,))
+    yield NetworkCall("prior", read_part(model, "prior"), (latents, time, text), fp32_inputs=(1,))
     if pipe.token_decoder is not None:
         tokens = pipe.vqgan.quantize(codes).indices
         other = torch.randint(pipe.vqgan.params.codebook_size, tokens.shape, generator=draw)
         tokens = torch.where(torch.rand(tokens.shape, generator=draw) < 0.5, tokens, other)
-        yield Case("token_decoder", read_part(model, "token_decoder"), (tokens, time, features, text), kept=(1, 2))
+        yield NetworkCall(
+            "token_decoder", read_part(model, "token_decoder"), (tokens, time, features, text), fp32_inputs=(1, 2)
+        )
         return
     inputs = (noised(codes / pipe.vqgan.params.scale_factor), time, features, text)
-    yield Case("decoder", read_part(model, "decoder"), inputs, kept=(1, 2))
-    yield Case("vqgan", read_part(model, "vqgan"), (codes,), _decode)
-    yield Case("image_encoder", read_part(model, "image_encoder"), (semantic_view(images),))
+    yield NetworkCall("decoder", read_part(model, "decoder"), inputs, fp32_inputs=(1, 2))
+    yield NetworkCall("vqgan", read_part(model, "vqgan"), (codes,), _decode)
+    yield NetworkCall("image_encoder", read_part(model, "image_encoder"), (semantic_view(images),))
     tower = replace(read_part(model, "prior_text_encoder"), name="text_encoder")
-    yield Case("text_encoder", tower, tokenize(captions), _read, kept=(0, 1))
+    yield NetworkCall("text_encoder", tower, tokenize(captions))
 
 
 def released_size(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A network as large as the released one, its weights drawn as the original draws them, and inputs for 128x128.
+    """Returns a network of the released size, initialised as in the original code, and inputs for 128x128 pixels.
 
-    What starts from zero is drawn at 0.02 and the GRNs' gains are 1, so that every layer counts.
+    Weights that start at zero are drawn with a deviation of 0.02 and GRN gains are 1, so that every layer matters.
     """
     torch.manual_seed(0)
-    network: Any = {
-        "prior": lambda: Prior(PriorParams()),
-        "decoder": lambda: Decoder(DecoderParams()),
-        "token_decoder": lambda: TokenDecoder(TokenDecoderParams()),
-    }[kind]()
+    component = COMPONENTS[kind]
+    network: Any = component.network(component.params())
     network.init_weights()
     with torch.no_grad():
         for name, x in network.named_parameters():
