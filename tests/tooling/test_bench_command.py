@@ -101,7 +101,6 @@ def test_training_steps(small: None, folder: Path, capsys: pytest.CaptureFixture
         ("--repeat 0", "--repeat 0"),
         ("--steps 30", "'30'"),
         ("--device cuda:7", "cuda:7"),
-        ("--json nowhere/b.json", "nowhere"),
         ("--comfyui .", "main.py"),
         ("--stages train --compile", "--compile"),
         ("--stages train --dtypes fp16", "fp16"),
