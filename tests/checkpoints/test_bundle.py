@@ -1,4 +1,4 @@
-"""A bundle gives back what was put into it, whole or not at all."""
+"""Tests bundles: what is saved loads back exactly, and a failed save leaves the old file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = [(name, "text_encoder" if name.endswith("text_encoder") else name) for n
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, nn.Module]:
-    """All parts; both stages read through one tower."""
+    """All parts; both stages share one text tower."""
     built = {kind: NETWORKS[kind].perturbed() for kind in NETWORKS}
     return {name: built[kind] for name, kind in KINDS}
 
@@ -34,7 +34,7 @@ def saved(networks: dict[str, nn.Module], tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, metadata: dict[str, str] | None) -> None:
-    """The same tensors under other metadata."""
+    """Replaces the metadata of a file and keeps its tensors."""
     tensors = {key: x.clone() for key, x in load_file(path).items()}
     save_file(tensors, path, metadata=metadata)
 
@@ -43,15 +43,17 @@ def rewrite(path: Path, metadata: dict[str, str] | None) -> None:
 def test_round_trip_is_exact(networks: dict[str, nn.Module], saved: Path, name: str) -> None:
     part = read_part(saved, name)
     assert part.params == networks[name].params
-    loaded, given = build_part(part).state_dict(), networks[name].state_dict()
-    assert loaded.keys() == given.keys()
-    assert all(x.dtype == given[key].dtype and x.equal(given[key]) for key, x in loaded.items())
+    loaded, original = build_part(part).state_dict(), networks[name].state_dict()
+    assert loaded.keys() == original.keys()
+    assert all(x.dtype == original[key].dtype and x.equal(original[key]) for key, x in loaded.items())
 
 
-def test_round_trip_of_what_was_read(saved: Path, tmp_path: Path) -> None:
+def test_a_part_that_was_read_round_trips(saved: Path, tmp_path: Path) -> None:
     save_bundle(tmp_path / "copy", {name: read_part(saved, name) for name in PARTS}, read_metadata(saved))
     assert (tmp_path / "copy").read_bytes() == saved.read_bytes()
-    save_bundle(saved, {name: read_part(saved, name) for name in PARTS}, read_metadata(saved))  # onto the file mapped
+    save_bundle(
+        saved, {name: read_part(saved, name) for name in PARTS}, read_metadata(saved)
+    )  # replaces the memory-mapped file
     assert (tmp_path / "copy").read_bytes() == saved.read_bytes()
 
 
@@ -70,14 +72,14 @@ def test_equal_towers_are_stored_once(networks: dict[str, nn.Module], saved: Pat
 def test_metadata(networks: dict[str, nn.Module], saved: Path) -> None:
     metadata = read_metadata(saved)
     assert metadata["format"] == 1
-    assert "version" not in metadata  # it holds the decoders of both
+    assert "version" not in metadata  # it holds the decoders of both releases
     assert metadata["licence"] == "MIT"
     assert metadata["vocabulary"] == {"words": ["Würstchen"]}
     assert set(metadata["parts"]) == set(NETWORKS)
     assert metadata["parts"]["prior"]["c"] == networks["prior"].params.c
-    for name, told in (("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", None)):
+    for name, version in (("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", None)):
         save_bundle(saved, {name: networks[name]}, {})
-        assert read_metadata(saved).get("version") == told
+        assert read_metadata(saved).get("version") == version
 
 
 def test_bf16_halves_the_file_and_rounds_once(networks: dict[str, nn.Module], saved: Path, tmp_path: Path) -> None:
@@ -89,12 +91,12 @@ def test_bf16_halves_the_file_and_rounds_once(networks: dict[str, nn.Module], sa
         assert state[key].equal(x.bfloat16().to(x.dtype) if x.is_floating_point() else x)
 
 
-def test_others_may_read_a_bundle_as_any_file(saved: Path) -> None:
+def test_a_bundle_has_the_permissions_of_any_file(saved: Path) -> None:
     (saved.parent / "other").touch()
     assert saved.stat().st_mode == (saved.parent / "other").stat().st_mode
 
 
-def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_fp8_is_for_storage_only(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     key = "token_embedding.weight"
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
     save_bundle(tmp_path / "small", networks, {}, dtype=lambda part, name, x: fp8 if name == key else bf16)
@@ -108,7 +110,7 @@ def test_fp8_is_for_storage_alone(networks: dict[str, nn.Module], tmp_path: Path
     assert tower(torch.tensor([[1, 2]]), torch.ones(1, 2)).isfinite().all()
 
 
-def test_some_parts_alone(networks: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_bundle_of_some_parts(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     save_bundle(tmp_path / "prior.safetensors", {"prior": networks["prior"]}, {})
     assert load_prior(tmp_path / "prior.safetensors").params == networks["prior"].params
     with pytest.raises(ValueError, match=r"prior\.safetensors.*vqgan"):
@@ -125,7 +127,7 @@ def test_bundle_without_metadata_loads_by_its_tensors(networks: dict[str, nn.Mod
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fact"),
     [
         ({"format": 2}, "format 2"),
         ({"parts": []}, "damaged"),
@@ -135,13 +137,13 @@ def test_bundle_without_metadata_loads_by_its_tensors(networks: dict[str, nn.Mod
         ({"parts": {"prior": {"c": 128, "nhead": 2}}}, "prior.*wrong shape"),
     ],
 )
-def test_metadata_that_does_not_fit_is_refused(saved: Path, change: dict[str, Any], said: str) -> None:
+def test_invalid_metadata_is_rejected(saved: Path, change: dict[str, Any], fact: str) -> None:
     rewrite(saved, {"wuerstchen": json.dumps(read_metadata(saved) | change)})
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=fact):
         load_prior(saved)
 
 
-def test_damaged_metadata_is_refused(saved: Path) -> None:
+def test_damaged_metadata_is_rejected(saved: Path) -> None:
     rewrite(saved, {"wuerstchen": "{"})
     with pytest.raises(ValueError, match="damaged"):
         read_metadata(saved)
@@ -163,7 +165,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_what_can_not_be_saved_is_refused(tmp_path: Path) -> None:
+def test_invalid_parts_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         save_bundle(tmp_path / "x", {}, {})
     with pytest.raises(ValueError, match="unet"):

@@ -1,4 +1,4 @@
-"""`convert`: any layout into a bundle or single files, exact where the dtype is kept."""
+"""Tests `convert`: any layout becomes a bundle or single files, exactly if the dtype is kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_round_trip_through_single_files_is_exact(bundle: Path, tmp_path: Path) 
     assert (tmp_path / "again.safetensors").read_bytes() == bundle.read_bytes()
     for name in V2:
         file = tmp_path / "single" / f"{'text_encoder' if 'text' in name else name}.safetensors"
-        assert read_part(file, name).params == read_part(bundle, name).params  # sizes that no tensor shows, too
+        assert read_part(file, name).params == read_part(bundle, name).params  # including params that no tensor shows
         assert_equal(read_part(file, name).state_dict, read_part(bundle, name).state_dict)
         assert read_metadata(file)["vocabulary"] == METADATA["vocabulary"]
 
@@ -60,50 +60,52 @@ def test_a_folder_of_single_files_is_a_model(bundle: Path, tmp_path: Path) -> No
     assert one.generate("a red apple")[0].tobytes() == other.generate("a red apple")[0].tobytes()
 
 
-def retell(file: Path, **said: Any) -> None:
-    """Let a file's metadata say something else; None takes it away."""
-    metadata = {key: value for key, value in (read_metadata(file) | said).items() if value is not None}
+def change_metadata(file: Path, **changes: Any) -> None:
+    """Changes values in a file's metadata; None removes one."""
+    metadata = {key: value for key, value in (read_metadata(file) | changes).items() if value is not None}
     tensors = {key: x.clone() for key, x in load_file(file).items()}
     save_file(tensors, file, metadata={"wuerstchen": json.dumps(metadata)})
 
 
-@pytest.mark.parametrize("given", ["folder", "files"])
-def test_single_files_say_together_what_the_model_is(bundle: Path, tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("sources", ["folder", "files"])
+def test_metadata_of_single_files_are_merged(bundle: Path, tmp_path: Path, sources: str) -> None:
     files = convert([bundle], tmp_path)
     prior, decoder, vqgan, *_ = files
-    retell(prior, vocabulary=None, sampling=None)
-    retell(decoder, sampling={"decoder_steps": 7}, licence="CC0")
-    retell(vqgan, licence=None, sampling={"decoder_steps": 9})
+    change_metadata(prior, vocabulary=None, sampling=None)
+    change_metadata(decoder, sampling={"decoder_steps": 7}, licence="CC0")
+    change_metadata(vqgan, licence=None, sampling={"decoder_steps": 9})
 
-    def said() -> dict[str, Any]:
-        source = tmp_path if given == "folder" else convert(files, tmp_path / "made" / "x.safetensors", force=True)[0]
+    def merged() -> dict[str, Any]:
+        source = (
+            tmp_path if sources == "folder" else convert(files, tmp_path / "output" / "x.safetensors", force=True)[0]
+        )
         return open_source(source).metadata
 
     parts = {file.stem: read_metadata(file)["parts"][file.stem] for file in files}
-    told = {"sampling": {"decoder_steps": 7}, "licence": "MIT / CC0", "vocabulary": METADATA["vocabulary"]}
-    assert said() == {"format": 1, "version": "v2", "parts": parts, **told}
-    retell(decoder, version="v1")
+    expected = {"sampling": {"decoder_steps": 7}, "licence": "MIT / CC0", "vocabulary": METADATA["vocabulary"]}
+    assert merged() == {"format": 1, "version": "v2", "parts": parts, **expected}
+    change_metadata(decoder, version="v1")
     with pytest.raises(ValueError, match=r"prior\.safetensors.*v2.*decoder\.safetensors.*v1"):
-        said()
+        merged()
 
 
-def test_single_files_have_the_bare_keys_that_other_programs_know(bundle: Path, tmp_path: Path) -> None:
+def test_single_files_have_bare_keys(bundle: Path, tmp_path: Path) -> None:
     convert([bundle], tmp_path)
     assert "vquantizer.codebook.weight" in load_file(tmp_path / "vqgan.safetensors")
     assert "transformer.resblocks.0.attn.in_proj_weight" in load_file(tmp_path / "text_encoder.safetensors")
 
 
-def test_original_files_become_a_model_that_paints_the_same(bundle: Path, tmp_path: Path) -> None:
+def test_original_files_become_a_model_with_equal_images(bundle: Path, tmp_path: Path) -> None:
     parts = states(bundle)
     torch.save({"ema_state_dict": original(parts["prior"])}, tmp_path / "c.pt")
     torch.save({"state_dict": original(parts["decoder"]), "iter": 5}, tmp_path / "b.pt")
     save_file(parts["vqgan"], tmp_path / "a.safetensors")
     tower = next(file for file in convert([bundle], tmp_path / "single") if file.stem == "text_encoder")
     files = [tmp_path / "b.pt", tower, tmp_path / "c.pt", tmp_path / "a.safetensors"]
-    [made] = convert(files, tmp_path / "model.safetensors")
-    assert describe(made).missing == ("image_encoder",)
+    [output] = convert(files, tmp_path / "model.safetensors")
+    assert describe(output).missing == ("image_encoder",)
     one, other = (
-        WuerstchenPipeline.load(file, device="cpu").generate("a red apple", seed=3) for file in (bundle, made)
+        WuerstchenPipeline.load(file, device="cpu").generate("a red apple", seed=3) for file in (bundle, output)
     )
     assert one[0].tobytes() == other[0].tobytes()
 
@@ -114,22 +116,22 @@ def towers(width: int) -> dict[str, Tensor]:
     return TextEncoder(TextEncoderParams(width=width, heads=width // 64, layers=1, vocab_size=9)).state_dict()
 
 
-def test_towers_go_to_the_stage_that_reads_their_width(tmp_path: Path) -> None:
+def test_text_towers_are_assigned_by_width(tmp_path: Path) -> None:
     save_file(Prior(replace(PRIOR, c_cond=128)).state_dict(), tmp_path / "prior.safetensors")
     for width in (64, 128, 192):
         save_file(towers(width), tmp_path / f"{width}.safetensors")
-    given = [tmp_path / "64.safetensors", tmp_path / "prior.safetensors", tmp_path / "128.safetensors"]
+    sources = [tmp_path / "64.safetensors", tmp_path / "prior.safetensors", tmp_path / "128.safetensors"]
     with pytest.raises(ValueError, match=r"64\.safetensors.*64"):
-        convert([given[1], tmp_path / "128.safetensors", tmp_path / "64.safetensors"], tmp_path / "x.safetensors")
+        convert([sources[1], tmp_path / "128.safetensors", tmp_path / "64.safetensors"], tmp_path / "x.safetensors")
     save_file(NETWORKS["decoder"].build().state_dict(), tmp_path / "decoder.safetensors")
-    [made] = convert(given[1:], tmp_path / "prior_and_tower.safetensors")
-    assert read_part(made, "prior_text_encoder").params.width == 128
-    with pytest.raises(ValueError, match=r"prior\.safetensors.*made\.safetensors"):
-        made = made.rename(tmp_path / "made.safetensors")
-        convert([given[1], made], tmp_path / "x.safetensors")
+    [output] = convert(sources[1:], tmp_path / "prior_and_tower.safetensors")
+    assert read_part(output, "prior_text_encoder").params.width == 128
+    with pytest.raises(ValueError, match=r"prior\.safetensors.*output\.safetensors"):
+        output = output.rename(tmp_path / "output.safetensors")
+        convert([sources[1], output], tmp_path / "x.safetensors")
 
 
-def test_parts_of_two_releases_are_not_mixed(tmp_path: Path) -> None:
+def test_parts_of_two_releases_are_rejected(tmp_path: Path) -> None:
     for name in ("token_decoder", "decoder"):
         save_file(NETWORKS[name].build().state_dict(), tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match="token_decoder.*v1.*decoder.*v2"):
@@ -139,19 +141,21 @@ def test_parts_of_two_releases_are_not_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("beside", "version", "scale"), [("token_decoder", "auto", 1), (None, "v1", 1), (None, "v2", 42)]
 )
-def test_the_release_of_an_open_prior_is_kept(tmp_path: Path, beside: str | None, version: str, scale: float) -> None:
+def test_the_release_of_an_ambiguous_prior_is_stored(
+    tmp_path: Path, beside: str | None, version: str, scale: float
+) -> None:
     save_file(Prior(PriorParams(c=64, c_cond=1024, depth=1, nhead=1)).state_dict(), tmp_path / "prior.safetensors")
     sources = [tmp_path / "prior.safetensors"]
     if beside:
         save_file(NETWORKS[beside].build().state_dict(), tmp_path / "other.safetensors")
         sources.append(tmp_path / "other.safetensors")
-    [made] = convert(sources, tmp_path / "made.safetensors", version=version)
-    assert read_part(made, "prior").params.feature_scale == scale
-    assert read_metadata(made)["version"] == ("v1" if scale == V1["feature_scale"] else "v2")
+    [output] = convert(sources, tmp_path / "output.safetensors", version=version)
+    assert read_part(output, "prior").params.feature_scale == scale
+    assert read_metadata(output)["version"] == ("v1" if scale == V1["feature_scale"] else "v2")
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "fact"),
     [
         ("payload", "Python objects"),
         ("cut", "damaged"),
@@ -162,12 +166,12 @@ def test_the_release_of_an_open_prior_is_kept(tmp_path: Path, beside: str | None
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_what_is_no_part_of_a_model_is_named_in_one_line(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str, command: str
+def test_files_that_are_no_part_of_a_model_are_rejected_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, fact: str, command: str
 ) -> None:
-    file = tmp_path / "given.safetensors"
+    file = tmp_path / "input.safetensors"
     if kind == "payload":
-        torch.save({"state_dict": {"x": torch.zeros(1)}, "extra": Payload(tmp_path / "made")}, file)
+        torch.save({"state_dict": {"x": torch.zeros(1)}, "extra": Payload(tmp_path / "output")}, file)
     elif kind == "cut":
         file.write_bytes(bundle.read_bytes()[:-1000])
     elif kind == "text":
@@ -177,11 +181,11 @@ def test_what_is_no_part_of_a_model_is_named_in_one_line(
     else:
         key = {"cascade": "clip_txt_mapper.weight", "sd": "model.diffusion_model.input_blocks.0.0.weight"}[kind]
         save_file({key: torch.zeros(1)}, file)
-    given = [str(bundle), str(file), str(tmp_path / "x.safetensors")] if command == "convert" else [str(file)]
-    assert main([command, *given]) == 2
+    sources = [str(bundle), str(file), str(tmp_path / "x.safetensors")] if command == "convert" else [str(file)]
+    assert main([command, *sources]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and said in err and len(err) < 300 + len(str(file))
-    assert list(tmp_path.iterdir()) == [file]  # no target, and nothing that the pickle would have made
+    assert out == "" and err.count("\n") == 1 and fact in err and len(err) < 300 + len(str(file))
+    assert list(tmp_path.iterdir()) == [file]  # neither a target nor the folder that the pickle would create
 
 
 # dtypes
@@ -189,19 +193,19 @@ def test_what_is_no_part_of_a_model_is_named_in_one_line(
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_one_rounding(bundle: Path, tmp_path: Path, dtype: str) -> None:
-    [made] = convert([bundle], tmp_path / "half.safetensors", dtype=dtype)
+    [output] = convert([bundle], tmp_path / "half.safetensors", dtype=dtype)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     for name, state in states(bundle).items():
         rounded = {key: x.to(half) if x.is_floating_point() else x for key, x in state.items()}
-        assert_equal(read_part(made, name).state_dict, rounded)
-    assert {part.dtype for part in describe(made).parts} == {dtype}
+        assert_equal(read_part(output, name).state_dict, rounded)
+    assert {part.dtype for part in describe(output).parts} == {dtype}
 
 
 def test_fp8_is_scaled_and_only_for_large_tensors(bundle: Path, tmp_path: Path) -> None:
-    [made] = convert([bundle], tmp_path / "small.safetensors", dtype="fp8")
-    stored = load_file(made)
+    [output] = convert([bundle], tmp_path / "small.safetensors", dtype="fp8")
+    stored = load_file(output)
     for name, state in states(bundle).items():
-        found = read_part(made, name).state_dict
+        found = read_part(output, name).state_dict
         prefix = "text_encoder" if "text" in name else name
         assert found.keys() == state.keys()
         for key, x in state.items():
@@ -212,12 +216,12 @@ def test_fp8_is_scaled_and_only_for_large_tensors(bundle: Path, tmp_path: Path) 
                 continue
             assert scale.dtype == torch.float32 and scale.log2().frac() == 0
             assert 232 < x.abs().max() / scale <= 464, key
-            # Half of the last of e4m3's three binary places, or of its smallest number (2^-9).
+            # Half of e4m3's last mantissa bit, or of its smallest number (2^-9).
             error = (found[key].float() - x).abs()
             assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all(), key
     assert not any(key.endswith("codebook.scale_weight") for key in stored)
-    assert {part.dtype for part in describe(made).parts} == {"bf16 and fp8 (scaled)"}
-    pipe = WuerstchenPipeline.load(made, device="cpu")
+    assert {part.dtype for part in describe(output).parts} == {"bf16 and fp8 (scaled)"}
+    pipe = WuerstchenPipeline.load(output, device="cpu")
     assert pipe.generate("a red apple", seed=1)[0].size == (128, 64)
 
 
@@ -234,39 +238,39 @@ def test_fp8_is_kept_and_exact_on_the_way_back(bundle: Path, tmp_path: Path) -> 
         assert_equal(read_part(wide, name).state_dict, read_part(small, name).state_dict)
 
 
-def test_the_shipped_model_keeps_its_numbers(tmp_path: Path) -> None:
-    """All of its token table is written, of which the bundle has only the rows that were trained."""
-    [made] = convert([demo_path()], tmp_path / "copy.safetensors")
+def test_the_shipped_model_keeps_its_weights(tmp_path: Path) -> None:
+    """The bundle stores only the trained rows of its token embedding; the copy has all of them."""
+    [output] = convert([demo_path()], tmp_path / "copy.safetensors")
     for name in V2:
-        assert_equal(read_part(made, name).state_dict, read_part(demo_path(), name).state_dict)
+        assert_equal(read_part(output, name).state_dict, read_part(demo_path(), name).state_dict)
     table = read_part(demo_path(), "prior_text_encoder").state_dict["token_embedding.weight"]
-    assert made.stat().st_size < demo_path().stat().st_size + table.numel() * 2 + 1000  # in bf16
+    assert output.stat().st_size < demo_path().stat().st_size + table.numel() * 2 + 1000  # in bf16
 
 
 def test_dtype_by_part(bundle: Path, tmp_path: Path) -> None:
-    [made] = convert([bundle], tmp_path / "x.safetensors", dtype="bf16,vqgan=fp32, text_encoder=fp16")
-    found = {part.name: part.dtype for part in describe(made).parts}
+    [output] = convert([bundle], tmp_path / "x.safetensors", dtype="bf16,vqgan=fp32, text_encoder=fp16")
+    found = {part.name: part.dtype for part in describe(output).parts}
     assert found == {
         "prior": "bf16", "decoder": "bf16", "vqgan": "fp32", "image_encoder": "bf16", "text_encoder": "fp16",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("dtype", "said"),
+    ("dtype", "fact"),
     [
         ("int4", "int4"),
         ("unet=bf16", "unet"),
         ("", "dtype ''"),
     ],
 )
-def test_unknown_dtypes_and_parts_are_named(bundle: Path, tmp_path: Path, dtype: str, said: str) -> None:
-    with pytest.raises(ValueError) as refusal:
+def test_unknown_dtypes_and_parts_are_named(bundle: Path, tmp_path: Path, dtype: str, fact: str) -> None:
+    with pytest.raises(ValueError) as raised:
         convert([bundle], tmp_path / "x.safetensors", dtype=dtype)
-    assert said in str(refusal.value) and not list(tmp_path.iterdir())
+    assert fact in str(raised.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("fp16", 7e4), ("fp8", float("nan"))])
-def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
+def test_numbers_outside_the_range_are_rejected(tmp_path: Path, dtype: str, value: float) -> None:
     state = NETWORKS["prior"].perturbed().state_dict()
     state["blocks.0.channelwise.0.weight"][3, 3] = value
     save_file(state, tmp_path / "prior.safetensors")

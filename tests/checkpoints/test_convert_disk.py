@@ -1,4 +1,4 @@
-"""`convert` writes a file whole or not at all, in little memory."""
+"""Tests that `convert` writes a complete file or none, and needs little memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from wuerstchen_core.models.prior import Prior, PriorParams
 ROOT = Path(__file__).parents[2]
 
 
-def test_nothing_is_written_over_without_force(bundle: Path, tmp_path: Path) -> None:
+def test_files_are_not_overwritten_without_force(bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine.safetensors"
     target.write_bytes(b"mine")
     (tmp_path / "vqgan.safetensors").write_bytes(b"mine")
@@ -35,11 +35,11 @@ def test_nothing_is_written_over_without_force(bundle: Path, tmp_path: Path) -> 
     assert target.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
     convert([bundle], target, force=True)
     assert target.read_bytes() == bundle.read_bytes()
-    convert([target], target, force=True, dtype="bf16")  # onto the file that is being read
+    convert([target], target, force=True, dtype="bf16")  # replaces the file that is being read
     assert describe(target).parts[0].dtype == "bf16"
 
 
-def test_targets_that_are_no_target(bundle: Path, tmp_path: Path) -> None:
+def test_invalid_targets_are_rejected(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"folder\.safetensors"):
         convert([bundle], tmp_path / "folder.safetensors")
@@ -50,29 +50,29 @@ def test_targets_that_are_no_target(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "said"),
+    ("place", "error", "fact"),
     [
         ("replace", PermissionError(errno.EACCES, "locked"), "read-only or in use"),
         ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error"),
     ],
 )
-def test_what_the_system_refuses_is_one_sentence_and_leaves_nothing(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: OSError, said: str
+def test_a_failed_write_is_one_sentence_and_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: OSError, fact: str
 ) -> None:
     def refuse(*arguments: Any) -> None:
         raise error
 
     (tmp_path / "x.safetensors").write_bytes(b"old")
     monkeypatch.setattr(os, place, refuse)
-    with pytest.raises(OSError, match=r"x\.safetensors") as refusal:
+    with pytest.raises(OSError, match=r"x\.safetensors") as raised:
         convert([bundle], tmp_path / "x.safetensors", force=True)
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert fact in str(raised.value) and "\n" not in str(raised.value)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: what a full disk looks like, without one."""
+    """Limits files to `size` bytes, which fails like a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -82,7 +82,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_on_the_disk(bundle: Path, tmp_path: Path) -> None:
+def test_a_full_disk(bundle: Path, tmp_path: Path) -> None:
     with largest_file(100_000), pytest.raises(OSError, match=r"x\.safetensors.*disk is full"):
         convert([bundle], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -106,7 +106,7 @@ def test_a_disk_that_stores_other_bytes_is_detected(
     assert not list(tmp_path.iterdir())
 
 
-def test_stopped_half_way_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
     def stop(path: Path, done: int, total: int) -> None:
         assert path == tmp_path / "x.safetensors" and any(tmp_path.iterdir())
         if done > total / 2:
@@ -122,29 +122,29 @@ import sys
 from pathlib import Path
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints import save_bundle
-def held():
+def anonymous_memory():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 small, source, target, dtype = sys.argv[1:]
 convert([small], Path(target).with_name("warm.safetensors"), dtype=dtype)  # imports, allocators, threads
-before, peak = held(), 0.0
+before, peak = anonymous_memory(), 0.0
 def watch(path, done, total):
     global peak
-    peak = max(peak, held() - before)
+    peak = max(peak, anonymous_memory() - before)
 convert([source], target, dtype=dtype, progress=watch)
 print(peak)
 """
 
 
-tells_memory = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="this system does not tell how much memory a process holds"
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="this system has no /proc to read memory from"
 )
 
 
-@tells_memory
+@needs_proc
 @pytest.mark.parametrize(("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors")])
 def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
-    """A prior of 136 MB in fp32 is converted within a tenth of the file that is written."""
+    """Converting a prior of 136 MB in fp32 needs little memory."""
     state = Prior(PriorParams(c=512, nhead=8, depth=10)).state_dict()
     source = tmp_path / f"prior.{ending}"
     if ending == "pt":
@@ -158,23 +158,23 @@ def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
 
 @pytest.fixture(scope="module")
 def towers_of_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text tower of 151 MB in transformers' layout, and in fp8: whose tensors are made out of those in the files."""
+    """The same for a text tower of 151 MB, whose tensors are packed (transformers) or dequantized (fp8)."""
     folder = tmp_path_factory.mktemp("towers")
     save_file(clip_of_transformers(256, 48, vocab_size=2000), folder / "fp32.safetensors")
     convert([folder / "fp32.safetensors"], folder / "fp8.safetensors", dtype="fp8")
     return folder
 
 
-@tells_memory
-@pytest.mark.parametrize(("given", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
-def test_memory_of_what_is_joined_or_widened(
-    bundle: Path, towers_of_others: Path, tmp_path: Path, given: str, dtype: str
+@needs_proc
+@pytest.mark.parametrize(("sources", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
+def test_memory_of_packing_and_dequantizing(
+    bundle: Path, towers_of_others: Path, tmp_path: Path, sources: str, dtype: str
 ) -> None:
-    assert_small(bundle, towers_of_others / f"{given}.safetensors", tmp_path / "out.safetensors", dtype)
+    assert_small(bundle, towers_of_others / f"{sources}.safetensors", tmp_path / "out.safetensors", dtype)
 
 
 def assert_small(bundle: Path, source: Path, target: Path, dtype: str) -> None:
-    """Convert in a process of its own, which may hold a third of what it writes."""
+    """Converts in a new process, which may use memory for a third of the file it writes."""
     command = [sys.executable, "-c", MEASURE, str(bundle), str(source), str(target), dtype]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
@@ -201,7 +201,7 @@ def test_command(
 
 
 def test_files_are_those_of_safetensors(bundle: Path, tmp_path: Path) -> None:
-    """The same bytes that its own writer makes of the same tensors and metadata."""
+    """The data are those of safetensors' own writer."""
     with safe_open(bundle, "pt") as file:
         save_file(load_file(bundle), tmp_path / "theirs.safetensors", metadata=file.metadata())
     theirs, ours = (tmp_path / "theirs.safetensors").read_bytes(), bundle.read_bytes()

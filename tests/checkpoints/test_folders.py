@@ -1,4 +1,4 @@
-"""Folders of bundles: what our trainers and `convert` write, read as one model."""
+"""Tests folders of bundles, which our trainers and `convert` write, read as one model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
 V2 = PARTS_OF["v2"]
-# Our trainers' stages, and the part that each writes.
+# The part that each of our trainers writes.
 STAGES = {
     "vqgan": "vqgan", "encoder": "image_encoder", "text": "text_encoder", "decoder": "decoder", "prior": "prior",
     "token-decoder": "token_decoder",
@@ -25,7 +25,7 @@ STAGES = {
 
 
 def trained(root: Path, stages: dict[str, str], path: str, release: str = "v2") -> Path:
-    """What training leaves of these stages, each in the file `path`."""
+    """Writes the files of these training stages, each to `path`."""
     parts = tiny_parts(release)
     parts["text_encoder"] = parts["prior_text_encoder"]
     for stage, part in stages.items():
@@ -46,10 +46,10 @@ def test_parts_under_their_own_names(tmp_path: Path) -> None:
     description = describe(folder)
     assert description.kind == "folder of single files"
     assert tuple(part.name for part in description.parts) == names
-    [made] = convert([folder], tmp_path / "made.safetensors")
+    [output] = convert([folder], tmp_path / "output.safetensors")
     for name in names:
-        assert_same(folder / f"{name}.safetensors", made, (name,))
-        assert_same(folder, made, (name,))
+        assert_same(folder / f"{name}.safetensors", output, (name,))
+        assert_same(folder, output, (name,))
     with pytest.raises(ValueError, match="has no prior; it holds vqgan, image_encoder$"):
         read_part(folder, "prior")
 
@@ -64,11 +64,12 @@ def test_stages_of_a_run(tmp_path: Path, path: str, release: str) -> None:
     torch.save({"net": {}}, folder / "prior" / "checkpoint.pt")
     description = describe(folder)
     assert (description.kind, description.version) == ("folder of single files", release)
-    assert [part.name for part in description.parts][-1] == "text_encoder"  # one, for both stages
+    assert [part.name for part in description.parts][-1] == "text_encoder"  # one for both stages
     assert description.missing == ()
-    [made] = convert([folder], tmp_path / "made.safetensors")
+    [output] = convert([folder], tmp_path / "output.safetensors")
     assert (
-        made.read_bytes() == write_tiny_bundle(tmp_path / "whole", {"training": {"step": 3}}, (), release).read_bytes()
+        output.read_bytes()
+        == write_tiny_bundle(tmp_path / "whole", {"training": {"step": 3}}, (), release).read_bytes()
     )
 
 
@@ -82,8 +83,8 @@ def test_one_bundle(bundle: Path, tmp_path: Path, name: str) -> None:
     assert {(part.folder, part.node) for part in description.parts} == {BUNDLE_LOADER}
     assert open_source(folder).metadata == open_source(bundle).metadata
     assert_same(folder, bundle, V2)
-    [made] = convert([folder], tmp_path / "made.safetensors")
-    assert made.read_bytes() == bundle.read_bytes()
+    [output] = convert([folder], tmp_path / "output.safetensors")
+    assert output.read_bytes() == bundle.read_bytes()
 
 
 def test_a_bundle_without_metadata_as_a_component(tmp_path: Path) -> None:
@@ -93,8 +94,8 @@ def test_a_bundle_without_metadata_as_a_component(tmp_path: Path) -> None:
     assert_same(tmp_path, tmp_path / "vqgan" / "model.safetensors", ("vqgan",))
 
 
-def test_a_whole_bundle_beside_single_files_is_another_model(bundle: Path, tmp_path: Path) -> None:
-    """As after `convert` into the folder where its source lies."""
+def test_a_whole_bundle_beside_single_files_is_ignored(bundle: Path, tmp_path: Path) -> None:
+    """As after `convert` into the folder of its source."""
     whole = write_tiny_bundle(tmp_path / "whole.safetensors")
     convert([whole], tmp_path, dtype="bf16")
     (tmp_path / "decoder.safetensors").unlink()
@@ -104,7 +105,7 @@ def test_a_whole_bundle_beside_single_files_is_another_model(bundle: Path, tmp_p
     }
 
 
-def test_bundles_add_what_is_not_there_yet(tmp_path: Path) -> None:
+def test_bundles_add_missing_parts(tmp_path: Path) -> None:
     parts = tiny_parts()
     save_bundle(tmp_path / "prior.safetensors", {"prior": parts["prior"]}, METADATA)
     save_bundle(tmp_path / "towers.safetensors", {name: parts[name] for name in V2 if "text" in name}, {})
@@ -114,7 +115,7 @@ def test_bundles_add_what_is_not_there_yet(tmp_path: Path) -> None:
     assert source.metadata["vocabulary"] == METADATA["vocabulary"]
 
 
-def test_two_bundles_of_one_part_are_refused(tmp_path: Path) -> None:
+def test_two_bundles_of_one_part_are_rejected(tmp_path: Path) -> None:
     for name in ("one", "other"):
         save_bundle(tmp_path / f"{name}.safetensors", {"vqgan": NETWORKS["vqgan"].build()}, {})
     with pytest.raises(ValueError, match=r"one\.safetensors.*other\.safetensors.*vqgan"):

@@ -1,4 +1,4 @@
-"""`describe` tells what a source holds without reading its weights."""
+"""Tests `describe`, which reads no weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def manifest(name: str) -> Any:
 
 
 def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
-    """A safetensors file of the published size whose data is one hole, which takes no room on the disk."""
+    """Writes a sparse safetensors file of the published size, which takes no disk space."""
     header, offset = {}, 0
     for key, (shape, dtype) in tensors.items():
         size = int(torch.Size(shape).numel()) * {"F32": 4, "I64": 8}[dtype]
@@ -73,12 +73,12 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
 
 
 def test_a_file_of_four_gigabytes_is_described_at_once(tmp_path: Path) -> None:
-    """In either format: what takes time or memory here is read, and there is nothing to read but one large hole."""
+    """Both formats are described from their headers, in less than 2 seconds."""
     tensors = manifest("orig_v1_stage_c_prior")["tensors"]
     safetensors = full_size_file(tmp_path / "prior.safetensors", tensors)
     state = {key: torch.empty(shape, device="meta") for key, (shape, _) in tensors.items()}
     with skip_data():
-        state = {key: torch.empty(x.shape) for key, x in state.items()}  # never touched, never written
+        state = {key: torch.empty(x.shape) for key, x in state.items()}  # never read or written
         torch.save({"ema_state_dict": state}, tmp_path / "model_stage_c.pt")
     del state
     describe(tmp_path / "model_stage_c.pt")
@@ -124,8 +124,8 @@ def loaders() -> Iterator[Any]:
     """The module nodes/model_files.py, with `folders.root` as every folder of ComfyUI."""
 
     def v1_bundles() -> dict[str, tuple[str, ...]]:
-        told = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
-        return {name: tuple(says["parts"]) for name, says in told.items() if says.get("version") == "v1"}
+        bundles = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
+        return {name: tuple(says["parts"]) for name, says in bundles.items() if says.get("version") == "v1"}
 
     folders: Any = ModuleType("node_pack.nodes.host.folders")
     folders.file_names = lambda folder: []
@@ -144,12 +144,12 @@ def loaders() -> Iterator[Any]:
 
 WHOLE = BUNDLE_LOADER
 TOWERS = ("prior_text_encoder", "decoder_text_encoder")
-HELD = {  # the parts of a bundle, and those that no loader takes out of it
+BUNDLES = {  # the parts of a bundle, and those that no node loads from it
     "all": (PARTS_OF["v2"], ()),
     "all but the image encoder": (PARTS_OF["v2"][:3] + TOWERS, ("prior", "decoder")),
     "no towers": (("prior", "decoder", "vqgan"), ("prior", "decoder")),
     "two towers": (TOWERS, TOWERS),
-    "pictures": (("vqgan", "image_encoder", "prior"), ("vqgan", "image_encoder")),
+    "images": (("vqgan", "image_encoder", "prior"), ("vqgan", "image_encoder")),
     "one per loader": (("decoder", "vqgan", "prior_text_encoder"), ()),
     "one": (("prior",), ()),
     "v1": (PARTS_OF["v1"], ()),
@@ -157,12 +157,12 @@ HELD = {  # the parts of a bundle, and those that no loader takes out of it
 }
 
 
-@pytest.mark.parametrize("held", HELD)
-def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, held: str) -> None:
+@pytest.mark.parametrize("content", BUNDLES)
+def test_loaders_load_what_the_description_says(tmp_path: Path, loaders: Any, content: str) -> None:
     loaders.folders.root = tmp_path
-    names, left = HELD[held]
-    parts = tiny_parts("v1" if "v1" in held else "v2")
-    if held == "two towers":
+    names, left = BUNDLES[content]
+    parts = tiny_parts("v1" if "v1" in content else "v2")
+    if content == "two towers":
         parts["decoder_text_encoder"] = NETWORKS["text_encoder"].build()
     file = tmp_path / "file.safetensors"
     save_bundle(file, {name: parts[name] for name in names}, {})
@@ -174,7 +174,7 @@ def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, hel
         if part.node is None:
             with pytest.raises(ValueError, match=r"file\.safetensors"):
                 loaders.open_from(file.name, loader)
-            assert not set(PARTS_OF["v2"]) <= set(names)  # all of which Würstchen Bundle Loader needs
+            assert not set(PARTS_OF["v2"]) <= set(names)  # the bundle loader needs all of them
         elif part.node == loader.node and part.folder == loader.folder:
             assert loaders.open_from(file.name, loader)[1] in possible
         elif part.node == loader.node:
@@ -184,8 +184,8 @@ def test_loaders_take_what_is_said_of_a_bundle(tmp_path: Path, loaders: Any, hel
             assert (part.folder, part.node) == WHOLE and set(PARTS_OF["v2"]) <= set(names)
 
 
-def test_what_no_loader_takes_is_to_be_converted(tmp_path: Path) -> None:
-    """And after that a loader takes it."""
+def test_parts_without_a_loader_are_to_be_converted(tmp_path: Path) -> None:
+    """After converting, each part has a loader."""
     parts, file = tiny_parts(), tmp_path / "half.safetensors"
     save_bundle(file, {name: parts[name] for name in ("prior", "decoder", "vqgan")}, {})
     assert describe(file).lines()[-4:] == [
@@ -230,7 +230,7 @@ def test_diffusers_folder(tmp_path: Path) -> None:
     assert description.missing == ("decoder", "vqgan", "image_encoder", "decoder_text_encoder")
 
 
-def test_another_projects_file_is_refused(tmp_path: Path) -> None:
+def test_another_projects_file_is_rejected(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
     with pytest.raises(ValueError, match="Stable Diffusion"):
         describe(tmp_path / "sd.safetensors")

@@ -1,4 +1,4 @@
-"""Full-size networks have the keys and shapes of the published files, and their sizes are read off the tensors."""
+"""Tests that the full-size networks have the published keys and shapes, and that params are inferred from these."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 def manifest(name: str) -> dict[str, Tensor]:
-    """The tensors of a published file, without data."""
+    """Returns the tensors of a published file, without data."""
     tensors = json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"]
     return {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, (shape, dtype) in tensors.items()}
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """What strict loading compares."""
+    """Returns the shapes and dtypes, which strict loading compares."""
     return {key: (*x.shape, x.dtype) for key, x in state.items()}
 
 
@@ -69,16 +69,16 @@ def test_full_size_network_has_the_keys_of_the_published_file(name: str, kind: s
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "fact"),
     [("v2_previewer", "previewer")],
 )
-def test_other_networks_of_wuerstchen_are_named(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_other_networks_of_wuerstchen_are_named(name: str, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
         to_ours(manifest(name))
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "fact"),
     [
         ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion"),
         ("down_blocks.0.resnets.0.conv1.weight", "Stable Diffusion"),
@@ -92,12 +92,12 @@ def test_other_networks_of_wuerstchen_are_named(name: str, said: str) -> None:
         ("something.else", "something.else"),
     ],
 )
-def test_other_models_are_named(key: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_other_models_are_named(key: str, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
         to_ours(dict.fromkeys(key.split(), torch.zeros(1)))
 
 
-def test_image_encoder_of_stable_cascade_is_told_apart_by_its_norm() -> None:
+def test_image_encoder_of_stable_cascade_is_recognised_by_its_norm() -> None:
     state = manifest("orig_v2_effnet_s")
     del state["mapper.1.weight"], state["mapper.1.bias"]
     with pytest.raises(ValueError, match="Stable Cascade"):
@@ -128,7 +128,7 @@ def test_attention_is_split_in_the_order_query_key_value() -> None:
     assert split_attention(ours) == ours  # diffusers' names are ours
 
 
-def test_comfyui_prefix_goes_and_so_does_what_is_not_the_network() -> None:
+def test_comfyuis_prefix_is_stripped() -> None:
     state = {"model.diffusion_model.out.1.bias": torch.zeros(1), "model_sampling.sigmas": torch.zeros(1)}
     assert list(strip_prefix(state, COMFYUI_PREFIX)) == ["out.1.bias"]
 
@@ -154,16 +154,16 @@ def test_published_text_towers(params: TextEncoderParams) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "said"),
+    ("width", "layers", "fact"),
     [(1024, 23, "lacks the last layer.*warp-ai/wuerstchen "), (768, 12, "CLIP-L.*quick_gelu.*warp-ai")],
 )
 @pytest.mark.parametrize("layout", [clip_of_transformers, clip_of_open_clip])
-def test_towers_of_other_models_are_refused(layout: Any, width: int, layers: int, said: str) -> None:
+def test_text_towers_of_other_models_are_rejected(layout: Any, width: int, layers: int, fact: str) -> None:
     with torch.device("meta"):
         _, state = to_ours(layout(width, layers))
-    with pytest.raises(ValueError, match=said) as refusal:
+    with pytest.raises(ValueError, match=fact) as raised:
         text_encoder_params(state)
-    assert len(str(refusal.value)) < 250
+    assert len(str(raised.value)) < 250
 
 
 def test_text_tower_of_a_custom_text_model_has_a_prefix() -> None:
@@ -202,14 +202,14 @@ def test_other_sizes_come_from_their_tensors() -> None:
     assert text_encoder_params(TextEncoder(text).state_dict()) == text
 
 
-def test_heads_that_are_not_64_wide_must_be_told() -> None:
+def test_heads_that_are_not_64_wide_must_be_given() -> None:
     state = Prior(PriorParams(c=32, c_cond=8, depth=1, nhead=4), device="meta").state_dict()
     assert prior_params(state, nhead=4).nhead == 4
     with pytest.raises(ValueError, match="32.*64"):
         prior_params(state)
 
 
-def test_unknown_stage_table_of_an_image_encoder_is_refused() -> None:
+def test_an_unknown_stage_table_is_rejected() -> None:
     params = ImageEncoderParams(stages=(("fused", 1, 3, 1, 8, 8, 1),), last_channel=16)
     with pytest.raises(ValueError, match="stage table"):
         image_encoder_params(ImageEncoder(params).state_dict())

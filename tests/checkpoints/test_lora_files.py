@@ -1,4 +1,4 @@
-"""LoRA files in every naming, against diffusers' numbers and against one another."""
+"""Tests LoRA files in every naming, against diffusers' results and each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def of(**tensors: Tensor) -> dict[str, Adapter]:
-    """Adapters of one module, from tensors named with _ for the dot in their names."""
+    """Returns adapters of one module; `__` stands for a dot in a tensor's name."""
     state = {f"prior.blocks.2.attention.to_q.{name.replace('__', '.')}": x for name, x in tensors.items()}
     return lora_from_state(state).network
 
@@ -92,7 +92,7 @@ def tensors_of(adapters: dict[str, Adapter]) -> list[dict[str, Tensor]]:
 
 
 def test_onetrainers_convolutions() -> None:
-    """A depthwise one's factors span its groups, and a LoHa's are kernels."""
+    """A depthwise convolution's factors span its groups, and a LoHa's factors are kernels."""
     up, down = torch.randn(1, 2, 1, 1), torch.randn(2, 64, 3, 3)
     state = {"prior.blocks.0.depthwise.lora_up.weight": up, "prior.blocks.0.depthwise.lora_down.weight": down}
     prior = NETWORKS["prior"].perturbed()
@@ -104,7 +104,7 @@ def test_onetrainers_convolutions() -> None:
     assert list(fit(lora_from_state(state).network, shapes(prior)).fitting) == ["projection"]
 
 
-def test_doras_magnitudes_come_in_one_shape() -> None:
+def test_magnitudes_of_dora_are_normalised() -> None:
     factors = {"lora_A__weight": torch.ones(2, 64), "lora_B__weight": torch.ones(64, 2)}
     prior = NETWORKS["prior"].perturbed()
     for name, shape in {
@@ -134,7 +134,7 @@ def test_what_is_no_adapter_is_named() -> None:
         "some.weight": torch.ones(1),
         "prior.x.alpha": torch.ones(1),
     }
-    state[first.replace("prior.", "unet.")] = torch.ones(1)  # the same once more
+    state[first.replace("prior.", "unet.")] = torch.ones(1)  # the same tensor in another naming
     lora = lora_from_state(state)
     assert lora.embeddings == ("bundle_emb.<cat>.clip_g",)
     assert set(lora.unknown) == {"some.weight", "prior.x.alpha", first.replace("prior.", "unet.")}
@@ -159,7 +159,7 @@ def test_an_alpha_in_diffusers_header_counts(config: dict[str, object], scale: f
     assert_near(delta(lora.network["blocks.2.attention.to_q"].tensors), up @ down * (ALPHA / RANK) * scale, 1e-6)
 
 
-def test_a_lora_of_another_width_is_refused() -> None:
+def test_a_lora_of_another_width_is_rejected() -> None:
     wide = lora_from_state(FORMS["diffusers"].write(random_factors(attention_of_prior(128)), {})).network
     prior = NETWORKS["prior"].perturbed()
     found = fit(wide, shapes(prior))
@@ -191,7 +191,7 @@ def test_a_file_is_read(tmp_path: Path, ending: str) -> None:
     assert lora.network.keys() == NETWORK.keys() and lora.text.keys() == TEXT.keys()
 
 
-def test_files_without_adapters_are_refused(tmp_path: Path) -> None:
+def test_files_without_adapters_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"blocks.0.weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"x\.safetensors.*blocks\.0\.weight"):
@@ -211,5 +211,5 @@ def test_files_without_adapters_are_refused(tmp_path: Path) -> None:
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
     ],
 )
-def test_what_a_lora_was_made_for_is_told(key: str, family: str) -> None:
+def test_the_model_family_is_recognised(key: str, family: str) -> None:
     assert lora_from_state({key: torch.ones(1, 1)}).family() == family

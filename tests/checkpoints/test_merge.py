@@ -1,4 +1,4 @@
-"""LoRA files merged into a pipeline's networks, from Python and from the command line."""
+"""Tests merging LoRA files into a pipeline's networks, from Python and the command line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(bundle: Path) -> dict[str, Path]:
-    """LoRAs by name, of which only the first two are of use."""
+    """LoRA files by name; only the first two fit."""
     wide = random_factors(attention_of_prior(128))
     states = {
         "both": DIFFUSERS.write(NETWORK, WORDS),
@@ -56,11 +56,11 @@ def files(bundle: Path) -> dict[str, Path]:
     return paths
 
 
-def load(bundle: Path, **told: Any) -> WuerstchenPipeline:
-    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **told)
+def load(bundle: Path, **options: Any) -> WuerstchenPipeline:
+    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **options)
 
 
-def test_the_prior_and_its_tower_change_and_the_decoders_stays(bundle: Path, files: dict[str, Path]) -> None:
+def test_the_prior_and_its_text_tower_change_but_not_the_decoders(bundle: Path, files: dict[str, Path]) -> None:
     plain, changed = load(bundle), load(bundle, lora={files["both"]: 0.5})
     prior, tower = plain.prior, plain.prior_text_encoder
     assert isinstance(prior, Prior) and isinstance(tower, TextEncoder) and changed.prior and changed.prior_text_encoder
@@ -84,14 +84,14 @@ def test_the_prior_and_its_tower_change_and_the_decoders_stays(bundle: Path, fil
     )
 
 
-def test_several_are_added_up(bundle: Path, files: dict[str, Path]) -> None:
+def test_several_loras_add_up(bundle: Path, files: dict[str, Path]) -> None:
     inputs = NETWORKS["prior"].inputs()
     plain, there_and_back = load(bundle).prior, load(bundle, lora={files["both"]: 2.0, files["prior"]: -2.0}).prior
     assert plain is not None and there_and_back is not None
     assert_near(there_and_back(*inputs), plain(*inputs), 1e-5)
 
 
-REFUSED = {
+REJECTED = {
     "wide": ("prior", "15 more", "64x64", "128x128"),
     "sdxl": ("prior", "1 more", "Stable Diffusion or SDXL"),
     "words": ("prior text encoder", "7 more", "32x32"),
@@ -99,11 +99,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_sentence(bundle: Path, files: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_lora_that_does_not_fit_is_rejected_in_one_line(bundle: Path, files: dict[str, Path], name: str) -> None:
     with pytest.raises(ValueError, match="^") as error:
         load(bundle, lora=files[name])
-    assert all(fact in str(error.value) for fact in (f"{name}.safetensors", *REFUSED[name])), error.value
+    assert all(fact in str(error.value) for fact in (f"{name}.safetensors", *REJECTED[name])), error.value
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -112,12 +112,12 @@ def test_a_strength_is_a_number(bundle: Path, files: dict[str, Path]) -> None:
         load(bundle, lora={files["prior"]: float("nan")})
 
 
-def test_a_model_without_a_prior_takes_none(bundle: Path, files: dict[str, Path]) -> None:
+def test_a_model_without_a_prior_rejects_a_lora(bundle: Path, files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"prior\.safetensors.*prior"):
         load(write_tiny_bundle(bundle.with_name("rest.safetensors"), without=("prior",)), lora=files["prior"])
 
 
-def test_the_command_paints_with_loras_and_says_so(
+def test_the_command_uses_loras_and_records_them(
     bundle: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["generate", "a red apple", "--model", str(bundle), "--device", "cpu", "--dtype", "fp32", "--seed", "3"]
@@ -125,9 +125,9 @@ def test_the_command_paints_with_loras_and_says_so(
     for name, options in {"plain": [], "changed": loras}.items():
         assert main([*command, *options, "--output", str(tmp_path / f"{name}.png")]) == 0
     plain, changed = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "changed"))
-    told = [json.loads(image.info["wuerstchen"]) for image in (plain, changed)]
-    assert "loras" not in told[0]
-    assert told[1]["loras"] == [
+    metadata = [json.loads(image.info["wuerstchen"]) for image in (plain, changed)]
+    assert "loras" not in metadata[0]
+    assert metadata[1]["loras"] == [
         {"file": f"{name}.safetensors", "weights": fingerprint(files[name]), "strength": strength}
         for name, strength in (("both", -1.5), ("prior", 1.0))
     ]

@@ -1,4 +1,4 @@
-"""Every published layout, written in tiny sizes, loads strictly; what can't be loaded is refused in one sentence."""
+"""Tests that every published layout, at tiny sizes, loads strictly."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def vqgan() -> State:
     return random_state(VQGAN(VQ))
 
 
-def assert_holds(network: nn.Module, state: State) -> None:
-    """The network has these weights, and is ready for inference."""
+def assert_weights(network: nn.Module, state: State) -> None:
+    """Checks that a network has these weights and is ready for inference."""
     loaded = network.state_dict()
     assert loaded.keys() == state.keys()
     assert all(loaded[key].equal(x) for key, x in state.items())
@@ -60,27 +60,27 @@ def test_original_prior(prior: State, tmp_path: Path, key: str | None) -> None:
     torch.save(original(prior) if key is None else {key: original(prior), "iter": 3, "metrics": {"loss": 0.1}}, path)
     network = load_prior(path)
     assert network.params == PRIOR
-    assert_holds(network, prior)
+    assert_weights(network, prior)
 
 
-def test_averaged_weights_come_before_raw_ones(prior: State, tmp_path: Path) -> None:
+def test_ema_weights_come_before_raw_ones(prior: State, tmp_path: Path) -> None:
     path = tmp_path / "training.pt"
     raw = {key: x + 1 for key, x in prior.items()}
     torch.save({"state_dict": raw, "ema_state_dict": original(prior), "optimizer_state_dict": {"state": {}}}, path)
-    assert_holds(load_prior(path), prior)
+    assert_weights(load_prior(path), prior)
 
 
 def test_file_in_pytorchs_older_format(prior: State, tmp_path: Path) -> None:
     torch.save(prior, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert_holds(load_prior(tmp_path / "old.bin"), prior)
+    assert_weights(load_prior(tmp_path / "old.bin"), prior)
 
 
 def test_pytorch_file_under_another_formats_name(prior: State, tmp_path: Path) -> None:
     torch.save({"state_dict": prior}, tmp_path / "prior.safetensors")
-    assert_holds(load_prior(tmp_path / "prior.safetensors"), prior)
+    assert_weights(load_prior(tmp_path / "prior.safetensors"), prior)
 
 
-def test_text_width_of_a_prior_is_read_off(tmp_path: Path) -> None:
+def test_text_width_of_a_prior_is_inferred(tmp_path: Path) -> None:
     for width in (1024, 1280):
         state = random_state(Prior(PriorParams(c=64, c_cond=width, depth=1, nhead=1)))
         save_file(state, tmp_path / "prior.safetensors")
@@ -93,8 +93,8 @@ def test_original_stage_b_gives_decoder_and_image_encoder(decoder: State, tmp_pa
     torch.save({"state_dict": original(decoder), "effnet_state_dict": encoder}, path)
     network = load_decoder(path)
     assert network.params == DECODER
-    assert_holds(network, decoder)
-    assert_holds(load_image_encoder(path), encoder)
+    assert_weights(network, decoder)
+    assert_weights(load_image_encoder(path), encoder)
 
 
 def test_original_vqgan_beside_its_training_state(vqgan: State, tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_original_vqgan_beside_its_training_state(vqgan: State, tmp_path: Path) 
     torch.save({"state_dict": vqgan, "discriminator": {"x": torch.zeros(1)}, "optimizer": {"state": {0: 1.0}}}, path)
     network = load_vqgan(path)
     assert network.params == VQ
-    assert_holds(network, vqgan)
+    assert_weights(network, vqgan)
 
 
 @pytest.fixture(scope="module")
 def towers() -> dict[str, State]:
-    """Two towers, in open_clip's names, that differ."""
+    """Two different text towers in open_clip's names."""
     return {stage: random_state(TextEncoder(TEXT), seed) for seed, stage in enumerate(("prior", "decoder"))}
 
 
@@ -119,14 +119,14 @@ def test_diffusers_pipelines(
     write_folder(tmp_path / "main" / "decoder", decoder, {"nhead": [-1, 1, 1]})
     write_folder(tmp_path / "main" / "vqgan", vqgan_of_diffusers(vqgan), {"scale_factor": 0.5})
     write_folder(tmp_path / "main" / "text_encoder", towers["decoder"], {}, "model")
-    assert_holds(load_prior(tmp_path / "prior"), prior)
-    assert_holds(load_prior(tmp_path / "prior" / "prior"), prior)
-    assert_holds(load_prior(tmp_path / "prior" / "prior" / "diffusion_pytorch_model.safetensors"), prior)
-    assert_holds(load_decoder(tmp_path / "main"), decoder)
-    assert_holds(load_vqgan(tmp_path / "main"), vqgan)
+    assert_weights(load_prior(tmp_path / "prior"), prior)
+    assert_weights(load_prior(tmp_path / "prior" / "prior"), prior)
+    assert_weights(load_prior(tmp_path / "prior" / "prior" / "diffusion_pytorch_model.safetensors"), prior)
+    assert_weights(load_decoder(tmp_path / "main"), decoder)
+    assert_weights(load_vqgan(tmp_path / "main"), vqgan)
     assert load_vqgan(tmp_path / "main").params.scale_factor == 0.5
-    assert_holds(load_text_encoder(tmp_path / "prior"), towers["prior"])
-    assert_holds(load_text_encoder(tmp_path / "main", which="decoder"), towers["decoder"])
+    assert_weights(load_text_encoder(tmp_path / "prior"), towers["prior"])
+    assert_weights(load_text_encoder(tmp_path / "main", which="decoder"), towers["decoder"])
     with pytest.raises(ValueError, match="no prior_text_encoder; .* decoder, vqgan, decoder_text_encoder"):
         load_text_encoder(tmp_path / "main")
     with pytest.raises(ValueError, match="no decoder; "):
@@ -137,19 +137,19 @@ def test_combined_diffusers_pipeline(prior: State, towers: dict[str, State], tmp
     write_folder(tmp_path / "prior_prior", prior, {})
     write_folder(tmp_path / "prior_text_encoder", towers["prior"], {}, "model")
     write_folder(tmp_path / "text_encoder", towers["decoder"], {}, "model")
-    assert_holds(load_prior(tmp_path), prior)
+    assert_weights(load_prior(tmp_path), prior)
     for stage in ("prior", "decoder"):
-        assert_holds(load_text_encoder(tmp_path, which=stage), towers[stage])
+        assert_weights(load_text_encoder(tmp_path, which=stage), towers[stage])
 
 
-def test_divided_folder(prior: State, tmp_path: Path) -> None:
+def test_sharded_folder(prior: State, tmp_path: Path) -> None:
     keys = list(prior)
     shards = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
     for name, own in shards.items():
         save_file({key: prior[key] for key in own}, tmp_path / name)
     index = {"metadata": {}, "weight_map": {key: name for name, own in shards.items() for key in own}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert_holds(load_prior(tmp_path), prior)
+    assert_weights(load_prior(tmp_path), prior)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"index\.json.*b\.safetensors"):
         load_prior(tmp_path)
@@ -157,12 +157,12 @@ def test_divided_folder(prior: State, tmp_path: Path) -> None:
 
 def test_component_in_pytorch_format(vqgan: State, tmp_path: Path) -> None:
     torch.save(vqgan, tmp_path / "diffusion_pytorch_model.bin")
-    assert_holds(load_vqgan(tmp_path), vqgan)
+    assert_weights(load_vqgan(tmp_path), vqgan)
 
 
 def test_model_saved_by_comfyui(prior: State, tmp_path: Path) -> None:
     save_file(comfyui(prior) | {"model_sampling.sigmas": torch.zeros(3)}, tmp_path / "saved.safetensors")
-    assert_holds(load_prior(tmp_path / "saved.safetensors"), prior)
+    assert_weights(load_prior(tmp_path / "saved.safetensors"), prior)
 
 
 def test_dtype_is_the_files_unless_asked_for(vqgan: State, tmp_path: Path) -> None:
@@ -173,18 +173,18 @@ def test_dtype_is_the_files_unless_asked_for(vqgan: State, tmp_path: Path) -> No
         assert {x.dtype for x in network.state_dict().values()} == {expected, torch.int64}
 
 
-def test_safetensors_stay_on_the_disk(tmp_path: Path) -> None:
-    """100 MB of weights are opened without reading them."""
+def test_safetensors_are_memory_mapped(tmp_path: Path) -> None:
+    """Loading 100 MB of weights maps them into memory without reading them."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
-        pytest.skip("this system does not tell how much memory a process holds")
+        pytest.skip("this system has no /proc to read memory from")
 
     def resident() -> float:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     shapes = Prior(PriorParams(c=512, nhead=8, depth=8), device="meta").state_dict()
     save_file({key: torch.empty(x.shape) for key, x in shapes.items()}, tmp_path / "prior.safetensors")
-    load_prior(tmp_path / "prior.safetensors")  # imports what loading needs
+    load_prior(tmp_path / "prior.safetensors")  # so that imports are not counted
     before = resident()
     network = load_prior(tmp_path / "prior.safetensors")
     assert resident() - before < 30
@@ -196,4 +196,4 @@ def test_part_can_be_built_more_than_once(prior: State, tmp_path: Path) -> None:
     part = read_part(tmp_path / "prior.safetensors", "prior")
     first = build_part(part, dtype=torch.bfloat16)
     assert next(first.parameters()).dtype == torch.bfloat16
-    assert_holds(build_part(part), prior)
+    assert_weights(build_part(part), prior)

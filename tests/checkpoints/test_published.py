@@ -59,7 +59,7 @@ def test_these_are_all_the_keys_of_the_published_files(states: dict[str, State])
     assert states["encoder_l"].keys() == manifest_keys("orig_v1_effnet_l")
 
 
-# What a training save holds beside the weights.
+# Content of a training save besides the weights.
 TRAINING: dict[str, Any] = {
     "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": []},
     "scheduler_last_step": 3,
@@ -69,7 +69,7 @@ TRAINING: dict[str, Any] = {
     "wandb_run_id": "abc",
 }
 
-# The originals: file, the state dicts in it by their keys, the parts that are read of it, and their release.
+# Original files: name, state dicts by key, parts that are read from it, release.
 ORIGINALS: list[tuple[str, dict[str, str], dict[str, str], str]] = [
     ("vqgan_f4_v1_500k.pt", {"state_dict": "vqgan"}, {"vqgan": "vqgan"}, "v1 and v2 alike"),
     (
@@ -93,8 +93,8 @@ ORIGINALS: list[tuple[str, dict[str, str], dict[str, str], str]] = [
 ]
 
 
-def assert_holds(source: Path, parts: dict[str, State]) -> None:
-    """A source has these parts and no others, each with exactly these weights."""
+def assert_parts(source: Path, parts: dict[str, State]) -> None:
+    """Checks that a source has exactly these parts and weights."""
     opened = open_source(source)
     assert set(opened.networks) == set(parts)
     for name, state in parts.items():
@@ -103,21 +103,21 @@ def assert_holds(source: Path, parts: dict[str, State]) -> None:
 
 
 @pytest.mark.parametrize("training", [{}, TRAINING], ids=["bare", "training"])
-@pytest.mark.parametrize(("name", "held", "parts", "release"), ORIGINALS, ids=[row[0] for row in ORIGINALS])
+@pytest.mark.parametrize(("name", "contents", "parts", "release"), ORIGINALS, ids=[row[0] for row in ORIGINALS])
 def test_original_files(
     states: dict[str, State],
     tmp_path: Path,
     name: str,
-    held: dict[str, str],
+    contents: dict[str, str],
     parts: dict[str, str],
     release: str,
     training: dict[str, Any],
 ) -> None:
-    # v1's token decoder keeps the original's names; there is nothing to remap in what has no attention.
+    # The token decoder and networks without attention have the original's names.
     layouts = {key: original(states[kind]) if kind in ("prior", "first_prior", "decoder") else states[kind]
-               for key, kind in held.items()}  # fmt: skip
+               for key, kind in contents.items()}  # fmt: skip
     torch.save(layouts | training, tmp_path / name)
-    assert_holds(tmp_path / name, {part: states[kind] for part, kind in parts.items()})
+    assert_parts(tmp_path / name, {part: states[kind] for part, kind in parts.items()})
     description = describe(tmp_path / name)
     assert description.version.startswith(release)
     assert [part.name for part in description.parts] == list(parts)
@@ -126,11 +126,11 @@ def test_original_files(
 @pytest.mark.parametrize("ending", ["bin", "safetensors", "sharded"])
 @pytest.mark.parametrize("kind", ["prior", "decoder", "vqgan"])
 def test_components_of_diffusers(states: dict[str, State], tmp_path: Path, ending: str, kind: str) -> None:
-    """warp-ai/wuerstchen-prior-model-{base,finetuned,interpolated} are such a folder alone."""
+    """warp-ai/wuerstchen-prior-model-{base,finetuned,interpolated} are such folders."""
     state = vqgan_of_diffusers(states[kind]) if kind == "vqgan" else states[kind]
     write_component(tmp_path / kind, state, ending)
     (tmp_path / kind / "config.json").write_text(json.dumps({"_class_name": CLASSES[kind]}))
-    assert_holds(tmp_path / kind, {kind: states[kind]})
+    assert_parts(tmp_path / kind, {kind: states[kind]})
 
 
 CLASSES = {"prior": "WuerstchenPrior", "decoder": "WuerstchenDiffNeXt", "vqgan": "PaellaVQModel"}
@@ -163,7 +163,7 @@ def write_pipeline(root: Path, class_name: str, components: dict[str, tuple[Stat
 
 
 def tower(width: int) -> State:
-    """A tower of transformers with its heads 64 wide, in two layers."""
+    """Returns a text tower of transformers with two layers and heads 64 wide."""
     state = clip_of_transformers(width, 2, vocab_size=9)
     return {key: x.contiguous() for key, x in state.items() if "projection" not in key}
 
@@ -191,7 +191,7 @@ def test_priors_of_diffusers_and_onetrainer(states: dict[str, State], tmp_path: 
     write_pipeline(
         tmp_path, "WuerstchenPriorPipeline", components, latent_mean=42.0, latent_std=1.0, resolution_multiple=42.67
     )
-    if saver == "OneTrainer":  # embeddings that were trained along with it
+    if saver == "OneTrainer":  # trained embeddings
         (tmp_path / "model_embeddings").mkdir()
         save_file({"clip_g": torch.zeros(1, 64)}, tmp_path / "model_embeddings" / "word.safetensors")
     if saver == "OneTrainer's backup":
@@ -201,7 +201,7 @@ def test_priors_of_diffusers_and_onetrainer(states: dict[str, State], tmp_path: 
         (tmp_path / "meta.json").write_text('{"train_progress": {"epoch": 1}}')
     description = describe(tmp_path)
     assert (description.version, [part.name for part in description.parts]) == ("v2", ["prior", "prior_text_encoder"])
-    part = read_part(tmp_path, "prior", version="v1")  # which the folder knows better
+    part = read_part(tmp_path, "prior", version="v1")  # the folder overrides the version
     assert all(part.state_dict[key].equal(x) for key, x in states["first_prior"].items())
     assert (part.params.feature_scale, part.params.feature_shift) == (42, 1)
 
@@ -231,7 +231,7 @@ def test_onetrainers_folder_as_diffusers_itself_writes_it(tmp_path: Path) -> Non
 def test_efficient_net_encoder_of_warp_ai(states: dict[str, State], tmp_path: Path) -> None:
     torch.save(states["encoder_s"], tmp_path / "diffusion_pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"_class_name": "EfficientNetEncoder", "effnet": "efficientnet_v2_s"}')
-    assert_holds(tmp_path, {"image_encoder": states["encoder_s"]})
+    assert_parts(tmp_path, {"image_encoder": states["encoder_s"]})
     assert describe(tmp_path).version == "v2"
 
 
@@ -239,22 +239,22 @@ def test_efficient_net_encoder_of_warp_ai(states: dict[str, State], tmp_path: Pa
 def test_model_save_of_comfyui(states: dict[str, State], tmp_path: Path, kind: str) -> None:
     state = comfyui(states[kind]) | {"model_sampling.sigmas": torch.zeros(3)}
     save_file(state, tmp_path / "saved.safetensors", metadata={"prompt": "{}"})
-    assert_holds(tmp_path / "saved.safetensors", {kind.removeprefix("first_"): states[kind]})
+    assert_parts(tmp_path / "saved.safetensors", {kind.removeprefix("first_"): states[kind]})
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "encoder_s"])
 def test_vae_save_of_comfyui(states: dict[str, State], tmp_path: Path, kind: str) -> None:
-    """Its host's image encoder stands in a module of its own; Stage A, here and in Stable Cascade's file, does not."""
+    """VAESave prefixes an image encoder's keys, but not Stage A's."""
     torch.save(vae_save(states[kind]), tmp_path / "saved.pt")
     name = "vqgan" if kind == "vqgan" else "image_encoder"
-    assert_holds(tmp_path / "saved.pt", {name: states[kind]})
+    assert_parts(tmp_path / "saved.pt", {name: states[kind]})
 
 
 def test_stable_cascades_stage_a_is_ours(states: dict[str, State], tmp_path: Path) -> None:
-    """The same network with the same keys; in half precision, as ComfyUI's repackaged files are."""
+    """It has the same keys; ComfyUI's repackaged files are in half precision."""
     half = {key: x.half() if x.is_floating_point() else x for key, x in states["vqgan"].items()}
     save_file(half, tmp_path / "stage_a.safetensors")
-    assert_holds(tmp_path / "stage_a.safetensors", {"vqgan": half})
+    assert_parts(tmp_path / "stage_a.safetensors", {"vqgan": half})
 
 
 def test_folder_of_stable_diffusion_is_named(tmp_path: Path) -> None:
@@ -263,13 +263,13 @@ def test_folder_of_stable_diffusion_is_named(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_folder_with_half_of_its_parts(states: dict[str, State], tmp_path: Path) -> None:
-    """As a download that was stopped leaves it: what is there works, what is not is named."""
+def test_incomplete_folder(states: dict[str, State], tmp_path: Path) -> None:
+    """After an incomplete download the present parts load, and a missing one is named."""
     vqgan = (vqgan_of_diffusers(states["vqgan"]), "diffusion_pytorch_model")
     write_pipeline(tmp_path, "WuerstchenDecoderPipeline", {"vqgan": vqgan})
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "config.json").write_text("{}")
-    assert_holds(tmp_path, {"vqgan": states["vqgan"]})
+    assert_parts(tmp_path, {"vqgan": states["vqgan"]})
     assert describe(tmp_path).missing == (
         "prior",
         "decoder",

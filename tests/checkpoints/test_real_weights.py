@@ -1,4 +1,4 @@
-"""For a user who has released files: WUERSTCHEN_WEIGHTS=FOLDER python -m pytest tests -m real"""
+"""Tests released files in a folder: WUERSTCHEN_WEIGHTS=FOLDER python -m pytest tests -m real"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def part_names(file: Path) -> list[str]:
-    """The parts that a file holds."""
+    """Returns the names of the parts in a file."""
     return list(open_source(file, headers_only=True).networks)
 
 
@@ -39,13 +39,13 @@ def test_a_file_is_recognised_and_loads_strictly(file: Path) -> None:
     names = part_names(file)
     assert names, "\n".join(describe(file).lines())
     for name in names:
-        network = build_part(read_part(file, name))  # raises where a key is missing, left over or mis-shaped
+        network = build_part(read_part(file, name))  # raises if a key is missing, unexpected or mis-shaped
         for key, x in network.state_dict().items():
             assert x.isfinite().all(), f"{name}: {key}"
 
 
 def complete_model(release: str) -> dict[str, Path]:
-    """The first file for each part that a release needs to paint, towers as wide as the stage that reads them."""
+    """Returns the first file for each part of a release, with text towers as wide as each stage needs."""
     parts: dict[str, list[tuple[Path, Part]]] = {name: [] for name in PARTS}
     for file in FILES:
         for name in part_names(file):
@@ -69,7 +69,7 @@ def complete_model(release: str) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("release", ["v1", "v2"])
-def test_a_complete_model_paints(release: str, tmp_path: Path) -> None:
+def test_a_complete_model_generates(release: str, tmp_path: Path) -> None:
     model = complete_model(release)
     missing = [name for name in PARTS_OF[release] if name not in model and name != "image_encoder"]
     if missing:
@@ -82,6 +82,6 @@ def test_a_complete_model_paints(release: str, tmp_path: Path) -> None:
     assert features.isfinite().all() and features.std() > 0.2
     latents = pipe.sample_decoder(features, decoder_text, sampling, seed=1)
     assert latents.isfinite().all()
-    picture = pipe.decode(latents)[0]
-    assert picture.size == (512, 512) and np.asarray(picture).std() > 5
-    picture.save(tmp_path / "picture.png")
+    image = pipe.decode(latents)[0]
+    assert image.size == (512, 512) and np.asarray(image).std() > 5
+    image.save(tmp_path / "image.png")

@@ -1,4 +1,4 @@
-"""What cannot be loaded is refused in one sentence."""
+"""Tests that files which cannot be loaded are rejected in one line."""
 
 from __future__ import annotations
 
@@ -55,65 +55,65 @@ def reshape(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "fact"),
     [
         (drop, r"missing: 1 \(out\.1\.bias\)$"),
         (add, r"unexpected: 5 \(extra\.0, extra\.1, extra\.2 and 2 more\)$"),
         (reshape, r"shape: 1 \(projection\.bias is \[3\], expected \[64\]\)$"),
     ],
 )
-def test_strict_loading_names_the_keys(prior: State, damage: Damage, said: str, tmp_path: Path) -> None:
+def test_strict_loading_names_the_keys(prior: State, damage: Damage, fact: str, tmp_path: Path) -> None:
     state = dict(prior)
     damage(state)
     save_file(state, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=fact):
         load_prior(tmp_path / "prior.safetensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_refused_and_not_run(prior: State, tmp_path: Path, zipped: bool) -> None:
-    content = {"state_dict": prior, "extra": Payload(tmp_path / "made")}
+def test_pickled_code_is_rejected_and_not_run(prior: State, tmp_path: Path, zipped: bool) -> None:
+    content = {"state_dict": prior, "extra": Payload(tmp_path / "output")}
     torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="Python objects") as refusal:
+    with pytest.raises(ValueError, match="Python objects") as raised:
         load_prior(tmp_path / "bad.pt")
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "made").exists()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "output").exists()
 
 
-def written(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", "old.pt"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_file_cut_short_is_refused(vqgan: State, tmp_path: Path, ending: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_file_is_rejected(vqgan: State, tmp_path: Path, ending: str, fraction: float) -> None:
     path = tmp_path / f"whole.{ending}"
     if ending == "safetensors":
         save_file(vqgan, path)
     else:
         torch.save({"state_dict": vqgan}, path, _use_new_zipfile_serialization=ending == "pt")
     whole = path.read_bytes()
-    with pytest.raises(ValueError, match="cut.*download") as refusal:
-        load_vqgan(written(tmp_path / "cut", whole[: int(len(whole) * share)]))
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200 + len(str(tmp_path))
+    with pytest.raises(ValueError, match="cut.*download") as raised:
+        load_vqgan(write_bytes(tmp_path / "cut", whole[: int(len(whole) * fraction)]))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fact"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "no weights"),
         (b"<!doctype html><html></html>", "no weights"),
         (b"PK\x03\x04 a zip of something else", "damaged"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as refusal:
-        load_prior(written(tmp_path / "file.safetensors", content))
-    assert "\n" not in str(refusal.value)
+def test_other_files_are_rejected(tmp_path: Path, content: bytes, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact) as raised:
+        load_prior(write_bytes(tmp_path / "file.safetensors", content))
+    assert "\n" not in str(raised.value)
 
 
-def test_pytorch_file_without_weights_is_refused(tmp_path: Path) -> None:
+def test_pytorch_file_without_weights_is_rejected(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "log.pt")
     with pytest.raises(ValueError, match=r"log\.pt"):
         load_prior(tmp_path / "log.pt")
@@ -135,19 +135,19 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("key", "held"),
+    ("key", "contents"),
     [
         ("double_blocks.0.weight", "a Flux model"),
-        # Not the prior of a bundle, whose keys begin as these do.
+        # A bundle's prior has the same prefix.
         ("prior.blocks.2.attention.to_q.lora_A.weight", LORA),
         ("prior.blocks.2.attention.processor.to_q_lora.down.weight", LORA),
     ],
 )
-def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, held: str) -> None:
+def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, contents: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ForeignFile, match=rf"foreign\.safetensors.*{held}") as refusal:
+    with pytest.raises(ForeignFile, match=rf"foreign\.safetensors.*{contents}") as raised:
         load_prior(tmp_path / "foreign.safetensors")
-    assert refusal.value.contents == (held,)
+    assert raised.value.contents == (contents,)
 
 
 def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
@@ -156,15 +156,15 @@ def test_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
         load_prior(tmp_path)
 
 
-@pytest.mark.parametrize(("levels", "said"), [(2, "previewer of v2"), (3, "Stable Cascade")])
-def test_previewers_are_named(tmp_path: Path, levels: int, said: str) -> None:
+@pytest.mark.parametrize(("levels", "fact"), [(2, "previewer of v2"), (3, "Stable Cascade")])
+def test_previewers_are_named(tmp_path: Path, levels: int, fact: str) -> None:
     state = stage_c_previewer(levels)
     if levels == 2:
         assert state.keys() == manifest_keys("v2_previewer")
     torch.save({"state_dict": state, "optimizer_state_dict": {}}, tmp_path / "previewer.pt")
-    with pytest.raises(ForeignFile, match=said) as refusal:
+    with pytest.raises(ForeignFile, match=fact) as raised:
         describe(tmp_path / "previewer.pt")
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
 def cascade_stage_c() -> State:

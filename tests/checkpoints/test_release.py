@@ -1,4 +1,4 @@
-"""Whose a prior is that may be v1's or v2's: a Stage B beside it, its checksum or the user says so."""
+"""Tests the release of a CLIP-H prior: determined by a Stage B beside it, its checksum, or the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def states() -> dict[str, State]:
 
 
 @pytest.fixture
-def open_prior(states: dict[str, State], tmp_path: Path) -> Path:
+def ambiguous_prior(states: dict[str, State], tmp_path: Path) -> Path:
     save_file(states["first_prior"], tmp_path / "prior.safetensors")
     return tmp_path / "prior.safetensors"
 
@@ -34,51 +34,51 @@ def units(part: Any) -> tuple[float, float]:
 V1_UNITS, V2_UNITS = (V1["feature_scale"], V1["feature_shift"]), (42.0, 1.0)
 
 
-def test_v1_is_assumed_and_said_once(open_prior: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_v1_is_assumed_with_one_warning(ambiguous_prior: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert units(read_part(open_prior, "prior")) == V1_UNITS
+            assert units(read_part(ambiguous_prior, "prior")) == V1_UNITS
     [line] = [record.getMessage() for record in caplog.records]
-    assert str(open_prior) in line and '"v2"' in line and "\n" not in line
+    assert str(ambiguous_prior) in line and '"v2"' in line and "\n" not in line
 
 
 @pytest.mark.parametrize(("version", "expected"), [("v1", V1_UNITS), ("v2", V2_UNITS)])
 def test_the_user_decides(
-    open_prior: Path, version: str, expected: tuple[float, float], caplog: pytest.LogCaptureFixture
+    ambiguous_prior: Path, version: str, expected: tuple[float, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert units(read_part(open_prior, "prior", version)) == expected
-        network = load_prior(open_prior, version=version)
+        assert units(read_part(ambiguous_prior, "prior", version)) == expected
+        network = load_prior(ambiguous_prior, version=version)
     assert (network.params.feature_scale, network.params.feature_shift) == expected
     assert not caplog.records
     with pytest.raises(ValueError, match="v3.*auto, v1, v2"):
-        open_source(open_prior, version="v3")
+        open_source(ambiguous_prior, version="v3")
 
 
 @pytest.mark.parametrize(("published", "asked", "expected"), [("v2", "auto", V2_UNITS), ("v1", "v2", V1_UNITS)])
-def test_a_known_file_is_what_it_is(
-    open_prior: Path, monkeypatch: pytest.MonkeyPatch, published: str, asked: str, expected: tuple[float, float]
+def test_a_checksum_overrides_the_user(
+    ambiguous_prior: Path, monkeypatch: pytest.MonkeyPatch, published: str, asked: str, expected: tuple[float, float]
 ) -> None:
-    size, checksum = open_prior.stat().st_size, hashlib.sha256(open_prior.read_bytes()).hexdigest()
+    size, checksum = ambiguous_prior.stat().st_size, hashlib.sha256(ambiguous_prior.read_bytes()).hexdigest()
     monkeypatch.setattr(release, "PUBLISHED", (((size, size), checksum[:8], published),))
-    assert units(read_part(open_prior, "prior", asked)) == expected
+    assert units(read_part(ambiguous_prior, "prior", asked)) == expected
     monkeypatch.setattr(release, "PUBLISHED", (((size, size), "00000000", published),))
-    assert units(read_part(open_prior, "prior", asked)) == (V2_UNITS if asked == "v2" else V1_UNITS)
+    assert units(read_part(ambiguous_prior, "prior", asked)) == (V2_UNITS if asked == "v2" else V1_UNITS)
 
 
 def test_only_a_file_of_a_known_size_is_read_for_its_checksum(
-    open_prior: Path, monkeypatch: pytest.MonkeyPatch
+    ambiguous_prior: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*arguments: Any) -> str:
         raise AssertionError("the file was read")
 
     monkeypatch.setattr(release, "_sha256", never)
-    read_part(open_prior, "prior")
-    size = open_prior.stat().st_size
+    read_part(ambiguous_prior, "prior")
+    size = ambiguous_prior.stat().st_size
     monkeypatch.setattr(release, "PUBLISHED", (((size, size), "00000000", "v2"),))
-    describe(open_prior)
+    describe(ambiguous_prior)
     with pytest.raises(AssertionError, match="was read"):
-        read_part(open_prior, "prior")
+        read_part(ambiguous_prior, "prior")
 
 
 @pytest.mark.parametrize(("beside", "expected"), [("token_decoder", V1_UNITS), ("decoder", V2_UNITS)])
@@ -92,6 +92,6 @@ def test_stage_b_in_the_same_file_decides(
     assert describe(tmp_path / "bundle.safetensors").version == ("v1" if expected == V1_UNITS else "v2")
 
 
-def test_a_prior_of_1280_is_always_v2s(states: dict[str, State], tmp_path: Path) -> None:
+def test_a_prior_of_width_1280_is_always_v2(states: dict[str, State], tmp_path: Path) -> None:
     save_file(states["prior"], tmp_path / "prior.safetensors")
     assert units(read_part(tmp_path / "prior.safetensors", "prior", "v1")) == V2_UNITS

@@ -1,4 +1,4 @@
-"""Folders whose weights are divided, in every spelling of diffusers and transformers."""
+"""Tests folders with sharded weights, with every file name of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from wuerstchen_core.checkpoints import load_prior
 from wuerstchen_core.models.prior import Prior
 
-# By the name of the index, those of the files in it.
+# File names of the shards by that of the index.
 SPELLINGS = {
     "diffusion_pytorch_model.safetensors.index.json": "diffusion_pytorch_model-0000{}-of-00002.safetensors",
     "diffusion_pytorch_model.bin.index.json": "diffusion_pytorch_model-0000{}-of-00002.bin",
@@ -27,23 +27,23 @@ SPELLINGS = {
 }
 
 
-def write_divided(folder: Path, index: str, state: State) -> Path:
-    """Write the halves of the state and their index; the second half's file."""
+def write_shards(folder: Path, index: str, state: State) -> Path:
+    """Writes two shards and their index; returns the second shard."""
     files = [folder / SPELLINGS[index].format(number) for number in (1, 2)]
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for half, file in enumerate(files):
         own = {key: state[key] for key in list(state)[half::2]}
         (save_file if file.suffix == ".safetensors" else torch.save)(own, file)
-        places |= dict.fromkeys(own, file.name)
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        weight_map |= dict.fromkeys(own, file.name)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return files[1]
 
 
 @pytest.mark.parametrize("index", SPELLINGS)
-def test_a_divided_folder_is_read_whole_or_refused(tmp_path: Path, index: str) -> None:
+def test_a_sharded_folder_is_read_completely_or_rejected(tmp_path: Path, index: str) -> None:
     dtype = torch.float16 if "fp16" in index else torch.float32
     state = {key: x.to(dtype) for key, x in random_state(Prior(PRIOR)).items()}
-    second = write_divided(tmp_path, index, state)
+    second = write_shards(tmp_path, index, state)
     loaded = load_prior(tmp_path).state_dict()
     assert loaded.keys() == state.keys()
     assert all(x.dtype == dtype and x.equal(state[key]) for key, x in loaded.items())

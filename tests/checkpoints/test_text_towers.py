@@ -1,4 +1,4 @@
-"""TextEncoder is transformers' CLIPTextModel with an attention mask, through every weight format."""
+"""Tests that TextEncoder equals transformers' CLIPTextModel with an attention mask, in every weight format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTH, VOCABULARY = 12, 60
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """A random tower whose weights are large enough for every mask and norm to show."""
+    """A random text tower with weights large enough for every mask and norm to matter."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def reference() -> Any:
 
 @pytest.fixture(scope="module")
 def example(reference: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask (none, some and most of it padding), and the states that they give."""
+    """Token ids, mask (with no, some and mostly padding), and the reference's states."""
     ids = torch.randint(0, VOCABULARY - 2, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 7, 2])[:, None]
     ids = ids.masked_fill(~mask, VOCABULARY - 1)
@@ -55,7 +55,7 @@ def example(reference: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def as_open_clip(reference: Any) -> dict[str, Tensor]:
-    """A whole open_clip CLIP whose text tower has the reference's weights, copied module by module."""
+    """Returns a whole open_clip CLIP whose text tower has the reference's weights."""
     from open_clip.model import CLIP
 
     vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
@@ -107,14 +107,14 @@ def test_transformers_file_of_a_whole_clip(
 @pytest.mark.parametrize("custom_text", [False, True])
 def test_open_clip(reference: Any, example: tuple[Tensor, Tensor, Tensor], tmp_path: Path, custom_text: bool) -> None:
     state = as_open_clip(reference)
-    if custom_text:  # CustomTextCLIP keeps its text tower in a module of its own
+    if custom_text:  # CustomTextCLIP has its text tower in a submodule
         others = ("visual.", "logit_scale")
         state = {key if key.startswith(others) else f"text.{key}": x for key, x in state.items()}
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     assert_equal(tmp_path / "open_clip_pytorch_model.bin", example)
 
 
-def test_config_beside_the_weights_tells_heads_and_refuses_another_activation(tmp_path: Path) -> None:
+def test_config_json_gives_heads_and_activation(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

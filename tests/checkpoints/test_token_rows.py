@@ -1,4 +1,4 @@
-"""Bundles that store only the trained rows of a table of tokens."""
+"""Tests bundles that store only the trained rows of a token embedding."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def tower() -> Part:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, FP8])
-def test_kept_rows_come_back_and_the_others_are_zeros(tower: Part, tmp_path: Path, dtype: torch.dtype | None) -> None:
+def test_stored_rows_are_restored_and_the_others_are_zeros(
+    tower: Part, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
     whole, thin = tmp_path / "whole.safetensors", tmp_path / "thin.safetensors"
     save_bundle(whole, {"text_encoder": tower}, {}, dtype=dtype)
     save_bundle(thin, {"text_encoder": drop_token_rows(tower, ROWS)}, {}, dtype=dtype)
     assert thin.stat().st_size < 0.2 * whole.stat().st_size
     before, after = (load_text_encoder(file).token_embedding.weight for file in (whole, thin))
     assert after.shape == before.shape and after.dtype == before.dtype
-    if dtype != FP8:  # a smaller table may get a finer scale
+    if dtype != FP8:  # a smaller embedding may get a finer scale
         assert torch.equal(after[ROWS], before[ROWS])
     torch.testing.assert_close(after[ROWS].float(), before[ROWS].float(), rtol=0.07, atol=1e-4)
     rest = torch.ones(len(after), dtype=torch.bool)
@@ -44,19 +46,19 @@ def test_kept_rows_come_back_and_the_others_are_zeros(tower: Part, tmp_path: Pat
 
 
 @pytest.mark.parametrize("sizes", [None, {}, {"vocab_size": "many"}])
-def test_a_table_of_unknown_length_is_refused(tower: Part, sizes: dict[str, Any] | None) -> None:
+def test_a_missing_vocabulary_size_is_rejected(tower: Part, sizes: dict[str, Any] | None) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         restore_token_rows(drop_token_rows(tower, ROWS).state_dict, sizes)
 
 
 @pytest.mark.parametrize("rows", [[5, 0], [5, 0, 511, 49406, 49408], [5, 0, 511, 49406, -1]])
-def test_rows_that_cannot_be_are_refused(tower: Part, rows: list[int]) -> None:
+def test_invalid_rows_are_rejected(tower: Part, rows: list[int]) -> None:
     state = {**drop_token_rows(tower, ROWS).state_dict, "token_embedding.rows": torch.tensor(rows)}
     with pytest.raises(ValueError, match="token_embedding"):
         restore_token_rows(state, {"vocab_size": 49408})
 
 
-def test_what_the_demos_keep_is_all_that_captions_are_made_of() -> None:
+def test_the_demos_store_all_tokens_of_captions() -> None:
     words = random.Random(0)
     some = words.sample(scenes(LAYOUTS), 5000)
     ids, _ = tokenize([caption(scene, words) for scene in some] + ["Hm? 12!"])

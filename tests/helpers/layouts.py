@@ -1,4 +1,4 @@
-"""Our networks' weights in the layouts of other programs, as the published files have them."""
+"""Writes our networks' weights in the layouts of other programs, as the published files have them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 State = dict[str, Tensor]
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 
-# As many blocks as the released networks have, and as narrow as their heads allow.
+# The released networks' number of blocks, at the smallest width that their heads allow.
 PRIOR = PriorParams(c=64, c_cond=1280, c_r=8, nhead=1)
 FIRST_PRIOR = PriorParams(c=64, c_cond=1024, c_r=8, nhead=1)  # of v1, and of v2's first upload
 DECODER = DecoderParams(c_hidden=(8, 64, 64, 64), nhead=(-1, 1, 1, 1), c_cond=8, clip_embd=1024, c_r=8)
@@ -28,19 +28,19 @@ TOKENS = TokenDecoderParams(c_hidden=(8, 16, 16), c_in=8, c_out=8, num_labels=32
 
 
 def manifest_keys(name: str) -> set[str]:
-    """The keys of a published file."""
+    """Returns the keys of a published file."""
     return set(json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"])
 
 
 def write_folder(folder: Path, state: State, config: dict[str, Any], name: str = "diffusion_pytorch_model") -> None:
-    """A component of diffusers."""
+    """Writes a component of diffusers."""
     folder.mkdir(parents=True)
     save_file(state, folder / f"{name}.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -50,7 +50,7 @@ class Payload:
 
 
 def random_state(network: nn.Module, seed: int = 0) -> State:
-    """Weights of the network's shapes."""
+    """Returns random weights of the network's shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
@@ -59,7 +59,7 @@ def random_state(network: nn.Module, seed: int = 0) -> State:
 
 
 def stage_states() -> dict[str, State]:
-    """Weights of Stages C and B of both releases, and of the prior that was uploaded first."""
+    """Returns weights of Stages C and B of both releases, and of v2's first prior."""
     return {
         "prior": random_state(Prior(PRIOR)),
         "first_prior": random_state(Prior(FIRST_PRIOR)),
@@ -69,7 +69,7 @@ def stage_states() -> dict[str, State]:
 
 
 def original(state: State) -> State:
-    """Our Prior or Decoder in the original's names: one projection for query, key and value."""
+    """Maps our Prior or Decoder to the original's names, with one projection for q, k and v."""
     out: State = {}
     for key, x in state.items():
         if ".attention.to_q." in key:
@@ -83,17 +83,17 @@ def original(state: State) -> State:
 
 
 def comfyui(state: State) -> State:
-    """Our Prior or Decoder as ComfyUI's ModelSave writes it."""
+    """Maps our Prior or Decoder to the keys of ComfyUI's ModelSave."""
     return {f"model.diffusion_model.{key}": x for key, x in state.items()}
 
 
 def vae_save(state: State) -> State:
-    """Our VQGAN or image encoder as ComfyUI's VAESave writes it."""
+    """Maps our VQGAN or image encoder to the keys of ComfyUI's VAESave."""
     return {f"encoder.{key}": x for key, x in state.items()} if "backbone.0.0.weight" in state else state
 
 
 def stage_c_previewer(levels: int) -> State:
-    """Würstchen's previewer of Stage C (4x, two levels up) or Stable Cascade's (8x, three), with one channel."""
+    """Returns Würstchen's Stage C previewer (4x, two levels) or Stable Cascade's (8x, three), with one channel."""
     layers: list[nn.Module] = [nn.Conv2d(16, 1, 1), nn.GELU(), nn.BatchNorm2d(1)]
     layers += [nn.Conv2d(1, 1, 3), nn.GELU(), nn.BatchNorm2d(1)]
     for _ in range(levels):
@@ -103,13 +103,13 @@ def stage_c_previewer(levels: int) -> State:
 
 
 def vqgan_of_diffusers(state: State) -> State:
-    """Our VQGAN in the names of diffusers' PaellaVQModel."""
+    """Maps our VQGAN to the keys of diffusers' PaellaVQModel."""
     return {key.replace("codebook", "embedding"): x for key, x in state.items()}
 
 
 @cache
 def encoder_state(params: ImageEncoderParams | None = None) -> State:
-    """An image encoder (v2's), each tensor one number repeated, which a PyTorch file stores but once."""
+    """Returns an image encoder (default: v2) whose tensors repeat one number, which PyTorch stores once."""
     with torch.device("meta"):
         network = ImageEncoder(params or ImageEncoderParams())
     shapes = {key: (x.shape, x.dtype) for key, x in network.state_dict().items()}
@@ -117,7 +117,7 @@ def encoder_state(params: ImageEncoderParams | None = None) -> State:
 
 
 def clip_of_transformers(width: int, layers: int, vocab_size: int = 49408, prefix: str = "text_model.") -> State:
-    """A random CLIPTextModelWithProjection, whose text model's keys begin with `prefix`."""
+    """Returns a random CLIPTextModelWithProjection; its text model's keys start with `prefix`."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -136,7 +136,7 @@ def clip_of_transformers(width: int, layers: int, vocab_size: int = 49408, prefi
 
 
 def clip_of_open_clip(width: int, layers: int) -> State:
-    """A random whole CLIP of open_clip, visual tower and all."""
+    """Returns a random CLIP of open_clip, including the vision tower."""
     from open_clip.model import CLIP
 
     vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}

@@ -1,4 +1,4 @@
-"""One LoRA in the key names of every program that writes or wrote such files."""
+"""Writes one LoRA in the key names of every program that writes such files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]  # up [out, rank] and down [rank, 
 
 
 def random_factors(paths: Mapping[str, tuple[int, int]], seed: int = 0) -> Factors:
-    """Factors for modules of these weights [out, in]."""
+    """Returns random factors for modules with weights [out, in]."""
     generator = torch.Generator().manual_seed(seed)
     return {
         path: (
@@ -28,12 +28,12 @@ def random_factors(paths: Mapping[str, tuple[int, int]], seed: int = 0) -> Facto
 
 
 def attention_of_prior(width: int = 64) -> dict[str, tuple[int, int]]:
-    """The attention of the tests' priors, of two blocks."""
+    """Returns the attention layers of the tests' priors, which have two blocks."""
     return {f"blocks.{i}.attention.{name}": (width, width) for i in (2, 5) for name in PROJECTIONS}
 
 
 def attention_of_tower(width: int) -> dict[str, tuple[int, int]]:
-    """The attention of the first layer of a text tower."""
+    """Returns the attention layers of a text tower's first block."""
     return {f"encoder.layers.0.self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
 
 
@@ -48,13 +48,13 @@ def _processor(path: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """A naming: what stands before a path of the network and of the tower, how paths and tensors are written."""
+    """A naming: prefixes of the network's and the text tower's paths, and how paths and tensors are written."""
 
     network: str
     text: str
     down: str = ".lora_down.weight"
     up: str = ".lora_up.weight"
-    alpha: bool = True  # without: it is multiplied into `up`
+    alpha: bool = True  # False: it is multiplied into `up`
     path: Callable[[str], str] = str
 
     def write(self, network: Factors, text: Factors) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ _BLOCK_MARKS = (
 )
 
 CLIP_NAMES = {CLIP_BIGG.width: "CLIP-bigG", CLIP_H.width: "CLIP-H"}  # Würstchen's text towers: the prior's first
-# Text towers of other models, by width and layers. They would load, and give wrong pictures.
+# Text towers of other models, by width and layers. They would load, and give wrong images.
 _QUICK = "uses quick_gelu instead of gelu"
 _OTHER_TOWERS = {
     (CLIP_H.width, CLIP_H.layers - 1): "is Stable Diffusion 2's CLIP-H, which lacks the last layer",
