@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .components import (
-    PARTS,
-    TEXT_ENCODER,
-    TOWERS,
-    LazyPart,
-    Params,
-    Part,
-    State,
-    check_part_name,
-    params_to_json,
-)
+from .components import PARTS, TEXT_ENCODER, TOWERS, LazyPart, Params, Part, State, check_part_name
 from .lazy import LazyTensor, lazy_state
 from .quant import quantize
 from .release import only_release, release_of
@@ -102,7 +93,7 @@ def save_bundle(
         **({"version": release} if release else {}),
         **metadata,
         "format": FORMAT,
-        "parts": {name: params_to_json(p) for name, p in params.items()},
+        "parts": {name: asdict(p) for name, p in params.items()},
     }
     write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
 

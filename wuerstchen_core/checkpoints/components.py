@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -182,15 +182,15 @@ def kind_of(name: str) -> str:
     return TEXT_ENCODER if name in TOWERS else name
 
 
-def component_of(params: Params) -> Component:
-    """Returns the registry's entry for params of its class."""
-    return next(entry for entry in COMPONENTS.values() if isinstance(params, entry.params))
+def component_of(params: Any) -> Component | None:
+    """Returns the registry's entry for params of its class; None for other classes."""
+    return next((entry for entry in COMPONENTS.values() if isinstance(params, entry.params)), None)
 
 
 def text_width(params: Params) -> int | None:
     """Returns the width of the text states that a network reads; None if it reads none."""
-    name = component_of(params).text_width
-    return None if name is None else getattr(params, name)
+    entry = component_of(params)
+    return getattr(params, entry.text_width) if entry and entry.text_width else None
 
 
 def tower_name(width: int) -> str:
@@ -210,13 +210,8 @@ def check_towers(parts: Mapping[str, Part | LazyPart]) -> None:
             )
 
 
-def params_to_json(params: Params) -> dict[str, Any]:
-    """Returns params as plain JSON values."""
-    return asdict(params)
-
-
 def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
-    """Returns the params of part `name` from the values of `params_to_json`."""
+    """Returns the params of part `name` from a dict of their fields, as bundles store it."""
     try:
         return from_table(component(name).params, values, name)
     except ValueError as error:

@@ -13,7 +13,7 @@ import torch
 
 from ..common.devices import DTYPES
 from .bundle import merge_towers, save_bundle
-from .components import PARTS, TOWERS, LazyPart, check_part_name, check_towers, kind_of, text_width
+from .components import PARTS, TEXT_ENCODER, TOWERS, LazyPart, check_part_name, check_towers, kind_of, text_width
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
 from .open import open_source
@@ -103,16 +103,13 @@ def _gather(opened: Sequence[Source]) -> dict[str, LazyPart]:
     origins: dict[str, Path] = {}
     shared: list[tuple[Path, LazyPart]] = []  # towers that name no stage
     for source in opened:
-        prior, decoder = (source.networks.get(name) for name in TOWERS)
-        is_shared = prior is not None and prior is decoder
-        for name in source.networks:
-            if is_shared and name in TOWERS:
+        for name, part in source.lazy_parts().items():
+            if name == TEXT_ENCODER:
+                shared.append((source.path, part))
                 continue
             if name in parts:
                 raise ValueError(f"both {origins[name]} and {source.path} hold a {name}: use one of them")
-            parts[name], origins[name] = source.lazy_part(name), source.path
-        if is_shared:
-            shared.append((source.path, source.lazy_part(TOWERS[0])))
+            parts[name], origins[name] = part, source.path
     for path, tower in shared:
         for name in _stages_of(tower, parts, len(shared) > 1, path):
             parts[name] = replace(tower, name=name)

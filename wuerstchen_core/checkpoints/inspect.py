@@ -5,26 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..common.devices import WEIGHT_DTYPES
 from ..models.prior import V1, PriorParams
-from .components import (
-    BUNDLE_LOADER,
-    PARTS,
-    PARTS_OF,
-    TEXT_ENCODER,
-    TOWERS,
-    LazyPart,
-    Loader,
-    component,
-    params_to_json,
-    text_width,
-    tower_name,
-)
+from .components import BUNDLE_LOADER, PARTS_OF, TOWERS, LazyPart, Loader, component, text_width, tower_name
 from .open import open_source
 from .release import release_of
 from .source import BUNDLE, Source
@@ -105,7 +93,7 @@ def describe(source: str | os.PathLike[str]) -> Description:
     A prior that may be v1's or v2's is described as v1's, which is most likely.
     """
     content = open_source(source, headers_only=True)
-    version, parts = _version(content), _parts(content)
+    version, parts = _version(content), content.lazy_parts()
     release = "v1" if version in ("v1", OPEN) else "v2"
     words = content.metadata.get("vocabulary", {}).get("words")
     widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
@@ -121,16 +109,6 @@ def describe(source: str | os.PathLike[str]) -> Description:
         vocabulary=None if words is None else len(words),
         licence=content.metadata.get("licence"),
     )
-
-
-def _parts(content: Source) -> dict[str, LazyPart]:
-    """Returns the parts by name; a text tower that serves both stages is listed once."""
-    parts = {name: content.lazy_part(name) for name in PARTS if name in content.networks}
-    prior, decoder = (content.networks.get(name) for name in TOWERS)
-    if prior is not None and prior is decoder:
-        tower = replace(parts[TOWERS[0]], name=TEXT_ENCODER)
-        parts = {name: part for name, part in parts.items() if name not in TOWERS} | {TEXT_ENCODER: tower}
-    return parts
 
 
 def _loaders(content: Source, parts: Iterable[str]) -> dict[str, Loader | None]:
@@ -161,7 +139,7 @@ def _part_info(part: LazyPart, content: Source, loader: Loader | None) -> PartIn
         stage=component(part.name).stage,
         parameters=sum(math.prod(x.shape) for x in learned),
         dtype=_dtype_names((x.dtype for x in floats.values()), network.scaled),
-        sizes=params_to_json(part.params),
+        sizes=asdict(part.params),
         folder=loader.folder if loader else None,
         node=loader.node if loader else None,
     )

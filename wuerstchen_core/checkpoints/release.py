@@ -41,7 +41,8 @@ def release_of(params: Params) -> str | None:
         return "v1" if params.feature_scale == V1["feature_scale"] else "v2"
     if isinstance(params, ImageEncoderParams):
         return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
-    return component_of(params).release
+    entry = component_of(params)
+    return entry.release if entry else None
 
 
 def release_of_model(params: Iterable[Params]) -> str:

@@ -12,7 +12,9 @@ from ..common.text import listed
 from ..models.prior import PriorParams
 from .components import (
     COMPONENTS,
+    PARTS,
     TEXT_ENCODER,
+    TOWERS,
     LazyPart,
     Params,
     Part,
@@ -110,6 +112,15 @@ class Source:
             release = self.known_release(params) or guess_release(self.path, params, self.version, self.headers_only)
             params = with_units(params, release)
         return LazyPart(name, params, network.tensors)
+
+    def lazy_parts(self) -> dict[str, LazyPart]:
+        """Returns all parts in the order of `PARTS`; a text tower that serves both stages is "text_encoder"."""
+        parts = {name: self.lazy_part(name) for name in PARTS if name in self.networks}
+        prior, decoder = (self.networks.get(name) for name in TOWERS)
+        if prior is not None and prior is decoder:
+            parts[TEXT_ENCODER] = replace(parts.pop(TOWERS[0]), name=TEXT_ENCODER)
+            del parts[TOWERS[1]]
+        return parts
 
     def known_release(self, params: PriorParams) -> str | None:
         """Returns the release of a prior with these params; None if only its checksum could tell."""
