@@ -1,4 +1,4 @@
-"""What the dtypes cost on the golden data, and how it is measured."""
+"""Tests the error of each dtype on the golden data, and how it is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.kernels.mlp import MIN_POSITIONS
 from wuerstchen_core.models.layers import ChannelwiseMLP
 
-# In percent of the result, twice what was measured (the README's table).
+# Limits in percent of the result, twice the measured errors.
 MOST = {"bf16": 2.6, "fp16": 0.4, "fp8 weights, bf16 math": 7.5, "fp8 weights, fp32 math": 7.5}
 
 
@@ -42,7 +42,7 @@ def test_errors_of_the_golden_image_encoders() -> None:
         check(case, MOST | {"fp8 weights, bf16 math": 16, "fp8 weights, fp32 math": 16})
 
 
-def test_fp32_is_exact_and_an_overflow_is_no_number(cases: dict[str, NetworkCall]) -> None:
+def test_fp32_is_exact_and_an_overflow_gives_nan(cases: dict[str, NetworkCall]) -> None:
     case = cases["decoder"]
     assert relative_error(case, torch.float32, torch.float32) == 0
     state = dict(case.part.state_dict)
@@ -61,7 +61,7 @@ def largest(call: Callable[[], object]) -> float:
 @torch.no_grad()
 def test_the_largest_number_in_fp16_is_found_before_a_gelu() -> None:
     mlp = ChannelwiseMLP(2, 2, 0.0).eval()
-    mlp[0].bias.fill_(-3000.0)  # of which the GELU leaves nothing
+    mlp[0].bias.fill_(-3000.0)  # GELU makes it 0
     x = torch.zeros(1, 32, MIN_POSITIONS // 32, 2)
     assert largest(lambda: mlp(x + 6e4).half()) == 0  # fp32 does not count
     mlp.half()
@@ -69,14 +69,14 @@ def test_the_largest_number_in_fp16_is_found_before_a_gelu() -> None:
     assert isinf(largest(lambda: mlp(x.half()) + 1 / x.half()))
 
 
-def test_what_is_no_number_is_not_lost_among_larger_ones() -> None:
+def test_nan_is_reported_among_larger_numbers() -> None:
     def call() -> None:
         torch.full((2,), float("nan"), dtype=torch.float16)
         torch.full((2,), 3, dtype=torch.float16)
 
     assert isnan(largest(call))
     assert largest(lambda: torch.empty(10**6, dtype=torch.float16)[1:].fill_(7)) == 7
-    assert FP8 not in (dtype for _, dtype in KINDS.values())  # for storage alone
+    assert FP8 not in (dtype for _, dtype in KINDS.values())  # it is for storage only
 
 
 def test_the_page_has_marks_for_the_tables() -> None:
