@@ -31,12 +31,15 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file, replacing `path`. Only one tensor at a time is computed and held in memory.
 
-    Raises OSError that names the path and the reason, such as a full disk.
+    Raises OSError with the path and the reason, such as a full disk, and ValueError if a number does not fit its dtype.
     """
     lazy = {key: LazyTensor.of(x) for key, x in tensors.items()}
     # Wide dtypes first, as safetensors does, so that every tensor is aligned.
     ordered = dict(sorted(lazy.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    replace_file(path, lambda draft: _write(draft, ordered, metadata, progress or (lambda done, total: None)))
+    try:
+        replace_file(path, lambda draft: _write(draft, ordered, metadata, progress or (lambda done, total: None)))
+    except ValueError as error:  # from a LazyTensor
+        raise ValueError(f"{path} was not written: {error}") from error
 
 
 def _write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], progress: Progress) -> None:
