@@ -39,9 +39,9 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
     if not plain_tail or type(gelu) is not nn.GELU or type(dropout) is not nn.Dropout:
         return None
     plain_input = is_plain(first) and (injected is None or is_plain(injected.mapper))
-    if inference_on_cpu(x):
-        applies = plain_input and not layers.training and len(x) and x.shape[1] * x.shape[2] >= MIN_POSITIONS
-        return _chunked_mlp(modules, x, injected) if applies else None
+    if plain_input and inference_on_cpu(x) and not layers.training:
+        if len(x) and x.shape[1] * x.shape[2] >= MIN_POSITIONS:
+            return _chunked_mlp(modules, x, injected)
     if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() and supports_rate(dropout.p)):
         return None
     if injected is not None and plain_input and training_on_cpu(x):

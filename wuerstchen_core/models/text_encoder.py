@@ -62,7 +62,8 @@ class TextEncoder(nn.Module):
         """Returns states [B, L, width] of token ids [B, L]; the mask [B, L] is False for padding."""
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]
-        allowed = mask.bool()[:, None, :] & causal_mask(length, ids.device)  # [B, L, L]
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        allowed = mask.bool()[:, None, :] & causal  # [B, L, L]
         blocked = torch.zeros(allowed.shape, dtype=x.dtype, device=ids.device)
         blocked = blocked.masked_fill(~allowed, torch.finfo(x.dtype).min)
         x = self.transformer(x, attn_mask=blocked.repeat_interleave(self.params.heads, dim=0))
@@ -81,11 +82,6 @@ class TextEncoder(nn.Module):
         device = self.token_embedding.weight.device
         states = self(torch.cat(ids).to(device), torch.cat(mask).to(device))
         return states.unflatten(0, (len(prompts), -1)).flatten(1, 2)
-
-
-def causal_mask(length: int, device: Any) -> Tensor:
-    """Returns [L, L], True where token i (row) may attend to token j (column)."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 @cache

@@ -45,8 +45,8 @@ class Codebook(nn.Module):
         self.codebook = operations.Embedding(size, c_latent, **factory)
 
     def forward(self, x: Tensor) -> Quantized:
-        rows = x.permute(0, 2, 3, 1)
-        indices = nearest_codes(rows.flatten(0, 2).detach(), self.codebook.weight.detach()).view(rows.shape[:3])
+        vectors = x.permute(0, 2, 3, 1)
+        indices = nearest_codes(vectors.flatten(0, 2).detach(), self.codebook.weight.detach()).view(vectors.shape[:3])
         codes = self.codebook(indices).permute(0, 3, 1, 2)
         codebook_loss = F.mse_loss(codes, x.detach())
         commit_loss = F.mse_loss(x, codes.detach())
