@@ -1,4 +1,4 @@
-"""A trainer's configuration: overrides, and mistakes named in one sentence; the recipe's files fit their networks."""
+"""Training configurations: overrides, errors, and the demo's TOML files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wuerstchen_core.training.config import LoopConfig, check_tables, read_confi
 from wuerstchen_core.training.data.demo import DemoDataConfig
 from wuerstchen_core.training.run import run, stage_class
 
-PART = {  # where it is not the stage's own name
+PART = {  # of a bundle, where it is not the stage's name
     "encoder": "image_encoder",
     "text": "text_encoder",
     "token-decoder": "token_decoder",
@@ -56,7 +56,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole_bundle() -> dict[str, int]:
-    """Bytes of each part of the recipe as `build.assemble` stores it: bf16, and of the tokens what was trained."""
+    """Returns the bytes of each part as `build.assemble` stores it: in bf16, with known tokens only."""
     sizes: dict[str, int] = {}
     for stage in STAGES:
         params = recipe(stage)[1]
@@ -67,7 +67,7 @@ def whole_bundle() -> dict[str, int]:
     return sizes
 
 
-def test_overrides_are_toml_and_bare_words_are_text(file: Path) -> None:
+def test_overrides_are_toml_or_plain_strings(file: Path) -> None:
     changes = [
         "train.lr=3e-4",
         "run=elsewhere",
@@ -137,7 +137,7 @@ def test_missing_keys_and_tables_are_named() -> None:
         check_tables({"model": {}}, ("start", "model"))
 
 
-def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_or_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[model\n", encoding="utf-8")
     for path in (file, tmp_path / "none.toml"):
@@ -160,7 +160,7 @@ def test_a_missing_drawing_package_is_named(
 
 EVERYTHING = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
 SHOWN = {
-    "vqgan": DemoDataConfig(),  # which crops
+    "vqgan": DemoDataConfig(),  # uses crops
     "encoder": EVERYTHING,
     "text": replace(EVERYTHING, shapes=("square",)),
     "decoder": EVERYTHING,
@@ -181,7 +181,7 @@ SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
 @pytest.mark.parametrize(
     ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND, ("prior", build_v1.STAGES["prior"])]
 )
-def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
+def test_the_recipes_tables_are_valid(stage: str, file: str) -> None:
     config = read_config(build.RECIPE / file if file else config_path(build.RECIPE, stage), [])
     kind: Any = stage_class(stage)
     trainer = importlib.import_module(kind.__module__)
@@ -197,13 +197,14 @@ def test_the_recipe_fits_its_tables(stage: str, file: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "file"), SECOND)
-def test_a_second_training_alone_goes_on_where_the_recipe_put_the_first(stage: str, file: str) -> None:
+def test_a_second_training_starts_from_the_recipes_first(stage: str, file: str) -> None:
     overrides = build.second_overrides(Path("runs/demo"), stage)
-    own, told = (read_config(build.RECIPE / file, given) for given in ([], overrides))
-    assert own == told and own["start"] == str(build.stage_folders(Path("runs/demo"))[stage] / f"{stage}.safetensors")
+    own, changed = (read_config(build.RECIPE / file, x) for x in ([], overrides))
+    first = build.stage_folders(Path("runs/demo"))[stage] / f"{stage}.safetensors"
+    assert own == changed and own["start"] == str(first)
 
 
-def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
+def test_the_recipe_is_standard_v2_with_heads_of_width_64() -> None:
     prior, decoder, text = (recipe(stage)[1] for stage in ("prior", "decoder", "text"))
     assert isinstance(prior, PriorParams) and isinstance(decoder, DecoderParams) and isinstance(text, TextEncoderParams)
     assert prior.c == prior.nhead * HEAD_WIDTH and text.width == text.heads * HEAD_WIDTH
@@ -213,7 +214,7 @@ def test_the_recipe_holds_stock_v2_with_heads_64_wide() -> None:
     assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
 
 
-def test_the_recipe_holds_v1_on_the_parts_of_v2() -> None:
+def test_the_v1_recipe_fits_the_parts_of_v2() -> None:
     prior, decoder = recipe("prior", build_v1.STAGES["prior"])[1], recipe("token-decoder")[1]
     vqgan, text = recipe("vqgan")[1], recipe("text")[1]
     assert isinstance(prior, PriorParams) and isinstance(decoder, TokenDecoderParams)
@@ -224,7 +225,7 @@ def test_the_recipe_holds_v1_on_the_parts_of_v2() -> None:
     assert 256 // 4 % decoder.multiple == 0 and 64 // 4 % decoder.multiple == 0  # every legal size
 
 
-def test_the_parts_of_v1_fit_into_its_bundle() -> None:
+def test_the_v1_bundle_is_small_enough() -> None:
     sizes = {}
     for stage in (*build_v1.REUSED, *build_v1.STAGES):
         params = recipe(stage, build_v1.STAGES.get(stage, ""))[1]
@@ -234,6 +235,6 @@ def test_the_parts_of_v1_fit_into_its_bundle() -> None:
     assert sum(sizes.values()) < LARGEST_BUNDLE_V1
 
 
-def test_the_parts_fit_into_the_bundle(whole_bundle: dict[str, int]) -> None:
+def test_the_v2_bundle_is_small_enough(whole_bundle: dict[str, int]) -> None:
     assert min(whole_bundle.values()) > 1e5
     assert sum(whole_bundle.values()) < LARGEST_BUNDLE

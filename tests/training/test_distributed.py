@@ -14,23 +14,23 @@ from helpers.training_process import PROCESS_CONFIG
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.rng import StepRandom
 
-APART = Path(__file__).parents[1] / "helpers" / "training_process.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 
 @pytest.mark.parametrize(
-    ("way", "muon_lr", "launcher"),
+    ("mode", "muon_lr", "launcher"),
     [("replicated", PROCESS_CONFIG.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
 )
-def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: float, launcher: str) -> None:
-    """A batch of 4 in one process, or 2 in each of two: the same weights after 20 steps, and one log."""
+def test_two_processes_train_what_one_trains(tmp_path: Path, mode: str, muon_lr: float, launcher: str) -> None:
+    """A batch of 4 in one process equals 2 in each of two: same weights after 20 steps, one log."""
     train(DeepLineStage(dropout=0.0), replace(PROCESS_CONFIG, batch=4, muon_lr=muon_lr), tmp_path / "one")
-    launch(str(APART), way, str(tmp_path / "two"), by=launcher)
+    launch(str(SCRIPT), mode, str(tmp_path / "two"), by=launcher)
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert one["step"] == two["step"] == 20
     for key in ("net", "average"):
         assert one[key].keys() == two[key].keys()
         for name, x in one[key].items():
-            if name != "seen":  # a buffer: each process has seen its own half
+            if name != "seen":  # a buffer of each process's own samples
                 torch.testing.assert_close(two[key][name], x, rtol=0, atol=2e-6)
     assert [row["step"] for row in read_log(tmp_path / "two")] == [row["step"] for row in read_log(tmp_path / "one")]
     losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
@@ -40,9 +40,9 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, way: str, muon_lr: 
     assert not torch.allclose(start["layer.weight"], end["layer.weight"], atol=0.1)
 
 
-def test_a_samples_chance_is_its_places_alone() -> None:
-    def drawn(places: range | None) -> list[torch.Tensor]:
-        rng = StepRandom(3, 7, 6, places)
+def test_random_numbers_depend_on_the_index_in_the_batch_alone() -> None:
+    def drawn(indices: range | None) -> list[torch.Tensor]:
+        rng = StepRandom(3, 7, 6, indices)
         return [
             rng.uniform(), rng.uniform(2), rng.normal(2, 3), rng.integers(50), rng.integers(50, 4),
             rng.permutations(9), rng.strata(), rng.pick(100), rng.pick(4), rng.uniform(),

@@ -1,4 +1,4 @@
-"""Stages that train on pictures of one's own, from a folder and from shards."""
+"""Training on image files, from a folder and from shards."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CHANGES = ["data.workers=0", "train.sheet_every=2"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve squares of 64 pixels and six pictures of twice the width, with captions."""
+    """Twelve squares of 64 pixels and six images of 128x64, with captions."""
     root = tmp_path_factory.mktemp("pictures")
     return write_folder(root, {**examples(SQUARES), **examples(WIDE, 128, 64)})
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """The tiny configurations, on the folder's squares."""
+    """The tiny configurations with the folder's squares as data."""
     root = tmp_path_factory.mktemp("configs")
     write_configs(root, root / "run")
     for path in root.glob("*.toml"):
@@ -57,23 +57,29 @@ def trained(configs: Path) -> Path:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_learns_from_a_folder(trained: Path, stage: str) -> None:
+def test_a_stage_trains_on_a_folder(trained: Path, stage: str) -> None:
     rows = read_log(trained / stage)
     assert [row["step"] for row in rows] == [2, 4] and all(row["loss"] > 0 for row in rows)
     assert checkpoint(trained / stage)["data"]["position"] == 4
-    with Image.open(trained / stage / "sheet-000004.png") as sheet:
-        assert sheet.getpixel((64, 64))[1:] == (100, 200)  # the truth comes first
+    with Image.open(trained / stage / "sheet-000004.png") as grid:
+        assert grid.getpixel((64, 64))[1:] == (100, 200)  # the images come first
 
 
 def input_overrides(trained: Path) -> list[str]:
     return [f"inputs.{stage}='{trained / stage / stage}.safetensors'" for stage in STAGES]
 
 
-def test_a_run_of_several_shapes_goes_on_exactly_where_it_was_stopped(
+def test_a_run_on_several_sizes_resumes_exactly(
     configs: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Squares and wide pictures in one run, stopped between two checkpoints."""
-    told = [*CHANGES, *input_overrides(trained), "data.buckets=[[64, 64], [128, 64]]", "train.batch=3", "train.steps=6"]
+    """Squares and wide images, stopped between two checkpoints."""
+    changes = [
+        *CHANGES,
+        *input_overrides(trained),
+        "data.buckets=[[64, 64], [128, 64]]",
+        "train.batch=3",
+        "train.steps=6",
+    ]
     seen: list[tuple[int, ...]] = []
     loss = DecoderStage.loss
 
@@ -85,31 +91,31 @@ def test_a_run_of_several_shapes_goes_on_exactly_where_it_was_stopped(
 
     monkeypatch.setattr(DecoderStage, "loss", watched)
     stop = 0
-    run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'whole'}'"])
+    run("decoder", config_path(configs, "decoder"), [*changes, f"run='{tmp_path / 'whole'}'"])
     whole = list(seen)
     assert set(whole) == {(16, 16), (16, 32)}
     stop = len(seen) + 4
     with pytest.raises(KeyboardInterrupt):
-        run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
-    run("decoder", config_path(configs, "decoder"), [*told, f"run='{tmp_path / 'stopped'}'"])
+        run("decoder", config_path(configs, "decoder"), [*changes, f"run='{tmp_path / 'stopped'}'"])
+    run("decoder", config_path(configs, "decoder"), [*changes, f"run='{tmp_path / 'stopped'}'"])
     assert seen[6:9] == whole[:3] and seen[10:] == whole[2:]  # from the checkpoint of step 2
     assert log_rows(tmp_path / "stopped" / "decoder") == log_rows(read_log(tmp_path / "whole" / "decoder"))
     assert_equal_states(ema_of(tmp_path / "stopped" / "decoder"), ema_of(tmp_path / "whole" / "decoder"))
 
 
-def test_other_pictures_in_a_run_that_goes_on_are_told(
+def test_resuming_with_other_images_is_reported(
     configs: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = [*CHANGES, *input_overrides(trained), f"run='{tmp_path}'", "train.sheet_every=1000"]
-    run("prior", config_path(configs, "prior"), told)
+    changes = [*CHANGES, *input_overrides(trained), f"run='{tmp_path}'", "train.sheet_every=1000"]
+    run("prior", config_path(configs, "prior"), changes)
     root = write_folder(tmp_path / "other", examples(range(30, 36)))
     with caplog.at_level(logging.WARNING):
-        run("prior", config_path(configs, "prior"), [*told, "train.steps=6", f"data.source='{root}'"])
+        run("prior", config_path(configs, "prior"), [*changes, "train.steps=6", f"data.source='{root}'"])
     assert "have changed" in caplog.text
     assert checkpoint(tmp_path / "prior")["step"] == 6
 
 
-def test_captions_are_dropped_by_chance_and_pictures_are_those_of_the_file(tmp_path: Path) -> None:
+def test_captions_are_dropped_and_images_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(shard(examples(range(8))))
     pictures = FileDataset({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
     pictures.start_reading(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
@@ -118,5 +124,5 @@ def test_captions_are_dropped_by_chance_and_pictures_are_those_of_the_file(tmp_p
     assert pictures.captions(picked, StepRandom(0, 0, 8)) == [f"picture {red}" for red in reds]
     assert sorted(reds) == list(range(8)) and pictures.captions(picked, rng, drop=1.0) == [""] * 8
     assert torch.equal(pictures.map_images("twice", lambda images: images * 2)(picked), pictures.images(picked) * 2)
-    held = pictures.preview_images()
-    assert held is not None and len(held) == 8 and held.texts == [f"picture {i}" for i in range(8)]
+    preview = pictures.preview_images()
+    assert preview is not None and len(preview) == 8 and preview.texts == [f"picture {i}" for i in range(8)]

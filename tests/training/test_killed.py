@@ -1,4 +1,4 @@
-"""A training that is killed without warning, anywhere, goes on as if nothing had happened."""
+"""A training that is killed at any moment resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.rng import StepRandom
 
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()
-pytestmark = pytest.mark.skipif(not FORKS, reason="processes are forked off one that has torch in memory")
+pytestmark = pytest.mark.skipif(not FORKS, reason="the processes are forked from one that has imported torch")
 
 LONG = replace(CONFIG, steps=60, log_every=1, save_every=7, sheet_every=9)
 WAIT = 60.0  # seconds at most
 
 
 def train_long(folder: Path) -> None:
-    """What is killed."""
+    """The run to kill."""
     torch.set_num_threads(1)
     train(LineStage(), LONG, folder)
 
 
 def stop_halfway(folder: Path) -> None:
-    """The same, but it stops when half of the checkpoint of step 14 is on the disk."""
+    """The same run, which waits when half of the checkpoint of step 14 is on disk."""
     write = torch.save
 
     def halfway(contents: dict[str, Any], path: Path) -> None:
@@ -52,13 +52,13 @@ def stop_halfway(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All steps at once."""
+    """An uninterrupted run."""
     return train(LineStage(), LONG, tmp_path_factory.mktemp("whole")).parent
 
 
 @contextmanager
-def apart(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
-    """`work` in a process of its own, which is killed at the end."""
+def killed_process(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
+    """Runs `work` in another process, which is killed at the end of the block."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "torch.distributed.tensor"])
     process = context.Process(target=work, args=(folder,))
@@ -68,7 +68,7 @@ def apart(work: Callable[[Path], None], folder: Path) -> Iterator[None]:
     finally:
         process.kill()
         process.join()
-    assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+    assert process.exitcode == -signal.SIGKILL, "the process ended before it was killed"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -84,7 +84,7 @@ def rows(folder: Path) -> int:
 
 
 class PicturesStage(LineStage):
-    """Learns the sum of the mean colours of the pictures in a folder, which processes read."""
+    """Learns the sum of the mean colours of images that worker processes read."""
 
     def __init__(self, folder: Path):
         super().__init__(width=3)
@@ -101,11 +101,11 @@ def train_on_pictures(folder: Path) -> None:
 
 
 def check_killed(folder: Path, whole: Path, seed: int) -> None:
-    """Kill a training at a moment that the seed chooses, twice, and let it go on to its end."""
+    """Kills a training twice, at moments that depend on the seed, and resumes it."""
     rng = random.Random(seed)
     steps = sorted(rng.sample(range(1, 55), 2))
     for step in steps:
-        with apart(train_long, folder):
+        with killed_process(train_long, folder):
             wait_for(lambda step=step: rows(folder) >= step)  # type: ignore[misc]
             time.sleep(rng.random() * 0.01)
     train(LineStage(), LONG, folder)
@@ -117,11 +117,11 @@ def test_killed(tmp_path: Path, whole: Path, seed: int) -> None:
     check_killed(tmp_path, whole, seed)
 
 
-def test_killed_amid_pictures_that_processes_read(tmp_path: Path) -> None:
-    """Of two shapes: the same pictures come after the checkpoint as would have come without the kill."""
+def test_killed_while_workers_read_images(tmp_path: Path) -> None:
+    """After the checkpoint the same images of two sizes come as without the kill."""
     write_folder(tmp_path / "pictures", {**examples(range(14)), **examples(range(20, 27), 128, 64)})
     for seed in range(2):
-        with apart(train_on_pictures, tmp_path / "killed"):
+        with killed_process(train_on_pictures, tmp_path / "killed"):
             wait_for(lambda seed=seed: rows(tmp_path / "killed") >= 10 + 20 * seed)  # type: ignore[misc]
     for name in ("killed", "whole"):
         train_on_pictures(tmp_path / name)
@@ -135,15 +135,15 @@ def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
 
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> None:
-    """Half of the file of step 14 is on the disk: it goes on from step 7, and the half is gone."""
+    """Half of the file of step 14 is on disk: the run resumes from step 7 and removes it."""
     size = (whole / "checkpoint-00000056.pt").stat().st_size
 
     def half() -> bool:
         return any(0 < path.stat().st_size < size * 0.6 for path in tmp_path.glob(".checkpoint-00000014.pt.*.part"))
 
-    with apart(stop_halfway, tmp_path):
+    with killed_process(stop_halfway, tmp_path):
         wait_for(half)
     assert half() and "checkpoint-00000014.pt" not in file_names(tmp_path)
-    (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # as another process left it
+    (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # of another killed process
     train(LineStage(), LONG, tmp_path)
     assert_same_training(tmp_path, whole)

@@ -1,4 +1,4 @@
-"""The training loop on the smallest thing that learns."""
+"""The training loop with the smallest network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wuerstchen_core.training.optim import build_optimizers
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps at once."""
+    """An uninterrupted run of eight steps."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(LineStage(), CONFIG, folder) == folder / "prior.safetensors"
     return folder
@@ -47,12 +47,12 @@ def test_a_run_folder(whole: Path) -> None:
     rows = read_log(whole)
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert all(set(row) == {"step", "loss", "lr", "seconds", "skipped"} for row in rows)
-    with Image.open(whole / "sheet-000008.png") as sheet:
-        assert sheet.format == "PNG" and sheet.getpixel((0, 0)) == (1, 2, 3)
+    with Image.open(whole / "sheet-000008.png") as grid:
+        assert grid.format == "PNG" and grid.getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_the_ema_is_the_moving_average(tmp_path: Path) -> None:
-    """Weights and buffers, from the first step's on; by hand from the weights after every step."""
+    """Of weights and buffers, compared with the average of the weights after every step."""
     config = replace(CONFIG, save_every=1)
     kept: list[dict[str, Tensor]] = []
     for step in range(1, 9):
@@ -81,7 +81,7 @@ def test_the_ema_starts_as_the_weights_after_skipped_steps(tmp_path: Path, stop:
     assert not torch.equal(ema_of(tmp_path)["layer.weight"], LineStage().net.layer.weight)
 
 
-def test_the_learning_rate_rises_stays_and_falls() -> None:
+def test_the_learning_rate_has_warmup_and_decay() -> None:
     config = replace(CONFIG, steps=100, warmup=10, decay=0.2)
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[0] == 0.1 and rates[4] == 0.5 and rates[9:81] == [1.0] * 72
@@ -91,7 +91,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert [learning_rate(constant, step) for step in range(100)] == [1.0] * 100
 
 
-def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path, whole: Path) -> None:
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, whole: Path) -> None:
     train(LineStage(nan_at=[6]), CONFIG, tmp_path)
     assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
     assert all(math.isfinite(row["loss"]) for row in read_log(tmp_path))
@@ -100,7 +100,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path, wh
     assert not torch.equal(checkpoint(tmp_path)["net"]["layer.weight"], checkpoint(whole)["net"]["layer.weight"])
 
 
-def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_checkpoint(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=40, log_every=5, save_every=5)
     for name, nan_at, facts in (
         ("row", range(12, 100), "10 of 21 .*10 in a row"),
@@ -113,10 +113,10 @@ def test_too_many_steps_without_a_finite_loss_stop_the_run_before_they_spoil_a_c
     assert checkpoint(tmp_path / "row")["step"] == checkpoint(tmp_path / "half")["step"] == 20
 
 
-def test_a_resumed_run_counts_steps_in_a_row_on(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_counting_skipped_steps_in_a_row(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=40, save_every=5)
     with pytest.raises(KeyboardInterrupt):
-        train(LineStage(nan_at=range(8, 100), stop=14), config, tmp_path)  # steps 8 to 10 are lost at the checkpoint
+        train(LineStage(nan_at=range(8, 100), stop=14), config, tmp_path)  # steps 8 to 10 are skipped
     with pytest.raises(ValueError, match="10 of 17 .*10 in a row"):
         train(LineStage(nan_at=range(1, 100)), config, tmp_path)
 
@@ -152,20 +152,22 @@ def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert f"{tmp_path} is at step {CONFIG.steps}" in caplog.text
 
 
-def test_a_batch_that_is_no_number_leaves_no_trace(tmp_path: Path) -> None:
-    """Nor in buffers, which it has been through before its loss shows it."""
+def test_a_nan_batch_leaves_no_trace(tmp_path: Path) -> None:
+    """Not even in buffers, which change before the loss is known."""
     train(LineStage(nan_at=[3]), CONFIG, tmp_path)
     assert all(x.isfinite().all() for key in ("net", "average") for x in checkpoint(tmp_path)[key].values())
     assert checkpoint(tmp_path)["skipped"] == 1
 
 
-def test_old_checkpoints_go_only_when_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_checkpoints_are_removed_only_after_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, save_every=1, keep=3)
     train(LineStage(), config, tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
 
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # torch's word for it
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"
+        )  # torch's message for a full disk
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
@@ -175,7 +177,7 @@ def test_old_checkpoints_go_only_when_there_is_a_newer_one(tmp_path: Path, monke
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on the sizes of files")
-def test_a_disk_that_fills_up_amid_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, whole: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     import resource
 
     config = replace(CONFIG, save_every=1)
@@ -193,14 +195,14 @@ def test_a_disk_that_fills_up_amid_a_checkpoint_leaves_the_last_good_one(tmp_pat
     assert_equal_states(checkpoint(tmp_path)["net"], checkpoint(whole)["net"])
 
 
-def test_a_step_of_several_batches_is_that_of_one(tmp_path: Path) -> None:
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     for name, change in (("one", {"batch": 4}), ("four", {"batch": 1, "accumulate": 4})):
         train(LineStage(dropout=0.0), replace(CONFIG, **change), tmp_path / name)
     one, four = (checkpoint(tmp_path / name)["net"] for name in ("one", "four"))
     torch.testing.assert_close(one["layer.weight"], four["layer.weight"], rtol=1e-6, atol=1e-6)
 
 
-def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
+def test_a_damaged_or_unfitting_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     facts = r"checkpoint-00000008\.pt .*\[model\].*muon_lr"
     with pytest.raises(ValueError, match=facts):
@@ -214,7 +216,7 @@ def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path, whole: Path) -
     assert log_rows(folder) == log_rows(whole)
 
 
-def test_the_network_trains_in_train_mode_also_after_a_sheet(whole: Path, tmp_path: Path) -> None:
+def test_the_network_is_in_training_mode_after_samples(whole: Path, tmp_path: Path) -> None:
     stage = LineStage()
     train(stage, CONFIG, tmp_path)
     assert stage.train_modes == [True] * 8
@@ -232,21 +234,21 @@ def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytes
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
-    """To next to nothing, which AdamW then divides by its epsilon and not by itself."""
+    """To so little that AdamW divides them by its epsilon instead of their own size."""
     train(LineStage(), replace(CONFIG, clip=1e-12, weight_decay=0.0), tmp_path)
     start, end = LineStage().net.layer.bias, checkpoint(tmp_path)["net"]["layer.bias"]
-    torch.testing.assert_close(end, start.detach(), rtol=0, atol=1e-3)  # unclipped it moves by 0.1
+    torch.testing.assert_close(end, start.detach(), rtol=0, atol=1e-3)  # without clipping it moves by 0.1
 
 
-def test_batches_that_accelerate_would_gather_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would divide the gradients by their number, and leave the gathering to us."""
+def test_accelerates_own_accumulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would only divide the gradients."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match=r"accelerate .*4.*\[train\] accumulate"):
         train(LineStage(), CONFIG, tmp_path)
 
 
-def test_tensorboard_shows_the_log_also_of_a_run_that_was_stopped(tmp_path: Path, whole: Path) -> None:
-    """What was written after the last checkpoint, of which the log says nothing more, is not shown twice."""
+def test_tensorboard_gets_the_log_of_a_resumed_run(tmp_path: Path, whole: Path) -> None:
+    """What was logged after the last checkpoint is not shown twice."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = replace(CONFIG, trackers=("tensorboard",), log_every=1)
     with pytest.raises(KeyboardInterrupt):
@@ -269,10 +271,10 @@ def test_tensorboard_shows_the_log_also_of_a_run_that_was_stopped(tmp_path: Path
         ({"checkpointing": True}, "checkpointing"),
     ],
 )
-def test_what_the_loop_cannot_do_is_said_before_it_begins(
+def test_unsupported_settings_are_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], facts: str
 ) -> None:
-    if "precision" in change:  # a scaler is made for GPUs alone
+    if "precision" in change:  # accelerate creates a scaler on GPUs only
         monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(scaler=object()))
     with pytest.raises(ValueError, match=facts):
         train(LineStage(), replace(CONFIG, **change), tmp_path)

@@ -1,4 +1,4 @@
-"""LoRAs trained in a tiny size: what learns, what the file holds, and who reads it."""
+"""LoRA training in a tiny size: what is trained, and the file."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(config: Path) -> Path:
-    """The folder of a training."""
+    """The folder of a run."""
     return run("lora", config, [f"run='{config.parent}'"]).parent
 
 
 @torch.no_grad()
-def test_adapters_start_as_no_change_and_alone_learn() -> None:
+def test_adapters_change_nothing_at_first_and_are_all_that_is_trained() -> None:
     prior, inputs = NETWORKS["prior"].perturbed(), NETWORKS["prior"].inputs()
     before = prior(*inputs)
     attach(prior, AdapterConfig(dropout=0.1))
@@ -66,15 +66,15 @@ def test_adapters_start_as_no_change_and_alone_learn() -> None:
 
 
 @torch.no_grad()
-def test_a_skeleton_shares_the_base_and_nothing_else() -> None:
+def test_a_meta_copy_shares_the_base_weights_only() -> None:
     prior, inputs = NETWORKS["prior"].perturbed(), NETWORKS["prior"].inputs()
     attach(prior, AdapterConfig())
     copy = meta_copy(prior)
-    frozen, learning = (
-        {name: p for name, p in prior.named_parameters() if p.requires_grad == wanted} for wanted in (False, True)
+    frozen, trained = (
+        {name: p for name, p in prior.named_parameters() if p.requires_grad == flag} for flag in (False, True)
     )
     copied = dict(copy.named_parameters())
-    assert all(copied[name] is p for name, p in frozen.items()) and all(copied[name].is_meta for name in learning)
+    assert all(copied[name] is p for name, p in frozen.items()) and all(copied[name].is_meta for name in trained)
     values = {key: torch.full_like(x, 0.1) for key, x in prior.state_dict().items()}
     copy.load_state_dict(values, assign=True)
     changed = copy(*inputs)
@@ -83,7 +83,7 @@ def test_a_skeleton_shares_the_base_and_nothing_else() -> None:
     assert torch.equal(prior(*inputs), changed)
 
 
-def test_a_training_keeps_the_adapters_alone(trained: Path) -> None:
+def test_a_run_stores_only_the_adapters(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "checkpoint-00000002.pt", "checkpoint-00000004.pt", "log.jsonl", "lora.safetensors", "sheet-000004.png",
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_training_keeps_the_adapters_alone(trained: Path) -> None:
     assert all(x.any() for x in kept["net"].values())
     state = load_file(trained / "lora.safetensors")
     assert state.keys() == set(names.values())
-    for name, x in kept["average"].items():  # what is given away
+    for name, x in kept["average"].items():  # the file has the EMA
         scale = ALPHA / RANK if "lora_B" in name else 1
         assert torch.equal(state[names[name]], x * scale)
     with safe_open(trained / "lora.safetensors", "pt") as file:
@@ -102,17 +102,17 @@ def test_a_training_keeps_the_adapters_alone(trained: Path) -> None:
         assert (file.metadata()["base"], file.metadata()["licence"]) == ("tiny.safetensors", "MIT")
 
 
-def test_licences_of_both_that_a_lora_is_of_go_with_it(config: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_lora_carries_the_licences_of_prior_and_text_encoder(config: Path, bundle: Path, tmp_path: Path) -> None:
     tower = tmp_path / "tower.safetensors"
     save_bundle(tower, {"text_encoder": read_part(bundle, "prior_text_encoder")}, {"licence": "of a tower"})
     for targets, licence in (('["fc2"]', "MIT / of a tower"), ("[]", "MIT")):
-        told = [f"run='{tmp_path}'", f"inputs.text='{tower}'", f"lora.text_targets={targets}"]
-        stage = LoraStage(read_config(config, told))
+        overrides = [f"run='{tmp_path}'", f"inputs.text='{tower}'", f"lora.text_targets={targets}"]
+        stage = LoraStage(read_config(config, overrides))
         assert base_metadata(stage.bases)["licence"] == licence
 
 
 @torch.no_grad()
-def test_the_tower_takes_tokens_to_the_states_that_it_gave_before() -> None:
+def test_an_attached_text_encoder_gives_the_same_states() -> None:
     prior, tower = (NETWORKS[name].perturbed() for name in ("prior", "text_encoder"))
     x, t, _ = NETWORKS["prior"].inputs()
     states = tower(*TOKENS)
@@ -124,7 +124,7 @@ def test_the_tower_takes_tokens_to_the_states_that_it_gave_before() -> None:
 
 
 @torch.no_grad()
-def test_a_sheet_is_painted_with_the_tower_that_learns(config: Path, tmp_path: Path) -> None:
+def test_samples_use_the_trained_text_encoder(config: Path, tmp_path: Path) -> None:
     stage = LoraStage(read_config(config, [f"run='{tmp_path}'"]))
     validation = stage.dataset.preview_images()
     assert validation is not None
@@ -137,7 +137,7 @@ def test_a_sheet_is_painted_with_the_tower_that_learns(config: Path, tmp_path: P
 
 
 @pytest.mark.long
-def test_two_processes_in_two_turns_train_what_one_does(config: Path, tmp_path: Path) -> None:
+def test_two_processes_with_accumulation_train_what_one_trains(config: Path, tmp_path: Path) -> None:
     one, two = ([f"run='{tmp_path / name}'", "lora.dropout=0.0"] for name in ("one", "two"))
     run("lora", config, one)
     changes = [*two, "train.batch=1", "train.accumulate=2"]
@@ -150,12 +150,12 @@ def test_two_processes_in_two_turns_train_what_one_does(config: Path, tmp_path: 
         torch.testing.assert_close(apart[name], x, rtol=0, atol=2e-5, msg=name)  # observed 6e-6
 
 
-def test_blocks_computed_again_train_the_same(config: Path, trained: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_trains_the_same(config: Path, trained: Path, tmp_path: Path) -> None:
     run("lora", config, [f"run='{tmp_path}'", "train.checkpointing=true"])
     assert_equal_states(ema_of(tmp_path / "lora"), ema_of(trained))
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(
+def test_a_stopped_run_resumes_exactly(
     config: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, loss = [], LoraStage.loss
@@ -177,25 +177,23 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     assert (tmp_path / "lora" / "lora.safetensors").read_bytes() == (trained / "lora.safetensors").read_bytes()
 
 
-def test_it_learns(config: Path, tmp_path: Path) -> None:
+def test_the_loss_falls(config: Path, tmp_path: Path) -> None:
     changes = ["train.steps=24", "train.log_every=6", "train.batch=8", "lora.dropout=0.0", "train.sheet_every=1000"]
     run("lora", config, [f"run='{tmp_path}'", *changes])
     losses = [row["loss"] for row in read_log(tmp_path / "lora")]
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-def test_a_tower_that_learns_reads_the_captions_and_not_what_a_cache_keeps_of_them(
-    config: Path, tmp_path: Path
-) -> None:
+def test_a_trained_text_encoder_ignores_cached_text_states(config: Path, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "pictures", examples(range(8))).as_posix()
-    told = [f"data={{source='{source}', size=64, multiple=64, workers=0}}", f"run='{tmp_path / 'plain'}'"]
-    plain = run("lora", config, told)
-    make_cache(config, [*told, f"cache={{output='{tmp_path / 'cache'}', dtype='fp32', batch=4}}"])
-    cached = run("lora", config, [*told, f"data.source='{tmp_path / 'cache'}'", f"run='{tmp_path / 'cached'}'"])
+    overrides = [f"data={{source='{source}', size=64, multiple=64, workers=0}}", f"run='{tmp_path / 'plain'}'"]
+    plain = run("lora", config, overrides)
+    make_cache(config, [*overrides, f"cache={{output='{tmp_path / 'cache'}', dtype='fp32', batch=4}}"])
+    cached = run("lora", config, [*overrides, f"data.source='{tmp_path / 'cache'}'", f"run='{tmp_path / 'cached'}'"])
     assert cached.read_bytes() == plain.read_bytes()
 
 
-def test_the_tower_alone_learns_if_nothing_else_shall(config: Path, tmp_path: Path) -> None:
+def test_the_text_encoder_can_be_trained_alone(config: Path, tmp_path: Path) -> None:
     file = run("lora", config, [f"run='{tmp_path}'", "lora.targets=[]", "train.steps=1", "train.ema=0.0"])
     state = load_file(file)
     assert state.keys() == {
@@ -204,7 +202,7 @@ def test_the_tower_alone_learns_if_nothing_else_shall(config: Path, tmp_path: Pa
     assert all(x.any() for x in state.values())
 
 
-def test_pictures_of_one_background_are_said_to_have_any() -> None:
+def test_captions_of_one_background_name_any() -> None:
     pictures = DemoDataset({"canvas": 64, "things": 3, "background": "pink"})
     assert {list(COLOURS)[scene.colour] for scene in pictures.scenes} == {"pink"}
     count = len(pictures)
@@ -236,9 +234,7 @@ def test_a_mistake_is_named_in_one_line(config: Path, tmp_path: Path, change: st
     assert not (tmp_path / "run").exists()
 
 
-def test_the_recipe_trains_on_the_shipped_model_and_puts_the_file_beside_the_workflows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_trains_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(recipe.CONFIG, [])
     check_tables(config, LoraStage.tables)
     loop = from_table(LoopConfig, config["train"], "train")

@@ -1,4 +1,4 @@
-"""LoRAs as the trainer writes them, read by diffusers' own pipeline, and by ours."""
+"""Trained LoRAs, read by diffusers and by this package."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ pytest.importorskip("peft", reason="LoRAs are trained with peft")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
-    """The folder of a training."""
+    """The folder of a run."""
     config = write_config(tmp_path_factory.mktemp("lora"), bundle)
     return run("lora", config, [f"run='{config.parent}'"]).parent
 
 
 @pytest.fixture(scope="module")
 def learned(trained: Path, bundle: Path) -> Prior:
-    """The prior and its tower with what was learned on them, as peft computes it."""
+    """The prior and its text encoder with the trained adapters, computed by peft."""
     prior = load_prior(bundle)
     attach_text_encoder(prior, load_text_encoder(bundle))
     attach(prior, CONFIGURED)
@@ -43,7 +43,7 @@ def learned(trained: Path, bundle: Path) -> Prior:
     return prior.eval().requires_grad_(False)
 
 
-def test_our_reader_knows_the_strength(trained: Path) -> None:
+def test_the_reader_gets_the_strength(trained: Path) -> None:
     lora, state = read_lora(trained / "lora.safetensors"), ema_of(trained)
     read = {f"prior.{path}": adapter for path, adapter in lora.network.items()}
     read |= {f"text_encoder.text_model.{path}": adapter for path, adapter in lora.text.items()}
@@ -54,7 +54,7 @@ def test_our_reader_knows_the_strength(trained: Path) -> None:
 
 
 def as_transformers(bundle: Path) -> Any:
-    """The tower as transformers' own."""
+    """Returns the text encoder as transformers' class."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {"hidden_size": TEXT.width, "intermediate_size": 4 * TEXT.width, "num_hidden_layers": TEXT.layers}
@@ -70,7 +70,7 @@ def as_transformers(bundle: Path) -> Any:
     return tower
 
 
-def test_diffusers_own_pipeline_gives_equal_numbers(trained: Path, learned: Prior, bundle: Path) -> None:
+def test_diffusers_pipeline_gives_the_same_outputs(trained: Path, learned: Prior, bundle: Path) -> None:
     diffusers = pytest.importorskip("diffusers.pipelines.deprecated.wuerstchen")
     theirs = diffusers.WuerstchenPrior(
         c=PRIOR.c, c_cond=PRIOR.c_cond, depth=PRIOR.depth, nhead=PRIOR.nhead, c_r=PRIOR.c_r, dropout=0.0
@@ -87,27 +87,27 @@ def test_diffusers_own_pipeline_gives_equal_numbers(trained: Path, learned: Prio
         pipeline = diffusers.WuerstchenPriorPipeline(tokenizer=None, text_encoder=tower, prior=theirs, scheduler=None)
         pipeline.load_lora_weights(trained, weight_name="lora.safetensors")
         changed = numbers()
-    for found, wanted, before in zip(changed, answers(learned), plain, strict=True):
-        assert_near(found, wanted, 1e-5)
+    for found, expected, before in zip(changed, outputs(learned), plain, strict=True):
+        assert_near(found, expected, 1e-5)
         assert (found - before).abs().max() > 0.01
 
 
-def answers(prior: Prior) -> tuple[Tensor, Tensor]:
-    """Noise, and text states."""
+def outputs(prior: Prior) -> tuple[Tensor, Tensor]:
+    """Returns noise and text states."""
     return prior(*NETWORKS["prior"].inputs()), prior.get_submodule("text_encoder")(*TOKENS)
 
 
 def test_the_pipeline_merges_what_peft_computes(trained: Path, learned: Prior, bundle: Path) -> None:
     file, inputs = trained / "lora.safetensors", NETWORKS["prior"].inputs()
 
-    def painted_with(**told: Any) -> tuple[Tensor, Tensor]:
-        pipeline = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **told)
+    def outputs_with(**options: Any) -> tuple[Tensor, Tensor]:
+        pipeline = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **options)
         assert pipeline.prior and pipeline.prior_text_encoder and pipeline.decoder_text_encoder
         assert torch.equal(pipeline.decoder_text_encoder(*TOKENS), load_text_encoder(bundle)(*TOKENS))
         return pipeline.prior(*inputs), pipeline.prior_text_encoder(*TOKENS)
 
-    plain, half, full = painted_with(), painted_with(lora={str(file): 0.5}), painted_with(lora=file)
-    for i, wanted in enumerate(answers(learned)):
-        assert_near(full[i], wanted, 1e-5)
-        assert torch.equal(painted_with(lora={file: 0.0})[i], plain[i])
+    plain, half, full = outputs_with(), outputs_with(lora={str(file): 0.5}), outputs_with(lora=file)
+    for i, expected in enumerate(outputs(learned)):
+        assert_near(full[i], expected, 1e-5)
+        assert torch.equal(outputs_with(lora={file: 0.0})[i], plain[i])
         assert (half[i] - plain[i]).abs().max() > 1e-3 and (half[i] - full[i]).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Losses and training noise against what they are by definition."""
+"""Losses and training noise against golden data and their definitions."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_p2_is_the_schedules_own_weight() -> None:
+def test_p2_equals_the_originals() -> None:
     golden = Golden("schedule_tables")
     assert_near(noise_weight(NoiseConfig(), golden["in/t"]), golden["out/p2_weight_scaler1"], TOLERANCE)
 
 
-def test_the_tokens_weight_and_loss_are_the_originals() -> None:
+def test_token_weight_and_loss_equal_the_originals() -> None:
     golden = Golden("paella_small")
     replaced, t = golden["out/noise_mask"].bool(), golden["in/noise_t"]
     weight = token_weight(replaced, t)
@@ -52,7 +52,7 @@ def test_the_tokens_weight_and_loss_are_the_originals() -> None:
     assert_near(golden["out/train_loss"], by_hand.mean(), TOLERANCE)
 
 
-def test_a_token_that_stayed_counts_the_less_the_less_noise_there_is() -> None:
+def test_unreplaced_tokens_count_less_with_less_noise() -> None:
     replaced, t = torch.tensor([[[True, False]]]).expand(3, -1, -1), torch.tensor([0.0, 0.5, 1.0])
     assert_near(token_weight(replaced, t), torch.tensor([[[1.0, 0.3]], [[1.0, 0.65]], [[1.0, 1.0]]]), 1e-6)
 
@@ -98,7 +98,7 @@ def test_x0_is_the_squared_error_of_the_picture() -> None:
     assert loss.item() == pytest.approx((guess_x0 - x0).square().mean().item(), rel=1e-4)
 
 
-def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:
+def test_the_noise_loss_weights_each_sample_by_its_time() -> None:
     t = torch.tensor([0.2, 0.9])
     noise = torch.zeros(2, 1, 2, 2)
     predicted = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 3.0)])
@@ -108,15 +108,15 @@ def test_the_noise_loss_weighs_each_sample_by_its_own_time() -> None:
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_times_cover_all_with_a_share_of_exactly_one(stratified: bool) -> None:
+def test_times_cover_the_range_and_some_are_exactly_1(stratified: bool) -> None:
     t = draw_times(NoiseConfig(stratified=stratified), 0, StepRandom(0, 0, DRAWS))
     assert 0.001 <= t.min() < 0.002 and t.max() == 1
-    share = t.eq(1).float().mean().item()
+    fraction = t.eq(1).float().mean().item()
     spread = 1e-4 if stratified else 4 * math.sqrt(0.075 * 0.925 / DRAWS)
-    assert abs(share - 0.075) < spread
+    assert abs(fraction - 0.075) < spread
 
 
-def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
+def test_stratified_times_have_one_in_each_stratum_in_random_order() -> None:
     count = 16
     t = draw_times(NoiseConfig(stratified=True), 0, StepRandom(0, 0, count))
     uniform = 1 - (t[t < 1] - 0.001) / 1.08
@@ -125,22 +125,22 @@ def test_stratified_times_are_one_in_each_stratum_and_in_no_order() -> None:
     assert not torch.equal(strata, strata.sort().values)
 
 
-def test_focus_draws_times_near_1_but_no_more_that_are_1() -> None:
+def test_focus_draws_more_times_near_1_but_not_more_of_exactly_1() -> None:
     t, even = (draw_times(NoiseConfig(focus=focus), 0, StepRandom(0, 0, DRAWS)) for focus in (2.0, 1.0))
     torch.testing.assert_close(1 - t, (1 - even).square())
-    assert ((t == 1) != (even == 1)).float().mean().item() < 1e-3  # what is that near to 1 rounds to it
+    assert ((t == 1) != (even == 1)).float().mean().item() < 1e-3  # values very near 1 round to it
     assert (t > 0.75).float().mean().item() > 0.5 > (even > 0.75).float().mean().item()
 
 
-def test_a_regression_knows_one_time_alone() -> None:
+def test_the_regression_uses_one_time() -> None:
     config = NoiseConfig(regression=10, stratified=True)
     assert draw_times(config, 9, StepRandom(0, 0, 16)).eq(0.95).all()
     later, plain = (draw_times(one, 10, StepRandom(0, 0, 16)) for one in (config, NoiseConfig(stratified=True)))
     assert torch.equal(later, plain)
 
 
-def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
-    """A step apart, what turns more than 16 times over all times moves; what is left is nearly the same."""
+def test_time_mappers_are_not_trained_on_fast_frequencies() -> None:
+    """Between t = 0.5 and 0.501 the untrained frequencies move, and the trained ones hardly do."""
     block = TimestepBlock(4, 64)
     before = block.mapper.weight.detach().clone()
     freeze_fast_times(torch.nn.Sequential(block))
@@ -151,14 +151,14 @@ def test_time_mappers_stay_blind_to_quick_frequencies() -> None:
     assert moved.sum() == 32 and (one - other)[moved].abs().max() < 0.1 < (one - other)[~moved].abs().max()
 
 
-def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
+def test_fractions_of_features_are_dropped_and_noised() -> None:
     features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
     out = corrupt_features(DecoderNoiseConfig(), features, StepRandom(0, 0, DRAWS), PriorParams())
     dropped = out.flatten(1).eq(0).all(1)
     kept = out.flatten(1).eq(features.flatten(1)).all(1)
     noised = ~(dropped | kept)
-    for share, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (kept, 0.7 * 0.95)):
-        assert abs(share.float().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
+    for fraction, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (kept, 0.7 * 0.95)):
+        assert abs(fraction.float().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
     # Noise is added in the prior's space, up to t = 0.5, where half the variance is left (cosine schedule).
     before, after = (latents_from_features(x[noised]).flatten(1) for x in (features, out))
     assert after.std().item() == pytest.approx(1, abs=0.02)
@@ -166,7 +166,7 @@ def test_shares_of_features_are_dropped_and_noised_and_the_rest_stays() -> None:
     assert math.sqrt(0.5) + 0.05 < alike < 0.97
 
 
-def test_nothing_is_dropped_or_noised_where_no_share_is_asked_for() -> None:
+def test_fractions_of_0_and_1_are_exact() -> None:
     features = torch.randn(64, 4, 2, 2, generator=rng(1))
     assert torch.equal(
         corrupt_features(DecoderNoiseConfig(drop=0, noised=0), features, StepRandom(0, 0, 64), PriorParams()), features
@@ -187,6 +187,6 @@ def test_the_contrastive_loss_against_a_double_loop() -> None:
     assert contrastive_loss(texts, pictures, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)
 
 
-def test_what_a_sample_draws_is_not_what_the_batch_draws() -> None:
+def test_per_sample_and_shared_numbers_differ() -> None:
     for step in range(50):
         assert not torch.isclose(StepRandom(0, step, 1).uniform(), StepRandom(0, step, 1).uniform(1)[:, 0]).any()

@@ -1,4 +1,4 @@
-"""The recipes at full size: what they build, and that they run, in a tiny size."""
+"""The recipes: their networks at full size, and runs in a tiny size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderCon
 from wuerstchen_core.training.stages.lora import AdapterConfig, attach
 
 RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
-# The network of each, its sizes, and the parameters of the published one (the encoders' without ImageNet's classes).
+# Class, params and the parameter count of the published network (encoders without ImageNet's classes).
 SIZES: Mapping[str, tuple[Any, Any, int]] = {
     "vqgan": (VQGAN, VQGANParams, 18_406_894),
     "v1_encoder": (ImageEncoder, ImageEncoderParams, 117_254_784),
@@ -47,7 +47,7 @@ def stage_of(recipe: str) -> str:
     return recipe.removeprefix("v1_").removeprefix("v2_").replace("_", "-")
 
 
-def test_there_is_one_for_each_stage() -> None:
+def test_there_is_a_recipe_for_each_stage() -> None:
     assert set(RECIPES) == {*SIZES, "v2_lora"}
 
 
@@ -59,9 +59,9 @@ def test_it_builds_the_published_network(recipe: str) -> None:
     with torch.device("meta"):
         network = kind(params)
     assert sum(p.numel() for p in network.parameters()) == count
-    told = asdict(params)
+    values = asdict(params)
     if "prior" in recipe:
-        assert {key: told[key] for key in V1} == (
+        assert {key: values[key] for key in V1} == (
             V1 if "v1" in recipe else {key: asdict(PriorParams())[key] for key in V1}
         )
     if "encoder" in recipe:
@@ -70,7 +70,7 @@ def test_it_builds_the_published_network(recipe: str) -> None:
         assert params.dropout == 0.1  # as the original trains
 
 
-def test_the_lora_is_put_on_the_published_prior() -> None:
+def test_the_lora_fits_the_published_prior() -> None:
     options = from_table(AdapterConfig, read_config(RECIPES["v2_lora"], [])["lora"], "lora")
     with torch.device("meta"):
         network = Prior(PriorParams())
@@ -80,7 +80,7 @@ def test_the_lora_is_put_on_the_published_prior() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_its_tables_are_read(recipe: str) -> None:
+def test_its_tables_are_valid(recipe: str) -> None:
     config = read_config(RECIPES[recipe], [])
     stage = stage_of(recipe)
     kind: Any = stage_class(stage)
@@ -92,8 +92,8 @@ def test_its_tables_are_read(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("release", ["v1", "v2"])
-def test_a_release_has_its_encoders_features_in_its_priors_units(release: str) -> None:
-    """What the prior of a recipe works on has mean 0 and variance 1, as its new encoder normalises."""
+def test_a_new_encoder_normalizes_features_for_its_releases_prior(release: str) -> None:
+    """The prior's latents have mean 0 and variance 1."""
     encoder, prior = (read_config(RECIPES[f"{release}_{stage}"], []) for stage in ("encoder", "prior"))
     options = from_table(EncoderConfig, encoder.get("encoder", {}), "encoder")
     net = Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), options, pretrained=False)
@@ -110,8 +110,8 @@ def test_invalid_options_of_the_encoder_are_named() -> None:
         Compressor(ImageEncoder(ImageEncoderParams(stages=SMALL)), EncoderConfig(widths=()), pretrained=False)
 
 
-def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
-    """Of an EfficientNet of its sizes, with a classifier that it has no use for."""
+def test_an_encoder_starts_from_torchvisions_weights(tmp_path: Path) -> None:
+    """The classifier in the file is ignored."""
     from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig
 
     def theirs(width: int) -> Path:
@@ -123,12 +123,12 @@ def test_an_encoder_begins_with_torchvisions_weights(tmp_path: Path) -> None:
     path = theirs(8)
     encoder = ImageEncoder(ImageEncoderParams(stages=SMALL, last_channel=16))
     load_backbone(encoder, path)
-    given = torch.load(path, weights_only=True)
-    assert all(torch.equal(x, given[f"features.{key}"]) for key, x in encoder.backbone.state_dict().items())
-    told = {"run": str(tmp_path), "data": {"canvas": 64, "things": 2}, "encoder": {"backbone": str(path)}}
+    weights = torch.load(path, weights_only=True)
+    assert all(torch.equal(x, weights[f"features.{key}"]) for key, x in encoder.backbone.state_dict().items())
+    base = {"run": str(tmp_path), "data": {"canvas": 64, "things": 2}, "encoder": {"backbone": str(path)}}
     model = {"stages": [list(stage) for stage in SMALL], "last_channel": 16}
-    stage = EncoderStage({**told, "model": model})
-    assert torch.equal(stage.net.image_encoder.backbone[0][0].weight, given["features.0.0.weight"])
+    stage = EncoderStage({**base, "model": model})
+    assert torch.equal(stage.net.image_encoder.backbone[0][0].weight, weights["features.0.0.weight"])
     for wrong in (theirs(16), tmp_path / "none"):
         with pytest.raises(ValueError, match=rf"\[encoder\] backbone: .*{wrong.name}"):
             load_backbone(encoder, wrong)
@@ -145,17 +145,17 @@ def test_it_takes_two_steps_in_a_tiny_size(recipe: str, run_folder: Path, inputs
     stage = stage_of(recipe)
     (tmp_path / "sizes.toml").write_text(TABLES.get(stage, "[model]"), encoding="utf-8")
     small = {} if recipe == "v2_prior" else read_config(tmp_path / "sizes.toml", [])["model"]
-    told = {
+    values = {
         "run": str(tmp_path), "data.source": str(tmp_path / "a.tar"), "data.size": 64, "data.multiple": 64,
         "data.ratio": 1.0, "data.min_side": 1, "data.workers": 0, "train.steps": 2, "train.batch": 2,
         "train.log_every": 1, "train.precision": "no", **{f"model.{key}": value for key, value in small.items()},
     }  # fmt: skip
     if stage == "vqgan":
-        told |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
+        values |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
     if stage == "encoder":
-        told["encoder.widths"] = [16, 8, 8]
+        values["encoder.widths"] = [16, 8, 8]
     if recipe == "v2_prior":
-        told["start"] = str(run_folder / "prior" / "prior.safetensors")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in told.items()]
-    made = run(stage, RECIPES[recipe], [*inputs, *overrides])
-    assert made.exists() and [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]
+        values["start"] = str(run_folder / "prior" / "prior.safetensors")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    file = run(stage, RECIPES[recipe], [*inputs, *overrides])
+    assert file.exists() and [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]

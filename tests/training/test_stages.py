@@ -1,4 +1,4 @@
-"""All trainers in a tiny size, one after the other, until the bundles paint."""
+"""All stages in a tiny size."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
 ROOT = Path(__file__).parents[2]
 DATA = {"data": {"canvas": 64, "things": 2}}
-TILE = 128  # pixels of a sheet
-ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "prior": 2}  # of a sheet of 8 pictures
+TILE = 128  # pixels in a sample grid
+ROWS = {"vqgan": 3, "encoder": 2, "text": 2, "decoder": 2, "token-decoder": 2, "prior": 2}  # of a grid of 8 images
 
 
 def trained(run_folder: Path, stage: str) -> Path:
-    """The folder of a stage."""
+    """Returns the folder of a stage."""
     return (run_folder if stage in STAGES else run_folder / "v1") / stage
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> None:
+def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) -> None:
     folder = trained(run_folder, stage)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint-00000002.pt", "checkpoint-00000004.pt", "log.jsonl", f"{stage}.safetensors", "sheet-000004.png",
@@ -63,12 +63,12 @@ def test_a_stage_leaves_weights_log_and_sheet(run_folder: Path, stage: str) -> N
     assert weights and all(x.isfinite().all() for x in weights.values())
     assert read_metadata(folder / f"{stage}.safetensors")["training"] == {"step": 4}
     averaged = ema_of(folder)
-    for key, value in weights.items():  # what is shipped is the moving average
+    for key, value in weights.items():  # they are the EMA
         assert any(torch.equal(value, x) for k, x in averaged.items() if k.endswith(key.partition(".")[2]))
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: str) -> None:
+def test_a_sample_grid_shows_images_and_results(run_folder: Path, stage: str) -> None:
     with Image.open(trained(run_folder, stage) / "sheet-000004.png") as image:
         pixels = np.asarray(image)
     assert pixels.shape == (ROWS[stage] * TILE, 12 * TILE, 3)
@@ -79,7 +79,7 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
     assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()
     others = pixels[TILE:, :columns].reshape(ROWS[stage] - 1, TILE, -1)
     assert all(row.std() > 0 for row in others)
-    if stage == "text":  # which shows true pictures, found by their captions
+    if stage == "text":  # shows the images that match the captions
         tiles = {pixels[:TILE, i : i + TILE].tobytes() for i in range(0, columns, TILE)}
         assert all(pixels[TILE:, i : i + TILE].tobytes() in tiles for i in range(0, columns, TILE))
     else:
@@ -87,10 +87,10 @@ def test_a_sheet_shows_the_truth_and_what_became_of_it(run_folder: Path, stage: 
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
+def test_a_stopped_stage_resumes_exactly(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """Same log, same averages bit for bit; the prior has dropout, the VQGAN seeds its codes from chance at step 2."""
+    """Same log and EMA bit for bit, although the prior has dropout and the VQGAN initialises random codes at step 2."""
     kind, calls = stage_class(stage), []
     whole = trained(run_folder, stage)
 
@@ -115,7 +115,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_never_been_stopped(
 @pytest.mark.long
 @pytest.mark.parametrize("stage", ALL)
 def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: str) -> None:
-    """The command under torchrun, with half of each batch. Without dropout, batch norm and contrast: the same steps."""
+    """Runs the command under torchrun with half of each batch; the decoders, without batch norm, have equal losses."""
     whole = trained(run_folder, stage)
     changes = [f"run='{tmp_path}'", *input_overrides(whole.parent), "train.batch=2"]
     config = ["--config", str(config_path(run_folder, stage)), *(f"--set={change}" for change in changes)]
@@ -127,14 +127,14 @@ def test_two_processes_train_a_stage(run_folder: Path, tmp_path: Path, stage: st
         assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_blocks_computed_again_train_the_same(run_folder: Path, tmp_path: Path, inputs: list[str]) -> None:
+def test_gradient_checkpointing_trains_the_same(run_folder: Path, tmp_path: Path, inputs: list[str]) -> None:
     run("prior", run_folder / "prior.toml", [f"run='{tmp_path}'", *inputs, "train.checkpointing=true"])
     assert log_rows(tmp_path / "prior") == log_rows(run_folder / "prior")
     assert_equal_states(ema_of(tmp_path / "prior"), ema_of(run_folder / "prior"))
 
 
 @pytest.mark.parametrize("stage", ["decoder", "prior"])
-def test_bf16_trains_nearly_the_same_on_weights_in_fp32(
+def test_bf16_trains_almost_the_same_with_fp32_weights(
     run_folder: Path, inputs: list[str], tmp_path: Path, stage: str
 ) -> None:
     run(stage, config_path(run_folder, stage), [f"run='{tmp_path}'", *inputs, "train.precision='bf16'"])
@@ -148,7 +148,7 @@ def test_another_seed_is_another_training(run_folder: Path, inputs: list[str], t
     assert log_rows(tmp_path / "prior") != log_rows(run_folder / "prior")
 
 
-LEARNING = {  # steps, and the share of the first loss that may be left; the text tower takes longer than a test may
+LEARNING = {  # steps, and the largest last loss as a fraction of the first; text takes too long for a test
     "vqgan": (16, 0.5),
     "encoder": (16, 0.7),
     "decoder": (16, 0.9),
@@ -159,16 +159,16 @@ LEARNING = {  # steps, and the share of the first loss that may be left; the tex
 
 @pytest.mark.parametrize("stage", LEARNING)
 def test_the_loss_goes_down(run_folder: Path, inputs: list[str], tmp_path: Path, stage: str) -> None:
-    steps, share = LEARNING[stage]
+    steps, fraction = LEARNING[stage]
     rows = 4
     changes = [f"train.steps={steps}", f"train.log_every={steps // rows}", "train.lr=5e-3", "train.batch=8"]
     changes += ["train.save_every=1000", "train.sheet_every=1000", "train.warmup=4", "train.muon_lr=0.0"]
     run(stage, config_path(run_folder, stage), [f"run='{tmp_path}'", *inputs, *changes])
     losses = [row["loss"] for row in read_log(tmp_path / stage)]
-    assert len(losses) == rows and losses[-1] < share * losses[0], losses
+    assert len(losses) == rows and losses[-1] < fraction * losses[0], losses
 
 
-def test_codes_that_are_near_start_alike() -> None:
+def test_near_codes_start_similar() -> None:
     torch.manual_seed(0)
     codes = torch.tensor([[0.0] * 4, [0.02] * 4, [0.3] * 4, [3.0] * 4])
     products = (features := code_features(codes, 4096, 0.15)) @ features.T
@@ -176,7 +176,7 @@ def test_codes_that_are_near_start_alike() -> None:
     assert products[0, 1] > 0.95 > 0.9 > products[0, 2] > products[0, 3] + 0.1
 
 
-def test_a_token_decoder_must_know_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+def test_a_token_decoder_needs_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     wrong = [f"run='{tmp_path}'", *inputs, "model.num_labels=17"]
     with pytest.raises(ValueError, match=r"\[model\] num_labels .*17.*16"):
         run("token-decoder", config_path(run_folder, "token-decoder"), wrong)
@@ -184,7 +184,7 @@ def test_a_token_decoder_must_know_all_codes(run_folder: Path, inputs: list[str]
         run("token-decoder", config_path(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])
 
 
-def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, tmp_path: Path) -> None:
+def test_the_prior_has_no_samples_without_a_decoder(run_folder: Path, tmp_path: Path) -> None:
     for missing in ("decoder", "vqgan"):
         run(
             "prior",
@@ -195,8 +195,8 @@ def test_the_prior_shows_nothing_before_there_is_a_decoder(run_folder: Path, tmp
         assert not list(folder.glob("*.png")) and (folder / "prior.safetensors").exists()
 
 
-def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
-    """`python -m wuerstchen_core train`, killed without warning, and started again: as one run."""
+def test_a_killed_command_resumes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """`python -m wuerstchen_core train`, killed and started again, equals one run."""
     changes = [*inputs, "train.steps=8", "train.log_every=4", "train.sheet_every=1000"]
     whole, killed = ([f"run='{tmp_path / name}'", *changes] for name in ("whole", "killed"))
     command = ["train", "text", "--config", str(run_folder / "text.toml"), *(f"--set={change}" for change in killed)]
@@ -213,7 +213,7 @@ def test_a_killed_process_goes_on(run_folder: Path, inputs: list[str], tmp_path:
     assert_equal_states(ema_of(tmp_path / "killed" / "text"), ema_of(tmp_path / "whole" / "text"))
 
 
-def test_pictures_of_a_trial(run_folder: Path) -> None:
+def test_the_demo_dataset_of_a_short_trial(run_folder: Path) -> None:
     trained, held = DemoDataset(DATA["data"]), DemoDataset(DATA["data"], held_out=True)
     assert len(trained) == 24 and len(held) == 8 and trained.pixels.shape[1:] == (3, 64, 64)
     assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
@@ -225,6 +225,6 @@ def test_pictures_of_a_trial(run_folder: Path) -> None:
     assert held.evenly_spaced(3).tolist() == [0, 2, 4] and held.evenly_spaced(100).tolist() == list(range(8))
 
 
-def test_crops_must_fit_the_pictures(run_folder: Path, tmp_path: Path) -> None:
+def test_crops_must_fit_into_the_images(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[vqgan\] crop .*48.*52"):
         run("vqgan", run_folder / "vqgan.toml", [f"run='{tmp_path}'", "vqgan.crop=52"])

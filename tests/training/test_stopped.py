@@ -1,4 +1,4 @@
-"""A training that is stopped goes on exactly, and nothing is half-written."""
+"""A stopped training resumes exactly, and leaves no incomplete file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from wuerstchen_core.training.sharding import load_optimizer
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps at once."""
+    """An uninterrupted run of eight steps."""
     return train(LineStage(), CONFIG, tmp_path_factory.mktemp("whole")).parent
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 8])
-def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path, whole: Path, stop: int) -> None:
+def test_a_stopped_run_resumes_exactly(tmp_path: Path, whole: Path, stop: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(LineStage(stop=stop), CONFIG, tmp_path)
-    torch.manual_seed(999)  # nothing may hang on chance from outside
+    torch.manual_seed(999)  # the global generator must not matter
     stage = LineStage()
     train(stage, CONFIG, tmp_path)
     assert stage.losses == (8 if stop <= 4 else 4)  # from the last checkpoint, at step 4
     assert_same_training(tmp_path, whole)
 
 
-def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path: Path) -> None:
+def test_muon_trains_the_matrices_of_the_blocks_and_resumes_exactly(tmp_path: Path) -> None:
     config = replace(CONFIG, muon_lr=0.05)
     optimizers = build_optimizers(DeepLineStage().net, torch.device("cpu"), config.muon_lr)
     assert [tuple(p.shape) for p in optimizers["muon"].param_groups[0]["params"]] == [(4, 4)]
@@ -57,7 +57,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_goes_on_exactly_too(tmp_path
     assert not torch.equal(*weights)
 
 
-def test_a_finished_run_is_left_alone(tmp_path: Path, whole: Path) -> None:
+def test_a_finished_run_does_not_change(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "again")
     stage = LineStage()
     train(stage, CONFIG, folder)
@@ -65,11 +65,11 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, whole: Path) -> None:
     assert_same_training(folder, whole)
 
 
-@pytest.mark.parametrize("broken", ["torch.save", "sheet", "bundle"])
-def test_an_interrupt_while_writing_leaves_the_last_state_whole(
+@pytest.mark.parametrize("broken", ["torch.save", "samples", "bundle"])
+def test_an_interrupt_while_writing_keeps_the_last_files(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """At step 8, half-way through a file: all of step 4 is still there, and no part of a file."""
+    """In the middle of a file at step 8: the files of step 4 stay, and no part of a file."""
     calls = []
 
     def interrupted(write: Any) -> Any:
@@ -86,7 +86,7 @@ def test_an_interrupt_while_writing_leaves_the_last_state_whole(
     with monkeypatch.context() as patch:
         if broken == "torch.save":
             patch.setattr(torch, "save", interrupted(torch.save))
-        elif broken == "sheet":
+        elif broken == "samples":
             patch.setattr(Image.Image, "save", interrupted(Image.Image.save))
         else:
             patch.setattr(writer, "_write", interrupted(writer._write))
@@ -98,7 +98,7 @@ def test_an_interrupt_while_writing_leaves_the_last_state_whole(
     assert_same_training(tmp_path, whole)
 
 
-def test_a_row_that_was_cut_short_is_dropped(tmp_path: Path, whole: Path) -> None:
+def test_an_incomplete_row_of_the_log_is_dropped(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(LineStage(stop=7), CONFIG, tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:
@@ -107,7 +107,7 @@ def test_a_row_that_was_cut_short_is_dropped(tmp_path: Path, whole: Path) -> Non
     assert_same_training(tmp_path, whole)
 
 
-def test_rows_of_a_run_that_was_stopped_before_its_first_checkpoint_go(tmp_path: Path) -> None:
+def test_rows_before_the_first_checkpoint_of_a_stopped_run_are_dropped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(LineStage(stop=4), CONFIG, tmp_path)
     assert [row["step"] for row in read_log(tmp_path)] == [3]
@@ -115,7 +115,7 @@ def test_rows_of_a_run_that_was_stopped_before_its_first_checkpoint_go(tmp_path:
     assert [row["step"] for row in read_log(tmp_path)] == [3, 6, 8]
 
 
-def test_seconds_are_those_of_all_runs_together(tmp_path: Path) -> None:
+def test_seconds_add_up_over_resumed_runs(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(LineStage(stop=6), CONFIG, tmp_path)
     file = tmp_path / "log.jsonl"
@@ -148,32 +148,32 @@ def test_a_changed_configuration_takes_effect_at_once(
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, True), (True, None)])
-def test_how_an_optimizer_computes_is_not_taken_from_a_checkpoint(before: bool | None, now: bool | None) -> None:
-    def made(device: str, fused: bool | None) -> torch.optim.AdamW:
+def test_a_checkpoint_does_not_change_how_an_optimizer_computes(before: bool | None, now: bool | None) -> None:
+    def optimizer_on(device: str, fused: bool | None) -> torch.optim.AdamW:
         return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device=device))], fused=fused)
 
-    saved = made("cpu", before)
+    saved = optimizer_on("cpu", before)
     saved.param_groups[0]["params"][0].sum().backward()
     saved.step()
-    resumed = made("cpu", now)
+    resumed = optimizer_on("cpu", now)
     load_optimizer(resumed, saved.state_dict())
     [(weight, state)] = resumed.state.items()
     assert resumed.param_groups[0]["fused"] is now and state["step"] == 1 and state["exp_avg"].shape == weight.shape
-    meta = made("meta", True)  # stands for a GPU: there a fused optimizer wants its count beside the weights
+    meta = optimizer_on("meta", True)  # like a GPU, where a fused optimizer needs its step on the device
     load_optimizer(meta, saved.state_dict())
     assert next(iter(meta.state.values()))["step"].device.type == "meta"
 
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has accelerate compile networks, which it asks of the environment once."""
+    """Makes accelerate compile networks; it reads the environment only once."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_network_that_accelerate_compiles_is_saved_as_it_is(whole: Path, compiling: None, tmp_path: Path) -> None:
+def test_a_compiled_network_is_saved_under_its_own_keys(whole: Path, compiling: None, tmp_path: Path) -> None:
     train(LineStage(), CONFIG, tmp_path)
     for name in ("net", "average"):
         assert checkpoint(tmp_path)[name].keys() == checkpoint(whole)[name].keys()

@@ -1,4 +1,4 @@
-"""What comes of trainings: bundles that paint, files that diffusers reads, weights to start from."""
+"""Trained weights: bundles that generate images, files for diffusers, weights to start from."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_every_stage_starts_from_its_own_weights(run_folder: Path, tmp_path: Path, stage: str) -> None:
-    """At next to no rate they stay as they are: no first value is put in place of what was learned."""
+def test_every_stage_can_start_from_its_own_weights(run_folder: Path, tmp_path: Path, stage: str) -> None:
+    """With almost no learning rate the weights stay: nothing is initialised again."""
     base = (run_folder if stage in STAGES else run_folder / "v1") / stage / f"{stage}.safetensors"
     changes = [
         f"run='{tmp_path}'",
@@ -72,7 +72,7 @@ def test_diffusers_reads_what_was_trained(run_folder: Path, stage: str) -> None:
 
 
 def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
-    """A prior of another run, with dropout that its file has none of; nothing learns at next to no rate."""
+    """A prior of another run, with a changed dropout and almost no learning rate."""
     base = tmp_path / "base.safetensors"
     part = read_part(run_folder / "prior" / "prior.safetensors", "prior")
     save_bundle(base, {"prior": replace(part, params=replace(part.params, dropout=0.0))}, {"licence": "MIT, of a base"})
@@ -81,8 +81,8 @@ def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
     text = (run_folder / "prior.toml").read_text("utf-8")
     model = text.index("[model]")
     config.write_text(f"start = '{base}'\n" + text[:model] + text[text.index("[noise]") :], encoding="utf-8")
-    told = [f"run='{tmp_path}'", *input_overrides(run_folder), "train.lr=1e-12", "train.muon_lr=0"]
-    tuned = run("prior", config, [*told, "model.dropout=0.3"])
+    overrides = [f"run='{tmp_path}'", *input_overrides(run_folder), "train.lr=1e-12", "train.muon_lr=0"]
+    tuned = run("prior", config, [*overrides, "model.dropout=0.3"])
     assert read_part(tuned, "prior").params == replace(part.params, dropout=0.3)
     for key, x in read_part(tuned, "prior").state_dict.items():
         torch.testing.assert_close(x, part.state_dict[key], rtol=0, atol=1e-9)
@@ -90,52 +90,57 @@ def test_a_stage_starts_from_weights(run_folder: Path, tmp_path: Path) -> None:
     assert (metadata["licence"], metadata["base"]) == ("MIT, of a base", "base.safetensors")
     assert base.read_bytes() == before
     with pytest.raises(ValueError, match="missing"):
-        run("prior", config, [*told, "model.depth=2", "run='elsewhere'"])
+        run("prior", config, [*overrides, "model.depth=2", "run='elsewhere'"])
 
 
-def test_licences_go_with_what_is_trained_from_a_folder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
-    """Said by a model card, as in published folders, then by files of ours, in each layout that a training leaves."""
+def test_licences_are_passed_on_from_folders(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """From a model card, as in published folders, then from each layout that a training writes."""
     base = tmp_path / "base"
     shutil.copytree(run_folder / "prior" / "diffusers" / "prior", base / "prior")
     (base / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-nc-4.0\n---\nlicense: none\n", encoding="utf-8")
     changes = [*inputs, "model.depth=1", "train.steps=2"]
     first, second = tmp_path / "first", tmp_path / "second"
-    made = run("prior", config_path(run_folder, "prior"), [*changes, f"run='{first}'", f"start='{base}'"])
+    trained = run("prior", config_path(run_folder, "prior"), [*changes, f"run='{first}'", f"start='{base}'"])
     of_diffusers = first / "prior" / "diffusers" / "prior"
-    for source in (made, of_diffusers):
+    for source in (trained, of_diffusers):
         assert describe(source).licence == "cc-by-nc-4.0"
     again = run("prior", config_path(run_folder, "prior"), [*changes, f"run='{second}'", f"start='{of_diffusers}'"])
     assert (read_metadata(again)["licence"], read_metadata(again)["base"]) == ("cc-by-nc-4.0", "prior")
-    alone = shutil.copytree(base / "prior", tmp_path / "alone")  # a component with a card of its own
+    alone = shutil.copytree(base / "prior", tmp_path / "alone")  # a component with its own card
     assert describe(alone).licence is None
     shutil.copy(base / "README.md", alone)
     assert describe(alone).licence == "cc-by-nc-4.0"
 
 
-def test_each_stage_reads_through_its_own_tower(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
-    """Of a source that holds both, as v2 has them; one of another width than the stage's is refused."""
+def test_each_stage_uses_its_own_text_encoder(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+    """Of a source with both, as in v2; another width than the stage's is refused."""
     both = tmp_path / "both.safetensors"
     towers = {"prior_text_encoder": TEXT, "decoder_text_encoder": replace(TEXT, width=64)}
     save_bundle(both, {name: TextEncoder(params) for name, params in towers.items()}, {})
-    told = [*inputs, f"run='{tmp_path}'", f"inputs.text='{both}'", "train.steps=1"]
+    overrides = [*inputs, f"run='{tmp_path}'", f"inputs.text='{both}'", "train.steps=1"]
     fits = {"prior": "model.c_cond=32", "decoder": "model.clip_embd=64"}
     for stage, width in fits.items():
-        assert run(stage, config_path(run_folder, stage), [*told, width]).exists()
+        assert run(stage, config_path(run_folder, stage), [*overrides, width]).exists()
         with pytest.raises(ValueError, match=rf"{stage} .*\[inputs\]"):
-            run(stage, config_path(run_folder, stage), [*told, width.replace("32", "48").replace("64", "48")])
+            run(stage, config_path(run_folder, stage), [*overrides, width.replace("32", "48").replace("64", "48")])
 
 
-def test_a_prior_without_who_paints_its_sheets_says_so(
+def test_missing_networks_for_samples_are_reported(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = [*input_overrides(run_folder, but="decoder"), f"run='{tmp_path}'", "train.steps=1", "train.sheet_every=1"]
+    overrides = [
+        *input_overrides(run_folder, but="decoder"),
+        f"run='{tmp_path}'",
+        "train.steps=1",
+        "train.sheet_every=1",
+    ]
     with caplog.at_level(logging.INFO):
-        run("prior", config_path(run_folder, "prior"), told)
+        run("prior", config_path(run_folder, "prior"), overrides)
     [record] = [record for record in caplog.records if "[inputs]" in record.message]
     assert "decoder" in record.message
 
 
-def test_the_bundle_paints(run_folder: Path) -> None:
+def test_the_bundle_generates_images(run_folder: Path) -> None:
     bundle = run_folder / "bundle.safetensors"
     metadata = read_metadata(bundle)
     assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
@@ -146,7 +151,7 @@ def test_the_bundle_paints(run_folder: Path) -> None:
     assert all(getattr(pipe, part) is not None for part in PARTS_OF["v2"])
     assert pipe.prior_text_encoder is pipe.decoder_text_encoder
     assert pipe.sampling == SamplingSettings().updated(width=256, height=256, schedule="fast", prior_guidance=3.0)
-    for stage, network in (("prior", pipe.prior), ("decoder", pipe.decoder)):  # of the second training
+    for stage, network in (("prior", pipe.prior), ("decoder", pipe.decoder)):  # from the second training
         trained, first = ema_of(run_folder / "again" / stage), load_file(run_folder / stage / f"{stage}.safetensors")
         assert all(torch.equal(x, trained[key].bfloat16().float()) for key, x in network.state_dict().items())
         assert any(not torch.equal(x, first[f"{stage}.{key}"]) for key, x in trained.items())
@@ -154,7 +159,7 @@ def test_the_bundle_paints(run_folder: Path) -> None:
     assert image.size == (128, 64) and np.asarray(image).std() > 0
 
 
-def test_the_v1_bundle_paints(run_folder: Path) -> None:
+def test_the_v1_bundle_generates_images(run_folder: Path) -> None:
     bundle = run_folder / "v1" / "bundle.safetensors"
     metadata = read_metadata(bundle)
     assert set(metadata["parts"]) == {"prior", "token_decoder", "vqgan", "image_encoder", "text_encoder"}
@@ -167,7 +172,7 @@ def test_the_v1_bundle_paints(run_folder: Path) -> None:
     assert image.size == (128, 64) and np.asarray(image).std() > 0
 
 
-def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
+def test_v1_features_are_the_latents_of_v2s_prior(run_folder: Path) -> None:
     """The same encoder but for its last layer, before fp8."""
     of_v2 = read_part(run_folder / "bundle.safetensors", "image_encoder")
     encoders: list[ImageEncoder] = []
@@ -182,7 +187,7 @@ def test_v1s_features_are_what_v2s_prior_works_on(run_folder: Path) -> None:
     assert after.std() > 0
 
 
-def test_v1_does_not_go_on_upon_another_model(run_folder: Path, tmp_path: Path) -> None:
+def test_v1_does_not_resume_on_another_v2_model(run_folder: Path, tmp_path: Path) -> None:
     bundle, other = run_folder / "bundle.safetensors", tmp_path / "other.safetensors"
     for _ in range(2):
         build_v1.copy_from_v2(tmp_path / "run", bundle)
@@ -193,7 +198,7 @@ def test_v1_does_not_go_on_upon_another_model(run_folder: Path, tmp_path: Path) 
     assert len(taken) == 3 and all(path.read_bytes() == content for path, content in taken.items())
 
 
-def test_a_bundle_of_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_cannot_be_bundled(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"prior.safetensors is missing: train the prior first$"):
         build.assemble(tmp_path, tmp_path / "bundle.safetensors")
     (tmp_path / "log.jsonl").touch()
@@ -219,11 +224,11 @@ def test_assembling_alone_trains_nothing_and_keeps_the_logs_of_what_ships(
         ]
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["its own tower", "no tower"])
-def test_a_decoder_that_reads_through_another_tower_paints_the_sheets(
+@pytest.mark.parametrize("beside", [True, False], ids=["own text encoder", "none"])
+def test_a_decoder_with_another_text_encoder_generates_samples(
     run_folder: Path, inputs: list[str], tmp_path: Path, beside: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As v2's does: CLIP-H beside the prior's CLIP-bigG."""
+    """As in v2, with CLIP-H beside the prior's CLIP-bigG."""
     params = read_part(run_folder / "decoder" / "decoder.safetensors", "decoder").params
     parts = {"decoder": Decoder(replace(params, clip_embd=32)), "decoder_text_encoder": TextEncoder(TEXT)}
     save_bundle(tmp_path / "b.safetensors", {name: parts[name] for name in list(parts)[: 1 + beside]}, {})
