@@ -66,10 +66,7 @@ def configure(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -
     if missing := [name for name in config.trackers if name not in available]:
         raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install or remove it")
     if (batches := accelerator.gradient_accumulation_steps) != 1:
-        raise ValueError(
-            f"accelerate is configured to accumulate {batches} batches: set that to 1 and [train] accumulate to "
-            f"{batches}"
-        )
+        raise ValueError(f"accelerate accumulates {batches} batches: configure 1 there and [train] accumulate instead")
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
         # accelerate's default rebuilds a network from its state dict alone, and loses the base weights of a LoRA.
         plugin.cpu_ram_efficient_loading = False
@@ -170,7 +167,7 @@ class _Run:
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
-            self.ema.update(self.unwrapped, first=step == self.skipped)  # True if all earlier steps were skipped
+            self.ema.update(self.unwrapped, first=step == self.skipped)  # no finite step before
             self.losses.append(torch.stack(losses).sum())
             self.skipped_in_row = 0
         else:

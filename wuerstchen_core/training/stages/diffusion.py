@@ -30,7 +30,7 @@ class DiffusionStage(Stage[N]):
 
     tables: tuple[str, ...] = ("start", "model", "noise")
     noise: TimesConfig
-    latents: Callable[[Any], Tensor]  # of the pictures that `sample_batch` returned
+    latents: Callable[[Any], Tensor]  # of a batch that `sample_batch` returned
     text_part = "prior_text_encoder"  # of a source that has two text encoders
     inputs: Mapping[str, str] = {"features": "encoder", "text": "text_encoder"}  # and the network that computes each
 
@@ -66,7 +66,7 @@ class DiffusionStage(Stage[N]):
         return encode_features(self.encoder, images)
 
     def text_inputs(self) -> Callable[[Any, StepRandom, float], Tensor]:
-        """Returns a function of pictures, rng and `text_drop` to text states [B, 77, c]."""
+        """Returns a function of batch, rng and `text_drop` to text states [B, 77, c]."""
         return self.dataset.map_captions(lambda prompts: encode_text(self.text_encoder, prompts))
 
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:

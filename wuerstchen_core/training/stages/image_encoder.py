@@ -1,7 +1,7 @@
 """Trains the image encoder (semantic compressor) with a throw-away regression decoder, before Stage B exists.
 
 The original trained it together with Stage B. Measured on the demo (one core, image error at t = 0.95 on validation
-pictures): together 0.020 after 940 s; separately 0.013 after 1590 s of encoder and 700 s of Stage B. Separate training
+images): together 0.020 after 940 s; separately 0.013 after 1590 s of encoder and 700 s of Stage B. Separate training
 was chosen because the prior, which takes longest, can then train beside Stage B instead of after it.
 """
 
@@ -97,7 +97,7 @@ class Compressor(nn.Module):
 
 
 class EncoderStage(Stage[Compressor]):
-    """Reconstructs whole pictures after 42.67x compression."""
+    """Reconstructs whole images after 42.67x compression."""
 
     name, part = "encoder", "image_encoder"
     tables = ("start", "model", "encoder")

@@ -32,10 +32,6 @@ class AdapterConfig:
     text_targets: tuple[str, ...] = ()  # the same for the text encoder, with transformers' names: q_proj, fc1, ...
     dropout: Annotated[float, Range(least=0, below=1)] = 0.0  # of the adapters' inputs
 
-    @property
-    def scale(self) -> float:
-        return (self.alpha or self.rank) / self.rank
-
 
 def lora_path(path: str) -> str:
     """Returns the name in diffusers' LoRA files of the module of a prior, or of its text encoder, at `path`."""
@@ -50,18 +46,17 @@ def target_layers(net: nn.Module, config: AdapterConfig) -> list[str]:
         raise ValueError("[lora] targets and text_targets are empty: name layers, such as to_q")
     names = {path: lora_path(path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)}
     found = []
-    for key, prefix, examples in (("targets", "prior.", "to_q"), ("text_targets", f"{TEXT_ENCODER}.", "q_proj")):
+    for key, prefix, example in (("targets", "prior.", "to_q"), ("text_targets", f"{TEXT_ENCODER}.", "q_proj")):
         for target in getattr(config, key):
             paths = [path for path, x in names.items() if x.startswith(prefix) and x.endswith(f".{target}")]
             if not paths:
-                raise ValueError(f"[lora] {key}: no linear layer is called {target!r}; one that exists is {examples}")
+                raise ValueError(f"[lora] {key}: no linear layer is called {target!r}; an example is {example}")
             found += paths
     return found
 
 
 def attach(net: nn.Module, config: AdapterConfig) -> None:
-    """Freezes a network and adds adapters, which initially change nothing; its state dict is then that of the adapters.
-    ValueError if a target matches no linear layer."""
+    """Freezes a network and adds adapters, whose state dict replaces its own. Initially they change nothing."""
     from peft import LoraConfig, inject_adapter_in_model
 
     alpha: Any = config.alpha or config.rank  # peft's annotation says int, but it only multiplies
@@ -133,10 +128,10 @@ def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapp
     The tensors include the factor alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
     does not) and all take a missing alpha for the rank.
     """
-    state = {}
+    state, scale = {}, (config.alpha or config.rank) / config.rank
     for key, x in net.state_dict().items():
         layer, half = key.removesuffix(".default.weight").rsplit(".lora_", 1)
-        state[f"{lora_path(layer)}.lora_{half}.weight"] = x * config.scale if half == "B" else x
+        state[f"{lora_path(layer)}.lora_{half}.weight"] = x * scale if half == "B" else x
     header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
     write_tensors(path, state, {"format": "pt", **header})
 
@@ -150,9 +145,7 @@ class LoraStage(PriorStage):
     def build(self, config: Mapping[str, Any]) -> Prior:
         """Returns the prior of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""
         if self.noise.slow_times:
-            raise ValueError(
-                "[noise] slow_times does not apply to a LoRA, which does not train time mappers: remove it"
-            )
+            raise ValueError("[noise] slow_times is not for a LoRA, which trains no time mappers: remove it")
         self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
         self.bases = [input_source(config, "prior")]
         prior = load_frozen(config, "prior", Prior)

@@ -58,7 +58,7 @@ class Contrast(nn.Module):
 
 
 class TextStage(Stage[Contrast]):
-    """Matches captions with the pictures that they describe."""
+    """Matches captions with the images that they describe."""
 
     name, part = "text", "text_encoder"
     tables = ("start", "model", "text")
@@ -93,7 +93,7 @@ class TextStage(Stage[Contrast]):
         return net(*batch)
 
     def samples(self, net: Contrast, validation: InMemoryDataset) -> list[Tensor]:
-        """Returns pictures, and for each the one that its caption matches best."""
+        """Returns images, and for each the one that its caption matches best."""
         device, picked = net.scale.device, validation.evenly_spaced(12)
         ids, mask = (x.to(device) for x in tokenize(validation.captions(picked, StepRandom(0, 0, len(picked)))))
         self.encoder.to(device)

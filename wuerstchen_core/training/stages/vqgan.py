@@ -47,10 +47,7 @@ class Autoencoder(nn.Module):
             scale.requires_grad_(False)
 
     def forward(self, images: Tensor, quantized: int | None, init_codebook: bool) -> Tensor:
-        """Returns the loss of images [B, 3, H, W], the first `quantized` of which are decoded from codes.
-
-        None turns the codebook and its loss off; `init_codebook` first sets its codes to latents of these images.
-        """
+        """Returns the loss of images [B, 3, H, W]; `quantized` of them are decoded from codes (None: codes are off)."""
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
@@ -104,7 +101,7 @@ class VQGANStage(Stage[Autoencoder]):
         return net(images, quantized, init_codebook=not self.pretrained and step == start)
 
     def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
-        """Returns pictures, and their reconstructions without and with quantizing."""
+        """Returns images, and their reconstructions without and with quantizing."""
         images = validation.images(validation.evenly_spaced(12)).to(next(net.parameters()).device)
         latents = net.vqgan.encode(images)
         return [images, net.vqgan.decode(latents), net.vqgan.decode(net.vqgan.quantize(latents).latents)]
