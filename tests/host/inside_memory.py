@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
-from tools.comfyui.measure_memory import NETWORKS, counted
+from tools.comfyui.measure_memory import NETWORKS, count_live_bytes
 
 Results = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -290,7 +290,9 @@ def main(bundle: str, v1: str, folder: str) -> Results:
             tensors |= more
             facts |= found
     more, found = eviction(bundle, Path(folder))
-    facts["counted"] = [(case, counted(case)) for name in NETWORKS for case in ((name, *rest) for rest in COUNTED)]
+    facts["counted"] = [
+        (case, count_live_bytes(case)) for name in NETWORKS for case in ((name, *rest) for rest in COUNTED)
+    ]
     return tensors | more, facts | found
 
 
