@@ -1,4 +1,4 @@
-"""The whole chain, from text states to picture, against the original and against diffusers, with recorded noise."""
+"""The whole chain from text states to pictures against the original and diffusers, with recorded noise."""
 
 from __future__ import annotations
 

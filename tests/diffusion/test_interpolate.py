@@ -1,4 +1,4 @@
-"""Between two latents or texts, from the middle of a schedule, and masks on latent grids."""
+"""Interpolation, schedules of a strength, and masks on latent grids."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_strength_times() -> None:
     ("pixel", "cells"),
     [((0, 0), [(0, 0)]), ((41, 127), [(0, 2)]), ((42, 100), [(0, 2), (1, 2)]), ((43, 85), [(1, 1), (1, 2)])],
 )
-def test_one_pixel_paints_every_cell_that_it_touches(pixel: tuple[int, int], cells: list[tuple[int, int]]) -> None:
-    """128 pixels are three cells of 42.67: pixel 42 lies in the first and in the second, 85 in the last two."""
+def test_one_pixel_masks_every_cell_that_it_touches(pixel: tuple[int, int], cells: list[tuple[int, int]]) -> None:
+    """128 pixels are three cells of 42.67: pixel 42 lies in the first and second cell, 85 in the last two."""
     mask = torch.zeros(1, 1, 128, 128)
     mask[0, 0][pixel] = 1
     assert sorted(map(tuple, latent_mask(mask, 3, 3)[0, 0].nonzero().tolist())) == cells

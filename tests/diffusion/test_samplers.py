@@ -1,4 +1,4 @@
-"""The samplers against the original's trajectories, and the seeds' promise."""
+"""Samplers: the original's trajectories, exact solutions, masks and seeds."""
 
 from __future__ import annotations
 

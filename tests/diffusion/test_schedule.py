@@ -1,4 +1,4 @@
-"""The noise schedule against the original's tables, the published time schedules, and the sizes of pictures."""
+"""The noise schedule against the original's tables, named time schedules, and picture sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_p2_weight_of_other_constants(golden: Golden) -> None:
 
 
 def test_the_cached_table_of_the_original(golden: Golden) -> None:
-    """The original can read alpha_bar from 1000 entries: the nearest one below or at t * 999."""
+    """The original can read alpha_bar from a table of 1000 entries, at the index floor(t * 999)."""
     table = alpha_bar(torch.linspace(0, 1, 1000))
     index = (golden["in/t"] * 999).long()
     assert_near(table[index], golden["out/alpha_cumprod_cache1000"], TOLERANCE)

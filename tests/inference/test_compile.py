@@ -1,4 +1,4 @@
-"""`torch.compile` for the denoisers: few graphs for all sizes, the same pictures, and no harm where torch can't."""
+"""`torch.compile` for the denoisers: few graphs for all sizes, equal pictures, and a fallback without a compiler."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ BLOCKS = BLOCKS_B + 2  # and of the prior's those that Stage B has none of
 
 @pytest.fixture
 def graphs() -> Iterator[list[Any]]:
-    """The graphs that were compiled with `counting` of them."""
+    """A list for the graphs that `counting` compiles."""
     torch.compiler.reset()
     yield []
     torch.compiler.reset()
 
 
 def counting(graphs: list[Any]) -> Callable[..., Any]:
-    """A compiler that compiles nothing and keeps what it is given."""
+    """Returns a compiler that only records its graphs."""
 
     def backend(graph: Any, example: Any) -> Any:
         graphs.append(graph)
@@ -48,7 +48,7 @@ def counting(graphs: list[Any]) -> Callable[..., Any]:
 
 @pytest.fixture(params=[RuntimeError("no compiler"), FileNotFoundError("no folder")], ids=["compiler", "folder"])
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As where there is no compiler, or no place to write to. What torch says of it."""
+    """Makes torch.compile fail as without a compiler or a writable folder; returns its message."""
 
     def compiled(function: Any, **_: Any) -> Callable[..., Any]:
         def call(*_: Any) -> Any:
@@ -62,7 +62,7 @@ def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("release", ["v2", pytest.param("v1", marks=pytest.mark.long)])
 def test_all_sizes_share_their_graphs(release: str, tmp_path: Path, graphs: list[Any]) -> None:
-    """And a prior's first step compiles what all steps need."""
+    """The first step of a prior compiles the graphs of all its steps."""
     bundle = write_tiny_bundle(tmp_path / "tiny.safetensors", release=release)
     plain, compiled = (WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32") for _ in range(2))
     compiled.compile(backend=counting(graphs))
@@ -76,15 +76,15 @@ def test_all_sizes_share_their_graphs(release: str, tmp_path: Path, graphs: list
 
 @pytest.mark.long
 def test_a_single_picture_has_graphs_of_its_own(tmp_path: Path, graphs: list[Any]) -> None:
-    """Torch tells a size of 1 from all others. Stage C has two copies of the picture, guided as it is."""
+    """torch specialises on a batch of 1. Stage C, which is guided, sees every picture twice."""
     pipe = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "tiny.safetensors"), device="cpu", dtype="fp32")
     pipe.compile(backend=counting(graphs))
     graphs.clear()
     options: dict[str, Any] = {"prior_steps": 1, "decoder_steps": 1}
-    for count, wanted in ((2, BLOCKS), (1, BLOCKS + BLOCKS_B), (3, BLOCKS + BLOCKS_B)):
+    for count, expected in ((2, BLOCKS), (1, BLOCKS + BLOCKS_B), (3, BLOCKS + BLOCKS_B)):
         for width, height in SIZES:
             pipe.generate(PROMPT, width=width, height=height, count=count, **options)
-            assert len(graphs) == wanted, (count, width, height)
+            assert len(graphs) == expected, (count, width, height)
 
 
 def test_compiled_networks_keep_their_keys_and_follow_their_weights(graphs: list[Any]) -> None:
@@ -102,7 +102,7 @@ def test_compiled_networks_keep_their_keys_and_follow_their_weights(graphs: list
 
 
 def test_every_thread_compiles_all_it_meets(graphs: list[Any]) -> None:
-    """Torch's own limit of a block's graphs is 8, and what a thread sets it to holds in that thread."""
+    """torch's default limit is 8 graphs per block, and a changed limit applies to the thread that changed it."""
     network = nn.Sequential(*(FeedForwardBlock(c) for c in range(8, 20))).requires_grad_(False).eval()
     compile_network(network, backend=counting(graphs))
 
@@ -134,7 +134,7 @@ def test_hooks_of_a_compiled_block_run(graphs: list[Any]) -> None:
     block, x = FeedForwardBlock(8).requires_grad_(False).eval(), torch.ones(2, 8, 3, 4)
     compile_network(block, backend=counting(graphs))
     plain = block(x)
-    hook = block.register_forward_hook(lambda module, given, out: out + 1)
+    hook = block.register_forward_hook(lambda module, inputs, out: out + 1)
     assert torch.equal(block(x), plain + 1)
     hook.remove()
     assert torch.equal(block(x), plain) and len(graphs) == 1

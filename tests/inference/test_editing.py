@@ -126,10 +126,10 @@ def test_what_is_kept_is_the_reconstruction(
 ) -> None:
     """Exactly, in Stage A's latents; Stage A then blends a few pixels across the mask's edge."""
     mask, options = right_half(), {"seed": 3, "composite": False}
-    kept, made = latents_of(monkeypatch, lambda: pipe.inpaint(picture, mask, PROMPT, **options))
+    kept_latents, latents_b = latents_of(monkeypatch, lambda: pipe.inpaint(picture, mask, PROMPT, **options))
     [plain] = latents_of(monkeypatch, lambda: pipe.reconstruct(picture, seed=3))
-    assert torch.equal(kept, plain) and torch.equal(made[..., :16], kept[..., :16])
-    assert not torch.equal(made[..., 16:], kept[..., 16:])
+    assert torch.equal(kept_latents, plain) and torch.equal(latents_b[..., :16], kept_latents[..., :16])
+    assert not torch.equal(latents_b[..., 16:], kept_latents[..., 16:])
     # Stage A's receptive field grows by 1 latent to each side per block; this model has fewer than 8
     raw, whole = pixels(pipe.inpaint(picture, mask, PROMPT, **options)), pixels(pipe.reconstruct(picture, seed=3))
     assert np.array_equal(raw[:, :, :32], whole[:, :, :32]) and not np.array_equal(raw, whole)

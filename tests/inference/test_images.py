@@ -38,7 +38,7 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG file, by hand: Pillow writes none with 16 bits a channel in colour."""
+    """Returns a PNG file written by hand: Pillow cannot write colour with 16 bits per channel."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

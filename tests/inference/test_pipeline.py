@@ -121,18 +121,18 @@ def test_no_guidance_means_no_negative_prompt(pipe: WuerstchenPipeline) -> None:
 
 
 def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPipeline) -> None:
-    """With the prompt itself as the negative one, features are all that the two halves differ in."""
+    """With the prompt as the negative prompt, the two halves differ in their features only."""
     [features, plain], (_, text) = latents(pipe, [PROMPT], seed=0), pipe.encode_text([PROMPT])
     guided = pipe.sampling.updated(decoder_guidance=3.0)
-    made = pipe.sample_decoder(features, text, guided, negative=text)
-    assert float((made - plain).std() / plain.std()) > 0.01
+    latents_b = pipe.sample_decoder(features, text, guided, negative=text)
+    assert float((latents_b - plain).std() / plain.std()) > 0.01
 
 
 # text
 
 
 def test_text_of_any_length_is_read_whole(pipe: WuerstchenPipeline) -> None:
-    """The states of a long prompt are those of its pieces of 75 tokens; "a" is one of them."""
+    """A long prompt has the states of its pieces of 75 tokens; "a" is one token."""
     words = ["a"] * 80 + ["small"] * 80
     [states], _ = pipe.encode_text([" ".join(words)])
     pieces, _ = pipe.encode_text([" ".join(words[i : i + 75]) for i in range(0, 160, 75)])
@@ -141,7 +141,7 @@ def test_text_of_any_length_is_read_whole(pipe: WuerstchenPipeline) -> None:
     assert full.shape[1] == 77 and more.shape[1] == 154
 
 
-def test_texts_of_different_lengths_paint_as_they_do_alone(pipe: WuerstchenPipeline) -> None:
+def test_texts_of_different_lengths_equal_their_singles(pipe: WuerstchenPipeline) -> None:
     long = "a red apple on " * 30
     images = pixels(pipe.generate([PROMPT, long, PROMPT], seed=3, negative="blue " * 80))
     for i, prompt in enumerate([PROMPT, long, PROMPT]):
@@ -253,10 +253,10 @@ def test_callback(pipe: WuerstchenPipeline) -> None:
     prior = [("prior", i, 3) for i in (1, 2, 3)]
     assert seen == [("text", 1, 1), *prior, ("decoder", 1, 2), ("decoder", 2, 2), ("picture", 1, 1)]
     assert shapes == {"text": None, "prior": (1, 16, 2, 3), "decoder": (1, 4, 16, 32), "picture": None}
-    features, made = latents(pipe, [PROMPT], seed=0)
+    features, latents_b = latents(pipe, [PROMPT], seed=0)
     # After the last step what is left of the noise is 1 % (alpha_bar ends at 0.9999), in the units of each stage.
     assert float((last["prior"] - features).std() / features.std()) < 0.1
-    assert float((last["decoder"] - made).std() / made.std()) < 0.1
+    assert float((last["decoder"] - latents_b).std() / latents_b.std()) < 0.1
 
 
 def test_a_callback_stops_the_work(pipe: WuerstchenPipeline) -> None:

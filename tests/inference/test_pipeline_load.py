@@ -66,7 +66,7 @@ def test_files_by_part_in_a_folder_say_how_the_model_is_used(bundle: Path, tmp_p
     assert loaded.sampling == WuerstchenPipeline.load(bundle, device="cpu").sampling != SamplingSettings()
 
 
-def test_a_trainers_files_in_a_folder_paint(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
+def test_a_folder_of_trained_files(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
     for stage, name in STAGES.items():
         save_bundle(tmp_path / stage / f"{stage}.safetensors", {name: read_part(bundle, TOWER.get(name, name))}, {})
     loaded = WuerstchenPipeline.load(tmp_path, device="cpu", dtype="fp32")
@@ -136,7 +136,7 @@ def test_a_gpu_that_is_not_there(bundle: Path) -> None:
 
 
 def diffusers_folder(folder: Path) -> Path:
-    """diffusers' own save of a combined pipeline, tiny, each tower of its own width."""
+    """Writes a tiny combined pipeline as diffusers saves it, with text encoders of two widths."""
     from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -182,7 +182,7 @@ def diffusers_folder(folder: Path) -> Path:
     return folder
 
 
-def test_a_diffusers_folder_paints(tmp_path: Path) -> None:
+def test_a_diffusers_folder(tmp_path: Path) -> None:
     folder = diffusers_folder(tmp_path / "folder")
     loaded = WuerstchenPipeline.load(folder, device="cpu", dtype="fp32")
     assert loaded.sampling == SamplingSettings() and loaded.image_encoder is None
@@ -202,12 +202,12 @@ def test_a_diffusers_folder_paints(tmp_path: Path) -> None:
 # precision
 
 
-def test_bf16_paints_and_reads_pictures_in_fp32(bundle: Path, pipe: WuerstchenPipeline) -> None:
+def test_bf16_encodes_pictures_in_fp32(bundle: Path, pipe: WuerstchenPipeline) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype="bf16")
     kinds = {name: next(getattr(half, name).parameters()).dtype for name in PARTS_OF["v2"]}
     assert kinds.pop("image_encoder") == torch.float32 and set(kinds.values()) == {torch.bfloat16}
-    features, made = latents(half, [PROMPT], seed=0)
-    assert features.dtype == made.dtype == torch.float32 and made.isfinite().all()
+    features, latents_b = latents(half, [PROMPT], seed=0)
+    assert features.dtype == latents_b.dtype == torch.float32 and latents_b.isfinite().all()
     exact, _ = latents(pipe, [PROMPT], seed=0)
     assert 0 < float((features - exact).std() / exact.std()) < 0.2
 

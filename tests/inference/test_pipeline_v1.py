@@ -1,4 +1,4 @@
-"""v1 through the pipeline: the original's chain at small size, and what a tiny random model promises."""
+"""v1 in the pipeline: the original's chain at small size, and a tiny random model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pipe(bundle: Path) -> WuerstchenPipeline:
 
 
 class Chain(RecordedTokenNoise):
-    """The recorded randomness of Stage B, the first tokens too."""
+    """The recorded random numbers of Stage B, including the initial tokens."""
 
     def __init__(self, golden: Golden):
         super().__init__(golden["in/token_renoise_uniform"], None)
@@ -79,10 +79,10 @@ def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "seeded_noise", lambda seed, count: replay(*draws))
     monkeypatch.setattr(stages, "SeededTokenNoise", lambda seed, count: Chain(golden))
     features = pipe.sample_prior(golden["in/c"], sampling, negative=golden["in/c_uncond"])
-    made = pipe.sample_decoder(features, golden["in/c"], sampling, negative=golden["in/c_uncond"])
+    latents_b = pipe.sample_decoder(features, golden["in/c"], sampling, negative=golden["in/c_uncond"])
     assert pipe.vqgan is not None
-    assert torch.equal(pipe.vqgan.quantize(made).indices, golden["out/tokens"])
-    assert_near(pipe.vqgan.decode(made), golden["out/image"], 1e-5)
+    assert torch.equal(pipe.vqgan.quantize(latents_b).indices, golden["out/tokens"])
+    assert_near(pipe.vqgan.decode(latents_b), golden["out/image"], 1e-5)
 
 
 def test_the_published_defaults() -> None:
@@ -114,7 +114,7 @@ def test_a_batch_equals_its_singles(pipe: WuerstchenPipeline, mode: str) -> None
         assert np.abs(pixels(pipe.generate(prompt, seed=3 + i, token_mode=mode))[0] - both[i]).max() <= 1
 
 
-def test_what_the_sampler_is_told_counts(pipe: WuerstchenPipeline) -> None:
+def test_every_setting_changes_the_picture(pipe: WuerstchenPipeline) -> None:
     plain = pixels(pipe.generate(PROMPTS[0], seed=1))
     others = (
         {"seed": 2},
@@ -153,42 +153,44 @@ def test_an_unknown_mode(pipe: WuerstchenPipeline) -> None:
 
 def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
     v2 = WuerstchenPipeline.load(write_tiny_bundle(tmp_path / "v2.safetensors"), device="cpu")
-    told: dict[str, Any]
-    for told in ({"temperature": (1.0, 0.5)}, {"token_mode": "argmax"}):
-        for paint, given in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
-            with pytest.raises(ValueError, match=f"v1.*{next(iter(told))}"):
-                paint(given, **told)
+    options: dict[str, Any]
+    for options in ({"temperature": (1.0, 0.5)}, {"token_mode": "argmax"}):
+        for method, argument in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
+            with pytest.raises(ValueError, match=f"v1.*{next(iter(options))}"):
+                method(argument, **options)
     assert (
         SamplingSettings.from_metadata({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
     )  # as a Stage A out of a bundle of v1 has
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_paints(bundle: Path, dtype: str) -> None:
+def test_half_precision_generates(bundle: Path, dtype: str) -> None:
     half = WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype)
     assert pixels(half.generate(PROMPTS[0], decoder_steps=2)).std() > 0.5  # NaN would be black all over
 
 
-def test_the_command_line_tells_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
-    told = ["--temperature", "0.9", "0.3", "--token-mode", "argmax", "--decoder-guidance-end", "3"]
+def test_the_command_lines_settings_reach_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
+    options = ["--temperature", "0.9", "0.3", "--token-mode", "argmax", "--decoder-guidance-end", "3"]
     path = tmp_path / "apple.png"
-    assert main(["generate", PROMPTS[0], "--model", str(bundle), "--output", str(path), "--dtype", "fp32", *told]) == 0
+    assert (
+        main(["generate", PROMPTS[0], "--model", str(bundle), "--output", str(path), "--dtype", "fp32", *options]) == 0
+    )
     [image] = pipe.generate(PROMPTS[0], temperature=(0.9, 0.3), token_mode="argmax", decoder_guidance_end=3.0)
     with Image.open(path) as saved:
         assert np.abs(pixels([saved]) - pixels([image])).max() <= 1
         assert json.loads(saved.text["wuerstchen"])["temperature"] == [0.9, 0.3]
 
 
-@pytest.mark.parametrize(("beside", "told"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
-def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: str, told: str) -> None:
-    """A bare prior 1024 wide may be v1's, or v2's of June 2023."""
+@pytest.mark.parametrize(("beside", "release"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
+def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: str, release: str) -> None:
+    """A bare prior 1024 wide may be v1's or v2's of June 2023."""
     prior = Prior(replace(PRIOR, c_cond=1024))
     save_file(prior.state_dict(), tmp_path / "prior.safetensors")
     parts = tiny_parts("v2" if beside == "decoder" else "v1")
     save_bundle(tmp_path / "beside.safetensors", {beside: parts[beside]}, {})
     sources = {"prior": tmp_path / "prior.safetensors", beside: tmp_path / "beside.safetensors"}
     loaded = WuerstchenPipeline.load(sources, device="cpu").prior
-    assert loaded is not None and (loaded.params.feature_scale == 1) == (told == "v1")
+    assert loaded is not None and (loaded.params.feature_scale == 1) == (release == "v1")
     if beside == "token_decoder":
         with pytest.raises(ValueError, match="token_decoder .*v1.*prior .*v2"):
             WuerstchenPipeline.load(sources, device="cpu", version="v2")
@@ -199,7 +201,7 @@ def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: st
 
 @pytest.mark.parametrize("part", ["vqgan", "image_encoder", "prior_text_encoder"])
 def test_a_part_that_both_releases_share_names_none(tmp_path: Path, part: str) -> None:
-    """Else a converted Stage A would decide about the prior beside it."""
+    """Otherwise a converted Stage A would decide the release of the prior beside it."""
     save_bundle(tmp_path / "part.safetensors", {part: tiny_parts("v1")[part]}, {})
     assert "version" not in read_metadata(tmp_path / "part.safetensors")
 

@@ -1,4 +1,4 @@
-"""Pictures in, with the model that ships: what a judge of pixels says of the results."""
+"""Editing with the shipped model, judged by pixels."""
 
 from __future__ import annotations
 
@@ -28,31 +28,29 @@ def scene(thing: str, colour: str, size: int) -> Scene:
 
 
 def shown(image: Image.Image, colour: str, size: int) -> str:
-    """The thing that the judge sees on that background, at that size."""
+    """Returns the thing that the judge recognises on that background, at that size."""
     seen = Judge().identify(np.asarray(image), Scene(0, list(COLOURS).index(colour), size)).thing
     return NAMES[seen] if seen >= 0 else "nothing"
 
 
-def painted_mask(box: tuple[int, int, int, int]) -> Image.Image:
+def box_mask(box: tuple[int, int, int, int]) -> Image.Image:
     mask = Image.new("L", (CANVAS, CANVAS))
     mask.paste(255, box)
     return mask
 
 
 def decibels_outside(mask: Image.Image, a: Image.Image, b: Image.Image) -> float:
-    kept = np.asarray(mask) == 0
-    return psnr(np.asarray(a)[kept], np.asarray(b)[kept])
+    outside = np.asarray(mask) == 0
+    return psnr(np.asarray(a)[outside], np.asarray(b)[outside])
 
 
 @pytest.mark.parametrize(
     ("before", "after", "colour"), [("red apple", "cat", "blue"), ("key", "penguin", "green"), ("house", "dog", "gray")]
 )
-def test_inpainting_puts_another_thing_in_the_place_of_one(
-    pipe: WuerstchenPipeline, before: str, after: str, colour: str
-) -> None:
+def test_inpainting_replaces_a_thing(pipe: WuerstchenPipeline, before: str, after: str, colour: str) -> None:
     edge = list(SIZES.values())[SMALL]
     start = (CANVAS - edge) // 2
-    mask = painted_mask((start, start, start + edge, start + edge))
+    mask = box_mask((start, start, start + edge, start + edge))
     picture, prompt = draw(scene(before, colour, SMALL)), caption(scene(after, colour, SMALL))
     [raw], [done] = (pipe.inpaint(picture, mask, prompt, seed=1, composite=composite) for composite in (False, True))
     [same] = pipe.reconstruct(picture, seed=1)
@@ -64,8 +62,8 @@ def test_inpainting_puts_another_thing_in_the_place_of_one(
 
 @pytest.mark.parametrize("box", [(140, 0, 256, 256), (100, 100, 160, 160)])
 def test_a_mask_through_a_thing_leaves_the_rest_of_it(pipe: WuerstchenPipeline, box: tuple[int, int, int, int]) -> None:
-    """Where Stage B alone follows the mixed features it gives 17 to 25 dB: their cells reach over the mask's edge."""
-    picture, mask = draw(scene("star", "purple", LARGE)), painted_mask(box)
+    """Without a mask in Stage B it is 17 to 25 dB, since cells of the mixed features cross the mask's edge."""
+    picture, mask = draw(scene("star", "purple", LARGE)), box_mask(box)
     [raw] = pipe.inpaint(picture, mask, "a robot on a purple background", seed=1, composite=False)
     [same] = pipe.reconstruct(picture, seed=1)
     assert decibels_outside(mask, raw, same) >= 30  # observed 43 and more
@@ -99,7 +97,7 @@ def test_interpolation_leads_from_one_to_the_other(pipe: WuerstchenPipeline) -> 
     assert [shown(way[0], "blue", LARGE), shown(way[1], "yellow", LARGE)] == ["cat", "panda"]
 
 
-def test_outpainting_leaves_the_picture_and_goes_on_with_its_background(pipe: WuerstchenPipeline) -> None:
+def test_outpainting_keeps_the_picture_and_continues_its_background(pipe: WuerstchenPipeline) -> None:
     picture, borders = draw(scene("cat", "blue", SMALL)), dict.fromkeys(("left", "top", "right", "bottom"), 64)
     [wide] = pipe.outpaint(picture, caption(scene("cat", "blue", SMALL)), seed=1, **borders)
     assert wide.size == (384, 384) and wide.crop((64, 64, 320, 320)) == picture

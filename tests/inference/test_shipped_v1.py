@@ -1,4 +1,4 @@
-"""The v1 model that ships: its size, pictures that are right, and the numbers that are written down."""
+"""The shipped v1 model: its size, its pictures and the published numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_is_a_small_complete_v1(pipe: WuerstchenPipeline) -> None:
     ],
 )
 def test_its_sizes_can_be_read_off_its_tensors(model: str, name: str) -> None:
-    """So that a file loads right that lost its metadata: heads are 64 wide, 16 in number in the token decoder."""
+    """A file without metadata must load too: heads are 64 wide, and 16 in number in the token decoder."""
     part = read_part(model, name)
     read = component(name).infer_params(part.state_dict)
     if name == "prior":  # whose units are in no tensor
@@ -49,10 +49,10 @@ def test_its_sizes_can_be_read_off_its_tensors(model: str, name: str) -> None:
     assert read == part.params
 
 
-def test_it_paints_what_is_asked_for(pipe: WuerstchenPipeline) -> None:
-    """Scenes that no training has seen."""
-    judge, wanted = Judge(), held_out_scenes(pipe.metadata)[:2]
-    for scene, image in zip(wanted, generate(pipe, wanted, seed=1), strict=True):
+def test_it_follows_prompts(pipe: WuerstchenPipeline) -> None:
+    """On held-out scenes."""
+    judge, scenes = Judge(), held_out_scenes(pipe.metadata)[:2]
+    for scene, image in zip(scenes, generate(pipe, scenes, seed=1), strict=True):
         assert judge.identify(np.asarray(image), scene) == scene, caption(scene)
 
 
@@ -68,7 +68,7 @@ def test_unknown_words_are_reported(pipe: WuerstchenPipeline) -> None:
 
 @pytest.mark.long
 def test_the_written_numbers_are_measured_again(pipe: WuerstchenPipeline) -> None:
-    """Within rounding of the arithmetic of another machine: two of the pictures, a tenth of a decibel."""
+    """Within the rounding of another machine's arithmetic: two pictures, a tenth of a decibel."""
     written, measured = json.loads(EVALUATION.read_text(encoding="utf-8")), evaluate(pipe)
     for name in ("thing", "another_thing", "background"):
         count = written[name]["count"]

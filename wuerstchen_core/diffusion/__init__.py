@@ -1,1 +1,1 @@
-"""Schedules, samplers and sizes."""
+"""Schedules, samplers, interpolation and masks."""

@@ -180,7 +180,7 @@ def interpolate(
         return sample_prior(model, states, sampling, negative=uncond[0], **run)
 
     def end_of(end: Prompt | Picture) -> tuple[Tensor, Tensor]:
-        """Returns what is interpolated at Stage C, and the decoder's text states."""
+        """Returns the features or text states to interpolate at Stage C, and the decoder's text states."""
         if isinstance(end, str | Mapping):
             prior, decoder = encode_prompt(model, end)
             return (features_of(prior) if pictures else prior), decoder
@@ -231,12 +231,12 @@ def _edit(
     features = sample_prior(
         model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, **run
     )
-    kept = None
+    kept_latents = None
     if grid is not None:
         plain = prompt_states(model, "", "decoder_text_encoder").expand(count, -1, -1)
-        kept = sample_decoder(model, init, plain, sampling, **run)
-        cells = latent_mask(grid, *kept.shape[-2:])
-    latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept, mask=cells, **run)
+        kept_latents = sample_decoder(model, init, plain, sampling, **run)
+        cells = latent_mask(grid, *kept_latents.shape[-2:])
+    latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept_latents, mask=cells, **run)
     images = [image.crop((0, 0, pixels.shape[-1], pixels.shape[-2])) for image in decode(model, latents)]
     notify(callback, "picture")
     if mask is None or not composite:
