@@ -62,9 +62,6 @@ def as_transformers(bundle: Path) -> Any:
         **sizes, vocab_size=TEXT.vocab_size, num_attention_heads=TEXT.heads, hidden_act="gelu", eos_token_id=49407
     )
     state = text_to_transformers(load_text_encoder(bundle).state_dict())
-    state["embeddings.token_embedding.weight"] = state.pop("token_embedding.weight")
-    state["embeddings.position_embedding.weight"] = state.pop("positional_embedding")
-    state |= {f"final_layer_norm.{name}": state.pop(f"ln_final.{name}") for name in ("weight", "bias")}
     tower = CLIPTextModel(config).eval()
     (getattr(tower, "text_model", tower)).load_state_dict(state)
     return tower
