@@ -16,7 +16,7 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("tqdm", reason="measuring needs tqdm")
 
 from tools import DOCS  # noqa: E402
-from tools.demo import evaluate, steps_page, steps_trials  # noqa: E402
+from tools.demo import evaluate, steps, steps_trials  # noqa: E402
 
 RESULTS = steps_trials.read_results()
 
@@ -36,42 +36,42 @@ def test_the_shipped_model_was_measured_and_needs_no_more_steps() -> None:
 
     Its error of Stage C's features is a sixth larger, which the images do not show.
     """
-    assert {steps_page.key(row) for row in RESULTS["rows"]} == set(steps_trials.trials())
-    found = steps_page.by_trial(RESULTS)
+    assert {steps.key(row) for row in RESULTS["rows"]} == set(steps_trials.trials())
+    found = steps.by_trial(RESULTS)
     for trial, worse in (
         (("prior", "ddim", "squared", steps_trials.FAST.steps), {"error": 1.2}),
         (("decoder", "ddpm", "linear", steps_trials.FAST.decoder_steps), {}),
     ):
         reference = found[steps_trials.REFERENCE[trial[0]]]
         allowed = {name: factor * reference[name] for name, factor in worse.items()}
-        assert steps_page.as_good(found[trial], {**reference, **allowed}, RESULTS["count"])
+        assert steps.as_good(found[trial], {**reference, **allowed}, RESULTS["count"])
     original, fast = (RESULTS["whole"][name] for name in steps_trials.WHOLE)
     for name in ("thing", "background", "compressed"):
         assert fast[name]["interval"][0] <= original[name]["percent"] <= fast[name]["interval"][1], name
         assert fast[name]["count"] == original[name]["count"]
     assert fast["psnr"]["mean"] > original["psnr"]["mean"] - 0.1
     hard = [row["thing"] for row in RESULTS["hard"]]
-    assert [steps_page.key(row) for row in RESULTS["hard"]] == steps_trials.HARD_TRIALS and hard[-1] >= hard[0]
+    assert [steps.key(row) for row in RESULTS["hard"]] == steps_trials.HARD_TRIALS and hard[-1] >= hard[0]
     held = evaluate.held_out_scenes(read_metadata("demo"))
     assert original["thing"]["count"] == original["compressed"]["count"] >= len(held) // steps_trials.WHOLE_EVERY
 
 
 def test_a_worse_trial_is_not_as_good() -> None:
     row = {"stage": "decoder", "thing": 30, "background": 30, "psnr": 28.0, "detail": 1.5}
-    assert steps_page.as_good({**row, "thing": 29, "psnr": 27.95, "detail": 1.46}, row, 30)
+    assert steps.as_good({**row, "thing": 29, "psnr": 27.95, "detail": 1.46}, row, 30)
     for worse in ({"thing": 23}, {"background": 23}, {"psnr": 27.8}, {"detail": 1.7}, {"detail": 1.3}):
-        assert not steps_page.as_good({**row, **worse}, row, 30), worse
+        assert not steps.as_good({**row, **worse}, row, 30), worse
     row = {**row, "stage": "prior", "error": 0.02}
-    assert steps_page.as_good(row, row, 30) and not steps_page.as_good({**row, "error": 0.021}, row, 30)
+    assert steps.as_good(row, row, 30) and not steps.as_good({**row, "error": 0.021}, row, 30)
 
 
 def test_the_page_matches_the_results(tmp_path: Path) -> None:
-    assert (DOCS / "steps.md").read_text(encoding="utf-8") == steps_page.page(RESULTS)
+    assert (DOCS / "steps.md").read_text(encoding="utf-8") == steps.page(RESULTS)
     steps_trials.write_results(RESULTS, tmp_path / "again.json")
     assert steps_trials.read_results(tmp_path / "again.json") == RESULTS
     assert (tmp_path / "again.json").read_bytes() == steps_trials.RESULTS.read_bytes()
     pytest.importorskip("matplotlib", reason="plotting needs matplotlib")
-    steps_page.plot(RESULTS, tmp_path / "plot.png")
+    steps.plot(RESULTS, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width == 900
 

@@ -1,8 +1,7 @@
 """Counts the memory of one call of each network at its released size, beside the estimate given to ComfyUI.
 
 `python -m tools.comfyui.measure_memory COMFYUI`, with ComfyUI's own Python, prints the table of docs/memory.md: the
-bytes of all tensors that are alive at once, counted on the "meta" device. With `resident NETWORK DTYPE SIZE BATCH` it
-runs one call and prints by how much the process grew (Linux only).
+bytes of all tensors that are alive at once, counted on the "meta" device.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..bench.measure import memory_in_use, reset_peak
+from .. import markdown_table
 from .in_host import enter, load_pack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def _diffusion(key: Key, device: str) -> Prepared:
+def _diffusion(key: Key) -> Prepared:
     """Prepares Stage C or v2's Stage B."""
     from pack.wuerstchen_core.common.geometry import decoder_side
     from pack.wuerstchen_core.models.decoder import DecoderParams
@@ -59,12 +58,12 @@ def _diffusion(key: Key, device: str) -> Prepared:
 
     name, dtype, size, batch = key
     model = _model(name, PriorParams() if name == "prior" else DecoderParams(), dtype)
-    factory = {"device": device, "dtype": DTYPES[dtype]}
+    factory = {"device": "meta", "dtype": DTYPES[dtype]}
     x, extra = _features(key, factory), {}
     if name == "decoder":
         x, extra = torch.ones(batch, 4, *[decoder_side(size)] * 2, **factory), {"stable_cascade_prior": x}
     t, text = (
-        torch.full((batch,), 0.5, device=device),
+        torch.full((batch,), 0.5, device="meta"),
         torch.ones(batch, 77, 1280 if name == "prior" else 1024, **factory),
     )
     network = model.diffusion_model
@@ -76,7 +75,7 @@ def _diffusion(key: Key, device: str) -> Prepared:
     return network, step, model.memory_required(x.shape)
 
 
-def _token_decoder(key: Key, device: str) -> Prepared:
+def _token_decoder(key: Key) -> Prepared:
     """Prepares a guided step of v1's Stage B, in which each picture is in the batch twice."""
     from pack.wuerstchen_core.common.geometry import decoder_side
     from pack.wuerstchen_core.diffusion.samplers import guidance
@@ -85,10 +84,10 @@ def _token_decoder(key: Key, device: str) -> Prepared:
 
     _, dtype, size, batch = key
     model = _model("token_decoder", TokenDecoderParams(), dtype)
-    network, factory = model.diffusion_model, {"device": device, "dtype": DTYPES[dtype]}
+    network, factory = model.diffusion_model, {"device": "meta", "dtype": DTYPES[dtype]}
     cond = _features(key, factory), torch.ones(batch, 77, 1024, **factory)
-    tokens = torch.zeros(batch, *[decoder_side(size)] * 2, dtype=torch.long, device=device)
-    t, codebook = torch.full((batch,), 0.5, device=device), torch.ones(8192, 4, device=device)
+    tokens = torch.zeros(batch, *[decoder_side(size)] * 2, dtype=torch.long, device="meta")
+    t, codebook = torch.full((batch,), 0.5, device="meta"), torch.ones(8192, 4, device="meta")
     predict = guidance(lambda x, t, prior, text: network(x, t, text, prior).float(), cond, cond)
 
     def step() -> None:
@@ -113,7 +112,7 @@ def _features(key: Key, factory: dict[str, Any]) -> torch.Tensor:
     return torch.ones(batch, 16, *[prior_side(size)] * 2, **factory)
 
 
-def _vae(key: Key, device: str) -> Prepared:
+def _vae(key: Key) -> Prepared:
     """Prepares a VAE; ComfyUI uses the estimate per picture of a batch."""
     from pack.nodes.host.vae import load_image_encoder, load_stage_a
     from pack.wuerstchen_core.checkpoints import Part
@@ -125,19 +124,19 @@ def _vae(key: Key, device: str) -> Prepared:
     vae = load(Part(part, params, COMPONENTS[part].network(params).state_dict()))
     network, decodes = vae.first_stage_model.to(device="meta", dtype=DTYPES[dtype]), name == "Stage A decode"
     shape = (batch, 4, size // 4, size // 4) if decodes else (batch, 3, size, size)
-    x = torch.ones(shape, device=device, dtype=DTYPES[dtype])
+    x = torch.ones(shape, device="meta", dtype=DTYPES[dtype])
     call = network.decode if decodes else network.encode
     estimate = vae.memory_used_decode if decodes else vae.memory_used_encode
     return network, lambda: call(x), batch * estimate(shape, DTYPES[dtype])
 
 
-def prepare(key: Key, device: str) -> Prepared:
-    return {"prior": _diffusion, "decoder": _diffusion, "token decoder": _token_decoder}.get(key[0], _vae)(key, device)
+def prepare(key: Key) -> Prepared:
+    return {"prior": _diffusion, "decoder": _diffusion, "token decoder": _token_decoder}.get(key[0], _vae)(key)
 
 
 def count_live_bytes(key: Key) -> tuple[float, float]:
     """Returns the peak of live bytes in one call, without weights and inputs, and the estimate."""
-    network, call, estimate = prepare(key, "meta")
+    network, call, estimate = prepare(key)
     # torch's fused attention allocates only its result; on "meta" there is only the plain one.
     fused = patch("torch.nn.functional.scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
     with fused, LiveBytes(network) as live:
@@ -145,33 +144,18 @@ def count_live_bytes(key: Key) -> tuple[float, float]:
     return float(live.peak), float(estimate)
 
 
-def count_resident_bytes(key: Key) -> tuple[float, float]:
-    """Returns by how many bytes the process grows in one call with made-up weights, and the estimate."""
-    network, call, estimate = prepare(key, "cpu")
-    network.to_empty(device="cpu")
-    for tensor in network.state_dict().values():
-        tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    reset_peak("cpu")
-    before = memory_in_use("cpu")
-    call()
-    return float((memory_in_use("cpu", peak=True) or 0) - (before or 0)), float(estimate)
-
-
-def table(rows: dict[Key, tuple[float, float]]) -> str:
-    lines = ["| network | dtype | pixels | batch | measured | estimate | ratio |", "|---|---|---:|---:|---:|---:|---:|"]
-    for (name, dtype, size, batch), (measured, estimate) in rows.items():
-        numbers = f"{measured / 1e6:.0f} MB | {estimate / 1e6:.0f} MB | {estimate / measured:.2f}"
-        lines.append(f"| {name} | {dtype} | {size}² | {batch} | {numbers} |")
-    return "\n".join(lines) + "\n"
+def table() -> str:
+    """Returns the table of all networks."""
+    rows = []
+    for name, dtype, (size, batch) in product(NETWORKS, DTYPES, SIZES):
+        measured, estimate = count_live_bytes((name, dtype, size, batch))
+        numbers = f"{measured / 1e6:.0f} MB", f"{estimate / 1e6:.0f} MB", f"{estimate / measured:.2f}"
+        rows.append((name, dtype, f"{size}²", batch, *numbers))
+    return markdown_table(("network", "dtype", "pixels", "batch", "measured", "estimate", "ratio"), rows, 5)
 
 
 if __name__ == "__main__":
-    arguments = enter()
+    enter()
     load_pack()
     with torch.inference_mode():
-        if arguments[:1] == ["resident"]:
-            key: Key = (arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))
-            sys.stdout.write(table({key: count_resident_bytes(key)}))
-        else:
-            keys: list[Key] = [(name, dtype, *size) for name, dtype, size in product(NETWORKS, DTYPES, SIZES)]
-            sys.stdout.write(table({key: count_live_bytes(key) for key in keys}))
+        sys.stdout.write(f"{table()}\n")

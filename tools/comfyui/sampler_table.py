@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import DOCS
+from .. import DOCS, markdown_table
 from .in_host import enter, load_pack
-from .sampler_page import OURS, page
 
 COUNT, SEED = 8, 7  # images per combination; the seed of their noise
 PRIOR_STEPS, PRIOR_CFG, DECODER_STEPS = 20, 3.0, 12
 PREVIEW_STEPS = 2  # of Stage B when Stage C is measured; as accurate as 12 with the shipped model
+Cell = tuple[str, str, str]  # stage, sampler, scheduler
+Rows = Mapping[Cell, Mapping[str, Any]]
+OURS = ("ours", "linear")  # Würstchen Sampler with Würstchen Scheduler, the reference
+RECOMMENDED = {"prior": {("ddpm", "simple")}, "decoder": {("ddpm", "simple"), ("euler_ancestral", "simple")}}
+
+TEMPLATE = Path(__file__).with_name("samplers.md.template")
+STAGE = """
+## {title}
+
+{legend} Würstchen Sampler with Würstchen Scheduler: {ours}.
+×: network calls relative to it. **Bold**: recommended. NaN: not finite. –: the sampler failed.{missing}
+
+{table}
+{failures}"""
+
+TITLES = {"prior": "Stage C, Würstchen Prior", "decoder": "Stage B, Würstchen Decoder"}
+LEGENDS = {
+    "prior": "Right things in percent.",
+    "decoder": "Right things in percent, and PSNR against the drawings in dB.",
+}
 STAGES = ("prior", "decoder")
 SIZES = {"prior": (16, 6, 6), "decoder": (4, 64, 64)}
 
@@ -117,7 +136,7 @@ class SamplerStudy:
         return row | self.judge_latents(latents)
 
 
-def combinations() -> Iterator[tuple[str, str, str]]:
+def combinations() -> Iterator[Cell]:
     """Yields every stage, sampler and scheduler, the reference first.
 
     On a CPU, samplers named *_gpu equal those without the suffix, and ddim equals euler: they are left out.
@@ -129,11 +148,48 @@ def combinations() -> Iterator[tuple[str, str, str]]:
     yield from product(STAGES, samplers, KSampler.SCHEDULERS)
 
 
-def read_rows(folder: Path, model: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+def read_rows(folder: Path, model: str) -> dict[Cell, dict[str, Any]]:
     """Returns the stored results of a model."""
     lines = [line for path in sorted(folder.glob(f"{model}-*.jsonl")) for line in path.read_text().splitlines()]
     rows = map(json.loads, lines)
     return {(row["stage"], row["sampler"], row["scheduler"]): row for row in rows}
+
+
+def _cell(stage: str, row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "·"
+    if "error" in row:
+        return "–"
+    if not row["finite"]:
+        return "NaN"
+    percent = f"{100 * row['thing'] / row['count']:.0f}"
+    return f"{percent} · {row['psnr']:.1f}" if stage == "decoder" else percent
+
+
+def _stage(rows: Rows, cells: Sequence[Cell], stage: str) -> str:
+    """Returns the section of a stage."""
+    cells = [cell for cell in cells if cell[0] == stage and cell[1:] != OURS]
+    schedulers = list(dict.fromkeys(scheduler for _, _, scheduler in cells))
+    ours, lines = rows[(stage, *OURS)], []
+    for sampler in dict.fromkeys(sampler for _, sampler, _ in cells):
+        found = {scheduler: rows.get((stage, sampler, scheduler)) for scheduler in schedulers}
+        calls = [row["calls"] for row in found.values() if row and "calls" in row]
+        texts = [
+            f"**{_cell(stage, row)}**" if (sampler, scheduler) in RECOMMENDED[stage] else _cell(stage, row)
+            for scheduler, row in found.items()
+        ]
+        lines.append([sampler, f"{max(calls) / ours['calls']:.1f}" if calls else "", *texts])
+    failed = [
+        f"- {s} with {c}: {rows[stage, s, c]['error']}" for _, s, c in cells if "error" in rows.get((stage, s, c), {})
+    ]
+    return STAGE.format(
+        title=TITLES[stage],
+        legend=LEGENDS[stage],
+        ours=_cell(stage, ours),
+        missing=" ·: not measured yet." if any(cell not in rows for cell in cells) else "",
+        table=markdown_table(("sampler", "×", *schedulers), lines, 1 + len(schedulers)),
+        failures="\n" + "\n".join(failed) + "\n" if failed else "",
+    )
 
 
 def main(folder: Path, part_of: str = "1/1") -> None:
@@ -152,9 +208,18 @@ def main(folder: Path, part_of: str = "1/1") -> None:
             if index % parts == part - 1 and cell not in done:
                 file.write(json.dumps(study.measure(*cell)) + "\n")
                 file.flush()
-    facts = {"version": __version__, "model": study.model, "count": COUNT, "preview_steps": PREVIEW_STEPS}
-    facts |= {"prior_steps": PRIOR_STEPS, "prior_cfg": PRIOR_CFG, "decoder_steps": DECODER_STEPS}
-    text = page(read_rows(folder, study.model), cells, wilson_interval, **facts)
+    rows = read_rows(folder, study.model)
+    text = TEMPLATE.read_text("utf-8").format(
+        version=__version__,
+        model=study.model,
+        count=COUNT,
+        preview_steps=PREVIEW_STEPS,
+        prior_steps=PRIOR_STEPS,
+        prior_cfg=PRIOR_CFG,
+        decoder_steps=DECODER_STEPS,
+        low=100 * wilson_interval(COUNT, COUNT)[0],
+    )
+    text += "".join(_stage(rows, cells, stage) for stage in STAGES)
     (DOCS / "samplers.md").write_text(text, encoding="utf-8")
 
 

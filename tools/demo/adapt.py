@@ -22,7 +22,7 @@ from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, Scene, capti
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.training.run import run
 
-from .. import DOCS
+from .. import DOCS, markdown_table
 from .build import RECIPE
 from .edits import grid
 from .evaluate import held_out_scenes, judge_images, rate, right_things, subset
@@ -100,17 +100,17 @@ def adapt_thing(folder: Path) -> Comparison:
 def page(numbers: Mapping[str, Any]) -> str:
     """Returns docs/adapting.md."""
 
-    def row(name: str, part: Mapping[str, Any], prefix: str = "") -> str:
+    def row(name: str, part: Mapping[str, Any], prefix: str = "") -> list[Any]:
         before, after = (part[f"{prefix}{key}"] for key in ("before", "after"))
-        cells = (name, after["count"], part["seconds"], f"{before['percent']} %", f"{after['percent']} %")
-        return f"| {' | '.join(map(str, cells))} |"
+        return [name, after["count"], part["seconds"], f"{before['percent']} %", f"{after['percent']} %"]
 
     rows = [
         row(f"at {LARGER}x{LARGER} pixels", numbers["resolution"]),
         row(f"{NEW_THING.name}, from twelve images", numbers["thing"]),
         row("known things, without and with that LoRA", numbers["thing"], "known_"),
     ]
-    return TEMPLATE.read_text("utf-8").format(size=LARGER, thing=NEW_THING.name, rows="\n".join(rows))
+    table = markdown_table(("Right thing", "images", "core-seconds", "before", "after"), rows, 4)
+    return TEMPLATE.read_text("utf-8").format(size=LARGER, thing=NEW_THING.name, table=table)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.quant import FP8, dequantize, quantize
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
-from .. import DOCS
+from .. import DOCS, markdown_table
 from .evaluate import evaluate
 from .network_calls import NetworkCall, golden_calls, golden_image_encoders, released_size, shipped_calls
 from .remake import replace_between, update_page
@@ -112,46 +112,45 @@ def _name(call: NetworkCall, source: str) -> str:
 
 def errors_table() -> str:
     """Returns the error of each network in each dtype."""
-    lines = [f"| Relative error | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}"]
+    rows = []
     golden = chain(golden_calls(), golden_image_encoders())
     for source, call in chain((("golden", call) for call in golden), _shipped()):
         errors = (relative_error(call, stored, computed) for stored, computed in KINDS.values())
-        cells = (_name(call, source), *(f"{error:.2g} %" for error in errors))
-        lines.append(f"| {' | '.join(cells)} |")
-        logger.info(lines[-1])
-    return "\n".join(lines)
+        rows.append((_name(call, source), *(f"{error:.2g} %" for error in errors)))
+        logger.info("%s", rows[-1])
+    return markdown_table(("Relative error", *KINDS), rows)
 
 
 def accuracy_table(every: int) -> str:
     """Returns the accuracy of the shipped models in each dtype; of v1 on all of its few held-out pairs."""
-    lines = ["| Shipped model | right thing | right background | PSNR after compression |", "|---|---|---|---|"]
+    rows = []
     for name, (model, stored, computed) in GENERATED.items():
         with tempfile.TemporaryDirectory() as folder:
             [file] = convert([demo_path(model)], Path(folder) / "model.safetensors", dtype=stored)
             pipe = WuerstchenPipeline.load(file, device="cpu", dtype=computed)
             numbers = evaluate(pipe, seeds=1, every=every if model == "demo" else 1)
         rates = (f"{numbers[key]['percent']} % of {numbers[key]['count']}" for key in ("thing", "background"))
-        lines.append(f"| {name} | {' | '.join(rates)} | {numbers['psnr']['mean']} dB |")
-        logger.info(lines[-1])
-    return "\n".join(lines)
+        rows.append((name, *rates, f"{numbers['psnr']['mean']} dB"))
+        logger.info("%s", rows[-1])
+    return markdown_table(("Shipped model", "right thing", "right background", "PSNR after compression"), rows)
 
 
 def range_table() -> str:
     """Returns how close the activations come to fp16's limit."""
-    lines = ["| Network in fp16 | largest value | factor to overflow | error |", "|---|---|---|---|"]
+    rows = []
 
     def add(name: str, measure: Callable[[], float]) -> None:
         with LargestFp16() as recorded:
             error = measure()
         largest = float(recorded.value)
-        lines.append(f"| {name} | {largest:.0f} | {FP16_MAX / largest:.0f}x | {error:.2g} % |")
-        logger.info(lines[-1])
+        rows.append((name, f"{largest:.0f}", f"{FP16_MAX / largest:.0f}x", f"{error:.2g} %"))
+        logger.info("%s", rows[-1])
 
     for source, call in _shipped():
         add(_name(call, source), partial(relative_error, call, torch.float16, torch.float16))
     for kind in ("prior", "decoder", "token_decoder"):
         add(f"{kind.replace('_', ' ')}, released size, random weights", partial(_half_error, *released_size(kind)))
-    return "\n".join(lines)
+    return markdown_table(("Network in fp16", "largest value", "factor to overflow", "error"), rows)
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
-from .. import DOCS, ROOT
+from .. import DOCS, ROOT, markdown_table
 from . import curves, edits, lora
 from .build import RECIPE
 from .build_v1 import EVALUATION as EVALUATION_V1
@@ -88,13 +88,13 @@ def number_table(numbers: dict[str, Any]) -> str:
         **{f"two things, {name} right": rate for name, rate in numbers.get("pairs", {}).items()},
         "right thing after 42.67x compression": numbers["compressed"],
     }
-    lines = ["| On held-out prompts | | 95 % interval | images |", "|---|---|---|---|"]
-    for name, rate in rows.items():
-        low, high = rate["interval"]
-        lines.append(f"| {name} | {rate['percent']} % | {low} to {high} % | {rate['count']} |")
+    cells = [
+        (name, f"{rate['percent']} %", f"{rate['interval'][0]} to {rate['interval'][1]} %", rate["count"])
+        for name, rate in rows.items()
+    ]
     psnr = numbers["psnr"]
-    lines.append(f"| PSNR after compression | {psnr['mean']} dB | worst {psnr['min']} dB | {psnr['count']} |")
-    return "\n".join(lines)
+    cells.append(("PSNR after compression", f"{psnr['mean']} dB", f"worst {psnr['min']} dB", psnr["count"]))
+    return markdown_table(("On held-out prompts", "", "95 % interval", "images"), cells)
 
 
 def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
