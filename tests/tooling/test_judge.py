@@ -26,8 +26,10 @@ def some(layout, shape, step):
     things = range(0, len(THINGS), step)
     small, corners = int(layout != "large"), (1 + i % 4 if layout == "corner" else 0 for i in range(len(things)))
     return [
-        Scene(thing, BACKGROUNDS[layout], small, place, shape, (thing + 50) % len(THINGS) if layout == "pair" else None)
-        for thing, place in zip(things, corners, strict=True)
+        Scene(
+            thing, BACKGROUNDS[layout], small, position, shape, (thing + 50) % len(THINGS) if layout == "pair" else None
+        )
+        for thing, position in zip(things, corners, strict=True)
     ]
 
 
@@ -109,27 +111,27 @@ def test_another_layout_is_rejected(judge, shape):
     ]
     for thing in (0, 46, 93):
         ways = [scene._replace(thing=thing, colour=BACKGROUNDS[scene.layout]) for scene in layouts]
-        for asked, there in product(ways, ways):
-            [picture] = drawn([there._replace(colour=asked.colour)])
-            seen = judge.identify(picture, asked)
-            assert seen == asked if asked == there else thing not in things_of(seen), (asked, there)
+        for requested, actual in product(ways, ways):
+            [picture] = drawn([actual._replace(colour=requested.colour)])
+            seen = judge.identify(picture, requested)
+            assert seen == requested if requested == actual else thing not in things_of(seen), (requested, actual)
 
 
-@pytest.mark.parametrize("asked", range(len(SIZES)), ids=SIZES)
-def test_things_of_another_size_are_rejected(judge, asked):
-    scenes = [Scene(thing, 3 * asked, 1 - asked) for thing in range(len(THINGS))]
-    shown = [
-        judge.identify(picture, scene._replace(size=asked))
+@pytest.mark.parametrize("requested", range(len(SIZES)), ids=SIZES)
+def test_things_of_another_size_are_rejected(judge, requested):
+    scenes = [Scene(thing, 3 * requested, 1 - requested) for thing in range(len(THINGS))]
+    seen = [
+        judge.identify(picture, scene._replace(size=requested))
         for scene, picture in zip(scenes, drawn(scenes), strict=True)
     ]
-    assert sum(map(len, map(things_of, shown))) == 0
+    assert sum(map(len, map(things_of, seen))) == 0
 
 
 def test_small_shifts_are_accepted(judge, pictures):
     middle = [(scene, picture) for scene, picture in pictures if scene.layout in SIMPLE]
     for shift, accepted in ((10, 1.0), (-10, 1.0), (28, 0.0)):
-        shown = [judge.identify(np.roll(picture, (shift, shift), (0, 1)), scene) == scene for scene, picture in middle]
-        assert sum(shown) / len(shown) == pytest.approx(accepted, abs=0.01)
+        right = [judge.identify(np.roll(picture, (shift, shift), (0, 1)), scene) == scene for scene, picture in middle]
+        assert sum(right) / len(right) == pytest.approx(accepted, abs=0.01)
 
 
 def test_a_bare_background_shows_nothing(judge):

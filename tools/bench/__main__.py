@@ -1,4 +1,4 @@
-"""`python -m tools.bench`: time and memory beside diffusers (docs/speed.md)."""
+"""`python -m tools.bench`: time and memory compared with diffusers (docs/speed.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "Measure time and memory of full-size networks with random weights, beside diffusers."
+    text = "Measure time and memory of full-size networks with random weights, compared with diffusers."
     parser = Parser(prog="python -m tools.bench", description=text)
     install_hint = "`pip install -r requirements-bench.txt`, or measure ours alone with --no-peer"
     memory_hint = "choose smaller --sizes, a smaller --batch or --depth, or --dtypes bf16"

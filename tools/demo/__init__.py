@@ -1,1 +1,1 @@
-"""How the shipped model is made, measured and shown."""
+"""Trains, evaluates and illustrates the shipped model."""

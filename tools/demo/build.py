@@ -136,8 +136,8 @@ def copy_logs(folders: Mapping[str, Path], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, folder in folders.items():
         shutil.copyfile(folder / "log.jsonl", target / f"{name}.jsonl")
-        for sheet in sorted(folder.glob("sheet-*.png"))[-1:]:
-            Image.open(sheet).convert("RGB").save(target / f"{name}.jpg", quality=85)
+        for grid in sorted(folder.glob("sheet-*.png"))[-1:]:
+            Image.open(grid).convert("RGB").save(target / f"{name}.jpg", quality=85)
 
 
 def second_overrides(run: Path, stage: str) -> list[str]:
