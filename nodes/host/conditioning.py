@@ -35,18 +35,18 @@ _SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Deco
 
 
 def _check_batch(stage: str, latents: int, count: int, kind: str) -> None:
-    """ComfyUI repeats conditioning a, b as a, b, a, b, and would silently drop what is left over."""
+    """Raises ValueError unless conditioning can be repeated to the batch: ComfyUI would silently drop the rest."""
     if latents % count:
         raise ValueError(f"{stage} got {latents} empty latents for {count} {kind}: use the same batch size for both")
 
 
-def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.CONDRegular:
+def text_cond(stage: str, width: int, cond_kwargs: Mapping[str, Any]) -> comfy.conds.CONDRegular:
     """Returns the text states for ComfyUI to batch, never repeated to a common length, since every token is attended.
 
-    `given` holds the keyword arguments of `extra_conds`. Raises ValueError if the text is missing, of another width
+    `cond_kwargs` are the keyword arguments of `extra_conds`. Raises ValueError if the text is missing, of another width
     than the stage needs, or of a batch size that does not fit.
     """
-    states = given.get("cross_attn")
+    states = cond_kwargs.get("cross_attn")
     if states is None:
         raise ValueError(f"{stage} got a conditioning without text: connect Würstchen Text Encode")
     if states.shape[-1] != width:
@@ -54,7 +54,7 @@ def text_cond(stage: str, width: int, given: Mapping[str, Any]) -> comfy.conds.C
             f"{stage} reads {tower_name(width)}, but this conditioning is {states.shape[-1]} wide: "
             "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
         )
-    _check_batch(stage, len(given["noise"]), len(states), "texts")
+    _check_batch(stage, len(cond_kwargs["noise"]), len(states), "texts")
     return comfy.conds.CONDRegular(states)
 
 
@@ -91,22 +91,22 @@ def crop_prior(prior: Tensor, whole: tuple[int, int], area: Area) -> Tensor:
     return prior[..., top:bottom, left:right]
 
 
-def prior_cond(params: DecoderParams, given: Mapping[str, Any]) -> PriorCond:
+def prior_cond(params: DecoderParams, cond_kwargs: Mapping[str, Any]) -> PriorCond:
     """Returns a conditioning's Stage C latents; for a negative without them, zeros of the image's size."""
-    check_release(given, "v2")
-    prior, noise = given.get(PRIOR_KEY), given["noise"]
+    check_release(cond_kwargs, "v2")
+    prior, noise = cond_kwargs.get(PRIOR_KEY), cond_kwargs["noise"]
     height, width = noise.shape[-2:]
     if prior is None:
-        if given.get("prompt_type") == "positive":
+        if cond_kwargs.get("prompt_type") == "positive":
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
     _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     return PriorCond(prior.to(noise.device), (height, width))
 
 
-def check_release(given: Mapping[str, Any], version: str) -> None:
+def check_release(cond_kwargs: Mapping[str, Any], version: str) -> None:
     """Raises ValueError if Stage C latents are known to be of another release than Stage B."""
-    found = given.get(VERSION_KEY, version)
+    found = cond_kwargs.get(VERSION_KEY, version)
     if found != version:
         raise ValueError(
             f"Stage B of Würstchen {version} got Stage C latents of {found}, which have other units: use the prior and "
