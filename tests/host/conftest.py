@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, Generate, Graph, find
+from helpers.archive import unpacked_archive
 from helpers.networks import NETWORKS, PRIOR
 from safetensors.torch import save_file
 
@@ -98,8 +99,9 @@ def checkpoints(models: Path) -> Path:
 def server(
     install: Install, models: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """The running ComfyUI."""
-    server = Server(install, tmp_path_factory.mktemp("comfyui") / "base")
+    """The running ComfyUI, with the node pack as the registry distributes it."""
+    pack = unpacked_archive(tmp_path_factory.mktemp("archive"))
+    server = Server(install, tmp_path_factory.mktemp("comfyui") / "base", pack)
     (server.folder / "models").symlink_to(models, target_is_directory=True)
     try:
         server.start()

@@ -97,12 +97,12 @@ class Outcome:
 
 
 class Server:
-    """A running ComfyUI with this repository as its only custom node pack and its own base directory."""
+    """A running ComfyUI with `pack` as its only custom node pack and its own base directory."""
 
-    def __init__(self, install: Install, folder: Path):
+    def __init__(self, install: Install, folder: Path, pack: Path = REPOSITORY):
         self.install, self.version, self.folder = install, install.version, folder
         (folder / "custom_nodes").mkdir(parents=True)
-        (folder / "custom_nodes" / PACK).symlink_to(REPOSITORY, target_is_directory=True)
+        (folder / "custom_nodes" / PACK).symlink_to(pack, target_is_directory=True)
         self.address = f"127.0.0.1:{_free_port()}"
         self.log_file = folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
