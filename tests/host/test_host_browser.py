@@ -18,7 +18,7 @@ from tools.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
 pytest.importorskip("playwright", reason="playwright is not installed")
-from browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
+from tools.comfyui.browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
 
 pytestmark = pytest.mark.browser
 

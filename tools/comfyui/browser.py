@@ -12,7 +12,7 @@ from typing import Any
 
 from playwright.sync_api import Page, TimeoutError, sync_playwright
 
-from tools.comfyui.client import RUN_SECONDS, Server
+from .client import RUN_SECONDS, Server
 
 Point = tuple[float, float]
 
