@@ -101,7 +101,7 @@ class SamplerStudy:
         noise = self.noise[stage].clone()
         if sampler == "ours":
             sigmas = self.sampling.stage_sigmas(patcher, linear_times(steps))
-            chosen = self.sampling.sampler()
+            chosen = self.sampling.sampler_object("ddpm")
             return comfy.sample.sample_custom(patcher, noise, cfg, chosen, sigmas, positive, negative, **common)
         return comfy.sample.sample(patcher, noise, steps, cfg, sampler, scheduler, positive, negative, **common)
 
