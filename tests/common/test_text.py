@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from wuerstchen_core.common.text import did_you_mean, listed, one_line
+import pytest
+
+from wuerstchen_core.common.text import check_choice, listed, one_line
 
 
 def test_one_line() -> None:
@@ -15,6 +17,7 @@ def test_long_lists_and_names_are_cut() -> None:
     assert listed(["x" * 50 + "end"], width=10) == "…" + "x" * 6 + "end"
 
 
-def test_the_nearest_word_is_suggested() -> None:
-    assert did_you_mean("aple", ["apple", "cat"]) == "; did you mean apple?"
-    assert did_you_mean("zzz", ["apple", "cat"]) == ""
+def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
+    check_choice("colour", "red", ["red", "blue"])
+    with pytest.raises(ValueError, match="'green'.*red, blue"):
+        check_choice("colour", "green", ["red", "blue"])

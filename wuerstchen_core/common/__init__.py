@@ -1,1 +1,1 @@
-"""Helpers of every folder: atomic files, text, devices, dataclasses out of tables, picture geometry."""
+"""Helpers for all folders: atomic files, texts, devices, dataclasses from tables, picture sizes."""

@@ -1,4 +1,4 @@
-"""Writes files so that a whole file appears under its name, or none."""
+"""Writes files atomically: a file is either complete or missing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-_DRAFT_SUFFIX = len(".0123456789ab.part")
-# By name, since not every system has each.
+# Looked up by name: no system has all of them.
 _NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a draft beside `path`, syncs the draft to disk and moves it to `path`. Creates the folder.
+    """Calls `write` with a draft's path in the same folder, syncs the draft to disk and renames it to `path`.
 
-    On any error the draft is removed and `path` stays as it was. OSError names the path and the reason.
+    Creates the folder. On any error it removes the draft and leaves `path` unchanged. OSError names path and reason.
     """
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
     try:
@@ -35,17 +34,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
-    """Removes the drafts that killed processes left in a folder: of the files `names`, or of all in and below it.
+    """Removes drafts that killed processes left in a folder: those of the files `names`, or all, in subfolders too.
 
-    No other process may be writing these files.
+    No other process may be writing the files.
     """
     for path in folder.rglob(".*.part") if names is None else folder.glob(".*.part"):
-        if names is None or path.name[1:-_DRAFT_SUFFIX] in names:
+        if names is None or path.name[1:].rsplit(".", 2)[0] in names:
             path.unlink(missing_ok=True)
 
 
 def reason(error: OSError) -> str:
-    """Returns what went wrong and what to do, as the end of a sentence."""
+    """Returns the end of an error message: what went wrong and what to do."""
     if error.errno in _NO_SPACE:
         return "the disk is full: free some space, or choose another disk"
     if error.errno in _NOT_ALLOWED:

@@ -1,10 +1,10 @@
-"""The table of dtypes, and the choice of device and dtype."""
+"""The table of dtypes; chooses a device and a dtype."""
 
 from __future__ import annotations
 
 import torch
 
-# Dtypes that weights can have, by name. In the order of ComfyUI's choices: append new ones.
+# Dtypes for stored weights, by name. The nodes list them in this order: append new ones.
 WEIGHT_DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -12,18 +12,18 @@ WEIGHT_DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-# Those that networks compute in; fp8 is for storage.
+# Dtypes that networks compute in; fp8 is for storage only.
 DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if dtype.itemsize > 1}
 
-# With fewer parameters bf16 is no faster than fp32, in which every processor computes the same picture. On a CPU with
-# AVX512-BF16 it runs the released prior 2.4 times as fast and the shipped small model equally fast.
+# Parameters from which on bf16 is worth it. On a CPU with AVX512-BF16 the released prior is 2.4 times as fast as in fp32,
+# the small shipped model equally fast; and in fp32 every processor computes the same picture.
 LARGE_MODEL = 100_000_000
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Returns the device; "auto" is the GPU (CUDA or ROCm, XPU, MPS) if there is one, otherwise the CPU.
+    """Returns a device; "auto" is the GPU (CUDA or ROCm, XPU, MPS) if there is one, otherwise the CPU.
 
-    Raises ValueError if it is unknown or not present.
+    Raises ValueError if the device is unknown or not on this machine.
     """
     counts = {
         "cuda": torch.cuda.device_count(),
@@ -44,9 +44,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
-    """Returns the dtype; "auto" is bf16 for a large model on a processor with native bf16, otherwise fp32.
+    """Returns a dtype; "auto" is bf16 for a large model on a processor with native bf16, otherwise fp32.
 
-    Raises ValueError if networks cannot compute in it.
+    Raises ValueError if the dtype is not one of DTYPES.
     """
     if dtype == "auto":
         return torch.bfloat16 if parameters >= LARGE_MODEL and native_bf16(device) else torch.float32
@@ -57,11 +57,11 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) 
 
 
 def native_bf16(device: torch.device) -> bool:
-    """True if the processor has bf16 arithmetic."""
+    """True if the device has bf16 arithmetic."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     if device.type == "cpu":
-        # These are private, without a public equivalent; a torch without them counts as fp32.
+        # Private to torch, with no public equivalent; where they are missing, fp32 is used.
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return device.type == "xpu"

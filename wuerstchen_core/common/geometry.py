@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MULTIPLE = 64  # Stage B halves its latents (4 pixels each) until 64 pixels are one token
+MULTIPLE = 64  # width of one token in Stage B's deepest level, in pixels
 LARGEST = 2048
 
 
@@ -32,5 +32,5 @@ def decoder_side(pixels: int) -> int:
 
 
 def semantic_view_size(pixels: int) -> int:
-    """Returns the side that a picture is resized to for the image encoder (32x), whose output has `prior_side`."""
+    """Returns the side that a picture is resized to for the image encoder, which divides it by 32 to `prior_side`."""
     return prior_side(pixels) * 32

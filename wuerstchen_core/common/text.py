@@ -1,9 +1,8 @@
-"""Text for messages: one line, short lists of names, the nearest known word."""
+"""Text for messages: single lines, short lists of names, unknown choices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 
 def one_line(text: object) -> str:
@@ -12,19 +11,13 @@ def one_line(text: object) -> str:
 
 
 def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
-    """Returns the first `most` names, each cut to its last `width` characters, and how many more there are."""
+    """Returns the first `most` names, each cut to its last `width` characters, and the number of the others."""
     shown = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean X?"` for the known word nearest to `word`, or "" if none is near."""
-    near = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError that lists the known names unless `name` is one of them."""
+    """Raises ValueError, listing the known names, unless `name` is one of them."""
     known = list(known)
     if name not in known:
         raise ValueError(f"{kind} {name!r} is unknown: choose {', '.join(known)}")
