@@ -97,7 +97,7 @@ class DecoderModel(StageModel):
     def memory_values(self, batch: int, pixels: int) -> float:
         widest = max(self.params.c_hidden)
         combined_weights = 4 * widest * (widest + self.params.effnet_embd)  # a block merges two matrices
-        return 4.0 * self.params.c_hidden[0] * batch * pixels + combined_weights
+        return 3.75 * self.params.c_hidden[0] * batch * pixels + combined_weights
 
 
 class TokenModel(StageModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -61,17 +60,17 @@ class Decoder(UNet):
         """Initialises the weights as the original does before training."""
         self.init_unet((*filter(None, self.effnet_mappers), self.clip_mapper))
 
-    def _inject(self, prior_latents: Tensor, index: int, size: tuple[int, int]) -> MappedLatents | None:
-        mapper = self.effnet_mappers[index]
-        if mapper is None:
-            return None
-        return MappedLatents(channels_last(resize_prior_latents(prior_latents, size)), mapper)
-
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the maps a and b, in fp32, of which the noise is (latents - a) / b; shapes as in `forward`."""
-        time = timestep_embedding(t, self.params.c_r).to(text.dtype)
-        text = F.layer_norm(self.clip_mapper(text), (self.params.c_cond,), eps=EPS)
-        a, b = self.run(latents, time, text, partial(self._inject, prior_latents)).float().chunk(2, dim=1)
+        """Returns maps a and b in fp32, which give the noise (latents - a) / b; shapes as in `forward`."""
+        p, (height, width) = self.params, latents.shape[-2:]
+        sizes = [(height // p.patch_size >> level, width // p.patch_size >> level) for level in range(len(p.c_hidden))]
+        injected = [
+            None if mapper is None else MappedLatents(channels_last(resize_prior_latents(prior_latents, size)), mapper)
+            for mapper, size in zip(self.effnet_mappers, (*sizes, *reversed(sizes)), strict=True)
+        ]
+        time = timestep_embedding(t, p.c_r).to(text.dtype)
+        text = F.layer_norm(self.clip_mapper(text), (p.c_cond,), eps=EPS)
+        a, b = self.run(latents, time, text, injected).float().chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def forward(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,30 +14,23 @@ from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, 
 
 
 class UNetParams:
-    """The sizes that both releases have; tuples have one entry per level, from fine to coarse.
+    """Base of both releases' sizes. Tuples have one entry per level, from fine to coarse.
 
-    `level_config` is the pattern of blocks that a level repeats: C(onvolution), T(ime), A(ttention), F(eed-forward).
+    A level repeats its pattern of blocks `level_config` as often as `blocks` says: C(onvolution), T(ime), A(ttention),
+    F(eed-forward). `c_r` is the width of the time embedding.
     """
 
-    c_r: int  # width of the time embedding
     patch_size: int
-    c_cond: int
     c_hidden: tuple[int, ...]
-    nhead: tuple[int, ...]
-    blocks: tuple[int, ...]  # repeats of the pattern
-    level_config: tuple[str, ...]
-    kernel_size: int
-    self_attn: bool
-    dropout: float
 
     @property
     def multiple(self) -> int:
-        """The sides of the input must be multiples of this."""
+        """The number that divides both sides of every input."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
 
 class UNet(nn.Module):
-    """The layers that both releases have; subclasses add how the input is embedded and conditioned."""
+    """The layers that both releases have; subclasses embed the input and the conditioning."""
 
     params: Any
 
@@ -110,46 +103,31 @@ class UNet(nn.Module):
         multiple, (height, width) = self.params.multiple, x.shape[-2:]
         if height % multiple or width % multiple:
             raise ValueError(
-                f"Stage B's input is {width}x{height}: both sides must be multiples of {multiple} "
-                f"({multiple * 4} pixels)"
+                f"Stage B's input is {width}x{height}: choose multiples of {multiple} ({multiple * 4} pixels)"
             )
 
     def run(
-        self,
-        x: Tensor,
-        time: Tensor,
-        cond: Tensor,
-        inject: Callable[[int, tuple[int, int]], MappedLatents | None] = lambda *_: None,
+        self, x: Tensor, time: Tensor, cond: Tensor, injected: Sequence[MappedLatents | None] | None = None
     ) -> Tensor:
-        """x [B, c_in, H, W] to [B, c_out, H, W], given time embeddings [B, c_r] and conditioning [B, M, c_cond].
+        """Maps x [B, c_in, H, W] to [B, c_out, H, W], given time embeddings [B, c_r] and conditioning [B, M, c_cond].
 
-        `inject(i, size)` returns what joins every convolution of level i (down, then up), or None.
+        `injected` has one entry per level, down and up again, which joins all convolutions of the level.
         """
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))  # [B, c_hidden[0], H / patch_size, W / patch_size]
         depth = len(self.down_blocks)
-        sizes = [(x.shape[-2] >> i, x.shape[-1] >> i) for i in range(depth)]
         skips: list[Tensor] = []
-        for i, blocks in enumerate(self.down_blocks):
-            x = _run_level(blocks, x, time, cond, inject(i, sizes[i]), None)
-            skips.insert(0, x)
-        for i, blocks in enumerate(self.up_blocks):
-            injected = inject(depth + i, sizes[depth - 1 - i])
-            x = _run_level(blocks, x, time, cond, injected, skips[i] if i > 0 else None)
+        for i, level in enumerate((*self.down_blocks, *self.up_blocks)):
+            skip = skips.pop() if i > depth else None  # joins the first convolution; the deepest level has none
+            for block in level:
+                if isinstance(block, ResBlock):
+                    x, skip = block(x, skip, injected[i] if injected else None), None
+                elif isinstance(block, AttnBlock):
+                    x = block(x, cond)
+                elif isinstance(block, TimestepBlock):
+                    x = block(x, time)
+                else:  # feed-forward, or the change of resolution between two levels
+                    x = block(x)
+            if i < depth - 1:
+                skips.append(x)
         return self.clf(x)
-
-
-def _run_level(
-    blocks: Any, x: Tensor, time: Tensor, cond: Tensor, injected: MappedLatents | None, skip: Tensor | None
-) -> Tensor:
-    """Runs one level; `injected` joins every ResBlock, `skip` (from the way down) only the first."""
-    for block in blocks:
-        if isinstance(block, ResBlock):
-            x, skip = block(x, skip, injected), None
-        elif isinstance(block, AttnBlock):
-            x = block(x, cond)
-        elif isinstance(block, TimestepBlock):
-            x = block(x, time)
-        else:  # feed-forward, or the change of resolution between two levels
-            x = block(x)
-    return x
