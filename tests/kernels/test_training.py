@@ -193,6 +193,16 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
+def test_torch_func_uses_plain_torch() -> None:
+    """It differentiates twice, which the kernels cannot do."""
+    module, x = ChannelwiseMLP(8, 8, 0.0).requires_grad_(True).eval(), random(2, 4, 4, 8, dtype=torch.float32)
+    hessian = torch.func.grad(lambda x: torch.func.grad(lambda x: module(x).square().sum())(x).square().sum())
+    found = hessian(x)
+    with use_kernels(False):
+        assert_near(found, hessian(x), 1e-6)
+    assert found.any()
+
+
 def test_backward_hooks_run() -> None:
     calls: list[int] = []
     network = ChannelwiseMLP(8, 8, 0.0)

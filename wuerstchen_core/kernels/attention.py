@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import inference_on_cpu, training_on_cpu
 from .dropout import Dropout, supports_rate
-from .linear import first_order
+from .linear import refuse_second_order
 
 INFERENCE_SCORES = 2**20  # attention scores of a chunk, per thread: as many as fit its cache
 TRAINING_SCORES = 2**19
@@ -62,7 +62,9 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dropout: Dropout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, dropout: Dropout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.dropout = dropout
+        ctx.save_for_backward(q, k, v)
         dropout, out = dropout.restarted(), torch.empty_like(q)
         for q_, k_, v_, out_ in _head_chunks(q, k, v, out):
             probs = torch.bmm(q_, k_.transpose(1, 2)).softmax(dim=-1)
@@ -71,13 +73,8 @@ class _Attention(torch.autograd.Function):
         return out.mul_(dropout.scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dropout, *heads = inputs
-        ctx.save_for_backward(*heads)
-
-    @staticmethod
-    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         inputs, dropout = ctx.saved_tensors, ctx.dropout.restarted()
         grads = [torch.empty_like(x) for x in inputs]
         chunks = _head_chunks(*inputs, (grad * dropout.scale).contiguous(), *grads)

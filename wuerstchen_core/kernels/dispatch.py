@@ -1,6 +1,6 @@
 """Decides between the fast paths and plain torch.
 
-Every fast path asks one of these functions first. WUERSTCHEN_KERNELS=off in the environment, or `use_kernels(False)`,
+Every fast path calls one of these functions first. WUERSTCHEN_KERNELS=off in the environment, or `use_kernels(False)`,
 makes all of them choose plain torch, whose results are equal up to rounding.
 """
 
@@ -53,10 +53,11 @@ def accelerated_by(kernel: Callable[..., Tensor | None]) -> Callable[[Callable[.
 
 
 def _plain_cpu_tensors(*tensors: Tensor | None) -> bool:
-    """True for tensors on a CPU without a subclass, where nothing is compiled and no tangents are computed."""
+    """True for plain tensors on a CPU, outside compilation, torch.func and forward-mode differentiation."""
     return (
         _enabled
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and all(x is None or (x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)) for x in tensors)
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,28 +54,15 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient [..., c_in] of a linear layer's input, given that of its output [..., c_out]."""
-    return cast_linear(grad, weight.t(), None)
-
-
 def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the gradient [c_out, c_in] of a linear layer's weight, given that of its output and its input."""
     return cast_linear(grad.flatten(0, -2).t(), x.flatten(0, -2).t(), None).to(dtype)
 
 
-def first_order(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Decorates a backward pass that cannot be differentiated itself: raises RuntimeError where that is tried."""
-
-    @wraps(backward)
-    def checked(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the CPU kernels have no second derivatives (create_graph, torch.func): set WUERSTCHEN_KERNELS=off"
-            )
-        return backward(ctx, grad)
-
-    return checked
+def refuse_second_order() -> None:
+    """Raises RuntimeError, in a kernel's backward pass, if that pass itself shall be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the CPU kernels have no second derivatives (create_graph): set WUERSTCHEN_KERNELS=off")
 
 
 class _Linear(torch.autograd.Function):
@@ -87,21 +73,17 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return cast_linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         x_needs_grad, weight_needs_grad, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if weight_needs_grad else None, weight if x_needs_grad else None)
+        return cast_linear(x, weight, bias)
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         x, weight = ctx.saved_tensors
-        grad_x = None if weight is None else input_grad(grad, weight)
+        grad_x = None if weight is None else cast_linear(grad, weight.t(), None)
         grad_weight = None if x is None else weight_grad(grad, x, ctx.dtypes[0])
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .dispatch import has_hooks, inference_on_cpu, is_plain, training_on_cpu
 from .dropout import Dropout, supports_rate
-from .linear import cast_linear, first_order, input_grad, linear, weight_grad
+from .linear import cast_linear, linear, refuse_second_order, weight_grad
 
 MIN_POSITIONS = 256  # H * W from which on inference works in chunks
 INFERENCE_CHUNK = 2048  # positions of a chunk
@@ -99,8 +99,10 @@ class _MLPTail(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        norm: Any, dropout: Dropout, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, norm: Any, dropout: Dropout, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Any
     ) -> Tensor:
+        ctx.norm, ctx.dropout, ctx.bias_dtype = norm, dropout, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, gamma, beta, weight)
         dropout, hidden = dropout.restarted(), torch.empty_like(x)
         for part, part_hidden in _image_chunks(x, hidden):
             part = F.gelu(part)
@@ -110,19 +112,13 @@ class _MLPTail(torch.autograd.Function):
         return cast_linear(hidden, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.norm, ctx.dropout, *tensors, bias = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         norm, dropout = ctx.norm, ctx.dropout.restarted()
         x, gamma, beta, weight = ctx.saved_tensors
         gamma = gamma.detach().requires_grad_()
-        grad_x, hidden = input_grad(grad, weight), torch.empty_like(x)  # grad_x: of `hidden` until the loop is done
-        grad_affine = torch.zeros(2, *gamma.shape)
+        grad_x = cast_linear(grad, weight.t(), None)  # gradient of `hidden`; the loop turns it into that of x
+        hidden, grad_affine = torch.empty_like(x), torch.zeros(2, *gamma.shape)
         for part, part_grad, part_hidden in _image_chunks(x, grad_x, hidden):
             gelu = F.gelu(part)
             energy = norm.energy(gelu).requires_grad_()
