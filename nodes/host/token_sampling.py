@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from ...wuerstchen_core.diffusion.masks import latent_mask
-from ...wuerstchen_core.diffusion.samplers import guidance
+from ...wuerstchen_core.diffusion.samplers import guided
 from ...wuerstchen_core.diffusion.schedule import strength_times
 from ...wuerstchen_core.diffusion.token_sampler import SeededTokenNoise, renoise, sample_tokens
 from ...wuerstchen_core.inference.settings import SamplingSettings
@@ -55,8 +55,7 @@ def sample_token_stage(
     check_shape(samples.shape, STAGE_B, "Stage B", model.params.multiple)
     times = strength_times(sampling.decoder_times(), denoise)
     cond = token_cond(model.params, positive, samples)
-    guided = max(sampling.decoder_scales()) > 1
-    uncond = token_cond(model.params, negative, samples, cond) if guided else cond
+    uncond = token_cond(model.params, negative, samples, cond) if max(sampling.decoder_scales()) > 1 else cond
     codebook = codebook_of(vae, model.params.num_labels)
     if not times[0]:
         return samples
@@ -89,7 +88,7 @@ def sample_token_stage(
     try:
         patcher.pre_run()
         tokens = sample_tokens(
-            guidance(network, *conds),
+            guided(network, conds[0], conds[1]),
             tokens,
             times,
             noise=noise,

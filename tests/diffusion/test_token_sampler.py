@@ -11,7 +11,7 @@ from helpers.golden_data import Golden, assert_near
 from helpers.recorded_noise import RecordedTokenNoise
 from torch import Tensor
 
-from wuerstchen_core.diffusion.samplers import guidance
+from wuerstchen_core.diffusion.samplers import guided
 from wuerstchen_core.diffusion.token_sampler import SeededTokenNoise, choose, renoise, sample_tokens
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 
@@ -34,7 +34,7 @@ def model(golden: Golden) -> Callable[[Tensor, Tensor, float], Tensor]:
     network = TokenDecoder(TokenDecoderParams(**weights.sizes())).eval().requires_grad_(False)
     network.load_state_dict(weights.under("weights/"))
     features, text = golden["in/effnet"], golden["in/byt5"]
-    return guidance(network, (features, text), (torch.zeros_like(features), golden["in/byt5_uncond"]))
+    return guided(network, (features, text), (torch.zeros_like(features), golden["in/byt5_uncond"]))
 
 
 @pytest.mark.usefixtures("kernels")

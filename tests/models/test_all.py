@@ -130,7 +130,7 @@ def test_quantized_latents_are_codes() -> None:
         quantized = module.quantize(module.encode(NETWORKS["vqgan"].inputs()[0]))
         codes = module.vquantizer.codebook(quantized.indices).permute(0, 3, 1, 2)
         assert_near(quantized.latents, codes, 1e-6)
-        assert_near(module.decode(codes), module.decode_indices(quantized.indices), 0)
+        assert_near(module.decode(codes), module.decode(module.indices_to_latents(quantized.indices)), 0)
     assert quantized.indices.unique().numel() > 1 and int(quantized.indices.max()) < VQ.codebook_size
 
 

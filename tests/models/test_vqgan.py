@@ -57,8 +57,9 @@ def test_decode(golden: Golden, vqgan: VQGAN) -> None:
 
 @torch.no_grad()
 def test_decode_indices(golden: Golden, vqgan: VQGAN) -> None:
-    assert_near(vqgan.decode_indices(golden["in/idx"]), golden["out/dec_idx"], TOLERANCE)
-    assert_near(vqgan.decode_indices(golden["out/enc_indices"]), golden["out/dec_indices_of_enc"], TOLERANCE)
+    for indices, image in (("in/idx", "dec_idx"), ("out/enc_indices", "dec_indices_of_enc")):
+        latents = vqgan.indices_to_latents(golden[indices])
+        assert_near(vqgan.decode(latents), golden[f"out/{image}"], TOLERANCE)
 
 
 def test_training(golden: Golden, vqgan: VQGAN) -> None:

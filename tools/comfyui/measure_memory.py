@@ -78,7 +78,7 @@ def _diffusion(key: Key) -> Prepared:
 def _token_decoder(key: Key) -> Prepared:
     """Prepares a guided step of v1's Stage B, in which each picture is in the batch twice."""
     from pack.wuerstchen_core.common.geometry import decoder_side
-    from pack.wuerstchen_core.diffusion.samplers import guidance
+    from pack.wuerstchen_core.diffusion.samplers import guided
     from pack.wuerstchen_core.diffusion.token_sampler import SeededTokenNoise, choose
     from pack.wuerstchen_core.models.token_decoder import TokenDecoderParams
 
@@ -88,7 +88,7 @@ def _token_decoder(key: Key) -> Prepared:
     cond = _features(key, factory), torch.ones(batch, 77, 1024, **factory)
     tokens = torch.zeros(batch, *[decoder_side(size)] * 2, dtype=torch.long, device="meta")
     t, codebook = torch.full((batch,), 0.5, device="meta"), torch.ones(8192, 4, device="meta")
-    predict = guidance(lambda x, t, prior, text: network(x, t, text, prior).float(), cond, cond)
+    predict = guided(lambda x, t, prior, text: network(x, t, text, prior).float(), cond, cond)
 
     def step() -> None:
         choose(predict(tokens, t, 2.0), TOKEN_MODE, 1.0, codebook, SeededTokenNoise(0, batch))

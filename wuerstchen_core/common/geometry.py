@@ -29,8 +29,3 @@ def prior_side(pixels: int) -> int:
 def decoder_side(pixels: int) -> int:
     """Returns the side of Stage A and B latents: pixels / 4."""
     return pixels // 4
-
-
-def semantic_view_size(pixels: int) -> int:
-    """Returns the side that a picture is resized to for the image encoder, which divides it by 32 to `prior_side`."""
-    return prior_side(pixels) * 32

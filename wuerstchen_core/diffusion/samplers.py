@@ -11,7 +11,6 @@ from ..common.text import check_choice
 from .schedule import alpha_bar, diffuse, expand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-GuidedModel = Callable[[Tensor, Tensor, float], Tensor]  # x, t and the guidance scale
 NoiseSource = Callable[[Tensor], Tensor]  # returns noise of its argument's shape, dtype and device
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, NoiseSource], Tensor]  # (x, noise, t [B], t_next [B], draw) to x
 Progress = Callable[[int, int, Tensor, Tensor], None]  # step, steps, x, denoised x, after each step; may raise to stop
@@ -69,17 +68,19 @@ SAMPLERS: dict[str, Callable[[], Step]] = {
 }
 
 
-def guidance(model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...]) -> GuidedModel:
-    """Returns the model with classifier-free guidance (arXiv 2207.12598): (x, t, scale) to the guided prediction.
+def guided(
+    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float = 1.0
+) -> Callable[..., Tensor]:
+    """Returns the model with classifier-free guidance (arXiv 2207.12598), to call with x, t and, if it varies, a scale.
 
     The model is called as model(x, t, *cond): once for both conditions, or twice if their shapes differ (texts of
-    different lengths). At scale 1 the unconditional half is left out.
+    different lengths). At scale 1 it is called without the unconditional one.
     """
     pairs = list(zip(cond, uncond, strict=True))
     same_shapes = all(c.shape == u.shape for c, u in pairs)
     both = tuple(torch.cat(pair) for pair in pairs) if same_shapes else ()
 
-    def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
+    def predict(x: Tensor, t: Tensor, scale: float = scale) -> Tensor:
         if scale == 1.0:
             return model(x, t, *cond)
         if same_shapes:
@@ -89,14 +90,6 @@ def guidance(model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tup
         return torch.lerp(uncond_out, cond_out, scale)
 
     return predict
-
-
-def guided(
-    model: Callable[..., Tensor], cond: tuple[Tensor, ...], uncond: tuple[Tensor, ...], scale: float
-) -> Denoiser:
-    """Returns a denoiser: `guidance` with a fixed scale."""
-    predict = guidance(model, cond, uncond)
-    return lambda x, t: predict(x, t, scale)
 
 
 def sample(

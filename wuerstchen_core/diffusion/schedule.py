@@ -19,15 +19,8 @@ ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
 MAX_STEPS = 10_000  # more can only be a typing error, and would fill the memory
 
 
-def alpha_bar(t: Tensor, scaler: float = 1.0) -> Tensor:
-    """Returns the signal's fraction of the variance at times t (any shape), clamped to [1e-4, 0.9999].
-
-    A `scaler` above (below) 1 warps time so that more of the schedule is spent near noise (the picture).
-    """
-    if scaler > 1:
-        t = 1 - (1 - t) ** scaler
-    elif scaler < 1:
-        t = t**scaler
+def alpha_bar(t: Tensor) -> Tensor:
+    """Returns the signal's fraction of the variance at times t (any shape), clamped to [1e-4, 0.9999]."""
     s = torch.tensor(S, dtype=t.dtype, device=t.device)
     start = torch.cos(s / (1 + s) * math.pi * 0.5) ** 2
     return (torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2 / start).clamp(ALPHA_BAR_MIN, ALPHA_BAR_MAX)
@@ -44,10 +37,10 @@ def diffuse(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return signal.sqrt() * x0 + (1 - signal).sqrt() * noise
 
 
-def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0, scaler: float = 1.0) -> Tensor:
-    """Returns the loss weight at times t (arXiv 2204.00227, equation 8); Würstchen's defaults give 1 - alpha_bar."""
-    signal = alpha_bar(t, scaler)
-    return (k + signal / (1 - signal)) ** -gamma
+def p2_weight(t: Tensor) -> Tensor:
+    """Returns the loss weight at times t (arXiv 2204.00227, equation 8, with k = gamma = 1): 1 - alpha_bar."""
+    signal = alpha_bar(t)
+    return 1 / (1 + signal / (1 - signal))
 
 
 def training_times(uniform: Tensor) -> Tensor:
@@ -108,7 +101,5 @@ def strength_times(times: Tensor, strength: float) -> Tensor:
     For the linear schedule it equals ComfyUI's `denoise`. Raises ValueError unless `strength` is from 0 to 1.
     """
     if not 0 <= strength <= 1:
-        raise ValueError(
-            f"strength {strength} cannot be used: choose a number from 0 (the picture as it is) to 1 (a new one)"
-        )
+        raise ValueError(f"strength {strength} cannot be used: choose a number from 0 (same picture) to 1 (a new one)")
     return times * strength

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints import PARTS
 from ..checkpoints.release import release_of_model
 from ..common.geometry import decoder_side, prior_side
-from ..diffusion.samplers import GuidedModel, Seed, guidance, guided, sample, seeded_noise
+from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
 from ..models.decoder import Decoder
@@ -164,7 +164,7 @@ def sample_decoder(
         if negative is None:
             negative = model.require("decoder_text_encoder").encode([""])
         uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
-    predict = guidance(in_fp32(decoder), cond, uncond)
+    predict = guided(in_fp32(decoder), cond, uncond)
     height, width = decoder_side(sampling.height), decoder_side(sampling.width)
     if isinstance(decoder, TokenDecoder):
         return _sample_tokens(predict, vqgan, (len(text), height, width), sampling, seed, callback, init, mask)
@@ -186,7 +186,7 @@ def sample_decoder(
 
 
 def _sample_tokens(
-    predict: GuidedModel,
+    predict: Callable[..., Tensor],
     vqgan: VQGAN,
     shape: tuple[int, int, int],
     sampling: SamplingSettings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +22,16 @@ class KeysValues(NamedTuple):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention from tokens to keys and values; subclasses hold the projections."""
+    """Attention from tokens to keys and values; subclasses have the projections."""
+
+    query: Callable[[Tensor], Tensor]  # [B, N, c] to [B, N, c]
+    keys_values: Callable[[Tensor], KeysValues]
+    out: Callable[[Tensor], Tensor]
 
     def __init__(self, nhead: int, dropout: float):
         super().__init__()
         self.nhead = nhead
         self.dropout = dropout
-
-    def query(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def keys_values(self, x: Tensor) -> KeysValues:
-        raise NotImplementedError
-
-    def out(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *context: KeysValues) -> Tensor:
         """Attends from x [B, N, c] to all sequences of the context; returns [B, N, c]."""
@@ -51,9 +47,7 @@ class Attention(MultiHeadAttention):
 
     def __init__(self, c: int, nhead: int, dropout: float = 0.0, operations: Any = Operations, **factory: Any):
         super().__init__(nhead, dropout)
-        self.to_q = operations.Linear(c, c, **factory)
-        self.to_k = operations.Linear(c, c, **factory)
-        self.to_v = operations.Linear(c, c, **factory)
+        self.to_q, self.to_k, self.to_v = (operations.Linear(c, c, **factory) for _ in range(3))
         self.to_out = nn.ModuleList([operations.Linear(c, c, **factory)])
 
     def query(self, x: Tensor) -> Tensor:

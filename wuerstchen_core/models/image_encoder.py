@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.geometry import semantic_view_size
+from ..common.geometry import prior_side
 
 # torchvision takes longer to import than the rest of the package, so it is imported where a network is built.
 
@@ -76,8 +76,8 @@ class ImageEncoder(nn.Module):
 
 def semantic_view(images: Tensor) -> Tensor:
     """Prepares images [B, 3, H, W] in [0, 1] for the encoder: 3/4 of the size in multiples of 32, ImageNet scale."""
-    height, width = semantic_view_size(images.shape[-2]), semantic_view_size(images.shape[-1])
-    images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+    size = [32 * prior_side(side) for side in images.shape[-2:]]
+    images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
     std = images.new_tensor(IMAGENET_STD)[:, None, None]
     return (images - mean) / std

@@ -5,14 +5,12 @@ Every network takes a namespace of layers (`operations`); ComfyUI passes its own
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..kernels.dispatch import HasWeights
 from ..kernels.linear import linear
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Linear(HasWeights, nn.Linear):
@@ -47,6 +45,6 @@ class Operations:
     Embedding = Embedding
 
 
-def from_namespace(operations: Any, layer: type[M]) -> type[M]:
-    """Returns the namespace's replacement for one of our layer classes, or the class itself if it has none."""
+def from_namespace(operations: Any, layer: type[nn.Module]) -> Any:
+    """Returns the namespace's class of the layer's name, or the layer itself if the namespace has none."""
     return getattr(operations, layer.__name__, layer)

@@ -141,7 +141,3 @@ class VQGAN(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Maps latents [B, 4, h, w] in codebook units to images [B, 3, 4h, 4w], roughly in [0, 1], not clamped."""
         return self.out_block(self.up_blocks(channels_last(latents))).contiguous()
-
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        """Maps indices [B, h, w] of codes to images [B, 3, 4h, 4w]."""
-        return self.decode(self.indices_to_latents(indices))
