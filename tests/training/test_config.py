@@ -25,9 +25,10 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
-from wuerstchen_core.training.run import run, stage_class
+from wuerstchen_core.training.run import STAGES as CLASSES
+from wuerstchen_core.training.run import run
 
-PART = {  # of a bundle, where it is not the stage's name
+PART = {  # the part of a bundle that a stage trains, if their names differ
     "encoder": "image_encoder",
     "text": "text_encoder",
     "token-decoder": "token_decoder",
@@ -55,8 +56,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def whole_bundle() -> dict[str, int]:
-    """Returns the bytes of each part as `build.assemble` stores it: in bf16, with known tokens only."""
+def part_sizes() -> dict[str, int]:
+    """The bytes of each part as `build.assemble` stores it: in bf16, with known tokens only."""
     sizes: dict[str, int] = {}
     for stage in STAGES:
         params = recipe(stage)[1]
@@ -102,8 +103,8 @@ MISTAKES = {  # an override, and what the error names
     "train": r"--set 'train'.*table\.key=value",
     "train.steps.more=1": r"--set 'train\.steps\.more=1'.*steps",
     "model.depht=2": r"\[model\] .*depht.* depth",
-    "modle.depth=2": r"modle .*model",
-    "vqgan.crop=32": r"vqgan .*noise",
+    "modle.depth=2": r"modle.* model",
+    "vqgan.crop=32": r"vqgan.* noise",
     "noise.weight=p3": r"\[noise\] weight .*p2, v, x0.*'p3'",
     "inputs.effnet=x": r"\[inputs\] .*encoder.*effnet",
     "data.canvas=100": r"\[data\] canvas .*64.*100",
@@ -123,7 +124,7 @@ def test_a_mistake_is_named_in_one_line(file: Path, change: str) -> None:
     assert not (file.parent / "run").exists()
 
 
-def test_a_model_that_is_not_a_table_is_named_beside_a_start(file: Path) -> None:
+def test_a_model_that_is_not_a_table_is_named_even_with_a_start(file: Path) -> None:
     with pytest.raises(ValueError, match="model .* 3$"):
         run("prior", file, ["model=3", "start=demo", "inputs.encoder=demo", "inputs.text=demo"])
 
@@ -158,13 +159,13 @@ def test_a_missing_drawing_package_is_named(
     assert "resvg_py" in line and '"wuerstchen[train]"' in line and line.count("\n") == 1
 
 
-EVERYTHING = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
-SHOWN = {
-    "vqgan": DemoDataConfig(),  # uses crops
-    "encoder": EVERYTHING,
-    "text": replace(EVERYTHING, shapes=("square",)),
-    "decoder": EVERYTHING,
-    "prior": replace(EVERYTHING, most=1200),
+ALL_SCENES = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+DATA_TABLES = {
+    "vqgan": DemoDataConfig(),
+    "encoder": ALL_SCENES,
+    "text": replace(ALL_SCENES, shapes=("square",)),
+    "decoder": ALL_SCENES,
+    "prior": replace(ALL_SCENES, most=1200),
 }
 
 
@@ -175,28 +176,28 @@ def test_invalid_options_of_stage_a_are_named(key: str, value: float, tmp_path: 
         run("vqgan", config_path(tmp_path, "vqgan"), [f"vqgan.{key}={value}"])
 
 
-SECOND = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
+SECOND_TRAININGS = [(stage, f"{stage}_again.toml") for stage in build.AGAIN]
 
 
 @pytest.mark.parametrize(
-    ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND, ("prior", build_v1.STAGES["prior"])]
+    ("stage", "file"), [*((stage, "") for stage in ALL), *SECOND_TRAININGS, ("prior", build_v1.STAGES["prior"])]
 )
 def test_the_recipes_tables_are_valid(stage: str, file: str) -> None:
     config = read_config(build.RECIPE / file if file else config_path(build.RECIPE, stage), [])
-    kind: Any = stage_class(stage)
+    kind = CLASSES[stage]
     trainer = importlib.import_module(kind.__module__)
     check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
     data = from_table(DemoDataConfig, config.get("data", {}), "data")
-    assert data == (DemoDataConfig(things=12) if config["run"] == "runs/demo-v1" else SHOWN[stage])
+    assert data == (DemoDataConfig(things=12) if config["run"] == "runs/demo-v1" else DATA_TABLES[stage])
     tables = {"vqgan": "VQGANConfig", "encoder": "EncoderConfig", "text": "TextConfig", "codes": "CodesConfig"}
     tables["noise"] = {"decoder": "DecoderNoiseConfig", "token-decoder": "TokenNoiseConfig"}.get(stage, "NoiseConfig")
     for table in set(kind.tables) - {"start", "model"}:
         from_table(getattr(trainer, tables[table]), config.get(table, {}), table)
 
 
-@pytest.mark.parametrize(("stage", "file"), SECOND)
+@pytest.mark.parametrize(("stage", "file"), SECOND_TRAININGS)
 def test_a_second_training_starts_from_the_recipes_first(stage: str, file: str) -> None:
     overrides = build.second_overrides(Path("runs/demo"), stage)
     own, changed = (read_config(build.RECIPE / file, x) for x in ([], overrides))
@@ -235,6 +236,6 @@ def test_the_v1_bundle_is_small_enough() -> None:
     assert sum(sizes.values()) < LARGEST_BUNDLE_V1
 
 
-def test_the_v2_bundle_is_small_enough(whole_bundle: dict[str, int]) -> None:
-    assert min(whole_bundle.values()) > 1e5
-    assert sum(whole_bundle.values()) < LARGEST_BUNDLE
+def test_the_v2_bundle_is_small_enough(part_sizes: dict[str, int]) -> None:
+    assert min(part_sizes.values()) > 1e5
+    assert sum(part_sizes.values()) < LARGEST_BUNDLE

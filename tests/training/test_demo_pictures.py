@@ -1,4 +1,4 @@
-"""The demo's scenes as pictures to train on: layouts, shapes, and what stays held out."""
+"""The demo's scenes as training images: layouts, shapes, and the scenes held out of training."""
 
 from __future__ import annotations
 
@@ -25,40 +25,39 @@ def shapes() -> MultiShapeDemoDataset:
     return MultiShapeDemoDataset(EVERYTHING)
 
 
-def test_all_layouts_of_the_first_things_are_shown_but_what_is_held_out() -> None:
-    trained, held = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}, held_out=held) for held in (False, True))
-    for shown, told in ((trained, False), (held, True)):
-        assert shown.pixels.shape == (len(shown), 3, 64, 64)
-        assert {held_out(scene) for scene in shown.scenes} == {told}
-        assert {scene.layout for scene in shown.scenes} == set(LAYOUTS)
-        assert {scene.thing for scene in shown.scenes} | {scene.other for scene in shown.scenes} == {0, 1, 2, None}
-    assert len(set(trained.scenes + held.scenes)) == len(trained) + len(held) == 3 * len(COLOURS) * (2 + 4 + 2)
-    own = trained.preview_images()
-    assert isinstance(own, DemoDataset) and own.scenes == held.scenes and own is trained.preview_images()
+def test_training_and_held_out_scenes_cover_all_layouts_of_the_first_things() -> None:
+    train, test = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}, held_out=held) for held in (False, True))
+    for dataset, expected in ((train, False), (test, True)):
+        assert dataset.pixels.shape == (len(dataset), 3, 64, 64)
+        assert {held_out(scene) for scene in dataset.scenes} == {expected}
+        assert {scene.layout for scene in dataset.scenes} == set(LAYOUTS)
+        assert {scene.thing for scene in dataset.scenes} | {scene.other for scene in dataset.scenes} == {0, 1, 2, None}
+    assert len(set(train.scenes + test.scenes)) == len(train) + len(test) == 3 * len(COLOURS) * (2 + 4 + 2)
+    preview = train.preview_images()
+    assert isinstance(preview, DemoDataset) and preview.scenes == test.scenes and preview is train.preview_images()
 
 
-def test_only_what_the_table_names_is_shown() -> None:
+def test_a_dataset_has_only_the_layouts_and_background_of_its_table() -> None:
     assert {scene.layout for scene in DemoDataset(SMALL).scenes} == set(SIMPLE)
     corners = DemoDataset({**SMALL, "layouts": ["corner"]})
-    assert {scene.position for scene in corners.scenes} == {1, 2, 3, 4} and {s.layout for s in corners.scenes} == {
-        "corner"
-    }
+    assert {scene.layout for scene in corners.scenes} == {"corner"}
+    assert {scene.position for scene in corners.scenes} == {1, 2, 3, 4}
     pink = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "background": "pink"})
     assert {scene.colour for scene in pink.scenes} == {list(COLOURS).index("pink")}
 
 
 def test_large_things_count_twice_among_other_layouts() -> None:
     for layouts, times in ((list(LAYOUTS), 2), (list(SIMPLE), 1)):
-        shown = DemoDataset({**SMALL, "layouts": layouts})
-        total = sum(times if scene.layout == "large" else 1 for scene in shown.scenes)
-        every = shown.sample_batch(StepRandom(0, 0, total))
-        assert len(every) == total
-        counts = Counter(shown.scenes[i] for i in every.tolist())
-        assert set(counts) == set(shown.scenes)
+        dataset = DemoDataset({**SMALL, "layouts": layouts})
+        total = sum(times if scene.layout == "large" else 1 for scene in dataset.scenes)
+        epoch = dataset.sample_batch(StepRandom(0, 0, total))
+        assert len(epoch) == total
+        counts = Counter(dataset.scenes[i] for i in epoch.tolist())
+        assert set(counts) == set(dataset.scenes)
         assert all(count == (times if scene.layout == "large" else 1) for scene, count in counts.items())
 
 
-def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_sample_of_too_many_scenes_is_drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_OTHER", 20)
     one, again = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}) for _ in range(2))
     assert one.scenes == again.scenes
@@ -69,20 +68,20 @@ def test_of_many_scenes_a_sample_is_shown_the_same_each_time(monkeypatch: pytest
     monkeypatch.setattr(module, "MAX_OTHER", 5)
     few = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     assert len(few) == 10 < len(wide)
-    told = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
-    assert Counter(scene.layout for scene in told.scenes) == dict.fromkeys(LAYOUTS, 7)
+    limited = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
+    assert Counter(scene.layout for scene in limited.scenes) == dict.fromkeys(LAYOUTS, 7)
     with pytest.raises(ValueError, match=r"\[data\] most .*-1"):
         DemoDataset({**SMALL, "most": -1})
 
 
-def test_a_batch_is_of_one_shape_the_same_on_every_process(shapes: MultiShapeDemoDataset) -> None:
+def test_a_batch_has_one_shape_which_is_the_same_in_every_process(shapes: MultiShapeDemoDataset) -> None:
     assert shapes.side == 64 and not shapes.square
     sizes = {"square": (64, 64), "portrait": (96, 64), "landscape": (64, 96)}
     assert [one.pixels.shape[-2:] for one in shapes.datasets] == list(sizes.values())
     seen: Counter[int] = Counter()
     for step in range(60):
         picked = shapes.sample_batch(StepRandom(0, step, 4))
-        halves = [shapes.sample_batch(StepRandom(0, step, 4, places)) for places in ([0, 1], [2, 3])]
+        halves = [shapes.sample_batch(StepRandom(0, step, 4, indices)) for indices in ([0, 1], [2, 3])]
         assert picked[0] == halves[0][0] == halves[1][0]
         assert torch.equal(picked[1], torch.cat([indices for _, indices in halves]))
         seen[picked[0]] += 1
@@ -100,12 +99,12 @@ def test_shapes_come_in_proportion_to_their_scenes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "MAX_OTHER", 6)
     shapes = MultiShapeDemoDataset({**SMALL, "shapes": ["square", "portrait"]})
     large, few = map(len, shapes.datasets)
-    assert (large, few) == (40, 12) or large > few
-    share = sum(shapes.sample_batch(StepRandom(0, step, 2))[0] for step in range(400)) / 400
-    assert share == pytest.approx(few / (large + few), abs=0.07)
+    assert large > few
+    fraction = sum(shapes.sample_batch(StepRandom(0, step, 2))[0] for step in range(400)) / 400
+    assert fraction == pytest.approx(few / (large + few), abs=0.07)
 
 
-def test_what_networks_make_of_pictures_of_each_shape_is_found_again(shapes: MultiShapeDemoDataset) -> None:
+def test_mapped_tensors_belong_to_the_images_of_the_batch(shapes: MultiShapeDemoDataset) -> None:
     means = shapes.map_images("mean", lambda images: images.mean(dim=(1, 2, 3)))
     for step in range(6):
         picked = shapes.sample_batch(StepRandom(0, step, 4))
@@ -122,19 +121,16 @@ def test_the_table_chooses_the_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "facts"),
     [
-        ({"layouts": ["corners"]}, "layouts .*pair, got .'corners'"),
-        ({"layouts": []}, r"layouts .*pair, got \[\]"),
-        (
-            {"shapes": ["square", "square"]},
-            "shapes .*landscape, got .'square', 'square'",
-        ),
+        ({"layouts": ["corners"]}, "layouts .*pair.*'corners'"),
+        ({"layouts": []}, r"layouts .*pair.*\[\]"),
+        ({"shapes": ["square", "square"]}, "shapes .*landscape.*'square', 'square'"),
         ({"shapes": "square"}, "shapes .*'square'"),
-        ({"things": 130}, "things .*129, got 130"),
+        ({"things": 130}, "things .*129.*130"),
     ],
 )
-def test_bad_tables_are_told_in_one_sentence(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+def test_an_invalid_table_is_named_in_one_line(data: dict[str, Any], facts: str) -> None:
+    with pytest.raises(ValueError, match=facts) as error:
         open_dataset({"data": data})
     assert "\n" not in str(error.value)

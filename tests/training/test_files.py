@@ -15,6 +15,7 @@ from helpers.tiny_stages import (
     checkpoint,
     config_path,
     ema_of,
+    input_overrides,
     log_rows,
     read_log,
     write_configs,
@@ -65,14 +66,10 @@ def test_a_stage_trains_on_a_folder(trained: Path, stage: str) -> None:
         assert grid.getpixel((64, 64))[1:] == (100, 200)  # the images come first
 
 
-def input_overrides(trained: Path) -> list[str]:
-    return [f"inputs.{stage}='{trained / stage / stage}.safetensors'" for stage in STAGES]
-
-
 def test_a_run_on_several_sizes_resumes_exactly(
     configs: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Squares and wide images, stopped between two checkpoints."""
+    """The batches, squares and wide images, are those of an uninterrupted run from the last checkpoint on."""
     changes = [
         *CHANGES,
         *input_overrides(trained),
@@ -83,13 +80,13 @@ def test_a_run_on_several_sizes_resumes_exactly(
     seen: list[tuple[int, ...]] = []
     loss = DecoderStage.loss
 
-    def watched(self: Any, net: Any, *batch: Any) -> Any:
+    def recorded(self: Any, net: Any, *batch: Any) -> Any:
         seen.append(tuple(batch[0].shape[-2:]))
         if len(seen) == stop:
             raise KeyboardInterrupt
         return loss(self, net, *batch)
 
-    monkeypatch.setattr(DecoderStage, "loss", watched)
+    monkeypatch.setattr(DecoderStage, "loss", recorded)
     stop = 0
     run("decoder", config_path(configs, "decoder"), [*changes, f"run='{tmp_path / 'whole'}'"])
     whole = list(seen)
@@ -115,14 +112,14 @@ def test_resuming_with_other_images_is_reported(
     assert checkpoint(tmp_path / "prior")["step"] == 6
 
 
-def test_captions_are_dropped_and_images_are_those_of_the_file(tmp_path: Path) -> None:
+def test_a_file_dataset_reads_images_and_captions_and_drops_captions(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(shard(examples(range(8))))
-    pictures = FileDataset({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
-    pictures.start_reading(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
-    picked, rng = pictures.sample_batch(StepRandom(0, 0, 8)), StepRandom(0, 0, 8)
-    reds = (pictures.images(picked)[:, 0, 0, 0] * 255).round().int().tolist()
-    assert pictures.captions(picked, StepRandom(0, 0, 8)) == [f"picture {red}" for red in reds]
-    assert sorted(reds) == list(range(8)) and pictures.captions(picked, rng, drop=1.0) == [""] * 8
-    assert torch.equal(pictures.map_images("twice", lambda images: images * 2)(picked), pictures.images(picked) * 2)
-    preview = pictures.preview_images()
+    dataset = FileDataset({"source": str(tmp_path / "a.tar"), "size": 64, "multiple": 64, "workers": 0})
+    dataset.start_reading(0, "", batch=8, seed=0, cache=tmp_path, rank=0, world=1)
+    picked, rng = dataset.sample_batch(StepRandom(0, 0, 8)), StepRandom(0, 0, 8)
+    reds = (dataset.images(picked)[:, 0, 0, 0] * 255).round().int().tolist()
+    assert dataset.captions(picked, StepRandom(0, 0, 8)) == [f"picture {red}" for red in reds]
+    assert sorted(reds) == list(range(8)) and dataset.captions(picked, rng, drop=1.0) == [""] * 8
+    assert torch.equal(dataset.map_images("twice", lambda images: images * 2)(picked), dataset.images(picked) * 2)
+    preview = dataset.preview_images()
     assert preview is not None and len(preview) == 8 and preview.texts == [f"picture {i}" for i in range(8)]

@@ -1,4 +1,4 @@
-"""A training that is killed at any moment resumes as if it had not been."""
+"""A training that is killed at any moment gives the same result once it is resumed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WAIT = 60.0  # seconds at most
 
 
 def train_long(folder: Path) -> None:
-    """The run to kill."""
+    """Runs the training that the tests kill."""
     torch.set_num_threads(1)
     train(LineStage(), LONG, folder)
 
 
 def stop_halfway(folder: Path) -> None:
-    """The same run, which waits when half of the checkpoint of step 14 is on disk."""
+    """Runs the same training, but waits when half of the checkpoint of step 14 is on disk."""
     write = torch.save
 
     def halfway(contents: dict[str, Any], path: Path) -> None:
@@ -118,7 +118,7 @@ def test_killed(tmp_path: Path, whole: Path, seed: int) -> None:
 
 
 def test_killed_while_workers_read_images(tmp_path: Path) -> None:
-    """After the checkpoint the same images of two sizes come as without the kill."""
+    """The resumed run reads the same images, of two sizes, as an uninterrupted one."""
     write_folder(tmp_path / "pictures", {**examples(range(14)), **examples(range(20, 27), 128, 64)})
     for seed in range(2):
         with killed_process(train_on_pictures, tmp_path / "killed"):

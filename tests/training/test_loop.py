@@ -52,20 +52,20 @@ def test_a_run_folder(whole: Path) -> None:
 
 
 def test_the_ema_is_the_moving_average(tmp_path: Path) -> None:
-    """Of weights and buffers, compared with the average of the weights after every step."""
+    """The EMA of weights and buffers equals the average of their values after every step."""
     config = replace(CONFIG, save_every=1)
-    kept: list[dict[str, Tensor]] = []
+    states: list[dict[str, Tensor]] = []
     for step in range(1, 9):
         with nullcontext() if step == 8 else pytest.raises(KeyboardInterrupt):
             train(LineStage(stop=2), config, tmp_path)
-        kept.append(checkpoint(tmp_path)["net"])
+        states.append(checkpoint(tmp_path)["net"])
         assert checkpoint(tmp_path)["step"] == step
-    ema = kept[0]
-    for weights in kept[1:]:
+    ema = states[0]
+    for weights in states[1:]:
         ema = {key: 0.8 * ema[key] + 0.2 * weights[key] for key in ema}
     for key, value in ema_of(tmp_path).items():
         torch.testing.assert_close(value, ema[key], rtol=0, atol=1e-6)
-    assert not torch.allclose(ema["layer.weight"], kept[-1]["layer.weight"], atol=1e-4)
+    assert not torch.allclose(ema["layer.weight"], states[-1]["layer.weight"], atol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [None, 2])
@@ -152,8 +152,8 @@ def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert f"{tmp_path} is at step {CONFIG.steps}" in caplog.text
 
 
-def test_a_nan_batch_leaves_no_trace(tmp_path: Path) -> None:
-    """Not even in buffers, which change before the loss is known."""
+def test_a_nan_batch_changes_neither_weights_nor_buffers(tmp_path: Path) -> None:
+    """Buffers change in the forward pass, before the loss is known."""
     train(LineStage(nan_at=[3]), CONFIG, tmp_path)
     assert all(x.isfinite().all() for key in ("net", "average") for x in checkpoint(tmp_path)[key].values())
     assert checkpoint(tmp_path)["skipped"] == 1
@@ -165,9 +165,7 @@ def test_old_checkpoints_are_removed_only_after_a_new_one(tmp_path: Path, monkey
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-0000000{step}.pt" for step in (8, 7, 6)]
 
     def full(*_: object) -> None:
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"
-        )  # torch's message for a full disk
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # as on a full disk
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
@@ -183,14 +181,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, whole: Path) -> 
     config = replace(CONFIG, save_every=1)
     train(LineStage(), replace(config, steps=3), tmp_path)
     room, (soft, hard) = checkpoints(whole)[0].stat().st_size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = {path.name: path.read_bytes() for path in checkpoints(tmp_path)}
+    before = {path.name: path.read_bytes() for path in checkpoints(tmp_path)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(OSError, match=r"checkpoint-00000004\.pt .*disk"):
             train(LineStage(), config, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.name: path.read_bytes() for path in checkpoints(tmp_path)} == kept
+    assert {path.name: path.read_bytes() for path in checkpoints(tmp_path)} == before
     train(LineStage(), config, tmp_path)
     assert_equal_states(checkpoint(tmp_path)["net"], checkpoint(whole)["net"])
 
@@ -202,7 +200,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(one["layer.weight"], four["layer.weight"], rtol=1e-6, atol=1e-6)
 
 
-def test_a_damaged_or_unfitting_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
+def test_a_damaged_or_mismatched_checkpoint_is_named(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     facts = r"checkpoint-00000008\.pt .*\[model\].*muon_lr"
     with pytest.raises(ValueError, match=facts):
@@ -226,29 +224,26 @@ def test_progress_is_shown_with_loss_and_rate(tmp_path: Path, monkeypatch: pytes
     shown_values: list[dict[str, str]] = []
     monkeypatch.setattr(loop.tqdm, "set_postfix", lambda self, **values: shown_values.append(values))
     train(LineStage(), CONFIG, tmp_path)
-    assert (
-        len(shown_values) == 3
-        and shown_values[-1]["lr"] == f"{learning_rate(CONFIG, 7) * CONFIG.lr:.1e}"
-        and float(shown_values[-1]["loss"]) > 0
-    )
+    assert len(shown_values) == 3 and float(shown_values[-1]["loss"]) > 0
+    assert shown_values[-1]["lr"] == f"{learning_rate(CONFIG, 7) * CONFIG.lr:.1e}"
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
-    """To so little that AdamW divides them by its epsilon instead of their own size."""
+    """Gradients clipped to far below AdamW's epsilon hardly move the weights."""
     train(LineStage(), replace(CONFIG, clip=1e-12, weight_decay=0.0), tmp_path)
     start, end = LineStage().net.layer.bias, checkpoint(tmp_path)["net"]["layer.bias"]
     torch.testing.assert_close(end, start.detach(), rtol=0, atol=1e-3)  # without clipping it moves by 0.1
 
 
 def test_accelerates_own_accumulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would only divide the gradients."""
+    """The loop accumulates itself; accelerate would only divide the gradients once more."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match=r"accelerate .*4.*\[train\] accumulate"):
         train(LineStage(), CONFIG, tmp_path)
 
 
 def test_tensorboard_gets_the_log_of_a_resumed_run(tmp_path: Path, whole: Path) -> None:
-    """What was logged after the last checkpoint is not shown twice."""
+    """Steps that were logged after the last checkpoint do not appear twice."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = replace(CONFIG, trackers=("tensorboard",), log_every=1)
     with pytest.raises(KeyboardInterrupt):

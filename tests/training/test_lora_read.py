@@ -43,7 +43,7 @@ def learned(trained: Path, bundle: Path) -> Prior:
     return prior.eval().requires_grad_(False)
 
 
-def test_the_reader_gets_the_strength(trained: Path) -> None:
+def test_a_read_lora_includes_the_factor_alpha_over_rank(trained: Path) -> None:
     lora, state = read_lora(trained / "lora.safetensors"), ema_of(trained)
     read = {f"prior.{path}": adapter for path, adapter in lora.network.items()}
     read |= {f"text_encoder.text_model.{path}": adapter for path, adapter in lora.text.items()}
@@ -75,15 +75,15 @@ def test_diffusers_pipeline_gives_the_same_outputs(trained: Path, learned: Prior
     theirs.load_state_dict(load_prior(bundle).state_dict())
     tower, (x, t, text), (ids, mask) = as_transformers(bundle), NETWORKS["prior"].inputs(), TOKENS
 
-    def numbers() -> tuple[Tensor, Tensor]:
+    def results() -> tuple[Tensor, Tensor]:
         return theirs(x, t, text), tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     with torch.no_grad():
         plain = (theirs.eval()(x, t, text), load_text_encoder(bundle)(ids, mask))
-        assert_near(numbers()[1], plain[1], 1e-5)
+        assert_near(results()[1], plain[1], 1e-5)
         pipeline = diffusers.WuerstchenPriorPipeline(tokenizer=None, text_encoder=tower, prior=theirs, scheduler=None)
         pipeline.load_lora_weights(trained, weight_name="lora.safetensors")
-        changed = numbers()
+        changed = results()
     for found, expected, before in zip(changed, outputs(learned), plain, strict=True):
         assert_near(found, expected, 1e-5)
         assert (found - before).abs().max() > 0.01

@@ -88,7 +88,7 @@ def test_v_is_the_loss_of_v_prediction() -> None:
     assert loss.item() == pytest.approx((guess_v - v).square().mean().item(), rel=1e-4)
 
 
-def test_x0_is_the_squared_error_of_the_picture() -> None:
+def test_x0_is_the_squared_error_of_the_image() -> None:
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     x0, noise, error = (torch.randn(3, 5, dtype=torch.float64, generator=rng(i)) for i in range(3))
     signal = alpha_bar(t)[:, None]
@@ -155,9 +155,9 @@ def test_fractions_of_features_are_dropped_and_noised() -> None:
     features = features_from_latents(torch.randn(DRAWS, 4, 2, 2, generator=rng(1)))
     out = corrupt_features(DecoderNoiseConfig(), features, StepRandom(0, 0, DRAWS), PriorParams())
     dropped = out.flatten(1).eq(0).all(1)
-    kept = out.flatten(1).eq(features.flatten(1)).all(1)
-    noised = ~(dropped | kept)
-    for fraction, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (kept, 0.7 * 0.95)):
+    unchanged = out.flatten(1).eq(features.flatten(1)).all(1)
+    noised = ~(dropped | unchanged)
+    for fraction, expected in ((dropped, 0.05), (noised, 0.3 * 0.95), (unchanged, 0.7 * 0.95)):
         assert abs(fraction.float().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
     # Noise is added in the prior's space, up to t = 0.5, where half the variance is left (cosine schedule).
     before, after = (latents_from_features(x[noised]).flatten(1) for x in (features, out))
@@ -177,14 +177,14 @@ def test_fractions_of_0_and_1_are_exact() -> None:
 
 
 def test_the_contrastive_loss_against_a_double_loop() -> None:
-    texts, pictures = (torch.nn.functional.normalize(torch.randn(5, 8, generator=rng(i)), dim=-1) for i in range(2))
+    texts, images = (torch.nn.functional.normalize(torch.randn(5, 8, generator=rng(i)), dim=-1) for i in range(2))
     scale = 7.0
     total = 0.0
     for i in range(5):
-        rows = [math.exp(scale * float(texts[i] @ pictures[j])) for j in range(5)]
-        columns = [math.exp(scale * float(texts[j] @ pictures[i])) for j in range(5)]
+        rows = [math.exp(scale * float(texts[i] @ images[j])) for j in range(5)]
+        columns = [math.exp(scale * float(texts[j] @ images[i])) for j in range(5)]
         total -= math.log(rows[i] / sum(rows)) + math.log(columns[i] / sum(columns))
-    assert contrastive_loss(texts, pictures, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)
+    assert contrastive_loss(texts, images, torch.tensor(scale)).item() == pytest.approx(total / 10, abs=1e-5)
 
 
 def test_per_sample_and_shared_numbers_differ() -> None:

@@ -24,7 +24,7 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.open import ImageDataConfig
-from wuerstchen_core.training.run import run, stage_class
+from wuerstchen_core.training.run import STAGES, run
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.stages.lora import AdapterConfig, attach
 
@@ -83,7 +83,7 @@ def test_the_lora_fits_the_published_prior() -> None:
 def test_its_tables_are_valid(recipe: str) -> None:
     config = read_config(RECIPES[recipe], [])
     stage = stage_of(recipe)
-    kind: Any = stage_class(stage)
+    kind = STAGES[stage]
     check_tables(config, kind.tables)
     loop = from_table(LoopConfig, config["train"], "train")
     data = from_table(ImageDataConfig, config["data"], "data")

@@ -32,7 +32,8 @@ from wuerstchen_core.cli.main import main
 from wuerstchen_core.training.checkpoint import checkpoints
 from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.rng import StepRandom
-from wuerstchen_core.training.run import run, stage_class
+from wuerstchen_core.training.run import STAGES as CLASSES
+from wuerstchen_core.training.run import run
 from wuerstchen_core.training.sample_grid import sample_grid
 from wuerstchen_core.training.stages.token_decoder import code_features
 
@@ -63,7 +64,7 @@ def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) ->
     assert weights and all(x.isfinite().all() for x in weights.values())
     assert read_metadata(folder / f"{stage}.safetensors")["training"] == {"step": 4}
     averaged = ema_of(folder)
-    for key, value in weights.items():  # they are the EMA
+    for key, value in weights.items():  # the file has the EMA
         assert any(torch.equal(value, x) for k, x in averaged.items() if k.endswith(key.partition(".")[2]))
 
 
@@ -79,7 +80,7 @@ def test_a_sample_grid_shows_images_and_results(run_folder: Path, stage: str) ->
     assert truth[:, :columns].std() > 10 and not pixels[:, columns:].any()
     others = pixels[TILE:, :columns].reshape(ROWS[stage] - 1, TILE, -1)
     assert all(row.std() > 0 for row in others)
-    if stage == "text":  # shows the images that match the captions
+    if stage == "text":  # its results are images that match the captions
         tiles = {pixels[:TILE, i : i + TILE].tobytes() for i in range(0, columns, TILE)}
         assert all(pixels[TILE:, i : i + TILE].tobytes() in tiles for i in range(0, columns, TILE))
     else:
@@ -91,7 +92,7 @@ def test_a_stopped_stage_resumes_exactly(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Same log and EMA bit for bit, although the prior has dropout and the VQGAN initialises random codes at step 2."""
-    kind, calls = stage_class(stage), []
+    kind, calls = CLASSES[stage], []
     whole = trained(run_folder, stage)
 
     def stopped(self: Any, net: Any, *batch: Any) -> Any:

@@ -69,7 +69,7 @@ def test_a_finished_run_does_not_change(tmp_path: Path, whole: Path) -> None:
 def test_an_interrupt_while_writing_keeps_the_last_files(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """In the middle of a file at step 8: the files of step 4 stay, and no part of a file."""
+    """An interrupt in the middle of a file at step 8 leaves the files of step 4, and no partial file."""
     calls = []
 
     def interrupted(write: Any) -> Any:
@@ -134,11 +134,11 @@ def test_a_changed_configuration_takes_effect_at_once(
     step = torch.optim.AdamW.step
     names = ("lr", "betas", "weight_decay")
 
-    def watched(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+    def recorded(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
         used.append({name: self.param_groups[0][name] for name in names})
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     config = replace(CONFIG, **change)
     train(LineStage(), config, tmp_path)
     rates = [config.lr * learning_rate(config, step) for step in range(4, 8)]
@@ -148,7 +148,7 @@ def test_a_changed_configuration_takes_effect_at_once(
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, True), (True, None)])
-def test_a_checkpoint_does_not_change_how_an_optimizer_computes(before: bool | None, now: bool | None) -> None:
+def test_a_checkpoint_does_not_change_whether_an_optimizer_is_fused(before: bool | None, now: bool | None) -> None:
     def optimizer_on(device: str, fused: bool | None) -> torch.optim.AdamW:
         return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device=device))], fused=fused)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -10,37 +11,30 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 T = TypeVar("T")
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_ITEMS = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_ITEMS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "strings"}
 
 
 @dataclass(frozen=True)
 class Range:
-    """Limits of a number, as in `Annotated[float, Range(least=0, most=1)]`; `from_table` checks them."""
+    """Limits of a finite number, as in `Annotated[float, Range(least=0, most=1)]`; `from_table` checks them."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
 
     def __contains__(self, x: float) -> bool:
-        return (
-            (self.least is None or x >= self.least)
-            and (self.above is None or x > self.above)
-            and (self.most is None or x <= self.most)
-            and (self.below is None or x < self.below)
-        )
+        return self.least <= x <= self.most and self.above < x < self.below
 
     def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"from {self.least} to {self.most}"
         words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
-        return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+        return " and ".join(f"{word} {limit}" for word, limit in words.items() if math.isfinite(limit))
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Choices of a text, or of a list of different texts, as in `Annotated[str, OneOf(("p2", "v"))]`; see `Range`."""
+    """Choices for a string, or for a list of different strings, as in `Annotated[str, OneOf(("p2", "v"))]`."""
 
     names: Collection[str]
 
@@ -99,7 +93,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any, names: Mapping[type, str]) -> str:
-    """Returns what a value must be; `names` are those of the simple types."""
+    """Describes the values of a type in words; `names` are the words for the simple types."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if isinstance(arguments[1], OneOf):

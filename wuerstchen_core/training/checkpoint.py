@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,10 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_rows(folder: Path, last_step: int) -> list[dict[str, Any]]:
-    """Returns the rows of the log up to a step, without an incomplete last line."""
+def truncate_log(folder: Path, last_step: int) -> float:
+    """Removes an incomplete last line and rows after a step; returns the seconds in the last row that remains, or 0."""
     path = folder / LOG
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["step"] <= last_step]
-
-
-def write_rows(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replaces the log."""
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    replace_file(folder / LOG, lambda draft: draft.write_text(text, encoding="utf-8"))
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    replace_file(path, lambda draft: draft.write_text("".join(lines), encoding="utf-8"))
+    return json.loads(lines[-1])["seconds"] if lines else 0.0

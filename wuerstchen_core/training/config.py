@@ -18,7 +18,7 @@ else:
 LARGEST_SEED = 2**32 - 1  # the loop derives a seed below 2**64 from it for each batch
 Beta = Annotated[float, Range(least=0, below=1)]
 COMMON = ("run", "inputs", "data", "cache", "train")  # keys and tables of every stage
-INPUTS = {  # the keys of [inputs], which are stages, and the part of a bundle that each trains
+INPUTS = {  # the keys of [inputs]: stages, and the part of a bundle that each trains
     "vqgan": "vqgan",
     "encoder": "image_encoder",
     "text": "prior_text_encoder",
@@ -33,45 +33,45 @@ class LoopConfig:
     """The `[train]` table."""
 
     steps: Count
-    batch: Count  # samples of each process at a time
+    batch: Count  # samples in one forward pass of a process
     lr: Positive
-    accumulate: Count = 1  # batches of each process per step
+    accumulate: Count = 1  # forward passes of a process per step
     checkpointing: bool = False  # recompute activations in the backward pass
-    muon_lr: NotNegative = 0.0  # of Muon, which then trains the matrices of the blocks instead of AdamW; 0: AdamW alone
+    muon_lr: NotNegative = 0.0  # above 0, Muon trains the matrices of the blocks at this rate, and AdamW the rest
     warmup: CountOrZero = 100  # steps of linear warmup
-    decay: Fraction = 0.3  # of the steps, at the end, over which the rate falls linearly to zero
+    decay: Fraction = 0.3  # fraction of the steps, at the end, over which the rate falls linearly to zero
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NotNegative = 0.01
     clip: Positive = 1.0  # largest gradient norm
-    ema: Fraction = 0.995
-    precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = ""  # mixed; "": as accelerate is configured
+    ema: Fraction = 0.995  # decay of the average per step
+    precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = ""  # mixed precision; "": accelerate's setting
     seed: Annotated[int, Range(least=0, most=LARGEST_SEED)] = 0
-    bad_share: Fraction = 0.05  # of steps that may be skipped because their loss is not finite
-    keep: Count = 2  # checkpoints
-    trackers: tuple[str, ...] = ()  # of accelerate: tensorboard, wandb, ...
-    log_every: Count = 20
-    save_every: Count = 250
-    sheet_every: Count = 500
+    bad_share: Fraction = 0.05  # fraction of steps that may be skipped because their loss is not finite
+    keep: Count = 2  # number of checkpoints
+    trackers: tuple[str, ...] = ()  # accelerate's names of them, such as tensorboard and wandb
+    log_every: Count = 20  # steps from one row of the log to the next
+    save_every: Count = 250  # from one checkpoint to the next
+    sheet_every: Count = 500  # from one sample grid to the next
 
 
-def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
+def check_tables(config: Mapping[str, Any], of_stage: tuple[str, ...]) -> None:
     """Raises ValueError for unknown and mistyped tables, a missing run folder and a missing network.
 
-    `own` are the keys and tables of this stage; if "model" is one of them, a `[model]` or a `start` is required.
+    `of_stage` are the stage's own keys and tables; if "model" is one of them, `[model]` or `start` is required.
     """
-    known = (*COMMON, *own)
+    known = (*COMMON, *of_stage)
     if unknown := sorted(set(config) - set(known)):
-        raise ValueError(f"{', '.join(unknown)} is not a table of this stage: its tables are {', '.join(known)}")
+        raise ValueError(f"unknown keys or tables {', '.join(unknown)}: this stage takes {', '.join(known)}")
     for name, value in config.items():
-        kind, expected = (str, "a text") if name in ("run", "start") else (Mapping, "a table of keys")
+        kind, expected = (str, "a string") if name in ("run", "start") else (Mapping, "a table of keys")
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
     for name, source in config.get("inputs", {}).items():
         if name not in INPUTS or not isinstance(source, str):
-            raise ValueError(f"[inputs] takes a text for {', '.join(INPUTS)}, got {name} = {source!r}")
+            raise ValueError(f"[inputs] takes a file or folder for {', '.join(INPUTS)}; got {name} = {source!r}")
     if "run" not in config:
         raise ValueError('the run folder is missing: add run = "runs/mine" at the top of the configuration')
-    if "model" in own and "model" not in config and "start" not in config:
+    if "model" in of_stage and "model" not in config and "start" not in config:
         raise ValueError(
             "the network is missing: add a [model] table with its sizes, or, at the top of the configuration, the "
             'weights to start from, such as start = "demo"'
@@ -79,7 +79,7 @@ def check_tables(config: Mapping[str, Any], own: tuple[str, ...]) -> None:
 
 
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """Reads a TOML file and applies `table.key=value` overrides; a value that is not TOML is taken as a string."""
+    """Reads a TOML file and applies overrides `table.key=value`, where a value that is not TOML is a string."""
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

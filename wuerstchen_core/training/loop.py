@@ -1,4 +1,4 @@
-"""The training loop of all stages: accelerate's devices, processes and precision, EMA, exact resume, log, samples."""
+"""The training loop of all stages: devices, processes and precision by accelerate; EMA, exact resume, log, samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..common.atomic import remove_drafts, replace_file
-from .checkpoint import append_row, read_checkpoint, read_rows, write_checkpoint, write_rows
+from .checkpoint import append_row, read_checkpoint, truncate_log, write_checkpoint
 from .config import LoopConfig
 from .ema import EMA, meta_copy
 from .optim import build_optimizers, recompute_blocks
@@ -33,19 +33,18 @@ from .stages.networks import base_metadata
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED = 10  # steps that may be skipped whatever bad_share is; as many in a row stop the run
-TIMEOUT = timedelta(hours=2)  # of the other processes while the main process samples and writes
+MAX_SKIPPED = 10  # skipped steps that are allowed whatever bad_share is; as many in a row stop the run
+TIMEOUT = timedelta(hours=2)  # how long other processes wait for the main process, which generates samples and writes
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
     """Returns the learning rate at a step as a fraction of `lr`: warmup, constant, linear decay at the end."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup))
     decay_steps = max(1.0, config.steps * config.decay)
-    return min(warmup, max(0.0, (config.steps - step) / decay_steps), 1.0)
+    return min(1.0, (step + 1) / max(1, config.warmup), max(0.0, (config.steps - step) / decay_steps))
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
-    """Trains a stage in `folder`, from the newest checkpoint there on, and returns the file of its EMA weights.
+    """Trains a stage, from the newest checkpoint in `folder` if there is one; returns the file of its EMA weights.
 
     A run that was stopped at any moment and started again gives the weights and the log of an uninterrupted one. Under
     `accelerate launch` or `torchrun` all processes call this; the main process writes the files.
@@ -78,7 +77,7 @@ class _Run:
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
         self.metadata = base_metadata(stage.bases)
-        AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
+        AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,
             log_with=list(config.trackers) or None,
@@ -95,8 +94,8 @@ class _Run:
         if config.checkpointing:
             recompute_blocks(stage.net)
         optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
-        self.net, *self.prepared = self.accelerator.prepare(stage.net, *optimizers.values())
-        self.optimizers = dict(zip(optimizers, (wrapper.optimizer for wrapper in self.prepared), strict=True))
+        self.net, *prepared = self.accelerator.prepare(stage.net, *optimizers.values())
+        self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
         self.ema = EMA(self.unwrapped, config.ema)
         self.losses: list[Tensor] = []  # since the last row of the log
@@ -115,7 +114,7 @@ class _Run:
             rank=self.accelerator.process_index, world=self.accelerator.num_processes,
         )  # fmt: skip
         if config.trackers:
-            options = {"tensorboard": {"purge_step": start + 1}}  # drop what a stopped run logged after its checkpoint
+            options = {"tensorboard": {"purge_step": start + 1}}  # drops rows after the checkpoint to resume from
             self.accelerator.init_trackers(self.stage.name, init_kwargs=options)
         self.net.train()
         progress = tqdm(
@@ -132,7 +131,7 @@ class _Run:
             )
             if log_due:
                 self._log(done, round(time.monotonic() - began, 1), progress)
-            if sample_due or save_due:  # the checkpoint comes last: what an interrupt prevents is done again
+            if sample_due or save_due:
                 self._save(done, file, sample_due, save_due)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -142,7 +141,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch
         fraction = learning_rate(config, step)
-        for name, optimizer in self.optimizers.items():  # every step, since a checkpoint may hold other settings
+        for name, optimizer in self.optimizers.items():  # at every step, since a checkpoint restores its own settings
             settings: dict[str, Any] = {"lr": fraction * (config.muon_lr if name == "muon" else config.lr)}
             settings |= {"weight_decay": config.weight_decay} | ({"betas": config.betas} if name == "adamw" else {})
             for group in optimizer.param_groups:
@@ -150,40 +149,41 @@ class _Run:
         losses, buffers = [], [(x, x.clone()) for x in self.unwrapped.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank
-            torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # of dropout
+            torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # for dropout
             indices = range(part * size, (part + 1) * size)
             rng = StepRandom(config.seed, step, size * processes * config.accumulate, indices)
             batch = [x.to(accelerator.device) if isinstance(x, Tensor) else x for x in self.stage.batch(step, rng)]
             last = turn == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.net):
-                with accelerator.autocast():  # without the backward pass, where it would keep its casts of the weights
+                with accelerator.autocast():  # not around backward, where it would keep the converted weights
                     loss = self.stage.loss(self.net, *batch) / config.accumulate
                 accelerator.backward(loss)
             losses.append(loss.detach().float())
         norm = accelerator.clip_grad_norm_(self.net.parameters(), config.clip)
         finite = math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-        for optimizer in self.prepared:
-            if finite or accelerator.scaler is not None:  # fp16's scaler skips overflows itself and adapts
+        for optimizer in self.optimizers.values():
+            if finite or accelerator.scaler is not None:  # fp16's scaler skips overflows and adapts its scale
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
-            self.ema.update(self.unwrapped, first=step == self.skipped)  # no finite step before
+            self.ema.update(self.unwrapped, first=step == self.skipped)  # all earlier steps were skipped
             self.losses.append(torch.stack(losses).sum())
             self.skipped_in_row = 0
         else:
-            for x, before in buffers:  # batch norms hold the batch's statistics by now
+            for x, before in buffers:  # batch norms have added the batch's statistics to theirs
                 x.copy_(before)
             self._skip(step)
 
     def _skip(self, step: int) -> None:
+        """Counts and logs a skipped step. ValueError if there are too many."""
         self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
         name, limit = self.stage.name, self.config.bad_share
         log.warning("%s: step %d is skipped, since its loss or gradients are not finite", name, step + 1)
         message = f"{name}: {self.skipped} of {step + 1} steps had no finite loss or gradients"
         if self.skipped_in_row == MAX_SKIPPED:
-            raise ValueError(f"{message}, the last {MAX_SKIPPED} in a row: lower the rate")
+            raise ValueError(f"{message}, the last {MAX_SKIPPED} in a row: lower [train] lr")
         if self.skipped > max(MAX_SKIPPED, limit * (step + 1)):
-            raise ValueError(f"{message}, more than [train] bad_share = {limit:g} allows: lower the rate")
+            raise ValueError(f"{message}, more than [train] bad_share = {limit:g} allows: lower [train] lr")
 
     def _log(self, done: int, seconds: float, progress: tqdm[int]) -> None:
         """Logs the mean loss since the last row over all processes; no row if every step was skipped."""
@@ -199,12 +199,15 @@ class _Run:
             append_row(self.folder, row)
 
     def _save(self, done: int, file: Path, sample: bool, checkpoint: bool) -> None:
-        """Writes a sample grid, or the weights and a checkpoint, or both."""
+        """Writes a sample grid, or the weights and a checkpoint, or both. The checkpoint comes last.
+
+        So if this is interrupted, the resumed run repeats the step and writes all files.
+        """
         ema = gather(self.ema.values, self.main)
         if checkpoint:
             weights = gather(self.unwrapped.state_dict(), self.main)
             states = gather({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}, self.main)
-            # Processes that read streams are at different positions; all resume from the furthest.
+            # Processes read streams at different speeds; all resume from the furthest position.
             position = torch.tensor([self.stage.dataset.position], device=self.accelerator.device)
             furthest = self.accelerator.gather(position).max().item()
             data = {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
@@ -232,23 +235,22 @@ class _Run:
     def _resume(self) -> tuple[int, float, dict[str, Any]]:
         """Loads the newest checkpoint, if any, and removes later rows of the log.
 
-        Returns the step, the seconds of training so far, and the position in the data.
+        Returns the step, the seconds of training so far (in the main process) and the position in the data.
         """
         contents = read_checkpoint(self.folder, self._load)
         step = contents["step"] if contents else 0
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
         if (steps != step).any():
-            raise ValueError(f"{self.folder} is not the same folder for all processes: use one that all machines share")
+            raise ValueError(f"{self.folder} differs between processes: choose a run folder that all machines share")
         if contents:
             self.skipped, self.skipped_in_row = contents["skipped"], contents["lost"]
             self.losses = list(torch.tensor(contents["losses"], device=self.accelerator.device))
-        rows = read_rows(self.folder, step)
-        self.accelerator.wait_for_everyone()
+        seconds = 0.0
         if self.main:
             remove_drafts(self.folder)
-            write_rows(self.folder, rows)
+            seconds = truncate_log(self.folder, step)
         self.accelerator.wait_for_everyone()
-        return step, rows[-1]["seconds"] if rows else 0.0, contents["data"] if contents else {}
+        return step, seconds, contents["data"] if contents else {}
 
     def _load(self, contents: dict[str, Any]) -> None:
         own = self.unwrapped.state_dict()

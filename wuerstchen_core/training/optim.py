@@ -13,8 +13,6 @@ from ..models.attention import AttnBlock
 from ..models.layers import FeedForwardBlock, ResBlock
 from ..models.text_encoder import TextEncoder
 
-FUSED = ("cpu", "cuda")  # devices with a fused AdamW
-
 
 def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0) -> dict[str, torch.optim.Optimizer]:
     """Returns AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices of the blocks if `muon_lr` is set.
@@ -27,7 +25,7 @@ def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0)
     others = [p for name, p in trained.items() if name not in matrices]
     if not others:
         raise ValueError("[train] muon_lr leaves no weights for AdamW: remove it")
-    fused = True if device.type in FUSED else None
+    fused = device.type in ("cpu", "cuda") or None  # None: torch decides
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(others, fused=fused)}
     if matrices:
         if not hasattr(torch.optim, "Muon"):
@@ -38,11 +36,11 @@ def build_optimizers(net: nn.Module, device: torch.device, muon_lr: float = 0.0)
 
 def recompute_blocks(net: nn.Module) -> None:
     """Turns on gradient checkpointing (arXiv 1604.06174). ValueError if the network has no blocks to recompute."""
-    blocks: list[Any] = [
-        module for module in net.modules() if isinstance(module, ResBlock | AttnBlock | FeedForwardBlock)
-    ]
+    blocks: list[Any] = []
     for module in net.modules():
-        if isinstance(module, TextEncoder):
+        if isinstance(module, ResBlock | AttnBlock | FeedForwardBlock):
+            blocks.append(module)
+        elif isinstance(module, TextEncoder):
             blocks += module.transformer.resblocks
     if not blocks:
         raise ValueError("[train] checkpointing works for priors, decoders and text encoders: remove it here")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,19 +29,20 @@ class StepRandom:
 
     def uniform(self, *shape: int) -> Tensor:
         """Returns numbers [n, *shape] in [0, 1)."""
-        if shape:
-            return torch.stack([torch.rand(shape, generator=own) for own in self._own])
-        return torch.rand(self.total, generator=self._shared)[self.indices]
+        return self._draw(torch.rand, shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Returns standard normal numbers [n, *shape]."""
-        return torch.stack([torch.randn(shape, generator=own) for own in self._own])
+        return self._draw(torch.randn, shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns integers [n, *shape] in [0, high)."""
+        return self._draw(partial(torch.randint, high), shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         if shape:
-            return torch.stack([torch.randint(high, shape, generator=own) for own in self._own])
-        return torch.randint(high, (self.total,), generator=self._shared)[self.indices]
+            return torch.stack([draw(shape, generator=own) for own in self._own])
+        return draw((self.total,), generator=self._shared)[self.indices]
 
     def shared(self, high: int) -> int:
         """Returns one integer in [0, high), the same for all samples."""

@@ -1,8 +1,7 @@
-"""Trains a stage as a configuration file says."""
+"""Runs the training that a configuration file describes."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,18 @@ from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .stage import Stage
+from .stages.decoder import DecoderStage
+from .stages.image_encoder import EncoderStage
+from .stages.lora import LoraStage
+from .stages.prior import PriorStage
+from .stages.text_encoder import TextStage
+from .stages.token_decoder import TokenDecoderStage
+from .stages.vqgan import VQGANStage
 
-STAGES = {
-    "vqgan": "vqgan.VQGANStage",
-    "encoder": "image_encoder.EncoderStage",
-    "text": "text_encoder.TextStage",
-    "decoder": "decoder.DecoderStage",
-    "token-decoder": "token_decoder.TokenDecoderStage",
-    "prior": "prior.PriorStage",
-    "lora": "lora.LoraStage",
+STAGES: dict[str, Any] = {  # classes by name; each is constructed with a configuration
+    kind.name: kind
+    for kind in (VQGANStage, EncoderStage, TextStage, DecoderStage, TokenDecoderStage, PriorStage, LoraStage)
 }
-
-
-def stage_class(stage: str) -> type[Stage[Any]]:
-    """Returns the class of a stage, and imports only its module."""
-    module, name = STAGES[stage].split(".")
-    kind: type[Stage[Any]] = getattr(importlib.import_module(f".stages.{module}", __package__), name)
-    return kind
 
 
 def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
@@ -37,11 +31,10 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     The stages of a model share the folder `run` of the configuration; each has a subfolder of its name there.
     """
     config = read_config(config_path, overrides)
-    kind: Any = stage_class(stage)  # a concrete class, which takes the configuration
-    check_tables(config, kind.tables)
+    check_tables(config, STAGES[stage].tables)
     loop_config = from_table(LoopConfig, config.get("train", {}), "train")
-    torch.manual_seed(loop_config.seed)  # of the initial weights
-    trainer = kind(config)
+    torch.manual_seed(loop_config.seed)  # for the initial weights
+    trainer: Stage[Any] = STAGES[stage](config)
     if "start" in config:
         trainer.bases = [config["start"]]
     return train(trainer, loop_config, Path(config["run"]) / stage)

@@ -8,21 +8,18 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..inference.images import to_pictures
+
 COLUMNS, TILE = 12, 128  # images in a row; width of each in pixels
 
 
 def sample_grid(rows: Sequence[Tensor]) -> Image.Image:
-    """Returns a grid of image batches [B, 3, H, W] in [0, 1]: a row for each, repeated every `COLUMNS` images."""
+    """Returns a grid of image batches [B, 3, H, W] in [0, 1]: one line of tiles per batch and `COLUMNS` images."""
     lines = []
-    for chunks in zip(*(images.clamp(0, 1).split(COLUMNS) for images in rows), strict=True):
+    for chunks in zip(*(images.split(COLUMNS) for images in rows), strict=True):
         for images in chunks:
-            tiles = [_tile(image) for image in images]
+            size = TILE, TILE * images.shape[-2] // images.shape[-1]
+            tiles = [np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for picture in to_pictures(images)]
             tiles += [np.zeros_like(tiles[0])] * (COLUMNS - len(tiles))
             lines.append(np.concatenate(tiles, axis=1))
     return Image.fromarray(np.concatenate(lines, axis=0))
-
-
-def _tile(image: Tensor) -> np.ndarray:
-    array = (image.float().cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    size = TILE, TILE * array.shape[0] // array.shape[1]
-    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))

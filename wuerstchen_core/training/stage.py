@@ -19,15 +19,15 @@ N = TypeVar("N", bound=nn.Module)
 class Stage(ABC, Generic[N]):
     """A network, the batches that it is trained on, and its loss."""
 
-    name: str  # of the command, the run's subfolder and the file of weights
-    part: str  # of a bundle: `net`, or its submodule of this name if the rest is thrown away after training
-    tables: tuple[str, ...]  # keys and tables of the configuration, besides those of all stages
+    name: str  # for the command, the run's subfolder and the file of weights
+    part: str  # the part of a bundle that is saved: the submodule of `net` with this name, else `net` itself
+    tables: tuple[str, ...]  # keys and tables of the configuration that only some stages have
     net: N
     dataset: ImageDataset
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
-    bases: Sequence[str | Path] = ()  # sources of the weights that training starts from; their licences are passed on
-    unused_weights = False  # True if some steps give some weights no gradient
-    fsdp_conflict = ""  # what needs whole weights, and so rules out FSDP
+    bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
+    unused_weights = False  # True if some weights get no gradient in some steps
+    fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights
 
     @abstractmethod
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
@@ -39,7 +39,7 @@ class Stage(ABC, Generic[N]):
 
     @abstractmethod
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
-        """Returns images and what `net` (the EMA) makes of them, each [B, 3, H, W] in [0, 1]; None if it cannot yet."""
+        """Returns images [B, 3, H, W] in [0, 1] and the results of `net` (the EMA); None if a network is missing."""
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         """Writes the weights of `net` (the EMA)."""

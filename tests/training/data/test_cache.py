@@ -30,7 +30,7 @@ from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.latent_cache import CacheSource
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages import decoder, diffusion
+from wuerstchen_core.training.stages import decoder, diffusion, prior
 from wuerstchen_core.training.stages.networks import COMPUTED_BY
 
 CONFIG = """
@@ -127,7 +127,7 @@ def test_training_on_a_cache_equals_training_on_its_images(
     overrides = ["noise.text_drop=0.0"]
     before = losses(stage, config, *overrides)
     make_cache(config, [])
-    for module in (diffusion, decoder):
+    for module in (diffusion, decoder, prior):
         for name in ("encode_features", "encode_latents", "encode_text", "load_frozen"):
             monkeypatch.setattr(module, name, fail, raising=False)
     assert losses(stage, config, *overrides, on_cache(config)) == before and len(before) == 4

@@ -33,7 +33,7 @@ from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import check_tables, read_config
-from ..run import STAGES, stage_class
+from ..run import STAGES
 from ..stages import networks
 from .error_budget import ErrorBudget
 from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
@@ -68,7 +68,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     Under `accelerate launch` or `torchrun` each process computes a part of the shards.
     """
     config = read_config(config_path, overrides)
-    tables = {table: None for stage in STAGES for table in stage_class(stage).tables}
+    tables = {table: None for kind in STAGES.values() for table in kind.tables}
     check_tables({"model": {}, **config}, tuple(tables))  # accepts the file of any stage; its [model] is not used
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
     if "source" not in config.get("data", {}):

@@ -1,4 +1,4 @@
-"""Trains Stage B, given features of the frozen image encoder and text. v2's predicts noise in Stage A latents."""
+"""Trains v2's Stage B: predicts noise in Stage A latents, given the frozen image encoder's features and text."""
 
 from __future__ import annotations
 
@@ -22,24 +22,20 @@ from .networks import encode_features, encode_latents, encode_text, load_frozen,
 
 
 class StageB(DiffusionStage[N]):
-    """Shared by the Stages B of v1 and v2: corrupted features as conditioning, and decoding by Stage A."""
+    """Shared by v1's and v2's Stage B: conditioning on corrupted features, and samples decoded by Stage A."""
 
     noise: FeatureCorruption
     text_part = "decoder_text_encoder"
-    units = PriorParams()  # of the features
+    units = PriorParams()  # the scale and shift of the features
     inputs = {**DiffusionStage.inputs, "latents": "vqgan"}
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
-        self.features = self.dataset.map_images("features", self.encode_features)
+        self.features = self.dataset.map_images("features", lambda images: encode_features(self.encoder, images))
 
     @cached_property
     def vqgan(self) -> VQGAN:
         return load_frozen(self.config, "vqgan", VQGAN)
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Returns Stage A latents [B, 4, H / 4, W / 4] of unit variance."""
-        return encode_latents(self.vqgan, images)
 
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         return (corrupt_features(self.noise, self.features(picked), rng, self.units),)
@@ -55,7 +51,7 @@ class StageB(DiffusionStage[N]):
 
 
 class DecoderStage(StageB[Decoder]):
-    """v2's Stage B. Its script was never published: noise, drops and weights are those of v1's and of Stage C's."""
+    """v2's Stage B. No script was published: features are corrupted as in v1, the loss is weighted as for Stage C."""
 
     name = part = "decoder"
 
@@ -63,4 +59,4 @@ class DecoderStage(StageB[Decoder]):
         self.noise = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
         self.net = load_or_create(config, "decoder", Decoder)
         super().__init__(config)
-        self.latents = self.dataset.map_images("latents", self.encode_latents)
+        self.latents = self.dataset.map_images("latents", lambda images: encode_latents(self.vqgan, images))

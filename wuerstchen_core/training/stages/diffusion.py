@@ -19,20 +19,21 @@ from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import N, Stage
 from .losses import NoiseConfig, TimesConfig, draw_times, freeze_fast_times, noise_loss
-from .networks import encode_features, encode_text, load_frozen, read_input
+from .networks import encode_text, load_frozen, read_input
 
 
 class DiffusionStage(Stage[N]):
     """Predicts the noise in `latents` from noised latents, conditioning and text.
 
-    Subclasses set `net` and `noise`, call `__init__`, and then set `latents`.
+    A subclass sets `net` and `noise`, then calls `super().__init__`, then sets `latents`.
     """
 
     tables: tuple[str, ...] = ("start", "model", "noise")
     noise: TimesConfig
-    latents: Callable[[Any], Tensor]  # of a batch that `sample_batch` returned
-    text_part = "prior_text_encoder"  # of a source that has two text encoders
-    inputs: Mapping[str, str] = {"features": "encoder", "text": "text_encoder"}  # and the network that computes each
+    latents: Callable[[Any], Tensor]  # maps a batch of `dataset` to latents
+    text_part = "prior_text_encoder"  # the part to load from a source with two text encoders
+    # The attribute with the network that computes each input of `net`.
+    inputs: Mapping[str, str] = {"features": "encoder", "text": "text_encoder"}
 
     def __init__(self, config: Mapping[str, Any]):
         if self.noise.slow_times:
@@ -40,7 +41,7 @@ class DiffusionStage(Stage[N]):
             self.fsdp_conflict = "[noise] slow_times"
         self.config = config
         self.dataset = open_dataset(config, text_part=self.text_part)
-        # Networks whose results are all cached are not even loaded, unless `samples` needs them.
+        # A network whose results are cached is loaded only if `samples` needs it.
         self.frozen = [
             getattr(self, network) for name, network in self.inputs.items() if self.dataset.must_compute(name)
         ]
@@ -61,20 +62,16 @@ class DiffusionStage(Stage[N]):
     def text_encoder(self) -> TextEncoder:
         return load_frozen(self.config, "text", TextEncoder, self.text_part)
 
-    def encode_features(self, images: Tensor) -> Tensor:
-        """Returns features [B, 16, h, w] of images [B, 3, H, W] in [0, 1]."""
-        return encode_features(self.encoder, images)
-
     def text_inputs(self) -> Callable[[Any, StepRandom, float], Tensor]:
-        """Returns a function of batch, rng and `text_drop` to text states [B, 77, c]."""
+        """Returns a function that maps a batch, rng and `text_drop` to text states [B, 77, c]."""
         return self.dataset.map_captions(lambda prompts: encode_text(self.text_encoder, prompts))
 
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
-        """Returns the arguments of the network between times and text."""
+        """Returns the network's arguments between the times and the text."""
         return ()
 
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
-        """Returns latents noised to times t [B], and the targets of the loss."""
+        """Returns the network's noisy input at times t [B], then the tensors that the loss compares its output with."""
         latents = self.latents(picked)
         noise = rng.normal(*latents.shape[1:])
         return diffuse(latents, t, noise), noise
@@ -92,8 +89,8 @@ class DiffusionStage(Stage[N]):
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         assert isinstance(self.noise, NoiseConfig)
-        latents, noise, t, *given = batch
-        return noise_loss(self.noise, net(latents, t, *given), noise, t)
+        latents, noise, t, *cond = batch
+        return noise_loss(self.noise, net(latents, t, *cond), noise, t)
 
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
         picked = validation.evenly_spaced(24)

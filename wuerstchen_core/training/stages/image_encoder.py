@@ -2,7 +2,7 @@
 
 The original trained it together with Stage B. Measured on the demo (one core, image error at t = 0.95 on validation
 images): together 0.020 after 940 s; separately 0.013 after 1590 s of encoder and 700 s of Stage B. Separate training
-was chosen because the prior, which takes longest, can then train beside Stage B instead of after it.
+was chosen because the prior, which takes longest, can then train at the same time as Stage B instead of after it.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .networks import load_or_create
 class EncoderConfig:
     """The `[encoder]` table."""
 
-    noise: float = 0.3  # largest standard deviation of noise on the latents, which have 1
+    noise: float = 0.3  # largest standard deviation of the noise added to the latents, whose own is 1
     widths: tuple[int, ...] = (256, 192, 128)  # of the regression decoder, coarse to fine
     patch: int = 4  # side in pixels of the regression decoder's last tokens
-    feature_scale: Positive = PriorParams.feature_scale  # of a new encoder, as the prior's: 1 and 0 in v1
-    feature_shift: float = PriorParams.feature_shift
+    feature_scale: Positive = PriorParams.feature_scale  # of a new encoder, equal to the prior's
+    feature_shift: float = PriorParams.feature_shift  # (v1: scale 1, shift 0)
     backbone: str = ""  # file of torchvision's EfficientNet to start from; the original's was trained on ImageNet
 
 
 def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn.Sequential:
-    """Returns a network of latents [B, 16, h, w] to images [B, 3, H, W], with twice the resolution at each width."""
+    """Returns a network that maps latents [B, 16, h, w] to images [B, 3, H, W], doubling the sides at each width."""
     if not widths:
         raise ValueError("[encoder] widths is empty: give at least one number")
     layers: list[nn.Module] = [nn.Conv2d(c_latent, widths[0], 3, padding=1)]
@@ -65,15 +65,13 @@ def load_backbone(encoder: ImageEncoder, path: Path) -> None:
         for key, x in state.items()
         if key.startswith("features.")
     }
-    own = encoder.backbone.state_dict()
-    shapes = {key: x.shape for key, x in own.items() if not key.endswith("num_batches_tracked")}
-    found = {key: weights[key].shape for key in shapes if key in weights}
-    if weights.keys() - own.keys() or found != shapes:
+    try:
+        encoder.backbone.load_state_dict(weights)
+    except RuntimeError as error:
         raise ValueError(
             f"[encoder] backbone: {path} does not fit [model] stages (v2's are those of torchvision's "
             "efficientnet_v2_s, v1's of efficientnet_v2_l): name another file"
-        )
-    encoder.backbone.load_state_dict(weights, strict=False)
+        ) from error
 
 
 class Compressor(nn.Module):
@@ -83,7 +81,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.image_encoder = image_encoder
         self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
-        if not pretrained:  # a fixed norm gives the prior's latents, in v2 (features + 1) / 42, mean 0 and variance 1
+        if not pretrained:  # a fixed norm gives the prior's latents, (features + 1) / 42 in v2, mean 0 and variance 1
             norm = self.image_encoder.mapper[1]
             norm.get_parameter("weight").data.fill_(self.units.feature_scale)
             norm.get_parameter("bias").data.fill_(-self.units.feature_shift)
@@ -91,7 +89,7 @@ class Compressor(nn.Module):
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Returns the reconstruction of images [B, 3, H, W] in [0, 1] from latents with `noise`."""
+        """Returns images [B, 3, H, W] in [0, 1], encoded and decoded, with `noise` added to the latents."""
         latents = latents_from_features(self.image_encoder(semantic_view(images)), self.units) + noise
         return self.decoder(latents)
 

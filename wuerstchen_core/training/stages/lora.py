@@ -34,7 +34,7 @@ class AdapterConfig:
 
 
 def lora_path(path: str) -> str:
-    """Returns the name in diffusers' LoRA files of the module of a prior, or of its text encoder, at `path`."""
+    """Returns the name that diffusers' LoRA files give to the module at `path` of a prior or its text encoder."""
     if path.startswith(f"{TEXT_ENCODER}."):
         return f"text_encoder.text_model.{transformers_path(path.removeprefix(f'{TEXT_ENCODER}.'))}"
     return f"prior.{path}"
@@ -56,7 +56,7 @@ def target_layers(net: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def attach(net: nn.Module, config: AdapterConfig) -> None:
-    """Freezes a network and adds adapters, whose state dict replaces its own. Initially they change nothing."""
+    """Freezes a network and adds adapters, initially without effect. Its state dict then has only the adapters."""
     from peft import LoraConfig, inject_adapter_in_model
 
     alpha: Any = config.alpha or config.rank  # peft's annotation says int, but it only multiplies
@@ -79,16 +79,18 @@ def attach(net: nn.Module, config: AdapterConfig) -> None:
 class SeparateAttention(nn.Module):
     """`nn.MultiheadAttention` with one linear layer per projection, as in transformers, for adapters to wrap.
 
-    peft can adapt the packed projections, but adds the adapters to the frozen weights and subtracts them again at each
-    step, and the weights keep the rounding.
+    peft can adapt the packed projections, but at each step it adds the adapters to the frozen weights and subtracts
+    them again, and the rounding errors accumulate in the weights.
     """
 
     def __init__(self, packed: nn.MultiheadAttention):
         super().__init__()
-        self.heads = packed.num_heads
-        thirds = zip(packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
-        self.q_proj, self.k_proj, self.v_proj = (_linear(weight, bias) for weight, bias in thirds)
+        self.heads, width = packed.num_heads, packed.embed_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, device="meta") for _ in range(3))
         self.out_proj = packed.out_proj
+        thirds = zip(packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
+        for layer, (weight, bias) in zip((self.q_proj, self.k_proj, self.v_proj), thirds, strict=True):
+            layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, need_weights: bool) -> tuple[Tensor, None]:
         """Attends from q [B, N, c] to k and v [B, M, c]; attn_mask [B * heads, N, M] is added to the scores."""
@@ -97,14 +99,6 @@ class SeparateAttention(nn.Module):
         mask = attn_mask.unflatten(0, (len(q), -1)).to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """Returns a layer with these weights, not copied."""
-    out, width = weight.shape
-    layer = nn.Linear(width, out, device="meta")
-    layer.weight, layer.bias = (nn.Parameter(x.detach(), x.requires_grad) for x in (weight, bias))
-    return layer
 
 
 def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:

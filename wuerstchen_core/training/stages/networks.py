@@ -6,22 +6,22 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checkpoints import Part, build_part, read_part
 from ...checkpoints.components import component
 from ...checkpoints.open import SHIPPED, open_source
 from ...checkpoints.source import merge_licences
 from ...common.dataclass_config import from_table
+from ...inference.stages import first_weight
 from ...models.image_encoder import ImageEncoder, semantic_view
 from ...models.text_encoder import TextEncoder, tokenize
 from ...models.vqgan import VQGAN
 from ..config import INPUTS
-
-N = TypeVar("N", bound=nn.Module)
+from ..stage import N
 
 # What can be cached, and the stage whose network computes it.
 COMPUTED_BY = {"latents": "vqgan", "features": "encoder", "text": "text"}
@@ -33,14 +33,14 @@ def input_source(config: Mapping[str, Any], stage: str) -> str | Path:
 
 
 def source_exists(source: str | Path) -> bool:
-    """True for a shipped model's name and for an existing file or folder."""
+    """True if the source is the name of a shipped model or an existing file or folder."""
     return source in SHIPPED or Path(source).exists()
 
 
 def load_or_create(config: Mapping[str, Any], part: str, kind: type[N]) -> N:
     """Returns the network to train: loaded from `start`, or initialised with the sizes of `[model]`.
 
-    With `start`, `[model]` may change only what is not a size, such as dropout. ValueError if the weights do not fit.
+    With `start`, `[model]` may change only values such as dropout, not sizes. ValueError if the weights do not fit.
     """
     values, source, params = config.get("model", {}), config.get("start"), component(part).params
     if source is None:
@@ -58,7 +58,7 @@ def load_or_create(config: Mapping[str, Any], part: str, kind: type[N]) -> N:
 
 
 def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part:
-    """Reads another stage's weights, `part` of a source (default: `INPUTS[stage]`). ValueError if it is missing."""
+    """Reads another stage's weights: `part` of its source, by default `INPUTS[stage]`. ValueError if it is missing."""
     source = input_source(config, stage)
     if not source_exists(source):
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
@@ -66,7 +66,7 @@ def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part:
 
 
 def load_frozen(config: Mapping[str, Any], stage: str, kind: type[N], part: str = "") -> N:
-    """Loads the network of another stage in fp32; see `read_input`."""
+    """Loads the network of another stage in fp32. Arguments and errors as for `read_input`."""
     network = build_part(read_input(config, stage, part), dtype=torch.float32)
     assert isinstance(network, kind)
     return network
@@ -93,26 +93,22 @@ def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "
 @torch.no_grad()
 def encode_features(encoder: ImageEncoder, images: Tensor) -> Tensor:
     """Returns Stage C features [B, 16, h, w] of images [B, 3, H, W] in [0, 1], on the CPU."""
-    return encoder(semantic_view(images.to(_device(encoder)))).cpu()
+    return encoder(semantic_view(images.to(first_weight(encoder).device))).cpu()
 
 
 @torch.no_grad()
 def encode_latents(vqgan: VQGAN, images: Tensor) -> Tensor:
     """Returns Stage A latents [B, 4, H / 4, W / 4] of images, scaled to unit variance for Stage B, on the CPU."""
-    return vqgan.encode(images.to(_device(vqgan))).cpu() / vqgan.params.scale_factor
+    return vqgan.encode(images.to(first_weight(vqgan).device)).cpu() / vqgan.params.scale_factor
 
 
 @torch.no_grad()
 def encode_tokens(vqgan: VQGAN, latents: Tensor) -> Tensor:
     """Returns Stage A tokens [B, h, w] of latents [B, 4, h, w] of unit variance, on the CPU."""
-    return vqgan.quantize(latents.to(_device(vqgan)) * vqgan.params.scale_factor).indices.cpu()
+    return vqgan.quantize(latents.to(first_weight(vqgan).device) * vqgan.params.scale_factor).indices.cpu()
 
 
 @torch.no_grad()
 def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> Tensor:
     """Returns text states [B, 77, c], on the CPU."""
-    return text_encoder(*(x.to(_device(text_encoder)) for x in tokenize(prompts))).cpu()
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
+    return text_encoder(*(x.to(first_weight(text_encoder).device) for x in tokenize(prompts))).cpu()

@@ -15,20 +15,18 @@ from ...checkpoints.release import release_of_model
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
-from ...models.decoder import Decoder
 from ...models.prior import Prior, latents_from_features
 from ...models.text_encoder import TextEncoder
-from ...models.token_decoder import TokenDecoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS
 from .diffusion import DiffusionStage
 from .losses import NoiseConfig
-from .networks import encode_text, input_source, load_frozen, load_or_create, source_exists
+from .networks import encode_features, encode_text, input_source, load_frozen, load_or_create, source_exists
 
 log = logging.getLogger(__name__)
 
-DECODERS: dict[str, tuple[str, type[nn.Module]]] = {"v1": ("token-decoder", TokenDecoder), "v2": ("decoder", Decoder)}
-TEXT_ENCODER = "text_encoder"  # submodule of a prior whose text encoder is trained with it
+DECODERS = {"v1": "token-decoder", "v2": "decoder"}  # the stage that trains Stage B, by release
+TEXT_ENCODER = "text_encoder"  # the submodule of a prior that is trained together with its text encoder
 
 
 class PriorStage(DiffusionStage[Prior]):
@@ -41,22 +39,26 @@ class PriorStage(DiffusionStage[Prior]):
         self.net = self.build(config)
         super().__init__(config)
         to_latents = partial(latents_from_features, params=self.net.params)
-        self.latents = self.dataset.map_images("features", self.encode_features, to_latents)
+        self.latents = self.dataset.map_images("features", lambda x: encode_features(self.encoder, x), to_latents)
 
     def build(self, config: Mapping[str, Any]) -> Prior:
-        """Returns the network before its first step."""
+        """Returns the network to train."""
         return load_or_create(config, "prior", Prior)
 
     def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
         """Generates images from the captions; None if Stage A, Stage B or its text encoder is missing."""
-        stage, kind = DECODERS[release_of_model([net.params])]
+        stage, part = DECODERS[release_of_model([net.params])], "decoder_text_encoder"
+        source = input_source(self.config, stage)
         if missing := [name for name in (stage, "vqgan") if not source_exists(input_source(self.config, name))]:
             log.info("no samples: they need %s under [inputs]", " and ".join(missing))
             return None
-        decoder = load_frozen(self.config, stage, kind)
-        decoder_text_encoder = self._decoder_text_encoder(stage, decoder.params)
-        if decoder_text_encoder is None:
-            log.info("no samples: %s has no text encoder for its decoder", input_source(self.config, stage))
+        decoder: Any = load_frozen(self.config, stage, nn.Module)
+        if text_width(decoder.params) == self.text_encoder.params.width:
+            decoder_text_encoder = self.text_encoder  # not the one that a LoRA trains
+        elif part in open_source(source, headers_only=True).networks:
+            decoder_text_encoder = load_frozen(self.config, stage, TextEncoder, part)
+        else:
+            log.info("no samples: %s has no text encoder for its decoder", source)
             return None
         device, vqgan = next(net.parameters()).device, load_frozen(self.config, "vqgan", VQGAN)
         text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder)
@@ -67,12 +69,3 @@ class PriorStage(DiffusionStage[Prior]):
         prior_latents = pipeline.sample_prior(encode_text(text_encoder, prompts), sampling)
         text = encode_text(decoder_text_encoder, prompts)
         return vqgan.decode(pipeline.sample_decoder(prior_latents, text, sampling))
-
-    def _decoder_text_encoder(self, stage: str, decoder_params: Any) -> TextEncoder | None:
-        """Returns the run's untrained text encoder, or, if the decoder needs another width, the one in its source."""
-        if text_width(decoder_params) == self.text_encoder.params.width:
-            return self.text_encoder
-        part = "decoder_text_encoder"
-        if part in open_source(input_source(self.config, stage), headers_only=True).networks:
-            return load_frozen(self.config, stage, TextEncoder, part)
-        return None

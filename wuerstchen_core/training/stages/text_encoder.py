@@ -32,7 +32,7 @@ class TextConfig:
 
 
 class Contrast(nn.Module):
-    """A text encoder, and two throw-away projections into the joint space."""
+    """A text encoder, and two projections into the joint space, which are discarded after training."""
 
     def __init__(self, text_encoder: TextEncoder, features: int, joint: int):
         super().__init__()

@@ -19,7 +19,7 @@ from ...models.token_decoder import TokenDecoder
 from ..rng import StepRandom
 from .decoder import StageB
 from .losses import TokenNoiseConfig, token_loss
-from .networks import encode_tokens, load_or_create
+from .networks import encode_latents, encode_tokens, load_or_create
 
 FREQUENCY_RANGE = 8.0  # finest to coarsest frequency of `code_features`
 
@@ -67,7 +67,8 @@ class TokenDecoderStage(StageB[TokenDecoder]):
             for layer in (self.net.in_mapper[0], self.net.out_mapper[1]):
                 weight = layer.get_parameter("weight")
                 weight.data.copy_(code_features(codebook.detach(), weight.shape[1], codes.width).view(weight.shape))
-        self.latents = self.dataset.map_images("latents", self.encode_latents, partial(encode_tokens, self.vqgan))
+        to_tokens = partial(encode_tokens, self.vqgan)
+        self.latents = self.dataset.map_images("latents", lambda x: encode_latents(self.vqgan, x), to_tokens)
 
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
         tokens = self.latents(picked)
