@@ -1,5 +1,4 @@
-"""What every test run shares: two processes, a tiny model, and the last line, which says how many host tests ran and in
-which ComfyUI versions."""
+"""Shared fixtures, the grouping of tests by process, and the summary of host tests at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each process, and for th
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model of v2 as a file, which nobody changes."""
+    """A bundle of the tiny v2 model; tests must not change it."""
     from helpers.tiny_model import write_tiny_bundle
 
     return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
@@ -23,7 +22,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's one command over tiny configurations; `bundle.safetensors` beside the stages."""
+    """The folder of a run of the demo's two build commands on tiny configurations, with their bundles."""
     from helpers.tiny_stages import write_configs
 
     from tools.demo import build, build_v1
@@ -41,7 +40,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[True, False], ids=["kernels", "plain torch"])
 def kernels(request: pytest.FixtureRequest) -> Generator[bool]:
-    """Runs a test with the kernels and again with plain torch."""
+    """Runs a test twice: with the kernels and with plain torch."""
     from wuerstchen_core.kernels.dispatch import use_kernels
 
     with use_kernels(request.param):
@@ -50,14 +49,14 @@ def kernels(request: pytest.FixtureRequest) -> Generator[bool]:
 
 @pytest.fixture
 def inputs(run_folder: Path) -> list[str]:
-    """Overrides with which a stage in another folder takes the networks of that run."""
+    """Overrides that make a stage in another folder use the networks of `run_folder`."""
     from helpers.tiny_stages import input_overrides
 
     return input_overrides(run_folder)
 
 
-def _together(item: pytest.Item) -> str:
-    """What runs in one process with this test: the tests of its ComfyUI, of the recipe's run, or of its file."""
+def _process_group(item: pytest.Item) -> str:
+    """Returns the group that shares one process: tests of one ComfyUI, of `run_folder`, or of one file."""
     function = item if isinstance(item, pytest.Function) else None
     if function and "install" in function.fixturenames:
         return str(function.callspec.params["install"])
@@ -66,12 +65,12 @@ def _together(item: pytest.Item) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_together(item)))
+        item.add_marker(pytest.mark.xdist_group(_process_group(item)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
-    """Count after pytest's own summary: host tests tell their version by `record_property("host_version", ...)`."""
+    """Prints, after pytest's summary, how many host tests ran, and in which versions (property `host_version`)."""
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or session.config.option.collectonly:
@@ -79,5 +78,5 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     ran = [report for report in reporter.stats.get("passed", []) if "host" in report.keywords]
     versions = {value for report in ran for name, value in report.user_properties if name == "host_version"}
     where = ", ".join(sorted(versions)) or "(none found)"
-    browsed = sum("browser" in report.keywords for report in ran)
-    reporter.write_line(f"{len(ran)} host tests ran in ComfyUI versions {where}, {browsed} of them in a browser")
+    in_browser = sum("browser" in report.keywords for report in ran)
+    reporter.write_line(f"{len(ran)} host tests ran in ComfyUI versions {where}, {in_browser} of them in a browser")

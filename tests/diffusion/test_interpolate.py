@@ -1,4 +1,4 @@
-"""Interpolation, schedules of a strength, and masks on latent grids."""
+"""Interpolation, schedules scaled by a strength, and masks on latent grids."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_trajectory(golden: Golden, run: str) -> None:
 
 
 def oracle(picture: Tensor) -> Denoiser:
-    """Returns a denoiser that knows the picture, and so the noise in x."""
+    """Returns a denoiser that computes the noise in x from the known picture."""
 
     def noise_in(x: Tensor, t: Tensor) -> Tensor:
         signal = expand(alpha_bar(t), x)
@@ -82,16 +82,16 @@ def oracle(picture: Tensor) -> Denoiser:
 
 
 # The schedule ends at 0.9999, not at 1: ddim leaves a hundredth of the noise, ddpm its mean.
-LEFT = 0.06
+REMAINING_NOISE = 0.06
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("times", [linear_times(7, start=0.7), squared_times(6)])
-def test_any_start_leads_to_the_picture_that_the_model_knows(name: str, times: Tensor) -> None:
+def test_every_sampler_reaches_the_known_picture(name: str, times: Tensor) -> None:
     picture, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     x = diffuse(picture, times[:1].expand(2), noise)
     out = sample(oracle(picture), x, times, draw=seeded_noise(0, 2), sampler=name)
-    assert (out - picture).abs().max() < LEFT
+    assert (out - picture).abs().max() < REMAINING_NOISE
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -99,11 +99,11 @@ def test_a_mask_keeps_the_rest_of_the_picture(name: str) -> None:
     picture, x, times = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), linear_times(7)
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., 3:] = 1
-    known = torch.cat([picture[..., :3], torch.randn(1, 4, 6, 3)], dim=-1)  # what the model expects; the left is kept
+    known = torch.cat([picture[..., :3], torch.randn(1, 4, 6, 3)], dim=-1)  # its left half is kept
     masked = sample(
         oracle(known), x, times, draw=replay(*[x] * 14), sampler=name, init=picture, mask=mask, kept_noise=x
     )
-    assert (masked - known).abs().max() < LEFT
+    assert (masked - known).abs().max() < REMAINING_NOISE
     free = sample(oracle(known), x, times, draw=replay(*[x] * 14), sampler=name)
     assert torch.equal(masked[..., 3:], free[..., 3:])
 
@@ -111,17 +111,17 @@ def test_a_mask_keeps_the_rest_of_the_picture(name: str) -> None:
 DEVIATION = 0.5  # of Gaussian pictures with mean 0, for which the solution of the probability-flow ODE is known
 
 
-def best_guess(x: Tensor, t: Tensor) -> Tensor:
-    """Returns the expected noise in x."""
+def expected_noise(x: Tensor, t: Tensor) -> Tensor:
+    """Returns the expected noise in x, for Gaussian pictures."""
     signal = expand(alpha_bar(t), x)
     return x * (1 - signal).sqrt() / (signal * DEVIATION**2 + 1 - signal)
 
 
 def ode_error(sampler: str, steps: int) -> float:
-    """Returns how far a sampler ends from the exact solution from t = 0.9 to t = 0.1."""
+    """Returns a sampler's distance from the exact solution at t = 0.1, started at t = 0.9."""
     x, times = torch.ones(1, 1, 1, 1, dtype=torch.float64), linear_times(steps, 0.9, 0.1).double()
     start, end = (alpha_bar(t) * DEVIATION**2 + 1 - alpha_bar(t) for t in (times[0], times[-1]))
-    out = sample(best_guess, x, times, draw=seeded_noise(0, 1), sampler=sampler)
+    out = sample(expected_noise, x, times, draw=seeded_noise(0, 1), sampler=sampler)
     return float((out - (end / start).sqrt()).abs())
 
 
@@ -141,7 +141,7 @@ def test_dpmpp_2m_follows_the_papers_algorithm() -> None:
     noises, clean, widths = [], [], []
     for i in range(5):
         a, a_next = float(alpha_bar(times[i])), float(alpha_bar(times[i + 1]))
-        noises.append(best_guess(x, times[i : i + 1]) + 0.1 * x.cos())
+        noises.append(expected_noise(x, times[i : i + 1]) + 0.1 * x.cos())
         clean.append((x - math.sqrt(1 - a) * noises[i]) / math.sqrt(a))
         half_log_snr = [math.log(math.sqrt(b) / math.sqrt(1 - b)) for b in (a, a_next)]
         widths.append(half_log_snr[1] - half_log_snr[0])
@@ -151,17 +151,17 @@ def test_dpmpp_2m_follows_the_papers_algorithm() -> None:
             target = (1 + 1 / (2 * r)) * clean[i] - 1 / (2 * r) * clean[i - 1]
         x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * (math.exp(-widths[i]) - 1) * target
     out = sample(
-        lambda x, t: best_guess(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="dpmpp_2m"
+        lambda x, t: expected_noise(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="dpmpp_2m"
     )
     assert_near(out, x, 1e-9)
     first_order = sample(
-        lambda x, t: best_guess(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="ddim"
+        lambda x, t: expected_noise(x, t) + 0.1 * x.cos(), start, times, draw=seeded_noise(0, 1), sampler="ddim"
     )
     assert not torch.allclose(out, first_order, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_run_keeps_nothing_of_the_one_before(name: str) -> None:
+def test_runs_are_independent(name: str) -> None:
     def run(picture: Tensor) -> Tensor:
         return sample(oracle(picture), x, squared_times(4), draw=seeded_noise(0, 2), sampler=name)
 
@@ -173,15 +173,15 @@ def test_a_run_keeps_nothing_of_the_one_before(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("times", [linear_times(2000), squared_times(6).repeat_interleave(2)], ids=["many", "repeated"])
-def test_steps_of_no_width_stay_finite(name: str, times: Tensor) -> None:
+def test_steps_without_width_stay_finite(name: str, times: Tensor) -> None:
     """alpha_bar is clamped at both ends, so that neighbouring times can have the same noise."""
-    out = sample(best_guess, torch.randn(1, 4, 3, 5), times, draw=seeded_noise(0, 1), sampler=name)
+    out = sample(expected_noise, torch.randn(1, 4, 3, 5), times, draw=seeded_noise(0, 1), sampler=name)
     assert out.isfinite().all() and out.abs().max() < 10
 
 
 def test_unknown_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match="'euler'.*ddpm, ddim, dpmpp_2m"):
-        sample(best_guess, torch.zeros(1, 1, 1, 1), linear_times(2), draw=seeded_noise(0, 1), sampler="euler")
+        sample(expected_noise, torch.zeros(1, 1, 1, 1), linear_times(2), draw=seeded_noise(0, 1), sampler="euler")
 
 
 def test_the_callback_sees_the_denoised_and_can_stop() -> None:

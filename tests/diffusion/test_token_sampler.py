@@ -82,7 +82,7 @@ def test_renoising_as_in_training(golden: Golden) -> None:
     assert torch.equal(replaced.long(), paella["out/noise_mask"])
 
 
-def walk(mode: str = "multinomial", seed: int = 5, pictures: int = 2, **masked: Tensor) -> Tensor:
+def sample_columns(mode: str = "multinomial", seed: int = 5, pictures: int = 2, **masked: Tensor) -> Tensor:
     """Samples 4 steps with a model that prefers token = column."""
     draw = SeededTokenNoise(seed, pictures)
     noise = draw.tokens(16, 8, 12)
@@ -100,27 +100,27 @@ def walk(mode: str = "multinomial", seed: int = 5, pictures: int = 2, **masked: 
 
 @pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
 def test_a_batch_equals_its_singles(mode: str) -> None:
-    both = walk(mode)
+    both = sample_columns(mode)
     assert both.shape == (2, 8, 12)
     for i in range(2):
-        assert torch.equal(walk(mode, seed=5 + i, pictures=1)[0], both[i])
+        assert torch.equal(sample_columns(mode, seed=5 + i, pictures=1)[0], both[i])
 
 
 def test_seeds_and_modes_differ() -> None:
-    assert not torch.equal(walk(seed=5), walk(seed=9))
-    assert not torch.equal(walk(), walk("argmax"))
-    assert torch.equal(walk("argmax"), torch.arange(12).expand(2, 8, 12))
+    assert not torch.equal(sample_columns(seed=5), sample_columns(seed=9))
+    assert not torch.equal(sample_columns(), sample_columns("argmax"))
+    assert torch.equal(sample_columns("argmax"), torch.arange(12).expand(2, 8, 12))
 
 
 def test_the_mask_keeps_the_rest() -> None:
     init = torch.full((2, 8, 12), 15)
     mask = torch.zeros(2, 8, 12, dtype=torch.bool)
     mask[:, :, 6:] = True
-    out = walk("argmax", init=init, mask=mask)
+    out = sample_columns("argmax", init=init, mask=mask)
     assert (out[:, :, :6] == 15).all()
     assert torch.equal(out[:, :, 6:], torch.arange(6, 12).expand(2, 8, 6))
     with pytest.raises(ValueError, match="init and mask"):
-        walk(init=init)
+        sample_columns(init=init)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -142,4 +142,4 @@ def test_temperature_sharpens() -> None:
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="'quant'.*multinomial, argmax, quantised"):
-        walk("quant")
+        sample_columns("quant")

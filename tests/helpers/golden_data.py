@@ -21,7 +21,7 @@ def tuples(value: Any) -> Any:
 
 
 class Golden:
-    """One golden file; `golden["in/x"]` reads one tensor."""
+    """A golden file; `golden["in/x"]` reads a tensor."""
 
     def __init__(self, name: str):
         self.file = safe_open(FOLDER / f"{name}.safetensors", "pt")

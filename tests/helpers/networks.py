@@ -47,7 +47,7 @@ PROMPTS = ("a red apple on a blue background", "a cat", "")
 
 @dataclass(frozen=True)
 class Network:
-    """Builds and calls a network; `inputs` returns its arguments for 3 samples."""
+    """Functions that build and call a network; `inputs` returns its arguments for 3 samples."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]

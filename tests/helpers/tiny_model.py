@@ -54,7 +54,7 @@ def tiny_parts(release: str = "v2") -> dict[str, nn.Module]:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    colours = parts["vqgan"].out_block[0]  # around grey, so that few pixels are clipped at 0 and 255
+    colours = parts["vqgan"].out_block[0]  # grey pictures, so that few pixels are clipped at 0 and 255
     with torch.no_grad():
         colours.weight.mul_(0.05)
         colours.bias.fill_(0.5)

@@ -56,7 +56,7 @@ def test_chunked_attention_equals_torch(scores: int, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def positions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the positions of each call of the MLP kernel, which works on inputs of any size, in chunks of 7."""
+    """Lists the positions in each call of the MLP kernel, which takes inputs of any size in chunks of 7."""
     seen: list[int] = []
     kernel = mlp._chunked_mlp
 

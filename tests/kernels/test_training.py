@@ -124,7 +124,7 @@ def test_dropout_is_repeatable_and_drops_its_rate(dtype: torch.dtype) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    """Of the outputs of an MLP and of attention, over many equal elements."""
+    """The mean output of an MLP and of attention over many equal elements stays the same."""
     norm, ones = GlobalResponseNorm(4000), torch.ones(1, 1, 1, 4000)
     x = torch.full((1, 8, 8, 4000), 2.0).requires_grad_()
     zero, mean = 0 * ones, torch.full((1, 4000), 1 / 4000)

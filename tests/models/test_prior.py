@@ -1,4 +1,4 @@
-"""The prior against the original's numbers, and how it starts its training."""
+"""The prior against outputs of the original code, its initialisation and its key-value cache."""
 
 from __future__ import annotations
 

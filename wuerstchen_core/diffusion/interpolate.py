@@ -7,7 +7,7 @@ from torch import Tensor
 
 PICTURE = (-3, -2, -1)  # latents [B, c, h, w]: one vector per picture
 TOKEN = (-1,)  # text states [B, n, c]: one vector per token
-MIN_SINE = 1e-3  # of the angle between two vectors; below it their plane of rotation is undefined
+MIN_SINE = 1e-3  # of the angle between two vectors; with less they count as parallel
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float, dims: tuple[int, ...] = PICTURE) -> Tensor:
@@ -19,9 +19,7 @@ def slerp(a: Tensor, b: Tensor, fraction: float, dims: tuple[int, ...] = PICTURE
     """
     if a.shape != b.shape:
         shapes = " and ".join("x".join(map(str, x.shape)) for x in (a, b))
-        raise ValueError(
-            f"cannot interpolate between shapes {shapes}: give pictures of one size, or texts of similar length"
-        )
+        raise ValueError(f"cannot interpolate shapes {shapes}: give pictures of one size, or texts of similar length")
     check_fraction(fraction)
     if fraction in (0, 1):
         return b if fraction else a

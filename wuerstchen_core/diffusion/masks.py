@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK_THRESHOLD = 0.5  # a mask's pixels from here on are generated, those below it are kept
+MASK_THRESHOLD = 0.5  # pixels of a mask from this value on are generated, others are kept
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 NoiseSource = Callable[[Tensor], Tensor]  # returns noise of its argument's shape, dtype and device
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, NoiseSource], Tensor]  # (x, noise, t [B], t_next [B], draw) to x
 Progress = Callable[[int, int, Tensor, Tensor], None]  # step, steps, x, denoised x, after each step; may raise to stop
-Seed = int | Sequence[int]  # of a batch: one number for seed, seed + 1, ..., or one for each picture
+Seed = int | Sequence[int]  # n for n, n + 1, ... in a batch, or one number per picture
 
 
 def predict_x0(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def ddim_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSo
 class DPMSolverPP2M:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). The first step and a last one to t = 0 equal DDIM's.
 
-    An instance keeps the previous step's prediction and serves one run.
+    Create one instance per run: it remembers the previous step's prediction.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class DPMSolverPP2M:
         return ((1 - signal_next) / (1 - signal)).sqrt() * x - signal_next.sqrt() * torch.expm1(-width) * target
 
 
-# By name, factories that are called once per run. In the order of ComfyUI's choices: append new ones.
+# Factories by name, called once per run. The nodes list them in this order: append new ones.
 SAMPLERS: dict[str, Callable[[], Step]] = {
     "ddpm": lambda: ddpm_step,
     "ddim": lambda: ddim_step,

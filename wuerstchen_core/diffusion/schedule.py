@@ -16,7 +16,7 @@ from ..common.text import check_choice
 
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
-MAX_STEPS = 10_000  # more can only be a typing error, and would fill the memory
+MAX_STEPS = 10_000  # more is surely a typing error and would fill the memory
 
 
 def alpha_bar(t: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def squared_times(steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A named time schedule of Stage C and the settings that go with it."""
+    """A named time schedule of Stage C, with the settings that it implies."""
 
     times: Callable[[int], Tensor]  # number of steps to times [steps + 1]
     steps: int | None = None  # of Stage C; None: any number
@@ -78,13 +78,13 @@ class Schedule:
     decoder_steps: int | None = None  # of Stage B (v2); None: the default
 
 
-# In the order of ComfyUI's choices: append new ones.
+# The nodes list them in this order: append new ones.
 SCHEDULES = {
     "original": Schedule(two_part_times, 30),  # the original v2 notebook: 20 + 10 steps
     "diffusers": Schedule(two_part_times, 29),  # DEFAULT_STAGE_C_TIMESTEPS: 19 + 10 steps
     "linear": Schedule(linear_times),
     # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps (docs/steps.md). Few steps
-    # that each add noise fail now and then, hence ddim.
+    # that each add noise sometimes fail, hence ddim.
     "fast": Schedule(squared_times, 6, "ddim", 4),
 }
 

@@ -44,7 +44,7 @@ class SeededTokenNoise:
 
 
 def renoise(tokens: Tensor, noise: Tensor, t: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces the tokens [B, H, W] where `uniform` is at most t [B] by `noise`. Returns them and where it did so."""
+    """Replaces tokens [B, H, W] by `noise` where `uniform` is at most t [B]; returns the result and the mask."""
     replaced = uniform <= t[:, None, None]
     return torch.where(replaced, noise, tokens), replaced
 

@@ -14,12 +14,12 @@ from .dispatch import inference_on_cpu, training_on_cpu
 from .dropout import Dropout, supports_rate
 from .linear import refuse_second_order
 
-INFERENCE_SCORES = 2**20  # attention scores of a chunk, per thread: as many as fit its cache
-TRAINING_SCORES = 2**19
+INFERENCE_SCORES = 2**20  # attention scores per chunk and thread, which fit its cache
+TRAINING_SCORES = 2**19  # attention scores per chunk
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of the softmax."""
+    """Returns softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of the softmax."""
     one_dtype = q.dtype == k.dtype == v.dtype != torch.float16
     if one_dtype and training_on_cpu(q, k, v) and supports_rate(dropout):
         heads = (x.flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -37,9 +37,9 @@ def _has_amx() -> bool:
 
 
 def _chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by plain products over chunks of heads and queries.
+    """Computes attention with plain matrix products over chunks of heads and queries.
 
-    Without AMX, torch's fused attention multiplies bf16 as slowly as fp32: this takes 40 % of its time.
+    Without AMX, torch's fused attention multiplies bf16 as slowly as fp32; this takes 40 % of its time.
     """
     (batch, count, queries, width), keys = q.shape, k.shape[-2]
     budget = INFERENCE_SCORES * torch.get_num_threads()
@@ -56,9 +56,9 @@ def _chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     """softmax(q k^T) v over [heads, tokens, c], with gradients.
 
-    The backward pass computes the scores again, chunk by chunk in the processor's cache. That takes as long as keeping
-    them, and they would be most of what a block keeps. torch's fused attention has no dropout on a CPU; with a backward
-    pass it takes three times as long in bf16 at 64 and 36 queries, and 1.3 times at 576.
+    The backward pass recomputes the scores chunk by chunk in the processor's cache. This is as fast as storing them;
+    they would take most of a block's memory. torch's fused attention has no dropout on a CPU; with a backward pass it
+    takes three times as long in bf16 at 64 and 36 queries, and 1.3 times at 576.
     """
 
     @staticmethod
@@ -90,6 +90,6 @@ class _Attention(torch.autograd.Function):
 
 
 def _head_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Splits tensors [heads, tokens, c], queries and keys first, into chunks of heads whose scores fit the cache."""
+    """Splits tensors [heads, tokens, c] into chunks of heads whose scores fit the cache; the first two are q and k."""
     count = max(1, TRAINING_SCORES // (tensors[0].shape[1] * tensors[1].shape[1]))
     return zip(*(x.split(count) for x in tensors), strict=True)

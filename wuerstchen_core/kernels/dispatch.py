@@ -81,13 +81,13 @@ def training_on_cpu(*tensors: Tensor | None) -> bool:
 
 
 class HasWeights:
-    """Mixin of layers whose weights a kernel may use instead of calling the layer."""
+    """Mixin for layers whose weights a kernel may use instead of calling the layer."""
 
     weight: Any
     bias: Any
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias ready for use with x (in ComfyUI: patched, cast and on x's device)."""
+        """Returns weight and bias, ready for use with x (in ComfyUI: patched, cast and on x's device)."""
         return self.weight, self.bias
 
 

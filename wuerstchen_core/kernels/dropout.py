@@ -1,6 +1,6 @@
 """Fast CPU dropout.
 
-torch draws one random number per element, a seventh of a full-size prior's training step; this is five times as fast.
+torch draws one random number per element (1/7 of a full-size prior's training step); this is five times as fast.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Dropout:
     def __init__(self, p: float, seed: int | None = None):
         self.p = p
         self.seed = int(torch.randint(2**62, ())) if seed is None and p else seed or 0
-        self.scale = 1 / (1 - p)  # by which the caller multiplies the elements that stay
-        self._threshold = round(p * 2**16) - 2**15 - 1  # 16-bit integers up to this drop their element
+        self.scale = 1 / (1 - p)  # the caller multiplies the remaining elements by it
+        self._threshold = round(p * 2**16) - 2**15 - 1  # random 16-bit integers up to this drop their elements
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def restarted(self) -> Dropout:

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU by oneDNN: most of the networks' work."""
+"""Linear layers with oneDNN on a CPU; they are most of the networks' work."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def uses_onednn(x: Tensor, *others: Tensor | None) -> bool:
-    """True if `linear` multiplies these tensors by oneDNN."""
+    """True if `linear` multiplies these tensors with oneDNN."""
     return inference_on_cpu(x, *others) and bool(torch.backends.mkldnn.enabled) and x.dtype in _onednn_dtypes()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """F.linear of x [..., c_in] with weight [c_out, c_in], followed by GELU if `gelu`.
+    """Returns F.linear of x [..., c_in] with weight [c_out, c_in], followed by GELU if `gelu`.
 
-    oneDNN in fp32 takes half of MKL's time with AVX-512 on an AMD processor. In bf16 it saves a copy of the bias for
-    each result and the pass of the GELU: 5 to 10 % of both layers of an MLP.
+    In fp32, oneDNN takes half of MKL's time with AVX-512 on an AMD processor. In bf16 it needs neither a copy of the
+    bias per result nor a separate GELU: 5 to 10 % of an MLP's two layers.
     """
     if uses_onednn(x, weight, bias):
         kind, algorithm = ("gelu", "none") if gelu else ("none", "")
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 
 def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` in x's dtype, inside autocast too."""
+    """Returns `linear` in x's dtype, inside autocast too."""
     with torch.autocast("cpu", enabled=False):
         return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -60,7 +60,7 @@ def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refuse_second_order() -> None:
-    """Raises RuntimeError, in a kernel's backward pass, if that pass itself shall be differentiated."""
+    """Raises RuntimeError, in a kernel's backward pass, if that pass itself is to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError("the CPU kernels have no second derivatives (create_graph): set WUERSTCHEN_KERNELS=off")
 
@@ -68,8 +68,8 @@ def refuse_second_order() -> None:
 class _Linear(torch.autograd.Function):
     """`linear` with gradients that use oneDNN as well, which halves their time in fp32.
 
-    It keeps no cast copy of its weight: autocast keeps one of every weight until the backward pass, an eighth of what a
-    training in bf16 takes without its activations. Casting again takes 1 to 3 % of a full-size prior's step.
+    It stores no cast copy of the weight. autocast stores one of every weight until the backward pass, an eighth of the
+    memory of training in bf16 without activations. Casting again takes 1 to 3 % of a full-size prior's step.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Stage A's decoder in bands of rows, and its blocks with their gammas folded into the weights; on every device."""
+"""Stage A's decoder in bands of rows, and its blocks with gammas folded into the weights, for every device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 
 class FoldedBlock:
-    """A VQResBlock with its gammas, scales and shifts before and after linear maps, folded into its weights."""
+    """A VQResBlock whose gammas, which scale and shift around its linear layers, are folded into the weights."""
 
     def __init__(self, block: Any):
         conv, expand, project = block.depthwise[1], block.channelwise[0], block.channelwise[2]
@@ -53,7 +53,7 @@ def folded_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class Banded:
-    """Runs a layer that needs each row's neighbours over an image that comes in bands, from top to bottom."""
+    """Runs a layer that needs each row's neighbours over the bands of an image, from top to bottom."""
 
     def __init__(self, layer: Callable[[Rows], Tensor]):
         self._layer = layer
@@ -61,7 +61,7 @@ class Banded:
         self._top = True
 
     def __call__(self, band: Tensor, last: bool) -> Tensor | None:
-        """Returns the output for all rows so far, except for the last row unless `last`; None if there are too few."""
+        """Returns the output for the rows so far, without the last one unless `last`; None if they are too few."""
         x = band if self._pending is None else torch.cat([self._pending, band], dim=2)
         if not last and x.shape[2] <= (1 if self._top else 2):
             self._pending = x
@@ -87,8 +87,8 @@ def band_height(count: int, height: int, width: int, cpu: bool) -> int:
 def decode_in_bands(vqgan: Any, latents: Tensor) -> Tensor | None:
     """Fast path of `VQGAN.decode`; returns None where gradients are needed.
 
-    Each band goes through all layers before the next one starts: memory does not grow with the image's height, and
-    little leaves the processor's cache.
+    Each band passes through all layers before the next one starts: memory does not grow with the image's height, and a
+    band stays in the processor's cache.
     """
     needs_grad = torch.is_grad_enabled() and (latents.requires_grad or vqgan.out_block[0].weight.requires_grad)
     if needs_grad or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Multi-head attention: image tokens attend to themselves and to a conditioning."""
+"""Multi-head attention: image tokens attend to themselves and to the conditioning."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Attention(MultiHeadAttention):
 
 
 class PackedProjections(nn.Module):
-    """The weights of `nn.MultiheadAttention` under their names: query, key and value in one matrix."""
+    """Weights named as in `nn.MultiheadAttention`, with query, key and value in one matrix."""
 
     def __init__(self, c: int, operations: Any = Operations, **factory: Any):
         super().__init__()
@@ -113,7 +113,7 @@ class AttnBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(c_cond, c, **factory))
 
     def keys_values(self, cond: Tensor) -> KeysValues:
-        """Returns keys and values of cond [B, M, c_cond]; they do not depend on the time."""
+        """Returns the keys and values of cond [B, M, c_cond], which do not depend on the time."""
         return self.attention.keys_values(self.kv_mapper(cond))
 
     def forward(self, x: Tensor, cond: Tensor | KeysValues) -> Tensor:
@@ -121,7 +121,7 @@ class AttnBlock(nn.Module):
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, c]
         if isinstance(cond, KeysValues):
             out = self.attention(tokens, *([self.attention.keys_values(tokens)] if self.self_attn else []), cond)
-        else:  # one projection of both: in training, a weight used twice has two gradients to add
+        else:  # one projection for both: using a weight twice would add up two gradients in training
             mapped: Tensor = self.kv_mapper(cond)
             context = torch.cat([tokens, mapped.to(tokens.dtype)], dim=1) if self.self_attn else mapped
             out = self.attention(tokens, self.attention.keys_values(context))

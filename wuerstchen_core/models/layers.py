@@ -67,7 +67,7 @@ class GlobalResponseNorm(HasWeights, nn.Module):
         return self.gamma.to(x.dtype), self.beta.to(x.dtype)
 
     def energy(self, x: Tensor) -> Tensor:
-        """Returns the sum of squares [B, 1, 1, C] of each channel; on a CPU several times faster than a vector norm."""
+        """Returns each channel's sum of squares [B, 1, 1, C]; on a CPU several times faster than a vector norm."""
         if x.dtype == torch.float16:  # squares overflow: sum in fp32, without an fp32 copy of x
             return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).square()
         return x.square().sum(dim=(1, 2), keepdim=True)
@@ -111,13 +111,7 @@ class ResBlock(nn.Module):
     """ConvNeXt block; `skip` channels join after the depthwise convolution."""
 
     def __init__(
-        self,
-        c: int,
-        c_skip: int = 0,
-        kernel_size: int = 3,
-        dropout: float = 0.0,
-        operations: Any = Operations,
-        **factory: Any,
+        self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0, *, operations: Any, **factory: Any
     ):
         super().__init__()
         self.depthwise = operations.Conv2d(c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c, **factory)
@@ -134,10 +128,9 @@ class ResBlock(nn.Module):
 class EarlySkipResBlock(ResBlock):
     """v1's ConvNeXt block: `skip` channels join before the depthwise convolution and take part in its groups."""
 
-    def __init__(self, c: int, c_skip: int, kernel_size: int, dropout: float, operations: Any, **factory: Any):
-        super().__init__(c, 0, kernel_size, dropout, operations, **factory)
-        padding = kernel_size // 2
-        self.depthwise = operations.Conv2d(c + c_skip, c, kernel_size, padding=padding, groups=c, **factory)
+    def __init__(self, c: int, c_skip: int, kernel_size: int, dropout: float, *, operations: Any, **factory: Any):
+        super().__init__(c, 0, kernel_size, dropout, operations=operations, **factory)
+        self.depthwise = operations.Conv2d(c + c_skip, c, kernel_size, padding=kernel_size // 2, groups=c, **factory)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, injected: MappedLatents | None = None) -> Tensor:
         h = x if skip is None else torch.cat([x, skip], dim=1)
@@ -157,7 +150,7 @@ class FeedForwardBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts by the time embedding."""
+    """Scales and shifts each channel by amounts computed from the time embedding."""
 
     def __init__(self, c: int, c_timestep: int, operations: Any = Operations, **factory: Any):
         super().__init__()
@@ -169,5 +162,5 @@ class TimestepBlock(nn.Module):
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
-    """Returns the index [N] of the code [K, c] nearest to each vector [N, c]; chunks bound the N x K distances."""
+    """Returns the index [N] of the code [K, c] nearest to each vector [N, c], in chunks that limit the memory."""
     return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in vectors.split(chunk)])

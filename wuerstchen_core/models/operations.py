@@ -27,7 +27,7 @@ class Conv2d(HasWeights, nn.Conv2d):
 class Embedding(nn.Embedding):
     """`nn.Embedding` that draws no initial weights on the meta device.
 
-    torch would import its compiler for that, 890 modules: loading Stage A takes 0.04 s and 1 MB instead of 1.1 s and
+    torch would import its compiler (890 modules) for that: loading Stage A takes 0.04 s and 1 MB instead of 1.1 s and
     80 MB.
     """
 

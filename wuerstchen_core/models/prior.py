@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -99,16 +100,15 @@ class Prior(nn.Module):
 
 
 class KVCache:
-    """Caches a prior's keys and values of recent texts, while its weights stay the same.
+    """Caches a prior's keys and values of recent texts; its weights must not change meanwhile.
 
-    Computing them is a thirtieth of a step's products at 1024x1024 pixels and a ninth at 512x512.
+    Computing them takes 1/30 of a step's products at 1024x1024 pixels and 1/9 at 512x512.
     """
-
-    SIZE = 4  # texts; callers alternate between the conditional and the unconditional one
 
     def __init__(self, prior: Prior):
         self._prior = prior
-        self._entries: list[tuple[Tensor, tuple[KeysValues, ...]]] = []
+        # Samplers alternate between the conditional and the unconditional text.
+        self._entries: deque[tuple[Tensor, tuple[KeysValues, ...]]] = deque(maxlen=4)
 
     def __call__(self, text: Tensor) -> tuple[KeysValues, ...]:
         """Returns `prior.keys_values(text)`; equal texts need not be the same tensor."""
@@ -116,5 +116,5 @@ class KVCache:
             if other is text or (other.shape == text.shape and other.dtype == text.dtype and torch.equal(other, text)):
                 return found
         new = self._prior.keys_values(text)
-        self._entries = [(text, new), *self._entries[: self.SIZE - 1]]
+        self._entries.appendleft((text, new))
         return new

@@ -64,8 +64,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(ids) + self.positional_embedding[:length]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         allowed = mask.bool()[:, None, :] & causal  # [B, L, L]
-        blocked = torch.zeros(allowed.shape, dtype=x.dtype, device=ids.device)
-        blocked = blocked.masked_fill(~allowed, torch.finfo(x.dtype).min)
+        blocked = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
         x = self.transformer(x, attn_mask=blocked.repeat_interleave(self.params.heads, dim=0))
         return self.ln_final(x)
 
@@ -76,9 +75,7 @@ class TextEncoder(nn.Module):
         """
         ids, mask = zip(*(tokenize_chunks(prompt, self.params.context_length) for prompt in prompts), strict=True)
         if len(counts := {len(chunks) for chunks in ids}) > 1:
-            raise ValueError(
-                f"the prompts have different numbers of 75-token chunks ({counts}): encode them one by one"
-            )
+            raise ValueError(f"prompts with {counts} chunks of 75 tokens do not fit together: encode them one by one")
         device = self.token_embedding.weight.device
         states = self(torch.cat(ids).to(device), torch.cat(mask).to(device))
         return states.unflatten(0, (len(prompts), -1)).flatten(1, 2)

@@ -33,8 +33,8 @@ class Quantized(NamedTuple):
 
     latents: Tensor  # [B, 4, h, w], the nearest codes; gradients pass straight through
     indices: Tensor  # [B, h, w]
-    codebook_loss: Tensor  # scalar, as is the next
-    commit_loss: Tensor
+    codebook_loss: Tensor  # scalar
+    commit_loss: Tensor  # scalar
 
 
 class Codebook(nn.Module):
@@ -123,10 +123,9 @@ class VQGAN(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Maps images [B, 3, H, W] in [0, 1] to latents [B, 4, H/4, W/4] in codebook units, not quantised."""
         multiple = 2**self.params.levels
-        if images.shape[-1] % multiple or images.shape[-2] % multiple:
-            raise ValueError(
-                f"the image has {images.shape[-1]}x{images.shape[-2]} pixels: sides must be multiples of {multiple}"
-            )
+        height, width = images.shape[-2:]
+        if height % multiple or width % multiple:
+            raise ValueError(f"the image has {width}x{height} pixels: its sides must be multiples of {multiple}")
         return self.down_blocks(channels_last(self.in_block(images))).contiguous()
 
     def quantize(self, latents: Tensor) -> Quantized:
