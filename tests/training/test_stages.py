@@ -179,7 +179,7 @@ def test_near_codes_start_similar() -> None:
 
 def test_a_token_decoder_needs_all_codes(run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
     wrong = [f"run='{tmp_path}'", *inputs, "model.num_labels=17"]
-    with pytest.raises(ValueError, match=r"\[model\] num_labels .*17.*16"):
+    with pytest.raises(ValueError, match=r"\[model\] num_labels .*16.*17"):
         run("token-decoder", config_path(run_folder, "token-decoder"), wrong)
     with pytest.raises(ValueError, match=r"\[codes\] width .*-1\.0$"):
         run("token-decoder", config_path(run_folder, "token-decoder"), [*wrong[:-1], "codes.width=-1.0"])

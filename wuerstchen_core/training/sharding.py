@@ -13,7 +13,10 @@ DEVICE_OPTIONS = ("fused", "foreach")  # of an optimizer's groups; they depend o
 
 
 def gather(tree: Any, keep: bool = True) -> Any:
-    """Returns nested containers with whole tensors, or with None unless `keep`. All processes must call this."""
+    """Returns nested containers with sharded tensors gathered on the CPU; all processes must call this.
+
+    Without `keep`, tensors become None: only the main process needs them.
+    """
 
     def join(x: Any) -> Any:
         if isinstance(x, DTensor):
@@ -24,14 +27,14 @@ def gather(tree: Any, keep: bool = True) -> Any:
 
 
 def shard_like(x: Any, other: Tensor) -> Any:
-    """Returns x sharded as `other` is, if their shapes are equal."""
+    """Returns x sharded like `other`, or x itself if `other` is not sharded or has another shape."""
     if isinstance(other, DTensor) and isinstance(x, Tensor) and x.shape == other.shape:
         return distribute_tensor(x, other.device_mesh, other.placements)
     return x
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads a whole state dict, sharded as the weights are. `DEVICE_OPTIONS` keep their present values."""
+    """Loads an unsharded state dict and shards it like the weights. `DEVICE_OPTIONS` keep the optimizer's values."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {key: shard_like(x, weights[i]) for key, x in values.items()} for i, values in saved["state"].items()}
     groups = [

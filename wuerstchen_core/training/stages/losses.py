@@ -17,7 +17,7 @@ from ...models.prior import PriorParams, features_from_latents, latents_from_fea
 from ..rng import StepRandom
 
 REGRESSION_TIME = 0.95  # the image has 0.6 % of the variance
-SLOW_TURNS = 16.0  # periods of the fastest slow frequency from t = 0 to 1
+SLOW_TURNS = 16.0  # a frequency with at most this many periods between t = 0 and 1 is slow
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class NoiseConfig(TimesConfig):
     """The `[noise]` table of networks that predict noise.
 
     `weight` of the squared error:
-    `p2`, the original's 1 - alpha_bar, almost ignores times near the image.
+    `p2`, the original's 1 - alpha_bar, gives times near 0 almost no weight.
     `v`, min(1 / alpha_bar, cap), is v-prediction's loss up to the cap (arXiv 2202.00512, appendix D); a small model
     learns the content of images several times faster with it.
     `x0`, the product of both, is the squared error of the image itself; unlike `v`, it is small near t = 0.
@@ -88,8 +88,7 @@ def freeze_fast_times(net: nn.Module) -> None:
     for block in net.modules():
         if isinstance(block, TimestepBlock):
             weight = block.mapper.get_parameter("weight")
-            slow = time_frequencies(weight.shape[1]) * TIME_SCALE <= SLOW_TURNS * 2 * math.pi
-            mask = slow.repeat(2)
+            mask = (time_frequencies(weight.shape[1]) * TIME_SCALE <= SLOW_TURNS * 2 * math.pi).repeat(2)
             weight.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
 
 

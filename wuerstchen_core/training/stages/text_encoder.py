@@ -43,9 +43,8 @@ class Contrast(nn.Module):
 
     def embed_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns unit vectors [B, joint] of token ids [B, L], from the state of the end token."""
-        states = self.text_encoder(ids, mask)
-        last = mask.sum(1) - 1
-        return F.normalize(self.text_projection(states[torch.arange(len(ids)), last]).float(), dim=-1)
+        states = self.text_encoder(ids, mask)[torch.arange(len(ids)), mask.sum(1) - 1]
+        return F.normalize(self.text_projection(states).float(), dim=-1)
 
     def embed_images(self, features: Tensor) -> Tensor:
         """Returns unit vectors [B, joint] of features [B, 16, h, w] in the prior's space."""

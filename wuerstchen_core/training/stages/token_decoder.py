@@ -1,4 +1,4 @@
-"""Trains Stage B of v1, which predicts Stage A tokens from partly replaced ones, given features and text."""
+"""Trains v1's Stage B: predicts Stage A tokens, some replaced by random ones, given image features and text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CodesConfig:
     """The `[codes]` table: initial similarity of the codes.
 
     `width` is a distance in codebook units. Codes that are nearer than that start with similar input and output weights
-    (random Fourier features: Rahimi and Recht, NIPS 2007). 0: all codes start independent, as in the original, which
-    sees each of them many thousand times.
+    (random Fourier features: Rahimi and Recht, NIPS 2007). 0: all codes start independent, as in the original, whose
+    training is long enough to learn each of them.
     """
 
     width: NotNegative = 0.0
@@ -59,10 +59,8 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         self.frozen = [*self.frozen, self.vqgan]  # quantizes latents even if these are cached
         codebook = self.vqgan.vquantizer.codebook.weight
         if len(codebook) != self.net.params.num_labels:
-            raise ValueError(
-                f"[model] num_labels is {self.net.params.num_labels}, but Stage A has {len(codebook)} codes: set it to "
-                "that"
-            )
+            labels = self.net.params.num_labels
+            raise ValueError(f"[model] num_labels must be {len(codebook)}, the number of Stage A's codes, got {labels}")
         if codes.width and "start" not in config:
             for layer in (self.net.in_mapper[0], self.net.out_mapper[1]):
                 weight = layer.get_parameter("weight")

@@ -47,7 +47,7 @@ class Autoencoder(nn.Module):
             scale.requires_grad_(False)
 
     def forward(self, images: Tensor, quantized: int | None, init_codebook: bool) -> Tensor:
-        """Returns the loss of images [B, 3, H, W]; `quantized` of them are decoded from codes (None: codes are off)."""
+        """Returns the loss of images [B, 3, H, W], of which `quantized` are decoded from codes (None: no codebook)."""
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
