@@ -167,8 +167,25 @@ def test_a_lora_of_another_width_is_rejected() -> None:
     assert all(fact in found.example for fact in ("blocks.2.attention.to_q", "64x64", "128x128"))
     with pytest.raises(ValueError, match="15 more"):
         merge_lora(prior.state_dict(), wide)
-    torn = of(lora_A__weight=torch.ones(2, 64), lora_B__weight=torch.ones(64, 3))
-    assert "rank" in fit(torn, shapes(prior)).example
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lora_A__weight": (2, 64), "lora_B__weight": (64, 3)},
+        {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (1, 2), "hada_w2_b": (2, 64)},
+        {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 1)},
+        {"lokr_w1": (8,), "lokr_w2": (8, 64)},
+        {"lokr_w1_a": (8,), "lokr_w1_b": (8, 64), "lokr_w2": (64, 1)},
+    ],
+)
+def test_factors_that_do_not_fit_each_other_are_rejected(sizes: dict[str, tuple[int, ...]]) -> None:
+    """Also where torch would broadcast them to the shape of the weight."""
+    adapters = of(**{name: torch.ones(size) for name, size in sizes.items()})
+    prior = NETWORKS["prior"].perturbed()
+    assert "factors" in fit(adapters, shapes(prior)).example
+    with pytest.raises(ValueError, match="blocks.2.attention.to_q"):
+        merge_lora(prior.state_dict(), adapters)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, LoHa, LoKr) of a LoRA file: their kinds, the weight change they make, and merging."""
+"""Adapters (LoRA, LoHa, LoKr) of a LoRA file: the change that each makes to a weight, and merging it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .components import State
 
 @dataclass
 class Adapter:
-    """Tensors that change one module's weight, under ComfyUI's names, and their keys in the file."""
+    """The tensors that change one module's weight, by ComfyUI's names, and their keys in the file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -47,14 +47,16 @@ def keys_of(adapters: Adapters) -> list[str]:
 def delta(tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns the change [out, in * ...] that an adapter adds to a weight [out, in, ...] at strength 1.
 
-    Without DoRA's magnitudes. The factors must match (see `fit`).
+    DoRA's magnitudes are not applied. Raises an error if the factors do not fit each other; `fit` sorts these out.
     """
     rank: int | None = None
     if "lora_up.weight" in tensors:
         up, down = (tensors[name].flatten(1) for name in ("lora_up.weight", "lora_down.weight"))
-        out, rank = up @ down, down.shape[0]
+        out, rank = up.mm(down), down.shape[0]
     elif "hada_w1_a" in tensors:
-        one, two = (tensors[f"hada_{name}_a"] @ tensors[f"hada_{name}_b"] for name in ("w1", "w2"))
+        one, two = (tensors[f"hada_{name}_a"].mm(tensors[f"hada_{name}_b"]) for name in ("w1", "w2"))
+        if one.shape != two.shape:  # they would be broadcast
+            raise ValueError(f"the products of a LoHa's factors are {list(one.shape)} and {list(two.shape)}")
         out, rank = one * two, tensors["hada_w1_b"].shape[0]
     else:
         factors = []
@@ -62,7 +64,7 @@ def delta(tensors: Mapping[str, Tensor]) -> Tensor:
             if name in tensors:
                 factors.append(tensors[name].flatten(1))
             else:
-                factors.append(tensors[f"{name}_a"] @ tensors[f"{name}_b"])
+                factors.append(tensors[f"{name}_a"].mm(tensors[f"{name}_b"]))
                 rank = tensors[f"{name}_b"].shape[0]
         out = torch.kron(*factors)
     if rank is not None and "alpha" in tensors:
@@ -72,9 +74,9 @@ def delta(tensors: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """Adapters of a file sorted by the network's weights: shape fits, module missing, shape differs.
+    """A file's adapters by their match in a network: a weight of their shape, no module, a weight of another shape.
 
-    `example` describes the first shape that differs.
+    `example` describes the first adapter in `misshaped`.
     """
 
     fitting: Adapters
@@ -85,16 +87,20 @@ class Fit:
 
 def fit(adapters: Adapters, shapes: Mapping[str, Sequence[int]]) -> Fit:
     """Compares adapters with the shapes of a network's weights, by module path."""
-    absent = {path: adapter for path, adapter in adapters.items() if path not in shapes}
-    present = {path: adapter for path, adapter in adapters.items() if path in shapes}
-    fitting = {path: adapter for path, adapter in present.items() if _fits(adapter.tensors, shapes[path])}
-    misshaped = {path: adapter for path, adapter in present.items() if path not in fitting}
+    fitting: Adapters = {}
+    absent: Adapters = {}
+    misshaped: Adapters = {}
     example = ""
-    if misshaped:
-        path, adapter = next(iter(misshaped.items()))
-        change = _change(adapter.tensors)
-        text = "has factors of different rank" if change is None else f"is {_shape_text(change)}"
-        example = f"{path}: the weight is {_shape_text(shapes[path])}, its change {text}"
+    for path, adapter in adapters.items():
+        if path not in shapes:
+            absent[path] = adapter
+        elif _fits(adapter.tensors, shapes[path]):
+            fitting[path] = adapter
+        else:
+            misshaped[path] = adapter
+            change = _delta_shape(adapter.tensors)
+            text = "has factors that do not fit each other" if change is None else f"is {_shape_text(change)}"
+            example = example or f"{path}: the weight is {_shape_text(shapes[path])}, its change {text}"
     return Fit(fitting, absent, misshaped, example)
 
 
@@ -102,16 +108,16 @@ def _shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _change(tensors: Mapping[str, Tensor]) -> torch.Size | None:
-    """Returns the shape of an adapter's delta; None if its factors do not match."""
+def _delta_shape(tensors: Mapping[str, Tensor]) -> torch.Size | None:
+    """Returns the shape of an adapter's delta; None if its factors do not fit each other."""
     try:
         return delta({name: x.to("meta", torch.float32) for name, x in tensors.items()}).shape
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, ValueError):
         return None
 
 
 def _fits(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> bool:
-    change = _change(tensors)
+    change = _delta_shape(tensors)
     if change is None or math.prod(change) != math.prod(shape):
         return False
     one_row = change[0] == 1 and len(shape) == 4  # OneTrainer's depthwise convolutions
@@ -128,9 +134,9 @@ def merge_lora(state: State, adapters: Adapters, strength: float = 1.0) -> State
     """
     weights = {key.removesuffix(".weight"): x for key, x in state.items() if key.endswith(".weight")}
     found = fit(adapters, {path: x.shape for path, x in weights.items()})
-    if left := [*keys_of(found.absent), *keys_of(found.misshaped)]:
-        why = f"; {found.example}" if found.example else ""
-        raise ValueError(f"no weight for {listed(left, most=1, width=100)}{why}")
+    if unmatched := [*keys_of(found.absent), *keys_of(found.misshaped)]:
+        reason = f"; {found.example}" if found.example else ""
+        raise ValueError(f"no weight for {listed(unmatched, most=1, width=100)}{reason}")
     merged = dict(state)
     for path, adapter in found.fitting.items():
         if "dora_scale" in adapter.tensors:
