@@ -32,9 +32,6 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     _check_keys(part, network.state_dict())
     state = {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()}
     network.load_state_dict(state, assign=True)
-    empty = [key for key, x in (*network.named_parameters(), *network.named_buffers()) if x.is_meta]
-    if empty:
-        raise ValueError(f"{part.path or part.name} lacks values of the {part.name}: {_count(empty)}")
     return network.eval().requires_grad_(False)
 
 

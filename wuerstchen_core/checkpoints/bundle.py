@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .components import PARTS, TEXT_ENCODER, TOWERS, LazyPart, Params, Part, State, check_part_name
+from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name
 from .lazy import LazyTensor, lazy_state
 from .quant import quantize
 from .release import only_release, release_of
 from .writer import Progress, write_tensors
 
 DtypeOf: TypeAlias = Callable[[str, str, LazyTensor], torch.dtype | None]  # called with a part's name, a key, a tensor
-AnyPart: TypeAlias = nn.Module | Part | LazyPart
+AnyPart: TypeAlias = nn.Module | Part
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
@@ -31,25 +31,22 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
     Raises ValueError if it is damaged or of an unknown format.
     """
-
-    def damaged(reason: object) -> ValueError:
-        return ValueError(f"the metadata of {path} is damaged ({reason}): download the file again")
-
     if METADATA_KEY not in metadata:
         return {}
     try:
         content = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
-        raise damaged(error) from error
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
-        raise damaged("not a JSON object")
+        raise ValueError(f"the metadata of {path} is damaged: download the file again")
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is a bundle of format {content.get('format')!r}, but this version reads format {FORMAT}: update it"
+            f"{path} is a bundle of format {content.get('format')!r}, but this version reads format {FORMAT}: "
+            "update this package"
         )
     for name in ("parts", "sampling", "vocabulary"):
         if not isinstance(content.get(name, {}), dict):
-            raise damaged(f"{name} is not a JSON object")
+            raise ValueError(f"the metadata of {path} is damaged ({name} is not an object): download the file again")
     return content
 
 
@@ -79,15 +76,15 @@ def save_bundle(
     expect them. The file appears complete, or OSError says why not.
     """
     tensors: dict[str, LazyTensor] = {}
-    params: dict[str, Params] = {}
+    params: dict[str, Any] = {}
     for name, part in merge_towers(parts).items():
         check_part_name(name)
-        params[name] = _params(name, part)
+        params[name] = part.params
         for key, x in _tensors(part).items():
             chosen = dtype(name, key, x) if callable(dtype) else dtype
             tensors |= quantize(key if bare else f"{name}.{key}", x, chosen)
     if not tensors:
-        raise ValueError(f"nothing to write to {path}: give at least one of {', '.join(PARTS)}")
+        raise ValueError(f"no part to write to {path}: give at least one of {', '.join(PARTS)}")
     release = only_release(map(release_of, params.values()))
     content = {
         **({"version": release} if release else {}),
@@ -99,16 +96,7 @@ def save_bundle(
 
 
 def _tensors(part: AnyPart) -> dict[str, LazyTensor]:
-    if isinstance(part, LazyPart):
-        return part.tensors
     return lazy_state(part.state_dict if isinstance(part, Part) else part.state_dict())
-
-
-def _params(name: str, part: AnyPart) -> Params:
-    params = getattr(part, "params", None)
-    if params is None:
-        raise ValueError(f"{name} is a {type(part).__name__} without params: give one of this package's networks")
-    return params
 
 
 def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
@@ -121,14 +109,12 @@ def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
 
 def _equal(one: AnyPart, other: AnyPart) -> bool:
     a, b = _tensors(one), _tensors(other)
-    if a is b or one is other:
-        return True
-    return one.params == other.params and a.keys() == b.keys() and all(_same(x, b[key]) for key, x in a.items())
+    alike = one.params == other.params and a.keys() == b.keys()
+    return one is other or (alike and all(_same(x, b[key]) for key, x in a.items()))
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:
-    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return alike and torch.equal(one.load().cpu(), other.load().cpu())
+    return one is other or (one.dtype == other.dtype and one.load().cpu().equal(other.load().cpu()))
 
 
 def restore_token_rows(state: State, params: Mapping[str, Any] | None) -> State:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from ..common.dataclass_config import from_table
+from ..common.text import check_choice
 from ..models.decoder import Decoder, DecoderParams
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams
 from ..models.prior import Prior, PriorParams
@@ -18,7 +18,7 @@ from ..models.token_decoder import TokenDecoder, TokenDecoderParams
 from ..models.vqgan import VQGAN, VQGANParams
 from . import infer_params, key_maps
 from .infer_params import CLIP_NAMES
-from .lazy import LazyTensor
+from .lazy import AnyTensor
 
 State: TypeAlias = dict[str, Tensor]
 Params: TypeAlias = (
@@ -130,12 +130,12 @@ COMPONENTS = {
 
 
 def parts_of(kind: str) -> tuple[str, ...]:
-    """Returns the parts of a model that a kind of network serves as: both stages' towers for "text_encoder"."""
+    """Returns the names of a kind of network in a model: for "text_encoder" those of both stages' towers."""
     return TOWERS if kind == TEXT_ENCODER else (kind,)
 
 
 def parts_loaded_by(loader: Loader) -> tuple[str, ...]:
-    """Returns the parts of a model that a ComfyUI node loads from files of their own."""
+    """Returns the names of the parts that a ComfyUI node loads."""
     return tuple(part for kind, entry in COMPONENTS.items() if entry.loader == loader for part in parts_of(kind))
 
 
@@ -147,28 +147,21 @@ PARTS_OF = {  # the parts of a complete model, by release
 
 
 @dataclass
-class Part:
-    """One network of a model: its params, its weights under our key names, and the file or folder they are from."""
+class Part(Generic[AnyTensor]):
+    """One network of a model: its params, its weights under our key names, and the file or folder they are from.
+
+    The weights of a Part[LazyTensor] are computed one by one, as they are written.
+    """
 
     name: str
     params: Any
-    state_dict: State
+    state_dict: dict[str, AnyTensor]
     path: Path | None = None
 
 
-@dataclass
-class LazyPart:
-    """A part whose tensors are computed one by one, as they are written."""
-
-    name: str
-    params: Any
-    tensors: dict[str, LazyTensor]
-
-
 def check_part_name(name: str) -> None:
-    """Raises ValueError unless `name` is a part of a model, or "text_encoder" for both stages' tower."""
-    if name not in (*PARTS, TEXT_ENCODER):
-        raise ValueError(f"unknown part {name!r}: choose from {', '.join(PARTS)}")
+    """Raises ValueError unless `name` is a part of a model, or "text_encoder" for a tower that serves both stages."""
+    check_choice("part", name, (*PARTS, TEXT_ENCODER))
 
 
 def component(name: str) -> Component:
@@ -193,26 +186,22 @@ def text_width(params: Params) -> int | None:
     return getattr(params, entry.text_width) if entry and entry.text_width else None
 
 
+def tower_widths(parts: Mapping[str, Part]) -> dict[str, int]:
+    """Returns the width that each text tower must have for the stages among `parts`."""
+    widths = {name: text_width(part.params) for name, part in parts.items()}
+    return {f"{name.removeprefix('token_')}_{TEXT_ENCODER}": width for name, width in widths.items() if width}
+
+
 def tower_name(width: int) -> str:
     """Returns the name of the text tower with states of this width."""
     return f"{CLIP_NAMES[width]} (width {width})" if width in CLIP_NAMES else f"a text tower of width {width}"
 
 
-def check_towers(parts: Mapping[str, Part | LazyPart]) -> None:
+def check_towers(parts: Mapping[str, Part]) -> None:
     """Raises ValueError unless each text tower has the width that its stage reads."""
-    for stage in ("prior", "decoder", "token_decoder"):
-        tower = parts.get(f"{stage.removeprefix('token_')}_{TEXT_ENCODER}")
-        needed = text_width(parts[stage].params) if stage in parts else None
-        if tower is not None and needed is not None and tower.params.width != needed:
+    for name, width in tower_widths(parts).items():
+        if name in parts and (found := parts[name].params.width) != width:
             raise ValueError(
-                f"the {stage.replace('_', ' ')} needs {tower_name(needed)}, but its text encoder is "
-                f"{tower_name(tower.params.width)}: use the right one"
+                f"the {name.replace('_', ' ')} is {tower_name(found)}, but its stage reads {tower_name(width)}: "
+                "use that one"
             )
-
-
-def params_from_json(name: str, values: Mapping[str, Any]) -> Params:
-    """Returns the params of part `name` from a dict of their fields, as bundles store it."""
-    try:
-        return from_table(component(name).params, values, name)
-    except ValueError as error:
-        raise ValueError(f"the params in the file's metadata do not fit this version: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import TypeAlias
 import torch
 
 from ..common.devices import DTYPES
+from ..common.text import check_choice
 from .bundle import merge_towers, save_bundle
-from .components import PARTS, TEXT_ENCODER, TOWERS, LazyPart, check_part_name, check_towers, kind_of, text_width
+from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, check_towers, kind_of, tower_widths
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
 from .open import open_source
@@ -26,6 +27,7 @@ ENDING = ".safetensors"
 
 Report: TypeAlias = Callable[[Path, int, int], None]  # called with the file, the bytes written and the total
 AnyPath: TypeAlias = str | os.PathLike[str]
+LazyPart: TypeAlias = Part[LazyTensor]
 
 
 def convert(
@@ -51,7 +53,11 @@ def convert(
         raise ValueError(f"{path} is neither a bundle nor a folder: use a name that ends in {ENDING}, or no ending")
     bare = path.suffix != ENDING
     files = {path / f"{name}{ENDING}": {name: part} for name, part in parts.items()} if bare else {path: parts}
-    _check_free(files, force)
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: choose another name")
+        if file.exists() and not force:
+            raise ValueError(f"{file} already exists: choose another name, or overwrite it with --force")
     for file, content in files.items():
         report = None if progress is None else partial(progress, file)
         save_bundle(file, content, metadata, partial(_stored_dtype, dtypes), report, bare=bare)
@@ -63,21 +69,11 @@ def parse_dtypes(text: str) -> dict[str, str]:
     found = {"": "keep"}
     for word in text.split(","):
         name, _, dtype = word.strip().rpartition("=")
-        if dtype not in CHOICES:
-            raise ValueError(f"dtype {dtype!r} is unknown: choose {', '.join(CHOICES)}, as in bf16,vqgan=fp32")
+        check_choice("dtype", dtype, CHOICES)
         if name:
             check_part_name(name)
         found[name] = dtype
     return found
-
-
-def _check_free(files: Iterable[Path], force: bool) -> None:
-    """Raises ValueError if a file may not be written over."""
-    for file in files:
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder: choose another name")
-        if file.exists() and not force:
-            raise ValueError(f"{file} already exists: choose another name, or overwrite it with --force")
 
 
 def _stored_dtype(dtypes: Mapping[str, str], name: str, key: str, x: LazyTensor) -> torch.dtype | None:
@@ -93,38 +89,34 @@ def _open(sources: Sequence[AnyPath], version: str) -> list[Source]:
     if not sources:
         raise ValueError("nothing to convert: name at least one file or folder")
     opened = [open_source(source, version=version) for source in sources]
-    release = only_release(source.release_of_others() for source in opened)
+    release = only_release(release for source in opened for release in source.releases())
     return [replace(source, version=release) if release and version == "auto" else source for source in opened]
 
 
 def _gather(opened: Sequence[Source]) -> dict[str, LazyPart]:
     """Returns the parts of all sources in the order of `PARTS`."""
     parts: dict[str, LazyPart] = {}
-    origins: dict[str, Path] = {}
-    shared: list[tuple[Path, LazyPart]] = []  # towers that name no stage
-    for source in opened:
-        for name, part in source.lazy_parts().items():
-            if name == TEXT_ENCODER:
-                shared.append((source.path, part))
-                continue
-            if name in parts:
-                raise ValueError(f"both {origins[name]} and {source.path} hold a {name}: use one of them")
-            parts[name], origins[name] = part, source.path
-    for path, tower in shared:
-        for name in _stages_of(tower, parts, len(shared) > 1, path):
-            parts[name] = replace(tower, name=name)
+    shared: list[LazyPart] = []  # towers that name no stage
+    for name, part in (item for source in opened for item in source.lazy_parts().items()):
+        if name == TEXT_ENCODER:
+            shared.append(part)
+        elif name in parts:
+            raise ValueError(f"both {parts[name].path} and {part.path} hold a {name}: use one of them")
+        else:
+            parts[name] = part
+    for tower in shared:
+        parts |= {name: replace(tower, name=name) for name in _stages_of(tower, parts, several=len(shared) > 1)}
     check_towers(parts)
     check_release({name: part.params for name, part in parts.items()})
     return {name: parts[name] for name in PARTS if name in parts}
 
 
-def _stages_of(tower: LazyPart, parts: Mapping[str, LazyPart], several: bool, path: Path) -> list[str]:
+def _stages_of(tower: LazyPart, parts: Mapping[str, LazyPart], several: bool) -> list[str]:
     """Returns the part names of a tower that names no stage: those of the stages that read its width."""
-    widths = {name: text_width(part.params) for name, part in parts.items()}
-    needed = {TOWERS[0]: widths.get("prior"), TOWERS[1]: widths.get("decoder") or widths.get("token_decoder")}
-    released = dict(zip(TOWERS, CLIP_NAMES, strict=True)) if several else {}
     width = tower.params.width
-    found = [name for name in TOWERS if name not in parts and (needed[name] or released.get(name, width)) == width]
+    released = dict(zip(TOWERS, CLIP_NAMES, strict=True)) if several else {}
+    needed = dict.fromkeys(TOWERS, width) | released | tower_widths(parts)
+    found = [name for name in TOWERS if name not in parts and needed[name] == width]
     if not found:
-        raise ValueError(f"{path}: no stage here needs a text tower of width {width}; leave it out")
+        raise ValueError(f"{tower.path}: no stage here reads a text tower of width {width}: leave it out")
     return found

@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..common.devices import WEIGHT_DTYPES
-from ..models.prior import V1, PriorParams
-from .components import BUNDLE_LOADER, PARTS_OF, TOWERS, LazyPart, Loader, component, text_width, tower_name
+from ..models.prior import V1
+from .components import BUNDLE_LOADER, PARTS_OF, TOWERS, Loader, Part, component, text_width, tower_name
+from .lazy import LazyTensor
 from .open import open_source
-from .release import release_of
 from .source import BUNDLE, Source
 
 _DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
@@ -69,7 +67,10 @@ class Description:
             out.append(f"  it knows {self.vocabulary} words")
         if self.licence:
             out.append(f"  licence: {self.licence}")
-        for (folder, node), names in self._loaders().items():
+        loaders: dict[tuple[str | None, str | None], list[str]] = {}
+        for part in self.parts:
+            loaders.setdefault((part.folder, part.node), []).append(part.name)
+        for (folder, node), names in loaders.items():
             if folder is not None:
                 out.append(f"  in ComfyUI: models/{folder}, {node} ({', '.join(names)})")
             else:
@@ -78,13 +79,6 @@ class Description:
         missing = [f"{name} ({_NOTES[name]})" if name in _NOTES else name for name in self.missing]
         out.append(f"  missing for a complete model: {', '.join(missing)}" if missing else "  complete")
         return out
-
-    def _loaders(self) -> dict[tuple[str | None, str | None], list[str]]:
-        """Returns the names of the parts by the folder and node that load them."""
-        loaders: dict[tuple[str | None, str | None], list[str]] = {}
-        for part in self.parts:
-            loaders.setdefault((part.folder, part.node), []).append(part.name)
-        return loaders
 
 
 def describe(source: str | os.PathLike[str]) -> Description:
@@ -130,33 +124,29 @@ def _loaders(content: Source, parts: Iterable[str]) -> dict[str, Loader | None]:
     return {name: loader if loaders.count(loader) == 1 else None for name, loader in own.items()}
 
 
-def _part_info(part: LazyPart, content: Source, loader: Loader | None) -> PartInfo:
-    floats = {key: x for key, x in part.tensors.items() if x.dtype.is_floating_point}
+def _part_info(part: Part[LazyTensor], content: Source, loader: Loader | None) -> PartInfo:
+    floats = {key: x for key, x in part.state_dict.items() if x.dtype.is_floating_point}
     learned = [x for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))]
-    network = content.networks.get(part.name) or content.networks[TOWERS[0]]
+    names = {_DTYPES.get(x.dtype, str(x.dtype).removeprefix("torch.")) for x in floats.values()}
+    scaled = (content.networks.get(part.name) or content.networks[TOWERS[0]]).scaled
     return PartInfo(
         name=part.name,
         stage=component(part.name).stage,
         parameters=sum(math.prod(x.shape) for x in learned),
-        dtype=_dtype_names((x.dtype for x in floats.values()), network.scaled),
+        dtype=" and ".join(sorted(f"{name} (scaled)" if name == "fp8" and scaled else name for name in names)),
         sizes=asdict(part.params),
         folder=loader.folder if loader else None,
         node=loader.node if loader else None,
     )
 
 
-def _dtype_names(dtypes: Iterable[torch.dtype], scaled: bool) -> str:
-    names = {_DTYPES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes}
-    return " and ".join(sorted(f"{name} (scaled)" if name == "fp8" and scaled else name for name in names))
-
-
 def _version(content: Source) -> str:
-    """Returns the release of the parts as far as they tell."""
+    """Returns the releases that the parts show, or that both have such parts."""
     if "version" in content.metadata:
         return str(content.metadata["version"])
-    releases = {release_of(content.lazy_part(name).params) for name in content.networks if name != "prior"} - {None}
+    releases = content.releases()
     if "prior" in content.networks and not releases:
         params = content.lazy_part("prior").params
-        assert isinstance(params, PriorParams)
-        releases.add(content.known_release(params) or (OPEN if params.c_cond == V1["c_cond"] else None))
-    return " and ".join(sorted(release for release in releases if release)) or SHARED
+        release = content.known_release(params) or (OPEN if params.c_cond == V1["c_cond"] else None)
+        releases = {release} if release else set()
+    return " and ".join(sorted(releases)) or SHARED

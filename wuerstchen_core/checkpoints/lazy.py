@@ -36,7 +36,7 @@ class LazyTensor:
 AnyTensor = TypeVar("AnyTensor", Tensor, LazyTensor)
 
 
-def lazy_state(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+def lazy_state(state: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
     """Returns a state dict with each tensor as a LazyTensor."""
     return {key: LazyTensor.of(x) for key, x in state.items()}
 

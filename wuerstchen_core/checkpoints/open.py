@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name, kind_of, parts_of
 from .key_maps import LORA, foreign
 from .lazy import lazy_state
 from .quant import dequantize, is_scaled
-from .release import check_version
+from .release import VERSIONS
 from .source import BUNDLE, ForeignFile, Network, Source, identify, merge_metadata, no_part
 from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
 
@@ -51,7 +52,7 @@ def open_source(
 
     `version` ("v1" or "v2") is the release of a prior that cannot be determined otherwise (see `release`).
     """
-    check_version(version)
+    check_choice("version", version, VERSIONS)
     if part is not None:
         check_part_name(part)
     path = source_path(source)

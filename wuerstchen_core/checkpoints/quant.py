@@ -88,10 +88,11 @@ def is_scaled(keys: Iterable[str]) -> bool:
     return any(key.endswith(_SUFFIX) for key in keys)
 
 
-def apply_scales(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """Multiplies scaled weights by their scales, in the dtype of the other weights; tensors without data stay fp8."""
-    if not is_scaled(state):
-        return state
+def dequantize(state: dict[str, AnyTensor], scaled_only: bool = False) -> dict[str, AnyTensor]:
+    """Returns weights with those in fp8 (`scaled_only`: only those with scales) in the dtype of the other weights.
+
+    Tensors without data stay fp8.
+    """
     dtype = _unscaled_dtype(state)
 
     def multiply(x: Tensor, scale: Tensor) -> Tensor:
@@ -102,20 +103,12 @@ def apply_scales(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
         if key.endswith(_SUFFIX) or key.rpartition(".")[2] == SCALED_MARK:
             continue
         scale = state.get(scale_key(key)) if key.endswith("weight") else None
-        out[key] = x if scale is None or x.is_meta else apply(multiply, x, scale, shape=x.shape, dtype=dtype)
+        if scale is not None and not x.is_meta:
+            x = apply(multiply, x, scale, shape=x.shape, dtype=dtype)
+        elif x.dtype == FP8 and not x.is_meta and not scaled_only:
+            x = apply(lambda stored: stored.to(dtype), x, shape=x.shape, dtype=dtype)
+        out[key] = x
     return out
-
-
-def dequantize(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """Returns weights with those in fp8, scaled or not, in the dtype of the others."""
-    state = apply_scales(state)
-    dtype = _unscaled_dtype(state)
-    return {
-        key: apply(lambda stored: stored.to(dtype), x, shape=x.shape, dtype=dtype)
-        if x.dtype == FP8 and not x.is_meta
-        else x
-        for key, x in state.items()
-    }
 
 
 def _unscaled_dtype(state: Mapping[str, Tensor | LazyTensor]) -> torch.dtype:

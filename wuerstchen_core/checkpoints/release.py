@@ -29,12 +29,6 @@ PUBLISHED = (
 )
 
 
-def check_version(version: str) -> None:
-    """Raises ValueError unless `version` is one of `VERSIONS`."""
-    if version not in VERSIONS:
-        raise ValueError(f"version {version!r} is unknown: choose {', '.join(VERSIONS)}")
-
-
 def release_of(params: Params) -> str | None:
     """Returns the release of a part by its params, a prior's by its units; None if both releases have such a part."""
     if isinstance(params, PriorParams):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..common.dataclass_config import from_table
 from ..common.text import listed
 from ..models.prior import PriorParams
 from .components import (
@@ -15,18 +19,16 @@ from .components import (
     PARTS,
     TEXT_ENCODER,
     TOWERS,
-    LazyPart,
     Params,
     Part,
     State,
     kind_of,
-    params_from_json,
     parts_of,
 )
 from .infer_params import WHOLE_TOWERS
 from .key_maps import COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
 from .lazy import AnyTensor, LazyTensor, lazy_state
-from .quant import apply_scales, is_scaled
+from .quant import dequantize, is_scaled
 from .release import guess_release, only_release, release_of, with_units
 from .weight_files import WeightFile
 
@@ -65,14 +67,17 @@ class Network:
 
     def params(self) -> Params:
         """Returns the params of the metadata, or else those inferred from the tensors and config.json."""
+        entry = COMPONENTS[self.kind]
         if self.params_json is not None:
-            return params_from_json(self.kind, self.params_json)
+            try:
+                return from_table(entry.params, self.params_json, self.kind)
+            except ValueError as error:
+                raise ValueError(f"the params in the file's metadata do not fit this version: {error}") from error
         config = self.config.get("text_config", self.config)  # of a whole CLIPModel
         if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"this text tower uses {config['hidden_act']} but Würstchen's use gelu: {WHOLE_TOWERS}")
-        entry = COMPONENTS[self.kind]
-        names = {theirs: ours for theirs, ours in _CONFIG_FIELDS.items() if ours in entry.params.__dataclass_fields__}
-        stated = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+        fields = entry.params.__dataclass_fields__
+        stated = {ours: config[key] for key, ours in _CONFIG_FIELDS.items() if ours in fields and key in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
         return replace(entry.infer_params(self.tensors, **heads), **stated)
@@ -94,12 +99,11 @@ class Source:
     version: str = "auto"
     headers_only: bool = False
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> Part[Tensor]:
         """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
-        lazy = self.lazy_part(name)
-        return Part(name, lazy.params, self.networks[name].state, self.path)
+        return Part(name, self.lazy_part(name).params, self.networks[name].state, self.path)
 
-    def lazy_part(self, name: str) -> LazyPart:
+    def lazy_part(self, name: str) -> Part[LazyTensor]:
         """Returns the part `name` without computing its tensors. Raises ValueError if the source does not have it."""
         if name not in self.networks:
             raise no_part(self.path, name, (*self.networks, *self.refused))
@@ -111,9 +115,9 @@ class Source:
         if isinstance(params, PriorParams) and network.params_json is None:
             release = self.known_release(params) or guess_release(self.path, params, self.version, self.headers_only)
             params = with_units(params, release)
-        return LazyPart(name, params, network.tensors)
+        return Part(name, params, network.tensors, self.path)
 
-    def lazy_parts(self) -> dict[str, LazyPart]:
+    def lazy_parts(self) -> dict[str, Part[LazyTensor]]:
         """Returns all parts in the order of `PARTS`; a text tower that serves both stages is "text_encoder"."""
         parts = {name: self.lazy_part(name) for name in PARTS if name in self.networks}
         prior, decoder = (self.networks.get(name) for name in TOWERS)
@@ -126,17 +130,15 @@ class Source:
         """Returns the release of a prior with these params; None if only its checksum could tell."""
         if "version" in self.metadata:
             return str(self.metadata["version"])
-        return "v2" if params.c_cond == PriorParams.c_cond else self.release_of_others()
+        return "v2" if params.c_cond == PriorParams.c_cond else only_release(self.releases())
 
-    def release_of_others(self) -> str | None:
-        """Returns the release that the parts besides a prior determine."""
-        return only_release(self._release_of(name) for name in self.networks if name != "prior")
-
-    def _release_of(self, name: str) -> str | None:
-        try:
-            return release_of(self.networks[name].params())
-        except ValueError:  # loading that part reports it
-            return None
+    def releases(self) -> set[str]:
+        """Returns the releases of the parts other than a prior, without those of parts that cannot be loaded."""
+        found = set()
+        for network in self.networks.values():
+            with suppress(ValueError):  # loading that part reports it
+                found.add(None if network.kind == "prior" else release_of(network.params()))
+        return {release for release in found if release}
 
 
 def no_part(path: Path, name: str, contents: Sequence[str]) -> ValueError:
@@ -174,7 +176,7 @@ def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: 
     params = metadata.get("parts", {})
     for state in content.states.values():
         try:
-            kind, ours = to_ours(apply_scales(lazy_state(state)))
+            kind, ours = to_ours(dequantize(lazy_state(state), scaled_only=True))
         except ValueError as error:
             refused.append(str(error))
         else:
