@@ -102,8 +102,8 @@ def test_truncated_file_is_rejected(vqgan: State, tmp_path: Path, ending: str, f
 @pytest.mark.parametrize(
     ("content", "fact"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "no weights"),
-        (b"<!doctype html><html></html>", "no weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
+        (b"<!doctype html><html></html>", "Git LFS"),
         (b"PK\x03\x04 a zip of something else", "damaged"),
     ],
 )

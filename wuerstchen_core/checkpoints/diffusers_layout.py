@@ -23,17 +23,11 @@ _NAMES = {"c_hidden": "embed_dim", "c_latent": "latent_channels", "codebook_size
 _NOT_IN_DIFFUSERS = ("feature_scale", "feature_shift", "self_attn")
 
 
-def diffusers_config(name: str, params: Params) -> dict[str, Any]:
-    """Returns a network's params under diffusers' names."""
-    values = asdict(params)
-    if name == "vqgan":
-        return {_NAMES.get(key, key): value for key, value in values.items()}
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in values.items() if key not in _NOT_IN_DIFFUSERS}
-
-
 def config_text(name: str, params: Params) -> str:
-    """Returns the content of config.json."""
-    return json.dumps({"_class_name": CLASSES[name], **diffusers_config(name, params)}, indent=2)
+    """Returns the content of config.json: a network's params under diffusers' names."""
+    values = {_NAMES.get(key, key) if name == "vqgan" else key: value for key, value in asdict(params).items()}
+    config = {key: value for key, value in values.items() if key not in _NOT_IN_DIFFUSERS}
+    return json.dumps({"_class_name": CLASSES[name], **config}, indent=2)
 
 
 def is_in_diffusers(name: str, network: nn.Module) -> bool:

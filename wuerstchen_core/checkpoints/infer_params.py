@@ -77,11 +77,8 @@ def prior_params(state: Tensors, nhead: int | None = None) -> PriorParams:
 
 def _pattern(kinds: str) -> tuple[str, int]:
     """Returns the shortest pattern whose repetition gives `kinds`, and the number of repetitions."""
-    for length in range(1, len(kinds) + 1):
-        repeats, rest = divmod(len(kinds), length)
-        if not rest and kinds[:length] * repeats == kinds:
-            return kinds[:length], repeats
-    return "", 0
+    length = next((n for n in range(1, len(kinds)) if kinds == kinds[:n] * (len(kinds) // n)), len(kinds))
+    return kinds[:length], len(kinds) // max(length, 1)
 
 
 def _level(state: Tensors, level: int) -> str:
@@ -100,9 +97,9 @@ def _levels(state: Tensors, c_r: int) -> dict[str, Any]:
     """Returns the params that the two decoders share, with `c_r` if no block has a time embedding."""
     levels = range(_count(state, "down_blocks."))
     patterns = [_pattern(_level(state, i)) for i in levels]
-    times = [key for key in state if key.startswith("down_blocks.") and key.endswith(".mapper.weight")]
+    times = (x for key, x in state.items() if key.startswith("down_blocks.") and key.endswith(".mapper.weight"))
     return {
-        "c_r": next((state[key].shape[1] for key in times if not key.endswith("kv_mapper.weight")), c_r),
+        "c_r": next((x.shape[1] for x in times), c_r),
         "c_hidden": (
             _shape(state, "embedding.1.weight")[0],
             *(_shape(state, f"down_blocks.{i}.0.1.weight")[0] for i in levels[1:]),

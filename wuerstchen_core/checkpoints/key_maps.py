@@ -72,14 +72,21 @@ def strip_prefix(state: dict[str, AnyTensor], prefix: str) -> dict[str, AnyTenso
 
 def split_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Maps the original Prior and DiffNeXt: `nn.MultiheadAttention` becomes to_q, to_k, to_v and to_out.0."""
+
+    def rename(key: str) -> str:
+        key = key.replace("attention.attn.out_proj.", "attention.to_out.0.")
+        return re.sub(r"attention\.attn\.([qkv])_proj\.", r"attention.to_\1.", key)
+
+    return {rename(key): x for key, x in _unpack(state).items()}
+
+
+def _unpack(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Splits each packed projection, such as attn.in_proj_weight, into its thirds: attn.q_proj.weight, k and v."""
     out: dict[str, AnyTensor] = {}
     for key, x in state.items():
-        head, mark, tail = key.rpartition("attention.attn.")
-        if mark and tail in ("in_proj_weight", "in_proj_bias"):
-            for index, name in enumerate(("to_q", "to_k", "to_v")):
-                out[f"{head}attention.{name}.{tail.removeprefix('in_proj_')}"] = _third(x, index)
-        elif mark and tail.startswith("out_proj."):
-            out[f"{head}attention.to_out.0.{tail.removeprefix('out_proj.')}"] = x
+        if found := _IN_PROJ.fullmatch(key):
+            for index, name in enumerate("qkv"):
+                out[f"{found[1]}{name}_proj.{found[2]}"] = _third(x, index)
         else:
             out[key] = x
     return out
@@ -138,14 +145,7 @@ def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
 
 def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Maps a text tower to transformers' names, without the prefix `text_model.`."""
-    out: dict[str, AnyTensor] = {}
-    for key, x in state.items():
-        if found := _IN_PROJ.fullmatch(key):
-            for index, name in enumerate("qkv"):
-                out[_text_key_to_transformers(f"{found[1]}{name}_proj.{found[2]}")] = _third(x, index)
-        else:
-            out[_text_key_to_transformers(key)] = x
-    return out
+    return {_text_key_to_transformers(key): x for key, x in _unpack(state).items()}
 
 
 def _text_key_to_transformers(key: str) -> str:

@@ -27,7 +27,6 @@ from .key_maps import text_from_transformers, text_to_transformers
 from .weight_files import read_weight_file
 
 Loras = Mapping[str | os.PathLike[str], float]  # strength by file
-SUPPORTED = "LoRA, LoHa, LoKr or DoRA"
 
 # How a key ends, and ComfyUI's name of that tensor. `lora_A` is PEFT's, followed by the adapter's name in files that
 # PEFT itself wrote; `processor.to_q_lora.down` is diffusers' of 2023.
@@ -58,10 +57,7 @@ _DOTS = re.compile(r"_(?=\d+(?:_|$))|(?<=\d)_|(?<=attention)_|(?<=self_attn)_|(?
 _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the same file
 
 _FAMILIES = (
-    (
-        r"lora_te2|text_encoder_2|(?:input|output|mid)_blocks?[._]|_blocks[._]\d+[._]attentions",
-        "Stable Diffusion or SDXL",
-    ),
+    (r"lora_te2|text_encoder_2|(?:input|output|mid)_block|_blocks[._]\d+[._]attentions", "Stable Diffusion or SDXL"),
     (r"double_blocks|single_(?:transformer_)?blocks", "Flux"),
     (r"attention[._]attn[._]", "Stable Cascade"),
     (r"(?:down|up)_blocks[._]\d+[._]\d+[._]", "Würstchen's decoder or Stable Cascade"),
@@ -220,4 +216,4 @@ def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: fl
 
 def _unsupported(name: str, lora: Lora) -> ValueError:
     keys = listed(lora.unknown, width=100) or "embeddings only"
-    return ValueError(f"{name} uses an unsupported adapter format ({keys}): use a {SUPPORTED} file")
+    return ValueError(f"{name} uses an unsupported adapter format ({keys}): use a LoRA, LoHa, LoKr or DoRA file")

@@ -6,6 +6,8 @@ import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from .components import State
 
-# Where training saves keep the network's weights, best first; a Stage B file has the image encoder's beside them.
+# Where training saves keep the network's weights, best first; a Stage B file also has the image encoder's.
 NETWORK_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
 ENCODER_KEY = "effnet_state_dict"
 
@@ -36,9 +38,8 @@ DTYPES = {  # by their names in safetensors
     "BOOL": torch.bool,
 }
 
-# What torch.load raises on damaged bytes besides UnpicklingError; found by cutting files and changing bytes.
-_BAD_TYPES = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
-_DAMAGE = (RuntimeError, OSError, EOFError, struct.error, *_BAD_TYPES)
+# Raised by torch.load for damaged files besides UnpicklingError; found by cutting files and changing bytes.
+_DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
-        return _read_safetensors(path, headers_only)
+        with _open_safetensors(path) as content:
+            state = {key: _header(content, key) if headers_only else content.get_tensor(key) for key in content.keys()}
+            return WeightFile({"": state}, content.metadata() or {})
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return WeightFile(_states(path, _read_torch(path)), {})
     raise ValueError(
-        f"{path} holds no weights: expected a safetensors or PyTorch file. It may be an incomplete download or a "
-        "Git LFS pointer: download it again"
+        f"{path} is not a safetensors or PyTorch file: it may be an incomplete download or a Git LFS pointer; download "
+        "it again"
     )
 
 
@@ -71,9 +74,15 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
             return {}
+    with _open_safetensors(path) as content:
+        return content.metadata() or {}
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
     except SafetensorError as error:
         raise _broken(path, error) from error
 
@@ -83,20 +92,10 @@ def _broken(path: Path, reason: object) -> ValueError:
     return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
 
 
-def _read_safetensors(path: Path, headers_only: bool) -> WeightFile:
-    state: State = {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (it is not iterable)
-                state[key] = _header(file.get_slice(key)) if headers_only else file.get_tensor(key)
-            return WeightFile({"": state}, file.metadata() or {})
-    except SafetensorError as error:
-        raise _broken(path, error) from error
-
-
-def _header(tensor: Any) -> Tensor:
-    dtype = DTYPES.get(tensor.get_dtype(), torch.float32)
-    return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
+def _header(file: Any, key: str) -> Tensor:
+    """Returns a tensor of a safetensors file on the meta device."""
+    tensor = file.get_slice(key)
+    return torch.empty(tensor.get_shape(), dtype=DTYPES.get(tensor.get_dtype(), torch.float32), device="meta")
 
 
 def _read_torch(path: Path) -> Any:
@@ -113,7 +112,7 @@ def _read_torch(path: Path) -> Any:
                 "use a safetensors file, or a PyTorch file with weights only"
             ) from error
         raise _broken(path, "not a PyTorch file") from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, struct.error) as error:
         raise _broken(path, error) from error
 
 
@@ -125,15 +124,12 @@ def _states(path: Path, content: Any) -> dict[str, State]:
     """Returns the state dicts in a PyTorch file's content; EMA weights take precedence over raw ones."""
     if _is_state(content):
         return {"": content}
-    states: dict[str, State] = {}
-    if isinstance(content, dict):
-        key = next((key for key in NETWORK_KEYS if _is_state(content.get(key))), None)
-        states = {key: content[key] for key in (key, ENCODER_KEY) if key and _is_state(content.get(key))}
+    content = content if isinstance(content, dict) else {}
+    keys = [key for key in NETWORK_KEYS if _is_state(content.get(key))][:1]
+    states = {key: content[key] for key in (*keys, ENCODER_KEY) if _is_state(content.get(key))}
     if not states:
-        raise ValueError(
-            f"{path} holds no weights: expected a state dict, bare or under one of "
-            f"{', '.join((*NETWORK_KEYS, ENCODER_KEY))}"
-        )
+        expected = ", ".join((*NETWORK_KEYS, ENCODER_KEY))
+        raise ValueError(f"{path} holds no weights: expected a state dict, bare or under one of {expected}")
     return states
 
 
