@@ -110,7 +110,7 @@ def test_original_files_become_a_model_with_equal_images(bundle: Path, tmp_path:
     assert one[0].tobytes() == other[0].tobytes()
 
 
-def towers(width: int) -> dict[str, Tensor]:
+def tower_state(width: int) -> dict[str, Tensor]:
     from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 
     return TextEncoder(TextEncoderParams(width=width, heads=width // 64, layers=1, vocab_size=9)).state_dict()
@@ -119,7 +119,7 @@ def towers(width: int) -> dict[str, Tensor]:
 def test_text_towers_are_assigned_by_width(tmp_path: Path) -> None:
     save_file(Prior(replace(PRIOR, c_cond=128)).state_dict(), tmp_path / "prior.safetensors")
     for width in (64, 128, 192):
-        save_file(towers(width), tmp_path / f"{width}.safetensors")
+        save_file(tower_state(width), tmp_path / f"{width}.safetensors")
     sources = [tmp_path / "64.safetensors", tmp_path / "prior.safetensors", tmp_path / "128.safetensors"]
     with pytest.raises(ValueError, match=r"64\.safetensors.*64"):
         convert([sources[1], tmp_path / "128.safetensors", tmp_path / "64.safetensors"], tmp_path / "x.safetensors")
@@ -139,15 +139,15 @@ def test_parts_of_two_releases_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "version", "scale"), [("token_decoder", "auto", 1), (None, "v1", 1), (None, "v2", 42)]
+    ("stage_b", "version", "scale"), [("token_decoder", "auto", 1), (None, "v1", 1), (None, "v2", 42)]
 )
 def test_the_release_of_an_ambiguous_prior_is_stored(
-    tmp_path: Path, beside: str | None, version: str, scale: float
+    tmp_path: Path, stage_b: str | None, version: str, scale: float
 ) -> None:
     save_file(Prior(PriorParams(c=64, c_cond=1024, depth=1, nhead=1)).state_dict(), tmp_path / "prior.safetensors")
     sources = [tmp_path / "prior.safetensors"]
-    if beside:
-        save_file(NETWORKS[beside].build().state_dict(), tmp_path / "other.safetensors")
+    if stage_b:
+        save_file(NETWORKS[stage_b].build().state_dict(), tmp_path / "other.safetensors")
         sources.append(tmp_path / "other.safetensors")
     [output] = convert(sources, tmp_path / "output.safetensors", version=version)
     assert read_part(output, "prior").params.feature_scale == scale

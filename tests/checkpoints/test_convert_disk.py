@@ -50,20 +50,20 @@ def test_invalid_targets_are_rejected(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "fact"),
+    ("function", "error", "fact"),
     [
         ("replace", PermissionError(errno.EACCES, "locked"), "read-only or in use"),
         ("fsync", OSError(errno.EIO, "Input/output error"), "input/output error"),
     ],
 )
 def test_a_failed_write_is_one_sentence_and_leaves_nothing(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: OSError, fact: str
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: OSError, fact: str
 ) -> None:
     def refuse(*arguments: Any) -> None:
         raise error
 
     (tmp_path / "x.safetensors").write_bytes(b"old")
-    monkeypatch.setattr(os, place, refuse)
+    monkeypatch.setattr(os, function, refuse)
     with pytest.raises(OSError, match=r"x\.safetensors") as raised:
         convert([bundle], tmp_path / "x.safetensors", force=True)
     assert fact in str(raised.value) and "\n" not in str(raised.value)
@@ -157,8 +157,8 @@ def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def towers_of_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for a text tower of 151 MB, whose tensors are packed (transformers) or dequantized (fp8)."""
+def large_towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tower of 151 MB, whose tensors are packed (from transformers) or dequantized (from fp8) when converted."""
     folder = tmp_path_factory.mktemp("towers")
     save_file(clip_of_transformers(256, 48, vocab_size=2000), folder / "fp32.safetensors")
     convert([folder / "fp32.safetensors"], folder / "fp8.safetensors", dtype="fp8")
@@ -168,9 +168,9 @@ def towers_of_others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_proc
 @pytest.mark.parametrize(("sources", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
 def test_memory_of_packing_and_dequantizing(
-    bundle: Path, towers_of_others: Path, tmp_path: Path, sources: str, dtype: str
+    bundle: Path, large_towers: Path, tmp_path: Path, sources: str, dtype: str
 ) -> None:
-    assert_small(bundle, towers_of_others / f"{sources}.safetensors", tmp_path / "out.safetensors", dtype)
+    assert_small(bundle, large_towers / f"{sources}.safetensors", tmp_path / "out.safetensors", dtype)
 
 
 def assert_small(bundle: Path, source: Path, target: Path, dtype: str) -> None:

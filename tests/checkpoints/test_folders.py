@@ -94,7 +94,7 @@ def test_a_bundle_without_metadata_as_a_component(tmp_path: Path) -> None:
     assert_same(tmp_path, tmp_path / "vqgan" / "model.safetensors", ("vqgan",))
 
 
-def test_a_whole_bundle_beside_single_files_is_ignored(bundle: Path, tmp_path: Path) -> None:
+def test_a_whole_bundle_among_single_files_is_ignored(bundle: Path, tmp_path: Path) -> None:
     """As after `convert` into the folder of its source."""
     whole = write_tiny_bundle(tmp_path / "whole.safetensors")
     convert([whole], tmp_path, dtype="bf16")

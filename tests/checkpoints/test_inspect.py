@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,7 +117,7 @@ def test_bundle(tmp_path: Path) -> None:
     assert lines[0] == f"{path}: bundle, v2"
     assert lines[1].startswith("  prior (Stage C): ") and "bf16" in lines[1] and "c_cond 32" in lines[1]
     assert lines[-1] == "  complete"
-    assert json.loads(json.dumps(description.as_dict()))["parts"][0]["sizes"]["c"] == 64
+    assert json.loads(json.dumps(asdict(description)))["parts"][0]["sizes"]["c"] == 64
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def loaders() -> Iterator[Any]:
 
     def v1_bundles() -> dict[str, tuple[str, ...]]:
         bundles = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
-        return {name: tuple(says["parts"]) for name, says in bundles.items() if says.get("version") == "v1"}
+        return {name: tuple(x["parts"]) for name, x in bundles.items() if x.get("version") == "v1"}
 
     folders: Any = ModuleType("node_pack.nodes.host.folders")
     folders.file_names = lambda folder: []
@@ -144,7 +145,7 @@ def loaders() -> Iterator[Any]:
 
 WHOLE = BUNDLE_LOADER
 TOWERS = ("prior_text_encoder", "decoder_text_encoder")
-BUNDLES = {  # the parts of a bundle, and those that no node loads from it
+BUNDLES = {  # parts of a bundle, and those that no node can load from it
     "all": (PARTS_OF["v2"], ()),
     "all but the image encoder": (PARTS_OF["v2"][:3] + TOWERS, ("prior", "decoder")),
     "no towers": (("prior", "decoder", "vqgan"), ("prior", "decoder")),
@@ -160,14 +161,14 @@ BUNDLES = {  # the parts of a bundle, and those that no node loads from it
 @pytest.mark.parametrize("content", BUNDLES)
 def test_loaders_load_what_the_description_says(tmp_path: Path, loaders: Any, content: str) -> None:
     loaders.folders.root = tmp_path
-    names, left = BUNDLES[content]
+    names, unloadable = BUNDLES[content]
     parts = tiny_parts("v1" if "v1" in content else "v2")
     if content == "two towers":
         parts["decoder_text_encoder"] = NETWORKS["text_encoder"].build()
     file = tmp_path / "file.safetensors"
     save_bundle(file, {name: parts[name] for name in names}, {})
     description = describe(file)
-    assert tuple(part.name for part in description.parts if part.node is None) == left
+    assert tuple(part.name for part in description.parts if part.node is None) == unloadable
     for part in description.parts:
         possible = {part.name, f"prior_{part.name}"}
         loader = component(part.name).loader

@@ -69,15 +69,6 @@ def test_full_size_network_has_the_keys_of_the_published_file(name: str, kind: s
 
 
 @pytest.mark.parametrize(
-    ("name", "fact"),
-    [("v2_previewer", "previewer")],
-)
-def test_other_networks_of_wuerstchen_are_named(name: str, fact: str) -> None:
-    with pytest.raises(ValueError, match=fact):
-        to_ours(manifest(name))
-
-
-@pytest.mark.parametrize(
     ("key", "fact"),
     [
         ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion"),

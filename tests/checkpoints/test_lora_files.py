@@ -24,8 +24,8 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {key.removesuffix(".weight"): x.shape for key, x in network.state_dict().items() if key.endswith(".weight")}
 
 
-def of(**tensors: Tensor) -> dict[str, Adapter]:
-    """Returns adapters of one module; `__` stands for a dot in a tensor's name."""
+def adapters_of(**tensors: Tensor) -> dict[str, Adapter]:
+    """Returns the adapters of a file for one module; `__` stands for a dot in a tensor's name."""
     state = {f"prior.blocks.2.attention.to_q.{name.replace('__', '.')}": x for name, x in tensors.items()}
     return lora_from_state(state).network
 
@@ -74,12 +74,14 @@ def test_loha_and_lokr() -> None:
         return torch.randn(shape, generator=draw)
 
     a, b, c, d = factor(64, 2), factor(2, 64), factor(64, 2), factor(2, 64)
-    loha = of(hada_w1_a=a, hada_w1_b=b, hada_w2_a=c, hada_w2_b=d, alpha=torch.tensor(1.0))
+    loha = adapters_of(hada_w1_a=a, hada_w1_b=b, hada_w2_a=c, hada_w2_b=d, alpha=torch.tensor(1.0))
     assert_near(delta(*tensors_of(loha)), (a @ b) * (c @ d) * 0.5, 1e-6)
     one, two = factor(8, 8), factor(8, 8)
-    assert_near(delta(*tensors_of(of(lokr_w1=one, lokr_w2=two, alpha=torch.tensor(1.0)))), torch.kron(one, two), 0)
+    assert_near(
+        delta(*tensors_of(adapters_of(lokr_w1=one, lokr_w2=two, alpha=torch.tensor(1.0)))), torch.kron(one, two), 0
+    )
     a, b = factor(8, 2), factor(2, 8)
-    lokr = of(lokr_w1=one, lokr_w2_a=a, lokr_w2_b=b, alpha=torch.tensor(1.0))
+    lokr = adapters_of(lokr_w1=one, lokr_w2_a=a, lokr_w2_b=b, alpha=torch.tensor(1.0))
     assert_near(delta(*tensors_of(lokr)), torch.kron(one, a @ b) * 0.5, 1e-6)
     path = "blocks.2.attention.to_q"
     for adapters in (loha, lokr):
@@ -110,23 +112,23 @@ def test_magnitudes_of_dora_are_normalised() -> None:
     for name, shape in {
         "lora_magnitude_vector": (64,), "lora_magnitude_vector__default__weight": (64,), "dora_scale": (64, 1),
     }.items():  # fmt: skip
-        adapters = of(**factors, **{name: torch.ones(shape)})
+        adapters = adapters_of(**factors, **{name: torch.ones(shape)})
         assert adapters["blocks.2.attention.to_q"].tensors["dora_scale"].shape == (64, 1)
         assert fit(adapters, shapes(prior)).fitting
         with pytest.raises(ValueError, match="DoRA"):
             merge_lora(prior.state_dict(), adapters)
-    assert fit(of(**factors, dora_scale=torch.ones(1, 64)), shapes(prior)).fitting
-    assert fit(of(**factors, dora_scale=torch.ones(1, 32)), shapes(prior)).misshaped
+    assert fit(adapters_of(**factors, dora_scale=torch.ones(1, 64)), shapes(prior)).fitting
+    assert fit(adapters_of(**factors, dora_scale=torch.ones(1, 32)), shapes(prior)).misshaped
 
 
 @pytest.mark.parametrize("tensor", ["lora_mid__weight", "lora_B__bias", "oft_blocks", "a1__weight", "diff"])
-def test_modules_that_are_more_than_understood_are_left_out_whole(tensor: str) -> None:
+def test_modules_with_an_unsupported_tensor_are_left_out(tensor: str) -> None:
     adapters = {"lora_A__weight": torch.ones(2, 64), "lora_B__weight": torch.ones(64, 2), tensor: torch.ones(1)}
     lora = lora_from_state({f"prior.projection.{name.replace('__', '.')}": x for name, x in adapters.items()})
     assert not lora.network and len(lora.unknown) == 3
 
 
-def test_what_is_no_adapter_is_named() -> None:
+def test_keys_of_no_adapter_are_listed() -> None:
     state = FORMS["diffusers"].write(NETWORK, {})
     first = next(iter(state))
     state |= {
@@ -152,7 +154,7 @@ def test_what_is_no_adapter_is_named() -> None:
         ({"text_encoder.lora_alpha": 8}, 1.0),
     ],
 )
-def test_an_alpha_in_diffusers_header_counts(config: dict[str, object], scale: float) -> None:
+def test_alpha_is_read_from_diffusers_metadata(config: dict[str, object], scale: float) -> None:
     state = FORMS["diffusers"].write(NETWORK, TEXT)
     lora = lora_from_state(state, {"lora_adapter_metadata": json.dumps(config)})
     up, down = NETWORK["blocks.2.attention.to_q"]
@@ -181,7 +183,7 @@ def test_a_lora_of_another_width_is_rejected() -> None:
 )
 def test_factors_that_do_not_fit_each_other_are_rejected(sizes: dict[str, tuple[int, ...]]) -> None:
     """Also where torch would broadcast them to the shape of the weight."""
-    adapters = of(**{name: torch.ones(size) for name, size in sizes.items()})
+    adapters = adapters_of(**{name: torch.ones(size) for name, size in sizes.items()})
     prior = NETWORKS["prior"].perturbed()
     assert "factors" in fit(adapters, shapes(prior)).example
     with pytest.raises(ValueError, match="blocks.2.attention.to_q"):

@@ -97,7 +97,7 @@ def test_original_stage_b_gives_decoder_and_image_encoder(decoder: State, tmp_pa
     assert_weights(load_image_encoder(path), encoder)
 
 
-def test_original_vqgan_beside_its_training_state(vqgan: State, tmp_path: Path) -> None:
+def test_original_vqgan_with_its_training_state(vqgan: State, tmp_path: Path) -> None:
     path = tmp_path / "vqgan_f4_v1_500k.pt"
     torch.save({"state_dict": vqgan, "discriminator": {"x": torch.zeros(1)}, "optimizer": {"state": {0: 1.0}}}, path)
     network = load_vqgan(path)
@@ -165,7 +165,7 @@ def test_model_saved_by_comfyui(prior: State, tmp_path: Path) -> None:
     assert_weights(load_prior(tmp_path / "saved.safetensors"), prior)
 
 
-def test_dtype_is_the_files_unless_asked_for(vqgan: State, tmp_path: Path) -> None:
+def test_dtype_is_the_files_unless_given(vqgan: State, tmp_path: Path) -> None:
     halves = {key: x.half() if x.is_floating_point() else x for key, x in vqgan.items()}
     save_file(halves, tmp_path / "vqgan.safetensors")
     for dtype, expected in ((None, torch.float16), (torch.bfloat16, torch.bfloat16)):

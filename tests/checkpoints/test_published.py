@@ -1,6 +1,6 @@
-"""Every published file and every trainer's folder, with all of its keys at tiny sizes, is read by its contents.
+"""Tests that each published file and each trainer's folder, with all keys at tiny sizes, is recognised by its contents.
 
-(`test_checkpoints_formats` compares the full sizes with the published files' shapes.)
+`test_key_maps` compares full-size shapes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def states() -> dict[str, State]:
     }
 
 
-def test_these_are_all_the_keys_of_the_published_files(states: dict[str, State]) -> None:
+def test_the_states_have_all_keys_of_the_published_files(states: dict[str, State]) -> None:
     assert original(states["first_prior"]).keys() == manifest_keys("orig_v1_stage_c_prior")
     assert original(states["prior"]).keys() == manifest_keys("orig_v2_stage_c_prior")
     assert states["prior"].keys() == manifest_keys("diffusers_prior")
@@ -59,7 +59,7 @@ def test_these_are_all_the_keys_of_the_published_files(states: dict[str, State])
     assert states["encoder_l"].keys() == manifest_keys("orig_v1_effnet_l")
 
 
-# Content of a training save besides the weights.
+# Content of a training save other than the weights.
 TRAINING: dict[str, Any] = {
     "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": []},
     "scheduler_last_step": 3,
@@ -186,7 +186,7 @@ def test_pipelines_of_diffusers(states: dict[str, State], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("saver", ["diffusers", "OneTrainer", "OneTrainer's backup"])
 def test_priors_of_diffusers_and_onetrainer(states: dict[str, State], tmp_path: Path, saver: str) -> None:
-    """OneTrainer saves its combined pipeline's `prior_pipe` with diffusers; a backup has its own files beside that."""
+    """OneTrainer saves its combined pipeline's `prior_pipe` with diffusers; a backup also has its own files."""
     components = {"prior": (states["first_prior"], "diffusion_pytorch_model"), "text_encoder": (tower(64), "model")}
     write_pipeline(
         tmp_path, "WuerstchenPriorPipeline", components, latent_mean=42.0, latent_std=1.0, resolution_multiple=42.67

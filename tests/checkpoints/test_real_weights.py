@@ -62,9 +62,9 @@ def complete_model(release: str) -> dict[str, Path]:
                 continue
             chosen[name] = file
             tower = f"{name.removeprefix('token_')}_text_encoder"
-            for text, words in parts[tower] if width is not None else ():
-                if getattr(words.params, "width", None) == width:
-                    chosen.setdefault(tower, text)
+            for text_file, text_part in parts[tower] if width is not None else ():
+                if text_part.params.width == width:
+                    chosen.setdefault(tower, text_file)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Tests the release of a CLIP-H prior: determined by a Stage B beside it, its checksum, or the user."""
+"""Tests the release of a CLIP-H prior: determined by the Stage B in its source, its checksum, or the user."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def test_the_user_decides(
         open_source(ambiguous_prior, version="v3")
 
 
-@pytest.mark.parametrize(("published", "asked", "expected"), [("v2", "auto", V2_UNITS), ("v1", "v2", V1_UNITS)])
+@pytest.mark.parametrize(("published", "version", "expected"), [("v2", "auto", V2_UNITS), ("v1", "v2", V1_UNITS)])
 def test_a_checksum_overrides_the_user(
-    ambiguous_prior: Path, monkeypatch: pytest.MonkeyPatch, published: str, asked: str, expected: tuple[float, float]
+    ambiguous_prior: Path, monkeypatch: pytest.MonkeyPatch, published: str, version: str, expected: tuple[float, float]
 ) -> None:
     size, checksum = ambiguous_prior.stat().st_size, hashlib.sha256(ambiguous_prior.read_bytes()).hexdigest()
     monkeypatch.setattr(release, "PUBLISHED", (((size, size), checksum[:8], published),))
-    assert units(read_part(ambiguous_prior, "prior", asked)) == expected
+    assert units(read_part(ambiguous_prior, "prior", version)) == expected
     monkeypatch.setattr(release, "PUBLISHED", (((size, size), "00000000", published),))
-    assert units(read_part(ambiguous_prior, "prior", asked)) == (V2_UNITS if asked == "v2" else V1_UNITS)
+    assert units(read_part(ambiguous_prior, "prior", version)) == (V2_UNITS if version == "v2" else V1_UNITS)
 
 
 def test_only_a_file_of_a_known_size_is_read_for_its_checksum(
@@ -81,12 +81,12 @@ def test_only_a_file_of_a_known_size_is_read_for_its_checksum(
         read_part(ambiguous_prior, "prior")
 
 
-@pytest.mark.parametrize(("beside", "expected"), [("token_decoder", V1_UNITS), ("decoder", V2_UNITS)])
+@pytest.mark.parametrize(("stage_b", "expected"), [("token_decoder", V1_UNITS), ("decoder", V2_UNITS)])
 def test_stage_b_in_the_same_file_decides(
-    states: dict[str, State], tmp_path: Path, beside: str, expected: tuple[float, float]
+    states: dict[str, State], tmp_path: Path, stage_b: str, expected: tuple[float, float]
 ) -> None:
     state = {f"prior.{key}": x for key, x in states["first_prior"].items()}
-    state |= {f"{beside}.{key}": x for key, x in states[beside].items()}
+    state |= {f"{stage_b}.{key}": x for key, x in states[stage_b].items()}
     save_file(state, tmp_path / "bundle.safetensors")
     assert units(read_part(tmp_path / "bundle.safetensors", "prior")) == expected
     assert describe(tmp_path / "bundle.safetensors").version == ("v1" if expected == V1_UNITS else "v2")

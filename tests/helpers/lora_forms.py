@@ -28,12 +28,12 @@ def random_factors(paths: Mapping[str, tuple[int, int]], seed: int = 0) -> Facto
 
 
 def attention_of_prior(width: int = 64) -> dict[str, tuple[int, int]]:
-    """Returns the attention layers of the tests' priors, which have two blocks."""
+    """Returns the weight shapes of the attention layers in the tests' priors, which have two blocks."""
     return {f"blocks.{i}.attention.{name}": (width, width) for i in (2, 5) for name in PROJECTIONS}
 
 
 def attention_of_tower(width: int) -> dict[str, tuple[int, int]]:
-    """Returns the attention layers of a text tower's first block."""
+    """Returns the weight shapes of the attention layers in a text tower's first block."""
     return {f"encoder.layers.0.self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
 
 

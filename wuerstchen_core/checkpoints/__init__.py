@@ -13,15 +13,13 @@ from .build import (
 )
 from .bundle import save_bundle
 from .components import PARTS, PARTS_OF, Part
-from .inspect import Description, PartInfo, describe
+from .inspect import describe
 from .open import demo_path, read_metadata, read_part
 
 __all__ = [
     "PARTS",
     "PARTS_OF",
-    "Description",
     "Part",
-    "PartInfo",
     "build_part",
     "demo_path",
     "describe",

@@ -35,10 +35,6 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     return network.eval().requires_grad_(False)
 
 
-def _count(keys: list[str]) -> str:
-    return f"{len(keys)} ({listed(keys, width=100)})"
-
-
 def _check_keys(part: Part, expected: Mapping[str, Tensor]) -> None:
     found = part.state_dict
     missing = [key for key in expected if key not in found]
@@ -46,13 +42,13 @@ def _check_keys(part: Part, expected: Mapping[str, Tensor]) -> None:
     misshaped = {key: x.shape for key, x in expected.items() if key in found and found[key].shape != x.shape}
     shapes = [f"{key} is {list(found[key].shape)}, expected {list(shape)}" for key, shape in misshaped.items()]
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
-    text = ", ".join(f"{problem}: {_count(keys)}" for problem, keys in problems.items() if keys)
+    text = ", ".join(f"{what}: {len(keys)} ({listed(keys, width=100)})" for what, keys in problems.items() if keys)
     if text:
         raise ValueError(f"the weights of {part.path or part.name} do not fit a {part.name} of these params; {text}")
 
 
 def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None, version: str = "auto") -> Prior:
-    """Loads Stage C from a source (see `read_part`); `version` is its release if nothing else tells."""
+    """Loads Stage C from a source (see `read_part`); `version` is its release if nothing else shows it."""
     return cast(Prior, build_part(read_part(source, "prior", version), device=device, dtype=dtype))
 
 
@@ -77,11 +73,7 @@ def load_image_encoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype 
 
 
 def load_text_encoder(
-    source: Path,
-    *,
-    which: Literal["prior", "decoder"] = "prior",
-    device: Any = "cpu",
-    dtype: torch.dtype | None = None,
+    source: Path, *, which: Literal["prior", "decoder"] = "prior", device: Any = "cpu", dtype: torch.dtype | None = None
 ) -> TextEncoder:
     """Loads a stage's text tower from a source (see `read_part`); a lone tower serves as either."""
     part = read_part(source, f"{which}_{TEXT_ENCODER}")

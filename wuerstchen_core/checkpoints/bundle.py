@@ -73,7 +73,7 @@ def save_bundle(
     """Writes parts as one file, floating-point tensors in `dtype` (None: unchanged; fp8: see `quant`).
 
     Two equal text towers are stored once. `bare` writes a single part's keys without its name, as other programs
-    expect them. The file appears complete, or OSError says why not.
+    expect them. The file appears complete, or OSError gives the reason.
     """
     tensors: dict[str, LazyTensor] = {}
     params: dict[str, Any] = {}

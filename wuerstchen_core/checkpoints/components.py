@@ -195,13 +195,3 @@ def tower_widths(parts: Mapping[str, Part]) -> dict[str, int]:
 def tower_name(width: int) -> str:
     """Returns the name of the text tower with states of this width."""
     return f"{CLIP_NAMES[width]} (width {width})" if width in CLIP_NAMES else f"a text tower of width {width}"
-
-
-def check_towers(parts: Mapping[str, Part]) -> None:
-    """Raises ValueError unless each text tower has the width that its stage reads."""
-    for name, width in tower_widths(parts).items():
-        if name in parts and (found := parts[name].params.width) != width:
-            raise ValueError(
-                f"the {name.replace('_', ' ')} is {tower_name(found)}, but its stage reads {tower_name(width)}: "
-                "use that one"
-            )

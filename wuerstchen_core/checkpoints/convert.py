@@ -14,12 +14,12 @@ import torch
 from ..common.devices import DTYPES
 from ..common.text import check_choice
 from .bundle import merge_towers, save_bundle
-from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, check_towers, kind_of, tower_widths
+from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
 from .open import open_source
 from .quant import FP8
-from .release import check_release, only_release
+from .release import check_parts, only_release
 from .source import Source, merge_metadata
 
 CHOICES = {"keep": None, **DTYPES, "fp8": FP8}
@@ -106,8 +106,7 @@ def _gather(opened: Sequence[Source]) -> dict[str, LazyPart]:
             parts[name] = part
     for tower in shared:
         parts |= {name: replace(tower, name=name) for name in _stages_of(tower, parts, several=len(shared) > 1)}
-    check_towers(parts)
-    check_release({name: part.params for name, part in parts.items()})
+    check_parts(parts)
     return {name: parts[name] for name in PARTS if name in parts}
 
 

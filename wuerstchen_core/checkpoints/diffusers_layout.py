@@ -1,4 +1,4 @@
-"""Writes networks in diffusers' layout: a folder per network, with its params in config.json beside the weights."""
+"""Writes networks in diffusers' layout: a folder per network with its weights and, in config.json, its params."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -38,9 +38,8 @@ def is_in_diffusers(name: str, network: nn.Module) -> bool:
 
 def save_component(folder: Path, name: str, network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Writes a network to a folder for diffusers' `from_pretrained`; each file appears complete, or not at all."""
-    params: Any = network.params
     header = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers needs the first
     state = {vqgan_key_to_diffusers(key): x for key, x in network.state_dict().items()}
     write_tensors(folder / FILE, state, header)
-    text = config_text(name, params)
+    text = config_text(name, cast(Params, network.params))
     replace_file(folder / "config.json", lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -36,7 +36,7 @@ _OTHER_TOWERS = {
     (768, 12): f"is CLIP-L, which {_QUICK}",
     (512, 12): f"is CLIP-B, which {_QUICK}",
 }
-WHOLE_TOWERS = "use the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
+TOWER_ADVICE = "use the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/wuerstchen-prior (CLIP-bigG)"
 
 Tensors = Mapping[str, Tensor | LazyTensor]
 
@@ -83,14 +83,12 @@ def _pattern(kinds: str) -> tuple[str, int]:
 
 def _level(state: Tensors, level: int) -> str:
     """Returns the kinds of the blocks in a down level, such as CTACTA."""
-    kinds = ""
-    for i in range(1 if level else 0, _count(state, f"down_blocks.{level}.")):
-        block = f"down_blocks.{level}.{i}."
-        kind = next((kind for mark, kind in _BLOCK_MARKS if block + mark in state), None)
-        if kind is None:
-            raise ValueError(f"the weights are incomplete: {block}* is not a known decoder block")
-        kinds += kind
-    return kinds
+    first = 1 if level else 0  # after the downsampler
+    blocks = [f"down_blocks.{level}.{i}." for i in range(first, _count(state, f"down_blocks.{level}."))]
+    kinds = [next((kind for mark, kind in _BLOCK_MARKS if block + mark in state), "") for block in blocks]
+    if "" in kinds:
+        raise ValueError(f"the weights are incomplete: {blocks[kinds.index('')]}* is not a known decoder block")
+    return "".join(kinds)
 
 
 def _levels(state: Tensors, c_r: int) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoder
     vocab_size, width = _shape(state, "token_embedding.weight")
     layers = _count(state, "transformer.resblocks.")
     if (width, layers) in _OTHER_TOWERS:
-        raise ValueError(f"this text tower {_OTHER_TOWERS[width, layers]}: {WHOLE_TOWERS}")
+        raise ValueError(f"this text tower {_OTHER_TOWERS[width, layers]}: {TOWER_ADVICE}")
     return TextEncoderParams(
         width=width,
         heads=_heads(width) if heads is None else heads,

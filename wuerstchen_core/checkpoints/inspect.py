@@ -16,7 +16,6 @@ from .open import open_source
 from .source import BUNDLE, Source
 
 _DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
-_NOTES = {"image_encoder": "only needed for images as input"}
 OPEN = "v1 (or v2's first file, of June 2023)"
 SHARED = "v1 and v2 alike"
 
@@ -39,7 +38,7 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """A description of a source. `missing` are the parts that a complete model of its release has besides."""
+    """A description of a source. `missing` are the parts that a complete model of its release needs as well."""
 
     source: str
     kind: str
@@ -50,10 +49,6 @@ class Description:
     refused: tuple[str, ...]  # other content, which is not loaded
     vocabulary: int | None  # number of words, if the model knows only some
     licence: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the description as plain JSON values."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Returns the description as lines of text."""
@@ -76,8 +71,8 @@ class Description:
             else:
                 out.append(f"  in ComfyUI: no node loads {', '.join(names)} from this file; use `convert` to make")
                 out.append(f"    single files, or one bundle{' with the missing parts' if self.missing else ''}")
-        missing = [f"{name} ({_NOTES[name]})" if name in _NOTES else name for name in self.missing]
-        out.append(f"  missing for a complete model: {', '.join(missing)}" if missing else "  complete")
+        missing = ", ".join(self.missing).replace("image_encoder", "image_encoder (only needed for images as input)")
+        out.append(f"  missing for a complete model: {missing}" if missing else "  complete")
         return out
 
 
@@ -90,14 +85,13 @@ def describe(source: str | os.PathLike[str]) -> Description:
     version, parts = _version(content), content.lazy_parts()
     release = "v1" if version in ("v1", OPEN) else "v2"
     words = content.metadata.get("vocabulary", {}).get("words")
-    widths = {name: width for name, part in parts.items() if (width := text_width(part.params)) is not None}
     loaders = _loaders(content, parts)
     return Description(
         source=str(source),
         kind="weights only" if content.layout == "bare" else content.layout,
         version=version,
         parts=tuple(_part_info(part, content, loaders[name]) for name, part in parts.items()),
-        text_towers={name: tower_name(width) for name, width in widths.items()},
+        text_towers={name: tower_name(width) for name, part in parts.items() if (width := text_width(part.params))},
         missing=tuple(name for name in PARTS_OF[release] if name not in content.networks),
         refused=content.refused,
         vocabulary=None if words is None else len(words),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import reduce
 
 import torch
 
@@ -101,8 +100,7 @@ def _third(x: AnyTensor, index: int) -> AnyTensor:
 def _pack(parts: list[AnyTensor]) -> AnyTensor:
     """Concatenates the rows of q, k and v."""
     shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
-    dtype = reduce(torch.promote_types, (x.dtype for x in parts))
-    return apply(lambda *rows: torch.cat(rows), *parts, shape=shape, dtype=dtype)
+    return apply(lambda *rows: torch.cat(rows), *parts, shape=shape, dtype=parts[0].dtype)
 
 
 def vqgan_from_diffusers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:

@@ -28,7 +28,7 @@ from .weight_files import read_weight_file
 
 Loras = Mapping[str | os.PathLike[str], float]  # strength by file
 
-# How a key ends, and ComfyUI's name of that tensor. `lora_A` is PEFT's, followed by the adapter's name in files that
+# Ends of keys, and ComfyUI's name of that tensor. `lora_A` is PEFT's, followed by the adapter's name in files that
 # PEFT itself wrote; `processor.to_q_lora.down` is diffusers' of 2023.
 _TENSORS = tuple(
     (re.compile(rf"[._]{end}$"), tensor)
@@ -51,7 +51,7 @@ _TEXT = re.compile(
 _NETWORK = re.compile(
     r"^(?:(?:prior|unet|model|diffusion_model|base_model\.model)\.|lora_(?:prior_unet|prior_prior|unet)[._]|lycoris_)*"
 )
-# Underscores of a flat path that stand for dots: next to a number, and after these modules.
+# The underscores of a flat path that stand for dots: next to a number, and after these modules.
 _DOTS = re.compile(r"_(?=\d+(?:_|$))|(?<=\d)_|(?<=attention)_|(?<=self_attn)_|(?<=encoder)_|(?<=mlp)_")
 
 _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the same file
@@ -106,7 +106,7 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
 
 
 def lora_from_state(state: State, metadata: Mapping[str, str] | None = None) -> Lora:
-    """Returns the adapters in a file's tensors; `metadata` is its header's, where diffusers may store alpha."""
+    """Returns the adapters in a file's tensors; `metadata` is the file's, in which diffusers may store alpha."""
     targets: dict[str, Adapters] = {"network": {}, "text": {}}
     unknown, embeddings = [], []
     for key, x in state.items():
@@ -115,16 +115,16 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None) -> 
             continue
         target, path, tensor = parse_key(key)
         adapter = targets.get(target, {}).setdefault(path, Adapter())
-        if target not in targets or tensor in adapter.tensors:  # given twice, in two namings: the first one counts
+        if target not in targets or tensor in adapter.tensors:  # a repetition in another naming
             unknown.append(key)
         else:
             adapter.keys.append(key)
             adapter.tensors[tensor] = x
     for adapters in targets.values():
-        for adapter in adapters.values():
+        for path, adapter in list(adapters.items()):
             _normalise(adapter.tensors)
-        for path in [path for path, adapter in adapters.items() if not is_complete(adapter)]:
-            unknown += adapters.pop(path).keys
+            if not is_complete(adapter):
+                unknown += adapters.pop(path).keys
     for name, target in (("prior", "network"), ("text_encoder", "text")):
         _set_alpha(targets[target], metadata or {}, name)
     return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings))
@@ -160,10 +160,10 @@ def _normalise(tensors: dict[str, Tensor]) -> None:
 
 
 def _set_alpha(adapters: Adapters, metadata: Mapping[str, str], name: str) -> None:
-    """Sets missing alphas to the one in diffusers' header for `name`; without one, alpha is the rank."""
+    """Sets missing alphas to the one in diffusers' metadata for `name`; without alpha, an adapter is not scaled."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:  # not diffusers' header
+    except ValueError:  # not written by diffusers
         return
     alpha = config.get(f"{name}.lora_alpha") if isinstance(config, dict) else None
     if not isinstance(alpha, int | float):
@@ -178,7 +178,7 @@ def _set_alpha(adapters: Adapters, metadata: Mapping[str, str], name: str) -> No
 
 
 def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
-    """Merges LoRA files into the prior and its text tower in `networks`, which may be replaced.
+    """Merges LoRA files into the prior and its text tower. An entry of `networks` that two parts share is replaced.
 
     Raises ValueError if a file, or a part of it, does not fit these networks.
     """
@@ -195,23 +195,19 @@ def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
 
 def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: float, name: str, lora: Lora) -> None:
     network: nn.Module | None = networks.get(part)
-    title = part.replace("_", " ")
+    title, is_tower = part.replace("_", " "), part == TOWERS[0]
     if network is None:
         raise ValueError(f"{name} changes the {title}, which this model lacks: load a complete model")
-    state = network.state_dict()
-    if part == TOWERS[0]:
-        state = text_to_transformers(state)
+    state = text_to_transformers(network.state_dict()) if is_tower else network.state_dict()
     try:
         merged = merge_lora(state, adapters, strength)
     except ValueError as error:
         raise ValueError(
-            f"{name} does not fit this {title} ({error}; it seems made for {lora.family()}): use a LoRA for this model"
+            f"{name} does not fit this {title} ({error}; it seems to be for {lora.family()}): use a LoRA for this model"
         ) from error
-    if part == TOWERS[0]:
-        merged = text_from_transformers(merged)
     if any(other is network for key, other in networks.items() if key != part):  # the decoder keeps the unchanged tower
         network = networks[part] = deepcopy(network)
-    network.load_state_dict(merged, assign=True)
+    network.load_state_dict(text_from_transformers(merged) if is_tower else merged, assign=True)
 
 
 def _unsupported(name: str, lora: Lora) -> ValueError:

@@ -48,7 +48,7 @@ def source_path(source: str | os.PathLike[str]) -> Path:
 def open_source(
     source: str | os.PathLike[str], part: str | None = None, headers_only: bool = False, version: str = "auto"
 ) -> Source:
-    """Opens "demo", "demo-v1", a file or a folder; of a folder only `part`, if given.
+    """Opens "demo", "demo-v1", a file or a folder (with `part`, only this part of it).
 
     `version` ("v1" or "v2") is the release of a prior that cannot be determined otherwise (see `release`).
     """
@@ -76,14 +76,14 @@ def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     return {} if path.is_dir() else parse_metadata(path, read_file_metadata(path))
 
 
-def _open_file(path: Path, headers_only: bool, config: Mapping[str, Any] | None = None) -> Source:
-    """Opens a weight file; `config` is the config.json beside it."""
-    content = read_weight_file(path, headers_only)
+def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = None) -> Source:
+    """Opens a weight file or the index of its shards; `config` is its folder's config.json."""
+    content = _read_shards(path, headers_only) if path.suffix == ".json" else read_weight_file(path, headers_only)
     metadata = parse_metadata(path, content.metadata)
     bare = content.states.get("", {})
     bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
     if bundled is None:
-        return identify(path, content, dict(config or {}), metadata)
+        return identify(path, content, config or {}, metadata)
     networks: dict[str, Network] = {}
     for name, state in bundled.items():
         params = metadata.get("parts", {}).get(name)
@@ -97,7 +97,7 @@ def _open_file(path: Path, headers_only: bool, config: Mapping[str, Any] | None 
 
 
 def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
-    """Opens a folder of a pipeline, of one component, or of bundles; of several parts only `part`, if given."""
+    """Opens a folder of a pipeline, of one component, or of bundles; with `part`, only this part of it."""
     if _weights_in(root) is not None:
         return _open_component(root, headers_only)
     found = {name: path for name in PARTS if (path := _component_path(root, name)) is not None}
@@ -109,22 +109,22 @@ def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
         found |= _bundled_parts(root, found)
     if not found:
         raise ValueError(
-            f"{root} is neither a diffusers folder nor holds a bundle: expected {_STEMS[0]}.safetensors or .bin in it, "
+            f"{root} is not a diffusers folder and has no bundle: expected {_STEMS[0]}.safetensors or .bin in it, "
             f"or in a subfolder named {', '.join((*PARTS, TEXT_ENCODER))}"
         )
     if part is not None and part not in found:
         raise no_part(root, part, list(found))
-    paths = {name: path for name, path in found.items() if part in (None, name)}
-    opened = {path: _open_component(path, headers_only) for path in paths.values()}
-    for name, path in paths.items():
+    if part is not None:
+        found = {part: found[part]}
+    opened = {path: _open_component(path, headers_only) for path in found.values()}
+    for name, path in found.items():
         if name not in opened[path].networks:
             raise no_part(path, name, list(opened[path].networks))
+    layout = "folder of single files" if all(path.is_file() for path in opened) else "diffusers folder"
     if [source.layout for source in opened.values()] == [BUNDLE]:
         layout = BUNDLE
-    else:
-        layout = "folder of single files" if all(path.is_file() for path in opened) else "diffusers folder"
     metadata = _card_licence(root) | merge_metadata(opened.values()) | ({"version": "v2"} if pipeline else {})
-    return Source(root, layout, {name: opened[path].networks[name] for name, path in paths.items()}, metadata)
+    return Source(root, layout, {name: opened[path].networks[name] for name, path in found.items()}, metadata)
 
 
 def _open_component(path: Path, headers_only: bool) -> Source:
@@ -134,11 +134,7 @@ def _open_component(path: Path, headers_only: bool) -> Source:
     file = _weights_in(path)
     assert file is not None
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if file.suffix == ".json":
-        content = WeightFile({"": _read_shards(file, headers_only)}, {})
-        source = identify(file, content, config, {})
-    else:
-        source = _open_file(file, headers_only, config)
+    source = _open_file(file, headers_only, config)
     metadata = _card_licence(path) | dict(source.metadata)
     if str(config.get("_class_name", "")).startswith(_PIPELINE_CLASSES):
         metadata.setdefault("version", "v2")
@@ -152,7 +148,8 @@ def _weights_in(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_shards(index: Path, headers_only: bool) -> State:
+def _read_shards(index: Path, headers_only: bool) -> WeightFile:
+    """Reads the weight files that an index lists as one."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index} lists no weight files: download the whole folder again")
@@ -161,7 +158,7 @@ def _read_shards(index: Path, headers_only: bool) -> State:
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
         state |= read_weight_file(index.parent / shard, headers_only).states.get("", {})
-    return state
+    return WeightFile({"": state}, {})
 
 
 def _component_path(root: Path, name: str) -> Path | None:
@@ -169,12 +166,13 @@ def _component_path(root: Path, name: str) -> Path | None:
     for stem in (name, kind_of(name)):
         if (root / f"{stem}.safetensors").is_file():
             return root / f"{stem}.safetensors"
+    combined = (root / TOWERS[0]).is_dir()  # in the combined pipeline "text_encoder" is the decoder's
+    stage = root / name.removesuffix(f"_{TEXT_ENCODER}")
+    folders = [name]
     if name not in TOWERS:
-        folders: tuple[str, ...] = (name, f"prior_{name}")  # the latter in the combined pipeline
-    elif (root / TOWERS[0]).is_dir():  # the combined pipeline, where the decoder's tower has the plain name
-        folders = (name,) if name == TOWERS[0] else (name, TEXT_ENCODER)
-    else:  # a pipeline of one stage with its own tower
-        folders = (TEXT_ENCODER,) if (root / name.removesuffix(f"_{TEXT_ENCODER}")).is_dir() else ()
+        folders.append(f"prior_{name}")  # in the combined pipeline
+    elif name == TOWERS[1] if combined else stage.is_dir():
+        folders.append(TEXT_ENCODER)
     return next((root / folder for folder in folders if _weights_in(root / folder)), None)
 
 

@@ -1,7 +1,7 @@
 """Stores weights in another dtype, or in fp8 with one scale for each large tensor.
 
-fp8 is for storage only: torch cannot add in it. The names are ComfyUI's: beside `X.weight` in e4m3 is `X.scale_weight`,
-one fp32 number that multiplies it. Our scales are powers of two, so dequantizing is exact in every dtype.
+fp8 is for storage only: torch cannot add in it. As in ComfyUI's files, `X.weight` in e4m3 is to be multiplied by
+`X.scale_weight`, one fp32 number. Our scales are powers of two, so dequantizing is exact in every dtype.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def is_large(key: str, x: Tensor | LazyTensor) -> bool:
 
 
 def quantize(key: str, tensor: Tensor | LazyTensor, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    """Returns the tensors to store for one in `dtype` (None: unchanged): itself and, for a large one in fp8, its scale.
+    """Returns the entries that store a tensor in `dtype` (None: unchanged): with fp8, a large one has a scale as well.
 
-    In fp8, small tensors are stored in bf16. Loading raises ValueError if a number does not fit.
+    With fp8, small tensors are stored in bf16. Loading raises ValueError if a number does not fit.
     """
     x = LazyTensor.of(tensor)
     if dtype == FP8 and not is_large(key, x):
@@ -112,6 +112,6 @@ def dequantize(state: dict[str, AnyTensor], scaled_only: bool = False) -> dict[s
 
 
 def _unscaled_dtype(state: Mapping[str, Tensor | LazyTensor]) -> torch.dtype:
-    """Returns the widest dtype besides fp8 and the scales; bf16 if there is no other."""
+    """Returns the widest dtype of the weights that are neither fp8 nor scales; bf16 if there is no other."""
     found = {x.dtype for key, x in state.items() if x.dtype.is_floating_point and not key.endswith(_SUFFIX)}
     return next((dtype for dtype in (torch.float32, torch.float16) if dtype in found), torch.bfloat16)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import V1, PriorParams
-from .components import Params, component_of
+from .components import Params, Part, component_of, tower_name, tower_widths
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,17 @@ def release_of_model(params: Iterable[Params]) -> str:
     return "v1" if "v1" in map(release_of, params) else "v2"
 
 
-def check_release(params: Mapping[str, Params]) -> None:
-    """Raises ValueError if parts of v1 and v2 are mixed; `params` is by part name."""
-    v1, v2 = ([name for name, p in params.items() if release_of(p) == release] for release in ("v1", "v2"))
+def check_parts(parts: Mapping[str, Part]) -> None:
+    """Raises ValueError unless parts are from one release, and each text tower has the width that its stage reads."""
+    v1, v2 = ([name for name, x in parts.items() if release_of(x.params) == release] for release in ("v1", "v2"))
     if v1 and v2:
         raise ValueError(f"{', '.join(v1)} is from v1 and {', '.join(v2)} from v2: use parts of one release")
+    for name, width in tower_widths(parts).items():
+        if name in parts and (found := parts[name].params.width) != width:
+            raise ValueError(
+                f"the {name.replace('_', ' ')} is {tower_name(found)}, but its stage reads {tower_name(width)}: "
+                "use that one"
+            )
 
 
 def only_release(releases: Iterable[str | None]) -> str | None:
@@ -71,10 +77,8 @@ def guess_release(path: Path, params: PriorParams, version: str, headers_only: b
     """
     likely = "v1" if params.c_cond == V1["c_cond"] else "v2"
     chosen = likely if version == "auto" else version
-    if headers_only:
-        return chosen
-    known = _published_as(path, chosen)
-    if known is None and version == "auto" and likely == "v1":
+    known = None if headers_only else _published_as(path, chosen)
+    if not known and not headers_only and version == "auto" and likely == "v1":
         _warn_guessed(path)
     return known or chosen
 
@@ -84,19 +88,15 @@ def _published_as(path: Path, expected: str) -> str | None:
 
     Reads the whole file only if its size is that of a release other than `expected`.
     """
-    if not path.is_file():
-        return None
-    size, changed = path.stat().st_size, path.stat().st_mtime_ns
+    size = path.stat().st_size if path.is_file() else 0
     candidates = [(start, release) for (low, high), start, release in PUBLISHED if low <= size <= high]
     if all(release == expected for _, release in candidates):
         return None
-    checksum = _sha256(path, size, changed)
+    checksum = _sha256(path)
     return next((release for start, release in candidates if checksum.startswith(start)), None)
 
 
-@lru_cache(maxsize=16)
-def _sha256(path: Path, size: int, changed: int) -> str:
-    """Returns a file's checksum, computed again only when its size or time of change differs."""
+def _sha256(path: Path) -> str:
     checksum = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -108,6 +108,6 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 def _warn_guessed(path: Path) -> None:
     """Warns once per file that v1 was assumed."""
     logger.warning(
-        f"{path} is the prior of v1 or of v2's first upload (June 2023); nothing in it tells which, so v1 is assumed. "
+        f"{path} is the prior of v1 or of v2's first upload (June 2023), which look alike: v1 is assumed. "
         'If the images are noise, set version to "v2"'
     )

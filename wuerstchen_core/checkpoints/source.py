@@ -14,18 +14,8 @@ from torch import Tensor
 from ..common.dataclass_config import from_table
 from ..common.text import listed
 from ..models.prior import PriorParams
-from .components import (
-    COMPONENTS,
-    PARTS,
-    TEXT_ENCODER,
-    TOWERS,
-    Params,
-    Part,
-    State,
-    kind_of,
-    parts_of,
-)
-from .infer_params import WHOLE_TOWERS
+from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, State, kind_of, parts_of
+from .infer_params import TOWER_ADVICE
 from .key_maps import COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
 from .lazy import AnyTensor, LazyTensor, lazy_state
 from .quant import dequantize, is_scaled
@@ -44,7 +34,7 @@ _CONFIG_FIELDS = {
 
 
 class ForeignFile(ValueError):
-    """A file with weights of other models only; `contents` says which."""
+    """Raised for a file that has only weights of other models; `contents` describes them."""
 
     def __init__(self, path: Path, contents: Sequence[str]):
         super().__init__(f"{path} is not a Würstchen model: it holds {', '.join(contents)}. Choose another file")
@@ -53,7 +43,7 @@ class ForeignFile(ValueError):
 
 @dataclass(frozen=True)
 class Network:
-    """One network's weights under our key names, with what the source says about its params."""
+    """One network's weights under our key names, with what the source states about its params."""
 
     kind: str
     tensors: dict[str, LazyTensor]
@@ -75,7 +65,7 @@ class Network:
                 raise ValueError(f"the params in the file's metadata do not fit this version: {error}") from error
         config = self.config.get("text_config", self.config)  # of a whole CLIPModel
         if self.kind == TEXT_ENCODER and config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"this text tower uses {config['hidden_act']} but Würstchen's use gelu: {WHOLE_TOWERS}")
+            raise ValueError(f"this text tower uses {config['hidden_act']} but Würstchen's use gelu: {TOWER_ADVICE}")
         fields = entry.params.__dataclass_fields__
         stated = {ours: config[key] for key, ours in _CONFIG_FIELDS.items() if ours in fields and key in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
@@ -127,7 +117,7 @@ class Source:
         return parts
 
     def known_release(self, params: PriorParams) -> str | None:
-        """Returns the release of a prior with these params; None if only its checksum could tell."""
+        """Returns the release of a prior with these params; None if only its checksum can show it."""
         if "version" in self.metadata:
             return str(self.metadata["version"])
         return "v2" if params.c_cond == PriorParams.c_cond else only_release(self.releases())
@@ -192,7 +182,7 @@ def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: 
 def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
     """Returns the kind of network that weights are, and the weights under our key names.
 
-    Raises ValueError, whose message says what else they are, if they are not Würstchen's.
+    Raises ValueError if they are not Würstchen's; its message is the name of what they are.
     """
     if any(key.startswith(COMFYUI_PREFIX) for key in state):
         state = strip_prefix(state, COMFYUI_PREFIX)

@@ -1,4 +1,4 @@
-"""Reads weight files: safetensors and PyTorch's, told apart by their first bytes."""
+"""Reads weight files: safetensors and PyTorch's, which differ in their first bytes."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -45,7 +46,7 @@ def _inspect(options: argparse.Namespace) -> None:
         table: dict[str, Any] = groups
     else:
         description = describe(options.file)
-        lines, table = description.lines(), description.as_dict()
+        lines, table = description.lines(), asdict(description)
     text = json.dumps(table, ensure_ascii=False) if options.json else "\n".join(lines)
     sys.stdout.write(f"{text}\n")
 

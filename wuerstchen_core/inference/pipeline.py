@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from ..checkpoints import PARTS, Part, build_part
-from ..checkpoints.components import check_towers
 from ..checkpoints.lora_files import Loras, merge_loras
 from ..checkpoints.open import open_source
-from ..checkpoints.release import check_release
+from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..diffusion.samplers import Seed
 from . import editing, prompts, stages
@@ -65,8 +64,7 @@ class WuerstchenPipeline(stages.Components):
         """
         target = pick_device(device)
         parts, metadata = _read(source, version)
-        check_towers(parts)
-        check_release({name: part.params for name, part in parts.items()})
+        check_parts(parts)
         chosen = pick_dtype(dtype, target, sum(x.numel() for part in parts.values() for x in part.state_dict.values()))
         networks: dict[str, Any] = {}
         for name, part in parts.items():
