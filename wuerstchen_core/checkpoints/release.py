@@ -51,10 +51,8 @@ def check_parts(parts: Mapping[str, Part]) -> None:
         raise ValueError(f"{', '.join(v1)} is from v1 and {', '.join(v2)} from v2: use parts of one release")
     for name, width in tower_widths(parts).items():
         if name in parts and (found := parts[name].params.width) != width:
-            raise ValueError(
-                f"the {name.replace('_', ' ')} is {tower_name(found)}, but its stage reads {tower_name(width)}: "
-                "use that one"
-            )
+            title = name.replace("_", " ")
+            raise ValueError(f"the {title} must be {tower_name(width)}, not {tower_name(found)}: use the right one")
 
 
 def only_release(releases: Iterable[str | None]) -> str | None:
