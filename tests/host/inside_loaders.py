@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
 
-DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
+# The loaders' choices of a dtype besides "default". Never change these names: saved workflows contain them.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 FILES = {  # the part that each file holds
     "prior_original.pt": "prior",
     "prior_diffusers.safetensors": "prior",
@@ -132,7 +139,7 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, kind in FILES.items():
         tensors[name] = predict(model(name), kind)
     for name in ("prior_diffusers.safetensors", "decoder_diffusers.bin"):
-        for dtype in DTYPES[1:]:
+        for dtype in DTYPES:
             loaded = model(name, dtype)
             tensors[f"{name} {dtype}"] = predict(loaded, FILES[name])
             kept = {str(x.dtype) for x in loaded.model.diffusion_model.parameters()}

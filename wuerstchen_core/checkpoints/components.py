@@ -48,7 +48,8 @@ class Component:
     """One kind of network. Everything that differs by kind is read from here.
 
     `marks` are keys that only this network's files have, in any layout. `to_ours` maps such a file's keys to ours.
-    `release` is the only release that has it. `text_width` names the param with the width of the text states it reads.
+    Complete models of these `releases` have it; with (), it is an extra that no model needs. `text_width` names the
+    param with the width of the text states it reads.
     """
 
     stage: str
@@ -58,7 +59,7 @@ class Component:
     marks: tuple[str, ...]
     loader: Loader
     to_ours: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    release: str | None = None
+    releases: tuple[str, ...] = ("v1", "v2")
     text_width: str | None = None
     diffusers_class: str | None = None
 
@@ -83,7 +84,7 @@ COMPONENTS = {
         marks=("clip_mapper.weight",),
         loader=MODEL_LOADER,
         to_ours=key_maps.split_attention,
-        release="v2",
+        releases=("v2",),
         text_width="clip_embd",
         diffusers_class="WuerstchenDiffNeXt",
     ),
@@ -94,7 +95,7 @@ COMPONENTS = {
         infer_params=infer_params.token_decoder_params,
         marks=("byt5_mapper.weight",),
         loader=TOKEN_LOADER,
-        release="v1",
+        releases=("v1",),
         text_width="byt5_embd",
     ),
     "vqgan": Component(
@@ -141,7 +142,7 @@ def parts_loaded_by(loader: Loader) -> tuple[str, ...]:
 
 PARTS = tuple(part for kind in COMPONENTS for part in parts_of(kind))
 PARTS_OF = {  # the parts of a complete model, by release
-    release: tuple(part for kind, c in COMPONENTS.items() if c.release in (None, release) for part in parts_of(kind))
+    release: tuple(part for kind, c in COMPONENTS.items() if release in c.releases for part in parts_of(kind))
     for release in ("v1", "v2")
 }
 

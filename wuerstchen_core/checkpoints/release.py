@@ -36,7 +36,7 @@ def release_of(params: Params) -> str | None:
     if isinstance(params, ImageEncoderParams):
         return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
     entry = component_of(params)
-    return entry.release if entry else None
+    return only_release(entry.releases) if entry else None
 
 
 def release_of_model(params: Iterable[Params]) -> str:

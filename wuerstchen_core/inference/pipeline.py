@@ -152,7 +152,8 @@ def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str
     """Returns the parts of a source, or of one source per part, and the model's metadata."""
     if not isinstance(source, Mapping):
         opened = open_source(source, version=version)
-        return {name: opened.part(name) for name in opened.networks}, opened.metadata
+        names = (name for name in opened.networks if hasattr(stages.Components, name))
+        return {name: opened.part(name) for name in names}, opened.metadata
     if not source:
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     main = "prior" if "prior" in source else next(iter(source))

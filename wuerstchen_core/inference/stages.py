@@ -31,7 +31,10 @@ DENOISERS = ("prior", "decoder", "token_decoder")
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Components:
-    """The networks of one model and its metadata. Networks may be None: only functions that use them fail."""
+    """The networks of one model and its metadata. Networks may be None: only functions that use them fail.
+
+    Networks that only ComfyUI nodes use have no field here.
+    """
 
     prior: Prior | None = None
     decoder: Decoder | None = None
@@ -60,7 +63,7 @@ class Components:
 
     def networks(self) -> Iterator[Any]:
         """Yields the networks that are not None."""
-        return (network for name in PARTS if (network := getattr(self, name)) is not None)
+        return (network for name in PARTS if (network := getattr(self, name, None)) is not None)
 
     def require(self, name: str) -> Any:
         """Returns a network by name. Raises ValueError if it is None."""
