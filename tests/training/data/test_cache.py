@@ -28,6 +28,7 @@ from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.latent_cache import CacheSource
+from wuerstchen_core.training.data.loading import IndexedLoader
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages import decoder, diffusion, prior
@@ -170,7 +171,7 @@ def test_a_stopped_cache_resumes(cached_config: Path, config: Path, monkeypatch:
     whole, folder = shards(cached_config.parent / "cache"), config.parent / "cache"
     assert len(whole) == 3
     reads: list[int] = []
-    read = caching.read_example
+    read = IndexedLoader.read_example
 
     def watched(*given: Any) -> Any:
         reads.append(given[2])
@@ -178,7 +179,7 @@ def test_a_stopped_cache_resumes(cached_config: Path, config: Path, monkeypatch:
             raise KeyboardInterrupt
         return read(*given)
 
-    monkeypatch.setattr(caching, "read_example", watched)
+    monkeypatch.setattr(IndexedLoader, "read_example", watched)
     stop = 9
     with pytest.raises(KeyboardInterrupt):
         make_cache(config, TWO_BUCKETS)
@@ -220,7 +221,7 @@ def test_filters_apply_to_a_cache(tmp_path: Path, config: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO):
         pictures.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
     assert "3 images" in caplog.text and "1 of low aesthetic score, 1 too large" in caplog.text
-    assert set(pictures.sample_batch(StepRandom(0, 0, 3)).names) == {f"00000.tar:00000000{i}" for i in (2, 3, 4)}
+    assert set(pictures.sample_batch(StepRandom(0, 0, 3)).captions) == {"no 2", "no 3", "no 4"}
     other = FileDataset({**data, "size": 128}, fingerprint_of=network_fingerprints(config))
     other.map_captions(fail)
     with pytest.raises(ValueError, match="5 cached in other sizes"):

@@ -80,7 +80,7 @@ def test_workers_do_not_change_the_batches(folder: Path) -> None:
     loader = opened(folder, bad_share=1.0, crop="random", workers=2)
     for batch, other in zip(alone, loader.batches(3), strict=False):
         assert torch.equal(batch.images, other.images)
-        assert (batch.captions, batch.names, batch.next) == (other.captions, other.names, other.next)
+        assert (batch.captions, batch.next) == (other.captions, other.next)
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random numbers are untouched
 
 

@@ -7,28 +7,27 @@ shards n with n % w == r, and training on the cache uses the images in the same 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import save
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
 from ...common.dataclass_config import Count, OneOf, from_table
 from ...common.devices import DTYPES
+from ...inference.images import to_pictures
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
@@ -37,13 +36,14 @@ from ..run import STAGES
 from ..stages import networks
 from .error_budget import ErrorBudget
 from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
-from .loading import Batch, IndexedLoader, ReadResult, collate, read_example
+from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import ImageDataConfig, configured_cache, open_loader
 from .shards import add_member
 
 log = logging.getLogger(__name__)
 
-ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function of each of CACHEABLE
+Chunk = tuple[int, list[int]]  # the bucket and the image indices of a forward pass
+ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CACHEABLE
     "latents": (VQGAN, networks.encode_latents),
     "features": (ImageEncoder, networks.encode_features),
     "text": (TextEncoder, networks.encode_text),
@@ -105,24 +105,16 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
 
 @dataclass
 class _ChunkReader(Dataset[tuple[list[int], ReadResult]]):
-    """Reads the images of one forward pass; returns the indices of the readable ones, and the images and captions."""
+    """Reads the images of forward passes; an item is the indices of the readable ones, and the result."""
 
     loader: IndexedLoader
-    chunks: list[tuple[int, list[int]]]  # bucket and image indices of each
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> tuple[list[int], ReadResult]:
-        bucket, indices = self.chunks[number]
-        source, result, examples = self.loader.source, ReadResult(read=len(indices)), {}
-        for index in indices:
-            try:
-                examples[index] = read_example(source, self.loader.selection, index, bucket)
-            except ValueError as error:
-                result.bad[source.names[index]] = str(error)
+    def __getitem__(self, chunk: Chunk) -> tuple[list[int], ReadResult]:
+        (bucket, indices), result = chunk, ReadResult()
+        tried = {index: self.loader.read_example(result, index, bucket) for index in indices}
+        examples = {index: example for index, example in tried.items() if example is not None}
         if examples:
-            result.batch = collate(list(examples.values()), [source.names[index] for index in examples])
+            result.batch = collate(list(examples.values()))
         return list(examples), result
 
 
@@ -135,10 +127,6 @@ class _CacheWriter:
     encoders: dict[str, Any]  # functions of images [B, 3, H, W] in [0, 1], or for "text" of captions
 
     def __post_init__(self) -> None:
-        self.buckets = np.full(len(self.loader.source), -1)
-        for bucket, members in enumerate(self.loader.order.members):
-            self.buckets[members] = bucket
-        self.selected = np.flatnonzero(self.buckets >= 0)
         self.budget = ErrorBudget("images", self.loader.bad_share)
 
     def prepare(self) -> None:
@@ -151,7 +139,6 @@ class _CacheWriter:
                 )
         elif any(self.folder.glob("*.tar")):
             raise ValueError(f"{self.folder} contains shards that are not a cache's: change [cache] output")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if "text" in self.encoders:
             content = save({"text": self.encoders["text"]([""])[0].to(DTYPES[self.options.dtype])})
             replace_file(self.folder / EMPTY_TEXT, lambda draft: draft.write_bytes(content))
@@ -161,35 +148,38 @@ class _CacheWriter:
     def write_shards(self, accelerator: Accelerator) -> None:
         """Writes the missing shards of this process."""
         digits = max(5, len(str(self.manifest.shards - 1)))
-        paths = {number: self.folder / f"{number:0{digits}d}.tar" for number in range(self.manifest.shards)}
-        mine = range(accelerator.process_index, self.manifest.shards, accelerator.num_processes)
-        missing = {number: self._chunks(number) for number in mine if not paths[number].exists()}
-        reader = _ChunkReader(self.loader, [chunk for chunks in missing.values() for chunk in chunks])
-        results = iter(DataLoader(reader, batch_size=None, num_workers=self.loader.workers))
-        total, to_do = sum(len(self._members(number)) for number in mine), sum(len(part) for _, part in reader.chunks)
-        shown = accelerator.is_main_process
-        with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=not shown) as progress:
-            for number, chunks in missing.items():
-                replace_file(paths[number], partial(self._write_shard, islice(results, len(chunks)), progress))
+        mine = islice(enumerate(self._chunks()), accelerator.process_index, None, accelerator.num_processes)
+        shards = {self.folder / f"{number:0{digits}d}.tar": chunks for number, chunks in mine}
+        missing = {path: chunks for path, chunks in shards.items() if not path.exists()}
+        total, to_do = (
+            sum(len(indices) for chunks in part.values() for _, indices in chunks) for part in (shards, missing)
+        )
+        order = [chunk for chunks in missing.values() for chunk in chunks]
+        results = iter(DataLoader(_ChunkReader(self.loader), None, sampler=order, num_workers=self.loader.workers))
+        hidden = not accelerator.is_main_process
+        with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=hidden) as progress:
+            for path, chunks in missing.items():
+                replace_file(path, partial(self._write_shard, islice(results, len(chunks)), progress))
         log.info(
             "%d images cached in %s, %d bad ones skipped, %d there already",
             self.budget.read - self.budget.failed, self.folder, self.budget.failed, total - to_do,
         )  # fmt: skip
 
-    def _members(self, number: int) -> np.ndarray:
-        """Returns the image indices of a shard."""
-        return self.selected[number * self.options.shard : (number + 1) * self.options.shard]
-
-    def _chunks(self, number: int) -> list[tuple[int, list[int]]]:
-        """Returns the bucket and the image indices of each forward pass for a shard."""
-        members, size = self._members(number), self.options.batch
-        grouped = [(bucket, members[self.buckets[members] == bucket]) for bucket in range(self.buckets.max() + 1)]
-        return [(bucket, part[i : i + size].tolist()) for bucket, part in grouped for i in range(0, len(part), size)]
+    def _chunks(self) -> Iterator[list[Chunk]]:
+        """Yields the forward passes of each shard."""
+        buckets, size = np.full(len(self.loader.source), -1), self.options.batch
+        for bucket, members in enumerate(self.loader.order.members):
+            buckets[members] = bucket
+        selected = np.flatnonzero(buckets >= 0)
+        for start in range(0, len(selected), self.options.shard):
+            members = selected[start : start + self.options.shard]
+            grouped = [(bucket, members[buckets[members] == bucket]) for bucket in np.unique(buckets[members]).tolist()]
+            yield [(bucket, part[i : i + size].tolist()) for bucket, part in grouped for i in range(0, len(part), size)]
 
     def _write_shard(
-        self, results: Iterator[tuple[list[int], ReadResult]], progress: tqdm[Any], path: Path
+        self, results: Iterator[tuple[list[int], ReadResult]], progress: tqdm[Any], draft: Path
     ) -> None:  # fmt: skip
-        with tarfile.open(path, "w") as tar:
+        with tarfile.open(draft, "w") as tar:
             for indices, result in results:
                 self.budget.add(result.read, result.bad)
                 if result.batch is not None:
@@ -197,23 +187,17 @@ class _CacheWriter:
                 progress.update(result.read)
 
     def _add_examples(self, tar: tarfile.TarFile, indices: list[int], batch: Batch) -> None:
+        """Computes the tensors of a batch and adds its examples, named by their image indices, to a shard."""
         images, dtype, tensors = batch.images.float() / 255, self.options.dtype, {}
         for name, encode in self.encoders.items():
             tensors[name] = encode(batch.captions if name == "text" else images).to(DTYPES[dtype])
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{name} are not finite in {dtype}: choose another [cache] dtype")
-        height, width = images.shape[-2:]
-        for i, index in enumerate(indices):
+        for i, (index, picture) in enumerate(zip(indices, to_pictures(images), strict=True)):
             own = {name: x[i] for name, x in tensors.items()}
-            files = example_files(batch.captions[i], self.loader.source.records[index], (width, height), own)
+            files = example_files(batch.captions[i], self.loader.source.records[index], picture.size, own)
             if self.options.pictures:
-                files["png"] = _png(batch.images[i])
+                picture.save(file := BytesIO(), "PNG")
+                files["png"] = file.getvalue()
             for suffix, content in files.items():
                 add_member(tar, f"{index:09d}.{suffix}", content)
-
-
-def _png(image: Tensor) -> bytes:
-    """Returns the PNG file of an image [3, H, W] uint8."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()

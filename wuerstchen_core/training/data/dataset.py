@@ -1,4 +1,4 @@
-"""The interface between training images and the stages."""
+"""The interface of training images to the stages, and its implementation for images in memory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def identity(x: Tensor) -> Tensor:
 class ImageDataset(ABC):
     """Training images with captions.
 
-    `sample_batch` returns a handle of one batch, from which the other methods read images, captions and tensors.
+    `sample_batch` returns a handle of one batch: an object that the other methods turn into images, captions and
+    tensors.
     """
 
-    side: int  # pixels of the shortest side of any image
+    side: int  # shortest side of any image, in pixels
     square: bool  # True if all images are squares of that side
-    position = 0  # where reading resumes after the last batch
-    fingerprint = ""  # of the images and how they are read, if they can change
+    position = 0  # to resume from after the last batch
+    fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
-        """Prepares for `batch` images a step for process `rank` of `world`.
+        """Prepares for reading batches of `batch` images in process `rank` of `world`. Images in memory need nothing.
 
-        `position` and `fingerprint` are those of the run to resume, or 0 and "". Images in memory need neither.
+        `position` and `fingerprint` are those of the run to resume, or 0 and ""; `cache` is a folder for index files.
         """
         self.position = position
 
@@ -48,30 +49,30 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def captions(self, batch: Any, rng: StepRandom, drop: float = 0.0) -> list[str]:
-        """Returns a caption for each image; a fraction of `drop` is empty."""
+        """Returns a caption for each image, which is "" with probability `drop`."""
 
     @abstractmethod
     def images(self, batch: Any) -> Tensor:
         """Returns the images [B, 3, H, W] in [0, 1]."""
 
     def must_compute(self, name: str) -> bool:
-        """True unless a cache has the tensors of this name: "latents", "features" or "text"."""
+        """True unless a cache contains `name`: "latents", "features" or "text"."""
         return True
 
     @abstractmethod
     def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Any], Tensor]:
-        """Returns a function that maps a batch to `derive(compute(images))`, images [B, 3, H, W] in [0, 1].
+        """Returns a function that maps a batch to `derive(compute(images))` of its images [B, 3, H, W] in [0, 1].
 
-        The result of `compute` is read from a cache instead if one has `name`.
+        If a cache contains `name`, the result of `compute` is read from it instead.
         """
 
     def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:
-        """Returns a function that maps a batch, rng and drop to `compute(captions)`, or reads it from a cache."""
+        """Returns a function that maps a batch, rng and drop to `compute(captions)`, or to its cached result."""
         return lambda batch, rng, drop: compute(self.captions(batch, rng, drop))
 
     @abstractmethod
     def preview_images(self) -> InMemoryDataset | None:
-        """Returns images for a sample grid, held out from training if possible; None if there are none."""
+        """Returns images for sample grids, held out from training if possible; None if there are none."""
 
 
 class InMemoryDataset(ImageDataset):
@@ -85,27 +86,27 @@ class InMemoryDataset(ImageDataset):
         return len(self.pixels)
 
     def sample_batch(self, rng: StepRandom) -> Tensor:
-        """Returns random indices, without repetition if there are enough images."""
+        """Returns random indices [B], without repetition if there are enough images."""
         return rng.pick(len(self))
 
     def evenly_spaced(self, count: int) -> Tensor:
-        """Returns the indices of up to `count` images from the whole range."""
+        """Returns the indices of up to `count` images, spread over all of them."""
         return torch.arange(len(self))[:: max(1, len(self) // count)][:count]
 
     def captions(self, batch: Tensor, rng: StepRandom, drop: float = 0.0) -> list[str]:
         dropped, seeds = (rng.uniform() < drop).tolist(), rng.integers(2**31).tolist()
-        texts = [self.caption(i, random.Random(seed)) for i, seed in zip(batch.tolist(), seeds, strict=True)]
-        return ["" if empty else text for empty, text in zip(dropped, texts, strict=True)]
+        chosen = zip(batch.tolist(), seeds, dropped, strict=True)
+        return ["" if empty else self.caption(index, random.Random(seed)) for index, seed, empty in chosen]
 
     def caption(self, index: int, words: random.Random) -> str:
-        """Returns the caption of an image; `words` chooses between wordings."""
+        """Returns the caption of an image; `words` are the random numbers to choose a wording."""
         return self.texts[index]
 
     def images(self, batch: Tensor | slice) -> Tensor:
         return self.pixels[batch].float() / 255
 
     def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Tensor | slice], Tensor]:
-        """Computes the tensors of all images at once, here."""
+        """Computes the tensors of all images now, and returns a function that looks them up."""
         starts = range(0, len(self), CHUNK)
         tensors = torch.cat([derive(compute(self.images(slice(start, start + CHUNK)))) for start in starts])
         return lambda batch: tensors[batch]

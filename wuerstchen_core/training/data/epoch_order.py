@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-CACHE_SIZE = 2  # epochs, and permutations of each bucket, kept in memory
+CACHE_SIZE = 2  # permutations of each bucket, and of the epochs' batches, in memory
 
 
 class EpochOrder:
@@ -21,19 +22,16 @@ class EpochOrder:
     """
 
     def __init__(self, members: Sequence[np.ndarray], batch: int, seed: int):
-        """`members` are the image indices of each bucket; one bucket at least has some."""
+        """`members` are the image indices of each bucket; at least one bucket must have some."""
         self.members, self.batch, self.seed = list(members), batch, seed
         self._counts = np.array([len(part) for part in members], dtype=object)  # Python integers never overflow
-        self._permutations: list[dict[int, np.ndarray]] = [{} for _ in members]
-        self._epochs: dict[int, np.ndarray] = {}
+        self._shuffled: list[dict[int, np.ndarray]] = [{} for _ in range(len(members) + 1)]
 
     def epoch(self, step: int) -> tuple[int, int]:
         """Returns the epoch of a step and the step's number in it."""
-        low, high = 0, step * self.batch // int(self._counts.sum()) + 1
-        while low < high:  # bisects for the last epoch that starts at or before the step
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._first_step(middle) <= step else (low, middle - 1)
-        return low, step - self._first_step(low)
+        epochs = range(step * self.batch // int(self._counts.sum()) + 2)
+        epoch = bisect_right(epochs, step, key=self._first_step) - 1
+        return epoch, step - self._first_step(epoch)
 
     def batch_at(self, step: int) -> tuple[int, np.ndarray]:
         """Returns the bucket of a step and the image indices [batch] of its global batch."""
@@ -41,8 +39,8 @@ class EpochOrder:
         return bucket, self._images(bucket, np.arange(number * self.batch, (number + 1) * self.batch))
 
     def substitutes(self, step: int, slot: int) -> Iterator[int]:
-        """Yields replacements for one image of the global batch: the others of its bucket, in the order that follows
-        the batch, once each."""
+        """Yields replacements for the image at index `slot` of the global batch: each other image of its bucket once,
+        beginning with the one at this index of the bucket's next batch."""
         bucket, number = self._bucket_batch(step)
         tried = self._images(bucket, np.array([number * self.batch + slot])).tolist()
         for position in itertools.count((number + 1) * self.batch + slot):
@@ -53,7 +51,7 @@ class EpochOrder:
                 yield index
 
     def _batches_before(self, epoch: int) -> np.ndarray:
-        """The number of batches that each bucket has had before an epoch."""
+        """Returns the number of batches [buckets] that each bucket has had before an epoch."""
         return -(-epoch * self._counts // self.batch)
 
     def _first_step(self, epoch: int) -> int:
@@ -62,32 +60,26 @@ class EpochOrder:
     def _bucket_batch(self, step: int) -> tuple[int, int]:
         """Returns the bucket of a step and the number of its batch in the bucket's sequence."""
         epoch, number = self.epoch(step)
-        if epoch not in self._epochs:
-            first, last = self._batches_before(epoch), self._batches_before(epoch + 1)
-            buckets = self._shuffled((0, epoch), np.repeat(np.arange(len(first)), (last - first).astype(np.int64)))
-            numbers = np.empty_like(buckets)
-            for bucket in range(len(first)):
-                numbers[buckets == bucket] = np.arange(first[bucket], last[bucket])
-            _remember(self._epochs, epoch, np.stack([buckets, numbers], axis=1))
-        bucket, number = self._epochs[epoch][number].tolist()
-        return bucket, number
+        first, last = self._batches_before(epoch), self._batches_before(epoch + 1)
+        buckets = np.repeat(np.arange(len(first)), (last - first).astype(np.int64))
+        buckets = self._permutation(0, epoch, buckets)
+        bucket = int(buckets[number])
+        return bucket, first[bucket] + np.count_nonzero(buckets[:number] == bucket)
 
     def _images(self, bucket: int, positions: np.ndarray) -> np.ndarray:
         """Returns the image indices at some positions of a bucket's endless sequence."""
-        members, known = self.members[bucket], self._permutations[bucket]
+        members = self.members[bucket]
         cycles, offsets = np.divmod(positions, len(members))
         out = np.empty(len(positions), dtype=np.int64)
         for cycle in np.unique(cycles).tolist():
-            if cycle not in known:
-                _remember(known, cycle, self._shuffled((bucket + 1, cycle), members))
-            out[cycles == cycle] = known[cycle][offsets[cycles == cycle]]
+            out[cycles == cycle] = self._permutation(bucket + 1, cycle, members)[offsets[cycles == cycle]]
         return out
 
-    def _shuffled(self, key: tuple[int, int], values: np.ndarray) -> np.ndarray:
-        return np.random.default_rng((self.seed, *key)).permutation(values)
-
-
-def _remember(cache: dict[int, np.ndarray], key: int, value: np.ndarray) -> None:
-    cache[key] = value
-    if len(cache) > CACHE_SIZE:
-        del cache[next(iter(cache))]
+    def _permutation(self, sequence: int, number: int, values: np.ndarray) -> np.ndarray:
+        """Returns a permutation of values: of sequence 0 (the epochs' batches) or of a bucket's (its index + 1)."""
+        known = self._shuffled[sequence]
+        if number not in known:
+            known[number] = np.random.default_rng((self.seed, sequence, number)).permutation(values)
+            if len(known) > CACHE_SIZE:
+                del known[next(iter(known))]
+        return known[number]

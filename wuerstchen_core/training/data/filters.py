@@ -35,11 +35,7 @@ class Filters:
         """Returns why each image is rejected, as texts [N]; "" for those that pass."""
         shorter = np.minimum(records["width"], records["height"])
         longer = np.maximum(records["width"], records["height"])
-        tests = []
-        if self.min_side is not None:
-            tests.append((shorter < self.min_side, "too small"))
-        if self.max_side is not None:
-            tests.append((longer > self.max_side, "too large"))
+        tests = [(shorter < (self.min_side or 0), "too small"), (longer > (self.max_side or np.inf), "too large")]
         for score, limit, sign, reason in (
             ("watermark", self.max_watermark, 1, "with a watermark"),
             ("aesthetic", self.min_aesthetic, -1, "of low aesthetic score"),
@@ -48,27 +44,25 @@ class Filters:
             if limit is not None:
                 tests.append((sign * records[score] > sign * limit, reason))
                 tests.append((np.isnan(records[score]), f"without {score} score"))
-        out = np.full(len(records), "", dtype="<U32")
-        for failed, reason in reversed(tests):  # the first reason counts
-            out[failed] = reason
-        return out
+        failed, reasons = zip(*tests, strict=True)
+        return np.select(failed, reasons, "")  # the first reason counts
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images are used, in which sizes, and what is read of each."""
+    """Chooses images and their buckets, and says which parts of each to read."""
 
     filters: Filters
     sizes: tuple[Size, ...]  # of the buckets
-    enlarge: float = 1.0  # largest factor of upscaling
+    enlarge: float = 1.0  # largest upscaling factor
     random_crop: bool = False
-    captions: bool = True  # False: not needed, "" instead
-    images: bool = True  # False: not needed, empty tensors instead
-    cached: tuple[str, ...] = ()  # tensors to read from a cache
+    captions: bool = True  # False: "" instead
+    images: bool = True  # False: empty tensors instead
+    cached: tuple[str, ...] = ()  # names of the tensors to read from a cache
 
     def select(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns why each image is rejected ("" if it is used) and the bucket index of each, both [N]."""
-        if "wide" in (records.dtype.names or ()):  # of a cache, where images have their final size
+        if "wide" in (records.dtype.names or ()):  # of a cache: its images are cropped already
             match = [(records["wide"] == wide) & (records["high"] == high) for wide, high in self.sizes]
             buckets, reason = np.where(np.any(match, 0), np.argmax(match, 0), -1), "cached in other sizes"
         else:

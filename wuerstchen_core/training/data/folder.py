@@ -1,4 +1,4 @@
-"""Folders of images, each with its caption beside it or in a metadata.jsonl."""
+"""Folders of images, whose captions are in files of the same name or in a metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ...inference.images import open_picture, picture_size
 from .sidecars import parse_json_table, read_caption, read_table
 from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_bytes
 
-METADATA = "metadata.jsonl"  # of Hugging Face's imagefolder: one JSON table a line, with `file_name` relative to it
-FOLDER_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # of the contents, which sizes and scores do not tell apart
-SAMPLE = 4096  # bytes that a digest reads at a time: one page
+METADATA = "metadata.jsonl"  # as in Hugging Face's imagefolder: each line is a table, with `file_name` relative to it
+FOLDER_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # of the contents, so that fingerprints depend on them
+SAMPLE = 4096  # bytes in each of a digest's two samples: one page
 
 
 class FolderSource(ImageSource):
-    """All images below some folders, sorted by path within each; hidden files and folders are skipped.
+    """All images in and below some folders, sorted by path within each; hidden files and folders are skipped.
 
     Captions come from a metadata.jsonl that names the image, else from .txt, else from .json; scores from
-    metadata.jsonl or .json. Only headers and samples of the images are read until an image is needed.
+    metadata.jsonl or .json. Only headers and samples of the image files are read until an image is needed.
     """
 
     def __init__(self, roots: Sequence[Path]):
         self.paths: list[Path] = []
         self.names, self.bad = [], {}
-        self._rows: dict[Path, dict[str, Any]] = {}  # of metadata.jsonl files, by image
+        self._rows: dict[Path, dict[str, Any]] = {}  # of the metadata.jsonl files, by image
         records = []
         for root in roots:
             paths = sorted(_visible_files(root))
@@ -53,14 +53,13 @@ class FolderSource(ImageSource):
 
     def caption(self, index: int) -> str:
         path, name = self.paths[index], self.names[index]
-        text = self._sidecar(path, ".txt")
-        return read_caption(text, {} if text is not None else self._table(path, name), name)
+        return read_caption(self._sidecar(path, ".txt"), self._table(path, name), name)
 
     def _record(self, path: Path, name: str) -> tuple[float, ...]:
         table = self._table(path, name)
         try:
             caption = read_caption(self._sidecar(path, ".txt"), table, name)
-        except ValueError:  # reported once the caption is needed
+        except ValueError:  # reported when the caption is needed
             caption = ""
         try:
             with path.open("rb") as file:
@@ -80,21 +79,21 @@ class FolderSource(ImageSource):
         for number, line in enumerate(read_bytes(path).splitlines(), 1):
             if not line.strip():
                 continue
-            place = f"{name}:{number}"
+            where = f"{name}:{number}"
             try:
-                row = parse_json_table(line, place)
+                row = parse_json_table(line, where)
                 if not isinstance(row.get("file_name"), str):
-                    raise ValueError(f"{place} has no file_name: add the name of its image")
+                    raise ValueError(f"{where} has no file_name: add the name of its image")
                 if not (image := path.parent / row["file_name"]).is_file():
-                    raise ValueError(f"{place} names {row['file_name']}, which does not exist")
+                    raise ValueError(f"{where} names {row['file_name']}, which does not exist: correct the file_name")
             except ValueError as error:
-                self.bad[place] = str(error)
+                self.bad[where] = str(error)
                 continue
             self._rows[image] = row
 
 
 def contains_images(root: Path) -> bool:
-    """True if there is an image in a folder or below it."""
+    """True if there is an image in or below a folder."""
     return any(map(_is_image, _visible_files(root)))
 
 
@@ -107,7 +106,10 @@ def _is_image(path: Path) -> bool:
 
 
 def _digest(file: BinaryIO, caption: str) -> int:
-    """Returns a 64-bit hash of the file's size, its caption and two samples: the end of a BMP can be a plain border."""
+    """Returns a 64-bit hash of an image file's size, its caption, and samples from its middle and end.
+
+    One sample is not enough: the end of a BMP can be a plain border.
+    """
     size = file.seek(0, os.SEEK_END)
     digest = hashlib.blake2b(f"{size} {caption}".encode(), digest_size=8)
     for start in (size // 2, max(0, size - SAMPLE)):

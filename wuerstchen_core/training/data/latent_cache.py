@@ -1,8 +1,8 @@
-"""Caches: shards of latents, image features and text states that `train cache` computed, with or without the images.
+"""Reads caches: shards of latents, image features and text states that `train cache` computed.
 
 A cache is a folder of .tar files of the webdataset form and a cache.json that says how they were computed. An example
 is a caption (key.txt), a table (key.json: the image's size and its cropped size in pixels, and its scores), one file
-for each tensor (key.latents.safetensors, ...) and perhaps the cropped image (key.png).
+for each tensor (key.latents.safetensors, ...) and optionally the cropped image (key.png).
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from .buckets import Size
-from .shards import SHARD_FIELDS, Members, ShardSource, read_at
-from .sidecars import SCORE_KEYS, parse_json_table, read_table
-from .source import image_record, read_bytes
+from .shards import NONE, SHARD_FIELDS, Members, ShardSource, read_at
+from .sidecars import parse_json_table, read_table
+from .source import SCORE_KEYS, image_record, read_bytes
 
-CACHEABLE = ("latents", "features", "text")  # Stage A latents, semantic features, text states of the caption
+CACHEABLE = ("latents", "features", "text")  # Stage A latents, Stage C features, the caption's text states
 MANIFEST = "cache.json"
 EMPTY_TEXT = "no-words.safetensors"  # the text states of a dropped caption
 
-# The cropped size in pixels, and the offset and size in bytes of each tensor (size -1: none).
+# The cropped size in pixels, and the offset and size in bytes of each tensor.
 CACHE_FIELDS = [
     *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"),
     *((field, "i8") for name in CACHEABLE for field in (name, f"{name}_size")),
@@ -39,13 +38,13 @@ CACHE_FIELDS = [
 
 @dataclass(frozen=True, kw_only=True)
 class CacheManifest:
-    """The contents of a cache.json: how the shards beside it were computed."""
+    """The contents of a cache.json: how the shards in its folder were computed."""
 
-    networks: dict[str, str]  # the sha256 of the weights for each of CACHEABLE that is cached
+    networks: dict[str, str]  # the cached ones of CACHEABLE → sha256 of the weights of the network that computed them
     dtype: str
-    pictures: bool  # whether the images are in the shards
-    data: str  # the fingerprint of the dataset that was cached
-    count: int  # images, the unreadable ones included
+    pictures: bool  # True if the shards contain the cropped images
+    data: str  # fingerprint of the dataset that was cached
+    count: int  # images, unreadable ones included
     shard: int  # images in a shard
 
     @property
@@ -62,7 +61,10 @@ class Cache(NamedTuple):
 
 
 def find_cache(names: Sequence[str]) -> Cache | None:
-    """Returns the cache that some files or folders belong to, None for other sources. ValueError for a mixture."""
+    """Returns the cache that the files or folders `names` belong to, None for other sources.
+
+    ValueError if they are a cache and something else.
+    """
     folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
     # A cache.json alone can be the caption of a cache.png: a cache has shards too.
     caches = [folder for folder in folders if (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))]
@@ -89,7 +91,7 @@ def read_empty_text(folder: Path) -> Tensor:
 
 
 def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Returns the files of an example by suffix, from its record in the source and its cropped size."""
+    """Returns the files of an example by suffix; `record` is its row of `ImageSource.records`."""
     scores = {key: float(record[name]) for key, name in SCORE_KEYS.items() if not math.isnan(record[name])}
     table = {"width": int(record["width"]), "height": int(record["height"]), "cropped": cropped, **scores}
     files = {"txt": caption.encode(), "json": json.dumps(table).encode()}
@@ -97,42 +99,32 @@ def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping
 
 
 class CacheSource(ShardSource):
-    """The examples of a cache's shards, in their order."""
+    """The examples of a cache's shards, in the order of the shards and of their members."""
 
     index_version = 2
     fields = CACHE_FIELDS
 
-    def image(self, index: int) -> Image.Image:
-        """Returns the cropped image."""
-        self._check_member(index, "picture")
-        return super().image(index)
-
     def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._tensor(index, name) for name in names}
-
-    def _tensor(self, index: int, name: str) -> Tensor:
-        self._check_member(index, name)
-        try:
-            return load(self._read(index, name))[name]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
-
-    def _check_member(self, index: int, field: str) -> None:
-        if self.records[index][f"{field}_size"] < 0:
-            raise ValueError(f"{self.names[index]} has no {field}")
+        tensors = {}
+        for name in names:
+            try:
+                tensors[name] = load(self._read(index, name))[name]
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
+        return tensors
 
     @staticmethod
     def _record(file: BinaryIO, members: Members, name: str) -> tuple[float, ...] | None:
-        tensors = [members.get(f"{kind}.safetensors", (0, -1)) for kind in CACHEABLE]
-        if "json" not in members or "txt" not in members or all(size < 0 for _, size in tensors):
+        tensors = [members.get(f"{kind}.safetensors", NONE) for kind in CACHEABLE]
+        if "json" not in members or "txt" not in members or all(member == NONE for member in tensors):
             return None
         table = read_table(read_at(file, *members["json"]), name)
-        size = _size([table.get("width"), table.get("height")], name)
-        own = (*image_record(size, table, name), *members.get("png", (0, -1)), *members["txt"], False)
-        return (*own, *_size(table.get("cropped"), name), *(number for place in tensors for number in place))
-
-
-def _size(value: Any, name: str) -> Size:
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, int) for side in value):
-        raise ValueError(f"the .json of {name} has no valid size: remove its shard and run `train cache` again")
-    return value[0], value[1]
+        try:
+            width, height, *cropped = map(int, (table["width"], table["height"], *table["cropped"]))
+            wide, high = cropped
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"the .json of {name} has no valid size: remove its shard and run `train cache` again"
+            ) from None
+        own = (*image_record((width, height), table, name), *members.get("png", NONE), *members["txt"], False)
+        return (*own, wide, high, *(number for member in tensors for number in member))

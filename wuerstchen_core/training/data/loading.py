@@ -30,14 +30,13 @@ class Batch:
 
     images: Tensor  # [n, 3, H, W] uint8; [n, 0] where images are not needed
     captions: list[str]
-    names: list[str]
     next: int  # the position to start at after this batch
-    cached: dict[str, Tensor] = field(default_factory=dict)  # tensors of a cache, [n, ...] by name
+    cached: dict[str, Tensor]  # tensors of a cache, [n, ...] by name
 
 
 @dataclass
 class ReadResult:
-    """Message of a worker: a batch or None, and its counts since the last message."""
+    """What a worker has read since its last result: a batch, or None at the end of a shard or of the tries."""
 
     batch: Batch | None = None
     read: int = 0  # images, the bad ones included
@@ -48,7 +47,7 @@ class ReadResult:
 
 @dataclass(kw_only=True, eq=False)
 class BatchLoader(ABC):
-    """An endless sequence of batches of selected images, of which process `rank` of `world` reads its part."""
+    """An endless sequence of batches of the selected images; process `rank` of `world` reads its part of each."""
 
     selection: Selection
     workers: int = 0
@@ -65,7 +64,7 @@ class BatchLoader(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Returns a hash of everything that the batches depend on: if it differs, a resumed run is not exact."""
+        """Returns a hash of all that determines the batches: a run resumes exactly only if it is unchanged."""
 
     def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
         """Yields the workers' results in order, without drawing from torch's global random numbers."""
@@ -103,36 +102,38 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     def __getitem__(self, step: int) -> ReadResult:
         bucket, indices = self.order.batch_at(step)
         size, result = self.order.batch // self.world, ReadResult()
-        examples, names = [], []
+        examples = []
         for slot in range(self.rank * size, (self.rank + 1) * size):
             substitutes = itertools.islice(self.order.substitutes(step, slot), MAX_SUBSTITUTES)
             for index in itertools.chain([int(indices[slot])], substitutes):
-                result.read += 1
-                try:
-                    key = self.order.seed, step, slot
-                    examples.append(read_example(self.source, self.selection, index, bucket, *key))
-                except ValueError as error:
-                    result.bad[self.source.names[index]] = str(error)
-                    continue
-                names.append(self.source.names[index])
-                break
+                example = self.read_example(result, index, bucket, self.order.seed, step, slot)
+                if example is not None:
+                    examples.append(example)
+                    break
             else:
                 return result
-        result.batch = collate(examples, names, step + 1)
+        result.batch = collate(examples, step + 1)
         return result
 
+    def read_example(self, result: ReadResult, index: int, bucket: int, *key: int) -> Example | None:
+        """Reads what the selection needs of an image and counts it in `result`; None if it is damaged.
 
-def read_example(source: ImageSource, selection: Selection, index: int, bucket: int, *key: int) -> Example:
-    """Reads what a selection needs of an image; `key` places a random crop. ValueError, naming it, if it is damaged."""
-    caption = source.caption(index) if selection.captions else ""
-    cached = source.cached_tensors(index, selection.cached)
-    if not selection.images:
-        return torch.empty(0, dtype=torch.uint8), caption, cached
-    return selection.crop(source.image(index), bucket, *key), caption, cached
+        The position of a random crop depends on `key`.
+        """
+        source, needs = self.source, self.selection
+        result.read += 1
+        try:
+            caption = source.caption(index) if needs.captions else ""
+            cached = source.cached_tensors(index, needs.cached)
+            image = needs.crop(source.image(index), bucket, *key) if needs.images else torch.empty(0, dtype=torch.uint8)
+        except ValueError as error:
+            result.bad[source.names[index]] = str(error)
+            return None
+        return image, caption, cached
 
 
-def collate(examples: Sequence[Example], names: Sequence[str], position: int = 0) -> Batch:
-    """Returns the batch of some examples; `position` is its `next`."""
+def collate(examples: Sequence[Example], following: int = 0) -> Batch:
+    """Returns the batch of some examples; `following` is its `next`."""
     images, captions, tensors = zip(*examples, strict=True)
     cached = {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}
-    return Batch(torch.stack(images), list(captions), list(names), position, cached)
+    return Batch(torch.stack(images), list(captions), following, cached)

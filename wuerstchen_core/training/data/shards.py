@@ -1,7 +1,7 @@
 """Local shards: tar files of the webdataset form (key.jpg beside key.txt or key.json), read in any order.
 
-Each shard is scanned once and never unpacked. An index file stores where its members lie; it is valid as long as the
-size and the modification time of the shard stay the same.
+Each shard is scanned once and never unpacked. An index file stores the offsets of its members; it is valid as long as
+the size and the modification time of the shard stay the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ...inference.images import open_picture, picture_size
 from .sidecars import read_caption, read_table
 from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record
 
-# Offset and size in bytes of the image and of the caption (size -1: none), and whether the caption is in a .json file.
+# Offset and size in bytes of the image and of the caption, and whether the caption is in a .json file.
 SHARD_FIELDS = [
     *RECORD_FIELDS, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?")
 ]  # fmt: skip
-HEADER = 65536  # bytes; the headers of nearly all images fit
-REST = "the rest"  # stands for the keys that a damaged shard lost
+HEADER = 65536  # bytes, enough for the headers of nearly all images
+REST = "the rest"  # in place of the keys that a damaged shard lost
+NONE = (0, -1)  # in place of the offset and size of a missing member
 
 Members = dict[str, tuple[int, int]]  # of one example: file suffix → offset and size in bytes
 
@@ -43,7 +44,7 @@ class ShardIndex(NamedTuple):
 class ShardSource(ImageSource):
     """The examples of tar files, in the order of the files and of their members."""
 
-    index_version = 1  # of the meaning of `fields`; every class and every change takes a new one
+    index_version = 1  # of the index files; every class, and every change of `fields`, takes a new one
     fields: list[Any] = SHARD_FIELDS
 
     def __init__(self, paths: Sequence[Path], cache: Path):
@@ -72,6 +73,8 @@ class ShardSource(ImageSource):
 
     def _read(self, index: int, field: str) -> bytes:
         record = self.records[index]
+        if record[f"{field}_size"] < 0:
+            raise ValueError(f"{self.names[index]} has no {field}")
         try:
             with self.paths[self._shards[index]].open("rb") as file:
                 return read_at(file, record[field], record[f"{field}_size"])
@@ -117,8 +120,7 @@ class ShardSource(ImageSource):
             pixels = picture_size(BytesIO(read_at(file, offset, size)), name)
         table = read_table(read_at(file, *members["json"]) if "json" in members else None, name)
         caption = "txt" if "txt" in members else "json"
-        place = members.get(caption, (0, -1))
-        return (*image_record(pixels, table, name), offset, size, *place, caption == "json")
+        return (*image_record(pixels, table, name), offset, size, *members.get(caption, NONE), caption == "json")
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -135,7 +137,7 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _list_members(file: BinaryIO, path: Path) -> tuple[dict[str, Members], dict[str, str]]:
-    """Returns the members of each example by key, and the keys that are cut short with the reason.
+    """Returns the members of each example by key, and the reason for each key that is cut short.
 
     As in webdataset, the key ends at the first dot of the file's name.
     """
@@ -160,7 +162,7 @@ def _list_members(file: BinaryIO, path: Path) -> tuple[dict[str, Members], dict[
 
 
 def _load_index(path: Path, stamp: np.ndarray) -> ShardIndex | None:
-    """Returns None if there is no readable index file with this stamp."""
+    """Returns the index in a file; None if it cannot be read or has another stamp."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if not np.array_equal(file["stamp"], stamp):
@@ -175,5 +177,4 @@ def _save_index(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
     names, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
     content = BytesIO()
     np.savez(content, stamp=stamp, entries=index.records, names=names, bad=bad, reasons=reasons)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda draft: draft.write_bytes(content.getbuffer()))

@@ -12,16 +12,27 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .sidecars import read_scores
-
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
+SCORE_KEYS = {  # of JSON tables
+    "pwatermark": "watermark", "aesthetic": "aesthetic", "aesthetic_score": "aesthetic", "punsafe": "unsafe"
+}  # fmt: skip
 RECORD_FIELDS = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4")]
 
 
 def image_record(size: tuple[int, int], table: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    """Returns a row of `ImageSource.records` from an image's size and JSON table; missing scores are NaN."""
-    scores = read_scores(table, name)
-    return (*size, *(scores.get(field, math.nan) for field, _ in RECORD_FIELDS[2:]))
+    """Returns a row of `ImageSource.records` from an image's size and JSON table; missing scores are NaN.
+
+    ValueError for an integer that no float can hold.
+    """
+    scores = {field: math.nan for field, _ in RECORD_FIELDS[2:]}
+    for key, value in table.items():
+        score = SCORE_KEYS.get(key.lower())
+        if score and isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                scores[score] = float(value)
+            except OverflowError:
+                raise ValueError(f"the {key} of {name} is too large: correct or remove it") from None
+    return (*size, *scores.values())
 
 
 def read_bytes(path: Path) -> bytes:
@@ -35,10 +46,10 @@ def read_bytes(path: Path) -> bytes:
 class ImageSource(ABC):
     """Images with captions, in an order that depends on the files alone.
 
-    Reading methods raise ValueError, naming the image, for what is damaged or missing.
+    Its methods raise ValueError, naming the image, if a file is damaged or missing.
     """
 
-    records: np.ndarray  # [N], RECORD_FIELDS and perhaps more: size in pixels after EXIF rotation, and scores
+    records: np.ndarray  # [N] of RECORD_FIELDS and perhaps more: size in pixels after EXIF rotation, and scores
     names: list[str]  # [N], short names for the log
     bad: dict[str, str]  # unreadable examples, which have no record: name → reason
 
@@ -54,5 +65,5 @@ class ImageSource(ABC):
         """Returns the caption."""
 
     def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Returns tensors of a cache by name; a source that is no cache has none."""
+        """Returns an image's cached tensors by name; only the source of a cache has any."""
         return {}

@@ -66,12 +66,12 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
     def __iter__(self) -> Iterator[ReadResult]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        waiting: dict[int, list[tuple[Example, str]]] = defaultdict(list)  # incomplete batches by bucket
+        waiting: dict[int, list[Example]] = defaultdict(list)  # the examples of incomplete batches, by bucket
         for number in itertools.count(self.start):
             if number % (self.world * workers) == worker * self.world + self.rank:
                 yield from self._read_shard(number, waiting)
 
-    def _read_shard(self, number: int, waiting: dict[int, list[tuple[Example, str]]]) -> Iterator[ReadResult]:
+    def _read_shard(self, number: int, waiting: dict[int, list[Example]]) -> Iterator[ReadResult]:
         turn, position = divmod(number, len(self.urls))
         url = self.urls[np.random.default_rng((self.seed, turn)).permutation(len(self.urls))[position]]
         problems, result, found = list[str](), ReadResult(), 0
@@ -88,10 +88,9 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                 continue
             result.reasons[reason] += 1
             if example is not None:
-                waiting[bucket].append((example, name))
+                waiting[bucket].append(example)
             if len(waiting[bucket]) == self.batch:
-                examples, names = zip(*waiting.pop(bucket), strict=True)
-                result.batch = collate(examples, names, number + 1)
+                result.batch = collate(waiting.pop(bucket), number + 1)
                 yield result
                 result = ReadResult()
         result.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} contains no image"
