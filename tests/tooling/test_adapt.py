@@ -13,7 +13,7 @@ from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, TRAINED_THINGS, caption
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
-from wuerstchen_core.training.data.open import ImageDataConfig
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage
 from wuerstchen_core.training.stages.prior import PriorStage
 

@@ -23,7 +23,7 @@ from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_fe
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
-from wuerstchen_core.training.data.open import ImageDataConfig
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.run import STAGES, run
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.stages.lora import AdapterConfig, attach

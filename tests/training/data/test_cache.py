@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from wuerstchen_core.training.config import INPUTS
 from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.files import FileDataset
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.latent_cache import CacheSource
-from wuerstchen_core.training.data.loading import IndexedLoader
-from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.data.loading import IndexedLoader, ReadResult
+from wuerstchen_core.training.data.open import open_loader
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages import decoder, diffusion, prior
 from wuerstchen_core.training.stages.networks import COMPUTED_BY
@@ -173,13 +175,13 @@ def test_a_stopped_cache_resumes(cached_config: Path, config: Path, monkeypatch:
     reads: list[int] = []
     read = IndexedLoader.read_example
 
-    def watched(*given: Any) -> Any:
-        reads.append(given[2])
+    def counting(loader: IndexedLoader, result: ReadResult, index: int, *rest: Any) -> Any:
+        reads.append(index)
         if len(reads) == stop:
             raise KeyboardInterrupt
-        return read(*given)
+        return read(loader, result, index, *rest)
 
-    monkeypatch.setattr(IndexedLoader, "read_example", watched)
+    monkeypatch.setattr(IndexedLoader, "read_example", counting)
     stop = 9
     with pytest.raises(KeyboardInterrupt):
         make_cache(config, TWO_BUCKETS)
@@ -215,22 +217,15 @@ def test_filters_apply_to_a_cache(tmp_path: Path, config: Path, caplog: pytest.L
     files |= {f"{i}.json": table(caption=f"no {i}", AESTHETIC_SCORE=i) for i in range(6)}
     source = write_folder(tmp_path / "scored", files)
     make_cache(config, [f"data.source='{source}'", 'cache.what=["text"]', "data.min_aesthetic=1"])
-    data = {"source": str(config.parent / "cache"), "size": 64, "multiple": 64, "workers": 0}
-    pictures = FileDataset({**data, "min_aesthetic": 2.0, "max_side": 68}, fingerprint_of=network_fingerprints(config))
-    pictures.map_captions(fail)
+    data = ImageDataConfig(
+        source=str(config.parent / "cache"), size=64, multiple=64, workers=0, min_aesthetic=2.0, max_side=68
+    )
     with caplog.at_level(logging.INFO):
-        pictures.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
+        loader = open_loader(data, batch=3, seed=0, cache=tmp_path, images=False)
     assert "3 images" in caplog.text and "1 of low aesthetic score, 1 too large" in caplog.text
-    assert set(pictures.sample_batch(StepRandom(0, 0, 3)).captions) == {"no 2", "no 3", "no 4"}
-    other = FileDataset({**data, "size": 128}, fingerprint_of=network_fingerprints(config))
-    other.map_captions(fail)
+    assert set(next(loader.batches()).captions) == {"no 2", "no 3", "no 4"}
     with pytest.raises(ValueError, match="5 cached in other sizes"):
-        other.start_reading(0, "", batch=3, seed=0, cache=tmp_path, rank=0, world=1)
-
-
-def network_fingerprints(config: Path) -> Any:
-    """Returns a function for the fingerprints of a cache's networks."""
-    return json.loads((config.parent / "cache" / "cache.json").read_text("utf-8"))["networks"].__getitem__
+        open_loader(replace(data, size=128, min_aesthetic=None, max_side=None), batch=3, seed=0, cache=tmp_path)
 
 
 def test_bad_images_are_skipped_and_named(
@@ -282,7 +277,7 @@ def test_another_network_is_refused(cached_config: Path, tmp_path: Path, bundle:
 
 @pytest.mark.parametrize(
     ("stage", "what", "missing"),
-    [("decoder", ["features", "text"], "latents nor images"), ("encoder", ["features"], "no images")],
+    [("decoder", ["features", "text"], "no images.* latents:"), ("encoder", ["features"], "no images")],
 )
 def test_what_a_cache_lacks_is_named(config: Path, stage: str, what: list[str], missing: str) -> None:
     make_cache(config, [f"cache.what={what}", "cache.shard=100"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ import torch
 from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
-from wuerstchen_core.training.data.buckets import bucket_sizes, fit, nearest_buckets
-from wuerstchen_core.training.data.filters import Filters, Selection, rejected
-from wuerstchen_core.training.data.open import ImageDataConfig
+from wuerstchen_core.training.data.buckets import bucket_sizes, nearest_buckets
+from wuerstchen_core.training.data.filters import ImageDataConfig, rejected
 from wuerstchen_core.training.data.source import RECORD_FIELDS, image_record
 
-ORIGINAL = Filters(min_side=512, max_side=4096, max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.99)
+SMALL = ImageDataConfig(source="pictures", size=64, multiple=64)
+ORIGINAL = replace(SMALL, min_side=512, max_side=4096, max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.99)
 GOOD = {"pwatermark": 0.1, "aesthetic": 6.0, "punsafe": 0.1}
 
 
@@ -46,13 +47,13 @@ def sized(*sizes: tuple[int, int]) -> np.ndarray:
 )
 def test_the_filters_of_the_original(width: int, height: int, scores: dict[str, float], reason: str) -> None:
     rows = records((width, height, scores), (600, 600, GOOD))
-    assert ORIGINAL.reasons(rows).tolist() == [reason, ""]
-    assert Filters().reasons(rows).tolist() == ["", ""]  # off by default
+    assert ORIGINAL.select(rows)[0].tolist() == [reason, ""]
+    assert SMALL.select(rows)[0].tolist() == ["", ""]  # off by default
 
 
 def test_an_image_is_counted_under_one_reason() -> None:
     rows = records((5, 9000, {}), (5, 600, GOOD), (600, 600, GOOD | {"punsafe": 1.0}), (600, 600, GOOD))
-    counts = Counter(ORIGINAL.reasons(rows).tolist())
+    counts = Counter(ORIGINAL.select(rows)[0].tolist())
     assert counts.total() == 4 and rejected(counts) == "2 too small, 1 unsafe"
 
 
@@ -74,21 +75,24 @@ def test_images_go_to_the_bucket_of_the_nearest_shape() -> None:
     # Of equal shapes the largest that the image covers. Distance is in log aspect: 90.5 is halfway from 64 to 128.
     assert nearest_buckets(rows, buckets, 1.0).tolist() == [0, 0, 1, 1, 0, 3, 3, -1, -1]
     assert nearest_buckets(sized((500, 63), (32, 32), (96, 96)), buckets, 1.34).tolist() == [2, -1, 3]
-    selection = Selection(Filters(min_side=80), buckets)
-    reasons, _ = selection.select(sized((81, 127), (81, 60), (127, 100)))
-    assert reasons.tolist() == ["", "too small", ""]
-    assert Selection(Filters(), ((128, 128),)).select(sized((127, 200)))[0].tolist() == ["smaller than every bucket"]
+    reasons, chosen = config(buckets=buckets, min_side=80).select(sized((81, 127), (81, 60), (127, 100)))
+    assert reasons.tolist() == ["", "too small", ""] and chosen[[0, 2]].tolist() == [1, 1]
+    assert config(size=128).select(sized((127, 200)))[0].tolist() == ["smaller than every bucket"]
 
 
 def test_images_are_scaled_and_cropped() -> None:
     picture = Image.new("RGB", (80, 40), "red")
     picture.paste("blue", (0, 0, 20, 40))
-    assert fit(picture, (64, 64)).shape == (3, 64, 64) and fit(picture, (32, 64)).shape == (3, 64, 32)
-    red, blue = torch.tensor([255, 0, 0]), torch.tensor([0, 0, 255])
-    for centre, left in ((0.0, blue), (0.5, red), (1.0, red)):
-        fitted = fit(picture, (64, 64), (centre, 0.5))
-        assert fitted.dtype == torch.uint8 and fitted.is_contiguous()
-        assert torch.equal(fitted[:, 32, 4], left) and torch.equal(fitted[:, 32, 60], red)
+    centred, anywhere = (config(buckets=[[64, 64], [64, 128]], crop=crop) for crop in ("centre", "random"))
+    assert [centred.crop_image(picture, bucket).shape for bucket in (0, 1)] == [(3, 64, 64), (3, 128, 64)]
+    lefts = []
+    for cropped in (centred.crop_image(picture, 0), *(anywhere.crop_image(picture, 0, key) for key in range(8))):
+        assert cropped.dtype == torch.uint8 and cropped.is_contiguous()
+        assert cropped[:, 32, 60].tolist() == [255, 0, 0]
+        lefts.append(cropped[2, 32].gt(127).sum().item())  # blue columns, of 32 in the scaled picture
+    positions = [np.random.default_rng((key,)).random(2)[0] for key in range(8)]
+    expected = [max(0.0, 32 - 64 * x) for x in (0.5, *positions)]
+    assert lefts == pytest.approx(expected, abs=1.5) and lefts[0] == 0 < max(lefts)
 
 
 def config(**values: Any) -> ImageDataConfig:

@@ -17,8 +17,9 @@ from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.data.error_budget import ErrorBudget
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.loading import Batch, BatchLoader
-from wuerstchen_core.training.data.open import ImageDataConfig, open_loader
+from wuerstchen_core.training.data.open import open_loader
 
 SHAPES = [[64, 64], [64, 128]]
 Seen = list[tuple[list[int], list[str], tuple[int, ...]]]

@@ -18,9 +18,10 @@ import pytest
 from helpers.picture_folders import examples, picture, shard, table
 
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.loading import Batch, BatchLoader
-from wuerstchen_core.training.data.open import ImageDataConfig, open_loader
-from wuerstchen_core.training.data.streams import shown
+from wuerstchen_core.training.data.open import open_loader
+from wuerstchen_core.training.data.streams import without_secrets
 
 pytest.importorskip("webdataset")
 SHARDS = 6
@@ -124,7 +125,7 @@ def test_buckets_and_filters(shards: Path, caplog: pytest.LogCaptureFixture) -> 
         ((0, 0), (64, 64)),
     }
     assert "1 of low aesthetic score, 1 without aesthetic score" in caplog.text
-    with pytest.raises(ValueError, match="5 images .*5 too small, and 0"):
+    with pytest.raises(ValueError, match="5 images, 0 .*5 too small"):
         read(opened(f"pipe:cat {shards}/mixed.tar", min_side=500), 1)
 
 
@@ -155,9 +156,8 @@ def test_damaged_files_are_named_and_skipped(site: str, shards: Path, caplog: py
 
 def test_a_stream_without_readable_shards(tmp_path: Path) -> None:
     source = [f"pipe:cat {tmp_path}/{name}.tar" for name in "ab"]
-    with pytest.raises(ValueError, match="no shard") as error:
+    with pytest.raises(ValueError, match="0 images.*/a.tar, .*/b.tar"):
         read(opened(source), 1)
-    assert "/a.tar" in str(error.value) and "/b.tar" in str(error.value)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -187,5 +187,5 @@ def test_missing_software_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_secrets_in_an_address_are_not_logged() -> None:
-    assert shown("https://me:word@host:8/a/1.tar?key=5") == "https://host:8/a/1.tar"
-    assert shown("pipe:cat 1.tar") == "pipe:cat 1.tar"
+    assert without_secrets("https://me:word@host:8/a/1.tar?key=5") == "https://host:8/a/1.tar"
+    assert without_secrets("pipe:cat 1.tar") == "pipe:cat 1.tar"

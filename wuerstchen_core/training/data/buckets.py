@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from ...common.geometry import LARGEST
 
@@ -15,7 +12,7 @@ Size = tuple[int, int]  # width, height in pixels
 def bucket_sizes(side: int, ratio: float, multiple: int) -> tuple[Size, ...]:
     """Returns the sizes of at most about side² pixels whose longer side is up to `ratio` times the shorter one.
 
-    Sides are multiples of `multiple`: at 128 the latents of Stages B and C cover the image exactly.
+    Sides are multiples of `multiple`; with 128 the latents of Stages B and C cover the image exactly.
     """
     sizes = set()
     for short in range(multiple, side + 1, multiple):
@@ -26,10 +23,10 @@ def bucket_sizes(side: int, ratio: float, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_buckets(records: np.ndarray, buckets: tuple[Size, ...], enlarge: float) -> np.ndarray:
-    """Returns the bucket index [N] of each image; -1 if it is too small for all of them.
+    """Returns the bucket index of each image [N]; -1 if the image is too small for all buckets.
 
-    That is the nearest bucket in log aspect ratio among those that the image covers when scaled up at most `enlarge`
-    times; of equally near ones the larger.
+    It is the nearest bucket in log aspect ratio among those that the image covers when scaled up at most `enlarge`
+    times; of equally near buckets the largest.
     """
     width, height = records["width"].astype(float), records["height"].astype(float)
     aspect = np.log(width / height)
@@ -41,12 +38,3 @@ def nearest_buckets(records: np.ndarray, buckets: tuple[Size, ...], enlarge: flo
         better = covered & (distance < nearest - 1e-6)
         best[better], nearest[better] = bucket, distance[better]
     return best
-
-
-def fit(image: Image.Image, size: Size, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """Scales an RGB image to cover `size` and crops it; returns [3, height, width] uint8.
-
-    `centre` is the position of the crop in the leftover space, from 0 (left, top) to 1.
-    """
-    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centre)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()

@@ -35,9 +35,10 @@ from ..config import check_tables, read_config
 from ..run import STAGES
 from ..stages import networks
 from .error_budget import ErrorBudget
+from .filters import ImageDataConfig
 from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
 from .loading import Batch, IndexedLoader, ReadResult, collate
-from .open import ImageDataConfig, configured_cache, open_loader
+from .open import configured_cache, open_loader
 from .shards import add_member
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         data=loader.fingerprint(),
         count=sum(map(len, loader.order.members)),
     )
-    writer = _CacheWriter(folder, options, manifest, loader, encoders)
+    writer = _CacheWriter(folder, options, manifest, loader, encoders, ErrorBudget("images", data.bad_share))
     if accelerator.is_main_process:
         writer.prepare()
     accelerator.wait_for_everyone()
@@ -125,9 +126,7 @@ class _CacheWriter:
     manifest: CacheManifest
     loader: IndexedLoader
     encoders: dict[str, Any]  # functions of images [B, 3, H, W] in [0, 1], or for "text" of captions
-
-    def __post_init__(self) -> None:
-        self.budget = ErrorBudget("images", self.loader.bad_share)
+    budget: ErrorBudget
 
     def prepare(self) -> None:
         """Writes the manifest into the folder. ValueError if other shards or a cache of other settings are there."""
@@ -155,7 +154,9 @@ class _CacheWriter:
             sum(len(indices) for chunks in part.values() for _, indices in chunks) for part in (shards, missing)
         )
         order = [chunk for chunks in missing.values() for chunk in chunks]
-        results = iter(DataLoader(_ChunkReader(self.loader), None, sampler=order, num_workers=self.loader.workers))
+        results = iter(
+            DataLoader(_ChunkReader(self.loader), None, sampler=order, num_workers=self.loader.config.workers)
+        )
         hidden = not accelerator.is_main_process
         with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=hidden) as progress:
             for path, chunks in missing.items():

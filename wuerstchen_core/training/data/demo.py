@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Annotated, Any
 
 import torch
@@ -52,7 +54,7 @@ class DemoDataset(InMemoryDataset):
                 f"[data] leaves no {self._shape} scene: no layout here has only the first {config.things} things"
                 f"{' on this background' if config.background else ''}; choose more things"
             )
-        # Large things count twice among other layouts than the simple ones.
+        # If there are other layouts than the simple ones, large things count twice.
         twice = {"large"} if set(config.layouts) > set(SIMPLE) else set()
         counts = [1 + (scene.layout in twice) for scene in self.scenes]
         self._weighted = torch.arange(len(self.scenes)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
@@ -100,9 +102,8 @@ class MultiShapeDemoDataset(ImageDataset):
         self.side = min(dataset.side for dataset in self.datasets)
 
     def sample_batch(self, rng: StepRandom) -> tuple[int, Tensor]:
-        number, shape = rng.shared(sum(map(len, self.datasets))), 0
-        while number >= len(self.datasets[shape]):
-            number, shape = number - len(self.datasets[shape]), shape + 1
+        ends = list(accumulate(map(len, self.datasets)))
+        shape = bisect_right(ends, rng.shared(ends[-1]))
         return shape, self.datasets[shape].sample_batch(rng)
 
     def captions(self, batch: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:

@@ -1,10 +1,12 @@
-"""The dataset that a `[data]` table describes: image files, a cache of latents, or the demo's scenes."""
+"""Opens the dataset that a `[data]` table describes: image files, a cache of latents, or the demo's scenes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +16,45 @@ from torch import Tensor
 from ...common.dataclass_config import from_table
 from ..rng import StepRandom
 from ..stages.networks import weights_fingerprint
-from .buckets import fit
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
+from .filters import ImageDataConfig
 from .latent_cache import read_empty_text
-from .loading import Batch, IndexedLoader
-from .open import ImageDataConfig, configured_cache, open_loader
+from .loading import Batch, IndexedLoader, ReadResult
+from .open import configured_cache, open_loader
 from .streams import STREAM
 
 log = logging.getLogger(__name__)
 
-PREVIEWS = 24  # images for a sample grid
+PREVIEWS = 24  # images for sample grids
 
 
 class FileDataset(ImageDataset):
-    """The sources of a `[data]` table. Tensors come from the cache that it names, or are computed batch by batch."""
+    """Images from the sources of a `[data]` table; tensors are computed batch by batch, or read from a cache."""
 
     def __init__(self, data: Mapping[str, Any], captions: bool = True, fingerprint_of: Callable[[str], str] = str):
-        """`fingerprint_of` returns the fingerprint of the network that computes "latents", "features" or "text"."""
+        """`captions`: False if captions are not needed. `fingerprint_of` maps "latents", "features" or "text" to the
+        fingerprint of this run's network that computes them."""
         self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self._batches: Iterator[Batch] = iter(())
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
-        self._cached: set[str] = set()  # names of tensors read from the cache
-        self._computed: set[str] = set()  # and of those computed from images
+        self._cached: set[str] = set()  # names of the tensors that are read from the cache
+        self._computed: set[str] = set()  # names of those that are computed from images
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
     ) -> None:
-        images = bool(self._computed) or not self._cached  # a stage that maps nothing reads images
+        images = bool(self._computed) or not self._cached  # a stage that maps nothing trains on the images
         if self.cache is not None:
             folder, manifest = self.cache
             if images and not manifest.pictures:
-                raise ValueError(f"the cache {folder} has no images, which this stage needs: use them as [data] source")
+                purpose = f" to compute {', '.join(sorted(self._computed))}" if self._computed else ""
+                raise ValueError(
+                    f"the cache {folder} has no images, which this stage needs{purpose}: name the images as [data] "
+                    "source, or make a cache that has what this stage needs"
+                )
             if (found := len(list(folder.glob("*.tar")))) < manifest.shards:
                 log.warning("%s has %d of %d shards: `train cache` adds the rest", folder, found, manifest.shards)
         self._loader = open_loader(
@@ -57,7 +64,7 @@ class FileDataset(ImageDataset):
         self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")
-            if STREAM in (fingerprint, self.fingerprint):  # where a position counts shards instead of batches
+            if STREAM in (fingerprint, self.fingerprint):  # the position in a stream counts shards, else batches
                 position = 0
         self.position, self._batches = position, self._loader.batches(position)
 
@@ -73,23 +80,15 @@ class FileDataset(ImageDataset):
         return batch.images.float() / 255
 
     def must_compute(self, name: str) -> bool:
-        """True unless the cache has these tensors. ValueError if it has another network's, or lacks the images."""
-        if self.cache is None:
+        """True unless the cache has these tensors. ValueError if they were computed by another network."""
+        if self.cache is None or name not in self.cache.manifest.networks:
             return True
-        folder, manifest = self.cache
-        if name in manifest.networks:
-            if manifest.networks[name] != self._fingerprint_of(name):
-                raise ValueError(
-                    f"the {name} in {folder} were computed by another network than this run's: name that network "
-                    "under [inputs], or make a new cache by `train cache`"
-                )
-            return False
-        if name != "text" and not manifest.pictures:
+        if self.cache.manifest.networks[name] != self._fingerprint_of(name):
             raise ValueError(
-                f"the cache {folder} has neither {name} nor images: make a new one by `train cache`, with "
-                f'"{name}" in [cache] what'
+                f"the {name} in {self.cache.folder} were computed by another network than this run's: name that "
+                "network under [inputs], or make a new cache with `train cache`"
             )
-        return True
+        return False
 
     def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Batch], Tensor]:
         if self.must_compute(name):
@@ -115,25 +114,18 @@ class FileDataset(ImageDataset):
         without images."""
         if not isinstance(self._loader, IndexedLoader) or (self.cache and not self.cache.manifest.pictures):
             return None
-        source = self._loader.source
-        members, size = max(zip(self._loader.order.members, self.config.sizes, strict=True), key=lambda x: len(x[0]))
-        images, texts = [], []
-        for index in members.tolist():
-            try:
-                text = source.caption(index) if self._captions else ""
-                images.append(fit(source.image(index), size))
-            except ValueError:  # training reports it
-                continue
-            texts.append(text)
-            if len(images) == PREVIEWS:
-                break
+        config, members = replace(self.config, crop="centre"), self._loader.order.members
+        reader = replace(self._loader, config=config, captions=self._captions, images=True, cached=())
+        bucket = max(range(len(members)), key=lambda i: len(members[i]))
+        examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
+        images, texts, _ = zip(*islice(filter(None, examples), PREVIEWS), strict=True)
         return InMemoryDataset(torch.stack(images), texts)
 
 
 def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: str = "") -> ImageDataset:
     """Returns the dataset of a configuration: the source in its `[data]` table, or the demo's scenes if it has none.
 
-    `captions`: False if the stage needs none. `text_part`: the text encoder that reads them, as a part of a bundle.
+    `captions`: False if the stage needs none. `text_part`: the bundle's part with the text encoder that reads them.
     """
     data = config.get("data", {})
     if isinstance(data, Mapping) and "source" in data:

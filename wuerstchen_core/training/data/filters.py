@@ -1,38 +1,81 @@
-"""Selects images by their size and LAION scores, and assigns them to buckets."""
+"""The `[data]` table of a run on image files: it filters images, assigns them to buckets and crops them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...common.dataclass_config import Range
-from .buckets import Size, fit, nearest_buckets
+from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range
+from ...common.geometry import LARGEST, check_size
+from .buckets import Size, bucket_sizes, nearest_buckets
 
+AtLeastOne = Annotated[float, Range(least=1)]
 Side = Annotated[int | None, Range(least=1)]
 Probability = Annotated[float | None, Range(least=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filters:
-    """Limits on size and scores, all off by default; the comments give the original's values.
+class ImageDataConfig:
+    """The `[data]` table of a run on image files.
 
-    An image without a score fails that score's filter, as in the original. Sizes are the files' own; the original took
-    them from LAION's table.
+    The filters, at the end, are off by default; their comments give the original's values. An image without a score
+    fails that score's filter, as in the original. Sizes are the files' own; the original took them from LAION's table.
     """
 
+    # Folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands.
+    source: str | tuple[str, ...]
+    size: int = 1024  # side of a square in pixels; no bucket has more pixels than that square
+    ratio: AtLeastOne = 1.0  # largest aspect ratio of the buckets; 1: squares only, as in the original
+    multiple: int = 128  # of which all sides are multiples, in pixels: 64, or better 128
+    buckets: tuple[Size, ...] = ()  # instead of the three keys above
+    enlarge: AtLeastOne = 1.0  # largest upscaling factor; smaller images are rejected
+    crop: Annotated[str, OneOf(("centre", "random"))] = "centre"  # random in the original
+    workers: CountOrZero = 4  # reading processes; 0: the training process reads
+    bad_share: Fraction = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
+    allow_pipe: bool = False  # allow `pipe:` sources to run their command
     min_side: Side = None  # pixels of the shorter side: 512
     max_side: Side = None  # pixels of the longer side: 4096
     max_watermark: Probability = None  # probability of a watermark (pwatermark): 0.5
     min_aesthetic: float | None = None  # aesthetic score, 1 to 10 (AESTHETIC_SCORE, aesthetic): 5.0
     max_unsafe: Probability = None  # probability of being unsafe (punsafe): 0.99
 
-    def reasons(self, records: np.ndarray) -> np.ndarray:
-        """Returns why each image is rejected, as texts [N]; "" for those that pass."""
+    def __post_init__(self) -> None:
+        if not self.source or not all([self.source] if isinstance(self.source, str) else self.source):
+            raise ValueError("[data] source is empty: give a folder of images, or shards")
+        if self.multiple < 64 or self.multiple % 64:
+            raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
+        if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
+            raise ValueError(f"[data] size must be a multiple of {self.multiple} up to {LARGEST}, got {self.size}")
+        for width, height in self.buckets:
+            check_size(width, height)
+
+    @property
+    def names(self) -> list[str]:
+        """The sources, with {000..127} and {a,b} expanded."""
+        names = [self.source] if isinstance(self.source, str) else list(self.source)
+        if not any("{" in name for name in names):
+            return names
+        from braceexpand import braceexpand
+
+        try:  # unescaped, so that Windows paths stay intact
+            return [expanded for name in names for expanded in braceexpand(name, escape=False)]
+        except ValueError as error:
+            raise ValueError(f"[data] source {names[0]} has an unclosed brace: close it") from error
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Width and height of each bucket."""
+        return tuple(dict.fromkeys(self.buckets)) or bucket_sizes(self.size, self.ratio, self.multiple)
+
+    def select(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns why each image is rejected ("" if it is used) and the bucket index of each, both [N]."""
         shorter = np.minimum(records["width"], records["height"])
         longer = np.maximum(records["width"], records["height"])
         tests = [(shorter < (self.min_side or 0), "too small"), (longer > (self.max_side or np.inf), "too large")]
@@ -42,42 +85,28 @@ class Filters:
             ("unsafe", self.max_unsafe, 1, "unsafe"),
         ):
             if limit is not None:
-                tests.append((sign * records[score] > sign * limit, reason))
                 tests.append((np.isnan(records[score]), f"without {score} score"))
-        failed, reasons = zip(*tests, strict=True)
-        return np.select(failed, reasons, "")  # the first reason counts
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Chooses images and their buckets, and says which parts of each to read."""
-
-    filters: Filters
-    sizes: tuple[Size, ...]  # of the buckets
-    enlarge: float = 1.0  # largest upscaling factor
-    random_crop: bool = False
-    captions: bool = True  # False: "" instead
-    images: bool = True  # False: empty tensors instead
-    cached: tuple[str, ...] = ()  # names of the tensors to read from a cache
-
-    def select(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns why each image is rejected ("" if it is used) and the bucket index of each, both [N]."""
+                tests.append((sign * records[score] > sign * limit, reason))
         if "wide" in (records.dtype.names or ()):  # of a cache: its images are cropped already
             match = [(records["wide"] == wide) & (records["high"] == high) for wide, high in self.sizes]
-            buckets, reason = np.where(np.any(match, 0), np.argmax(match, 0), -1), "cached in other sizes"
+            buckets = np.where(np.any(match, 0), np.argmax(match, 0), -1)
+            tests.append((buckets < 0, "cached in other sizes"))
         else:
-            buckets, reason = nearest_buckets(records, self.sizes, self.enlarge), "smaller than every bucket"
-        reasons = self.filters.reasons(records)
-        return np.where((reasons == "") & (buckets < 0), reason, reasons), buckets
+            buckets = nearest_buckets(records, self.sizes, self.enlarge)
+            tests.append((buckets < 0, "smaller than every bucket"))
+        failed, reasons = zip(*tests, strict=True)
+        return np.select(failed, reasons, ""), buckets  # the first reason counts
 
-    def crop(self, image: Image.Image, bucket: int, *key: int) -> Tensor:
-        """Returns an image in its bucket's size, [3, H, W] uint8; the position of a random crop depends on `key`."""
-        if not self.random_crop:
-            return fit(image, self.sizes[bucket])
-        x, y = np.random.default_rng(key).random(2).tolist()
-        return fit(image, self.sizes[bucket], (x, y))
+    def crop_image(self, image: Image.Image, bucket: int, *key: int) -> Tensor:
+        """Scales an RGB image to cover its bucket's size and crops it; returns [3, H, W] uint8.
+
+        The position of a random crop depends on `key`.
+        """
+        x, y = (0.5, 0.5) if self.crop == "centre" else np.random.default_rng(key).random(2).tolist()
+        fitted = ImageOps.fit(image, self.sizes[bucket], Image.Resampling.LANCZOS, centering=(x, y))
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
 
 
 def rejected(reasons: Counter[str]) -> str:
-    """Returns the counts of rejected images by reason, such as "12 too small, 3 unsafe"."""
+    """Returns the numbers of rejected images by reason, such as "12 too small, 3 unsafe"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()) if reason) or "nothing"

@@ -6,18 +6,19 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...inference.images import open_picture, picture_size
 from .sidecars import parse_json_table, read_caption, read_table
-from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_bytes
+from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
 
 METADATA = "metadata.jsonl"  # as in Hugging Face's imagefolder: each line is a table, with `file_name` relative to it
-FOLDER_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # of the contents, so that fingerprints depend on them
-SAMPLE = 4096  # bytes in each of a digest's two samples: one page
+# The digest is of the file's size, its caption and two samples, so that a run's fingerprint depends on the contents.
+FOLDER_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]
+SAMPLE = 4096  # bytes in each of a digest's two samples of the image file: one page
 
 
 class FolderSource(ImageSource):
@@ -41,11 +42,10 @@ class FolderSource(ImageSource):
             for path in filter(_is_image, paths):
                 try:
                     records.append(self._record(path, names[path]))
+                    self.paths.append(path)
+                    self.names.append(names[path])
                 except ValueError as error:
                     self.bad[names[path]] = str(error)
-                    continue
-                self.paths.append(path)
-                self.names.append(names[path])
         self.records = np.array(records, dtype=FOLDER_FIELDS)
 
     def image(self, index: int) -> Image.Image:
@@ -63,10 +63,13 @@ class FolderSource(ImageSource):
             caption = ""
         try:
             with path.open("rb") as file:
-                digest = _digest(file, caption)
-                return (*image_record(picture_size(file, name), table, name), digest)
+                pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
+                # Two samples, since the end of a BMP can be a plain border.
+                samples = [read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE))]
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        digest = hashlib.blake2b(f"{size} {caption}".encode() + b"".join(samples), digest_size=8).digest()
+        return (*image_record(pixels, table, name), int.from_bytes(digest, "little"))
 
     def _sidecar(self, image: Path, suffix: str) -> bytes | None:
         path = image.with_suffix(suffix)
@@ -86,10 +89,9 @@ class FolderSource(ImageSource):
                     raise ValueError(f"{where} has no file_name: add the name of its image")
                 if not (image := path.parent / row["file_name"]).is_file():
                     raise ValueError(f"{where} names {row['file_name']}, which does not exist: correct the file_name")
+                self._rows[image] = row
             except ValueError as error:
                 self.bad[where] = str(error)
-                continue
-            self._rows[image] = row
 
 
 def contains_images(root: Path) -> bool:
@@ -103,16 +105,3 @@ def _visible_files(root: Path) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file()
-
-
-def _digest(file: BinaryIO, caption: str) -> int:
-    """Returns a 64-bit hash of an image file's size, its caption, and samples from its middle and end.
-
-    One sample is not enough: the end of a BMP can be a plain border.
-    """
-    size = file.seek(0, os.SEEK_END)
-    digest = hashlib.blake2b(f"{size} {caption}".encode(), digest_size=8)
-    for start in (size // 2, max(0, size - SAMPLE)):
-        file.seek(start)
-        digest.update(file.read(SAMPLE))
-    return int.from_bytes(digest.digest(), "little")

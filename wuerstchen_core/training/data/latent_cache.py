@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from .buckets import Size
-from .shards import NONE, SHARD_FIELDS, Members, ShardSource, read_at
+from .shards import NONE, SHARD_FIELDS, Members, ShardSource
 from .sidecars import parse_json_table, read_table
-from .source import SCORE_KEYS, image_record, read_bytes
+from .source import SCORE_KEYS, image_record, read_at, read_bytes
 
 CACHEABLE = ("latents", "features", "text")  # Stage A latents, Stage C features, the caption's text states
 MANIFEST = "cache.json"
@@ -58,21 +58,6 @@ class Cache(NamedTuple):
 
     folder: Path
     manifest: CacheManifest
-
-
-def find_cache(names: Sequence[str]) -> Cache | None:
-    """Returns the cache that the files or folders `names` belong to, None for other sources.
-
-    ValueError if they are a cache and something else.
-    """
-    folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
-    # A cache.json alone can be the caption of a cache.png: a cache has shards too.
-    caches = [folder for folder in folders if (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))]
-    if not caches:
-        return None
-    if len(folders) > 1:
-        raise ValueError("[data] source names a cache and other images: give the shards of one cache alone")
-    return Cache(caches[0], read_manifest(caches[0]))
 
 
 def read_manifest(folder: Path) -> CacheManifest:

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from ...common.text import listed
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
-from .filters import Selection
+from .filters import ImageDataConfig
 from .source import ImageSource
 
-MAX_SUBSTITUTES = 20  # tried for one unreadable image
+MAX_SUBSTITUTES = 20  # tries to replace an unreadable image
 
 Example = tuple[Tensor, str, dict[str, Tensor]]  # image [3, H, W] uint8 (empty if not needed), caption, cached tensors
 
@@ -49,9 +49,10 @@ class ReadResult:
 class BatchLoader(ABC):
     """An endless sequence of batches of the selected images; process `rank` of `world` reads its part of each."""
 
-    selection: Selection
-    workers: int = 0
-    bad_share: float = 0.05  # fraction of images, and of shards, that may be unreadable
+    config: ImageDataConfig
+    captions: bool = True  # False: not needed, "" instead
+    images: bool = True  # False: not needed, empty tensors instead
+    cached: tuple[str, ...] = ()  # names of the tensors to read from a cache
     rank: int = 0
     world: int = 1
 
@@ -59,7 +60,7 @@ class BatchLoader(ABC):
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yields batches from `start` on: 0, or the `next` of the last batch used.
 
-        ValueError once more than `bad_share` is unreadable.
+        ValueError once more than the fraction `bad_share` of the images or shards is unreadable.
         """
 
     @abstractmethod
@@ -67,14 +68,14 @@ class BatchLoader(ABC):
         """Returns a hash of all that determines the batches: a run resumes exactly only if it is unchanged."""
 
     def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
-        """Yields the workers' results in order, without drawing from torch's global random numbers."""
-        generator = torch.Generator()  # DataLoader draws a seed for its workers, which do not use it
-        yield from DataLoader(dataset, None, sampler=order, num_workers=self.workers, generator=generator)
+        """Yields the workers' results in order."""
+        generator = torch.Generator()  # for the workers' unused seed, which else would come from the global generator
+        yield from DataLoader(dataset, None, sampler=order, num_workers=self.config.workers, generator=generator)
 
 
 @dataclass(kw_only=True, eq=False)
 class IndexedLoader(BatchLoader, Dataset[ReadResult]):
-    """Loads a source in an epoch order, resumed exactly at any step; as a torch dataset, item n is step n.
+    """Loads the images of a source in an epoch order, from any step on. As a torch dataset, item n is step n.
 
     An unreadable image is replaced by the next readable one of its bucket.
     """
@@ -83,7 +84,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     order: EpochOrder
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        budget = ErrorBudget("images", self.bad_share)
+        budget = ErrorBudget("images", self.config.bad_share)
         for result in self._results(self, itertools.count(start)):
             budget.add(result.read, result.bad)
             if result.batch is None:
@@ -91,7 +92,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             yield result.batch
 
     def fingerprint(self) -> str:
-        settings = self.selection.sizes, self.selection.random_crop, self.order.batch, self.order.seed
+        settings = self.config.sizes, self.config.crop == "random", self.order.batch, self.order.seed
         digest = hashlib.sha256(repr(settings).encode())
         for members in self.order.members:
             names = "\n".join(self.source.names[index] for index in members.tolist())
@@ -116,16 +117,17 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         return result
 
     def read_example(self, result: ReadResult, index: int, bucket: int, *key: int) -> Example | None:
-        """Reads what the selection needs of an image and counts it in `result`; None if it is damaged.
+        """Reads the needed parts of an example and counts it in `result`; None if it is damaged.
 
         The position of a random crop depends on `key`.
         """
-        source, needs = self.source, self.selection
+        source, image = self.source, torch.empty(0, dtype=torch.uint8)
         result.read += 1
         try:
-            caption = source.caption(index) if needs.captions else ""
-            cached = source.cached_tensors(index, needs.cached)
-            image = needs.crop(source.image(index), bucket, *key) if needs.images else torch.empty(0, dtype=torch.uint8)
+            caption = source.caption(index) if self.captions else ""
+            cached = source.cached_tensors(index, self.cached)
+            if self.images:
+                image = self.config.crop_image(source.image(index), bucket, *key)
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None

@@ -10,6 +10,7 @@ import hashlib
 import tarfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +21,7 @@ from PIL import Image
 from ...common.atomic import replace_file
 from ...inference.images import open_picture, picture_size
 from .sidecars import read_caption, read_table
-from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record
+from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_at
 
 # Offset and size in bytes of the image and of the caption, and whether the caption is in a .json file.
 SHARD_FIELDS = [
@@ -87,9 +88,14 @@ class ShardSource(ImageSource):
         stamp = np.array([self.index_version, stat.st_size, stat.st_mtime_ns])
         digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogatepass")).hexdigest()
         file = cache / f"{path.stem}-{digest[:16]}.npz"
-        if (index := _load_index(file, stamp)) is None:
-            index = self._scan(path)
-            _save_index(file, stamp, index)
+        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as saved:
+            if np.array_equal(saved["stamp"], stamp):
+                bad = dict(zip(saved["bad"].tolist(), saved["reasons"].tolist(), strict=True))
+                return ShardIndex(saved["entries"], saved["names"].tolist(), bad)
+        index = self._scan(path)
+        keys, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
+        np.savez(content := BytesIO(), stamp=stamp, entries=index.records, names=keys, bad=bad, reasons=reasons)
+        replace_file(file, lambda draft: draft.write_bytes(content.getbuffer()))
         return index
 
     def _scan(self, path: Path) -> ShardIndex:
@@ -98,13 +104,11 @@ class ShardSource(ImageSource):
             examples, bad = _list_members(file, path)
             for key in [key for key in examples if key not in bad]:
                 try:
-                    record = self._record(file, examples[key], f"{path.name}:{key}")
+                    if (record := self._record(file, examples[key], f"{path.name}:{key}")) is not None:
+                        records.append(record)
+                        keys.append(key)
                 except ValueError as error:
                     bad[key] = str(error)
-                    continue
-                if record is not None:
-                    records.append(record)
-                    keys.append(key)
         return ShardIndex(np.array(records, dtype=self.fields), keys, bad)
 
     @staticmethod
@@ -121,12 +125,6 @@ class ShardSource(ImageSource):
         table = read_table(read_at(file, *members["json"]) if "json" in members else None, name)
         caption = "txt" if "txt" in members else "json"
         return (*image_record(pixels, table, name), offset, size, *members.get(caption, NONE), caption == "json")
-
-
-def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Returns `size` bytes of a file from `offset` on, fewer at its end."""
-    file.seek(offset)
-    return file.read(size)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -159,22 +157,3 @@ def _list_members(file: BinaryIO, path: Path) -> tuple[dict[str, Members], dict[
     except (tarfile.TarError, OSError) as error:  # the members before the damage are intact
         bad[REST] = f"{path} is cut short, or not an uncompressed tar file ({error})"
     return examples, bad
-
-
-def _load_index(path: Path, stamp: np.ndarray) -> ShardIndex | None:
-    """Returns the index in a file; None if it cannot be read or has another stamp."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not np.array_equal(file["stamp"], stamp):
-                return None
-            bad = dict(zip(file["bad"].tolist(), file["reasons"].tolist(), strict=True))
-            return ShardIndex(file["entries"], file["names"].tolist(), bad)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _save_index(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
-    names, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
-    content = BytesIO()
-    np.savez(content, stamp=stamp, entries=index.records, names=names, bad=bad, reasons=reasons)
-    replace_file(path, lambda draft: draft.write_bytes(content.getbuffer()))

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,12 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Returns `size` bytes of a file from `offset` on, fewer at its end."""
+    file.seek(offset)
+    return file.read(size)
 
 
 class ImageSource(ABC):

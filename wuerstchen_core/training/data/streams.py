@@ -1,4 +1,4 @@
-"""Shards that can only be read front to back, from the web or from a command's output, by means of `webdataset`."""
+"""Streams: shards from the web or from a command's output, which `webdataset` reads from front to back."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .source import IMAGE_SUFFIXES, RECORD_FIELDS, image_record
 
 log = logging.getLogger(__name__)
 
-STREAM = "stream"  # the fingerprint of all streams, whose contents are unknown
+STREAM = "stream"  # the fingerprint of every stream, since its contents are unknown
 
 
 @dataclass(kw_only=True, eq=False)
 class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
-    """Reads all shards in endless rounds, each round in an order of its own; it is also the dataset of its workers.
+    """Reads all shards in endless rounds, each round in another order. As a torch dataset, it yields results.
 
-    Shards are numbered through all rounds; process r of w reads the numbers n with n % w == r, and its workers divide
-    these likewise. A run resumes at the first shard that its process had not begun; the rest of those before is
-    skipped. All processes must resume at one number, best the largest `next` of any.
+    Shards are numbered through all rounds. Process r of w reads the numbers n with n % w == r, which its workers divide
+    in the same way. A run resumes at the first shard that its process had not begun; the unread rest of earlier shards
+    is skipped. All processes must resume at the same number: the largest `next` of all.
     """
 
     urls: Sequence[str]
@@ -45,17 +45,23 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
     def batches(self, start: int = 0) -> Iterator[Batch]:
         if start:
             log.info("the stream resumes at shard %d; the unread rest of earlier shards is skipped", start)
-        images, shards = ErrorBudget("images", self.bad_share), ErrorBudget("shards", self.bad_share)
+        images, shards = ErrorBudget("images", self.config.bad_share), ErrorBudget("shards", self.config.bad_share)
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
         for result in self._results(replace(self, start=start)):
-            shards.add(len(result.shards), {shown(url): reason for url, reason in result.shards.items() if reason})
+            shards.add(
+                len(result.shards), {without_secrets(url): reason for url, reason in result.shards.items() if reason}
+            )
             images.add(result.read, result.bad)
             reasons.update(result.reasons)
-            if unread:
-                unread -= result.shards.keys()
-                if not unread:
-                    _report_round(reasons, images, shards)
+            if unread and not (unread := unread - result.shards.keys()):  # the end of the first round
+                log.info("rejected in the first round of the stream: %s", rejected(reasons))
+                if not reasons[""]:
+                    raise ValueError(
+                        f"no image of the stream can be used: of {images.read} images, {images.failed} are unreadable, "
+                        f"and rejected are {rejected(reasons)}; bad shards are {listed(list(shards.names)) or 'none'}: "
+                        "see the log for reasons, or choose other filters or a smaller size under [data]"
+                    )
             if result.batch is not None:
                 position = result.batch.next = max(position, result.batch.next)
                 yield result.batch
@@ -79,7 +85,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
             if suffix is None:
                 continue
-            found, name = found + 1, f"{shown(sample['__url__'])}:{sample['__key__']}"
+            found, name = found + 1, f"{without_secrets(sample['__url__'])}:{sample['__key__']}"
             result.read += 1
             try:
                 reason, bucket, example = self._read_example(sample, suffix, name, number, found)
@@ -93,51 +99,37 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                 result.batch = collate(waiting.pop(bucket), number + 1)
                 yield result
                 result = ReadResult()
-        result.shards[url] = problems[0] if problems else "" if found else f"{shown(url)} contains no image"
+        result.shards[url] = problems[0] if problems else "" if found else f"{without_secrets(url)} contains no image"
         yield result
 
     def _read_example(
         self, sample: dict[str, Any], suffix: str, name: str, *key: int
     ) -> tuple[str, int, Example | None]:  # fmt: skip
-        """Returns the reason for rejecting an example or "", its bucket, and the example if it is used."""
-        table, selection = read_table(sample.get("json"), name), self.selection
+        """Returns why an example is rejected or "", its bucket, and the example if it is used."""
+        table = read_table(sample.get("json"), name)
         record = image_record(picture_size(BytesIO(sample[suffix]), name), table, name)
-        (reason,), (bucket,) = selection.select(np.array([record], dtype=RECORD_FIELDS))
+        (reason,), (bucket,) = self.config.select(np.array([record], dtype=RECORD_FIELDS))
         if reason:
             return str(reason), int(bucket), None
-        caption = read_caption(sample.get("txt"), table, name) if selection.captions else ""
-        image = selection.crop(open_picture(BytesIO(sample[suffix]), name), bucket, self.seed, *key)
+        caption = read_caption(sample.get("txt"), table, name) if self.captions else ""
+        image = self.config.crop_image(open_picture(BytesIO(sample[suffix]), name), bucket, self.seed, *key)
         return "", int(bucket), (image, caption, {})
 
 
-def _report_round(reasons: Counter[str], images: ErrorBudget, shards: ErrorBudget) -> None:
-    """Logs what was rejected in the first round. ValueError if that was everything."""
-    if not images.read:
-        raise ValueError(
-            f"no shard of the stream contains a readable image: {listed(list(shards.names))}; the log has the reasons"
-        )
-    if not reasons[""]:
-        raise ValueError(
-            f"none of the {images.read} images of the stream can be used: {rejected(reasons)}, and {images.failed} "
-            "unreadable; choose other filters or a smaller size under [data]"
-        )
-    log.info("rejected in the first round of the stream: %s", rejected(reasons))
-
-
-def shown(url: str) -> str:
-    """Returns a shard's name for the log: an address without user, password and query, which may be secret."""
+def without_secrets(url: str) -> str:
+    """Returns a shard's name for messages: its address without user, password and query."""
     parts = urlsplit(url)
     return url if parts.scheme == "pipe" else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _read_samples(url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a shard by suffix; an error that ends it early is appended to `problems`."""
+    """Yields the files of each example of a shard by suffix; appends an error that ends it early to `problems`."""
     import webdataset
 
     def stop(error: Exception) -> bool:
         status = re.search(r"exit \d+", str(error))  # of curl, or of a pipe's command
         reason = status[0] if status else one_line(error.args[0] if error.args else error)[:80]
-        problems.append(f"{shown(url)} cannot be read to its end: {reason}")
+        problems.append(f"{without_secrets(url)} cannot be read to its end: {reason}")
         return False
 
     shards = webdataset.SimpleShardList([url])
