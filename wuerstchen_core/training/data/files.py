@@ -119,7 +119,7 @@ class FileDataset(ImageDataset):
         bucket = max(range(len(members)), key=lambda i: len(members[i]))
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
         images, texts, _ = zip(*islice(filter(None, examples), PREVIEWS), strict=True)
-        return InMemoryDataset(torch.stack(images), texts)
+        return InMemoryDataset(torch.stack(images), list(texts))
 
 
 def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: str = "") -> ImageDataset:
