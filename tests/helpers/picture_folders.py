@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from wuerstchen_core.training.data.shards import add_member
+
 Files = Mapping[str, bytes]
 
 
@@ -31,6 +33,7 @@ def examples(numbers: Sequence[int], width: int = 64, height: int = 64) -> dict[
 
 
 def write_folder(root: Path, files: Files) -> Path:
+    """Writes files by name in and below a folder, which it returns."""
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -38,15 +41,14 @@ def write_folder(root: Path, files: Files) -> Path:
 
 
 def shard(files: Files) -> bytes:
-    """Returns a tar file."""
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w") as tar:
+    """Returns a tar file of some files."""
+    tar_file = io.BytesIO()
+    with tarfile.open(fileobj=tar_file, mode="w") as tar:
         for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return whole.getvalue()
+            add_member(tar, name, content)
+    return tar_file.getvalue()
 
 
 def table(**values: Any) -> bytes:
+    """Returns a JSON file."""
     return json.dumps(values).encode()

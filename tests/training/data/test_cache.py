@@ -141,9 +141,9 @@ def test_shapes_dropped_captions_and_half_precision(cached_config: Path) -> None
     overrides = [*TWO_BUCKETS, "noise.text_drop=0.5", "train.steps=6"]
     before = losses("decoder", cached_config, *overrides)
     assert losses("decoder", cached_config, *overrides, on_cache(cached_config)) == pytest.approx(before, rel=1e-5)
-    rough = cached_config.parent / "rough"
-    make_cache(cached_config, [*TWO_BUCKETS, f"cache.output='{rough}'", 'cache.dtype="bf16"'])
-    after = losses("decoder", cached_config, *overrides, f"data.source='{rough}/{{00000..00002}}.tar'")
+    half = cached_config.parent / "half"
+    make_cache(cached_config, [*TWO_BUCKETS, f"cache.output='{half}'", 'cache.dtype="bf16"'])
+    after = losses("decoder", cached_config, *overrides, f"data.source='{half}/{{00000..00002}}.tar'")
     assert after == pytest.approx(before, rel=0.02) and after != before
 
 
@@ -205,10 +205,10 @@ def test_changed_images_are_refused(cached_config: Path, folder: Path, tmp_path:
 def test_two_processes_compute_the_same_cache_as_one(cached_config: Path, config: Path) -> None:
     overrides = [part for change in TWO_BUCKETS for part in ("--set", change)]
     launch("-m", "wuerstchen_core", "train", "cache", "--config", str(config), *overrides, by="accelerate")
-    mine, theirs = (tensors(path.parent / "cache") for path in (cached_config, config))
-    assert mine.keys() == theirs.keys() and len(mine) == 3 * 16
-    for key, x in mine.items():  # rounding differs in a launched process
-        torch.testing.assert_close(theirs[key], x)
+    one, two = (tensors(path.parent / "cache") for path in (cached_config, config))
+    assert one.keys() == two.keys() and len(one) == 3 * 16
+    for key, x in one.items():  # rounding differs in a launched process
+        torch.testing.assert_close(two[key], x)
 
 
 def test_filters_apply_to_a_cache(tmp_path: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,9 +252,9 @@ def test_a_damaged_or_incomplete_cache_is_reported(
     folder = config.parent / "cache"
     (folder / "00002.tar").unlink()
     with tarfile.open(folder / "00001.tar") as tar:
-        place = tar.getmember("000000009.features.safetensors").offset_data
+        offset = tar.getmember("000000009.features.safetensors").offset_data
     with (folder / "00001.tar").open("rb+") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(b"\xff" * 8)
     with caplog.at_level(logging.WARNING):
         losses("prior", config, *TWO_BUCKETS, on_cache(config), "data.bad_share=0.5")
@@ -279,7 +279,7 @@ def test_another_network_is_refused(cached_config: Path, tmp_path: Path, bundle:
     ("stage", "what", "missing"),
     [("decoder", ["features", "text"], "no images.* latents:"), ("encoder", ["features"], "no images")],
 )
-def test_what_a_cache_lacks_is_named(config: Path, stage: str, what: list[str], missing: str) -> None:
+def test_a_cache_without_the_needed_tensors_is_named(config: Path, stage: str, what: list[str], missing: str) -> None:
     make_cache(config, [f"cache.what={what}", "cache.shard=100"])
     with pytest.raises(ValueError, match=missing):
         losses(stage, config, on_cache(config))
@@ -337,16 +337,16 @@ def test_resumed_exactly(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -
     assert after == whole and np.isfinite(after).all()
 
 
-def stop_at(pick: Any, step: int) -> Any:
-    seen: list[None] = []
+def stop_at(sample: Any, step: int) -> Any:
+    calls: list[None] = []
 
-    def picked(*given: Any) -> Any:
-        seen.append(None)
-        if len(seen) == step:
+    def counting(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == step:
             raise KeyboardInterrupt
-        return pick(*given)
+        return sample(*arguments)
 
-    return picked
+    return counting
 
 
 def test_the_output_is_not_the_source_folder(config: Path, tmp_path: Path) -> None:

@@ -99,12 +99,12 @@ def config(**values: Any) -> ImageDataConfig:
     return from_table(ImageDataConfig, {"source": "pictures", **values}, "data")
 
 
-def test_the_table() -> None:
+def test_names_sizes_and_filters_of_a_table() -> None:
     plain = config()
     assert plain.names == ["pictures"] and plain.sizes == ((1024, 1024),) and plain.min_side is None
     assert config(source=["a", "b{0..1}"]).names == ["a", "b0", "b1"]
-    given = config(buckets=[[64, 128], [64, 128], [192, 64]], min_side=3, max_watermark=1, bad_share=0.5)
-    assert given.sizes == ((64, 128), (192, 64)) and (given.min_side, given.max_watermark) == (3, 1)
+    explicit = config(buckets=[[64, 128], [64, 128], [192, 64]], min_side=3, max_watermark=1, bad_share=0.5)
+    assert explicit.sizes == ((64, 128), (192, 64)) and (explicit.min_side, explicit.max_watermark) == (3, 1)
     assert config(size=512, ratio=1.6).sizes == bucket_sizes(512, 1.6, 128)
 
 

@@ -27,12 +27,12 @@ Seen = list[tuple[list[int], list[str], tuple[int, ...]]]
 
 def opened(source: str | Path | list[str], batch: int = 4, **options: Any) -> BatchLoader:
     """Opens a source with two small buckets; `options` are keys of `[data]` or arguments of `open_loader`."""
-    own = {name: options.pop(name) for name in ("seed", "rank", "world", "captions") if name in options}
-    kind = source if isinstance(source, list) else str(source)
-    table = {"source": kind, "buckets": SHAPES, "workers": 0, **options}
-    cache = Path(kind if isinstance(kind, str) else kind[0]).parent / "index"
+    arguments = {name: options.pop(name) for name in ("seed", "rank", "world", "captions") if name in options}
+    source_names = source if isinstance(source, list) else str(source)
+    table = {"source": source_names, "buckets": SHAPES, "workers": 0, **options}
+    cache = Path(source_names if isinstance(source_names, str) else source_names[0]).parent / "index"
     config = from_table(ImageDataConfig, table, "data")
-    return open_loader(config, batch=batch, cache=cache, **{"seed": 0, **own})
+    return open_loader(config, batch=batch, cache=cache, **{"seed": 0, **arguments})
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -117,13 +117,13 @@ def test_damaged_images_are_replaced_named_once_and_counted(
     seen = read(opened(folder, bad_share=0.5), 15)
     for colours, captions, _ in seen:
         assert not {2, 3, 4, 5, 6} & set(colours) and captions == [f"picture {number}" for number in colours]
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 5 and "number 1: 006.png" in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == 5 and "number 1: 006.png" in messages[0]
     for name, reason in {"002": "damaged", "003": "not UTF-8", "004": "no caption", "005": "no caption"}.items():
-        assert sum(f"{name}.png" in line and reason in line for line in said[1:]) == 1
-    without = read(opened(folder, bad_share=0.5, captions=False), 15)
-    colours = {number for colours, _, _ in without for number in colours}
-    assert {3, 4, 5} <= colours and not {2, 6} & colours and set(without[0][1]) == {""}
+        assert sum(f"{name}.png" in line and reason in line for line in messages[1:]) == 1
+    uncaptioned = read(opened(folder, bad_share=0.5, captions=False), 15)
+    colours = {number for colours, _, _ in uncaptioned for number in colours}
+    assert {3, 4, 5} <= colours and not {2, 6} & colours and set(uncaptioned[0][1]) == {""}
 
 
 def test_too_many_bad_images_stop_the_run(folder: Path) -> None:
@@ -220,9 +220,9 @@ def test_rejected_images_are_counted(folder: Path, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO)
     write_folder(folder, {"small.png": picture(50, 40, 40), "strip.png": picture(51, 64, 30)})
     read(opened(folder, min_side=35), 1)
-    said = [record.getMessage() for record in caplog.records]
-    assert "20 images" in said[0] and "1 smaller than every bucket, 1 too small" in said[0]
-    assert said[1:] == ["bucket 64x64: 13", "bucket 64x128: 7"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert "20 images" in messages[0] and "1 smaller than every bucket, 1 too small" in messages[0]
+    assert messages[1:] == ["bucket 64x64: 13", "bucket 64x128: 7"]
     caplog.clear()
     opened(folder, batch=10)
     assert caplog.records[-1].getMessage().startswith("bucket 64x128: 7, fewer")

@@ -85,9 +85,9 @@ def test_damaged_files_are_named_at_once_or_when_they_are_read(tmp_path: Path, k
         "10.json": b'{"caption": "ten", "aesthetic": 1' + b"0" * 308 + b"9}",
     }
     source = either(tmp_path, kind, files)
-    left = {name.removeprefix("a.tar:").partition(".")[0]: reason for name, reason in source.bad.items()}
-    assert sorted(left) == ["0", "1", "10", "6", "7"]
-    assert "JSON" in left["6"] and "list" in left["7"] and "aesthetic" in left["10"]
+    bad_files = {name.removeprefix("a.tar:").partition(".")[0]: reason for name, reason in source.bad.items()}
+    assert sorted(bad_files) == ["0", "1", "10", "6", "7"]
+    assert "JSON" in bad_files["6"] and "list" in bad_files["7"] and "aesthetic" in bad_files["10"]
     errors = {}
     for index in range(len(source)):
         name = source.names[index].removeprefix("a.tar:").partition(".")[0]
@@ -97,9 +97,9 @@ def test_damaged_files_are_named_at_once_or_when_they_are_read(tmp_path: Path, k
             errors[name] = str(error)
     assert sorted(errors) == ["2", "3", "4", "5", "9"]
     facts = {"2": "damaged", "3": "UTF-8", "4": "no caption", "5": "int", "9": "surrogate"}
-    assert all(facts[name] in sentence for name, sentence in errors.items())
-    for name, sentence in (left | errors).items():
-        assert f"{name}" in sentence and "\n" not in sentence and "BytesIO" not in sentence
+    assert all(facts[name] in message for name, message in errors.items())
+    for name, message in (bad_files | errors).items():
+        assert name in message and "\n" not in message and "BytesIO" not in message
 
 
 def test_metadata_jsonl_precedes_sidecar_files(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_shard_is_read_up_to_its_damage(tmp_path: Path) -> None:
     whole = shard(examples([1, 2, 3]))
     member = 512 + 512 * -(-len(picture(1)) // 512)
     example = member + 1024
-    for cut, left, bad in (
+    for cut, readable, bad in (
         (example, [1], ["the rest"]),  # between two examples
         (example + 600, [1], ["002", "the rest"]),  # within an image
         (example + member + 200, [1, 2], ["the rest"]),  # within the header of a caption, which is lost
@@ -179,7 +179,7 @@ def test_a_shard_is_read_up_to_its_damage(tmp_path: Path) -> None:
         (len(whole), [1, 2, 3], []),
     ):
         source = local(tmp_path, a=whole[:cut])
-        assert numbers(source) == left, cut
+        assert numbers(source) == readable, cut
         assert sorted(name.removeprefix("a.tar:") for name in source.bad) == bad, cut
     broken = bytearray(whole)
     broken[example] ^= 255  # a byte that the checksum of the header covers

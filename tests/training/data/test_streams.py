@@ -138,8 +138,8 @@ def test_damaged_files_are_named_and_skipped(site: str, shards: Path, caplog: py
     source = f"{site}/{{0..{SHARDS}}}.tar"  # the last one does not exist
     seen = {number for batch in read(opened(source, batch=1, bad_share=0.9), 40) for number in batch}
     assert seen == {0, 1, 2, 3, 42, 43, 50, 51, 52, 53}
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == len(set(said)) == 7
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == len(set(messages)) == 7
     for name, reason in (
         ("1.tar", "cannot be read"),
         ("2.tar", "no image"),
@@ -149,7 +149,7 @@ def test_damaged_files_are_named_and_skipped(site: str, shards: Path, caplog: py
         ("4.tar:041", "not UTF-8"),
         (f"{SHARDS}.tar", "cannot be read"),
     ):
-        assert sum(f"{site}/{name} " in line and reason in line for line in said) == 1, name
+        assert sum(f"{site}/{name} " in line and reason in line for line in messages) == 1, name
     with pytest.raises(ValueError, match=r"^\d+ of 20 shards .*bad_share = 0.05"):
         read(opened([f"{site}/0.tar", f"{site}/1.tar"], batch=1), 100)
 

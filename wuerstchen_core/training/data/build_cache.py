@@ -1,7 +1,7 @@
-"""`train cache`: computes latents, features and text states once, in shards that training reads as its source.
+"""`train cache`: computes latents, features and text states once, and writes them to shards that training can read.
 
 Shard n contains images n * shard to (n + 1) * shard - 1 of the selected ones, in the source's order, grouped by bucket.
-So its contents follow from its number: a stopped run resumes with the missing shards, process r of w computes the
+Its contents thus depend on its number alone: a stopped run resumes with the missing shards, process r of w computes the
 shards n with n % w == r, and training on the cache uses the images in the same order as training on their source.
 """
 
@@ -43,7 +43,8 @@ from .shards import add_member
 
 log = logging.getLogger(__name__)
 
-Chunk = tuple[int, list[int]]  # the bucket and the image indices of a forward pass
+Chunk = tuple[int, list[int]]  # bucket and image indices of a forward pass
+Read = tuple[list[int], ReadResult]  # indices of its readable images, and the result with their batch
 ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CACHEABLE
     "latents": (VQGAN, networks.encode_latents),
     "features": (ImageEncoder, networks.encode_features),
@@ -55,12 +56,12 @@ ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CAC
 class CacheConfig:
     """The `[cache]` table."""
 
-    output: str  # a folder
+    output: str  # folder
     what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = CACHEABLE
     dtype: Annotated[str, OneOf(DTYPES)] = "bf16"  # of the cached tensors
-    pictures: bool = False  # cache the cropped images too
+    pictures: bool = False  # also write the cropped images
     shard: Count = 500  # images in a shard
-    batch: Count = 8  # images in one forward pass
+    batch: Count = 8  # images in a forward pass
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:
@@ -73,14 +74,14 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     check_tables({"model": {}, **config}, tuple(tables))  # accepts the file of any stage; its [model] is not used
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
     if "source" not in config.get("data", {}):
-        raise ValueError("[data] source is missing: name images to cache (the demo's scenes stay in memory anyway)")
+        raise ValueError("[data] source is missing: name the images to cache (the demo's scenes need no cache)")
     data = from_table(ImageDataConfig, config["data"], "data")
     if configured_cache(data) is not None:
         raise ValueError("[data] source is a cache already: name the images that it was computed from")
     if not options.output or Path(options.output).resolve() in {Path(name).resolve() for name in data.names}:
-        raise ValueError(f"[cache] output {options.output!r} cannot contain the cache: name a new folder")
+        raise ValueError(f"[cache] output {options.output!r} is empty or the source's folder: name a new folder")
     if data.crop != "centre":
-        raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it, for centre crops')
+        raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it to cache centre crops')
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
@@ -105,12 +106,12 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
 
 
 @dataclass
-class _ChunkReader(Dataset[tuple[list[int], ReadResult]]):
-    """Reads the images of forward passes; an item is the indices of the readable ones, and the result."""
+class _ChunkReader(Dataset[Read]):
+    """Reads the images of forward passes."""
 
     loader: IndexedLoader
 
-    def __getitem__(self, chunk: Chunk) -> tuple[list[int], ReadResult]:
+    def __getitem__(self, chunk: Chunk) -> Read:
         (bucket, indices), result = chunk, ReadResult()
         tried = {index: self.loader.read_example(result, index, bucket) for index in indices}
         examples = {index: example for index, example in tried.items() if example is not None}
@@ -129,7 +130,7 @@ class _CacheWriter:
     budget: ErrorBudget
 
     def prepare(self) -> None:
-        """Writes the manifest into the folder. ValueError if other shards or a cache of other settings are there."""
+        """Writes the manifest. ValueError if the folder contains other shards, or a cache with another manifest."""
         if (self.folder / MANIFEST).exists():
             before = asdict(read_manifest(self.folder))
             if other := [name for name, value in asdict(self.manifest).items() if before[name] != value]:
@@ -137,7 +138,7 @@ class _CacheWriter:
                     f"{self.folder} is a cache with other {', '.join(other)}: restore these, or change [cache] output"
                 )
         elif any(self.folder.glob("*.tar")):
-            raise ValueError(f"{self.folder} contains shards that are not a cache's: change [cache] output")
+            raise ValueError(f"{self.folder} contains shards that are no cache: change [cache] output")
         if "text" in self.encoders:
             content = save({"text": self.encoders["text"]([""])[0].to(DTYPES[self.options.dtype])})
             replace_file(self.folder / EMPTY_TEXT, lambda draft: draft.write_bytes(content))
@@ -177,9 +178,7 @@ class _CacheWriter:
             grouped = [(bucket, members[buckets[members] == bucket]) for bucket in np.unique(buckets[members]).tolist()]
             yield [(bucket, part[i : i + size].tolist()) for bucket, part in grouped for i in range(0, len(part), size)]
 
-    def _write_shard(
-        self, results: Iterator[tuple[list[int], ReadResult]], progress: tqdm[Any], draft: Path
-    ) -> None:  # fmt: skip
+    def _write_shard(self, results: Iterator[Read], progress: tqdm[Any], draft: Path) -> None:
         with tarfile.open(draft, "w") as tar:
             for indices, result in results:
                 self.budget.add(result.read, result.bad)

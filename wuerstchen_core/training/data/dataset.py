@@ -25,8 +25,7 @@ def identity(x: Tensor) -> Tensor:
 class ImageDataset(ABC):
     """Training images with captions.
 
-    `sample_batch` returns a handle of one batch: an object that the other methods turn into images, captions and
-    tensors.
+    `sample_batch` returns a handle of one batch, which the other methods turn into images, captions and tensors.
     """
 
     side: int  # shortest side of any image, in pixels

@@ -1,4 +1,4 @@
-"""The demo's scenes as training images, drawn into memory."""
+"""The dataset of the demo's scenes, which are drawn into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED
 from ..rng import StepRandom
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 
-MAX_SIMPLE, MAX_OTHER = 1000, 400  # scenes of a layout by default: of a simple one on squares, and of any other
+MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DemoDataConfig:
     layouts: Annotated[tuple[str, ...], OneOf(LAYOUTS)] = SIMPLE
     shapes: Annotated[tuple[str, ...], OneOf(SHAPES)] = ("square",)
     most: CountOrZero = 0  # scenes of each layout and shape, sampled from all; 0: MAX_SIMPLE and MAX_OTHER
-    # Only scenes on this background, with captions that name any: for a LoRA to learn.
+    # Only scenes on this background, but with captions that name random ones: for a LoRA to learn the background.
     background: Annotated[str, OneOf(("", *COLOURS))] = ""
 
     def __post_init__(self) -> None:
@@ -41,10 +41,10 @@ class DemoDataConfig:
 
 
 class DemoDataset(InMemoryDataset):
-    """Scenes of one shape: those to train on, or the held-out ones."""
+    """Scenes of one shape: those for training, or the held-out ones."""
 
     def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = ""):
-        """`data` is the `[data]` table; `shape` defaults to the first one in it."""
+        """`data` is the `[data]` table; `shape` defaults to the table's first one."""
         self._data = data or {}
         self.config = config = from_table(DemoDataConfig, self._data, "data")
         self._shape = shape or config.shapes[0]
@@ -60,14 +60,14 @@ class DemoDataset(InMemoryDataset):
         self._weighted = torch.arange(len(self.scenes)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
         super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas)).permute(0, 3, 1, 2))
 
-    def _layout_scenes(self, layout: str, held: bool) -> list[Scene]:
-        """Returns the scenes of a layout, or a sample of them that leaves memory for their latents."""
+    def _layout_scenes(self, layout: str, held_out: bool) -> list[Scene]:
+        """Returns the scenes of a layout, or a sample of them if there are too many for memory."""
         config, shape = self.config, list(SHAPES).index(self._shape)
         colours = [i for i, name in enumerate(COLOURS) if config.background in ("", name)]
         found = [
             scene
             for scene in vocabulary.scenes([layout], shape)
-            if vocabulary.held_out(scene) == held and scene.colour in colours and max(scene.things) < config.things
+            if vocabulary.held_out(scene) == held_out and scene.colour in colours and max(scene.things) < config.things
         ]
         most = config.most or (MAX_SIMPLE if layout in SIMPLE and not shape else MAX_OTHER)
         return found if len(found) <= most else random.Random(f"{layout} {self._shape}").sample(found, most)
@@ -90,9 +90,9 @@ class DemoDataset(InMemoryDataset):
 
 
 class MultiShapeDemoDataset(ImageDataset):
-    """Scenes of several shapes. A batch has one shape, drawn in proportion to its scenes.
+    """Scenes of several shapes. Each batch has one shape, chosen with a probability proportional to its scenes.
 
-    The handle of a batch is the number of its shape and the indices [B] in that shape's dataset.
+    The handle of a batch is the index of its shape's dataset and the indices [B] of its scenes there.
     """
 
     square = False

@@ -61,8 +61,7 @@ class EpochOrder:
         """Returns the bucket of a step and the number of its batch in the bucket's sequence."""
         epoch, number = self.epoch(step)
         first, last = self._batches_before(epoch), self._batches_before(epoch + 1)
-        buckets = np.repeat(np.arange(len(first)), (last - first).astype(np.int64))
-        buckets = self._permutation(0, epoch, buckets)
+        buckets = self._permutation(0, epoch, np.repeat(np.arange(len(first)), (last - first).astype(np.int64)))
         bucket = int(buckets[number])
         return bucket, first[bucket] + np.count_nonzero(buckets[:number] == bucket)
 
@@ -76,7 +75,7 @@ class EpochOrder:
         return out
 
     def _permutation(self, sequence: int, number: int, values: np.ndarray) -> np.ndarray:
-        """Returns a permutation of values: of sequence 0 (the epochs' batches) or of a bucket's (its index + 1)."""
+        """Returns permutation `number` of a sequence: 0 is that of the epochs' batches, i + 1 that of bucket i."""
         known = self._shuffled[sequence]
         if number not in known:
             known[number] = np.random.default_rng((self.seed, sequence, number)).permutation(values)

@@ -9,19 +9,16 @@ from ...common.text import listed
 
 log = logging.getLogger(__name__)
 
-MIN_READS = 20  # fewer say nothing about the fraction
+MIN_READS = 20  # before the fraction is judged
 
 
 class ErrorBudget:
-    """The failed fraction of all reads of one kind ("images", "shards"); each failure is logged once.
-
-    The fraction counts all reads since the start, so a bad image weighs the same in every epoch.
-    """
+    """Counts reads and failures of one kind ("images" or "shards") since the start; logs each failed name once."""
 
     def __init__(self, kind: str, max_fraction: float):
         self.kind, self.max_fraction = kind, max_fraction
         self.read = self.failed = 0
-        self.names: dict[str, None] = {}  # of what failed, in order
+        self.names: dict[str, None] = {}  # that failed, in order
 
     def add(self, read: int, bad: Mapping[str, str]) -> None:
         """Adds `read` reads, of which `bad` (name → reason) failed. ValueError if too many have failed so far."""

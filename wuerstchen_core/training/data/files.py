@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
@@ -38,7 +38,6 @@ class FileDataset(ImageDataset):
         self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
-        self._batches: Iterator[Batch] = iter(())
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
         self._computed: set[str] = set()  # names of those that are computed from images

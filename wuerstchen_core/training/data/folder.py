@@ -34,12 +34,12 @@ class FolderSource(ImageSource):
         self._rows: dict[Path, dict[str, Any]] = {}  # of the metadata.jsonl files, by image
         records = []
         for root in roots:
-            paths = sorted(_visible_files(root))
+            paths = sorted(visible_files(root))
             names = {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in paths}
             for path in paths:
                 if path.name == METADATA:
                     self._read_metadata(path, names[path])
-            for path in filter(_is_image, paths):
+            for path in filter(is_image, paths):
                 try:
                     records.append(self._record(path, names[path]))
                     self.paths.append(path)
@@ -94,14 +94,11 @@ class FolderSource(ImageSource):
                 self.bad[where] = str(error)
 
 
-def contains_images(root: Path) -> bool:
-    """True if there is an image in or below a folder."""
-    return any(map(_is_image, _visible_files(root)))
-
-
-def _visible_files(root: Path) -> Iterator[Path]:
+def visible_files(root: Path) -> Iterator[Path]:
+    """Yields all that is in or below a folder, folders too, except hidden files and folders."""
     return (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """True if a path is a file with the suffix of an image."""
     return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file()

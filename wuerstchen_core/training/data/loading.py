@@ -1,4 +1,4 @@
-"""Batches of images, read by worker processes; their number does not change the batches."""
+"""Reads batches of images in worker processes, whose number does not change the batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass
 class ReadResult:
-    """What a worker has read since its last result: a batch, or None at the end of a shard or of the tries."""
+    """A worker's message: a batch, or None if it could not be filled, and the counts since its last message."""
 
     batch: Batch | None = None
     read: int = 0  # images, the bad ones included
@@ -65,11 +65,11 @@ class BatchLoader(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Returns a hash of all that determines the batches: a run resumes exactly only if it is unchanged."""
+        """Returns a hash of all that determines the batches; a run resumes exactly only if it has not changed."""
 
     def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
         """Yields the workers' results in order."""
-        generator = torch.Generator()  # for the workers' unused seed, which else would come from the global generator
+        generator = torch.Generator()  # DataLoader draws an unused seed, by default from torch's global generator
         yield from DataLoader(dataset, None, sampler=order, num_workers=self.config.workers, generator=generator)
 
 
@@ -102,13 +102,11 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
 
     def __getitem__(self, step: int) -> ReadResult:
         bucket, indices = self.order.batch_at(step)
-        size, result = self.order.batch // self.world, ReadResult()
-        examples = []
+        size, result, examples = self.order.batch // self.world, ReadResult(), []
         for slot in range(self.rank * size, (self.rank + 1) * size):
             substitutes = itertools.islice(self.order.substitutes(step, slot), MAX_SUBSTITUTES)
             for index in itertools.chain([int(indices[slot])], substitutes):
-                example = self.read_example(result, index, bucket, self.order.seed, step, slot)
-                if example is not None:
+                if (example := self.read_example(result, index, bucket, self.order.seed, step, slot)) is not None:
                     examples.append(example)
                     break
             else:

@@ -15,7 +15,7 @@ import numpy as np
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
-from .folder import FolderSource, contains_images
+from .folder import FolderSource, is_image, visible_files
 from .latent_cache import MANIFEST, Cache, CacheSource, read_manifest
 from .loading import BatchLoader, IndexedLoader
 from .shards import ShardSource
@@ -87,7 +87,7 @@ def _open_source(config: ImageDataConfig, cache: Path) -> ImageSource:
         raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
     if configured_cache(config):
         return CacheSource(files, cache)
-    if mixed := next((path for path in paths if path.is_dir() and contains_images(path)), None):
+    if mixed := next((path for path in paths if path.is_dir() and any(map(is_image, visible_files(path)))), None):
         raise ValueError(f"[data] source {mixed} contains both shards and images: give a folder of one kind")
     return ShardSource(files, cache)
 

@@ -49,20 +49,19 @@ class ShardSource(ImageSource):
     fields: list[Any] = SHARD_FIELDS
 
     def __init__(self, paths: Sequence[Path], cache: Path):
-        """`cache` is the folder of the index files."""
+        """`paths` are at least one tar file, `cache` is the folder of the index files."""
         self.paths, self.names, self.bad = list(paths), [], {}
         self.bad_shards: dict[str, str] = {}  # shards without a readable image: path → reason
-        parts, shards = [np.empty(0, self.fields)], [np.empty(0, np.int32)]
+        indexes = [self._open_index(path, cache) for path in paths]
         same_folder = len({path.parent for path in paths}) == 1
-        for number, path in enumerate(paths):
-            index, name = self._open_index(path, cache), path.name if same_folder else str(path)
+        for path, index in zip(paths, indexes, strict=True):
+            name = path.name if same_folder else str(path)
             if not index.keys:
                 self.bad_shards[str(path)] = index.bad.pop(REST, f"{path} contains no readable image")
             self.bad |= {f"{name}:{key}": reason for key, reason in index.bad.items()}
             self.names += [f"{name}:{key}" for key in index.keys]
-            parts.append(index.records)
-            shards.append(np.full(len(index.keys), number, np.int32))
-        self.records, self._shards = np.concatenate(parts), np.concatenate(shards)
+        self.records = np.concatenate([index.records for index in indexes])
+        self._shards = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.keys) for index in indexes])
 
     def image(self, index: int) -> Image.Image:
         return open_picture(BytesIO(self._read(index, "picture")), self.names[index])
@@ -93,8 +92,8 @@ class ShardSource(ImageSource):
                 bad = dict(zip(saved["bad"].tolist(), saved["reasons"].tolist(), strict=True))
                 return ShardIndex(saved["entries"], saved["names"].tolist(), bad)
         index = self._scan(path)
-        keys, bad, reasons = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
-        np.savez(content := BytesIO(), stamp=stamp, entries=index.records, names=keys, bad=bad, reasons=reasons)
+        names, failed, why = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
+        np.savez(content := BytesIO(), stamp=stamp, entries=index.records, names=names, bad=failed, reasons=why)
         replace_file(file, lambda draft: draft.write_bytes(content.getbuffer()))
         return index
 

@@ -49,12 +49,13 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
         for result in self._results(replace(self, start=start)):
-            shards.add(
-                len(result.shards), {without_secrets(url): reason for url, reason in result.shards.items() if reason}
-            )
+            bad_shards = {without_secrets(url): reason for url, reason in result.shards.items() if reason}
+            shards.add(len(result.shards), bad_shards)
             images.add(result.read, result.bad)
             reasons.update(result.reasons)
-            if unread and not (unread := unread - result.shards.keys()):  # the end of the first round
+            first_round = bool(unread)
+            unread -= result.shards.keys()
+            if first_round and not unread:
                 log.info("rejected in the first round of the stream: %s", rejected(reasons))
                 if not reasons[""]:
                     raise ValueError(
