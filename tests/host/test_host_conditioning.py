@@ -19,7 +19,7 @@ from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints import load_decoder, load_prior, load_text_encoder
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
-from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_chunks
+from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_whole
 
 Box = tuple[int, int, int, int]  # height, width, top, left
 
@@ -64,14 +64,14 @@ def states(tower: TextEncoder, *parts: str | Tensor | tuple[str, float]) -> Tens
     for part in parts:
         text, weight = part if isinstance(part, tuple) else (part, 1.0)
         if isinstance(text, str):
-            ids, mask = tokenize_chunks(text)
+            ids, mask = tokenize_whole(text)
             added = [i for i in ids[mask].tolist() if i not in (START, END)]
         else:  # new words of the vocabulary
             added = list(range(tower.token_embedding.num_embeddings, tower.token_embedding.num_embeddings + len(text)))
             tower.token_embedding = nn.Embedding.from_pretrained(torch.cat([tower.token_embedding.weight, text]))
         tokens += added
         weights += [weight] * len(added)
-    out, empty = [], tower(*tokenize_chunks(""))
+    out, empty = [], tower(*tokenize_whole(""))
     for i in range(0, max(len(tokens), 1), 75):
         row = [START, *tokens[i : i + 75], END]
         weight = torch.tensor([1.0, *weights[i : i + 75]] + [1.0] * (77 - len(row) + 1))

@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
 
         Raises ValueError if the prompts differ in n.
         """
-        ids, mask = zip(*(tokenize_chunks(prompt, self.params.context_length) for prompt in prompts), strict=True)
+        ids, mask = zip(*(tokenize_whole(prompt, self.params.context_length) for prompt in prompts), strict=True)
         if len(counts := {len(chunks) for chunks in ids}) > 1:
             raise ValueError(f"prompts with {counts} chunks of 75 tokens do not fit together: encode them one by one")
         device = self.token_embedding.weight.device
@@ -93,7 +93,7 @@ def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, 
     return _pad([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
 
 
-def tokenize_chunks(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
+def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
     """Returns ids and mask [n, 77] of a prompt of any length, in n chunks of 75 tokens.
 
     Like ComfyUI, it splits after 75 tokens even inside a word.
