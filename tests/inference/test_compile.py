@@ -24,8 +24,8 @@ from wuerstchen_core.inference.compile import can_compile, compile_network
 from wuerstchen_core.models.layers import FeedForwardBlock
 
 SIZES = ((128, 128), (192, 192), (256, 128), (64, 192))
-BLOCKS_B = 8  # of either Stage B's blocks, those that differ in more than their weights,
-BLOCKS = BLOCKS_B + 2  # and of the prior's those that Stage B has none of
+BLOCKS_B = 8  # graphs of Stage B (of v1 and of v2): its blocks without those that differ in their weights only
+BLOCKS = BLOCKS_B + 2  # and of all networks: two blocks of the prior are like none of Stage B
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_compiled_networks_keep_their_keys_and_follow_their_weights(graphs: list
     assert (after - before).abs().max() > 0.01 and len(graphs) == 3
 
 
-def test_every_thread_compiles_all_it_meets(graphs: list[Any]) -> None:
+def test_every_thread_compiles_all_blocks(graphs: list[Any]) -> None:
     """torch's default limit is 8 graphs per block, and a changed limit applies to the thread that changed it."""
     network = nn.Sequential(*(FeedForwardBlock(c) for c in range(8, 20))).requires_grad_(False).eval()
     compile_network(network, backend=counting(graphs))
@@ -115,7 +115,7 @@ def test_every_thread_compiles_all_it_meets(graphs: list[Any]) -> None:
     assert len(graphs) == len(network)
 
 
-def test_copies_are_plain_and_go_by_their_own_weights(graphs: list[Any]) -> None:
+def test_copies_are_uncompiled_and_use_their_own_weights(graphs: list[Any]) -> None:
     network = NETWORKS["prior"]
     module = network.perturbed().requires_grad_(False)
     compile_network(module, backend=counting(graphs))

@@ -121,10 +121,10 @@ def test_variations_are_counted(pipe: WuerstchenPipeline, picture: Image.Image) 
 # inpaint and outpaint
 
 
-def test_what_is_kept_is_the_reconstruction(
+def test_the_unmasked_part_is_the_reconstruction(
     pipe: WuerstchenPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly, in Stage A's latents; Stage A then blends a few pixels across the mask's edge."""
+    """Stage A's latents are equal. Stage A then blends a few pixels across the mask's edge."""
     mask, options = right_half(), {"seed": 3, "composite": False}
     kept_latents, latents_b = latents_of(monkeypatch, lambda: pipe.inpaint(picture, mask, PROMPT, **options))
     [plain] = latents_of(monkeypatch, lambda: pipe.reconstruct(picture, seed=3))
@@ -188,7 +188,7 @@ def test_outpaint(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
 # interpolate
 
 
-def test_the_way_between_pictures(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
+def test_interpolation_between_pictures(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
     other = picture.rotate(180)
     way = pipe.interpolate(picture, other, steps=3, seed=3)
     assert len(way) == 3 and differ(way[:1], way[1:2]) and differ(way[1:2], way[2:])
@@ -210,7 +210,7 @@ def test_pictures_are_interpolated_in_the_units_of_the_prior(
     assert_near(seen[0], slerp(a + shift, b + shift, 0.3) - shift, 1e-4 * float(a.abs().max()))
 
 
-def test_the_way_between_prompts(pipe: WuerstchenPipeline) -> None:
+def test_interpolation_between_prompts(pipe: WuerstchenPipeline) -> None:
     other = "a small apple on blue"
     way = pipe.interpolate(PROMPT, other, steps=4, seed=3, width=64, height=64)
     assert len(way) == 4 and differ(way[1:2], way[2:3])
@@ -218,7 +218,7 @@ def test_the_way_between_prompts(pipe: WuerstchenPipeline) -> None:
     assert np.array_equal(pixels(way[::3]), pixels(ends))
 
 
-def test_the_way_from_a_picture_to_a_prompt(pipe: WuerstchenPipeline, picture: Image.Image, tmp_path: Path) -> None:
+def test_interpolation_from_picture_to_prompt(pipe: WuerstchenPipeline, picture: Image.Image, tmp_path: Path) -> None:
     picture.save(tmp_path / "picture.png")
     way = pipe.interpolate(tmp_path / "picture.png", PROMPT, steps=2, seed=3)
     ends = pipe.reconstruct(picture, seed=3) + pipe.generate(PROMPT, seed=3)
@@ -254,7 +254,7 @@ REFUSED: dict[str, Callable[[WuerstchenPipeline, Image.Image], Any]] = {
     "128x64$": lambda pipe, x: pipe.interpolate(x, PROMPT, width=100),
     "count of 1": lambda pipe, x: pipe.variations(x, count=0),
     "seed -1": lambda pipe, x: pipe.inpaint(x, right_half(), "", seed=-1),
-    "weight above 0": lambda pipe, x: pipe.variations(x, {PROMPT: 0}),
+    ": 0}": lambda pipe, x: pipe.variations(x, {PROMPT: 0}),
     "nowhere.png": lambda pipe, x: pipe.reconstruct("nowhere.png"),
 }
 

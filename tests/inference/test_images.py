@@ -16,13 +16,13 @@ from PIL import Image
 from torchvision import transforms
 
 from wuerstchen_core.inference.images import (
-    extend,
     legal_size,
     open_mask,
     open_picture,
     pad_to_legal,
     picture_size,
     read_batch,
+    read_extended,
     read_masked,
     read_pixels,
     to_pictures,
@@ -244,9 +244,8 @@ def test_a_large_picture_and_its_mask_are_scaled_down_alike() -> None:
 
 
 def test_borders_are_masked() -> None:
-    pixels = to_pixels(noise(64, 64))
-    wide, mask = extend(pixels, torch.zeros(1, 1, 64, 64), (10, 0, 5, 20))
-    assert wide.shape == (1, 3, 84, 79) and torch.equal(wide[..., :64, 10:74], pixels)
+    wide, mask = read_extended(noise(64, 64), 10, 0, 5, 20)
+    assert wide.shape == (1, 3, 84, 79) and torch.equal(wide[..., :64, 10:74], to_pixels(noise(64, 64)))
     assert not mask[..., :64, 10:74].any() and mask.sum() == 84 * 79 - 64 * 64
 
 
@@ -256,7 +255,7 @@ def test_borders_are_masked() -> None:
 )
 def test_invalid_borders(borders: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        extend(torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 64, 64), borders)
+        read_extended(noise(64, 64), *borders)
 
 
 # files that are not pictures

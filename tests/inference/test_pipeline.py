@@ -111,7 +111,7 @@ def test_pictures_are_counted_prompt_by_prompt(pipe: WuerstchenPipeline) -> None
     ],
     ids=str,
 )
-def test_what_changes_the_picture(pipe: WuerstchenPipeline, change: dict[str, Any]) -> None:
+def test_each_argument_changes_the_picture(pipe: WuerstchenPipeline, change: dict[str, Any]) -> None:
     assert np.abs(pixels(pipe.generate(PROMPT)) - pixels(pipe.generate(PROMPT, **change))).max() > ROUNDING
 
 
@@ -131,7 +131,7 @@ def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPip
 # text
 
 
-def test_text_of_any_length_is_read_whole(pipe: WuerstchenPipeline) -> None:
+def test_long_texts_are_encoded_in_pieces(pipe: WuerstchenPipeline) -> None:
     """A long prompt has the states of its pieces of 75 tokens; "a" is one token."""
     words = ["a"] * 80 + ["small"] * 80
     [states], _ = pipe.encode_text([" ".join(words)])
@@ -292,7 +292,7 @@ def test_known_words_are_not_warned_of(pipe: WuerstchenPipeline, caplog: pytest.
     assert not caplog.records
 
 
-def test_a_model_without_a_vocabulary_never_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_without_a_word_list_never_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tiny_bundle(tmp_path / "free.safetensors", {"sampling": METADATA["sampling"]})
     WuerstchenPipeline.load(path, device="cpu").generate("a zebra")
     assert not caplog.records

@@ -58,7 +58,7 @@ def test_files_by_part(pipe: WuerstchenPipeline, bundle: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("main", ["prior", "vqgan"])
-def test_files_by_part_in_a_folder_say_how_the_model_is_used(bundle: Path, tmp_path: Path, main: str) -> None:
+def test_the_metadata_of_files_by_part_is_used(bundle: Path, tmp_path: Path, main: str) -> None:
     convert([bundle], tmp_path / "folder")
     sources: dict[str, Any] = {main: tmp_path / "folder", "image_encoder": bundle}
     loaded = WuerstchenPipeline.load(sources, device="cpu")
@@ -96,7 +96,7 @@ def test_a_model_without_its_prior_still_reconstructs(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_loaded(bundle: Path, source: Any, options: dict[str, Any], message: str) -> None:
+def test_invalid_sources_and_arguments(bundle: Path, source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WuerstchenPipeline.load(bundle if source is None else source, **options)
 
@@ -113,7 +113,7 @@ def test_a_tower_of_another_width_is_named(bundle: Path, tmp_path: Path) -> None
     [
         ({"sampling": [1]}, "sampling"),
         ({"vocabulary": ["a"]}, "vocabulary"),
-        ({"sampling": {"width": None}}, "'width': None"),
+        ({"sampling": {"width": "wide"}}, "'width': 'wide'"),
         ({"sampling": {"decoder_steps": "many"}}, "'decoder_steps': 'many'"),
     ],
     ids=str,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cli_runs import pixels, run
 from helpers.golden_data import Golden, assert_near
 from helpers.networks import PRIOR
 from helpers.recorded_noise import RecordedTokenNoise, replay
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, describe, load_prior, load_token_decoder, read_metadata, save_bundle
-from wuerstchen_core.cli.main import main
 from wuerstchen_core.inference import stages
 from wuerstchen_core.inference.settings import SamplingSettings
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
@@ -72,7 +72,7 @@ def test_the_golden_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = pipe.sampling.updated(
         width=width, height=height, prior_steps=config["prior_steps"], token_mode=config["mode"]
     )
-    # What the config says beside that are the defaults.
+    # The other values of the golden configuration are the defaults.
     assert sampling.prior_guidance == config["prior_cfg"] and sampling.decoder_steps == config["token_steps"]
     assert sampling.temperature == config["temperature"] and sampling.decoder_guidance == config["cfg"][0]
     draws: Iterable[Tensor] = [golden["in/prior_x_T"], *golden["in/prior_noise"]]
@@ -100,10 +100,6 @@ def test_a_bundle_knows_its_release(bundle: Path, pipe: WuerstchenPipeline) -> N
     assert isinstance(load_token_decoder(bundle), TokenDecoder)
     assert [getattr(pipe, name) is not None for name in PARTS_OF["v1"]] == [True] * 6
     assert pipe.decoder is None
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image).astype(int) for image in images])
 
 
 @pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
@@ -158,9 +154,8 @@ def test_a_model_without_tokens_says_so(tmp_path: Path) -> None:
         for method, argument in ((v2.generate, PROMPTS[0]), (v2.reconstruct, Image.new("RGB", (64, 64)))):
             with pytest.raises(ValueError, match=f"v1.*{next(iter(options))}"):
                 method(argument, **options)
-    assert (
-        SamplingSettings.from_metadata({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
-    )  # as a Stage A out of a bundle of v1 has
+    # The metadata of a Stage A that comes from a v1 bundle.
+    assert SamplingSettings.from_metadata({"sampling": {"token_mode": "argmax"}}) == SamplingSettings()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -172,26 +167,24 @@ def test_half_precision_generates(bundle: Path, dtype: str) -> None:
 def test_the_command_lines_settings_reach_the_sampler(bundle: Path, pipe: WuerstchenPipeline, tmp_path: Path) -> None:
     options = ["--temperature", "0.9", "0.3", "--token-mode", "argmax", "--decoder-guidance-end", "3"]
     path = tmp_path / "apple.png"
-    assert (
-        main(["generate", PROMPTS[0], "--model", str(bundle), "--output", str(path), "--dtype", "fp32", *options]) == 0
-    )
+    assert run("generate", PROMPTS[0], "--model", bundle, "--output", path, "--dtype", "fp32", *options) == 0
     [image] = pipe.generate(PROMPTS[0], temperature=(0.9, 0.3), token_mode="argmax", decoder_guidance_end=3.0)
     with Image.open(path) as saved:
         assert np.abs(pixels([saved]) - pixels([image])).max() <= 1
         assert json.loads(saved.text["wuerstchen"])["temperature"] == [0.9, 0.3]
 
 
-@pytest.mark.parametrize(("beside", "release"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
-def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: str, release: str) -> None:
+@pytest.mark.parametrize(("other", "release"), [("token_decoder", "v1"), ("decoder", "v2"), ("vqgan", "v1")])
+def test_stage_b_determines_the_release_of_a_prior(tmp_path: Path, other: str, release: str) -> None:
     """A bare prior 1024 wide may be v1's or v2's of June 2023."""
     prior = Prior(replace(PRIOR, c_cond=1024))
     save_file(prior.state_dict(), tmp_path / "prior.safetensors")
-    parts = tiny_parts("v2" if beside == "decoder" else "v1")
-    save_bundle(tmp_path / "beside.safetensors", {beside: parts[beside]}, {})
-    sources = {"prior": tmp_path / "prior.safetensors", beside: tmp_path / "beside.safetensors"}
+    parts = tiny_parts("v2" if other == "decoder" else "v1")
+    save_bundle(tmp_path / "other.safetensors", {other: parts[other]}, {})
+    sources = {"prior": tmp_path / "prior.safetensors", other: tmp_path / "other.safetensors"}
     loaded = WuerstchenPipeline.load(sources, device="cpu").prior
     assert loaded is not None and (loaded.params.feature_scale == 1) == (release == "v1")
-    if beside == "token_decoder":
+    if other == "token_decoder":
         with pytest.raises(ValueError, match="token_decoder .*v1.*prior .*v2"):
             WuerstchenPipeline.load(sources, device="cpu", version="v2")
     else:
@@ -200,13 +193,13 @@ def test_the_stage_b_beside_a_prior_tells_its_release(tmp_path: Path, beside: st
 
 
 @pytest.mark.parametrize("part", ["vqgan", "image_encoder", "prior_text_encoder"])
-def test_a_part_that_both_releases_share_names_none(tmp_path: Path, part: str) -> None:
-    """Otherwise a converted Stage A would decide the release of the prior beside it."""
+def test_a_part_of_both_releases_has_no_version(tmp_path: Path, part: str) -> None:
+    """Otherwise a converted Stage A would determine the release of a prior that is loaded with it."""
     save_bundle(tmp_path / "part.safetensors", {part: tiny_parts("v1")[part]}, {})
     assert "version" not in read_metadata(tmp_path / "part.safetensors")
 
 
-def test_inspect_says_where_a_v1_bundle_goes(bundle: Path) -> None:
-    places = {part.name: (part.folder, part.node) for part in describe(bundle).parts}
-    assert {folder for folder, _ in places.values()} == {"checkpoints"}
-    assert places["token_decoder"][1] == "Würstchen Token Decoder Loader"
+def test_inspect_names_the_folder_and_loader_of_a_v1_bundle(bundle: Path) -> None:
+    parts = {part.name: part for part in describe(bundle).parts}
+    assert {part.folder for part in parts.values()} == {"checkpoints"}
+    assert parts["token_decoder"].node == "Würstchen Token Decoder Loader"

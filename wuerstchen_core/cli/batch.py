@@ -1,7 +1,7 @@
-"""`generate --prompts`: generates the images of a file of prompts, in one process or several.
+"""`generate --prompts`: generates the images of a file of prompts, in one or several processes.
 
-The processes do not communicate: a line's number decides which of them handles it, and the output folder shows which
-images exist already.
+The processes do not communicate: the line number determines the process, and the output folder shows which images
+exist already.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import Any
+
+import torch
 
 from ..common.text import listed, one_line
+from ..inference.pipeline import WuerstchenPipeline
 from .batch_output import ImageFolder, create_folder, open_output
-from .options import load_pipeline, sampling_options
+from .options import chosen_settings, load_pipeline
 from .progress import StepBar
-from .prompt_file import KEYS, SETTINGS, ImageRequest, parse_line, read_lines
-
-if TYPE_CHECKING:
-    from ..inference.pipeline import WuerstchenPipeline
+from .prompt_file import ImageRequest, PromptLine, parse_line, read_lines
 
 log = logging.getLogger(__name__)
 
-LINE_INTERVAL = 30.0  # seconds between lines of progress, where stderr is no terminal
+LINE_INTERVAL = 30.0  # seconds between lines of progress, if stderr is not a terminal
 
-# Variables for rank, number of processes and rank on the machine: of torchrun and accelerate, Intel MPI, Open MPI.
+# Environment variables with the rank, the number of processes and the rank on the machine, as set by torchrun and
+# accelerate, Intel MPI, and Open MPI.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -37,15 +39,16 @@ LAUNCHERS = (
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generates the images that are missing and prints a summary.
+    """Generates the images that do not exist yet and prints a summary.
 
-    Finally raises ValueError if lines were skipped. One of several processes only logs them: the launcher would stop
-    the others if it failed.
+    Finally raises ValueError if lines were skipped; one of several processes does not, since the launcher would then
+    stop the others.
     """
     rank, world, local_rank = _ranks()
     if not 0 <= rank < world:
         raise ValueError(
-            f"the environment describes process {rank} of {world}: unset RANK and WORLD_SIZE, or use accelerate launch"
+            f"the environment variables describe process {rank} of {world}: unset RANK and WORLD_SIZE, or use "
+            "accelerate launch"
         )
     for name, value in (("--shards", options.shards), ("--batch", options.batch)):
         if value is not None and value < 1:
@@ -77,9 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def process_device(device: str, local_rank: int) -> str:
-    """Returns the device of a process: "auto" spreads the processes of a machine over its GPUs."""
-    import torch
-
+    """Returns the device of a process; with "auto" the processes of a machine get its GPUs in turn."""
     gpus = torch.cuda.device_count() if device == "auto" else 0
     return f"cuda:{local_rank % gpus}" if gpus else device  # cuda:0 where the launcher shows each process one GPU
 
@@ -87,13 +88,13 @@ def process_device(device: str, local_rank: int) -> str:
 def _read_requests(
     options: argparse.Namespace, pipeline: WuerstchenPipeline, rank: int, world: int
 ) -> tuple[dict[int, list[ImageRequest]], dict[int, str]]:
-    """Returns the images of process `rank` by shard (all in 0 without --shards), and errors by line, which are logged.
+    """Returns the images of process `rank` by shard (all in 0 without --shards), and the error of each invalid line.
 
-    Invalid options raise ValueError: with them every line would be skipped.
+    Logs these errors. Invalid options raise ValueError at once, since with them every line would be invalid.
     """
-    values = {**vars(options), **sampling_options(options)}
-    defaults = {key: values[key] for key in KEYS if values.get(key) is not None and key not in ("prompt", "seed")}
-    pipeline.sampling.updated(**{name: defaults.get(name) for name in SETTINGS})
+    keys = {field.name for field in fields(PromptLine)} - {"seed"}
+    defaults = {key: value for key, value in vars(options).items() if key in keys and value is not None}
+    pipeline.sampling.updated(**chosen_settings(options))
     requests: dict[int, list[ImageRequest]] = {}
     skipped: dict[int, str] = {}
     for number, raw in read_lines(options.prompts).items():
@@ -117,7 +118,7 @@ def _generate_missing(
     models: Mapping[str, Any],
     show_progress: bool,
 ) -> tuple[int, int]:
-    """Returns how many images were generated and how many existed. All checks come before the first image."""
+    """Returns the numbers of images that were generated and that existed. Generates none if any check fails."""
     work = []
     for shard, images in requests.items():
         output = open_output(options.output, options.shards, shard)
@@ -142,7 +143,7 @@ def _generate_missing(
 
 
 def _batches(images: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRequest]]:
-    """Yields up to `size` images at a time that share all settings, and so can be generated together."""
+    """Yields lists of up to `size` images with equal settings, which are generated together."""
     groups: dict[Any, list[ImageRequest]] = {}
     for one in images:
         groups.setdefault((one.settings, one.negative), []).append(one)
@@ -152,7 +153,7 @@ def _batches(images: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRe
 
 
 def _missing(images: Sequence[ImageRequest], output: ImageFolder, models: Mapping[str, Any]) -> list[ImageRequest]:
-    """Returns the images that do not exist. ValueError if one exists with other settings."""
+    """Returns the images that do not exist yet. ValueError if one exists with other metadata."""
     existing = output.prepare([one.name for one in images])
     for one in images:
         if one.name in existing and existing[one.name] != one.metadata(models):

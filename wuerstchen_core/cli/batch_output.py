@@ -10,14 +10,14 @@ import shutil
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from ..common.atomic import remove_drafts, replace_file
+from ..training.data.shards import add_member
 from ..training.data.sidecars import parse_json_table
 from .save import save_image
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SUFFIXES = (".json", ".png")
 
@@ -84,8 +84,6 @@ class Shard(ImageFolder):
         shutil.rmtree(self.folder)
 
     def _pack(self, draft: Path) -> None:
-        from ..training.data.shards import add_member
-
         files = self._files()
         with tarfile.open(draft, "w") as tar:
             for name in sorted(file[:-4] for file in files if file.endswith(".png") and f"{file[:-4]}.json" in files):

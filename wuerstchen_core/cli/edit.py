@@ -12,37 +12,38 @@ from .save import FORMATS
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SIZE = "the valid size nearest to the image's"
+IMAGE_SIZE = "the legal size nearest to the image's"
 IMAGE_NAME = "the image"
-SUFFIXES = (*FORMATS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # `interpolate` takes other arguments as prompts
+SUFFIXES = (*FORMATS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # arguments of `interpolate` without one are prompts
 SIDES = ("left", "top", "right", "bottom")
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser's commands."""
-    parser = _add_command(commands, "reconstruct", "encode an image with 42.67x compression, and decode it")
-    parser.add_argument("--prompt", default="", help="text for Stage B, beside the image's features")
+    parser = _add_command(commands, "reconstruct", "compress an image by 42.67 and decode it")
+    parser.add_argument("--prompt", default="", help="text that Stage B reads in addition to the image")
     add_options(parser, size=IMAGE_SIZE, prior=False, name=IMAGE_NAME)
 
     parser = _add_command(commands, "variations", "generate images similar to an image, or change it by a prompt", 0.7)
-    parser.add_argument("--prompt", default="", help="what to generate (default: no text, the image alone)")
+    parser.add_argument("--prompt", default="", help="what to generate (default: only the image counts)")
     add_options(parser, size=IMAGE_SIZE, name=IMAGE_NAME)
 
     parser = _add_command(commands, "inpaint", "replace a part of an image", 1.0)
-    parser.add_argument("mask", metavar="MASK", help="an image of the same size: white is replaced, black is kept")
+    parser.add_argument("mask", metavar="MASK", help="image file of the same size: white is replaced, black is kept")
     parser.add_argument("prompt", metavar="PROMPT", help="what to generate there")
     _add_fill_options(parser)
 
     parser = _add_command(commands, "outpaint", "extend an image beyond its borders", 1.0)
     parser.add_argument("prompt", metavar="PROMPT", help="what the larger image shows")
     for side in SIDES:
-        parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help=f"to add at the {side}")
+        text = f"pixels to add at the {side} (default: 0)"
+        parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help=text)
     _add_fill_options(parser)
 
     parser = commands.add_parser("interpolate", help="generate images between two images or prompts")
     parser.set_defaults(run=_interpolate)
     for name in ("A", "B"):
-        parser.add_argument(name.lower(), metavar=name, help=f"a prompt, or an image file ({', '.join(SUFFIXES)})")
+        parser.add_argument(name.lower(), metavar=name, help=f"prompt, or image file ({', '.join(SUFFIXES)})")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="number of images (default: 5)")
     add_options(parser, name="both ends", size="the first image's, else the model's own", count=False)
 
@@ -52,19 +53,19 @@ def _add_command(commands: Any, name: str, text: str, strength: float | None = N
     parser.set_defaults(run=_edit)
     parser.add_argument("image", metavar="IMAGE", help="the image file")
     if strength is not None:
-        text = f"from 0, the image as it is, to 1, a new one (default: {strength})"
+        text = f"how much to change, from 0 (nothing) to 1 (the original is ignored; default: {strength})"
         parser.add_argument("--strength", type=float, default=strength, help=text)
     return parser
 
 
 def _add_fill_options(parser: argparse.ArgumentParser) -> None:
-    text = "save the decoded image as it is, instead of copying unmasked pixels from the original"
+    text = "save the decoded image without copying the original's unmasked pixels over it"
     parser.add_argument("--no-composite", dest="composite", action="store_false", help=text)
     add_options(parser, size=None, name=IMAGE_NAME)
 
 
 def _edit(options: argparse.Namespace) -> None:
-    """Runs a command that reads IMAGE. Its options have the names of the pipeline method's parameters."""
+    """Runs a command with an IMAGE argument; its options are named like the parameters of the pipeline's method."""
     from ..inference.images import open_mask, open_picture
 
     names = ("prompt", "strength", "composite", "negative", *SIDES)
@@ -91,7 +92,7 @@ def _is_image(argument: str) -> bool:
 
 
 def _read_end(argument: str) -> str | Image.Image:
-    """Returns a prompt as it is, or the image in a file."""
+    """Returns the image, if the argument names an image file, otherwise the prompt."""
     from ..inference.images import open_picture
 
     return open_picture(argument) if _is_image(argument) else argument

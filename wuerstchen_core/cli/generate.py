@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import batch
 from .options import add_options, run_command
 
 
@@ -18,23 +17,24 @@ def add(commands: Any) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help=text)
     add_options(parser, size="the model's own", name="the prompt")
     text = (
-        'instead of PROMPT: a file with a JSON object per line, {"prompt": ...} and, if they differ, seed, count, '
-        "width, height, negative and other options by name. --output is a folder; images that it already holds are "
-        "not generated again. Invalid lines are reported and skipped; then the exit code is 2, except under a launcher"
+        'file to read instead of PROMPT, with a JSON object per line: {"prompt": ...} and optionally seed, count, '
+        "width, height, negative and other settings. Writes to the folder --output; images that exist there are not "
+        "generated again. Invalid lines are reported and skipped (exit code 2, but 0 under a launcher)"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help=text)
-    text = "with --prompts: write .tar files with the images of LINES lines each (default: single files)"
+    text = "with --prompts: write .tar files, each with the images of LINES lines (default: single files)"
     parser.add_argument("--shards", type=int, metavar="LINES", help=text)
-    text = "with --prompts: generate up to N images of equal settings at once (default: 1)"
+    text = "with --prompts: generate up to N images with equal settings at once (default: 1)"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
 
 
 def _run(options: argparse.Namespace) -> None:
     if (options.prompt is None) == (options.prompts is None):
-        raise ValueError("give either PROMPT or --prompts FILE.jsonl")
+        raise ValueError("PROMPT or --prompts is needed, and not both: give one of them")
     if options.prompts is not None:
-        batch.run(options)
-        return
+        from .batch import run
+
+        return run(options)
     if options.shards is not None or options.batch is not None:
         raise ValueError("--shards and --batch need --prompts: remove them, or add it")
     request = {"prompt": options.prompt, "negative": options.negative}

@@ -1,4 +1,4 @@
-"""Options shared by the commands that generate images, and the way from these options to saved images."""
+"""The options that the commands share, and how they load a model, generate images and save them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ from .save import check_output, image_metadata, output_path, save_image
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
 
-SIZE = ("width", "height")
-SAMPLING = (
-    "schedule", "sampler", "prior_steps", "prior_guidance", "decoder_steps", "decoder_guidance",
-    "decoder_guidance_end", "temperature", "token_mode",
-)  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-CHUNKS, CHUNK_BYTES = 64, 4096  # read of each file for its fingerprint
+CHUNKS, CHUNK_BYTES = 64, 4096  # read from each file for its fingerprint
 MEMORY_HINT = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
-VERSION_HELP = "release of a prior that could be v1 or v2 (default: auto)"
+VERSION_HELP = "release of the prior, if its file could be of both (default: auto)"
 
 
 class Choices:
-    """The names in a registry, imported when argparse reads them: torch comes along, and --help should be quick."""
+    """The names in a registry. They are imported when argparse needs them: importing torch would delay other --help."""
 
     def __init__(self, module: str, registry: str, *more: str) -> None:
         self._module, self._registry, self._more = module, registry, more
@@ -50,62 +45,69 @@ def add_options(
     """
     parser.set_defaults(memory_hint=MEMORY_HINT if size else "choose a smaller image")
     option = parser.add_argument
-    option("--output", type=Path, help=f"file or folder to write to (default: named after {name})")
-    option("--model", default="demo", help="bundle file or diffusers folder (default: the small model that ships)")
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    pixels: dict[str, Any] = {"type": int, "metavar": "PIXELS"}
+    scale: dict[str, Any] = {"type": float, "metavar": "SCALE"}
+    option("--output", type=Path, help=f"file or folder to write to (default: a PNG file named after {name})")
+    option("--model", default="demo", help='bundle, diffusers folder, "demo" or "demo-v1" (default: demo)')
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
-    option("--seed", type=int, default=0, help="same seed, same image (default: 0)")
+    option("--seed", **number, default=0, help="random seed; equal seeds give equal images (default: 0)")
     if count:
-        option("--count", type=int, default=1, help="number of images, with the seeds SEED, SEED + 1, ... (default: 1)")
+        option("--count", **number, default=1, help="number of images; each has the next seed (default: 1)")
     if size:
-        option("--width", type=int, help=f"in pixels, a multiple of 64 up to 2048 (default: {size})")
-        option("--height", type=int, help="in pixels, likewise")
+        option("--width", **pixels, help=f"width of the image, a multiple of 64 up to 2048 (default: {size})")
+        option("--height", **pixels, help="height of the image, likewise")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
     dtypes = Choices("..common.devices", "DTYPES", "auto")
-    option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="%(choices)s (default: auto)")
-    text = "use torch.compile for Stages C and B: the first image takes a minute longer; slower on a CPU"
+    option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="precision: %(choices)s (default: auto)")
+    text = "run Stages C and B with torch.compile; the first image takes a minute longer (slower on a CPU)"
     option("--compile", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what the image should not show")
-        text = "a LoRA for Stage C and its strength (default: 1); repeatable"
+        text = "apply a LoRA to Stage C, with a strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
+    option("--json", action="store_true", help="print paths, seeds and seconds as JSON")
+
+    option = parser.add_argument_group("settings", "Defaults come from the model.").add_argument
+    if prior:
         schedules, samplers = Choices("..diffusion.schedule", "SCHEDULES"), Choices("..diffusion.samplers", "SAMPLERS")
-        text = "of Stage C: %(choices)s (default: the model's; fast takes few steps in both stages)"
+        text = "schedule of Stage C: %(choices)s; fast takes few steps in Stages C and B"
         option("--schedule", metavar="NAME", choices=schedules, help=text)
-        option("--sampler", metavar="NAME", choices=samplers, help="of Stage C: %(choices)s (default: the schedule's)")
-        option("--prior-steps", type=int, metavar="N", help="steps of Stage C (linear schedule, unless --schedule)")
-        option("--prior-guidance", type=float, metavar="SCALE", help="guidance scale of Stage C; 1: none")
-    option("--decoder-steps", type=int, metavar="N", help="steps of Stage B")
-    option("--decoder-guidance", type=float, metavar="SCALE", help="guidance scale of Stage B; 1: none")
-    option("--decoder-guidance-end", type=float, metavar="SCALE", help="scale at the last step (default: the same)")
-    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help="v1: at the first and last step")
-    text = "v1: how Stage B chooses tokens: %(choices)s"
-    option("--token-mode", metavar="MODE", choices=Choices("..diffusion.token_sampler", "MODES"), help=text)
-    option("--json", action="store_true", help="print files, seeds and seconds as JSON")
+        text = "sampler of Stage C: %(choices)s (default: the schedule's)"
+        option("--sampler", metavar="NAME", choices=samplers, help=text)
+        option("--prior-steps", **number, help="steps of Stage C, of the linear schedule unless --schedule is given")
+        option("--prior-guidance", **scale, help="guidance scale of Stage C; 1: no guidance")
+    option("--decoder-steps", **number, help="steps of Stage B")
+    option("--decoder-guidance", **scale, help="guidance scale of Stage B; 1: no guidance")
+    option("--decoder-guidance-end", **scale, help="guidance scale of Stage B at its last step, reached linearly")
+    text = "v1 only: sampling temperatures of Stage B at its first and last step"
+    option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help=text)
+    modes = Choices("..diffusion.token_sampler", "MODES")
+    option("--token-mode", metavar="MODE", choices=modes, help="v1 only: how Stage B chooses tokens: %(choices)s")
 
 
 def run_command(options: argparse.Namespace, title: str, arguments: dict[str, Any], request: dict[str, Any]) -> None:
-    """Loads the model, calls its method of the command's name once per seed, saves the images and prints their paths.
+    """Loads the model, calls the pipeline's method with the command's name once per seed, and saves the images.
 
-    `arguments` go to the method beside the options of sampling. `title` is the default file name. `request` is the part
-    of the images' metadata that differs between commands.
+    `arguments` are passed to the method along with the settings. Prints the paths, or a report with --json. `title`
+    gives the default file name. `request` is the command's part of the images' metadata.
     """
     from ..inference.settings import check_count
 
     count = getattr(options, "count", 1)
     check_count(count, options.seed)
     check_output(options.output)
-    size = {name: getattr(options, name) for name in SIZE if hasattr(options, name)}
-    sampling = sampling_options(options)
+    changes = chosen_settings(options)
     started = time.perf_counter()
     pipeline, models = load_pipeline(options)
-    settings = pipeline.sampling.updated(**sampling).as_dict()
+    settings = pipeline.sampling.updated(**changes).as_dict()
     saved: list[dict[str, Any]] = []
     report = {**request, "device": str(pipeline.device), "images": saved}
     report["load_seconds"] = round(time.perf_counter() - started, 3)
     for i in range(count):
         seed, method = options.seed + i, getattr(pipeline, options.command)
         with StepBar(f"image {i + 1} of {count}: " if count > 1 else "") as callback:
-            images = method(seed=seed, callback=callback, **arguments, **size, **sampling)
+            images = method(seed=seed, callback=callback, **arguments, **changes)
         for image in images:
             path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
             settings |= {"width": image.width, "height": image.height}
@@ -117,16 +119,19 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
 
 
-def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of sampling by the pipeline's names; None where an option is not set."""
-    sampling = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
-    if sampling["temperature"] is not None:
-        sampling["temperature"] = tuple(sampling["temperature"])
-    return sampling
+def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of size and sampling as keyword arguments of the pipeline; None where they are not given."""
+    from ..inference.settings import SamplingOptions
+
+    names = ("width", "height", *SamplingOptions.__annotations__)
+    settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if settings["temperature"] is not None:
+        settings["temperature"] = tuple(settings["temperature"])
+    return settings
 
 
 def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any]]:
-    """Returns the pipeline that the options name, and the metadata of its models for image files."""
+    """Returns the pipeline that the options select, and the names and fingerprints of its files for metadata."""
     from ..inference.pipeline import WuerstchenPipeline
 
     kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
@@ -144,7 +149,7 @@ def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict
 def fingerprint(source: str | PathLike[str]) -> str:
     """Returns 12 hex digits that identify a model's weights.
 
-    Hashes file sizes and 64 evenly spaced chunks of each file: reading a whole model takes seconds.
+    Hashes the size and 64 evenly spaced chunks of each file, since reading a whole model takes seconds.
     """
     from ..checkpoints.open import source_path
 

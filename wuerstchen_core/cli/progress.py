@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-B = TypeVar("B", bound="Bar")
+    from typing_extensions import Self
 
 WIDTH = 30  # characters
 
 
 class Bar:
-    """A progress bar that redraws its line; the line is erased at the end of a `with` block."""
+    """A progress bar on one line, which is erased at the end of a `with` block."""
 
     def __init__(self, shown: bool = True) -> None:
         self._shown = shown and sys.stderr.isatty()
 
-    def __enter__(self: B) -> B:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._draw("")
 
     def show(self, label: str, done: int, total: int, text: str) -> None:
-        """Draws `label`, the bar with `done` of `total` filled, and `text`."""
+        """Draws the label, a bar of which `done` of `total` are filled, and the text."""
         self._draw(f"{label}[{'#' * (WIDTH * done // max(total, 1)):{WIDTH}}] {text}")
 
     def _draw(self, line: str) -> None:
@@ -37,7 +36,7 @@ class Bar:
 
 
 class StepBar(Bar):
-    """A pipeline callback that draws a bar of each stage's steps and measures `seconds` by stage."""
+    """A callback for the pipeline: draws a bar for the steps of each stage, and measures its `seconds`."""
 
     def __init__(self, label: str = "", shown: bool = True):
         super().__init__(shown)

@@ -5,48 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_type_hints
 
 from ..common.dataclass_config import from_table
+from ..inference.settings import SamplingOptions, SamplingSettings, check_count
 from ..training.data.sidecars import parse_json_table
-from .options import SAMPLING, SIZE
 from .save import image_metadata
 
-if TYPE_CHECKING:
-    from ..inference.settings import SamplingSettings
-
-
-@dataclass(frozen=True)
-class PromptLine:
-    """The keys of a line. Those that are absent come from the command's options, or else from the model's metadata."""
-
-    prompt: str
-    negative: str = ""
-    seed: int | None = None
-    count: int = 1
-    width: int | None = None
-    height: int | None = None
-    schedule: str | None = None
-    sampler: str | None = None
-    prior_steps: int | None = None
-    prior_guidance: float | None = None
-    decoder_steps: int | None = None
-    decoder_guidance: float | None = None
-    decoder_guidance_end: float | None = None
-    temperature: tuple[float, float] | None = None
-    token_mode: str | None = None
-
-
-KEYS = tuple(field.name for field in fields(PromptLine))
-SETTINGS = (*SIZE, *SAMPLING)
+SETTINGS = {"width": int | None, "height": int | None, **get_type_hints(SamplingOptions)}
+OWN_KEYS: list[Any] = [("prompt", str), ("negative", str, ""), ("seed", int | None, None), ("count", int, 1)]
+# The keys of a line with their types and defaults: its own, and the settings of its images.
+PromptLine: Any = make_dataclass("PromptLine", [*OWN_KEYS, *((name, kind, None) for name, kind in SETTINGS.items())])
 MAX_COUNT = 100_000  # images of a line; a larger number is a mistake
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to generate; `name` is its file name without suffix."""
+    """One image to generate; `name` is its file name without a suffix."""
 
     name: str
     prompt: str
@@ -55,14 +32,14 @@ class ImageRequest:
     settings: SamplingSettings
 
     def metadata(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the metadata that the image's file will hold, as JSON reads it (tuples are lists)."""
+        """Returns the metadata of the image's file, as it is read back from JSON (tuples become lists)."""
         request = {"prompt": self.prompt, "negative": self.negative}
         table = image_metadata(request, self.seed, models, self.settings.as_dict())
         return dict(json.loads(json.dumps(table)))
 
 
 def read_lines(path: Path) -> dict[int, bytes]:
-    """Returns the lines of a file that are not blank, by number. ValueError if there is none."""
+    """Returns the lines of a file that are not blank, by line number. ValueError if there is none."""
     with path.open("rb") as file:
         lines = {number: raw for number, raw in enumerate(file, 1) if raw.strip()}
     if not lines:
@@ -73,14 +50,13 @@ def read_lines(path: Path) -> dict[int, bytes]:
 def parse_line(
     number: int, raw: bytes, defaults: dict[str, Any], settings: SamplingSettings, seed: int
 ) -> list[ImageRequest]:
-    """Returns the images of a line; `defaults` and the model's `settings` complete it. ValueError if it is invalid.
+    """Returns the images of a line. ValueError if it is invalid.
 
-    Without a seed of its own, a line's seed depends only on `seed` and its number.
+    Keys that the line lacks come from `defaults`, the command's options, and then from the model's `settings`. A
+    missing seed is derived from `seed` and the line number alone.
     """
-    from ..inference.settings import check_count
-
     line = from_table(PromptLine, {**defaults, **parse_json_table(raw, "it")}, "line")
-    line.prompt.encode(), line.negative.encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
+    f"{line.prompt}{line.negative}".encode()  # fails for half of a surrogate pair, which JSON can contain
     first = line_seed(seed, number) if line.seed is None else line.seed
     check_count(line.count, first)
     if line.count > MAX_COUNT:
@@ -92,5 +68,5 @@ def parse_line(
 
 
 def line_seed(seed: int, number: int) -> int:
-    """Returns the seed of a line that has none: 48 bits of a hash, so that lines with a `count` do not overlap."""
+    """Returns the seed of a line without one: 48 bits of a hash, so that the seeds of `count` images do not overlap."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")

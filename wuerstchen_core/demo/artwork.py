@@ -1,6 +1,6 @@
 """Draws the demo's scenes: vector drawings of Noto Emoji on a flat background.
 
-Only training and evaluation need it, and resvg-py.
+For training and evaluation only; needs the package resvg-py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _SVG = (
 
 
 @cache
-def _artwork() -> dict[str, Any]:
+def artwork() -> dict[str, Any]:
+    """Returns the size of the drawings' canvas, and their SVG code by name."""
     return json.loads(Path(__file__).with_name("artwork.json").read_text(encoding="utf-8"))
 
 
@@ -36,7 +37,7 @@ def _sprite(thing: int, edge: int) -> np.ndarray:
     """Returns a drawing as float32 [edge, edge, 4]: colour 0..255 and opacity 0..1."""
     import resvg_py
 
-    art = _artwork()
+    art = artwork()
     svg = _SVG.format(width=art["width"], height=art["height"], body=art["icons"][THINGS[thing].icon])
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=edge, height=edge))
     sprite = np.array(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32)
@@ -62,26 +63,21 @@ def boxes(scene: Scene, canvas: int = CANVAS) -> list[tuple[int, int, int]]:
     return [(left, top, edge) for left in lefts]
 
 
-def _compose(scene: Scene, canvas: int) -> np.ndarray:
-    """Returns a scene as uint8 [H, W, 3]."""
-    width, height = _picture_size(scene, canvas)
-    ground = np.array(list(COLOURS.values())[scene.colour], dtype=np.float32)
-    picture = np.broadcast_to(ground, (height, width, 3)).copy()
-    for thing, (left, top, edge) in zip(scene.things, boxes(scene, canvas), strict=True):
-        sprite = _sprite(thing, edge)
-        window = picture[top : top + edge, left : left + edge]
-        window += (sprite[..., :3] - window) * sprite[..., 3:]
-    return np.rint(picture).astype(np.uint8)
-
-
-def draw(scene: Scene, canvas: int = CANVAS) -> Image.Image:
-    """Returns a scene as an RGB image with `canvas` pixels on its shorter side."""
-    return Image.fromarray(draw_all([scene], canvas)[0])
+def draw(scene: Scene) -> Image.Image:
+    """Returns a scene as an RGB image with 256 pixels on its shorter side."""
+    return Image.fromarray(draw_all([scene])[0])
 
 
 def draw_all(scenes: Iterable[Scene], canvas: int = CANVAS) -> np.ndarray:
-    """Returns scenes of one shape as uint8 [N, H, W, 3]; each drawing is rendered once per size."""
-    if canvas < 16:
-        raise ValueError(f"canvas must be at least 16 pixels, got {canvas}")
-    pictures = [_compose(scene, canvas) for scene in scenes]
+    """Returns scenes of one shape as uint8 [N, H, W, 3], with `canvas` pixels on the shorter side."""
+    pictures = []
+    for scene in scenes:
+        width, height = _picture_size(scene, canvas)
+        picture = np.empty((height, width, 3), dtype=np.float32)
+        picture[:] = list(COLOURS.values())[scene.colour]
+        for thing, (left, top, edge) in zip(scene.things, boxes(scene, canvas), strict=True):
+            sprite = _sprite(thing, edge)
+            window = picture[top : top + edge, left : left + edge]
+            window += (sprite[..., :3] - window) * sprite[..., 3:]
+        pictures.append(np.rint(picture).astype(np.uint8))
     return np.stack(pictures) if pictures else np.zeros((0, canvas, canvas, 3), dtype=np.uint8)

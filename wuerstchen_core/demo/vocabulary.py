@@ -1,8 +1,8 @@
 """The vocabulary of the demo models: 128 things on 8 backgrounds, with captions.
 
 A scene is one thing on a flat background, large or small in the middle or small in a corner, or two small things side
-by side. Training leaves out a fifth of the (thing, background) pairs, so that they can test generalisation. A bundle's
-metadata says which things, layouts and words its model was trained on.
+by side. Training leaves out a fifth of the combinations of thing and background, which test generalisation. A bundle's
+metadata lists the things, layouts and words that its model was trained on.
 """
 
 from __future__ import annotations
@@ -80,12 +80,11 @@ _NO_ARTICLE = {"grapes", "cherries", "broccoli", "corn", "french fries", "bread"
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that a prompt can name. `icon` is the name of its drawing; `bare` names take no article."""
+    """Something that a prompt can name; `icon` is the name of its drawing."""
 
     name: str
     icon: str
     synonyms: tuple[str, ...]
-    bare: bool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,10 +92,7 @@ class Thing:
         return (self.name, *self.synonyms)
 
 
-THINGS = tuple(
-    Thing(name, _ICONS.get(name, name.replace(" ", "-")), _SYNONYMS.get(name, ()), name in _NO_ARTICLE)
-    for name in _NAMES
-)
+THINGS = tuple(Thing(name, _ICONS.get(name, name.replace(" ", "-")), _SYNONYMS.get(name, ())) for name in _NAMES)
 TRAINED_THINGS = len(THINGS) - 1  # all but the potato
 
 COLOURS = {  # of the background, in RGB
@@ -183,7 +179,7 @@ def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
 
 
 def held_out(scene: Scene) -> bool:
-    """True if training leaves out this pair of thing and background (of two things, at least one pair)."""
+    """True if training leaves out this combination of thing and background, or one of the two in a pair of things."""
     return any((3 * thing + scene.colour) % 5 == 0 for thing in scene.things)
 
 
@@ -206,7 +202,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def _noun_phrase(thing: int, adjective: str = "", article: str = "a", name: str = "") -> str:
     phrase = f"{adjective} {name or THINGS[thing].name}".strip()
-    return phrase if THINGS[thing].bare else _with_article(phrase, article)
+    return phrase if THINGS[thing].name in _NO_ARTICLE else _with_article(phrase, article)
 
 
 def _with_article(phrase: str, article: str = "a") -> str:
@@ -222,7 +218,7 @@ def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
     subject = _random_subject(scene.thing, scene, article, rng)
     if scene.other is not None:
         other = _random_subject(scene.other, scene, article, rng)
-        subject = _random_template(_PAIRED, rng).format(subject=subject, other=other)
+        subject = rng.choices(list(_PAIRED), list(_PAIRED.values()))[0].format(subject=subject, other=other)
     if rng.random() < 0.2:
         subject = f"{_with_article(rng.choice(_DEPICTIONS), article)} of {subject}"
     if scene.position:
@@ -232,11 +228,8 @@ def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
         subject += " " + rng.choice(_POSITIONED[:2]).format(position=rng.choice(_CENTRE_WORDS))
     colour = rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
     ground = _with_article(f"{colour} {rng.choices(_GROUND_WORDS, (4, 1))[0]}", article)
-    return _random_template(_TEMPLATES, rng).format(subject=subject, ground=ground, colour=colour)
-
-
-def _random_template(templates: Mapping[str, int], rng: random.Random) -> str:
-    return rng.choices(list(templates), list(templates.values()))[0]
+    template = rng.choices(list(_TEMPLATES), list(_TEMPLATES.values()))[0]
+    return template.format(subject=subject, ground=ground, colour=colour)
 
 
 def _random_subject(thing: int, scene: Scene, article: str, rng: random.Random) -> str:

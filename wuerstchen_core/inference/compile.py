@@ -1,4 +1,4 @@
-"""`torch.compile` for the denoisers, where torch can: it needs a C++ compiler and, on a GPU, Triton."""
+"""Compiles the denoisers with `torch.compile`, which needs a C++ compiler and, on a GPU, Triton."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_ERROR = 150  # characters of torch's message
 
 
 def can_compile(device: Any, **options: Any) -> bool:
-    """True if `torch.compile` works, tried on a tiny function; otherwise logs why.
+    """True if `torch.compile` works on a tiny function. Otherwise logs the reason.
 
     Raises ValueError for options that torch does not know.
     """
@@ -37,7 +37,7 @@ def can_compile(device: Any, **options: Any) -> bool:
         compiled(torch.zeros(8, device=device))
     except (RuntimeError, OSError) as error:  # from torch's compilers, or a cache folder that is not writable
         reason = shorten(str(error), MAX_ERROR)
-        logger.warning("torch.compile does not work here, the networks run without it: %s", reason)
+        logger.warning("torch.compile does not work here, so the networks run uncompiled: %s", reason)
         return False
     return True
 
@@ -83,7 +83,7 @@ def _block_call(compiled: Callable[..., Tensor], mark_dynamic: Callable[..., Non
             return out
         for x in inputs:
             for y in x if isinstance(x, tuple) else (x,):
-                if isinstance(y, Tensor):  # otherwise sides that are equal once would have to stay equal
+                if isinstance(y, Tensor):  # or torch would assume that sides which are equal now stay equal
                     mark_dynamic(y, list(range(y.dim())))
         return compiled(block, *inputs)
 

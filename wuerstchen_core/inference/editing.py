@@ -1,15 +1,13 @@
-"""Editing pictures: reconstruction, variations, inpainting, outpainting and interpolation.
+"""Edits pictures: reconstruction, variations, inpainting, outpainting and interpolation.
 
-`settings` are fields of SamplingSettings, such as prior_steps; None means the model's default. Pictures whose size is
-not legal are scaled to cover the nearest legal size and cropped around the centre; a side above 2048 pixels is scaled
-down to it.
+WuerstchenPipeline's docstring describes the arguments that these functions share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,31 +17,33 @@ from ..diffusion.interpolate import TOKEN, check_fraction, slerp
 from ..diffusion.masks import MASK_THRESHOLD, latent_mask
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
-from .images import (
-    Picture,
-    extend,
-    open_picture,
-    pad_to_legal,
-    read_batch,
-    read_masked,
-    read_pixels,
-    to_pictures,
-    to_pixels,
-)
-from .prompts import Prompt, check_request, encode_prompt, prompt_states
-from .settings import Callback, SamplingSettings, check_count, notify
-from .stages import Components, decode, encode_pixels, encode_text, sample_decoder, sample_prior
+from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
+from .prompts import Prompt, average_states, check_request, encode_prompt
+from .settings import Callback, SamplingOptions, check_count, notify
+from .stages import Components, decode, encode_pixels, sample_decoder, sample_prior
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class EditOptions(SamplingOptions, total=False):
+    """Keyword arguments of the functions that generate `count` pictures; picture i has seed `seed` + i."""
+
+    negative: str
+    count: int
+    seed: int
+    callback: Callback | None
 
 
 @torch.inference_mode()
 def encode(
-    model: Components,
-    image: Picture | Sequence[Picture],
-    *,
-    width: int | None = None,
-    height: int | None = None,
+    model: Components, image: Picture | Sequence[Picture], *, width: int | None = None, height: int | None = None
 ) -> Tensor:
-    """Returns the Stage C features [B, 16, h, w] of a picture, or of several that end up in one size."""
+    """Returns the Stage C features [B, 16, H/42.67, W/42.67] of one or several pictures.
+
+    Pictures are scaled to cover width x height and cropped around their centres; by default to the legal size nearest
+    to their own, which must then be the same for all.
+    """
     return encode_pixels(model, read_batch(image, width, height))
 
 
@@ -57,13 +57,17 @@ def reconstruct(
     width: int | None = None,
     height: int | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Compresses pictures 42.67x and decodes them with Stages B and A; picture i has seed `seed` + i."""
+    """Compresses pictures by 42.67 to Stage C features, and decodes these (and the prompt) with Stages B and A.
+
+    Sizes as in `encode`. Picture i has seed `seed` + i.
+    """
     pixels = read_batch(image, width, height)
-    sampling = _sampling(model, pixels, settings)
+    height, width = pixels.shape[-2:]
+    sampling = model.sampling.updated(width=width, height=height, **settings)
     check_count(len(pixels), seed)
-    text = prompt_states(model, prompt, "decoder_text_encoder").expand(len(pixels), -1, -1)
+    text = _decoder_states(model, prompt, len(pixels))
     latents = sample_decoder(model, encode_pixels(model, pixels), text, sampling, seed=seed, callback=callback)
     images = decode(model, latents)
     notify(callback, "picture")
@@ -77,22 +81,16 @@ def variations(
     prompt: Prompt = "",
     *,
     strength: float = 0.7,
-    negative: str = "",
-    count: int = 1,
-    seed: int = 0,
     width: int | None = None,
     height: int | None = None,
-    callback: Callback | None = None,
-    **settings: Any,
+    **options: Unpack[EditOptions],
 ) -> list[Image.Image]:
-    """Generates `count` variations of a picture from its partly noised features: image to image at Stage C.
+    """Generates variations of a picture by image to image at Stage C: its features are noised to `strength`.
 
-    Strength 0 is the reconstruction (whose Stage B reads the prompt); at 1 the picture is ignored, as in `generate`.
-    Picture i has seed `seed` + i.
+    Strength 0 equals `reconstruct` with the prompt, 1 equals `generate`. `options` are negative, count, seed, callback
+    and settings, as in `generate`. Sizes as in `encode`.
     """
-    pixels = read_pixels(image, width, height)
-    run: dict[str, Any] = {"negative": negative, "count": count, "seed": seed, "callback": callback}
-    return _edit(model, pixels, None, prompt, strength, **run, **settings)
+    return _edit(model, read_pixels(image, width, height), None, prompt, strength, **options)
 
 
 @torch.inference_mode()
@@ -104,15 +102,15 @@ def inpaint(
     *,
     strength: float = 1.0,
     composite: bool = True,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> list[Image.Image]:
-    """Generates the white part of a mask anew. `options` are those of `variations`: negative, count, seed, callback
-    and settings.
+    """Replaces the part of a picture where the mask is white; black is kept.
 
-    Stage C generates each of its cells of 42.67 pixels that the mask touches; Stage B follows the mask to 4 pixels. Use
-    it for whole things, not for details finer than a cell. With `composite` the original pixels are laid over the
-    unmasked part (blended where the mask is grey); without, that part is their reconstruction. The mask must have the
-    picture's size, which stays unless a side is above 2048 pixels.
+    The mask must have the picture's size. The results have it too, unless a side is above 2048 pixels: then both are
+    scaled down. Stage C generates each of its cells (42.67 pixels) that the mask touches, Stage B follows the mask to
+    4 pixels: replace whole things, not details finer than a cell. With `composite` the unmasked part has its original
+    pixels (blended where the mask is grey), otherwise it is their reconstruction. `strength` and `options` as in
+    `variations`.
     """
     pixels, mask_pixels = read_masked(image, mask)
     return _edit(model, pixels, mask_pixels, prompt, strength, composite, **options)
@@ -130,15 +128,15 @@ def outpaint(
     bottom: int = 0,
     strength: float = 1.0,
     composite: bool = True,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> list[Image.Image]:
-    """Extends a picture by `left`, `top`, `right` and `bottom` generated pixels; the rest as in `inpaint`.
+    """Extends a picture by `left`, `top`, `right` and `bottom` generated pixels; other arguments as in `inpaint`.
 
-    Below strength 1 the new part starts from the picture's repeated edge pixels.
+    The result may have at most 2048 pixels per side. Below strength 1 the new part starts from the picture's repeated
+    edge pixels.
     """
-    pixels = to_pixels(open_picture(image))
-    canvas, mask = extend(pixels, torch.zeros_like(pixels[:, :1]), (left, top, right, bottom))
-    return _edit(model, canvas, mask, prompt, strength, composite, **options)
+    pixels, mask_pixels = read_extended(image, left, top, right, bottom)
+    return _edit(model, pixels, mask_pixels, prompt, strength, composite, **options)
 
 
 @torch.inference_mode()
@@ -154,13 +152,13 @@ def interpolate(
     width: int | None = None,
     height: int | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Generates pictures on the way from a to b: `steps` of them including both ends, or one for each of `fractions`.
+    """Generates pictures between a and b: `steps` of them including both ends, or one for each of `fractions`.
 
-    A `str` is a prompt; a picture is a PIL image or a `Path`. All results have one seed and one size, that of the first
-    picture. Between two prompts the text states are interpolated; otherwise the Stage C latents, in the prior's units.
-    The ends equal `generate` and `reconstruct`.
+    A `str` or a mapping is a prompt; a picture is a PIL image or a `Path`. Fraction 0 equals `generate` or
+    `reconstruct` of a, 1 that of b. Between two prompts the text states are interpolated, otherwise the Stage C
+    latents, in the prior's units. All results have the same seed, and the size of the first picture or width x height.
     """
     if fractions is None and steps < 2:
         raise ValueError(f"{steps} steps cannot be taken: choose at least 2, for the two ends")
@@ -173,21 +171,21 @@ def interpolate(
     if pictures:
         height, width = read_pixels(pictures[0], width, height).shape[-2:]
     sampling = model.sampling.updated(width=width, height=height, **settings)
-    uncond = encode_text(model, [negative])
+    uncond = encode_prompt(model, negative)
     run: dict[str, Any] = {"seed": seed, "callback": callback}
 
     def features_of(states: Tensor) -> Tensor:
         return sample_prior(model, states, sampling, negative=uncond[0], **run)
 
-    def end_of(end: Prompt | Picture) -> tuple[Tensor, Tensor]:
-        """Returns the features or text states to interpolate at Stage C, and the decoder's text states."""
+    def encode_end(end: Prompt | Picture) -> tuple[Tensor, Tensor]:
+        """Returns the features or text states to interpolate at Stage C, and the text states of Stage B."""
         if isinstance(end, str | Mapping):
             prior, decoder = encode_prompt(model, end)
             return (features_of(prior) if pictures else prior), decoder
         pixels = read_pixels(end, sampling.width, sampling.height)
-        return encode_pixels(model, pixels), prompt_states(model, "", "decoder_text_encoder")
+        return encode_pixels(model, pixels), _decoder_states(model)
 
-    first, last = end_of(a), end_of(b)
+    first, last = encode_end(a), encode_end(b)
     images: list[Image.Image] = []
     for fraction in fractions:
         if pictures:
@@ -212,14 +210,14 @@ def _edit(
     count: int = 1,
     seed: int = 0,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Generates pixels [1, 3, H, W] anew where `mask` [1, 1, H, W] is 1, or all of them if it is None."""
+    """Replaces the pixels [1, 3, H, W] where `mask` [1, 1, H, W] is 1, or all of them if it is None."""
     canvas = pad_to_legal(pixels)
-    sampling = _sampling(model, canvas, settings)
+    sampling = model.sampling.updated(width=canvas.shape[-1], height=canvas.shape[-2], **settings)
     strength_times(sampling.prior_times(), strength)  # raises ValueError if out of range
     check_request(model, [prompt, negative], count, seed, with_pictures=True)
-    cond, uncond = encode_prompt(model, prompt), encode_text(model, [negative])
+    cond, uncond = encode_prompt(model, prompt), encode_prompt(model, negative)
     notify(callback, "text")
     prior_text, text = (states.expand(count, -1, -1) for states in cond)
     run: dict[str, Any] = {"seed": seed, "callback": callback}
@@ -233,8 +231,7 @@ def _edit(
     )
     kept_latents = None
     if grid is not None:
-        plain = prompt_states(model, "", "decoder_text_encoder").expand(count, -1, -1)
-        kept_latents = sample_decoder(model, init, plain, sampling, **run)
+        kept_latents = sample_decoder(model, init, _decoder_states(model, count=count), sampling, **run)
         cells = latent_mask(grid, *kept_latents.shape[-2:])
     latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept_latents, mask=cells, **run)
     images = [image.crop((0, 0, pixels.shape[-1], pixels.shape[-2])) for image in decode(model, latents)]
@@ -245,14 +242,14 @@ def _edit(
     return [Image.composite(image, picture, blend) for image in images]
 
 
-def _sampling(model: Components, pixels: Tensor, settings: Mapping[str, Any]) -> SamplingSettings:
-    """Returns the settings of a run in the size of the pixels."""
-    return model.sampling.updated(width=pixels.shape[-1], height=pixels.shape[-2], **settings)
+def _decoder_states(model: Components, prompt: Prompt = "", count: int = 1) -> Tensor:
+    """Returns the text states of a prompt for Stage B, [count, 77 n, c]."""
+    return average_states(model.require("decoder_text_encoder"), prompt).expand(count, -1, -1)
 
 
 def _between(model: Components, a: Tensor, b: Tensor, fraction: float) -> Tensor:
-    """Interpolates features in the prior's units."""
-    if fraction in (0, 1):  # exact, which converting units and back is not
+    """Returns the interpolation of two pictures' features, in the prior's units."""
+    if fraction in (0, 1):  # exactly; converting units and back would round
         return b if fraction else a
     params = model.require("prior").params
     between = slerp(latents_from_features(a, params), latents_from_features(b, params), fraction)

@@ -20,44 +20,41 @@ from ..diffusion.masks import MASK_THRESHOLD
 
 Picture = str | PathLike[str] | Image.Image
 
-SIXTEEN_BITS = 257  # 65535 / 255
-TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
 
 def open_picture(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
-    """Returns a picture, or the picture in a file, as RGB: EXIF orientation applied, transparency over white, 8 bits.
+    """Returns a picture, or the one in a file, as 8-bit RGB: EXIF orientation applied, transparency over white.
 
-    CMYK is converted as Pillow does, without colour profiles. Raises ValueError if a file is not a picture; the message
-    calls it `name`, which must be given for open files.
+    CMYK is converted without colour profiles. Raises ValueError if the file is not a picture; the message calls it
+    `name`, which is needed for open files only.
     """
     return _read(picture, name, "white").convert("RGB")
 
 
 def open_mask(mask: Picture) -> Image.Image:
-    """Returns a mask, or the mask in a file, as grey: white is generated, black and transparent pixels are kept."""
+    """Returns a mask, or the one in a file, as 8-bit grey, with transparency over black. White is to be generated."""
     return _read(mask, "", "black").convert("L")
 
 
 def picture_size(picture: str | PathLike[str] | BinaryIO, name: str = "") -> tuple[int, int]:
-    """Returns the width and height that `open_picture` would give, from the file's header. Errors as there."""
+    """Returns the width and height of `open_picture`'s result from the file's header. Errors as there."""
     with _opened(picture, name or str(picture)) as file:
         if file.format == "TIFF":  # only newer versions of Pillow have transposed its size already
             return ImageOps.exif_transpose(file).size
-        # The base class's method: PNG's own decodes the whole picture to find EXIF data behind it.
-        transposed = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in TRANSPOSED
-        return (file.height, file.width) if transposed else file.size
+        # The base class's method, since PNG's own decodes the whole picture to find EXIF data at its end.
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+        return (file.height, file.width) if orientation in (5, 6, 7, 8) else file.size  # those are turned by 90 degrees
 
 
 def legal_size(width: int, height: int) -> tuple[int, int]:
-    """Returns the legal size nearest to a picture's, scaled down first if a side is too long."""
+    """Returns the legal size nearest to a picture's, which is first scaled down if a side is too long."""
     scale = min(1.0, LARGEST / max(width, height))
     return nearest_legal(round(width * scale)), nearest_legal(round(height * scale))
 
 
 def read_pixels(picture: Picture, width: int | None = None, height: int | None = None) -> Tensor:
-    """Returns a picture as [1, 3, height, width] in [0, 1]: scaled to cover the size and cropped around its centre.
+    """Returns a picture as [1, 3, height, width] in [0, 1], scaled to cover this size and cropped around its centre.
 
-    A side that is None is the legal one nearest to the picture's own.
+    None stands for the legal side nearest to the picture's own.
     """
     opened = open_picture(picture)
     nearest = legal_size(*opened.size)
@@ -67,10 +64,10 @@ def read_pixels(picture: Picture, width: int | None = None, height: int | None =
 
 
 def read_batch(pictures: Picture | Sequence[Picture], width: int | None = None, height: int | None = None) -> Tensor:
-    """Returns one or several pictures, read by `read_pixels`, as [B, 3, height, width]. Their sizes must agree."""
+    """Returns one or several pictures as [B, 3, height, width], see `read_pixels`. ValueError if their sizes differ."""
     several = [pictures] if isinstance(pictures, str | PathLike | Image.Image) else list(pictures)
     if not several:
-        raise ValueError("no picture was given: give at least one")
+        raise ValueError("there is no picture: give at least one")
     batch = [read_pixels(picture, width, height) for picture in several]
     sizes = {f"{pixels.shape[-1]}x{pixels.shape[-2]}" for pixels in batch}
     if len(sizes) > 1:
@@ -103,25 +100,21 @@ def read_masked(picture: Picture, mask: Picture) -> tuple[Tensor, Tensor]:
     return to_pixels(opened), mask_pixels
 
 
-def extend(pixels: Tensor, mask: Tensor, borders: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Adds borders (left, top, right, bottom, in pixels) to a picture and its mask, all of them to be generated.
+def read_extended(picture: Picture, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
+    """Returns a picture [1, 3, H, W] with borders of repeated edge pixels, and a mask [1, 1, H, W] of the borders.
 
-    Raises ValueError if a border is below 0, all are 0, or a side of the canvas exceeds 2048 pixels.
+    Raises ValueError if a border is below 0, all are 0, or a side with its borders exceeds 2048 pixels.
     """
-    left, top, right, bottom = borders
-    if min(borders) < 0 or max(borders) == 0:
+    pixels, pad = to_pixels(open_picture(picture)), (left, right, top, bottom)
+    if min(pad) < 0 or max(pad) == 0:
         raise ValueError(
-            f"borders of {left}, {top}, {right} and {bottom} pixels cannot be generated: give the pixels to add at the "
-            "left, top, right or bottom, none below 0 and at least one above 0"
+            f"borders of {left}, {top}, {right} and {bottom} pixels (left, top, right, bottom) cannot be added: give "
+            "at least one above 0, and none below"
         )
     width, height = pixels.shape[-1] + left + right, pixels.shape[-2] + top + bottom
     if max(width, height) > LARGEST:
-        raise ValueError(
-            f"a canvas of {width}x{height} pixels is too large: choose smaller borders or scale the picture down to "
-            f"sides of at most {LARGEST}"
-        )
-    pad = (left, right, top, bottom)
-    return F.pad(pixels, pad, mode="replicate"), F.pad(mask, pad, value=1.0)
+        raise ValueError(f"{width}x{height} pixels are too many: choose smaller borders, for at most {LARGEST} a side")
+    return F.pad(pixels, pad, mode="replicate"), F.pad(torch.zeros_like(pixels[:, :1]), pad, value=1.0)
 
 
 def pad_to_legal(pixels: Tensor) -> Tensor:
@@ -137,19 +130,25 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Returns images [B, 3 or 1, H, W], clamped to [0, 1], as PIL pictures in RGB or grey."""
+    """Returns images [B, 3 or 1, H, W] in [0, 1] (clamped) as PIL images in RGB or grey."""
     pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
 
 
 def _read(picture: Picture | BinaryIO, name: str, background: str) -> Image.Image:
-    """Returns a picture with EXIF orientation applied, in 8 bits, transparency over a background."""
+    """Returns a picture in 8 bits with its EXIF orientation applied, transparency over a background."""
     if isinstance(picture, Image.Image):
         image = ImageOps.exif_transpose(picture)
     else:
         with _opened(picture, name or str(picture)) as file:
             image = ImageOps.exif_transpose(file)
-    image = _in_8_bits(image)
+    if image.mode == "F":
+        raise ValueError("the brightness of white in floating-point pictures is undefined: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion to 8 bits would clip
+        values = np.asarray(image).astype(np.float64)
+        if image.mode != "I" or values.max() > 255:  # older versions of Pillow use I for 16 bits too
+            values = values / 257  # 65535 / 255
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
@@ -164,7 +163,7 @@ def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Imag
             with Image.open(picture) as file:
                 yield file
     except FileNotFoundError:
-        raise ValueError(f"{name} does not exist") from None
+        raise ValueError(f"{name} does not exist: check the path") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
@@ -172,18 +171,3 @@ def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Imag
         raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
     except (OSError, SyntaxError, TypeError, struct.error) as error:  # Pillow's, for broken PNG and EXIF data
         raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits; Pillow's own conversion would clip it.
-
-    Its mode is I;16, or I in older versions of Pillow, whose values then tell it from 8 bits.
-    """
-    if image.mode == "F":
-        raise ValueError("a picture of floating-point numbers has no defined white: save it with 8 or 16 bits first")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    if image.mode != "I" or values.max() > 255:
-        values = values / SIXTEEN_BITS
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -1,11 +1,11 @@
-"""The pipeline: text, pictures and latents in, pictures out."""
+"""WuerstchenPipeline: loads a model, generates pictures from text, and edits pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,7 +19,10 @@ from ..diffusion.samplers import Seed
 from . import editing, prompts, stages
 from .compile import can_compile, compile_network
 from .prompts import Prompt
-from .settings import Callback, notify
+from .settings import Callback, SamplingOptions, notify
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Source = str | PathLike[str]
 
@@ -27,10 +30,18 @@ _DECODERS = {"token_decoder": "v1", "decoder": "v2"}
 
 
 class WuerstchenPipeline(stages.Components):
-    """Generates and edits pictures with one model. Its methods are the functions of this package, by name."""
+    """Generates and edits pictures with one model, and runs its stages one by one.
+
+    Create it with `load`, or from networks: `WuerstchenPipeline(prior=..., decoder=..., ..., metadata=...)`. Methods
+    take pictures as paths or PIL images, and return lists of PIL images. `settings` are the keyword arguments schedule,
+    sampler, prior_steps, prior_guidance, decoder_steps, decoder_guidance, decoder_guidance_end and, for v1, temperature
+    and token_mode (see `SamplingSettings`); the model's defaults apply to those that are absent or None.
+    `callback(stage, done, steps, denoised)` is called after each step. Invalid arguments raise ValueError before any
+    computation.
+    """
 
     # One stage at a time.
-    encode_text = stages.encode_text
+    encode_text = prompts.encode_text
     encode_prompt = prompts.encode_prompt
     warn_of_unknown_words = prompts.warn_of_unknown_words
     encode = editing.encode
@@ -55,12 +66,16 @@ class WuerstchenPipeline(stages.Components):
         compile: bool = False,
         lora: Source | Loras | None = None,
     ) -> WuerstchenPipeline:
-        """Loads the shipped model ("demo"), a bundle, a folder (of diffusers, `convert` or our trainers), or components
-        from separate sources: {"prior": FILE, ...}, where the metadata is the prior's, or else the first source's.
+        """Loads a model from one source, or its components from several.
 
-        `version` ("v1" or "v2") is the release of a prior 1024 wide that nothing else identifies. `compile` calls the
-        method of that name. `lora` is a LoRA file for the prior (and its text encoder), or strengths by file. A source
-        with some components gives a pipeline with these. Raises ValueError if a source cannot be read.
+        A source is "demo" or "demo-v1" (the shipped models), a weight file, or a folder (of diffusers, `convert` or a
+        training run). It need not be complete. A mapping names one source per component: {"prior": FILE, ...}; the
+        metadata is then the prior's, or without a prior the first source's.
+
+        `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
+        bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
+        LoRA file for the prior and its text encoder, or a mapping from files to strengths. `compile` calls the method
+        of that name. Raises ValueError if a source cannot be read.
         """
         target = pick_device(device)
         parts, metadata = _read(source, version)
@@ -70,7 +85,7 @@ class WuerstchenPipeline(stages.Components):
         for name, part in parts.items():
             # One text encoder can serve both stages.
             twin = next((other for other in networks if parts[other].state_dict is part.state_dict), None)
-            # A picture is encoded once and steers all that follows; bf16 costs Stage A half a level of 255.
+            # The image encoder runs once, for all steps; bf16 costs Stage A only half a level of 255.
             precision = torch.float32 if name == "image_encoder" else chosen
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
         if lora is not None:
@@ -82,10 +97,10 @@ class WuerstchenPipeline(stages.Components):
         return pipeline
 
     def compile(self, **options: Any) -> None:
-        """Compiles Stages C and B with `torch.compile` at their first steps, which take longer; see `compile_network`.
+        """Makes Stages C and B compile with `torch.compile` at their first steps; see `compile_network`.
 
-        `options` are `torch.compile`'s; raises ValueError for unknown ones. If torch cannot compile here, it logs why
-        and changes nothing. Meant for GPUs: on a CPU it is slower.
+        `options` are those of `torch.compile`; raises ValueError for unknown ones. Where torch cannot compile, this
+        logs the reason and changes nothing. Meant for GPUs: on a CPU, compiled networks are slower.
         """
         if can_compile(self.device, **options):
             for name in stages.DENOISERS:
@@ -102,40 +117,20 @@ class WuerstchenPipeline(stages.Components):
         height: int | None = None,
         seed: Seed = 0,
         count: int = 1,
-        schedule: str | None = None,
-        prior_steps: int | None = None,
-        prior_guidance: float | None = None,
-        decoder_steps: int | None = None,
-        decoder_guidance: float | None = None,
-        decoder_guidance_end: float | None = None,
-        temperature: tuple[float, float] | None = None,
-        token_mode: str | None = None,
-        sampler: str | None = None,
         callback: Callback | None = None,
+        **settings: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
-        """Generates `count` pictures of each prompt, prompt by prompt; picture i has seed `seed` + i, or `seed[i]`.
+        """Generates `count` pictures of each prompt, in the order of the prompts.
 
-        A prompt with weights, {"a cat": 2, "a dog": 1}, is a mix: the weighted average of the texts' states. None means
-        the model's default. Raises ValueError, before any work, for values that cannot be used. Texts above 75 tokens
-        (about 50 words) are encoded in pieces of 75; both stages read all of them.
+        Picture i has seed `seed` + i, or `seed[i]`. A mapping such as {"a cat": 2, "a dog": 1} is one prompt, a mix:
+        the weighted average of its texts' states. Texts above 75 tokens (about 50 words) are encoded in pieces of 75,
+        and both stages read all pieces.
         """
         several = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
-        sampling = self.sampling.updated(
-            width=width,
-            height=height,
-            schedule=schedule,
-            prior_steps=prior_steps,
-            prior_guidance=prior_guidance,
-            decoder_steps=decoder_steps,
-            decoder_guidance=decoder_guidance,
-            decoder_guidance_end=decoder_guidance_end,
-            temperature=temperature,
-            token_mode=token_mode,
-            sampler=sampler,
-        )
+        sampling = self.sampling.updated(width=width, height=height, **settings)
         prompts.check_request(self, [*several, negative], len(several) * count, seed)
         cond = [self.encode_prompt(one) for one in several]
-        uncond = self.encode_text([negative])
+        uncond = self.encode_prompt(negative)
         notify(callback, "text")
         images: list[Image.Image] = []
         for _, batch in groupby(cond, lambda states: states[0].shape):  # only texts of one length share a batch
@@ -157,7 +152,7 @@ def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str
     if not source:
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     main = "prior" if "prior" in source else next(iter(source))
-    if version == "auto":  # the Stage B beside it tells the release of a prior
+    if version == "auto":  # the model's Stage B determines the release of its prior
         version = next((release for name, release in _DECODERS.items() if name in source), version)
     sources = {name: open_source(where, name, version=version) for name, where in source.items()}
     return {name: opened.part(name) for name, opened in sources.items()}, sources[main].metadata

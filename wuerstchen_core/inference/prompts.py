@@ -1,4 +1,4 @@
-"""Prompts, weighted mixes of prompts, and the checks before any work."""
+"""Encodes prompts and weighted mixes of prompts, and checks arguments before any computation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints import PARTS_OF
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
+from ..models.text_encoder import TextEncoder
 from .settings import check_count
 from .stages import Components
 
@@ -21,18 +22,31 @@ Prompt = str | Mapping[str, float]  # a text, or texts with their weights: {"a c
 
 
 @torch.inference_mode()
+def encode_text(model: Components, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Returns the text states [B, 77 n, c] of texts, for Stage C and for Stage B.
+
+    n is the number of 75-token pieces of a text. Raises ValueError if it differs between the texts.
+    """
+    prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
+    states: Tensor = prior.encode(prompts)
+    return states, states if decoder is prior else decoder.encode(prompts)
+
+
+@torch.inference_mode()
 def encode_prompt(model: Components, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Returns text states [1, 77 n, c] of a prompt, or of the average of a mix, for the prior and for the decoder."""
-    prior = prompt_states(model, prompt, "prior_text_encoder")
-    if model.prior_text_encoder is model.decoder_text_encoder:
-        return prior, prior
-    return prior, prompt_states(model, prompt, "decoder_text_encoder")
+    """Returns the text states [1, 77 n, c] of a prompt, for Stage C and for Stage B.
+
+    A mix of prompts has the weighted average of their states. Raises ValueError if their n differs.
+    """
+    prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
+    states = average_states(prior, prompt)
+    return states, states if decoder is prior else average_states(decoder, prompt)
 
 
-def prompt_states(model: Components, prompt: Prompt, encoder: str) -> Tensor:
-    """Returns text states [1, 77 n, c] of a prompt or a mix, by one text encoder."""
+def average_states(encoder: TextEncoder, prompt: Prompt) -> Tensor:
+    """Returns the average of the states [1, 77 n, c] of a prompt's texts, by their weights."""
     weights = _weights(prompt)
-    states = [model.require(encoder).encode([text]) for text in weights]
+    states = [encoder.encode([text]) for text in weights]
     if len({x.shape for x in states}) > 1:
         raise ValueError("the prompts of a mix differ in length: use at most 75 tokens (about 50 words) in each")
     total = sum(weights.values())
@@ -43,7 +57,10 @@ def prompt_states(model: Components, prompt: Prompt, encoder: str) -> Tensor:
 def check_request(
     model: Components, prompts: Sequence[Prompt], count: int, seed: Seed, *, with_pictures: bool = False
 ) -> None:
-    """Raises ValueError if the pictures cannot be generated, and warns of unknown words."""
+    """Warns of unknown words. Raises ValueError for a wrong count or seed, or if a network is missing.
+
+    The image encoder is needed only `with_pictures`.
+    """
     check_count(count, seed)
     for name in PARTS_OF[model.version]:
         if with_pictures or name != "image_encoder":
@@ -52,15 +69,15 @@ def check_request(
 
 
 def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
-    """Logs the words of the prompts that the model does not know, each once."""
+    """Logs a warning that names the words that the model does not know; each word only the first time."""
     texts = [text for prompt in prompts for text in _weights(prompt)]
     if note := unknown_words_note(texts, model.metadata, model.reported_words, model.source):
         logger.warning(note)
 
 
 def _weights(prompt: Prompt) -> dict[str, float]:
-    """Returns the texts of a prompt and their weights."""
+    """Returns the weight of each text of a prompt. Raises ValueError unless all are finite and above 0."""
     weights = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt)
     if not weights or not all(0 < weight < math.inf for weight in weights.values()):
-        raise ValueError('each prompt of a mix needs a weight above 0, such as {"a cat": 2, "a dog": 1}')
+        raise ValueError(f'prompt {weights}: give each text a weight above 0, such as {{"a cat": 2, "a dog": 1}}')
     return weights

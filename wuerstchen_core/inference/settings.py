@@ -1,11 +1,11 @@
-"""Settings of one sampling run, checked before any work, and the callback that reports its progress."""
+"""Settings of one run, checked before any computation, and the callback that reports progress."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,9 +18,23 @@ from ..diffusion.token_sampler import MODES
 
 LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
 TOKEN_SETTINGS = ("temperature", "token_mode")  # of v1's Stage B only
-# Called with the stage ("text", "prior", "decoder" or "picture"), how many of its steps are done, how many it has, and
-# the denoised latents in their public units (None outside sampling). May raise to stop.
+# (stage, done, steps, denoised): the stage ("text", "prior", "decoder" or "picture"), the number of its steps that are
+# done, the number that it has, and the denoised features or latents (None outside sampling). May raise to stop the run.
 Callback = Callable[[str, int, int, Tensor | None], None]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Changes of SamplingSettings as keyword arguments. Absent or None: the model's default."""
+
+    schedule: str | None
+    sampler: str | None
+    prior_steps: int | None
+    prior_guidance: float | None
+    decoder_steps: int | None
+    decoder_guidance: float | None
+    decoder_guidance_end: float | None
+    temperature: tuple[float, float] | None
+    token_mode: str | None
 
 
 @dataclass(frozen=True)
@@ -29,15 +43,15 @@ class SamplingSettings:
 
     width: int = 1024  # pixels
     height: int = 1024
-    schedule: str = "original"  # of Stage C: a key of SCHEDULES
-    prior_steps: int = 30
-    prior_guidance: float = 4.0  # 1 or less: none
-    decoder_steps: int = 12
-    decoder_guidance: float = 1.0
+    schedule: str = "original"  # the times of Stage C: a key of SCHEDULES
+    prior_steps: int = 30  # of Stage C
+    prior_guidance: float = 4.0  # guidance scale of Stage C; 1 or less: no guidance
+    decoder_steps: int = 12  # of Stage B
+    decoder_guidance: float = 1.0  # guidance scale of Stage B, at the first step
     decoder_guidance_end: float | None = None  # at the last step, reached linearly; None: as at the first
-    tokens: bool = False  # True if Stage B samples tokens (v1), which the next two settings are for
+    tokens: bool = False  # True if Stage B samples tokens (v1); the next two settings apply only then
     temperature: tuple[float, float] = (1.0, 0.6)  # at the first and the last step; below 1 prefers likely tokens
-    token_mode: str = "multinomial"  # one of MODES
+    token_mode: str = "multinomial"  # how tokens are chosen: one of MODES
     sampler: str = Schedule.sampler  # of Stage C: a key of SAMPLERS
 
     def __post_init__(self) -> None:
@@ -62,24 +76,28 @@ class SamplingSettings:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], version: str = "v2") -> SamplingSettings:
-        """Returns a model's defaults: those in its metadata, otherwise those of its version."""
+        """Returns a model's defaults: those in its metadata, completed by those published for its version.
+
+        Raises ValueError if the metadata has a value that cannot be used.
+        """
         stored, defaults = metadata.get("sampling", {}), V1 if version == "v1" else cls()
         try:
-            own = {name: _like(value, stored[name]) for name, value in defaults.as_dict().items() if name in stored}
+            own = {name: stored[name] for name in defaults.as_dict() if name in stored}
+            return defaults.updated(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the model's metadata holds unusable sampling defaults ({stored}): {error}") from error
-        return defaults.updated(**own)
+            raise ValueError(f"the model's metadata has unusable sampling defaults, {stored}: {error}") from error
 
     def updated(self, **changes: Any) -> SamplingSettings:
         """Returns a copy with the changes that are not None.
 
-        `prior_steps` without `schedule` selects the linear schedule. `schedule` without `prior_steps` sets its own
-        number of steps. A different schedule also sets its own sampler and (v2) steps of Stage B, unless given.
+        `prior_steps` without `schedule` selects the linear schedule. `schedule` without `prior_steps` selects the
+        schedule's own number of steps. Another schedule than before also selects its own sampler and, for v2, its
+        decoder_steps, unless the changes contain them. Raises ValueError for values out of range.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         unused = [name for name in TOKEN_SETTINGS if name in changes]
         if unused and not self.tokens:
-            raise ValueError(f"only v1 models take {' and '.join(unused)}: remove this, or load a v1 model")
+            raise ValueError(f"only v1 models have {' and '.join(unused)}: remove this, or load a v1 model")
         if "prior_steps" in changes:
             changes.setdefault("schedule", "linear")
         elif "schedule" in changes:
@@ -93,7 +111,7 @@ class SamplingSettings:
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the settings that apply to this kind of model, by name."""
+        """Returns the settings by name, without those of v1 for v2."""
         unused = ("tokens",) if self.tokens else ("tokens", *TOKEN_SETTINGS)
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
@@ -119,35 +137,26 @@ class SamplingSettings:
 V1 = SamplingSettings(512, 512, "linear", 60, 6.0, 8, 2.0, tokens=True)
 
 
-def _like(default: Any, value: Any) -> Any:
-    """Converts a JSON value to the type of a default."""
-    if isinstance(default, tuple):
-        return tuple(float(part) for part in value)
-    if default is None:
-        return None if value is None else float(value)
-    return type(default)(value)
-
-
 def check_count(count: int, seed: Seed) -> None:
-    """Raises ValueError unless the count is 1 or more and each picture gets a valid seed."""
+    """Raises ValueError unless the count is at least 1 and each picture gets a valid seed."""
     if count < 1:
         raise ValueError(f"{count} pictures cannot be generated: give at least one prompt, and a count of 1 or more")
     if isinstance(seed, Sequence) and len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} pictures: give one seed, or one for each picture")
-    first, largest = ([*seed], LARGEST_SEED - 1) if isinstance(seed, Sequence) else ([seed], LARGEST_SEED - count)
-    for one in first:
-        if not 0 <= one <= largest:
-            raise ValueError(f"seed {one} cannot be used: choose a number from 0 to {largest}")
+    seeds, largest = (seed, LARGEST_SEED - 1) if isinstance(seed, Sequence) else ([seed], LARGEST_SEED - count)
+    for number in seeds:
+        if not 0 <= number <= largest:
+            raise ValueError(f"seed {number} cannot be used: choose a number from 0 to {largest}")
 
 
 def notify(callback: Callback | None, stage: str) -> None:
-    """Reports a stage of one step as done."""
+    """Reports that a stage is done, as one step."""
     if callback is not None:
         callback(stage, 1, 1, None)
 
 
 def sampler_progress(callback: Callback | None, stage: str, public: Callable[[Tensor], Tensor]) -> Progress | None:
-    """Returns a sampler's callback that passes the denoised latents on in the stage's public units."""
+    """Returns a callback for a sampler: it reports the steps of `stage`, with `public` applied to the denoised x."""
     if callback is None:
         return None
 

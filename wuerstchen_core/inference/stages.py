@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ DENOISERS = ("prior", "decoder", "token_decoder")
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Components:
-    """The networks of one model and its metadata. Networks may be None: only functions that use them fail.
+    """The networks of one model, and its metadata. A network may be None: then the functions that need it fail.
 
     Networks that only ComfyUI nodes use have no field here.
     """
@@ -82,15 +82,6 @@ def first_weight(network: nn.Module) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_text(model: Components, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Returns text states [B, 77 n, c] for the prior and for the decoder; all prompts must have the same n."""
-    prior: Tensor = model.require("prior_text_encoder").encode(prompts)
-    if model.prior_text_encoder is model.decoder_text_encoder:
-        return prior, prior
-    return prior, model.require("decoder_text_encoder").encode(prompts)
-
-
-@torch.inference_mode()
 def sample_prior(
     model: Components,
     text: Tensor,
@@ -103,10 +94,11 @@ def sample_prior(
     mask: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Stage C: text states [B, 77 n, c] to features [B, 16, h, w], guided away from `negative` (default: "").
+    """Runs Stage C: text states [B, 77 n, c] to features [B, 16, h, w], in the image encoder's units.
 
-    With `init`, the features of a picture, it starts from these noised to `strength` (0 returns them, 1 ignores them)
-    and keeps them where `mask` [B, 1, h, w] is 0.
+    Guidance leads away from the text states `negative` (default: those of ""). With the features `init` of a picture,
+    sampling starts from them, noised to `strength` (0 returns them, 1 ignores them), and keeps them where `mask`
+    [B, 1, h, w] is 0. Picture i has seed `seed` + i, or `seed[i]`.
     """
     prior: Prior = model.require("prior")
     times = strength_times(sampling.prior_times(), strength)
@@ -153,10 +145,10 @@ def sample_decoder(
     init: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Stage B: features [B, 16, h, w] and text states [B, 77 n, c] to Stage A latents [B, 4, H/4, W/4].
+    """Runs Stage B: features [B, 16, h, w] and text states [B, 77 n, c] to Stage A latents [B, 4, H/4, W/4].
 
-    Guidance leads away from `negative` (default: "") without features. Latents are in codebook units. With latents
-    `init` and `mask` [B, 1, H/4, W/4], `init` stays where the mask is 0.
+    Latents are in codebook units. Guidance leads away from zero features and the text states `negative` (default: those
+    of ""). Latents `init` are kept where `mask` [B, 1, H/4, W/4] is 0. Seeds as in `sample_prior`.
     """
     vqgan: VQGAN = model.require("vqgan")
     decoder: Decoder | TokenDecoder = model.token_decoder or model.require("decoder")
@@ -170,9 +162,25 @@ def sample_decoder(
     predict = guided(in_fp32(decoder), cond, uncond)
     height, width = decoder_side(sampling.height), decoder_side(sampling.width)
     if isinstance(decoder, TokenDecoder):
-        return _sample_tokens(predict, vqgan, (len(text), height, width), sampling, seed, callback, init, mask)
-    scale_factor = vqgan.params.scale_factor
-    draw = seeded_noise(seed, len(text))
+        codebook = vqgan.vquantizer.codebook.weight
+        token_draw = SeededTokenNoise(seed, len(text))
+        tokens = token_draw.tokens(len(codebook), height, width).to(device)
+        tokens = sample_tokens(
+            predict,
+            tokens,
+            sampling.decoder_times(),
+            noise=tokens,
+            draw=token_draw,
+            codebook=codebook,
+            scales=sampling.decoder_scales(),
+            temperatures=sampling.temperatures(),
+            mode=sampling.token_mode,
+            init=None if init is None else vqgan.quantize(init).indices,
+            mask=None if mask is None else (mask > 0).squeeze(1).expand_as(tokens),
+            callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
+        )
+        return vqgan.indices_to_latents(tokens)
+    scale_factor, draw = vqgan.params.scale_factor, seeded_noise(seed, len(text))
     noise = draw(torch.empty((len(text), decoder.params.c_in, height, width), device=device))
     scales = iter(sampling.decoder_scales())
     x = sample(
@@ -188,40 +196,9 @@ def sample_decoder(
     return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)
 
 
-def _sample_tokens(
-    predict: Callable[..., Tensor],
-    vqgan: VQGAN,
-    shape: tuple[int, int, int],
-    sampling: SamplingSettings,
-    seed: Seed,
-    callback: Callback | None,
-    init: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """v1's Stage B: samples tokens of a shape [B, H, W]; returns Stage A latents [B, 4, H, W] in codebook units."""
-    codebook = vqgan.vquantizer.codebook.weight
-    draw = SeededTokenNoise(seed, shape[0])
-    noise = draw.tokens(len(codebook), *shape[1:]).to(codebook.device)
-    tokens = sample_tokens(
-        predict,
-        noise,
-        sampling.decoder_times(),
-        noise=noise,
-        draw=draw,
-        codebook=codebook,
-        scales=sampling.decoder_scales(),
-        temperatures=sampling.temperatures(),
-        mode=sampling.token_mode,
-        init=None if init is None else vqgan.quantize(init).indices,
-        mask=None if mask is None else (mask > 0).squeeze(1).expand_as(noise),
-        callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
-    )
-    return vqgan.indices_to_latents(tokens)
-
-
 @torch.inference_mode()
 def decode(model: Components, latents: Tensor) -> list[Image.Image]:
-    """Stage A: latents [B, 4, h, w] in codebook units to pictures, one at a time to save memory."""
+    """Runs Stage A: latents [B, 4, H/4, W/4] in codebook units to pictures, one at a time to save memory."""
     vqgan: VQGAN = model.require("vqgan")
     latents = latents.to(first_weight(vqgan))
     return [picture for one in latents.split(1) for picture in to_pictures(vqgan.decode(one))]
@@ -234,7 +211,10 @@ def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
 
 
 def in_fp32(network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text) -> Callable[..., Tensor]:
-    """Wraps a denoiser, which runs in its own precision, for samplers in fp32. `read` prepares its last argument."""
+    """Returns a denoiser for samplers in fp32: inputs are cast to the network's dtype, its output to fp32.
+
+    `read` is applied to the text states, its last argument.
+    """
     dtype = first_weight(network).dtype
 
     def model(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
