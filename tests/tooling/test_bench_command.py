@@ -44,12 +44,12 @@ def small(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_command(small: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "--stages prior,vqgan --sizes 128 --batch 1,2 --dtypes fp32 --repeat 1 --device cpu"
-    assert run(*command.split(), "--json", folder / "b.json") == 0
+    assert run(*command.split(), "--json", folder / "results" / "b.json") == 0
     out, err = capsys.readouterr()
     assert err == ""
     for words in ("| prior ", "| vqgan-decode ", "| vqgan-encode ", "times faster", "memory ratio", "difference"):
         assert words in out
-    result = json.loads((folder / "b.json").read_text("utf-8"))
+    result = json.loads((folder / "results" / "b.json").read_text("utf-8"))
     assert torch.__version__.startswith(result["machine"]["packages"]["torch"])
     assert [(row["stage"], row["batch"]) for row in result["rows"]] == [
         (stage, batch) for stage in ("prior", "vqgan-decode", "vqgan-encode") for batch in (1, 2)
@@ -57,7 +57,7 @@ def test_command(small: None, folder: Path, capsys: pytest.CaptureFixture[str]) 
     row = result["rows"][0]
     assert row["times_faster"] == row["peer"]["median"] / row["ours"]["median"]
     assert row["memory_ratio"] == 0.5 and row["peer"]["cold"] == 6.0
-    assert [path.name for path in folder.glob("*b*") if path.is_file()] == ["b.json"]
+    assert [path.name for path in (folder / "results").iterdir()] == ["b.json"]  # the folder is created
 
 
 def test_ours_alone(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
