@@ -70,11 +70,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def both(names: list[str]) -> set[str]:
+def file_names(names: list[str]) -> set[str]:
     return {f"{name}.{kind}" for name in names for kind in ("png", "json")}
 
 
-def by_name(folder: Path, cache: Path | None = None) -> dict[str, tuple[np.ndarray, str]]:
+def read_images(folder: Path, cache: Path | None = None) -> dict[str, tuple[np.ndarray, str]]:
     """Returns images and captions by name, as training reads them."""
     source = FolderSource([folder]) if cache is None else ShardSource(sorted(folder.glob("*.tar")), cache)
     assert not source.bad
@@ -93,7 +93,7 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     out = tmp_path / "out"
     assert run(*command(bundle, prompts, out, "--seed", "3", "--sampler", "ddim")) == 0
     assert capsys.readouterr() == ("generated: 8, existing: 0, skipped lines: 0\n", "")
-    assert set(files(out)) == both(NAMES)
+    assert set(files(out)) == file_names(NAMES)
     metadata = {name: json.loads((out / f"{name}.json").read_text("utf-8")) for name in NAMES}
     assert metadata["000001"] == {
         "prompt": PROMPT, "negative": "", "seed": line_seed(3, 1), "model": "tiny.safetensors", "width": 128,
@@ -108,7 +108,7 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     with Image.open(tmp_path / "single.png") as alone, Image.open(out / "000003.png") as image:
         assert json.loads(image.text[METADATA_KEY]) == json.loads(alone.text[METADATA_KEY]) == metadata["000003"]
         assert np.abs(pixels([alone]) - pixels([image])).max() <= ROUNDING
-    read = by_name(out)
+    read = read_images(out)
     assert [read[name][1] for name in NAMES] == [PROMPT, BLUE, BLUE, BLUE, PROMPT, BLUE, PROMPT, BLUE]
     assert read["000005"][0].shape == (128, 64, 3)
 
@@ -120,7 +120,7 @@ def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, generat
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2", "--batch", "3")) == 0
     assert sorted(generated[len(alone) :]) == sorted(alone)
     assert set(files(tmp_path / "shards")) == {f"{i:06d}-by-2.tar" for i in range(3)}
-    assert_equal_pictures(by_name(tmp_path / "shards", tmp_path / "index"), by_name(tmp_path / "files"))
+    assert_equal_pictures(read_images(tmp_path / "shards", tmp_path / "index"), read_images(tmp_path / "files"))
     before = files(tmp_path / "shards")
     write(prompts, [*LINES, {"prompt": PROMPT, "seed": 1}])
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
@@ -130,13 +130,13 @@ def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, generat
     assert generated[2 * len(alone) :] == [1, 2]
     assert before.items() < files(tmp_path / "shards").items()
     before = files(tmp_path / "shards")
-    left = tmp_path / "shards/.000000-by-2"  # as if the process was killed after packing
-    left.mkdir()
+    leftover = tmp_path / "shards/.000000-by-2"  # as if the process was killed after packing
+    leftover.mkdir()
     for name in ("000001.json", "000001.png", "000002.png"):
-        (left / name).write_bytes((tmp_path / "files" / name).read_bytes())
+        (leftover / name).write_bytes((tmp_path / "files" / name).read_bytes())
     assert run(*command(bundle, prompts, tmp_path / "shards", "--shards", "2")) == 0
-    assert not left.exists() and files(tmp_path / "shards").keys() == before.keys()
-    read = by_name(tmp_path / "shards", tmp_path / "index")
+    assert not leftover.exists() and files(tmp_path / "shards").keys() == before.keys()
+    read = read_images(tmp_path / "shards", tmp_path / "index")
     assert list(read) == [*NAMES, "000007", "000008"] and read["000008"][1] == BLUE
 
 
@@ -167,7 +167,7 @@ def test_invalid_lines_are_reported_and_skipped(
     assert run(*command(bundle, prompts, out, "--json")) == 2
     out_text, last = capsys.readouterr()
     report, named = json.loads(out_text), caplog.messages
-    assert (report["generated"], report["existing"]) == (2, 0) and set(files(out)) == both(["000001", "000018"])
+    assert (report["generated"], report["existing"]) == (2, 0) and set(files(out)) == file_names(["000001", "000018"])
     assert len(named) == len(BAD) == len(report["skipped"])
     for number, (line, (_, reason)) in enumerate(zip(named, BAD, strict=True), 3):
         assert line.startswith(f"{prompts}: line {number} ") and reason in line and len(line) < 500
@@ -256,10 +256,10 @@ def test_unusable_options_and_folders(bundle: Path, prompts: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("more", [(), ("--shards", "1")])
-def test_nothing_is_generated_beside_images_with_other_settings(
+def test_nothing_is_generated_if_images_with_other_settings_exist(
     bundle: Path, prompts: Path, tmp_path: Path, generated: list[int], more: tuple[str, ...], capsys: Any
 ) -> None:
-    """Not even images that come before them in the file."""
+    """Not even images of earlier lines."""
     out = tmp_path / "out"
     assert run(*command(bundle, prompts, out, *more)) == 0
     [first] = [path for path in out.iterdir() if path.name in ("000001.png", "000000-by-1.tar")]
@@ -294,7 +294,7 @@ def test_progress_lines_without_a_terminal(
 def test_killed_and_started_again(
     bundle: Path, prompts: Path, tmp_path: Path, generated: list[int], more: tuple[str, ...]
 ) -> None:
-    """Killed twice while it writes an image: existing images are not generated again, and no draft remains."""
+    """A run that was killed twice while writing generates no existing image again, and no draft remains."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert run(*command(bundle, prompts, whole, *more)) == 0
     everything, existing = list(generated), 0
@@ -317,7 +317,7 @@ def test_killed_and_started_again(
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> None:
-    """Two processes generate the images of one; after a kill two others add what is missing, and nothing twice."""
+    """Two processes generate the same images as one. After one is killed, two others add only the missing images."""
     prompts = write(tmp_path / "prompts.jsonl", [*LINES, "bad", *LINES])
     out, alone = tmp_path / "out", tmp_path / "alone"
     arguments = [str(argument) for argument in command(bundle, prompts, out)]
@@ -329,7 +329,7 @@ def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> N
     assert run(*command(bundle, prompts, alone)) == 2
     assert existing.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
     assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES)
-    assert_equal_pictures(by_name(out), by_name(alone))
+    assert_equal_pictures(read_images(out), read_images(alone))
     jsons = [name for name in files(out) if name.endswith(".json")]
     assert [files(out)[name] for name in jsons] == [files(alone)[name] for name in jsons]
 

@@ -81,7 +81,7 @@ def test_the_fast_schedule(bundle: Path, here: Path) -> None:
     assert np.abs(pixels - np.asarray(expected)).max() <= 1  # rounding
 
 
-def test_an_image_is_only_overwritten_if_it_is_named(
+def test_only_the_file_named_by_output_is_overwritten(
     bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("generate", PROMPT, "--model", bundle)

@@ -19,8 +19,6 @@ from ..training.data.shards import add_member
 from ..training.data.sidecars import parse_json_table
 from .save import save_image
 
-SUFFIXES = (".json", ".png")
-
 
 class ImageFolder:
     """A folder with two files per image: NAME.json with its metadata, and NAME.png, which is written last."""
@@ -33,7 +31,7 @@ class ImageFolder:
 
         No other process may be writing them. ValueError if a file of such a name comes from another program.
         """
-        files, existing = self._files(), {}
+        files, existing = {path.name for path in self.folder.glob("*")}, {}
         for name in sorted(names):
             png, file = f"{name}.png" in files, self.folder / f"{name}.json"
             table = parse_json_table(file.read_bytes(), str(file)) if file.name in files else None
@@ -44,7 +42,7 @@ class ImageFolder:
                     f"{self.folder} contains {name}.{'png' if png else 'json'}, which is not from --prompts: move it, "
                     "or choose another --output"
                 )
-        remove_drafts(self.folder, {f"{name}{suffix}" for name in names for suffix in SUFFIXES})
+        remove_drafts(self.folder, {f"{name}{suffix}" for name in names for suffix in (".json", ".png")})
         return existing
 
     def add(self, name: str, image: Image.Image, metadata: Mapping[str, Any]) -> None:
@@ -56,12 +54,9 @@ class ImageFolder:
     def close(self) -> None:
         """Does nothing: `add` has written all files."""
 
-    def _files(self) -> set[str]:
-        return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-
 
 class Shard(ImageFolder):
-    """A tar file. Until all of its new images are generated, they are in a hidden folder beside it."""
+    """A tar file. New images are in a hidden folder next to it until all of them are generated."""
 
     def __init__(self, path: Path):
         super().__init__(path.with_name(f".{path.stem}"))
@@ -84,11 +79,11 @@ class Shard(ImageFolder):
         shutil.rmtree(self.folder)
 
     def _pack(self, draft: Path) -> None:
-        files = self._files()
         with tarfile.open(draft, "w") as tar:
-            for name in sorted(file[:-4] for file in files if file.endswith(".png") and f"{file[:-4]}.json" in files):
-                for suffix in SUFFIXES:
-                    add_member(tar, f"{name}{suffix}", (self.folder / f"{name}{suffix}").read_bytes())
+            for image in sorted(self.folder.glob("*.png"), key=lambda file: file.stem):
+                if (metadata := image.with_suffix(".json")).exists():
+                    for file in (metadata, image):
+                        add_member(tar, file.name, file.read_bytes())
 
     def _members(self, suffix: str = "") -> Iterator[tuple[str, bytes]]:
         """Yields the files in the tar file whose names end with `suffix`; nothing if there is none yet."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .progress import StepBar
-from .save import check_output, image_metadata, output_path, save_image
+from .save import check_output, output_path, save_image
 
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
@@ -111,7 +111,7 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
         for image in images:
             path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
             settings |= {"width": image.width, "height": image.height}
-            save_image(image, path, image_metadata(request, seed, models, settings))
+            save_image(image, path, {**request, "seed": seed, **models, **settings})
             saved.append({"path": str(path), "seed": seed, "seconds": callback.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")

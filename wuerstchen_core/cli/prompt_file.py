@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 from ..common.dataclass_config import from_table
 from ..inference.settings import SamplingOptions, SamplingSettings, check_count
 from ..training.data.sidecars import parse_json_table
-from .save import image_metadata
 
 SETTINGS = {"width": int | None, "height": int | None, **get_type_hints(SamplingOptions)}
 OWN_KEYS: list[Any] = [("prompt", str), ("negative", str, ""), ("seed", int | None, None), ("count", int, 1)]
@@ -33,9 +32,8 @@ class ImageRequest:
 
     def metadata(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the metadata of the image's file, as it is read back from JSON (tuples become lists)."""
-        request = {"prompt": self.prompt, "negative": self.negative}
-        table = image_metadata(request, self.seed, models, self.settings.as_dict())
-        return dict(json.loads(json.dumps(table)))
+        request = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed}
+        return dict(json.loads(json.dumps({**request, **models, **self.settings.as_dict()})))
 
 
 def read_lines(path: Path) -> dict[int, bytes]:

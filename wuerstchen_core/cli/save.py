@@ -47,13 +47,6 @@ def output_path(output: Path | None, title: str, number: int | None) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def image_metadata(
-    request: Mapping[str, Any], seed: int, models: Mapping[str, Any], sampling: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the settings of an image as a table for JSON; sampling settings of None are left out."""
-    return {**request, "seed": seed, **models, **{key: value for key, value in sampling.items() if value is not None}}
-
-
 def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
     """Writes an image atomically; a PNG also holds its metadata, as JSON under METADATA_KEY."""
     from PIL.PngImagePlugin import PngInfo

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Source = str | PathLike[str]
 
-_DECODERS = {"token_decoder": "v1", "decoder": "v2"}
-
 
 class WuerstchenPipeline(stages.Components):
     """Generates and edits pictures with one model, and runs its stages one by one.
@@ -153,6 +151,6 @@ def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     main = "prior" if "prior" in source else next(iter(source))
     if version == "auto":  # the model's Stage B determines the release of its prior
-        version = next((release for name, release in _DECODERS.items() if name in source), version)
+        version = "v1" if "token_decoder" in source else "v2" if "decoder" in source else version
     sources = {name: open_source(where, name, version=version) for name, where in source.items()}
     return {name: opened.part(name) for name, opened in sources.items()}, sources[main].metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict
 
 import torch
@@ -81,9 +81,9 @@ class SamplingSettings:
         Raises ValueError if the metadata has a value that cannot be used.
         """
         stored, defaults = metadata.get("sampling", {}), V1 if version == "v1" else cls()
+        names = [field.name for field in fields(cls) if field.name in stored and field.name not in defaults._unused()]
         try:
-            own = {name: stored[name] for name in defaults.as_dict() if name in stored}
-            return defaults.updated(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
+            return defaults.updated(**{x: tuple(stored[x]) if x == "temperature" else stored[x] for x in names})
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model's metadata has unusable sampling defaults, {stored}: {error}") from error
 
@@ -111,9 +111,11 @@ class SamplingSettings:
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the settings by name, without those of v1 for v2."""
-        unused = ("tokens",) if self.tokens else ("tokens", *TOKEN_SETTINGS)
-        return {name: value for name, value in asdict(self).items() if name not in unused}
+        """Returns the settings by name that are not None and apply to this version."""
+        return {name: x for name, x in asdict(self).items() if x is not None and name not in self._unused()}
+
+    def _unused(self) -> tuple[str, ...]:
+        return ("tokens",) if self.tokens else ("tokens", *TOKEN_SETTINGS)
 
     def prior_times(self) -> Tensor:
         """Returns the times of Stage C, [prior_steps + 1]."""
