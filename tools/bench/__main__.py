@@ -38,14 +38,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_run, install_hint=install_hint, memory_hint=memory_hint)
     option = parser.add_argument
     option("--stages", type=names, metavar="NAME,...", help="prior, decoder, train-prior, ... (default: all)")
-    option("--sizes", type=numbers, metavar="PIXELS,...", help=f"of square pictures (default: {DEFAULTS['sizes']})")
+    option("--sizes", type=numbers, metavar="PIXELS,...", help=f"picture sides (default: {DEFAULTS['sizes']})")
     option("--dtypes", type=names, metavar="NAME,...", help=f"bf16, fp32, fp16 (default: {DEFAULTS['dtypes']})")
     option("--depth", type=int, metavar="N", help="train N blocks of Stage C, in proportion of Stage B (default: 32)")
     option("--batch", type=numbers, default="1", metavar="N,...", help="pictures per batch (default: 1)")
     option("--repeat", type=int, metavar="N", help=f"timed rounds (default: {DEFAULTS['repeat']})")
     option("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     option("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    option("--steps", type=picture_steps, default="30+12", metavar="C+B", help="of our pictures, or fast (30+12)")
+    text = "steps of our pictures in Stages C and B, or fast (default: 30+12)"
+    option("--steps", type=picture_steps, default="30+12", metavar="C+B", help=text)
     option("--compile", action="store_true", help="use torch.compile on both sides")
     option("--no-peer", dest="peer", action="store_false", help="measure only ours")
     option("--no-memory", dest="memory", action="store_false", help="skip memory and loading time")
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> BenchConfig:
-    """Returns what the options select. Raises ValueError for an invalid value."""
+    """Returns the configuration that the options select. Raises ValueError for an invalid value."""
     from wuerstchen_core.common.devices import pick_device
 
     from .cases import BENCHMARKS, stage_names

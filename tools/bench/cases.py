@@ -1,4 +1,4 @@
-"""The benchmarks: which work can be measured, in which sizes, and on which inputs."""
+"""The benchmarks, their cases (sizes, batches and dtypes), and their inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One kind of work: the networks it loads (the first does the work) and how it is timed."""
+    """One benchmark: the networks it loads (it measures the first) and how it is timed."""
 
     parts: tuple[str, ...]
     steps: bool = False  # timed per step of a sampler or of training, else per call

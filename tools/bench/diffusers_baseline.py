@@ -1,4 +1,4 @@
-"""diffusers' copy of Würstchen, run by its own two pipelines."""
+"""diffusers' implementation of Würstchen, run by its own two pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to measure: the two sides, turns, peak memory, and a description of the machine."""
+"""Measurement: the interface of both sides, timing in turns, peak memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Side:
         return self.vqgan(case.stage, *data.values())
 
     def run(self, case: Case, rounds: int, after: Callback) -> None:
-        """Does the work `rounds` times, with `after()` behind each."""
+        """Runs the benchmark `rounds` times, and calls `after()` after each."""
         data = self._inputs(case)
         if case.benchmark.steps:
             self.sample(case, data, rounds, after)

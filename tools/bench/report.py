@@ -18,7 +18,7 @@ class Measured:
 
     seconds: list[float]  # of each round
     memory: int | None = None  # peak above the process before loading
-    load: float | None = None  # from a file that the system has cached to usable networks
+    load: float | None = None  # from files in the system's cache to usable networks
     cold: float | None = None  # from the file to the end of the first round
 
     @property

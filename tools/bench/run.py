@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]  # current work, number of finished i
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What a run measures, and how."""
+    """The options of a run."""
 
     stages: Sequence[str]
     sizes: Sequence[int]
@@ -99,7 +99,7 @@ def _time(config: BenchConfig, cases: list[Case], folder: Path, compiles: bool, 
         for side in sides.values():
             side.compile()
     for case in cases:
-        # Whole pictures would take as long again; and by the second case each side has trained with its own dropout.
+        # Comparing whole pictures would double the time. By the second case, the sides have trained with other dropout.
         compare = case.stage != PICTURE and (case is first or not case.benchmark.trains)
         difference = None
         if compare and len(sides) == 2:
@@ -117,7 +117,7 @@ def _time(config: BenchConfig, cases: list[Case], folder: Path, compiles: bool, 
 
 
 def _notes(config: BenchConfig, compiles: bool) -> Iterator[str]:
-    """Yields what a reader of the table needs to know."""
+    """Yields the notes below the table."""
     if PICTURE in config.stages:
         ours, peer = ("+".join(map(str, steps)) for steps in (config.steps, STEPS))
         yield f"{PICTURE}: ours in {ours} steps, the peer in {peer}"

@@ -34,11 +34,11 @@ def measure_in_subprocess(side: str, setting: Setting, threads: int, compiles: b
 
 def _measure(side: str, setting: Setting, threads: int, compiles: bool) -> Result:
     case, device = setting.case, setting.device
-    load_side = side_class(side, case)  # imports, which do not count
+    load_side = side_class(side, case)  # before the measurement: imports are not measured,
     if threads:
         torch.set_num_threads(threads)
-    torch.zeros(1, device=device)  # neither does the device's context
-    if compiles:  # nor the compiler's import; an empty cache, so that compiling starts from nothing
+    torch.zeros(1, device=device)  # nor is the device's context,
+    if compiles:  # nor the compiler's import; the empty cache makes it compile everything
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=setting.folder)
         can_compile(device)
     clock, before = clock_of(device), memory_in_use(device)

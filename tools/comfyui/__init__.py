@@ -1,1 +1,1 @@
-"""A ComfyUI as a separate process, and what is measured in it."""
+"""Runs ComfyUI in a separate process, and measures samplers, memory and speed in it."""

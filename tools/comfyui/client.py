@@ -93,7 +93,7 @@ class Outcome:
     error: str = ""
     progress: dict[str, list[int]] = field(default_factory=dict)  # the steps that each node reported
     pictures: list[Image.Image] = field(default_factory=list)
-    log: str = ""  # ComfyUI's output meanwhile
+    log: str = ""  # ComfyUI's output during the prompt
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""Counts the memory of one call of each network at its released size, beside the estimate given to ComfyUI.
+"""Measures the memory of one call of each network at its released size, and compares it with ComfyUI's estimate.
 
 `python -m tools.comfyui.measure_memory COMFYUI`, with ComfyUI's own Python, prints the table of docs/memory.md: the
 bytes of all tensors that are alive at once, counted on the "meta" device.

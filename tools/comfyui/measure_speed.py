@@ -1,4 +1,4 @@
-"""Times a step of our networks under ComfyUI's samplers, beside the core alone and beside Stable Cascade's layers.
+"""Times a step of our networks under ComfyUI's samplers, of the core alone, and of Stable Cascade's layers.
 
 `python -m tools.bench --comfyui FOLDER` runs this with ComfyUI's own Python; the job and the results are JSON. Stable
 Cascade has other conditioning, so its networks are built here from ComfyUI's layers in Würstchen's widths and depths.
@@ -46,7 +46,7 @@ class Networks:
         self.cascade = cascade(name, self.sizes, self.device, self.dtype)
 
     def runs(self, case: Any) -> dict[str, Run]:
-        """Returns what is compared, by name."""
+        """Returns the functions to time, by name."""
         import comfy.sample
         from pack.nodes.host.sampling import sample_stage
         from pack.tools.bench.cases import PRIOR_GUIDANCE, SEED, inputs

@@ -2,7 +2,7 @@
 
 Run it with ComfyUI's own Python: `python -m tools.comfyui.sampler_table COMFYUI FOLDER [PART/PARTS]`. FOLDER stores the
 results; those of the same model are not measured again. PART/PARTS measures one part of the table, so that several
-processes can share it; missing cells are marked on the page, and a run without PART/PARTS measures them. The whole
+processes can work on it; missing cells are marked on the page, and a run without PART/PARTS measures them. The whole
 table takes 50 minutes of one core.
 """
 
@@ -37,7 +37,7 @@ STAGE = """
 ## {title}
 
 {legend} Würstchen Sampler with Würstchen Scheduler: {ours}.
-×: network calls relative to it. **Bold**: recommended. NaN: not finite. –: the sampler failed.{missing}
+×: network calls relative to that. **Bold**: recommended. NaN: not finite. –: the sampler failed.{missing}
 
 {table}
 {failures}"""

@@ -1,6 +1,7 @@
-"""Generates the picture beside each workflow: `python -m tools.comfyui.workflow_pictures [NAME ...]`.
+"""Generates the pictures of the workflows: `python -m tools.comfyui.workflow_pictures [NAME ...]`.
 
-Uses the newest ComfyUI that it finds. The workflows of the released weights have no picture.
+Writes each next to its JSON file. Uses the newest ComfyUI that it finds. The workflows of the released weights have
+no picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures how little training adapts the shipped model: `python -m tools.demo.adapt`.
+"""Measures how much training it takes to adapt the shipped model: `python -m tools.demo.adapt`.
 
 Fine-tunes Stage C for a new resolution, and trains a LoRA for a new object from twelve images, in minutes each. Writes
 docs/adapting.md and its grid of images.
@@ -84,7 +84,7 @@ def write_twelve_images(folder: Path) -> list[Scene]:
 
 
 def adapt_thing(folder: Path) -> Comparison:
-    """Trains a LoRA for a new thing; also measures what the model knew before."""
+    """Trains a LoRA for a new thing; also measures known things with and without it."""
     scenes = write_twelve_images(folder / "pictures") * SEEDS
     pipe = WuerstchenPipeline.load("demo")
     known = subset(held_out_scenes(pipe.metadata), JUDGED)

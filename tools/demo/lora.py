@@ -1,7 +1,7 @@
 """Trains the LoRA of the LoRA workflow: `python -m tools.demo.lora`.
 
 With it the shipped model generates everything on a pink background, whatever the prompt says. Takes minutes on a CPU;
-train it again whenever the shipped prior changes. Pairs held out of the model's training stay held out.
+train it again whenever the shipped prior changes. Pairs held out of the model's training are held out of this one too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures what each dtype costs: `python -m tools.demo.precision [--every N]`.
+"""Measures how much accuracy each dtype costs: `python -m tools.demo.precision [--every N]`.
 
 Writes the tables of docs/precision.md: the error of every network on the golden data and in the shipped models, the
 accuracy of the images that these generate, and how close the activations come to fp16's limit, also at the released
@@ -35,7 +35,7 @@ from .remake import replace_between, update_page
 logger = logging.getLogger(__name__)
 
 PAGE = DOCS / "precision.md"
-MARKS = "<!-- precision: remade by tools.demo.precision -->", "<!-- end of precision -->"
+MARKS = "<!-- precision: written by tools.demo.precision -->", "<!-- end of precision -->"
 FP16_MAX = torch.finfo(torch.float16).max
 
 # Dtypes of storage and of computation, by column of the table.

@@ -1,8 +1,8 @@
 """Regenerates everything that depends on the shipped weights: `python -m tools.demo.remake`.
 
 That is the evaluations (`evaluation.json`, `evaluation_v1.json` and the tables of docs/demo.md), the image grids, the
-preview factors, the LoRA beside its workflow, and the training curves. `python -m tools.comfyui.workflow_pictures` then
-regenerates the workflows' pictures in ComfyUI.
+preview factors, the LoRA of the LoRA workflow, and the training curves. Then run
+`python -m tools.comfyui.workflow_pictures`, which regenerates the workflows' pictures in ComfyUI.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PAGE = DOCS / "demo.md"
 DEMO = ROOT / "wuerstchen_core" / "demo"
 GRID = DOCS / "held_out.jpg"
 EVALUATION = RECIPE / "evaluation.json"
-MARKS = "<!-- demo numbers: remade by tools.demo.remake -->", "<!-- end of demo numbers -->"
-MARKS_V1 = "<!-- v1 numbers: remade by tools.demo.remake -->", "<!-- end of v1 numbers -->"
+MARKS = "<!-- demo numbers: written by tools.demo.remake -->", "<!-- end of demo numbers -->"
+MARKS_V1 = "<!-- v1 numbers: written by tools.demo.remake -->", "<!-- end of v1 numbers -->"
 COLUMNS = 12  # of the grid, in squares
 
 

@@ -1,7 +1,7 @@
-"""Measures how few sampling steps the shipped model needs: `python -m tools.demo.steps`.
+"""Measures how many sampling steps the shipped model needs: `python -m tools.demo.steps`.
 
 Runs each sampler with each schedule on held-out prompts, first in Stage C and then in Stage B, for half an hour of one
-core. Results are stored in steps.json, where an interrupted run resumes; docs/steps.md and its plot come from them.
+core. Stores the results in steps.json, from which an interrupted run resumes, and writes docs/steps.md and its plot.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measures the missing steps_trials.trials, then writes the page and the plot."""
+    """Measures the missing trials, then writes the page and the plot."""
     results = steps_trials.read_results()
     done = by_trial(results)
     if missing := [trial for trial in steps_trials.trials() if trial not in done]:

@@ -81,7 +81,7 @@ SHAPES: dict[str, Callable[[int], Tensor]] = {
 
 
 class Study:
-    """The shipped model, the prompts, and everything that all trials share; image i has seed SEED + i."""
+    """The model, the prompts, and everything else that all trials use; image i has seed SEED + i."""
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self.pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32")
