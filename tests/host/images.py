@@ -1,4 +1,4 @@
-"""Compares ComfyUI's images with the core's, with the files beside the workflows, and with prompts."""
+"""Compares ComfyUI's images with the core's, with the images of the workflows, and with prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def content(judge: Judge, image: Image.Image) -> tuple[str, str]:
 
 
 def check_image(name: str, outcome: Outcome) -> None:
-    """Asserts that a workflow generates the image beside its file."""
+    """Asserts that a workflow generates the image next to its file."""
     shipped, generated = Image.open(WORKFLOWS / f"{name}.jpg"), in_rows(outcome.pictures)
     assert shipped.size == generated.size
     assert difference(shipped, generated) < JPEG, f"{name}.jpg is out of date"

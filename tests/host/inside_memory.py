@@ -65,7 +65,7 @@ def predict(patcher: Any, part: Any, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def storage(part: Any) -> Results:
-    """Weights stored in few bits and computed in fp32; and everything in fp16."""
+    """Returns results of weights stored in few bits and computed in fp32, and of everything in fp16."""
     import comfy.model_management as management
     from comfy.cli_args import args
     from pack.nodes.host import models
@@ -106,7 +106,7 @@ def lora(network: nn.Module) -> dict[str, Tensor]:
 
 
 def partial_loads(part: Any) -> Results:
-    """A part of the weights on the device, the rest copied for each call: without and with a LoRA."""
+    """Returns results of a partial load, where the rest is copied for each call: without and with a LoRA."""
     import comfy.sd
     from pack.nodes.host import models
 
@@ -125,7 +125,7 @@ def partial_loads(part: Any) -> Results:
 
 
 def dynamic(part: Any) -> Results:
-    """With the flag of dynamic VRAM, layers are built without weights: a bf16 file on a device that computes in fp32.
+    """Loads a bf16 file with dynamic VRAM, which builds layers without weights, on a device that computes in fp32.
 
     The fact "dynamic" is False if this ComfyUI has no such flag.
     """
@@ -237,7 +237,7 @@ def networks_of(objects: Any) -> list[nn.Module]:
 
 
 def eviction(bundle: str, folder: Path) -> Results:
-    """Two Würstchen models and another model take turns on a device with room for one network."""
+    """Runs two Würstchen models and another model in turn on a device with room for one network."""
     import comfy.model_management as management
     from pack.nodes.host import folders
     from pack.nodes.loaders import WuerstchenBundleLoader

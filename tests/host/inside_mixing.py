@@ -69,7 +69,7 @@ class Lines(logging.Handler):
 
 
 def units() -> dict[str, Tensor]:
-    """Latents inside one family's sampler, outside it, and inside the other family's."""
+    """Returns the same latents inside each family's sampler and outside it."""
     from comfy.latent_formats import SC_B
     from pack.nodes.host.models import DecoderLatents
 
@@ -84,7 +84,7 @@ def units() -> dict[str, Tensor]:
 
 
 def stage_a(file: str) -> dict[str, Tensor]:
-    """ComfyUI's Stage A and ours, from one file: decoded and encoded."""
+    """Decodes and encodes with ComfyUI's Stage A and ours, loaded from one file."""
     import comfy.sd
     import comfy.utils
     from pack.nodes.host.vae import load_stage_a
@@ -105,7 +105,7 @@ def stage_a(file: str) -> dict[str, Tensor]:
 
 
 def cascade(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Latents of our nodes, and with Stable Cascade's nodes in their place."""
+    """Samples with our nodes, and with Stable Cascade's nodes instead of ours."""
     from comfy_extras import nodes_stable_cascade as stock
 
     stage_c, stage_b = session.empty(256, 192)
@@ -133,7 +133,7 @@ def cascade(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def others(session: Session) -> dict[str, Any]:
-    """Other models' latents in KSampler and in our nodes."""
+    """Passes other models' latents to KSampler and to our nodes."""
     from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 
     import nodes
@@ -180,7 +180,7 @@ def another_model() -> Any:
 
 
 def other_models(session: Session) -> dict[str, Any]:
-    """Another model's MODEL in our nodes."""
+    """Passes another model's MODEL to our nodes."""
     stage_c, stage_b = session.empty(256, 256)
     positive = session.with_prior(stage_c)
     session.prior = session.decoder = another_model()
@@ -191,7 +191,7 @@ def other_models(session: Session) -> dict[str, Any]:
 
 
 def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """ComfyUI's nodes for batches, sizes and masks with our latents."""
+    """Passes our latents to ComfyUI's nodes for batches, sizes and masks."""
     import comfy_extras.nodes_post_processing  # noqa: F401 must come first: in one ComfyUI version it and the next import each other
     from comfy_extras.nodes_latent import LatentBatch
 
@@ -221,7 +221,7 @@ def batches(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pictures(session: Session, bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our image, scaled and encoded by ComfyUI's nodes."""
+    """Scales and encodes our image with ComfyUI's nodes."""
     import comfy.model_management
     from pack.nodes.host.vae import load_stage_a
     from pack.wuerstchen_core.checkpoints import read_part

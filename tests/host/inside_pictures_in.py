@@ -45,7 +45,7 @@ def image(array: np.ndarray) -> Tensor:
 
 
 def encode(bundle: Bundle) -> Results:
-    """Images of every size, with and without alpha, encoded by the node and by the core."""
+    """Encodes images of every size, with and without alpha, with the node and with the core."""
     from pack.nodes.vae import WuerstchenImageEncode as Encode
     from pack.wuerstchen_core.inference.images import read_pixels
 
@@ -74,7 +74,7 @@ def encode(bundle: Bundle) -> Results:
 
 
 def saved(bundle: Bundle) -> Results:
-    """v2's image encoder, saved by ComfyUI's VAESave and loaded by our node; and v1's, recognised by its size."""
+    """Saves v2's image encoder with ComfyUI's VAESave and loads it with our node; recognises v1's by its size."""
     import folder_paths
     from comfy_extras.nodes_model_merging import VAESave
     from pack.nodes.host.conditioning import VERSION_KEY
@@ -107,7 +107,7 @@ def saved(bundle: Bundle) -> Results:
 
 
 def strength(bundle: Bundle) -> Results:
-    """Both sampling nodes from an image: denoise 0, between and 1, and with a mask."""
+    """Runs both sampling nodes from an image: with a denoise of 0, between and 1, and with a mask."""
     from pack.nodes.host.conditioning import PRIOR_KEY
     from pack.nodes.sampling import WuerstchenDecoderSample, WuerstchenPriorSample
     from pack.wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
@@ -183,7 +183,7 @@ def reading(bundle: Bundle) -> Results:
 
 
 def interpolation(bundle: Bundle) -> Results:
-    """Interpolation between two latents of each stage, and two prompts."""
+    """Interpolates between two latents of each stage, and between two prompts."""
     from pack.nodes.host.conditioning import PRIOR_KEY, VERSION_KEY
     from pack.nodes.interpolate import WuerstchenConditioningInterpolate as Prompts
     from pack.nodes.interpolate import WuerstchenLatentInterpolate as Latents

@@ -98,7 +98,7 @@ class Nodes:
 
 
 def runs(nodes: Nodes, stage: str) -> dict[str, Tensor]:
-    """Results of one stage in each of ComfyUI's nodes."""
+    """Samples one stage with each of ComfyUI's nodes."""
     import comfy.sample
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect

@@ -102,7 +102,7 @@ class Sampler:
 
 
 def runs(sampler: Sampler) -> dict[str, Tensor]:
-    """Every setting; one image of a batch alone; a masked image; and both ends of denoise."""
+    """Samples with every setting, one image of a batch alone, a masked image, and with a denoise of 0 and 1."""
     tensors: dict[str, Tensor] = {}
     for name, changes in RUNS.items():
         tensors[f"got/{name}"] = sampler.generate(**changes)
@@ -143,7 +143,7 @@ def start_tokens(sampler: Sampler) -> Tensor:
 
 
 def progress(sampler: Sampler) -> dict[str, Any]:
-    """Calls of ComfyUI's progress hook; a run cancelled after its first step; and the run after that."""
+    """Records ComfyUI's progress hook, cancels a run after its first step, and runs again."""
     import comfy.model_management as management
     import comfy.utils
     from comfy.cli_args import LatentPreviewMethod, args
@@ -216,7 +216,7 @@ def mistakes(sampler: Sampler, source: Any) -> dict[str, str]:
 
 
 def prior(source: Any) -> dict[str, Tensor]:
-    """v1's prior in our node and in the core, and in KSampler with its own units and with v2's."""
+    """Samples v1's prior with our node and the core, and with KSampler in v1's units and in v2's."""
     import comfy.sample
     from pack.nodes.host import models
     from pack.nodes.sampling import WuerstchenPriorSample
@@ -247,7 +247,7 @@ def prior(source: Any) -> dict[str, Tensor]:
 
 
 def evicted(sampler: Sampler, source: Any) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """The token decoder and Stage A in turn on a device with room for one network."""
+    """Runs the token decoder and Stage A in turn on a device with room for one network."""
     with small_device() as meter:
         other = Sampler(source)
         seen = []

@@ -22,7 +22,7 @@ def picture(height: int, width: int, count: int = 1, channels: int = 3) -> Tenso
 
 
 def stage_a(bundle: str) -> Results:
-    """Stage A in ComfyUI's nodes: whole, tiled, cropped, without alpha, in half precision."""
+    """Runs Stage A in ComfyUI's nodes: whole, tiled, cropped, without alpha, in half precision."""
     from comfy.cli_args import args
     from pack.nodes.host.vae import load_stage_a
     from pack.wuerstchen_core.checkpoints import load_vqgan, read_part
@@ -66,7 +66,7 @@ def stage_a(bundle: str) -> Results:
 
 
 def image_encoder(bundle: str) -> Results:
-    """The image encoder in ComfyUI's nodes: any size, and whole in the tiled node too."""
+    """Runs the image encoder in ComfyUI's nodes with any size; the tiled node does not tile it either."""
     from pack.nodes.host.vae import load_image_encoder as load_vae
     from pack.wuerstchen_core.checkpoints import load_image_encoder, read_part
     from pack.wuerstchen_core.models.image_encoder import semantic_view
@@ -88,7 +88,7 @@ def image_encoder(bundle: str) -> Results:
 
 
 def inpainting(bundle: str) -> Results:
-    """A masked image through our nodes and KSampler; `kept` is the part outside the mask."""
+    """Samples a masked image with our nodes and KSampler; `kept` is the area outside the mask."""
     from pack.nodes import sampling
     from pack.nodes.host import models, vae
     from pack.nodes.host.models import PRIOR_KEY

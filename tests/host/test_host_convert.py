@@ -55,7 +55,7 @@ def test_fp8_files_are_dequantised(inside: Inside, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["vqgan", "image_encoder"])
 def test_vaes_saved_by_comfyui_load_back(inside: Inside, folder: Path, name: str) -> None:
     saved, original = (
-        open_source(place / f"{name}.safetensors").networks[name].state for place in (folder, folder / "tiny")
+        open_source(path / f"{name}.safetensors").networks[name].state for path in (folder, folder / "tiny")
     )
     assert saved.keys() == original.keys()
     assert all(x.equal(original[key]) for key, x in saved.items())

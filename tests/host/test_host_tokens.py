@@ -173,7 +173,7 @@ def test_loaders_offer_the_parts_of_a_v1_bundle(
         ("WuerstchenCLIPLoader", "clip_name", "text tower"),
         ("WuerstchenVAELoader", "vae_name", "Stage A"),
     ]
-    dead, cut = checkpoints / "dead.safetensors", checkpoints / "cut.safetensors"  # are ignored
+    dead, cut = checkpoints / "dead.safetensors", checkpoints / "cut.safetensors"  # both are ignored
     dead.symlink_to(checkpoints / "gone.safetensors")
     cut.write_bytes((checkpoints / V1).read_bytes()[:1000])
     for node, name, part in chosen:

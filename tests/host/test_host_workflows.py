@@ -1,4 +1,4 @@
-"""Every shipped workflow generates what its prompt says, and the image beside it."""
+"""Every shipped workflow generates what its prompt says, and the image next to it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_drawings_are_all_right(judge: Judge) -> None:
 
 
 def test_mistakes_are_counted_and_named(judge: Judge) -> None:
-    """Two show another thing on the same background, the third nothing on cyan; only the last is right."""
+    """Two images show another thing on the same background, the third nothing on cyan; only the last is right."""
     nothing = Image.new("RGB", (256, 256), (0, 255, 255))
     other, last = drawings(SCENES[2:])
     rows = evaluate.judge_images(judge, SCENES, [last, other, nothing, last])
@@ -159,7 +159,7 @@ def test_samples_are_held_out_and_known_to_the_model() -> None:
 
 
 def test_mistakes_in_other_scenes_are_counted_and_named(judge: Judge) -> None:
-    """In its corner and in another; a pair right, half right, and swapped; a repeated thing on a wide image."""
+    """A thing in the right and a wrong corner; a pair right, half right and swapped; a thing twice on a wide image."""
     corner, pair, wide = Scene(0, 3, 1, 2), Scene(0, 3, 1, 0, 1, 9), Scene(9, 3, 1, 0, 2)
     half, swapped = pair._replace(other=4), pair._replace(thing=9, other=0)
     twice = np.array(drawings([wide])[0])

@@ -22,7 +22,7 @@ def judge():
 
 
 def some(layout, shape, step):
-    """Returns scenes of every `step`-th thing; corners take turns, and pairs use the thing 50 further on."""
+    """Returns scenes of every `step`-th thing; corners alternate, and pairs use the thing 50 further on."""
     things = range(0, len(THINGS), step)
     small, corners = int(layout != "large"), (1 + i % 4 if layout == "corner" else 0 for i in range(len(things)))
     return [
@@ -144,7 +144,7 @@ def test_a_bare_background_shows_nothing(judge):
 @pytest.mark.parametrize(("shape", "shift"), [(1, (-130, 0)), (1, (0, 100)), (2, (0, 130)), (2, (100, 0))])
 @pytest.mark.parametrize("layout", ["large", "small"])
 def test_repeated_and_cut_things_are_rejected(judge, layout, shape, shift):
-    """A second copy, cut off or beside the first; and a cut one alone."""
+    """Rejects a second copy, whole or cut off, next to the first, and a cut-off thing alone."""
     for scene in some(layout, shape, 25):
         [picture] = drawn([scene])
         cut = picture.copy()

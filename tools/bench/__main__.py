@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     memory_hint = "choose smaller --sizes, a smaller --batch or --depth, or --dtypes bf16"
     parser.set_defaults(run=_run, install_hint=install_hint, memory_hint=memory_hint)
     option = parser.add_argument
-    option("--stages", type=names, metavar="NAME,...", help="prior, decoder, train-prior, ... (default: all)")
+    text = "prior, decoder, vqgan, text-to-picture, train (default: all, which is the first three)"
+    option("--stages", type=names, metavar="NAME,...", help=text)
     option("--sizes", type=numbers, metavar="PIXELS,...", help=f"picture sides (default: {DEFAULTS['sizes']})")
     option("--dtypes", type=names, metavar="NAME,...", help=f"bf16, fp32, fp16 (default: {DEFAULTS['dtypes']})")
     option("--depth", type=int, metavar="N", help="train N blocks of Stage C, in proportion of Stage B (default: 32)")
