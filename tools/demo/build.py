@@ -71,7 +71,7 @@ def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
 
 
 def trained_tokens() -> set[int]:
-    """Returns the tokens that captions contain, and all single characters: the tower was trained on no others."""
+    """Returns the tokens that captions contain, and all single characters: the text encoder was trained on no others."""
     words = [tokenize([word])[0] for word in known_words()]
     return {*range(SINGLE_BYTES), *torch.cat(words).flatten().tolist()}
 
@@ -96,7 +96,7 @@ def collect_parts(folders: Mapping[str, Path], version: str) -> dict[str, Part]:
 
 
 def drop_token_rows(tower: Part, rows: Iterable[int]) -> Part:
-    """Returns a text tower with only these rows of its token embedding (see `restore_token_rows`)."""
+    """Returns a text encoder with only these rows of its token embedding (see `restore_token_rows`)."""
     indices = torch.tensor(sorted(set(rows)), dtype=torch.int32)
     table = tower.state_dict[f"{TABLE}.weight"][indices.long()]
     return replace(tower, state_dict={**tower.state_dict, f"{TABLE}.weight": table, f"{TABLE}.rows": indices})
@@ -153,7 +153,7 @@ def parse_options(
     """Returns the options of a command that builds a bundle: `run`, `output` and `assemble_only`."""
     parser = argparse.ArgumentParser(prog=f"python -m tools.demo.{name}", description=description)
     parser.add_argument("--run", type=Path, default=Path(run), help="folder of the run")
-    parser.add_argument("--output", type=Path, default=target, help="the bundle")
+    parser.add_argument("--output", type=Path, default=target, help="bundle to write")
     parser.add_argument("--assemble-only", action="store_true", help="do not train, use the existing weights")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Trains the shipped v1 model from scratch: `python -m tools.demo.build_v1 [--run DIR]`.
 
-It reuses Stage A, the text tower and the image encoder of the shipped v2 model, the encoder rescaled to v1's units,
+It reuses Stage A, the text encoder and the image encoder of the shipped v2 model, the encoder rescaled to v1's units,
 and trains v1's Stages B and C on top (`token_decoder.toml`, `prior_v1.toml`). Everything is stored in fp8. It knows
 only the first things of the demo's vocabulary: it shows that v1's pipeline works, and trains in half an hour.
 """

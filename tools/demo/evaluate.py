@@ -208,8 +208,8 @@ def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluates a model and prints the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", default="demo", help="bundle to evaluate")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default="demo", help="bundle to evaluate (default: demo)")
+    parser.add_argument("--seeds", type=int, default=3, help="images per scene (default: 3)")
     parser.add_argument("--every", type=int, default=1, help="use only every N-th held-out (thing, background) pair")
     parser.add_argument("--schedule", help="of Stage C")
     parser.add_argument("--prior-steps", type=int)

@@ -97,7 +97,7 @@ class LargestFp16(TorchDispatchMode):
         if not (func.is_view or "empty" in func.name()):  # casts (views to torch) and raw memory compute nothing
             for x in tree_leaves(results):
                 if isinstance(x, Tensor) and x.dtype == torch.float16 and x.numel() and not x.is_meta:
-                    unmasked = x.masked_fill(x == -FP16_MAX, 0)  # the text tower's attention mask
+                    unmasked = x.masked_fill(x == -FP16_MAX, 0)  # the text encoder's attention mask
                     self.value = torch.maximum(self.value, unmasked.abs().max().float())
         return results
 
