@@ -71,7 +71,7 @@ def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
 
 
 def trained_tokens() -> set[int]:
-    """Returns the tokens that captions contain, and all single characters: the text encoder was trained on no others."""
+    """Returns the tokens that captions contain, and all single characters: the encoder was trained on no others."""
     words = [tokenize([word])[0] for word in known_words()]
     return {*range(SINGLE_BYTES), *torch.cat(words).flatten().tolist()}
 
