@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -14,7 +13,7 @@ from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, folders, models, vae
-from .model_files import choices, fingerprint, is_v1, open_from, path_of, read_from
+from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import schema
 
@@ -50,7 +49,7 @@ class WuerstchenBundleLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, bundle: str | None) -> Any:
-        return fingerprint(folders.bundle_path, bundle)
+        return fingerprint(bundle and folders.bundle_path(bundle))
 
     @classmethod
     def execute(cls, bundle: str) -> io.NodeOutput:
@@ -85,7 +84,7 @@ class WuerstchenModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, **_: Any) -> Any:
-        return fingerprint(partial(path_of, MODEL_LOADER), model_name)
+        return fingerprint(model_name and find(MODEL_LOADER, model_name)[0])
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, version: str = "auto") -> io.NodeOutput:
@@ -106,7 +105,7 @@ class WuerstchenTokenDecoderLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, **_: Any) -> Any:
-        return fingerprint(partial(path_of, TOKEN_LOADER), model_name)
+        return fingerprint(model_name and find(TOKEN_LOADER, model_name)[0])
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -126,7 +125,7 @@ class WuerstchenCLIPLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> Any:
-        return fingerprint(partial(path_of, CLIP_LOADER), clip_name)
+        return fingerprint(clip_name and find(CLIP_LOADER, clip_name)[0])
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
@@ -149,7 +148,7 @@ class WuerstchenVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None) -> Any:
-        return fingerprint(partial(path_of, VAE_LOADER), vae_name)
+        return fingerprint(vae_name and find(VAE_LOADER, vae_name)[0])
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

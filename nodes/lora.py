@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -39,7 +38,7 @@ class WuerstchenLoraLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> Any:
-        return fingerprint(partial(folders.file_path, FOLDER), lora_name)
+        return fingerprint(lora_name and folders.file_path(FOLDER, lora_name))
 
     @classmethod
     def execute(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,12 @@ def _describe(parts: Iterable[str]) -> str:
     return ", ".join(names).replace("_", " ")
 
 
-def fingerprint(find: Callable[[str], Path], name: str | None) -> Any:
-    """Returns a value that changes with the file; None if another node gives the name, whose changes ComfyUI sees."""
-    if name is None:
+def fingerprint(path: Path | str | None) -> Any:
+    """Returns a value that changes with the file; None without one: another node gives its name, which ComfyUI sees."""
+    if not path:
         return None
-    status = find(name).stat()
-    return name, status.st_mtime_ns, status.st_size
+    status = Path(path).stat()
+    return str(path), status.st_mtime_ns, status.st_size
 
 
 def choices(loader: Loader) -> list[str]:
@@ -69,10 +69,6 @@ def find(loader: Loader, name: str) -> tuple[Path, str | None]:
     if part is None or not bundle or name in folders.file_names(loader.folder):
         return folders.file_path(loader.folder, name), None
     return folders.bundle_path(bundle), TOWERS[0] if part == TEXT_ENCODER else part
-
-
-def path_of(loader: Loader, name: str) -> Path:
-    return find(loader, name)[0]
 
 
 def _wrong_file(name: str, loader: Loader, parts: list[str], foreign: tuple[str, ...]) -> ValueError:

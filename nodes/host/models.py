@@ -161,8 +161,6 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")
-    if hasattr(
-        patcher, "cached_patcher_init"
-    ):  # newer versions copy models with it, for torch.compile and several GPUs
+    if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher
