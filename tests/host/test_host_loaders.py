@@ -223,9 +223,10 @@ def test_no_code_in_a_file_runs(inside: Inside, models: Path) -> None:
 
 
 def test_comfyuis_folder_table_is_unchanged(inside: Inside, models: Path) -> None:
-    status = (models / "diffusion_models" / "prior_original.pt").stat()
+    path = models / "diffusion_models" / "prior_original.pt"
+    status = path.stat()
     assert inside[1]["table unchanged"]
-    assert inside[1]["fingerprint"] == [["prior_original.pt", status.st_mtime_ns, status.st_size], None]
+    assert inside[1]["fingerprint"] == [[str(path), status.st_mtime_ns, status.st_size], None]
 
 
 def test_loading_holds_one_copy_of_the_weights(inside: Inside) -> None:
