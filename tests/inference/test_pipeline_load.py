@@ -31,11 +31,6 @@ TOWER = {"text_encoder": "prior_text_encoder"}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
 def pipe(bundle: Path) -> WuerstchenPipeline:
     return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
 
