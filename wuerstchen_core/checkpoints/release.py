@@ -90,11 +90,12 @@ def _published_as(path: Path, expected: str) -> str | None:
     candidates = [(start, release) for (low, high), start, release in PUBLISHED if low <= size <= high]
     if all(release == expected for _, release in candidates):
         return None
-    checksum = _sha256(path)
+    checksum = _sha256(path, size, path.stat().st_mtime_ns)
     return next((release for start, release in candidates if checksum.startswith(start)), None)
 
 
-def _sha256(path: Path) -> str:
+@lru_cache(maxsize=16)  # a file that was replaced has another size or time of change
+def _sha256(path: Path, size: int, changed: int) -> str:
     checksum = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
