@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import comfy.conds
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.components import tower_name
 from ...wuerstchen_core.common.geometry import prior_side
+from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
 from .diffusion_models import HostPrior
 from .latents import STAGE_C, check_shape
+from .notices import notify
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; ComfyUI's Stable Cascade nodes use it too
 VERSION_KEY = "wuerstchen_version"  # release of the Stage C latents in a LATENT or CONDITIONING
@@ -31,6 +34,11 @@ Area = tuple[int, ...]  # height, width, top, left
 _NO_PRIOR = (
     "Stage B got no Stage C latents: connect Würstchen Decoder Conditioning between its text and its positive input"
 )
+_COMFYUI_KEYS = frozenset(  # of a CONDITIONING, that ComfyUI uses itself or adds for every model
+    "area clip_end_percent clip_start_percent cross_attn default end_percent hooks mask mask_strength model_conds "
+    "pooled_output prompt_type set_area_to_bounds start_percent strength timestep_end timestep_start uuid".split()
+)
+_NETWORKS = {"control": "a ControlNet", "gligen": "GLIGEN boxes"}  # that ComfyUI would run, for nothing
 _SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
 
 
@@ -38,6 +46,24 @@ def _check_batch(stage: str, latents: int, count: int, kind: str) -> None:
     """Raises ValueError unless conditioning can be repeated to the batch: ComfyUI would silently drop the rest."""
     if latents % count:
         raise ValueError(f"{stage} got {latents} empty latents for {count} {kind}: use the same batch size for both")
+
+
+def check_options(stage: str, conditioning: Iterable[Mapping[str, Any]]) -> None:
+    """Checks the options of combined conditionings, set by any node, before a stage is sampled.
+
+    Raises ValueError for networks that the stage cannot use; notifies about what other models read.
+    """
+    keys = set().union(*conditioning)
+    if networks := [name for key, name in _NETWORKS.items() if key in keys]:
+        raise ValueError(
+            f"{stage} of Würstchen cannot use {' and '.join(networks)} in its conditioning: "
+            "remove the node that adds it"
+        )
+    if ignored := sorted(keys - _COMFYUI_KEYS - _NETWORKS.keys() - {PRIOR_KEY, VERSION_KEY}):
+        notify(
+            f"{stage} of Würstchen ignores {listed(ignored)} in its conditioning, which other models read: "
+            "remove the node that adds it"
+        )
 
 
 def text_cond(stage: str, width: int, cond_kwargs: Mapping[str, Any]) -> comfy.conds.CONDRegular:
@@ -100,6 +126,7 @@ def prior_cond(params: DecoderParams, cond_kwargs: Mapping[str, Any]) -> PriorCo
         if cond_kwargs.get("prompt_type") == "positive":
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
+    check_shape(prior.shape, STAGE_C, "Stage B")
     _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     return PriorCond(prior.to(noise.device), (height, width))
 
@@ -128,7 +155,8 @@ def token_cond(
             "Würstchen Text Encode"
         )
     [[states, options]] = conditioning
-    unsupported = [key for key in ("area", "mask", "control", "hooks") if options.get(key) is not None]
+    check_options("Stage B", [options])
+    unsupported = [key for key in ("area", "mask", "hooks") if options.get(key) is not None]
     if (options.get("start_percent", 0.0), options.get("end_percent", 1.0)) != (0.0, 1.0):
         unsupported.append("step range")
     if unsupported:
@@ -180,8 +208,12 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     height, width = sides = noise.shape[-2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
-        if "area" in cond and cond["area"][0] != "percentage":
+        if "area" not in cond:
+            continue
+        if cond["area"][0] != "percentage":
             cond["area"] = scale_area(cond["area"], AREA_PIXELS / pixels)
+        elif len(cond["area"]) == 7:  # a video's: time, height, width and their starts
+            cond["area"] = ("percentage", *cond["area"][2:4], *cond["area"][5:])
     comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, sizes of masks
     for cond in conds:
         if cond.pop("set_area_to_bounds", False) and "mask" in cond:
@@ -203,6 +235,7 @@ def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kw
     guider: Any = sample.class_obj  # type: ignore[attr-defined]
     patcher = guider.model_patcher
     pixels, multiple = patcher.get_model_object("latent_format").spacial_downscale_ratio, patcher.model.area_multiple
+    check_options(patcher.model.stage, chain.from_iterable(guider.conds.values()))
     for name, conds in guider.conds.items():
         guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
     network = patcher.model.diffusion_model

@@ -28,6 +28,7 @@ TEXT_TOKENS = 77
 class StageModel(comfy.model_base.BaseModel):
     """The base of all stages as ComfyUI models."""
 
+    stage: ClassVar[str] = "Stage B"
     network: ClassVar[type[nn.Module]]
     area_multiple = 1  # areas are widened to multiples of this many latents
 
@@ -57,6 +58,7 @@ class StageModel(comfy.model_base.BaseModel):
 class PriorModel(StageModel):
     """Stage C."""
 
+    stage = "Stage C"
     network = HostPrior
 
     @property

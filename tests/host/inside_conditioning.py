@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from conditioning_walk import walk
 from torch import Tensor
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
@@ -117,6 +118,7 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     load_pack()
     from pack.nodes.host import conditioning, models
     from pack.nodes.host.clip import load_clip
+    from pack.nodes.host.vae import load_stage_a
     from pack.nodes.sampling import WuerstchenDecoderConditioning
     from pack.nodes.text import WuerstchenTextEncode
     from pack.wuerstchen_core.checkpoints import read_part
@@ -152,6 +154,8 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     # The upper and the lower half of an image 1216 pixels high (29 rows in Stage C), in ComfyUI's units.
     facts["parts in rows"] = [conditioning.scale_area((76, 8, top, 0), 8 / (128 / 3)) for top in (0, 76)]
 
+    left_mask = torch.zeros(1, 192, 256)
+    left_mask[..., :128] = 1
     for stage, clip in clips.items():
         a, b, long = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (A, B, LONG))
         if stage == "decoder":
@@ -185,6 +189,15 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
                 once(stage, *case)
             except ValueError as error:
                 facts[f"mistake: {name}/{stage}"] = str(error)
+        stage_a = load_stage_a(read_part(bundle, "vqgan"))
+        left_a, left_b = cases["halves"][0][:1], nodes.ConditioningSetMask().append(b, left_mask, "default", 1.0)[0]
+        facts[f"nodes/{stage}"] = walk(
+            # A second text, so that strengths count; both leave half of the image to a default conditioning.
+            lambda positive, negative, stage=stage, left_b=left_b: (
+                once(stage, [*positive, *left_b], negative, 3.0).denoised
+            ),
+            left_a, b, clip, stage_a,
+        )  # fmt: skip
     return tensors, facts
 
 

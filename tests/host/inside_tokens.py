@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from conditioning_walk import walk
 from inside_memory import small_device
 from torch import Tensor
 
@@ -268,6 +269,10 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = runs(sampler) | prior(source)
     tensors["start"] = start_tokens(sampler)
     facts = {"progress": progress(sampler), "mistakes": mistakes(sampler, source)}
+    facts["nodes"] = walk(
+        lambda positive, negative: sampler.generate(steps=1, positive=positive, negative=negative),
+        sampler.inputs()["positive"], [[sampler.empty, {"stable_cascade_prior": sampler.features}]], None, sampler.vae,
+    )  # fmt: skip
     more, facts["loaded in turn"] = evicted(sampler, source)
     return tensors | more, facts
 

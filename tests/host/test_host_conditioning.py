@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bundles import TINY
+from conditioning_walk import DIFFERENT, NOTICE, OWN_ERROR, REFUSED
 from errors import check_error
 from inside_conditioning import LONG, PRIORS, STAGES, A, T
 from safetensors.torch import save_file
@@ -279,3 +280,34 @@ MISTAKES = {  # what the error must name
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_conditioning_is_explained_in_one_line(inside: Inside, mistake: str) -> None:
     check_error(inside[1].get(f"mistake: {mistake}", ""), *MISTAKES[mistake])
+
+
+# ComfyUI's own nodes
+
+WORKS = {
+    "ConditioningAverage", "ConditioningCombine", "ConditioningConcat", "ConditioningMultiply", "ConditioningSetArea",
+    "ConditioningSetAreaPercentage", "ConditioningSetAreaPercentageVideo", "ConditioningSetAreaStrength",
+    "ConditioningSetDefaultCombine", "ConditioningSetMask", "ConditioningSetProperties",
+    "ConditioningSetPropertiesAndCombine", "ConditioningSetTimestepRange", "ConditioningZeroOut",
+    "PairConditioningCombine", "PairConditioningSetDefaultCombine", "PairConditioningSetProperties",
+    "PairConditioningSetPropertiesAndCombine",
+}  # fmt: skip
+REFUSED_NODES = {
+    "ControlNetApply", "ControlNetApplyAdvanced", "ControlNetApplySD3", "ControlNetInpaintingAliMamaApply",
+    "GLIGENTextBoxApply", "StableCascade_StageB_Conditioning",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_conditioning_node_is_ignored_silently(inside: Inside, stage: str) -> None:
+    """Each changes the result, or one sentence says that it cannot; others fail themselves on what is not theirs."""
+    outcomes = inside[1][f"nodes/{stage}"]
+    by_kind: dict[str, set[str]] = {}
+    for name, (kind, sentence) in outcomes.items():
+        by_kind.setdefault(kind, set()).add(name)
+        if kind in (NOTICE, REFUSED):
+            check_error(sentence, {"prior": "Stage C", "decoder": "Stage B"}[stage])
+    assert by_kind[DIFFERENT] == WORKS & outcomes.keys()
+    assert by_kind[REFUSED] == REFUSED_NODES
+    assert by_kind.keys() == {DIFFERENT, NOTICE, REFUSED, OWN_ERROR}
+    assert {"FluxGuidance", "InpaintModelConditioning", "ReferenceLatent", "unCLIPConditioning"} <= by_kind[NOTICE]

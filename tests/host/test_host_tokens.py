@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import SAMPLING_V1, V1, Generate, Graph, find
+from conditioning_walk import DIFFERENT, NOTICE, RAW, REFUSED, SILENT
 from errors import check_error
 from helpers.layouts import clip_of_transformers, encoder_state, original
 from helpers.networks import NETWORKS, PRIOR, TOKEN_DECODER
@@ -185,3 +186,15 @@ def test_loaders_offer_the_parts_of_a_v1_bundle(
     find(v1_graph, "WuerstchenPriorSample")["cfg"] = SAMPLING_V1["prior_guidance"]
     pipeline = WuerstchenPipeline.load(checkpoints / V1, device="cpu", dtype="fp32")
     check_same(generate(v1_graph), pipeline, SAMPLING_V1["prior_guidance"])
+
+
+def test_no_conditioning_node_is_ignored_silently(inside: Inside) -> None:
+    """Of ComfyUI's own nodes, each changes the result, is refused or noted, or fails itself on what is not its own."""
+    outcomes = inside[1]["nodes"]
+    for kind, sentence in outcomes.values():
+        if kind in (NOTICE, REFUSED):
+            check_error(sentence)
+    same_alone = {"ConditioningSetAreaStrength"}  # strengths of one conditioning, the only one here
+    assert {name for name, (kind, _) in outcomes.items() if kind in (SILENT, RAW)} == same_alone
+    assert outcomes["ControlNetApply"][0] == outcomes["ConditioningSetArea"][0] == REFUSED
+    assert outcomes["FluxGuidance"][0] == NOTICE and outcomes["ConditioningConcat"][0] == DIFFERENT
