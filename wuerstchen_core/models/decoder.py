@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class DecoderParams(UNetParams):
     dropout: float = 0.0  # the original trains with 0.1
 
 
-def resize_prior_latents(latents: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_prior_latents(latents: Tensor, size: Sequence[int]) -> Tensor:
     """Resizes Stage C latents to a level's size: bicubic, antialiased, always in fp32."""
     return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True, align_corners=True)
 
@@ -62,15 +63,19 @@ class Decoder(UNet):
 
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Returns maps a and b in fp32, which give the noise (latents - a) / b; shapes as in `forward`."""
-        p, (height, width) = self.params, latents.shape[-2:]
-        sizes = [(height // p.patch_size >> level, width // p.patch_size >> level) for level in range(len(p.c_hidden))]
-        injected = [
-            None if mapper is None else MappedLatents(channels_last(resize_prior_latents(prior_latents, size)), mapper)
-            for mapper, size in zip(self.effnet_mappers, (*sizes, *reversed(sizes)), strict=True)
-        ]
+        p, resized = self.params, {}
+
+        def inject(level: int, x: Tensor) -> MappedLatents | None:
+            mapper, resolution = self.effnet_mappers[level], min(level, 2 * len(p.c_hidden) - 1 - level)
+            if mapper is None:
+                return None
+            if resolution not in resized or resized[resolution].shape[2:] != x.shape[2:]:
+                resized[resolution] = channels_last(resize_prior_latents(prior_latents, x.shape[2:]))
+            return MappedLatents(resized[resolution], mapper)
+
         time = timestep_embedding(t, p.c_r).to(text.dtype)
         text = F.layer_norm(self.clip_mapper(text), (p.c_cond,), eps=EPS)
-        a, b = self.run(latents, time, text, injected).float().chunk(2, dim=1)
+        a, b = self.run(latents, time, text, inject).float().chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def forward(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .attention import AttnBlock, KeysValues
 from .init import init_blocks, xavier_init
 from .layers import ChannelNorm, ResBlock, TimestepBlock, channels_last, timestep_embedding
-from .operations import Operations
+from .operations import Operations, from_namespace
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,11 @@ class Prior(nn.Module):
             operations.Linear(p.c, p.c, **factory),
         )
         self.blocks = nn.ModuleList()
+        attention = from_namespace(operations, AttnBlock)
         for _ in range(p.depth):
             self.blocks.append(ResBlock(p.c, dropout=p.dropout, operations=operations, **factory))
             self.blocks.append(TimestepBlock(p.c, p.c_r, operations, **factory))
-            self.blocks.append(AttnBlock(p.c, p.c, p.nhead, dropout=p.dropout, operations=operations, **factory))
+            self.blocks.append(attention(p.c, p.c, p.nhead, dropout=p.dropout, operations=operations, **factory))
         self.out = nn.Sequential(ChannelNorm(), operations.Conv2d(p.c, p.c_in * 2, kernel_size=1, **factory))
 
     def init_weights(self) -> None:
@@ -78,21 +78,21 @@ class Prior(nn.Module):
         cond = self.cond_mapper(text)
         return tuple(block.keys_values(cond) for block in self.blocks if isinstance(block, AttnBlock))
 
+    def run_block(self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues) -> Tensor:
+        """Runs one of `params.depth` blocks, three layers each, on x [B, c, h, w]."""
+        convolution, modulation, attention = (self.blocks[3 * index + i] for i in range(3))
+        return attention(modulation(convolution(x), time), cond)
+
     def forward(self, latents: Tensor, t: Tensor, text: Tensor | tuple[KeysValues, ...]) -> Tensor:
         """Returns the noise [B, 16, h, w] in latents [B, 16, h, w] at times t [B] in [0, 1].
 
         `text`: text states [B, 77, c_cond], or their `keys_values`.
         """
         x = self.projection(channels_last(latents))
-        conds = repeat(self.cond_mapper(text)) if isinstance(text, Tensor) else iter(text)
+        cond = self.cond_mapper(text) if isinstance(text, Tensor) else None
         time = timestep_embedding(t, self.params.c_r).to(x.dtype)
-        for block in self.blocks:
-            if isinstance(block, AttnBlock):
-                x = block(x, next(conds))
-            elif isinstance(block, TimestepBlock):
-                x = block(x, time)
-            else:
-                x = block(x)
+        for i in range(self.params.depth):
+            x = self.run_block(i, x, time, text[i] if cond is None else cond)
         # In fp32: the noise is divided by a small difference, for which fp16 and bf16 have too few digits.
         a, b = self.out(x).float().chunk(2, dim=1)
         noise = (latents.float() - a) / ((1 - b).abs() + 1e-5)

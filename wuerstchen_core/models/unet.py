@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from ..kernels.mlp import MappedLatents
 from .attention import AttnBlock
 from .init import init_blocks, xavier_init
 from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock, channels_last
+from .operations import from_namespace
 
 
 class UNetParams:
@@ -29,10 +30,32 @@ class UNetParams:
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
 
+Inject = Callable[[int, Tensor], MappedLatents | None]  # from a level and its features [B, c, H, W]
+
+
+class Block(NamedTuple):
+    """One repeat of a level's pattern, or the change to a coarser level: layers `start` to `stop` of a level.
+
+    Blocks are numbered as in other U-Nets: input 0 is the embedding, and the last one before the way up is middle 0.
+    """
+
+    kind: str  # input, middle or output
+    number: int
+    level: int = 0  # down and up again: the coarsest level counts twice
+    start: int = 0
+    stop: int = 0
+    takes_skip: bool = False
+    saves_skip: bool = False
+
+
+EMBEDDING = Block("input", 0)
+
+
 class UNet(nn.Module):
     """The layers that both releases have; subclasses embed the input and the conditioning."""
 
     params: Any
+    blocks: list[Block]
 
     def build(
         self, c_in: int, c_out: int, c_injected: tuple[int, ...], *, v1: bool, operations: Any, **factory: Any
@@ -43,7 +66,7 @@ class UNet(nn.Module):
         """
         p, last = self.params, len(self.params.c_hidden) - 1
         ops = {"operations": operations, **factory}
-        convolution = EarlySkipResBlock if v1 else ResBlock
+        convolution, attention = EarlySkipResBlock if v1 else ResBlock, from_namespace(operations, AttnBlock)
 
         def blocks(level: int, c_skip: int) -> nn.ModuleList:
             """Returns the blocks of one level; the first convolution also takes the skip connection's channels."""
@@ -56,7 +79,7 @@ class UNet(nn.Module):
                     elif kind == "T":
                         out.append(TimestepBlock(c, p.c_r, **ops))
                     elif kind == "A":
-                        out.append(AttnBlock(c, p.c_cond, p.nhead[level], p.self_attn, p.dropout, v1, **ops))
+                        out.append(attention(c, p.c_cond, p.nhead[level], p.self_attn, p.dropout, v1, **ops))
                     elif kind == "F":
                         out.append(FeedForwardBlock(c, p.dropout, **ops))
                     else:
@@ -87,6 +110,23 @@ class UNet(nn.Module):
             operations.Conv2d(p.c_hidden[0], c_out * p.patch_size**2, kernel_size=1, **factory),
             nn.PixelShuffle(p.patch_size),
         )
+        self.blocks = self._list_blocks()
+
+    def _list_blocks(self) -> list[Block]:
+        p, depth, out = self.params, len(self.down_blocks), []
+        numbers = {"input": 1, "middle": 0, "output": 0}
+        for level, layers in enumerate((*self.down_blocks, *self.up_blocks)):
+            resolution = min(level, 2 * depth - 1 - level)
+            first = 1 if 0 < level < depth else 0  # the layer that changes to a coarser level is a block of its own
+            repeats = range(p.blocks[resolution])
+            starts = [0][:first] + [first + repeat * len(p.level_config[resolution]) for repeat in repeats] or [0]
+            for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+                last = stop == len(layers)
+                kind = "output" if level >= depth else "middle" if last and level == depth - 1 else "input"
+                takes_skip, saves_skip = level > depth and not start, last and level < depth - 1
+                out.append(Block(kind, numbers[kind], level, start, stop, takes_skip, saves_skip))
+                numbers[kind] += 1
+        return out
 
     def init_unet(self, mappers: Iterable[Any]) -> None:
         """Initialises the weights as the original does before training; `mappers` map the conditioning."""
@@ -106,28 +146,39 @@ class UNet(nn.Module):
                 f"Stage B's input is {width}x{height}: choose multiples of {multiple} ({multiple * 4} pixels)"
             )
 
-    def run(
-        self, x: Tensor, time: Tensor, cond: Tensor, injected: Sequence[MappedLatents | None] | None = None
-    ) -> Tensor:
+    def join(self, block: Block, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a block's input and the skip connection's channels that join its first convolution."""
+        return x, skip
+
+    def finish(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the next block's input and the skip connection that a level's last block saves."""
+        return x, x
+
+    def run(self, x: Tensor, time: Tensor, cond: Tensor, inject: Inject | None = None) -> Tensor:
         """Maps x [B, c_in, H, W] to [B, c_out, H, W], given time embeddings [B, c_r] and conditioning [B, M, c_cond].
 
-        `injected` has one entry per level, down and up again, which joins all convolutions of the level.
+        `inject` returns what joins all convolutions of a level, numbered down and up again.
         """
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))  # [B, c_hidden[0], H / patch_size, W / patch_size]
-        depth = len(self.down_blocks)
+        x, _ = self.finish(EMBEDDING, x)
+        levels = (*self.down_blocks, *self.up_blocks)
         skips: list[Tensor] = []
-        for i, level in enumerate((*self.down_blocks, *self.up_blocks)):
-            skip = skips.pop() if i > depth else None  # joins the first convolution; the deepest level has none
-            for block in level:
-                if isinstance(block, ResBlock):
-                    x, skip = block(x, skip, injected[i] if injected else None), None
-                elif isinstance(block, AttnBlock):
-                    x = block(x, cond)
-                elif isinstance(block, TimestepBlock):
-                    x = block(x, time)
+        for block in self.blocks:
+            skip = None
+            if block.takes_skip:
+                x, skip = self.join(block, x, skips.pop())
+            for i in range(block.start, block.stop):
+                layer = levels[block.level][i]
+                if isinstance(layer, ResBlock):
+                    x, skip = layer(x, skip, inject and inject(block.level, x)), None
+                elif isinstance(layer, AttnBlock):
+                    x = layer(x, cond)
+                elif isinstance(layer, TimestepBlock):
+                    x = layer(x, time)
                 else:  # feed-forward, or the change of resolution between two levels
-                    x = block(x)
-            if i < depth - 1:
-                skips.append(x)
+                    x = layer(x)
+            x, saved = self.finish(block, x)
+            if block.saves_skip:
+                skips.append(saved)
         return self.clf(x)
