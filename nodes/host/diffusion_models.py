@@ -8,15 +8,19 @@ from typing import Any
 
 import comfy.ops
 import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.kernels.dispatch import HasWeights
 from ...wuerstchen_core.kernels.linear import linear, uses_onednn
-from ...wuerstchen_core.models.attention import Attention
+from ...wuerstchen_core.models.attention import Attention, KeysValues
 from ...wuerstchen_core.models.decoder import Decoder
 from ...wuerstchen_core.models.layers import GlobalResponseNorm
 from ...wuerstchen_core.models.prior import KVCache, Prior
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
+from ...wuerstchen_core.models.unet import Block
+from .network_patches import PatchableAttnBlock, Patches, resized
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
@@ -52,6 +56,7 @@ def castable(operations: Any) -> Any:
     own = {
         "GlobalResponseNorm": CastGlobalResponseNorm,
         "PackedAttention": Attention,
+        "AttnBlock": PatchableAttnBlock,
         "Linear": Linear,
         "Conv2d": Conv2d,
         "Embedding": Embedding,
@@ -60,11 +65,59 @@ def castable(operations: Any) -> Any:
 
 
 class HostNetwork(nn.Module):
-    """Mixin that gives a network of the core the constructor that ComfyUI calls."""
+    """Mixin that gives a network of the core ComfyUI's constructor and arguments, and runs other nodes' patches.
 
-    def __init__(self, params: Any, *, operations: Any, device: Any = None, dtype: Any = None):
+    `predict` calls the core's network with the arguments of `forward`.
+    """
+
+    in_channels: int  # of the latents
+
+    def __init__(self, params: Any, *, operations: Any, device: Any = None, dtype: Any = None, **_: Any):
         super().__init__(params, operations=castable(operations), device=device, dtype=dtype)
         self.dtype = dtype
+        self.patches = Patches()
+        for number, (name, block) in enumerate(self.attention_blocks().items()):
+            block.patches, block.name, block.number = self.patches, f"diffusion_model.{name}", number
+            block.place = self.place(name, number)
+
+    def attention_blocks(self) -> dict[str, PatchableAttnBlock]:
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, PatchableAttnBlock)}
+
+    def place(self, name: str, number: int) -> tuple[str, int]:
+        """Returns an attention block's place in a U-Net, such as `middle` 0, from its name and number."""
+        raise NotImplementedError
+
+    def patch_shape(self, x: Tensor) -> list[int]:
+        """Returns the shape [B, c, H, W] whose H W are the tokens of the finest attention."""
+        raise NotImplementedError
+
+    def blocks_in_words(self) -> str:
+        """Returns the blocks that patches can name, for users."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, timestep: Tensor, context: Tensor, **conds: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conds: Any,
+    ) -> Tensor:
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options or {})
+        if not wrappers:
+            return self._run(x, timestep, context, control, transformer_options, **conds)
+        executor = WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        return executor.execute(x, timestep, context, control, transformer_options, **conds)
+
+    def _run(
+        self, x: Tensor, timestep: Tensor, context: Tensor, control: Any, transformer_options: Any, **conds: Any
+    ) -> Tensor:
+        with self.patches.running(transformer_options, self.patch_shape(x)):
+            return self.predict(x, timestep, context, **conds)
 
 
 class HostPrior(HostNetwork, Prior):
@@ -72,10 +125,40 @@ class HostPrior(HostNetwork, Prior):
 
     kv_cache: KVCache | None = None  # ComfyUI passes the same text in a new tensor at each step
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.kv_cache is None:
-            return super().forward(x, timestep, context)
-        return super().forward(x, timestep, self.kv_cache(context))
+    @property
+    def in_channels(self) -> int:  # type: ignore[override]
+        return self.params.c_in
+
+    def place(self, name: str, number: int) -> tuple[str, int]:
+        middle = self.params.depth // 2
+        if number == middle:
+            return "middle", 0
+        return ("input", number) if number < middle else ("output", number - middle - 1)
+
+    def patch_shape(self, x: Tensor) -> list[int]:
+        return list(x.shape)
+
+    def blocks_in_words(self) -> str:
+        return f"double_block 0 to {self.params.depth - 1}, with attention, called middle 0 at half the depth"
+
+    def predict(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:
+        cached = not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.patches.options is None
+        text = self.kv_cache(context) if cached and self.kv_cache is not None else context
+        return Prior.forward(self, x, timestep, text)
+
+    def run_block(self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues) -> Tensor:
+        replaced = self.patches.replacement("dit", ("double_block", index))
+        if replaced is None:
+            return super().run_block(index, x, time, cond)
+        size = x.shape[2:]
+
+        def original(args: dict[str, Any]) -> dict[str, Any]:
+            out = Prior.run_block(self, index, to_image(args["img"], size), args["vec"], args["txt"])
+            return {**args, "img": to_tokens(out)}
+
+        args = {"img": to_tokens(x), "txt": cond, "vec": time, "pe": None, "attn_mask": None}
+        out = replaced({**args, "transformer_options": self.patches.options}, {"original_block": original})
+        return to_image(out["img"], size)
 
     @contextmanager
     def caching_keys_values(self) -> Iterator[None]:
@@ -87,11 +170,84 @@ class HostPrior(HostNetwork, Prior):
             self.kv_cache = None
 
 
+def to_tokens(x: Tensor) -> Tensor:
+    """Converts [B, c, H, W] to [B, H W, c]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, size: Any) -> Tensor:
+    """Converts [B, H W, c] to [B, c, H, W] of a size (H, W)."""
+    return tokens.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+
+
 class HostStageB(HostNetwork):
     """Mixin for Stage B; ComfyUI passes Stage C's latents under Stable Cascade's name."""
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor, **_: Any) -> Tensor:
-        return super().forward(x, timestep, stable_cascade_prior, context)
+    in_channels = 4
+
+    def place(self, name: str, number: int) -> tuple[str, int]:
+        way, level, layer = name.split(".")
+        depth = len(self.down_blocks)
+        level_number = int(level) + (depth if way == "up_blocks" else 0)
+        return next(
+            (block.kind, block.number)
+            for block in self.blocks
+            if block.level == level_number and block.start <= int(layer) < block.stop
+        )
+
+    def patch_shape(self, x: Tensor) -> list[int]:
+        attended = [int(name.split(".")[1]) for name in self.attention_blocks() if name.startswith("down_blocks")]
+        factor = self.params.patch_size << min(attended, default=0)
+        return [len(x), x.shape[1], *(side // factor for side in x.shape[-2:])]
+
+    def blocks_in_words(self) -> str:
+        last = {block.kind: block.number for block in self.blocks}
+        attended = [f"{kind} {number}" for kind, number in (block.place for block in self.attention_blocks().values())]
+        return (
+            f"input 0 to {last['input']}, middle 0 and output 0 to {last['output']}, with attention in "
+            f"{listed(attended, most=100)}"
+        )
+
+    def predict(
+        self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        return super(HostNetwork, self).forward(x, timestep, stable_cascade_prior, context)
+
+    def join(self, block: Block, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        if self.patches.options is None:
+            return x, skip
+        self.patches.options["block"] = (block.kind, block.number)
+        for patch in self.patches.of("output_block_patch"):
+            x, skip = patch(x, skip, self.patches.options)
+        return resized(x, skip.shape[2:]), skip
+
+    def finish(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        options, whole = self.patches.options, x
+        if options is None:
+            return x, x
+        options["block"] = (block.kind, block.number)
+        if block.kind == "middle":
+            for patch in self.patches.of("middle_block_after_patch"):
+                x = patch({"h": x, "transformer_options": options})["h"]
+        if block.kind != "input":
+            return x, x
+        for patch in self.patches.of("input_block_patch"):
+            x = patch(x, options)
+        saved = x
+        for patch in self.patches.of("input_block_patch_after_skip"):
+            x = patch(x, options)
+        if x.shape != whole.shape:
+            self._check_shrunk(block, x)
+            self.patches.skips.setdefault(block.level, whole)
+        return x, self.patches.skips.get(block.level, saved)
+
+    def _check_shrunk(self, block: Block, x: Tensor) -> None:
+        coarser = 1 << len(self.down_blocks) - 1 - block.level
+        if min(x.shape[2:]) < coarser:
+            raise ValueError(
+                f"a node shrinks Stage B's features at input block {block.number} to {x.shape[3]}x{x.shape[2]}, but "
+                f"the network halves them to {coarser} times less: choose a smaller factor or a larger image"
+            )
 
 
 class HostDecoder(HostStageB, Decoder):  # type: ignore[misc]

@@ -28,11 +28,24 @@ _ROUNDING = 2e-5  # of ComfyUI's schedulers, which compute the first sigma from 
 class WuerstchenSampling(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
     """Würstchen's cosine schedule; tangents instead of cosines keep fp32 precision at both ends."""
 
-    def set_parameters(self, shift: float = 1.0, cosine_s: float = S) -> None:
-        if (shift, cosine_s) != (1.0, S):
-            raise ValueError(f"Würstchen's schedule has shift 1 and offset {S}, not {shift} and {cosine_s}")
+    multiplier = 1.0  # some nodes pass it back to set_parameters
+    noise_scale = 1.0
+
+    def set_parameters(self, shift: float = 1.0, cosine_s: float = S, multiplier: float = 1.0) -> None:
+        if (shift, cosine_s, multiplier) != (1.0, S, 1.0):
+            raise ValueError(
+                f"Würstchen's schedule has shift 1, offset {S}, multiplier 1: {shift}, {cosine_s}, {multiplier}"
+            )
+        self.shift = shift
         self.num_timesteps = TABLE
         self.set_sigmas(self.sigma(torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE).float())
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Multiplies the initial noise."""
+        self.noise_scale = noise_scale
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        return super().noise_scaling(sigma, noise * self.noise_scale, latent_image, max_denoise)
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
         """Returns the sigma of times in [0, 1]: the schedule's, strictly rising, and exact at both ends."""

@@ -16,10 +16,12 @@ from torch import nn
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
 from ...wuerstchen_core.checkpoints.release import release_of_model
+from .attention_scales import with_attention_scales
 from .conditioning import PRIOR_KEY, add_sampling_wrapper, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .model_sampling import WuerstchenSampling
+from .patch_notices import add_patch_notices
 from .sampler_warnings import add_warnings
 
 TEXT_TOKENS = 77
@@ -123,7 +125,8 @@ class StageConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
 
     def __init__(self, name: str, params: Any):
-        super().__init__({"params": params})
+        # Some nodes look for a U-Net's width.
+        super().__init__({"params": params, "model_channels": params.c if name == "prior" else params.c_hidden[0]})
         self.model = MODELS[name]
         self.latent_format = PriorLatents(params) if name == "prior" else DecoderLatents()
 
@@ -163,6 +166,8 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")
+        add_patch_notices(patcher, "Stage C" if part.name == "prior" else "Stage B")
+        patcher.__class__ = with_attention_scales(type(patcher))  # its own constructor may return another class
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -51,7 +51,7 @@ def sample_core(
         if callback is not None:
             callback({"i": step, "x": x, "denoised": denoised, "sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
-    x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x)
+    x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x) * schedule.noise_scale
     x = sample(predict_noise, x, times, draw=draw, sampler=sampler, callback=progress)
     mask = extra_args.get("denoise_mask")
     if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise outside the mask too

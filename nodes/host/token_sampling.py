@@ -67,7 +67,7 @@ def sample_token_stage(
 
     def network(tokens: Tensor, t: Tensor, prior: Tensor, text: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return model.diffusion_model(tokens, t, text, prior).float()
+        return model.diffusion_model(tokens, t, text, stable_cascade_prior=prior).float()
 
     def decode(tokens: Tensor) -> Tensor:
         return embedding(tokens, codebook).movedim(-1, 1).contiguous()

@@ -1,0 +1,53 @@
+"""ComfyUI's attention-multiply nodes, which scale weights called `attn1` (to the image) and `attn2` (to the text).
+
+Würstchen's attention has one set of weights for both. The MODEL lists such names to these nodes and keeps their factors
+in its transformer_options, from which network_patches.py applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from .network_patches import SCALES
+
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class AttentionScales:
+    """Mixin for ComfyUI's patchers."""
+
+    model: Any
+    model_options: dict[str, Any]
+    listing = True
+
+    def _names(self) -> set[str]:
+        blocks = [block.name for block in self.model.diffusion_model.attention_blocks().values()]
+        return {f"{block}.{attn}.{layer}.weight" for block in blocks for attn in ("attn1", "attn2") for layer in LAYERS}
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        state: dict[str, Any] = super().model_state_dict(filter_prefix)  # type: ignore[misc]
+        listed = self.listing and filter_prefix is None
+        return state | dict.fromkeys(self._names()) if listed else state
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        self.listing = False  # weights only, for merging
+        try:
+            return super().get_key_patches(filter_prefix)  # type: ignore[misc]
+        finally:
+            self.listing = True
+
+    def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+        options = self.model_options["transformer_options"]
+        scales = options.get(SCALES, {})
+        scaled = {name: scales.get(name, 1.0) * strength_model for name in self._names() & patches.keys()}
+        if scaled:
+            options[SCALES] = {**scales, **scaled}
+        return [*scaled, *super().add_patches(patches, strength_patch, strength_model)]  # type: ignore[misc]
+
+
+@cache
+def with_attention_scales(kind: type) -> type:
+    """Returns a class of ComfyUI's patchers whose MODELs accept factors of `attn1` and `attn2`."""
+    return type(kind.__name__, (AttentionScales, kind), {})
