@@ -36,10 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         own = item.callspec.params.get("install") if isinstance(item, pytest.Function) else None
         if item.get_closest_marker("newest") and own != latest:
             item.add_marker(pytest.mark.long)
+        if own and _is_variant(own, found) and not item.get_closest_marker("packages"):
+            item.add_marker(pytest.mark.long)
+
+
+def _is_variant(install: Install, found: list[Install]) -> bool:
+    """True if another of the ComfyUIs differs only in its packages, which are those that it requires."""
+    twins = [other for other in found if other.version == install.version and other.has_own_packages]
+    return bool(twins) and install not in twins
 
 
 def _name(install: Install | None) -> str:
-    return install.version if install else "none"
+    return install.name if install else "none"
 
 
 @pytest.fixture(scope="session", params=installs() or [None], ids=_name)
@@ -52,7 +60,7 @@ def install(request: pytest.FixtureRequest) -> Install:
 
 @pytest.fixture(autouse=True)
 def host_version(install: Install, record_property: Callable[[str, Any], None]) -> None:
-    record_property("host_version", install.version)
+    record_property("host_version", install.name)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.error
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,7 +21,7 @@ from wuerstchen_core.demo.vocabulary import Scene, caption
 pytest.importorskip("playwright", reason="playwright is not installed")
 from tools.comfyui.browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.packages]
 
 SMALL_CAT = Scene(23, 2, 1)
 BLUEPRINT = "Wuerstchen text to image"
@@ -77,20 +78,23 @@ def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
     assert page.problems() == []
 
 
-def plain(prompt: dict[str, Any]) -> dict[str, Any]:
-    """Returns a prompt with the node ids inside its subgraph, and with the values of number nodes inserted."""
-    numbers = {key: node["inputs"]["value"] for key, node in prompt.items() if node["class_type"] == "PrimitiveInt"}
+def structure(prompt: dict[str, Any]) -> Counter[Any]:
+    """Returns the nodes of a prompt without their ids, which subgraphs change: each with all nodes before it.
 
-    def value(link: Any) -> Any:
-        if not isinstance(link, list):
-            return link
-        return numbers.get(link[0], [link[0].rpartition(":")[2], link[1]])
+    Nodes that only show images are left out, and the values of number nodes inserted.
+    """
 
-    return {
-        key.rpartition(":")[2]: {**node, "inputs": {name: value(link) for name, link in node["inputs"].items()}}
-        for key, node in prompt.items()
-        if node["class_type"] not in ("PrimitiveInt", "PreviewImage", "SaveImage")
-    }
+    def value(given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        source = prompt[given[0]]
+        return source["inputs"]["value"] if source["class_type"] == "PrimitiveInt" else (tree(source), given[1])
+
+    def tree(node: dict[str, Any]) -> tuple[str, frozenset[Any]]:
+        return node["class_type"], frozenset((name, value(given)) for name, given in node["inputs"].items())
+
+    unused = ("PrimitiveInt", "PreviewImage", "SaveImage")
+    return Counter(tree(node) for node in prompt.values() if node["class_type"] not in unused)
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_the_subgraph_is_the_template_in_one_node(
     page.connect(whole, "image", view, "images")
     assert page.problems() == []
     prompt = page.prompt()
-    assert plain(prompt) == plain(api_form(workflow("text_to_image"), object_info))
+    assert structure(prompt) == structure(api_form(workflow("text_to_image"), object_info))
 
     find(prompt, "WuerstchenBundleLoader")["bundle"] = TINY
     find(prompt, "WuerstchenEmptyLatents").update(width=64, height=64)

@@ -30,6 +30,7 @@ def cells(page: str, heading: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \| .+ \|$", section, re.MULTILINE)
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("node", NODES)
 def test_each_help_page_lists_all_inputs_and_outputs(server: Server, object_info: dict[str, Any], node: str) -> None:
     with urllib.request.urlopen(f"http://{server.address}/extensions/{PACK}/docs/{node}.md", timeout=30) as response:
@@ -45,6 +46,7 @@ def test_each_help_page_belongs_to_a_node() -> None:
     assert {page.stem for page in (REPOSITORY / "web" / "docs").iterdir()} == set(NODES)
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("language", ["en", "de", "zh"])
 def test_comfyui_serves_the_texts_of_every_node(server: Server, language: str) -> None:
     served = server.get("/i18n")[language]["nodeDefs"]
@@ -106,6 +108,7 @@ def test_comfy_import_guard_finds_no_missing_name(install: Install, tmp_path: Pa
     assert [entry["dotted"] for entry in found["breaking"]] == ["comfy.model_patcher.CoreModelPatcher"] * newer
 
 
+@pytest.mark.packages
 def test_the_quick_look_shows_stage_cs_image(server: Server, shipped: dict[str, Any]) -> None:
     """It needs neither Stage B nor a node after it, and has the chosen size."""
     ids = {node["class_type"]: key for key, node in shipped.items()}

@@ -11,6 +11,8 @@ from node_list import NODES, list_inputs
 from tools.comfyui.client import PACK, Server
 from tools.comfyui.graphs import names, workflow
 
+pytestmark = pytest.mark.packages
+
 
 def test_the_pack_is_imported(server: Server, object_info: dict[str, Any]) -> None:
     log = server.log()

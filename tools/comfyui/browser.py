@@ -98,8 +98,10 @@ class Canvas:
         self.page.keyboard.type(words, delay=20)
         self.page.get_by_role("option").filter(has_text=title).first.click()
         self.wait("title => app.graph.nodes.some((node) => node.title === title)", title)
-        node = self.evaluate("title => app.graph.nodes.find((node) => node.title === title).id", title)
-        self.page.mouse.click(*point)  # newer frontends attach the node to the pointer
+        self.page.mouse.click(*point)  # newer frontends attach the node to the pointer until a click gives it an id
+        placed = "title => app.graph.nodes.find(({title: name, id}) => name === title && app.graph.getNodeById(id))?.id"
+        self.wait(placed, title)
+        node = self.evaluate(placed, title)
         self.drag(self.evaluate(POSITION, [node, "title", None]), point)
         return node
 

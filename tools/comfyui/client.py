@@ -16,6 +16,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -42,6 +43,23 @@ class Install:
         text = (self.root / "comfyui_version.py").read_text(encoding="utf-8")
         found = re.search(r'__version__ = "([^"]+)"', text)
         return found[1] if found else "unknown"
+
+    @cached_property
+    def frontend(self) -> str:
+        """The installed frontend's version; "" without the package."""
+        code = "import importlib.metadata as data; print(data.version('comfyui-frontend-package'))"
+        return subprocess.run([self.python, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip()
+
+    @property
+    def has_own_packages(self) -> bool:
+        """True if the frontend is the one that this ComfyUI requires."""
+        requirements = (self.root / "requirements.txt").read_text(encoding="utf-8")
+        return f"comfyui-frontend-package=={self.frontend}" in requirements.split()
+
+    @property
+    def name(self) -> str:
+        """The version, and the frontend's if it is another than this ComfyUI requires."""
+        return self.version if self.has_own_packages else f"{self.version} with frontend {self.frontend}"
 
     @property
     def python(self) -> str:
