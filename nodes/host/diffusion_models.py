@@ -20,7 +20,7 @@ from ...wuerstchen_core.models.layers import GlobalResponseNorm
 from ...wuerstchen_core.models.prior import KVCache, Prior
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
 from ...wuerstchen_core.models.unet import Block
-from .network_patches import PatchableAttnBlock, Patches, resized
+from .network_patches import NamesMissing, PatchableAttnBlock, Patches, resized
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
@@ -64,7 +64,7 @@ def castable(operations: Any) -> Any:
     return type("Operations", (operations,), own)
 
 
-class HostNetwork(nn.Module):
+class HostNetwork(NamesMissing, nn.Module):
     """Mixin that gives a network of the core ComfyUI's constructor and arguments, and runs other nodes' patches.
 
     `predict` calls the core's network with the arguments of `forward`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.diffusion.schedule import ALPHA_BAR_MAX, ALPHA_BAR_MIN, S
+from .network_patches import NamesMissing
 
 # Divisible by 1 to 12, 15, 16, 20, 25, 30, 50 and 60: with these step counts, ComfyUI's `simple` schedule is exact.
 TABLE = 277_200
@@ -25,7 +26,7 @@ _SLOPE = 0.25
 _ROUNDING = 2e-5  # of ComfyUI's schedulers, which compute the first sigma from the largest
 
 
-class WuerstchenSampling(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
+class WuerstchenSampling(NamesMissing, comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
     """Würstchen's cosine schedule; tangents instead of cosines keep fp32 precision at both ends."""
 
     multiplier = 1.0  # some nodes pass it back to set_parameters

@@ -21,7 +21,8 @@ from .conditioning import PRIOR_KEY, add_sampling_wrapper, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .model_sampling import WuerstchenSampling
-from .patch_notices import add_patch_notices
+from .notices import notify
+from .patch_notices import NO_PRIOR, add_patch_notices
 from .sampler_warnings import add_warnings
 
 TEXT_TOKENS = 77
@@ -96,6 +97,8 @@ class DecoderModel(StageModel):
         text, prior = text_cond("Stage B", self.params.clip_embd, kwargs), prior_cond(self.params, kwargs)
         if kwargs.get("prompt_type") == "positive":
             warn_of_other_size(prior.cond.shape, shape)
+        elif kwargs.get(PRIOR_KEY) is None and self.diffusion_model.patches.sampling:  # encoded by another node
+            notify(NO_PRIOR)
         return {"c_crossattn": text, PRIOR_KEY: prior}
 
     def memory_values(self, batch: int, pixels: int) -> float:

@@ -20,6 +20,8 @@ from ...wuerstchen_core.models.attention import AttnBlock, KeysValues
 STG = "stg_self_attn_blocks"  # LTXV's Spatio-Temporal Guidance: numbers of blocks that pass their values on
 OVERRIDE = "optimized_attention_override"
 SCALES = "wuerstchen_attention_scales"  # factors by the name of a weight, from attention_scales.py
+# Keys that only other model families read, set by ScaleROPE, WanAnimate2Cache, ARVideoI2V and LTXVModalityGuidance.
+FOREIGN = {"rope_options", "animate2_cache", "ar_config", "a2v_cross_attn", "v2a_cross_attn"}
 HOOKS = ("patches", "patches_replace", OVERRIDE, STG, SCALES)  # keys of transformer_options that concern the network
 Patch = Callable[..., Any]
 
@@ -30,12 +32,14 @@ class Patches:
     def __init__(self) -> None:
         self.options: dict[str, Any] | None = None  # ComfyUI's transformer_options, or None without any patch
         self.skips: dict[int, Tensor] = {}  # by level: the features before a patch changed their size
+        self.sampling = False  # all conditionings of the sampling node are encoded
         self.found: set[Hashable] = set()
         self.used: set[Hashable] = set()
 
     @contextmanager
     def running(self, options: Mapping[str, Any] | None, shape: Any) -> Iterator[None]:
         """Makes ComfyUI's transformer_options those of the call in the block; `shape` is the finest attention's."""
+        self.found |= FOREIGN & (options or {}).keys()
         if options is None or not any(options.get(key) for key in HOOKS):
             yield
             return
@@ -70,6 +74,18 @@ def _key(block: Any) -> tuple[Any, ...]:
     return tuple(block[:2])  # a third entry is the number of a transformer within the block
 
 
+class NamesMissing:
+    """Mixin for modules of which other nodes read attributes: says that another model has those it lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            raise AttributeError(
+                f"Würstchen's models have no {name!r}: the node that reads it is made for another model family"
+            ) from None
+
+
 class PatchableAttnBlock(AttnBlock):
     """An attention block that runs patches of other nodes.
 
@@ -100,7 +116,8 @@ class PatchableAttnBlock(AttnBlock):
         extra |= {"n_heads": heads, "dim_head": tokens.shape[-1] // heads, "attn_precision": None}
         image, text_keys, text_values = (tokens, tokens, tokens), text, text
         for patch in self.patches.of("attn1_patch"):
-            image = patch(*image, extra)
+            out = patch(*image, extra)
+            image = tuple(map(out.get, "qkv", image)) if isinstance(out, dict) else out  # a dict as in Flux's networks
         text_queries = image[0]
         for patch in self.patches.of("attn2_patch"):
             text_queries, text_keys, text_values = patch(text_queries, text_keys, text_values, extra)
@@ -112,8 +129,7 @@ class PatchableAttnBlock(AttnBlock):
         if len(q) != len(k):  # a patch cut the queries into tiles: as in ComfyUI, each gets a band of the keys
             k, v = (x.reshape(len(q), -1, x.shape[-1]) for x in (k, v))
             text_k, text_v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (text_k, text_v))
-        out = self._joint(q, k, v, text_q, text_k, text_v, extra)
-        out = attention.out(out)
+        out = attention.out(self._joint(q, k, v, text_q, text_k, text_v, extra))
         for patch in self.patches.of("attn1_output_patch"):
             out = patch(out, extra)
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import comfy.model_sampling
@@ -10,12 +10,15 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...wuerstchen_core.common.text import listed
+from .conditioning import PRIOR_KEY
 from .model_sampling import SIGMA_MAX
 from .notices import notify
 
 KEY = "wuerstchen_patches"
-# Keys of transformer_options that other model families read, and the nodes that set them.
-FOREIGN_OPTIONS = {"rope_options": "rotary position embeddings (ScaleROPE)"}
+NO_PRIOR = (
+    "Stage B gets an additional text without Stage C latents, so guidance leads away from the image: connect Würstchen "
+    "Decoder Conditioning to that conditioning too"
+)
 
 
 def add_patch_notices(patcher: Any, stage: str) -> None:
@@ -24,7 +27,7 @@ def add_patch_notices(patcher: Any, stage: str) -> None:
     def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         guider: Any = run.class_obj  # type: ignore[attr-defined]
         network = guider.model_patcher.model.diffusion_model
-        for text in setup_notices(guider, args[1], stage):
+        for text in setup_notices(guider, args[1], noise.shape, stage):
             notify(text)
         network.patches.found, network.patches.used = found, used = set(), set()
         out = run(noise, latent, *args, **kwargs)
@@ -32,11 +35,20 @@ def add_patch_notices(patcher: Any, stage: str) -> None:
             notify(text)
         return out
 
+    def run_sampler(run: Callable[..., Tensor], wrap: Any, *args: Any, **kwargs: Any) -> Tensor:
+        patches = wrap.inner_model.diffusion_model.patches
+        patches.sampling = True
+        try:
+            return run(wrap, *args, **kwargs)
+        finally:
+            patches.sampling = False
+
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, run_sampler)
 
 
-def setup_notices(guider: Any, sigmas: Tensor, stage: str) -> Iterator[str]:
-    """Yields the notices that are known before a run of sigmas [N + 1]."""
+def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int], stage: str) -> Iterator[str]:
+    """Yields the notices known before a run from noise of a shape, along sigmas [N + 1]."""
     schedule = guider.model_patcher.get_model_object("model_sampling")
     options = guider.model_options.get("transformer_options", {})
     if not isinstance(schedule, comfy.model_sampling.StableCascadeSampling):
@@ -50,9 +62,28 @@ def setup_notices(guider: Any, sigmas: Tensor, stage: str) -> Iterator[str]:
             "wrong: use Würstchen Scheduler or BasicScheduler instead of another model's scheduler"
         )
     if getattr(options.get("easycache"), "name", "") == "LazyCache":
-        yield ("LazyCache skips steps of Würstchen that it must not skip, which ruins the image: use EasyCache instead")
-    if names := [name for key, name in FOREIGN_OPTIONS.items() if options.get(key)]:
-        yield f"{stage} has no {listed(names)}: a node that changes them has no effect here"
+        yield "LazyCache skips steps of Würstchen that it must not skip, which ruins the image: use EasyCache instead"
+    handler = guider.model_options.get("context_handler")
+    if handler is not None:
+        yield from _context_notices(handler, shape, stage)
+    if stage == "Stage B":
+        others = [name for name in guider.conds if name not in ("positive", "negative")]
+        if any(PRIOR_KEY not in cond for name in others for cond in guider.conds[name]):
+            yield NO_PRIOR
+
+
+def _context_notices(handler: Any, shape: Sequence[int], stage: str) -> Iterator[str]:
+    """Yields the notice about ComfyUI's context windows; ValueError if they would cut Stage B's latents."""
+    if shape[handler.dim] <= handler.context_length:
+        yield (
+            f"context windows of {handler.context_length} have no effect on latents of {shape[handler.dim]} along "
+            f"dimension {handler.dim}"
+        )
+    elif stage == "Stage B" and handler.dim > 1:
+        raise ValueError(
+            "Stage B cannot be sampled in context windows, whose edges are not those of its blocks and of Stage C's "
+            "latents: use them with Stage C or along the batch (dimension 0), or remove them here"
+        )
 
 
 def unused_notice(network: Any, found: set[Hashable], used: set[Hashable], stage: str) -> str | None:
