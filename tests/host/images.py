@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tools.comfyui.client import Outcome
-from tools.comfyui.graphs import WORKFLOWS
+from tools.comfyui.graphs import picture_file
 from tools.comfyui.workflow_pictures import in_rows
 from tools.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import COLOURS, THINGS, Scene
@@ -44,6 +44,6 @@ def content(judge: Judge, image: Image.Image) -> tuple[str, str]:
 
 def check_image(name: str, outcome: Outcome) -> None:
     """Asserts that a workflow generates the image next to its file."""
-    shipped, generated = Image.open(WORKFLOWS / f"{name}.jpg"), in_rows(outcome.pictures)
+    shipped, generated = Image.open(picture_file(name)), in_rows(outcome.pictures)
     assert shipped.size == generated.size
-    assert difference(shipped, generated) < JPEG, f"{name}.jpg is out of date"
+    assert difference(shipped, generated) < JPEG, f"{picture_file(name).name} is out of date"

@@ -14,7 +14,7 @@ from bundles import TINY, find
 from PIL import Image
 
 from tools.comfyui.client import PACK, Server
-from tools.comfyui.graphs import api_form, workflow
+from tools.comfyui.graphs import api_form, files, workflow
 from tools.demo.judge import Judge
 from wuerstchen_core.demo.vocabulary import Scene, caption
 
@@ -48,7 +48,10 @@ def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
 ) -> None:
     template = workflow("text_to_image")
     page.open_template(PACK, "text_to_image", len(template["nodes"]))
+    assert page.offered == [path.stem for path in files().values()]
     assert page.problems() == []
+    if page.in_app_mode():
+        page.show_canvas()
     assert page.prompt() == api_form(template, object_info)  # all other tests run this
 
     look = page.add_node("Wurst", "Würstchen Quick Look")
@@ -76,6 +79,17 @@ def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
     assert page.prompt() == prompt
     assert shape(page.graph()) == shape(graph)
     assert page.problems() == []
+
+
+def test_the_first_template_is_an_app_for_a_prompt(page: Canvas) -> None:
+    template = workflow("text_to_image")
+    page.open_template(PACK, "text_to_image", len(template["nodes"]))
+    if not page.in_app_mode():
+        pytest.skip("this ComfyUI has no App Mode")
+    page.write(caption(Scene(0, 4, 0)), caption(SMALL_CAT))
+    page.run()
+    pixels = np.asarray(page.app_picture())
+    assert Judge().identify(pixels, SMALL_CAT) == SMALL_CAT
 
 
 def structure(prompt: dict[str, Any]) -> Counter[Any]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
 from typing import Any
 
 import pytest
 from node_list import NODES, list_inputs
 
-from tools.comfyui.client import PACK, Server
-from tools.comfyui.graphs import names, workflow
+from tools.comfyui.client import PACK, REPOSITORY, Server
+from tools.comfyui.graphs import files, names, workflow
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENCODERS = ("WuerstchenTextEncode", "PrimitiveStringMultiline")  # nodes with a prompt
 
 pytestmark = pytest.mark.packages
 
@@ -49,9 +57,41 @@ def test_the_shipped_model_is_the_default_before_the_users_files(object_info: di
 
 
 def test_the_template_browser_lists_the_workflows(server: Server) -> None:
-    assert sorted(server.get("/api/workflow_templates")[PACK]) == names()
-    for name in names():
-        assert server.get(f"/api/workflow_templates/{PACK}/{name}.json") == workflow(name)
+    assert sorted(server.get("/api/workflow_templates")[PACK]) == [path.stem for path in files().values()]
+    for name, path in files().items():
+        assert server.get(f"/api/workflow_templates/{PACK}/{path.stem}.json") == workflow(name)
+
+
+def test_workflow_files_are_numbered_and_begin_with_text_to_image() -> None:
+    for i, (name, path) in enumerate(files().items(), start=1):
+        assert path.name.startswith(f"{i:02}_wuerstchen_{name}.") and path.name.isascii()
+    assert names()[0] == "text_to_image"
+
+
+@pytest.mark.parametrize("name", names())
+def test_workflow_nodes_name_their_pack(object_info: dict[str, Any], name: str) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    pack = project["project"]["name"]
+    least = {pack: project["project"]["version"], "comfy-core": project["tool"]["comfy"]["requires-comfyui"][2:]}
+    for node in workflow(name)["nodes"]:
+        if node["type"] != "MarkdownNote":  # made by the frontend
+            module = object_info[node["type"]]["python_module"]
+            source = pack if PACK in module else "comfy-core"
+            assert node["properties"]["cnr_id"] == source
+            assert node["properties"]["ver"] <= least[source]
+
+
+@pytest.mark.parametrize("name", names())
+def test_app_mode_shows_prompts_and_images(object_info: dict[str, Any], name: str) -> None:
+    graph, opens_as_app = workflow(name), files()[name].name.endswith(".app.json")
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert graph["extra"].get("linearMode", False) is opens_as_app is (name == "text_to_image")
+    shown = graph["extra"]["linearData"]
+    for node, widget in shown["inputs"]:
+        [slot] = [slot for slot in nodes[node]["inputs"] if slot["name"] == widget]
+        assert slot["widget"]["name"] == widget and slot["link"] is None
+    assert any(nodes[node]["type"] in ENCODERS for node, _ in shown["inputs"])
+    assert shown["outputs"] and all(object_info[nodes[node]["type"]]["output_node"] for node in shown["outputs"])
 
 
 @pytest.mark.parametrize("name", names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 from .client import RUN_SECONDS, Server
+from .graphs import files
 
 Point = tuple[float, float]
 
@@ -47,6 +50,10 @@ PROBLEMS = """() => app.graph.nodes
   .filter((node) => node.has_errors || !(node.type in LiteGraph.registered_node_types) || app.lastNodeErrors?.[node.id])
   .map((node) => node.type)"""
 
+# The templates in the dialog, in order.
+TEMPLATES = """() => [...document.querySelectorAll("[data-testid^=template-workflow-]")]
+  .map((card) => card.dataset.testid.replace("template-workflow-", ""))"""
+
 DROP = """([text, name]) => {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const dataTransfer = new DataTransfer();
@@ -68,6 +75,7 @@ class Canvas:
 
     def __init__(self, page: Page):
         self.page = page
+        self.offered: list[str] = []
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
         return self.page.evaluate(script, argument)
@@ -76,12 +84,33 @@ class Canvas:
         self.page.wait_for_function(condition, arg=argument, timeout=WAIT)
 
     def open_template(self, pack: str, name: str, nodes: int) -> None:
-        """Opens a template through the sidebar's button and the dialog, and waits for its nodes."""
+        """Opens a template through the sidebar's button and the dialog, and waits for its nodes.
+
+        `offered` is then the dialog's list of the pack's templates.
+        """
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_text(pack).first.click()
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id(f"template-workflow-{files()[name].stem}").wait_for()
+        self.offered = self.evaluate(TEMPLATES)
+        self.page.get_by_test_id(f"template-workflow-{files()[name].stem}").click()
         self.wait("count => app.graph.nodes.length === count", nodes)
         self.page.get_by_role("dialog").wait_for(state="hidden")
+
+    def in_app_mode(self) -> bool:
+        """True if the frontend shows the inputs and outputs of the workflow instead of the canvas."""
+        return self.page.get_by_test_id("linear-widgets").is_visible()
+
+    def app_picture(self) -> Image.Image:
+        """Returns the picture that App Mode shows after a run."""
+        picture = self.page.locator("img[src*='type=output']").first
+        picture.wait_for()
+        address = picture.evaluate("picture => picture.src")
+        return Image.open(io.BytesIO(self.page.request.get(address).body())).convert("RGB")
+
+    def show_canvas(self) -> None:
+        """Leaves App Mode."""
+        self.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+        self.page.get_by_test_id("linear-widgets").wait_for(state="hidden")
 
     def clear(self) -> None:
         self.evaluate("() => app.graph.clear()")
@@ -123,7 +152,8 @@ class Canvas:
 
     def write(self, old: str, new: str) -> None:
         """Replaces the text of the text field that shows `old`."""
-        [field] = [area for area in self.page.locator("textarea").all() if area.input_value() == old]
+        areas = self.page.locator("textarea").all()
+        [field] = [area for area in areas if area.is_visible() and area.input_value() == old]
         field.click()
         self.page.keyboard.press("Control+A")
         self.page.keyboard.type(new, delay=5)
@@ -172,8 +202,8 @@ class Canvas:
 
 @contextmanager
 def canvas(server: Server, executable: str, locale: str = "en-US") -> Iterator[Canvas]:
-    """Opens a server's page in a browser, without the greeting of a first visit."""
-    server.post("/settings", {"Comfy.TutorialCompleted": True})
+    """Opens a server's page in a browser, without the greetings of a first visit."""
+    server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.OnboardingCoachmarks.Seen": ["appMode"]})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         try:

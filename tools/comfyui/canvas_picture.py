@@ -43,6 +43,8 @@ def main() -> None:
             server.post("/settings", {"Comfy.Minimap.Visible": False})
             with canvas(server, executable) as page:
                 page.open_template(PACK, TEMPLATE, len(workflow(TEMPLATE)["nodes"]))
+                if page.in_app_mode():
+                    page.show_canvas()
                 page.run()
                 page.evaluate(FIT, [CLIP["width"], CLIP["height"]])
                 page.page.wait_for_timeout(8000)  # until the note about the completed run has gone

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,31 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 WORKFLOWS = REPOSITORY / "workflows"
 LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # goes to models/loras for the workflow `lora`
-RELEASED, RELEASED_V1 = "wuerstchen_v2_1024", "wuerstchen_v1_512"  # need weights that do not ship
+RELEASED, RELEASED_V1 = "v2_1024", "v1_512"  # need weights that do not ship
+
+
+def files() -> dict[str, Path]:
+    """Returns the files of the shipped workflows by name, in the order of the template browser.
+
+    Their names are NUMBER_wuerstchen_NAME.json, or NUMBER_wuerstchen_NAME.app.json for one that opens in App Mode.
+    """
+    paths = sorted(WORKFLOWS.glob("*.json"))
+    return {re.sub(r"^\d\d_wuerstchen_|\.app$", "", path.stem): path for path in paths}
 
 
 def names() -> list[str]:
-    """Returns the names of the shipped workflows."""
-    return sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+    """Returns the names of the shipped workflows, in the order of the template browser."""
+    return list(files())
+
+
+def picture_file(name: str) -> Path:
+    """Returns the path of the picture that the template browser shows for a workflow."""
+    return files()[name].with_suffix(".jpg")
 
 
 def workflow(name: str) -> dict[str, Any]:
     """Returns a shipped workflow in the canvas format."""
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(files()[name].read_text(encoding="utf-8"))
 
 
 def api_form(graph: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:

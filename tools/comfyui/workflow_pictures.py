@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from .client import Install, Server, installs
-from .graphs import LORA, RELEASED, RELEASED_V1, WORKFLOWS, api_form, names, workflow
+from .graphs import LORA, RELEASED, RELEASED_V1, api_form, names, picture_file, workflow
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,9 @@ def main(workflows: list[str]) -> None:
                 outcome = server.run(api_form(workflow(name), info))
                 if not outcome.pictures:
                     raise SystemExit(f"{name} failed: {outcome.status} {outcome.error}")
-                in_rows(outcome.pictures).save(WORKFLOWS / f"{name}.jpg", quality=92)
-                logger.info("wrote %s.jpg", name)
+                path = picture_file(name)
+                in_rows(outcome.pictures).save(path, quality=92)
+                logger.info("wrote %s", path.name)
         finally:
             server.stop()
 
