@@ -2,7 +2,7 @@
 
 ComfyUI internals in use:
 - `supported_models_base.BASE`, `model_base.BaseModel`, `latent_formats`, `model_sampling`, `conds`: defining a model
-- `ops.cast_to_input`, `ops.cast_bias_weight`: parameters on another device or in another dtype
+- `model_management.cast_to_device`, `ops.cast_bias_weight`: parameters on another device or in another dtype
 - `model_patcher`: loading and offloading
 - `sd.CLIP`, `sd.VAE`, `sd1_clip`: the objects behind the sockets
 - `sd.load_lora_for_models`: LoRA patches

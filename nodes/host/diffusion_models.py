@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -27,14 +28,19 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
     """Moves its parameters to the input's device and dtype, since ComfyUI's partial load offloads only layers."""
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gamma, beta = (comfy.ops.cast_to_input(parameter, x) for parameter in (self.gamma, self.beta))
-        return gamma, beta
+        cast = comfy.model_management.cast_to_device  # without waiting for the device
+        return cast(self.gamma, x.device, x.dtype), cast(self.beta, x.device, x.dtype)
 
 
 def castable(operations: Any) -> Any:
     """Returns ComfyUI's layer namespace extended by our layers, in a form that ComfyUI can cast and offload."""
 
     class Cast(HasWeights):
+        """Gives kernels the weights. They run on a CPU, so that no stream copies these, which would be released later.
+
+        On other devices ComfyUI's own layers compute, which overlap the copying of offloaded weights with computing.
+        """
+
         def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             weight, bias = comfy.ops.cast_bias_weight(self, x)
             return weight, bias

@@ -3,7 +3,10 @@ test_host_inside.py."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,6 +39,50 @@ def preview(latent_format: Any, x: Tensor) -> Tensor:
     if previewer is None:
         return torch.empty(0)
     return torch.from_numpy(np.array(previewer.decode_latent_to_preview_image("JPEG", x)[1]))
+
+
+class Stream:
+    """A stream that copies offloaded weights, and must wait for their use before it copies the next."""
+
+    def __init__(self) -> None:
+        self.released = 0
+
+    def wait_stream(self, _: Any) -> None:
+        self.released += 1
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@contextmanager
+def counting_casts() -> Iterator[dict[str, int]]:
+    """Counts the weights copied to the device "meta": at once, by a stream, and released by that stream's wait."""
+    import comfy.model_management as management
+    import comfy.ops
+
+    stream, counts = Stream(), {"at once": 0, "by a stream": 0, "released": 0}
+    cast, uncast = comfy.ops.cast_bias_weight, getattr(comfy.ops, "uncast_bias_weight", None)
+    if uncast is None:  # an older ComfyUI
+        yield {}
+        return
+
+    def counted_cast(layer: Any, x: Tensor, **options: Any) -> Any:
+        if x.is_meta and not layer.weight.is_meta:
+            counts["by a stream" if options.get("offloadable") else "at once"] += 1
+        return cast(layer, x, **options)
+
+    def counted_uncast(*cast_weights: Any) -> None:
+        before = stream.released
+        uncast(*cast_weights)
+        counts["released"] += stream.released - before
+
+    with (
+        patch.object(comfy.ops, "cast_bias_weight", counted_cast),
+        patch.object(comfy.ops, "uncast_bias_weight", counted_uncast),
+        patch.object(management, "get_offload_stream", lambda _: stream),
+    ):
+        yield counts
 
 
 def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,7 +126,8 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         partial = comfy.model_patcher.ModelPatcher(patcher.model, load_device=meta, offload_device=torch.device("cpu"))
         partial.patch_model(meta, lowvram_model_memory=60_000)
         facts[f"{stage} offloaded"] = sum(not p.is_meta for p in network.parameters())
-        out = network(*(x.to(meta) for x in inputs[stage][:3]), **{key: x.to(meta) for key, x in extra.items()})
+        with counting_casts() as facts[f"{stage} casts"]:
+            out = network(*(x.to(meta) for x in inputs[stage][:3]), **{key: x.to(meta) for key, x in extra.items()})
         facts[f"{stage} partial"] = list(out.shape)
 
         management.unet_dtype, chosen = (lambda **_: torch.bfloat16), management.unet_dtype

@@ -80,6 +80,15 @@ def test_a_partial_load_computes_on_the_device(inside: Inside, expected: dict[st
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_offloaded_weights_are_copied_by_streams_and_released(inside: Inside, stage: str) -> None:
+    """A stream copies the next layer's weights while the device computes with the last ones."""
+    casts = inside[1][f"{stage} casts"]
+    if not casts:
+        pytest.skip("this ComfyUI's streams are not released")
+    assert casts["at once"] == 0 and casts["by a stream"] == casts["released"] > 10
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_comfyui_casts_weights_in_half_precision(inside: Inside, expected: dict[str, Tensor], stage: str) -> None:
     tensors, facts = inside
     assert facts[f"{stage} half"] == ["torch.bfloat16", "torch.float32"]
