@@ -88,7 +88,7 @@ def _token_decoder(key: Key) -> Prepared:
     cond = _features(key, factory), torch.ones(batch, 77, 1024, **factory)
     tokens = torch.zeros(batch, *[decoder_side(size)] * 2, dtype=torch.long, device="meta")
     t, codebook = torch.full((batch,), 0.5, device="meta"), torch.ones(8192, 4, device="meta")
-    predict = guided(lambda x, t, prior, text: network(x, t, text, prior).float(), cond, cond)
+    predict = guided(lambda x, t, prior, text: network(x, t, text, stable_cascade_prior=prior).float(), cond, cond)
 
     def step() -> None:
         choose(predict(tokens, t, 2.0), TOKEN_MODE, 1.0, codebook, SeededTokenNoise(0, batch))
