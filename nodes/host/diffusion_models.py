@@ -122,7 +122,8 @@ class HostNetwork(NamesMissing, nn.Module):
     def _run(
         self, x: Tensor, timestep: Tensor, context: Tensor, control: Any, transformer_options: Any, **conds: Any
     ) -> Tensor:
-        with self.patches.running(transformer_options, self.patch_shape(x)):
+        inputs = {"x": x, "timesteps": timestep, "context": context, "emb": None, "y": None}
+        with self.patches.running(transformer_options, self.patch_shape(x), inputs):
             return self.predict(x, timestep, context, **conds)
 
 
@@ -234,7 +235,7 @@ class HostStageB(HostNetwork):
         options["block"] = (block.kind, block.number)
         if block.kind == "middle":
             for patch in self.patches.of("middle_block_after_patch"):
-                x = patch({"h": x, "transformer_options": options})["h"]
+                x = patch({**self.patches.inputs, "h": x, "transformer_options": options})["h"]
         if block.kind != "input":
             return x, x
         for patch in self.patches.of("input_block_patch"):

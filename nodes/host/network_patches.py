@@ -20,8 +20,15 @@ from ...wuerstchen_core.models.attention import AttnBlock, KeysValues
 STG = "stg_self_attn_blocks"  # LTXV's Spatio-Temporal Guidance: numbers of blocks that pass their values on
 OVERRIDE = "optimized_attention_override"
 SCALES = "wuerstchen_attention_scales"  # factors by the name of a weight, from attention_scales.py
-# Keys that only other model families read, set by ScaleROPE, WanAnimate2Cache, ARVideoI2V and LTXVModalityGuidance.
-FOREIGN = {"rope_options", "animate2_cache", "ar_config", "a2v_cross_attn", "v2a_cross_attn"}
+# Keys that only other families read; set by ScaleROPE, WanAnimate2Cache, ARVideoI2V, Chroma's and LTXV's nodes.
+FOREIGN = {
+    "rope_options",
+    "animate2_cache",
+    "ar_config",
+    "chroma_radiance_options",
+    "a2v_cross_attn",
+    "v2a_cross_attn",
+}
 HOOKS = ("patches", "patches_replace", OVERRIDE, STG, SCALES)  # keys of transformer_options that concern the network
 Patch = Callable[..., Any]
 
@@ -31,18 +38,23 @@ class Patches:
 
     def __init__(self) -> None:
         self.options: dict[str, Any] | None = None  # ComfyUI's transformer_options, or None without any patch
+        self.inputs: dict[str, Any] = {}  # of the network
         self.skips: dict[int, Tensor] = {}  # by level: the features before a patch changed their size
         self.sampling = False  # all conditionings of the sampling node are encoded
         self.found: set[Hashable] = set()
         self.used: set[Hashable] = set()
 
     @contextmanager
-    def running(self, options: Mapping[str, Any] | None, shape: Any) -> Iterator[None]:
-        """Makes ComfyUI's transformer_options those of the call in the block; `shape` is the finest attention's."""
+    def running(self, options: Mapping[str, Any] | None, shape: Any, inputs: dict[str, Any]) -> Iterator[None]:
+        """Makes ComfyUI's transformer_options those of the call in the block.
+
+        `shape` is that of the finest attention, and `inputs` are the network's.
+        """
         self.found |= FOREIGN & (options or {}).keys()
         if options is None or not any(options.get(key) for key in HOOKS):
             yield
             return
+        self.inputs = inputs
         self.options = {**options, "original_shape": list(shape), "transformer_index": -1}
         self.found |= {name for name, patches in options.get("patches", {}).items() if patches}
         for name, blocks in options.get("patches_replace", {}).items():
@@ -51,7 +63,7 @@ class Patches:
         try:
             yield
         finally:
-            self.options, self.skips = None, {}
+            self.options, self.inputs, self.skips = None, {}, {}
 
     def of(self, name: str) -> list[Patch]:
         """Returns the patches of a name, such as `attn1_patch`."""

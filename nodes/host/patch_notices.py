@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import comfy.model_sampling
+import comfy.utils
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -63,6 +64,10 @@ def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int], stage: str)
         )
     if getattr(options.get("easycache"), "name", "") == "LazyCache":
         yield "LazyCache skips steps of Würstchen that it must not skip, which ruins the image: use EasyCache instead"
+    if "hidream_o1_patch_seam_smoothing" in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}):
+        yield f"a node smooths the seams of HiDream-O1's patches, which {stage} does not have: remove that node"
+    for name in guider.model_patcher.object_patches:
+        _check_exists(guider.model_patcher.model, name)
     handler = guider.model_options.get("context_handler")
     if handler is not None:
         yield from _context_notices(handler, shape, stage)
@@ -70,6 +75,16 @@ def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int], stage: str)
         others = [name for name in guider.conds if name not in ("positive", "negative")]
         if any(PRIOR_KEY not in cond for name in others for cond in guider.conds[name]):
             yield NO_PRIOR
+
+
+def _check_exists(model: Any, name: str) -> None:
+    """Raises ValueError unless a MODEL has the object that a node replaces."""
+    try:
+        comfy.utils.get_attr(model, name)
+    except AttributeError:
+        raise ValueError(
+            f"a node replaces {name}, which Würstchen does not have, since it is made for another model family: remove it"
+        ) from None
 
 
 def _context_notices(handler: Any, shape: Sequence[int], stage: str) -> Iterator[str]:
