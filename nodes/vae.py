@@ -26,7 +26,7 @@ DECODE, ENCODE = title("WuerstchenVAEDecode"), title("WuerstchenImageEncode")
 
 def check_stage_a(vae: Any, node: str) -> None:
     """Raises ValueError unless a VAE is Stage A, loaded by this pack or by ComfyUI."""
-    if (vae.latent_channels, vae.upscale_ratio) != (4, 4):
+    if (getattr(vae, "latent_channels", None), getattr(vae, "upscale_ratio", None)) != (4, 4):
         raise ValueError(f"{node} got a VAE that is not Stage A: connect the vae output of a Würstchen loader")
 
 
@@ -95,6 +95,7 @@ class WuerstchenImageEncode(io.ComfyNode):
             )
         if vae is not None:
             check_stage_a(vae, ENCODE)
+        image_encoder.check_image(image)
         height, width = image.shape[1:3]
         size = legal_size(width, height)
         pixels = opaque(image)

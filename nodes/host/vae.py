@@ -18,7 +18,7 @@ from ...wuerstchen_core.models.image_encoder import semantic_view
 
 
 class SemanticCompressor(nn.Module):
-    """The image encoder with the two methods that ComfyUI calls."""
+    """The image encoder with the method that ComfyUI calls."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -27,15 +27,13 @@ class SemanticCompressor(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder(semantic_view(images))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        raise ValueError("the image encoder only encodes: connect the loader's vae output (Stage A) to decode")
-
 
 class WuerstchenVAE(comfy.sd.VAE):
     """A VAE around one of the core's networks. Its layers are plain torch, so it is loaded as a whole."""
 
     first_stage_model: Any
     codebook: torch.Tensor  # of Stage A
+    smallest = 4  # side of an image in pixels that can be encoded
 
     def __init__(self, network: nn.Module, *, latent_channels: int, ratio: float, dtypes: list[torch.dtype]):
         management, root = comfy.model_management, logging.getLogger()
@@ -46,17 +44,54 @@ class WuerstchenVAE(comfy.sd.VAE):
             root.removeFilter(_is_other_message)
         self.latent_channels = latent_channels
         self.upscale_ratio = self.downscale_ratio = ratio
-        self.process_input = lambda images: images[:, :3]  # drops the alpha channel
+        self.process_input = lambda images: images[:, :3].expand(-1, 3, -1, -1)  # drops the alpha channel
         self.process_output = lambda images: images.clamp_(0.0, 1.0)  # in place: ComfyUI 0.33 ignores the result
         self.working_dtypes = dtypes
         self.disable_offload = True
         self.device = management.vae_device()
         self.output_device = management.intermediate_device()
-        self.vae_dtype = management.vae_dtype(self.device, dtypes)
+        # Options such as --fp16-vae choose others, even on a CPU, whose resizing of images computes in fp32 only.
+        self.vae_dtype = management.vae_dtype(self.device, dtypes) if len(dtypes) > 1 else dtypes[0]
         self.first_stage_model = network.to(self.vae_dtype).eval().requires_grad_(False)
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
         )
+
+    def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_latents(samples_in)
+        return super().decode(samples_in, *args, **kwargs)
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_latents(samples)
+        return super().decode_tiled(samples, *args, **kwargs)
+
+    def encode(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_image(pixel_samples)
+        return super().encode(pixel_samples, *args, **kwargs)
+
+    def encode_tiled(
+        self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **kwargs: Any
+    ) -> Tensor:
+        self.check_image(pixel_samples)
+        overlap = min(overlap, min(tile_x, tile_y) // 4)  # ComfyUI divides by half a tile minus the overlap
+        return super().encode_tiled(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap, **kwargs)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raises ValueError unless latents have the shape [B, c, h, w] that the network decodes."""
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"Stage A decodes Stage B's latents [batch, {self.latent_channels}, height, width], not "
+                f"{list(latents.shape)}: connect the latents of Würstchen Decoder Sample"
+            )
+
+    def check_image(self, images: Tensor) -> None:
+        """Raises ValueError unless images have the shape [B, H, W, 1, 3 or 4] and the least size."""
+        shape = images.shape
+        if len(shape) != 4 or shape[-1] not in (1, 3, 4) or min(shape[1:3]) < self.smallest:
+            raise ValueError(
+                f"Würstchen encodes images [batch, height, width, 1, 3 or 4] of {self.smallest} or more pixels a side, "
+                f"not {list(shape)}: connect another image"
+            )
 
 
 def _is_other_message(record: logging.LogRecord) -> bool:
@@ -67,7 +102,11 @@ def _is_other_message(record: logging.LogRecord) -> bool:
 class SemanticVAE(WuerstchenVAE):
     """The image encoder as a VAE. Its receptive field is large, so images are always encoded whole."""
 
+    smallest = 1
     release: str | None = None  # of the priors and Stage B that its latents fit; None if unknown
+
+    def check_latents(self, latents: Tensor) -> None:
+        raise ValueError("the image encoder only encodes: connect the loader's vae output (Stage A) to decode")
 
     def encode_tiled_(self, pixel_samples: Tensor, *_: Any, **__: Any) -> Tensor:
         pixels = self.process_input(pixel_samples).to(device=self.device, dtype=self.vae_dtype)

@@ -3,6 +3,7 @@ and the expected results (`want/...`)."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -54,6 +55,11 @@ def stage_a(bundle: str) -> Results:
     transparent = picture(64, 64, channels=4)
     [latent] = nodes.VAEEncode().encode(vae, transparent)
     got["encode rgba"], want["encode rgba"] = latent["samples"], encode(transparent[..., :3])
+    grey = picture(64, 64, channels=1)
+    [latent] = nodes.VAEEncode().encode(vae, grey)
+    got["encode grey"], want["encode grey"] = latent["samples"], encode(grey.expand(-1, -1, -1, 3))
+    [latent] = nodes.VAEEncodeTiled().encode(vae, pixels, 64, 32)  # ComfyUI divides by 0: the overlap is half a tile
+    got["encode narrow tiles"], want["encode narrow tiles"] = latent["samples"], encode(pixels)
     for name in ("bf16", "fp16"):
         with patch.object(args, f"{name}_vae", True):
             half = load_stage_a(read_part(bundle, "vqgan"))
@@ -81,10 +87,71 @@ def image_encoder(bundle: str) -> Results:
         want[f"semantic {name}"] = core(semantic_view(pixels[..., :3].movedim(-1, 1)))
     [latent] = nodes.VAEEncodeTiled().encode(vae, picture(*ODD, 2), 64, 32)
     got["semantic tiled"], want["semantic tiled"] = latent["samples"], want["semantic odd"]
+    from comfy.cli_args import args
+
+    for name in ("bf16", "fp16"):  # a CPU cannot resize images in these
+        with patch.object(args, f"{name}_vae", True):
+            half = load_vae(read_part(bundle, "image_encoder"))
+        [latent] = nodes.VAEEncode().encode(half, picture(*ODD, 2))
+        got[f"semantic {name}"], want[f"semantic {name}"] = latent["samples"], want["semantic odd"]
     grey, mask = torch.full((1, *ODD, 3), 0.5), torch.ones(1, *ODD)
     [latent] = nodes.VAEEncodeForInpaint().encode(vae, picture(*ODD), mask)
     got["semantic inpaint"], want["semantic inpaint"] = latent["samples"], core(semantic_view(grey.movedim(-1, 1)))
     return named(got, want), {"semantic mask": list(latent["noise_mask"].shape)}
+
+
+# What is wrong, and what the error must name.
+MISTAKES: dict[str, tuple[str, ...]] = {
+    "stage c": ("Stage B", "[1, 16, 3, 5]", "Würstchen Decoder Sample"),
+    "stage c, tiled": ("Stage B", "[1, 16, 3, 5]", "Würstchen Decoder Sample"),
+    "a video's latents": ("Stage B", "[1, 4, 2, 8, 8]"),
+    "encoder": ("image encoder", "Stage A"),
+    "encoder, tiled": ("image encoder", "Stage A"),
+    "two channels": ("[1, 64, 64, 2]", "image"),
+    "two channels, tiled": ("[1, 64, 64, 2]", "image"),
+    "two channels to the encoder": ("[1, 64, 64, 2]", "image"),
+    "two channels to our node": ("[1, 64, 64, 2]", "image"),
+    "too small": ("[1, 3, 64, 3]", "4 or more pixels"),
+    "another family in our node": ("Stage A", "vae output"),
+    "no VAE in our node": ("Stage A", "vae output"),
+}
+
+
+def mistakes(bundle: str) -> Results:
+    """Gives our VAEs to ComfyUI's nodes, and other VAEs to ours, with what they cannot take; returns the errors."""
+    from pack.nodes.host import vae
+    from pack.nodes.vae import WuerstchenImageEncode, WuerstchenVAEDecode
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    import nodes
+
+    stage_a = vae.load_stage_a(read_part(bundle, "vqgan"))
+    encoder = vae.load_image_encoder(read_part(bundle, "image_encoder"))
+    stage_b, stage_c = ({"samples": seeded(*shape)} for shape in ((1, 4, 8, 8), (1, 16, 3, 5)))
+    flat = picture(64, 64, channels=2)
+    cases = {
+        "stage c": lambda: nodes.VAEDecode().decode(stage_a, stage_c),
+        "stage c, tiled": lambda: nodes.VAEDecodeTiled().decode(stage_a, stage_c, 64, 16),
+        "a video's latents": lambda: nodes.VAEDecode().decode(stage_a, {"samples": seeded(1, 4, 2, 8, 8)}),
+        "encoder": lambda: nodes.VAEDecode().decode(encoder, stage_c),
+        "encoder, tiled": lambda: nodes.VAEDecodeTiled().decode(encoder, stage_b, 64, 16),
+        "two channels": lambda: nodes.VAEEncode().encode(stage_a, flat),
+        "two channels, tiled": lambda: nodes.VAEEncodeTiled().encode(stage_a, flat, 64, 16),
+        "two channels to the encoder": lambda: nodes.VAEEncode().encode(encoder, flat),
+        "two channels to our node": lambda: WuerstchenImageEncode.execute(encoder, flat),
+        "too small": lambda: nodes.VAEEncode().encode(stage_a, picture(3, 64)),
+        "another family in our node": lambda: WuerstchenVAEDecode.execute(
+            SimpleNamespace(latent_channels=16, upscale_ratio=8), stage_b
+        ),
+        "no VAE in our node": lambda: WuerstchenVAEDecode.execute(object(), stage_b),
+    }
+    errors = {}
+    for name, run in cases.items():
+        try:
+            run()
+        except ValueError as error:
+            errors[name] = str(error)
+    return {}, {"mistakes": errors}
 
 
 def inpainting(bundle: str) -> Results:
@@ -141,7 +208,7 @@ def main(bundle: str) -> Results:
     load_pack()
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (stage_a, image_encoder, inpainting):
+    for compute in (stage_a, image_encoder, mistakes, inpainting):
         more, found = compute(bundle)
         tensors |= more
         facts |= found

@@ -1,4 +1,4 @@
-"""Stage A and the image encoder in ComfyUI's VAE nodes: whole, tiled, odd sizes, masks."""
+"""Stage A and the image encoder in ComfyUI's VAE nodes: whole, tiled, odd sizes, masks, mistakes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from bundles import TINY
-from inside_vae import ODD
+from errors import check_error
+from inside_vae import MISTAKES, ODD
 
 from tools.comfyui.client import Inside, Install, run_inside
 
@@ -34,9 +35,12 @@ def error(inside: Inside, name: str) -> float:
         "encode",
         "encode odd",
         "encode rgba",
+        "encode grey",
         "semantic odd",
         "semantic rgba",
         "semantic tiled",
+        "semantic bf16",
+        "semantic fp16",
         "semantic inpaint",
     ],
 )
@@ -53,6 +57,12 @@ def test_tiled_decoding_is_close_to_whole(inside: Inside, tile: str) -> None:
 
 def test_tiled_encoding_is_close_to_whole(inside: Inside) -> None:
     assert error(inside, "encode tiled") < 0.015
+    assert error(inside, "encode narrow tiles") < 0.06
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_explained_in_one_line(inside: Inside, mistake: str) -> None:
+    check_error(inside[1]["mistakes"].get(mistake, ""), *MISTAKES[mistake])
 
 
 def test_stage_a_works_in_half_precision(inside: Inside) -> None:
