@@ -1,17 +1,21 @@
 """Run by ComfyUI's Python, `inside_canvas.py COMFYUI`: loads this pack twice, as ComfyUI does, then its shipped model,
-and prints as JSON what that changed in ComfyUI. For test_host_canvas.py."""
+and prints as JSON what that changed in ComfyUI, and which names it lacks. For test_host_canvas.py."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+
+from host_names import VAE, used_names
 
 from tools.comfyui.in_host import enter
 
@@ -56,6 +60,31 @@ def changes(before: dict[str, Any], modules: dict[str, ModuleType]) -> list[str]
     return sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
 
 
+def exists(name: str) -> bool:
+    """True if a dotted path leads to a module, or to an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            thing: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+def missing_names() -> list[str]:
+    """Returns the names that the pack uses and this ComfyUI lacks."""
+    from comfy.sd import VAE as ComfyVAE
+
+    source = inspect.getsource(ComfyVAE)
+    unread = [f"comfy.sd.VAE().{name}" for name in VAE if not re.search(rf"\bself\.{name}\b(?! = )", source)]
+    return unread + [name for name in used_names() if not exists(name)]
+
+
 def main() -> dict[str, Any]:
     import nodes  # ComfyUI's
 
@@ -75,6 +104,7 @@ def main() -> dict[str, Any]:
     loader = nodes.NODE_CLASS_MAPPINGS["WuerstchenBundleLoader"]
     loader.execute(loader.GET_SCHEMA().inputs[0].default)
     facts["changed"] = changes(before, modules)
+    facts["missing"] = missing_names()
     return facts
 
 

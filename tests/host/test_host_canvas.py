@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from bundles import find
 from errors import check_error
+from host_names import OPTIONAL, used_names
 from images import pixels
 from node_list import NODES, list_inputs
 
@@ -85,6 +86,12 @@ def test_the_pack_imports_no_other_package(facts: dict[str, Any]) -> None:
 def test_nothing_in_comfyui_is_patched(facts: dict[str, Any]) -> None:
     assert facts["watched"] > 50
     assert facts["changed"] == []
+
+
+def test_comfyui_has_every_name_that_the_pack_uses(facts: dict[str, Any]) -> None:
+    names = set(used_names())
+    assert len(names) > 100 and names >= OPTIONAL
+    assert set(facts["missing"]) <= OPTIONAL
 
 
 def test_comfy_import_guard_finds_no_missing_name(install: Install, tmp_path: Path) -> None:
