@@ -14,7 +14,7 @@ METHODS = {
     "comfy.conds.CONDRegular": "_copy_with process_cond",
     "comfy.latent_formats.LatentFormat": "latent_channels scale_factor process_in process_out latent_rgb_factors",
     "comfy.model_base.BaseModel": "extra_conds memory_required get_dtype",
-    "comfy.model_patcher.ModelPatcher": "add_wrapper_with_key cleanup get_model_object patch_model pre_run",
+    "comfy.model_patcher.ModelPatcher": "add_wrapper_with_key cleanup get_model_object pre_run",
     "comfy.model_sampling.StableCascadeSampling": "set_parameters set_sigmas sigma timestep",
     "comfy.patcher_extension.WrapperExecutor": "execute",
     "comfy.sd.CLIP": "encode_from_tokens_scheduled load_sd tokenize",
