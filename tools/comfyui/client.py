@@ -59,7 +59,8 @@ class Install:
     @property
     def name(self) -> str:
         """The version, and the frontend's if it is another than this ComfyUI requires."""
-        return self.version if self.has_own_packages else f"{self.version} with frontend {self.frontend}"
+        own = self.has_own_packages or not self.frontend
+        return self.version if own else f"{self.version} with frontend {self.frontend}"
 
     @property
     def python(self) -> str:
