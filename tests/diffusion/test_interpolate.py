@@ -71,7 +71,8 @@ def test_one_pixel_masks_every_cell_that_it_touches(pixel: tuple[int, int], cell
     assert sorted(map(tuple, latent_mask(mask, 3, 3)[0, 0].nonzero().tolist())) == cells
 
 
-def test_masks_are_hard() -> None:
+def test_a_cell_is_as_white_as_the_whitest_pixel_in_it() -> None:
     soft = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
-    assert latent_mask(soft, 16, 16)[0, 0, 0].tolist() == [0.0] * 8 + [1.0] * 8
+    assert torch.equal(latent_mask(soft, 16, 16)[0, 0, 0], soft[0, 0, 0, 3::4])
+    assert latent_mask(soft[..., :2, 31:33], 4, 8)[0, 0, 0, 2:-1].diff().gt(0).all()  # interpolated
     assert latent_mask(torch.ones(2, 1, 64, 64), 2, 2).all() and not latent_mask(torch.zeros(2, 1, 64, 64), 2, 2).any()

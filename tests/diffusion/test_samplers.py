@@ -108,6 +108,17 @@ def test_a_mask_keeps_the_rest_of_the_picture(name: str) -> None:
     assert torch.equal(masked[..., 3:], free[..., 3:])
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.8])
+def test_a_soft_mask_mixes_the_picture_and_the_prediction_by_its_value(name: str, value: float) -> None:
+    picture, known, x = (torch.randn(2, 4, 6, 6) for _ in range(3))
+    times, mask = linear_times(7, start=0.7), torch.full((1, 1, 6, 6), value)
+    start = diffuse(picture, times[:1].expand(2), x)
+    run = {"draw": seeded_noise(0, 2), "sampler": name, "init": picture, "mask": mask, "kept_noise": x}
+    out = sample(oracle(known), start, times, **run)
+    torch.testing.assert_close(out, known * value + picture * (1 - value), rtol=0, atol=1e-4)
+
+
 DEVIATION = 0.5  # of Gaussian pictures with mean 0, for which the solution of the probability-flow ODE is known
 
 

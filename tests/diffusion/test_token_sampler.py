@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_renoising_as_in_training(golden: Golden) -> None:
     assert torch.equal(replaced.long(), paella["out/noise_mask"])
 
 
-def sample_columns(mode: str = "multinomial", seed: int = 5, pictures: int = 2, **masked: Tensor) -> Tensor:
+def sample_columns(mode: str = "multinomial", seed: int = 5, pictures: int = 2, **more: Any) -> Tensor:
     """Samples 4 steps with a model that prefers token = column."""
     draw = SeededTokenNoise(seed, pictures)
     noise = draw.tokens(16, 8, 12)
@@ -95,7 +96,7 @@ def sample_columns(mode: str = "multinomial", seed: int = 5, pictures: int = 2, 
     times, line = torch.linspace(1, 0, 5), [1.0] * 4
     codebook = torch.linspace(-1, 1, 16)[:, None].expand(16, 4)
     run = partial(sample_tokens, model, noise, times, noise=noise, draw=draw, codebook=codebook)
-    return run(scales=line, temperatures=line, mode=mode, **masked)
+    return run(scales=line, temperatures=line, mode=mode, **more)
 
 
 @pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
@@ -119,8 +120,19 @@ def test_the_mask_keeps_the_rest() -> None:
     out = sample_columns("argmax", init=init, mask=mask)
     assert (out[:, :, :6] == 15).all()
     assert torch.equal(out[:, :, 6:], torch.arange(6, 12).expand(2, 8, 6))
+    assert torch.equal(sample_columns("argmax", init=init, mask=mask.float()), out)
     with pytest.raises(ValueError, match="init and mask"):
         sample_columns(init=init)
+
+
+def test_a_masks_value_is_the_time_until_which_a_token_is_kept() -> None:
+    """The steps are at times 1, 0.75, 0.5 and 0.25."""
+    seen: list[Tensor] = []
+    mask = torch.tensor([0.2, 0.25, 0.6, 1.0]).repeat_interleave(3).expand(2, 8, 12)
+    init = torch.full((2, 8, 12), 15)
+    callback = lambda step, steps, tokens, chosen: seen.append((chosen[0, 0, ::3] == 15).tolist())  # noqa: E731
+    sample_columns("argmax", init=init, mask=mask, callback=callback)
+    assert seen == [[True, True, True, False]] * 2 + [[True, True, False, False], [True, False, False, False]]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:

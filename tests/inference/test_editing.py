@@ -143,9 +143,23 @@ def test_the_rest_of_the_picture_is_exact(pipe: WuerstchenPipeline, picture: Ima
     values, own = np.asarray(mask), pixels([picture])[0]
     assert np.array_equal(done[values == 0], own[values == 0])
     assert np.array_equal(done[values == 255], raw[values == 255])
-    soft = values == 64
-    assert np.abs(done[soft] - (own[soft] * 191 + raw[soft] * 64) / 255).max() <= 1
+    edge, grey = values == 64, values == 64
+    edge[:, 52:], grey[:, :52] = False, False
+    assert np.abs(done[edge] - (own[edge] * 191 + raw[edge] * 64) / 255).max() <= 1  # its cells are white
+    assert np.array_equal(done[grey], raw[grey])  # its latents are mixed already
     assert np.abs(done - own)[values == 255].max() > ROUNDING
+
+
+def test_a_grey_mask_keeps_a_part_of_the_latents(
+    pipe: WuerstchenPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask, results = Image.new("L", SIZE, 200), []
+    kept, grey = latents_of(
+        monkeypatch, lambda: results.extend(pipe.inpaint(picture, mask, PROMPT, seed=3, composite=False))
+    )
+    [white] = latents_of(monkeypatch, lambda: pipe.inpaint(picture, Image.new("L", SIZE, 255), PROMPT, seed=3))
+    assert not torch.equal(grey, kept) and not torch.equal(grey, white)
+    assert np.array_equal(pixels(pipe.inpaint(picture, mask, PROMPT, seed=3)), pixels(results))  # not mixed again
 
 
 def test_a_full_mask_keeps_nothing(pipe: WuerstchenPipeline, picture: Image.Image) -> None:

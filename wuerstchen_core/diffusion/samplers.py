@@ -23,6 +23,12 @@ def predict_x0(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (x - (1 - signal).sqrt() * noise) / signal.sqrt()
 
 
+def noise_in(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Returns the noise that turned x0 into x; the inverse of `predict_x0`."""
+    signal = expand(alpha_bar(t), x)
+    return (x - signal.sqrt() * x0) / (1 - signal).sqrt()
+
+
 def ddpm_step(x: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, draw: NoiseSource) -> Tensor:
     """Ancestral step (arXiv 2006.11239, algorithm 2); adds no noise where t_next is 0."""
     signal, signal_next = expand(alpha_bar(t), x), expand(alpha_bar(t_next), x)
@@ -107,21 +113,32 @@ def sample(
     """Samples x [B, ...] along times [N + 1] with one of SAMPLERS, whose steps take their noise from `draw`.
 
     For image to image start from x = diffuse(picture, times[0], noise). With `init` (a clean x) and `mask`
-    (1: generate, 0: keep), the kept part is `init` noised to the time of each step: by `kept_noise` in all steps, as
-    ComfyUI does it, or by new noise from `draw`, as the original does. Raises ValueError for an unknown sampler.
+    (1: generate, 0: keep), the kept part is `init` noised to the time of each step: by new noise from `draw`, as the
+    original does, or by `kept_noise` in all steps, as ComfyUI does. Then a mask between 0 and 1 mixes `init` into the
+    denoiser's input and into its prediction. Raises ValueError for an unknown sampler.
     """
     if (init is None) != (mask is None):
         raise ValueError("init and mask belong together: give both or neither")
     check_choice("sampler", sampler, SAMPLERS)
     step, steps = SAMPLERS[sampler](), len(times) - 1
+    x0: Tensor | None = None
     for i in range(steps):
         t, t_next = (times[j].to(x.device).expand(x.shape[0]) for j in (i, i + 1))
-        if init is not None and mask is not None:
-            x = x * mask + diffuse(init, t, draw(x) if kept_noise is None else kept_noise) * (1 - mask)
-        noise = denoiser(x, t)
+        if init is None or mask is None:
+            noise = denoiser(x, t)
+        elif kept_noise is None:
+            x = x * mask + diffuse(init, t, draw(x)) * (1 - mask)
+            noise = denoiser(x, t)
+        else:
+            mixed = x * mask + diffuse(init, t, kept_noise) * (1 - mask)
+            noise = denoiser(mixed, t)
+            x0 = predict_x0(mixed, noise, t) * mask + init * (1 - mask)
+            noise = torch.where(mask == 1, noise, noise_in(x, x0, t))
         previous, x = x, step(x, noise, t, t_next, draw)
         if callback is not None:
             callback(i, steps, x, predict_x0(previous, noise, t))
+    if x0 is not None and mask is not None and not times[-1]:  # exactly, without the last step's trace of noise
+        x = torch.where(mask == 1, x, x0)
     return x
 
 

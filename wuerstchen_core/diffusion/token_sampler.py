@@ -85,7 +85,8 @@ def sample_tokens(
 
     Each step chooses all tokens, with its own scale and temperature, and then replaces a fraction t of them by `noise`
     (the same in all steps). The last step does not, nor do those from `renoise_steps` on. From step `quantised_from`
-    on the mode is "quantised". With `init` and `mask` [B, H, W] (true: generate), the other tokens stay `init`.
+    on the mode is "quantised". With `init` and `mask` [B, H, W] (1: generate, 0: keep), a token stays `init` in the
+    steps at times above its mask's value: the value is the strength of image to image there.
     """
     if (init is None) != (mask is None):
         raise ValueError("init and mask belong together: give both or neither")
@@ -97,7 +98,7 @@ def sample_tokens(
         now = "quantised" if quantised_from is not None and i >= quantised_from else mode
         chosen = choose(logits, now, temperatures[i], codebook, draw)
         if init is not None and mask is not None:
-            chosen = torch.where(mask, chosen, init)
+            chosen = torch.where(mask >= t[:, None, None], chosen, init)
         previous, tokens = tokens, chosen
         if i < renoise_steps:
             tokens, _ = renoise(chosen, noise, t_next, draw.uniform(chosen))

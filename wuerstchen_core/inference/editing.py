@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate as resize
 
 from ..diffusion.interpolate import TOKEN, check_fraction, slerp
-from ..diffusion.masks import MASK_THRESHOLD, latent_mask
+from ..diffusion.masks import latent_mask
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
 from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
@@ -104,13 +105,14 @@ def inpaint(
     composite: bool = True,
     **options: Unpack[EditOptions],
 ) -> list[Image.Image]:
-    """Replaces the part of a picture where the mask is white; black is kept.
+    """Replaces the part of a picture where the mask is white; black is kept, grey is mixed.
 
     The mask must have the picture's size. The results have it too, unless a side is above 2048 pixels: then both are
     scaled down. Stage C generates each of its cells (42.67 pixels) that the mask touches, Stage B follows the mask to
-    4 pixels: replace whole things, not details finer than a cell. With `composite` the unmasked part has its original
-    pixels (blended where the mask is grey), otherwise it is their reconstruction. `strength` and `options` as in
-    `variations`.
+    4 pixels: replace whole things, not details finer than a cell. A cell is as white as the mask's whitest pixel in it;
+    a grey one mixes the latents of picture and result in each step, and in v1's Stage B is image to image of that
+    strength. With `composite` the unmasked part has its original pixels, otherwise it is their reconstruction.
+    `strength` and `options` as in `variations`.
     """
     pixels, mask_pixels = read_masked(image, mask)
     return _edit(model, pixels, mask_pixels, prompt, strength, composite, **options)
@@ -223,7 +225,7 @@ def _edit(
     run: dict[str, Any] = {"seed": seed, "callback": callback}
     init = encode_pixels(model, canvas).expand(count, -1, -1, -1)
     grid = None if mask is None else pad_to_legal(mask).to(model.device)
-    if grid is not None and bool((grid >= MASK_THRESHOLD).all()):
+    if grid is not None and bool((grid == 1).all()):
         grid = None
     cells = None if grid is None else latent_mask(grid, *init.shape[-2:])
     features = sample_prior(
@@ -238,6 +240,9 @@ def _edit(
     notify(callback, "picture")
     if mask is None or not composite:
         return images
+    if cells is not None:  # Stage B has mixed the latents of grey cells already
+        height, width = mask.shape[-2:]
+        mask = mask / resize(cells.to(mask), canvas.shape[-2:])[..., :height, :width].clamp(min=1e-6)
     [picture], [blend] = to_pictures(pixels), to_pictures(mask)
     return [Image.composite(image, picture, blend) for image in images]
 

@@ -16,7 +16,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..common.geometry import LARGEST, MULTIPLE, check_size, nearest_legal
-from ..diffusion.masks import MASK_THRESHOLD
 
 Picture = str | PathLike[str] | Image.Image
 
@@ -90,7 +89,7 @@ def read_masked(picture: Picture, mask: Picture) -> tuple[Tensor, Tensor]:
             f"{opened.width}x{opened.height}: give a mask of the picture's size"
         )
     mask_pixels = to_pixels(opened_mask)
-    if not (mask_pixels >= MASK_THRESHOLD).any():
+    if not mask_pixels.any():
         raise ValueError("the mask is empty: make the part to generate white, the part to keep black")
     if max(opened.size) > LARGEST:
         scale = LARGEST / max(opened.size)

@@ -98,7 +98,7 @@ def sample_prior(
 
     Guidance leads away from the text states `negative` (default: those of ""). With the features `init` of a picture,
     sampling starts from them, noised to `strength` (0 returns them, 1 ignores them), and keeps them where `mask`
-    [B, 1, h, w] is 0. Picture i has seed `seed` + i, or `seed[i]`.
+    [B, 1, h, w] is 0, or a part of them where it is below 1. Picture i has seed `seed` + i, or `seed[i]`.
     """
     prior: Prior = model.require("prior")
     times = strength_times(sampling.prior_times(), strength)
@@ -148,7 +148,7 @@ def sample_decoder(
     """Runs Stage B: features [B, 16, h, w] and text states [B, 77 n, c] to Stage A latents [B, 4, H/4, W/4].
 
     Latents are in codebook units. Guidance leads away from zero features and the text states `negative` (default: those
-    of ""). Latents `init` are kept where `mask` [B, 1, H/4, W/4] is 0. Seeds as in `sample_prior`.
+    of ""). Latents `init` and `mask` [B, 1, H/4, W/4] as in `sample_prior`, seeds too.
     """
     vqgan: VQGAN = model.require("vqgan")
     decoder: Decoder | TokenDecoder = model.token_decoder or model.require("decoder")
@@ -176,7 +176,7 @@ def sample_decoder(
             temperatures=sampling.temperatures(),
             mode=sampling.token_mode,
             init=None if init is None else vqgan.quantize(init).indices,
-            mask=None if mask is None else (mask > 0).squeeze(1).expand_as(tokens),
+            mask=None if mask is None else mask.squeeze(1).expand(tokens.shape),
             callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
         )
         return vqgan.indices_to_latents(tokens)
