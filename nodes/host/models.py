@@ -20,6 +20,7 @@ from .attention_scales import with_attention_scales
 from .conditioning import PRIOR_KEY, add_sampling_wrapper, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
+from .masks import widen_masks
 from .model_sampling import WuerstchenSampling
 from .notices import notify
 from .patch_notices import NO_PRIOR, add_patch_notices
@@ -56,6 +57,9 @@ class StageModel(comfy.model_base.BaseModel):
     def get_dtype_inference(self) -> torch.dtype:
         """Returns the computation's dtype; ComfyUI 0.3.64 has no such method."""
         return self.get_dtype() if self.manual_cast_dtype is None else self.manual_cast_dtype
+
+
+widen_masks(StageModel)
 
 
 class PriorModel(StageModel):

@@ -41,11 +41,15 @@ def sample_core(
     draw = draw or seeded_noise((extra_args["seed"] + 1) % (LARGEST_SEED - len(x)), len(x))
     times = torch.where(sigmas > 0, schedule.timestep(sigmas), torch.zeros_like(sigmas))
 
+    step_sigmas, denoised = iter(sigmas), x
+
     def predict_noise(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal denoised
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = schedule.sigma(t)
+        sigma = next(step_sigmas).expand(len(x))  # exact, since DifferentialDiffusion compares it to the first
         scaled = x * (1 + expand(sigma, x) ** 2).sqrt()
-        return (scaled - model(scaled, sigma, **extra_args)) / expand(sigma, x)
+        denoised = model(scaled, sigma, **extra_args)
+        return (scaled - denoised) / expand(sigma, x)
 
     def progress(step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         if callback is not None:
@@ -54,8 +58,8 @@ def sample_core(
     x = x / (1 + sigmas[0] ** 2).sqrt() if start is None else start.to(x) * schedule.noise_scale
     x = sample(predict_noise, x, times, draw=draw, sampler=sampler, callback=progress)
     mask = extra_args.get("denoise_mask")
-    if mask is not None and sigmas[-1] == 0:  # the last step leaves a trace of noise outside the mask too
-        x = torch.lerp(model.latent_image, x, mask)
+    if mask is not None and sigmas[-1] == 0:  # without the last step's trace of noise; ComfyUI has mixed `denoised`
+        x = torch.where(mask == 1, x, denoised)
     return x * (1 + sigmas[-1] ** 2).sqrt()  # ComfyUI's form of leftover noise, for a second run
 
 

@@ -10,7 +10,6 @@ import latent_preview
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ...wuerstchen_core.diffusion.masks import latent_mask
 from ...wuerstchen_core.diffusion.samplers import guided
 from ...wuerstchen_core.diffusion.schedule import strength_times
 from ...wuerstchen_core.diffusion.token_sampler import SeededTokenNoise, renoise, sample_tokens
@@ -18,6 +17,7 @@ from ...wuerstchen_core.inference.settings import SamplingSettings
 from ...wuerstchen_core.models.layers import nearest_codes
 from .conditioning import token_cond
 from .latents import STAGE_B, check_shape
+from .masks import grid_mask
 
 
 def codebook_of(vae: Any, labels: int) -> Tensor:
@@ -48,7 +48,7 @@ def sample_token_stage(
 
     `sampling` has steps, guidance, temperatures and mode. Below a `denoise` of 1, it starts from the latents' nearest
     tokens, with that fraction of them random; at 0 the latents are returned as they are. Tokens outside the latent's
-    mask are kept.
+    mask are kept, and those where it is below 1 in the first steps: its value is the denoise there.
     """
     samples = latent["samples"]
     model, device = patcher.model, patcher.load_device
@@ -107,9 +107,9 @@ def sample_token_stage(
 
 
 def _token_mask(latent: dict[str, Any], samples: Tensor) -> Tensor | None:
-    """Returns the tokens [B, H, W] to regenerate; None for all."""
+    """Returns the mask [B, H, W] of the tokens; None if there is none."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None
-    mask = latent_mask(mask.reshape(-1, 1, *mask.shape[-2:]), *samples.shape[-2:])
-    return comfy.utils.repeat_to_batch_size(mask, len(samples))[:, 0].bool().to(samples.device)
+    mask = grid_mask(mask, samples.shape[-2:])
+    return comfy.utils.repeat_to_batch_size(mask, len(samples))[:, 0].to(samples.device)

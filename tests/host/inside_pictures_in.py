@@ -18,6 +18,7 @@ Results = tuple[dict[str, Tensor], dict[str, Any]]
 
 SIZES = {"as it is": (128, 192), "odd": (70, 101), "one pixel": (1, 1), "very wide": (10, 20_000)}  # height, width
 STRENGTH, CFG, STEPS, SEED = 0.6, 2.0, 4, 3
+SOFT = 0.6  # of a mask; the steps are at times 1, 0.75, 0.5 and 0.25
 
 
 class Bundle:
@@ -164,6 +165,97 @@ def strength(bundle: Bundle) -> Results:
     return tensors, {}
 
 
+def kept_until(time: float, picture: Tensor, denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a denoiser that predicts the picture at times above `time`."""
+    from pack.wuerstchen_core.diffusion.samplers import noise_in
+
+    return lambda x, t: denoiser(x, t) if t[0] <= time else noise_in(x, picture, t)
+
+
+def masks(bundle: Bundle) -> Results:
+    """Samples both stages with masks in pixels: with our nodes and the core, then with ComfyUI's sampler and ours."""
+    import comfy.sample
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+    from pack.nodes.host.conditioning import PRIOR_KEY
+    from pack.nodes.host.sampling import sampler_object, stage_sigmas
+    from pack.nodes.sampling import WuerstchenDecoderSample, WuerstchenPriorSample
+    from pack.wuerstchen_core.diffusion.masks import latent_mask
+    from pack.wuerstchen_core.diffusion.samplers import guided, sample, seeded_noise
+    from pack.wuerstchen_core.diffusion.schedule import diffuse, linear_times, strength_times
+
+    import nodes
+
+    features, latents, height, width = seeded(1, 16, 3, 5), seeded(1, 4, 32, 48), 128, 192
+    thin = torch.zeros(1, height, width)
+    thin[..., 100:102] = 1
+    cases = {
+        "kept": torch.zeros(1, height, width),
+        "soft": torch.full((1, height, width), SOFT),
+        "feathered": torch.linspace(-0.3, 1.3, width).clamp(0, 1).expand(1, height, width),
+        "thin": thin,
+        "free": torch.ones(1, height, width),
+    }
+    prior_text, text = [[bundle.text, {}]], [[bundle.decoder_text, {PRIOR_KEY: features}]]
+
+    def with_prior(model: Any, latent: Any, denoise: float = 1.0) -> Tensor:
+        arguments = (model, prior_text, prior_text, latent, "linear", STEPS, 1.0, SEED, denoise)
+        return WuerstchenPriorSample.execute(*arguments).args[0]["samples"]
+
+    def with_decoder(model: Any, latent: Any, denoise: float = 1.0) -> Tensor:
+        arguments = (model, text, latent, STEPS, 1.0, SEED, None, denoise)
+        return WuerstchenDecoderSample.execute(*arguments).args[0]["samples"]
+
+    stages = {
+        "prior": (with_prior, bundle.prior, prior_text, features, guided(bundle.core.prior, *[(bundle.text,)] * 2)),
+        "decoder": (
+            with_decoder,
+            bundle.decoder,
+            text,
+            latents,
+            guided(bundle.core.decoder, *[(features, bundle.decoder_text)] * 2),
+        ),
+    }
+    tensors, facts = {}, {}
+    for name, (run, model, cond, x, denoiser) in stages.items():
+        [differential] = DifferentialDiffusion.execute(model).args
+        form, times = model.get_model_object("latent_format"), strength_times(linear_times(STEPS), STRENGTH)
+        inner, outer = form.process_in, form.process_out
+        for case, mask in cases.items():
+            [latent] = nodes.SetLatentNoiseMask().set_mask({"samples": x}, mask)
+            cells = latent_mask(mask[None], *x.shape[-2:])
+            draw = seeded_noise(SEED, 1)
+            noise = draw(x)
+            start = diffuse(inner(x), times[:1], noise)
+            core = sample(denoiser, start, times, draw=draw, init=inner(x), mask=cells, kept_noise=noise)
+            tensors[f"want/{name} {case}"] = torch.where(cells > 0, outer(core), x)
+            tensors[f"got/{name} {case}"] = run(model, latent, STRENGTH)
+            for patcher in (model, differential):
+                stock = nodes.common_ksampler(patcher, SEED, STEPS, 1.0, "euler", "simple", cond, cond, latent)[0]
+                ours = comfy.sample.sample_custom(
+                    patcher,
+                    comfy.sample.prepare_noise(x, SEED),
+                    1.0,
+                    sampler_object("ddim"),
+                    stage_sigmas(patcher, linear_times(STEPS)),
+                    cond,
+                    cond,
+                    x,
+                    noise_mask=latent["noise_mask"],
+                    seed=SEED,
+                )
+                change = (stock["samples"] - x).square().mean().sqrt()
+                difference = (ours - stock["samples"]).square().mean().sqrt()
+                key = f"{name} {case}" + (" differential" if patcher is differential else "")
+                facts[f"change/{key}"], facts[f"difference/{key}"] = float(change), float(difference)
+        # With DifferentialDiffusion a soft mask keeps the image in the steps at times above its value.
+        seen: list[Tensor] = []
+        draw, until = seeded_noise(SEED, 1), kept_until(SOFT, inner(x), denoiser)
+        sample(until, draw(x), linear_times(STEPS), draw=draw, callback=lambda *step, seen=seen: seen.append(step[3]))
+        tensors[f"want/{name} differential"] = outer(seen[-1])
+        tensors[f"got/{name} differential"] = run(differential, {"samples": x, "noise_mask": cases["soft"]})
+    return tensors, {"masks": facts}
+
+
 def reading(bundle: Bundle) -> Results:
     """Counts how often Stage C maps its texts in a run, without and with hooks that patch weights between the steps."""
     import comfy.hooks
@@ -286,7 +378,7 @@ def main(path: str) -> Results:
     bundle = Bundle(path)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (encode, saved, strength, reading, interpolation, mistakes):
+    for compute in (encode, saved, strength, masks, reading, interpolation, mistakes):
         more, found = compute(bundle)
         tensors |= more
         facts |= found

@@ -119,6 +119,10 @@ def runs(sampler: Sampler) -> dict[str, Tensor]:
     tensors["got/masked"] = sampler.generate(stage_b=masked)
     cells = mask[:, None, ::4, ::4].expand(BATCH, -1, -1, -1)
     tensors["want/masked"] = sampler.core_result({}, init=sampler.picture, mask=cells)
+    soft = mask * 0 + 0.6
+    tensors["got/soft mask"] = sampler.generate(stage_b={"samples": sampler.picture, "noise_mask": soft})
+    cells = torch.full((BATCH, 1, *SIZE), 0.6)
+    tensors["want/soft mask"] = sampler.core_result({}, init=sampler.picture, mask=cells)
     tensors["kept"] = sampler.core.vqgan.quantize(sampler.picture).latents[..., :8]
     tensors["got/ignored"] = sampler.generate(stage_b={"samples": sampler.picture})
     tensors["want/ignored"] = tensors["want/multinomial"]

@@ -36,14 +36,14 @@ def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPat
     return run_inside(install, "inside_tokens.py", tmp_path_factory.mktemp("tokens"), checkpoints / V1)
 
 
-@pytest.mark.parametrize("run", [*RUNS, "the second alone", "masked", "ignored", "as it is", "evicted"])
+@pytest.mark.parametrize("run", [*RUNS, "the second alone", "masked", "soft mask", "ignored", "as it is", "evicted"])
 def test_the_same_seed_gives_the_cores_tokens(inside: Inside, run: str) -> None:
     tensors, _ = inside
     assert torch.equal(tensors[f"got/{run}"], tensors[f"want/{run}"])
 
 
 def test_every_setting_changes_the_result(inside: Inside) -> None:
-    results = [inside[0][f"got/{run}"] for run in (*RUNS, "masked")]
+    results = [inside[0][f"got/{run}"] for run in (*RUNS, "masked", "soft mask")]
     for i, one in enumerate(results):
         assert all(not torch.equal(one, other) for other in results[:i])
         assert not torch.equal(one[0], one[1])
