@@ -22,6 +22,7 @@ from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latent
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
 from .diffusion_models import HostPrior
 from .latents import STAGE_C, check_shape
+from .masks import grid_mask
 from .notices import notify
 
 PRIOR_KEY = "stable_cascade_prior"  # Stage C latents in a CONDITIONING; ComfyUI's Stable Cascade nodes use it too
@@ -204,17 +205,19 @@ def _mask_bounds(mask: Tensor) -> Area:
 
 
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
-    """Converts the areas of conditionings, set by any node, to latents of this stage."""
+    """Converts the areas and masks of conditionings, set by any node, to latents of this stage."""
     height, width = sides = noise.shape[-2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
+        if "mask" in cond:
+            cond["mask"] = grid_mask(cond["mask"], sides)[:, 0]
         if "area" not in cond:
             continue
         if cond["area"][0] != "percentage":
             cond["area"] = scale_area(cond["area"], AREA_PIXELS / pixels)
         elif len(cond["area"]) == 7:  # a video's: time, height, width and their starts
             cond["area"] = ("percentage", *cond["area"][2:4], *cond["area"][5:])
-    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages, sizes of masks
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, sides, noise.device)  # percentages
     for cond in conds:
         if cond.pop("set_area_to_bounds", False) and "mask" in cond:
             cond["area"] = _mask_bounds(cond["mask"])  # ComfyUI's are at least 8 latents: 341 pixels in Stage C
@@ -224,9 +227,9 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
 
 
 def add_sampling_wrapper(patcher: Any) -> None:
-    """Makes a MODEL convert areas to its own latents, and a prior compute each text's keys and values once per run.
+    """Makes a MODEL convert areas and masks to its own latents, and a prior compute keys and values once per run.
 
-    ComfyUI assumes 8 pixels per latent, and crops areas that Stage B cannot halve.
+    ComfyUI assumes 8 pixels per latent, crops areas that Stage B cannot halve, and loses masks thinner than a cell.
     """
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen", _outer_sample)
 

@@ -32,6 +32,7 @@ TEXTS = {
 X = {"prior": (2, 16, 6, 9), "decoder": (2, 4, 48, 64)}  # Stage B: 192 x 256 pixels
 PRIORS = (2, 16, 5, 6)
 T = 0.5
+THIN = 65  # column of a mask, in pixels
 HALF = (0.0, 0.0, 0.5, 1.0)  # fractions of the image: x, y, width, height
 ODD = (0.25, 0.3, 0.3, 0.35)  # not a size that Stage B can halve
 PIXELS = (128, 64, 128, 128)  # x, y, width, height
@@ -62,6 +63,11 @@ def conditionings(nodes: Any, a: Any, b: Any, long: Any) -> dict[str, tuple[Any,
         area = "mask bounds" if bounds else "default"
         return nodes.ConditioningSetMask().append(cond, mask, area, strength)[0]
 
+    def thin(cond: Any) -> Any:
+        mask = torch.zeros(1, 192, 256)
+        mask[..., THIN] = 1.0
+        return nodes.ConditioningSetMask().append(cond, mask, "default", 1.0)[0]
+
     def area(cond: Any, x: float, y: float, width: float, height: float) -> Any:
         return nodes.ConditioningSetAreaPercentage().append(cond, width, height, x, y, 1.0)[0]
 
@@ -78,6 +84,7 @@ def conditionings(nodes: Any, a: Any, b: Any, long: Any) -> dict[str, tuple[Any,
         "since earlier": (combine(when(a, 0.0, 0.49), when(b, 0.49, 1.0))[0], b, 1.0),
         "halves": (combine(masked(a, True), masked(b, False))[0], b, 1.0),
         "mask over all": (combine(masked(a, True, 0.5), b)[0], b, 1.0),
+        "thin mask": (combine(thin(a), b)[0], b, 1.0),
         "bounds": (masked(a, False, 1.0, True), b, 1.0),
         "area": (area(a, *HALF), b, 1.0),
         "odd area": (area(a, *ODD), b, 1.0),

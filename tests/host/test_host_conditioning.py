@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from bundles import TINY
 from conditioning_walk import DIFFERENT, NOTICE, OWN_ERROR, REFUSED
 from errors import check_error
-from inside_conditioning import LONG, PRIORS, STAGES, A, T
+from inside_conditioning import LONG, PRIORS, STAGES, THIN, A, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints import load_decoder, load_prior, load_text_encoder
+from wuerstchen_core.diffusion.masks import latent_mask
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_whole
@@ -182,7 +182,7 @@ class OneCall:
         """Returns the mask of the left or right half at the size of the latents."""
         mask = torch.full((1, 1, 192, 256), float(left))
         mask[..., 128:] = float(not left)
-        return F.interpolate(mask, size=self.found(case).shape[-2:], mode="bilinear")
+        return latent_mask(mask, *self.found(case).shape[-2:])
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,15 @@ WHOLE: dict[str, Callable[[OneCall, str], Tensor]] = {
     "strengths": lambda one, case: (3 * one(case, one.a) + one(case, one.b)) / 4,
     "until later": lambda one, case: one(case, one.a),
     "since earlier": lambda one, case: one(case, one.b),
-    "halves": lambda one, case: one.side(case, True) * one(case, one.a) + one.side(case, False) * one(case, one.b),
+    "halves": lambda one, case: (
+        (one.side(case, True) * one(case, one.a) + one.side(case, False) * one(case, one.b))
+        / (one.side(case, True) + one.side(case, False))
+    ),
+    "thin mask": lambda one, case: torch.where(
+        torch.arange(one.found(case).shape[-1]) == THIN * one.found(case).shape[-1] // 256,
+        (one(case, one.a) + one(case, one.b)) / 2,
+        one(case, one.b),
+    ),
     "mask over all": lambda one, case: (
         (one.side(case, True) * one(case, one.a) + 2 * one(case, one.b)) / (one.side(case, True) + 2)
     ),
