@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from ..wuerstchen_core.common.geometry import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
 from .host.latents import CHANNELS, NAMES, PIXELS, STAGE_B, STAGE_C, check_shape
+from .host.notices import notify
 from .schema import schema
-
-logger = logging.getLogger(__name__)
 
 TAG = "wuerstchen"  # key of a LATENT: the stage that it belongs to
 
@@ -72,7 +70,7 @@ class WuerstchenEmptyLatents(io.ComfyNode):
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
         legal = nearest_legal(width), nearest_legal(height)
         if legal != (width, height):
-            logger.warning(
+            notify(
                 f"Würstchen generates {legal[0]}x{legal[1]} instead of {width}x{height} pixels: "
                 f"sides are multiples of {MULTIPLE} up to {LARGEST}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -10,9 +9,8 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.demo.vocabulary import unknown_words_note
 from .host.clip import metadata_of
+from .host.notices import notify
 from .schema import schema
-
-logger = logging.getLogger(__name__)
 
 _EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of the prompt
 
@@ -37,6 +35,6 @@ class WuerstchenTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, prior_clip: Any, decoder_clip: Any, text: str) -> io.NodeOutput:
         if note := unknown_words_note([_EMBEDDING.sub(" ", text)], metadata_of(prior_clip), reported=set()):
-            logger.warning(note)
+            notify(note)
         states = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for clip in (prior_clip, decoder_clip))
         return io.NodeOutput(*states)

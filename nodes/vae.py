@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from ..wuerstchen_core.common.geometry import LARGEST, MULTIPLE
 from ..wuerstchen_core.diffusion.masks import latent_mask
 from ..wuerstchen_core.inference.images import legal_size, read_pixels, to_pictures, to_pixels
 from .host.conditioning import VERSION_KEY
+from .host.notices import notify
 from .host.vae import SemanticVAE
 from .latents import STAGE_B, STAGE_C, check_latent, empty_latents, tagged
 from .schema import schema, title
-
-logger = logging.getLogger(__name__)
 
 DECODE, ENCODE = title("WuerstchenVAEDecode"), title("WuerstchenImageEncode")
 
@@ -100,7 +98,7 @@ class WuerstchenImageEncode(io.ComfyNode):
         size = legal_size(width, height)
         pixels = opaque(image)
         if size != (width, height):
-            logger.warning(
+            notify(
                 f"Würstchen scaled and cropped an image of {width}x{height} pixels to {size[0]}x{size[1]}: "
                 f"sides are multiples of {MULTIPLE} up to {LARGEST}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import comfy.latent_formats
@@ -11,9 +10,8 @@ from torch import Tensor
 from ...wuerstchen_core.common.geometry import LARGEST, prior_side
 from ...wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from ...wuerstchen_core.models.vqgan import VQGANParams
+from .notices import notify
 from .previews import preview_factors
-
-logger = logging.getLogger(__name__)
 
 STAGE_C, STAGE_B = "stage_c", "stage_b"
 NAMES = {STAGE_C: "Stage C", STAGE_B: "Stage B"}
@@ -80,7 +78,7 @@ def check_shape(shape: Sequence[int], stage: str, node: str, multiple: int = 1) 
 
 
 def warn_of_other_size(prior: Sequence[int], decoder: Sequence[int]) -> None:
-    """Logs a warning if Stage C's latents are of an image 1.5 times as large or as small as Stage B's.
+    """Notifies if Stage C's latents are of an image 1.5 times as large or as small as Stage B's.
 
     It is legal, and usually caused by a node for empty latents that counts 8 pixels per latent.
     """
@@ -88,7 +86,7 @@ def warn_of_other_size(prior: Sequence[int], decoder: Sequence[int]) -> None:
     pixels = [round(side * PIXELS[STAGE_B]) for side in decoder[2:]]
     ratios = [side / other for side, other in zip(prior_pixels, pixels, strict=True)]
     if max(ratios) > 1.5 or min(ratios) < 1 / 1.5:
-        logger.warning(
+        notify(
             f"Würstchen's Stage B generates {pixels[1]}x{pixels[0]} pixels from Stage C latents of about "
             f"{prior_pixels[1]}x{prior_pixels[0]}: use one {EMPTY_LATENTS} for both stages, unless this is intended"
         )

@@ -18,6 +18,7 @@ from ...wuerstchen_core.checkpoints.weight_files import read_file_metadata, read
 from ...wuerstchen_core.checkpoints.writer import write_tensors
 from ...wuerstchen_core.common.text import listed
 from .models import PriorModel, StageModel
+from .notices import notify
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def apply_lora(
 ) -> tuple[Any, Any, dict[str, Tensor]]:
     """Returns a MODEL and a CLIP (or None) with a LoRA file applied, and the file's tensors under ComfyUI's keys.
 
-    A strength of 0 leaves its object unchanged. Logs one line about keys that do not fit; raises ValueError if nothing
+    A strength of 0 leaves its object unchanged. Notifies of keys that do not fit; raises ValueError if nothing
     fits the MODEL or the CLIP.
     """
     if not isinstance(model.model, StageModel):
@@ -43,7 +44,7 @@ def apply_lora(
     prefix = None if clip is None else _text_prefix(clip)
     text = Fit(lora.text, {}, {}) if prefix is None else fit(lora.text, _shapes(clip.cond_stage_model, prefix))
     _check(path.name, lora, network, text, model, clip)
-    _log_unused(path.name, lora, network, text, without_clip=clip is None)
+    _notify_unused(path.name, lora, network, text, without_clip=clip is None)
     changes = _with_prefix(network.fitting, NETWORK)
     text_changes = {} if prefix is None else _with_prefix(text.fitting, f"text_encoders.{prefix}")
     if strength_model and changes:
@@ -99,8 +100,8 @@ def _check(name: str, lora: Lora, network: Fit, text: Fit, model: Any, clip: Any
         raise ValueError(f"{name} changes only the text encoder: connect the prior clip output of a Würstchen loader")
 
 
-def _log_unused(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bool) -> None:
-    """Logs one line about what a LoRA holds but the MODEL and CLIP cannot use."""
+def _notify_unused(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bool) -> None:
+    """Notifies of what a LoRA holds but the MODEL and CLIP cannot use."""
     absent = [*keys_of(network.absent), *keys_of(text.absent), *lora.unknown]
     misshaped = [*keys_of(network.misshaped), *keys_of(text.misshaped)]
     unused = []
@@ -113,7 +114,7 @@ def _log_unused(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bo
     if lora.embeddings:
         unused.append(f"{len(lora.embeddings)} bundled embeddings ({listed(lora.embeddings)}; not part of a LoRA)")
     if unused:
-        logger.warning(f"{name}: ignored {'; '.join(unused)}")
+        notify(f"{name}: ignored {'; '.join(unused)}")
 
 
 def write_converted(path: Path, state: Mapping[str, Tensor]) -> Path:

@@ -33,6 +33,7 @@ class StageModel(comfy.model_base.BaseModel):
     """The base of all stages as ComfyUI models."""
 
     stage: ClassVar[str] = "Stage B"
+    trained: tuple[float, float] | None = None  # the sides of a prior's training images in pixels
     network: ClassVar[type[nn.Module]]
     area_multiple = 1  # areas are widened to multiples of this many latents
 
@@ -170,6 +171,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
         state_dict = {key: x.to(dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
+    model.trained = part.trained
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")

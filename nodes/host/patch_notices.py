@@ -83,7 +83,8 @@ def _check_exists(model: Any, name: str) -> None:
         comfy.utils.get_attr(model, name)
     except AttributeError:
         raise ValueError(
-            f"a node replaces {name}, which Würstchen does not have, since it is made for another model family: remove it"
+            f"a node replaces {name}, which Würstchen does not have, since it is made for another model family: "
+            "remove it"
         ) from None
 
 

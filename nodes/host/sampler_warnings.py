@@ -1,15 +1,15 @@
-"""Warns once per loaded model about sampler settings of ComfyUI that are known to harm the image."""
+"""Notices about sampler settings of ComfyUI and image sizes that are known to harm the image."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from ...wuerstchen_core.common.geometry import size_note
+from .notices import notify
 
 KEY = "wuerstchen_warnings"
 
@@ -38,15 +38,15 @@ NOT_FINITE = (
 
 
 def add_warnings(patcher: Any, ancestral: bool) -> None:
-    """Makes a MODEL log each of its warnings once; `ancestral`: it is Stage B, which needs noise in its steps."""
-    logged: set[str] = set()  # shared with the patcher's clones
+    """Makes a MODEL notify of its warnings at each sampling; `ancestral`: it is Stage B, which needs noise in steps."""
 
     def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sampler, sigmas = args[:2]
-        text = warning(sampler, sigmas, ancestral)
-        if text and text not in logged:
-            logged.add(text)
-            logger.warning(text)
+        if text := warning(sampler, sigmas, ancestral):
+            notify(text)
+        trained = run.class_obj.model_patcher.model.trained  # type: ignore[attr-defined]
+        if trained and (text := size_note(trained, *noise.shape[-2:])):
+            notify(text)
         return run(noise, latent, *args, **kwargs)
 
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)

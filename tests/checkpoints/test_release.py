@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import describe, load_prior, read_part, release
 from wuerstchen_core.checkpoints.open import open_source
-from wuerstchen_core.models.prior import V1
+from wuerstchen_core.checkpoints.release import trained_sides, with_units
+from wuerstchen_core.common.geometry import prior_side, size_note
+from wuerstchen_core.models.prior import V1, PriorParams
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,35 @@ def test_stage_b_in_the_same_file_decides(
 def test_a_prior_of_width_1280_is_always_v2(states: dict[str, State], tmp_path: Path) -> None:
     save_file(states["prior"], tmp_path / "prior.safetensors")
     assert units(read_part(tmp_path / "prior.safetensors", "prior", "v1")) == V2_UNITS
+
+
+def test_the_sides_of_training_images_are_the_releases_and_the_metadatas() -> None:
+    small, at_256 = PriorParams(c=64, depth=2), {"sampling": {"width": 256, "height": 256}}
+    assert trained_sides(small, {}) is None
+    assert trained_sides(small, at_256) == (256, 256)
+    assert trained_sides(PriorParams(), {}) == (1024, 1536)
+    assert trained_sides(with_units(PriorParams(c_cond=1024), "v1"), {}) == (512, 512)
+    assert trained_sides(PriorParams(), {"sampling": {"width": 768, "height": 768}}) == (768, 1536)
+
+
+@pytest.mark.parametrize(
+    ("trained", "width", "height", "sound"),
+    [
+        ((256, 256), 256, 256, True),
+        ((256, 256), 256, 384, True),
+        ((256, 256), 192, 192, True),
+        ((256, 256), 384, 384, False),
+        ((256, 256), 512, 512, False),
+        ((256, 256), 128, 128, False),
+        ((1024, 1536), 1024, 1024, True),
+        ((1024, 1536), 1536, 1536, True),
+        ((1024, 1536), 2048, 1024, True),
+        ((1024, 1536), 512, 512, False),
+        ((1024, 1536), 2048, 2048, False),
+    ],
+)
+def test_sizes_near_the_training_images_are_sound(
+    trained: tuple[float, float], width: int, height: int, sound: bool
+) -> None:
+    note = size_note(trained, prior_side(height), prior_side(width))
+    assert (note is None) == sound

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def warnings(load: Callable[[str], Nodes]) -> list[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pack.nodes.host.sampler_warnings").addHandler(handler)
+    logging.getLogger("pack.nodes.host.notices").addHandler(handler)
 
     def lines(nodes: Nodes, sampler: Any, *sigmas: float) -> list[str]:
         messages.clear()
@@ -221,7 +222,7 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.nodes.sampling import WuerstchenSampler
     from pack.wuerstchen_core.checkpoints import read_part
 
-    parts = {stage: read_part(bundle, stage) for stage in STAGES}
+    parts = {stage: replace(read_part(bundle, stage), trained=None) for stage in STAGES}  # no notices about sizes
     widths = {"prior": parts["prior"].params.c_cond, "decoder": parts["decoder"].params.clip_embd}
 
     def load(stage: str) -> Nodes:

@@ -137,6 +137,31 @@ def test_an_illegal_size_is_rounded_with_a_warning(graph: Graph, generate: Gener
     assert outcome.pictures[0].size == (320, 64)
     [line] = [line for line in outcome.log.splitlines() if "300x72" in line]
     assert "320x64" in line
+    [text] = [outcome.texts[key] for key, node in graph.items() if node["class_type"] == "WuerstchenEmptyLatents"]
+    assert "320x64" in text and line.endswith(text.removeprefix("⚠ "))
+
+
+def test_a_size_that_the_model_was_not_trained_for_is_named_at_each_run(graph: Graph, generate: Generate) -> None:
+    """On *Würstchen Prior Sample* and KSampler, also in a subgraph, and not for sizes near the default."""
+    size, sample = find(graph, "WuerstchenEmptyLatents"), find(graph, "WuerstchenPriorSample")
+    key = next(key for key, node in graph.items() if node["class_type"] == "WuerstchenPriorSample")
+    size.update(width=512, height=512)
+    for seed in (1, 2):
+        sample["seed"] = seed
+        texts = generate(graph).texts
+        assert list(texts) == [key] and "512x512" in texts[key] and "222x222" in texts[key]
+    inputs = {"latent_image": sample["stage_c"], "sampler_name": "ddpm", "scheduler": "simple", "denoise": 1.0}
+    kept = {name: sample[name] for name in ("model", "positive", "negative", "seed", "cfg")}
+    inner = {"class_type": "KSampler", "inputs": {**kept, **inputs, "steps": 2}}
+    outer = {name: node for name, node in graph.items() if name != key}
+    for node in outer.values():
+        for name, value in node["inputs"].items():
+            if value == [key, 0]:
+                node["inputs"][name] = ["90:91", 0]
+    texts = generate({**outer, "90:91": inner}).texts
+    assert texts["90:91"] == texts["90"] and "512x512" in texts["90"]
+    size.update(width=256, height=192)
+    assert not generate({**outer, "90:91": inner}).texts
 
 
 def test_an_unknown_word_is_named_behind_another_node_too(graph: Graph, generate: Generate) -> None:

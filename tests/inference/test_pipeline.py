@@ -282,6 +282,14 @@ def test_unknown_words_are_reported_once(bundle: Path, caplog: pytest.LogCapture
     assert '"in"' in second.getMessage() and "zebra" not in second.getMessage()
 
 
+def test_a_size_far_from_the_models_own_is_reported_once(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = WuerstchenPipeline.load(bundle, device="cpu")
+    for factor in (1, 2, 2):
+        pipe.generate("a red apple", width=factor * 128, height=factor * 64)
+    [record] = caplog.records
+    assert "256x128" in record.getMessage() and "91x91" in record.getMessage()
+
+
 def test_known_words_are_not_warned_of(pipe: WuerstchenPipeline, caplog: pytest.LogCaptureFixture) -> None:
     pipe.generate("A small red apple, on blue.")
     assert not caplog.records

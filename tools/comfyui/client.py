@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-Wuerstchen"
 START_SECONDS, RUN_SECONDS = 300, 300  # for busy machines; usually 10 and 3
+TEXT_EVENT = (3).to_bytes(4, "big")  # of a binary message: the length of a node's id, the id, a text
 PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
 
 
@@ -112,13 +113,15 @@ class Outcome:
     error: str = ""
     progress: dict[str, list[int]] = field(default_factory=dict)  # the steps that each node reported
     pictures: list[Image.Image] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # the text shown on each node
     log: str = ""  # ComfyUI's output during the prompt
 
 
 class Server:
-    """A running ComfyUI with `pack` as its only custom node pack and its own base directory."""
+    """A running ComfyUI with `pack` as its only custom node pack, its own base directory and start `options`."""
 
-    def __init__(self, install: Install, folder: Path, pack: Path = REPOSITORY):
+    def __init__(self, install: Install, folder: Path, pack: Path = REPOSITORY, options: Sequence[str] = ()):
+        self.options = options
         self.install, self.version, self.folder = install, install.version, folder
         (folder / "custom_nodes").mkdir(parents=True)
         (folder / "custom_nodes" / PACK).symlink_to(pack, target_is_directory=True)
@@ -131,7 +134,7 @@ class Server:
         where = ["--listen", "127.0.0.1", "--port", port, "--base-directory", str(self.folder)]
         previews = ["--preview-method", "latent2rgb"]
         own = ["--database-url", "sqlite:///:memory:"]
-        command = [self.install.python, "main.py", "--cpu", *where, *previews, *own]
+        command = [self.install.python, "main.py", "--cpu", *where, *previews, *own, *self.options]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.install.root, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
@@ -189,6 +192,9 @@ class Server:
                 return Outcome("invalid", error.read().decode())
             job = json.loads(queued)["prompt_id"]
             async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT_EVENT:
+                    start = 8 + int.from_bytes(message.data[4:8], "big")
+                    outcome.texts[message.data[8:start].decode()] = message.data[start:].decode()
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue
                 event = json.loads(message.data)

@@ -158,6 +158,7 @@ class Part(Generic[AnyTensor]):
     params: Any
     state_dict: dict[str, AnyTensor]
     path: Path | None = None
+    trained: tuple[float, float] | None = None  # of a prior: the sides of its training images, see `trained_sides`
 
 
 def check_part_name(name: str) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import V1, PriorParams
@@ -27,6 +29,24 @@ PUBLISHED = (
     ((3_965_000_000, 3_975_000_000), "fde4bce5", "v1"),  # model_stage_c_ema.pt
     ((3_973_166_283, 3_973_166_283), "775151ac", "v2"),  # model_v2_stage_c.pt of 22 June 2023
 )
+
+
+# The least and the largest side of the square images that the published priors were trained on, in pixels.
+TRAINED_SIDES = {"v1": (512, 512), "v2": (1024, 1536)}
+
+
+def trained_sides(params: PriorParams, metadata: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Returns the least and the largest side of square images that a prior was trained on; None if unknown.
+
+    A model's metadata has its default size. Priors of the published size are taken to be fine-tuned from those.
+    """
+    sides: list[float] = []
+    if (params.c, params.depth) == (PriorParams.c, PriorParams.depth):
+        sides += TRAINED_SIDES[release_of_model([params])]
+    sampling = metadata.get("sampling", {})
+    if {"width", "height"} <= sampling.keys():
+        sides.append(math.sqrt(sampling["width"] * sampling["height"]))
+    return (min(sides), max(sides)) if sides else None
 
 
 def release_of(params: Params) -> str | None:

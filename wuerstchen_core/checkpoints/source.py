@@ -19,7 +19,7 @@ from .infer_params import TOWER_ADVICE
 from .key_maps import COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
 from .lazy import AnyTensor, LazyTensor, lazy_state
 from .quant import dequantize, is_scaled
-from .release import guess_release, only_release, release_of, with_units
+from .release import guess_release, only_release, release_of, trained_sides, with_units
 from .weight_files import WeightFile
 
 BUNDLE = "bundle"  # the layout of this project's own files
@@ -91,7 +91,7 @@ class Source:
 
     def part(self, name: str) -> Part[Tensor]:
         """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
-        return Part(name, self.lazy_part(name).params, self.networks[name].state, self.path)
+        return replace(self.lazy_part(name), state_dict=self.networks[name].state)
 
     def lazy_part(self, name: str) -> Part[LazyTensor]:
         """Returns the part `name` without computing its tensors. Raises ValueError if the source does not have it."""
@@ -105,7 +105,8 @@ class Source:
         if isinstance(params, PriorParams) and network.params_json is None:
             release = self.known_release(params) or guess_release(self.path, params, self.version, self.headers_only)
             params = with_units(params, release)
-        return Part(name, params, network.tensors, self.path)
+        trained = trained_sides(params, self.metadata) if isinstance(params, PriorParams) else None
+        return Part(name, params, network.tensors, self.path, trained)
 
     def lazy_parts(self) -> dict[str, Part[LazyTensor]]:
         """Returns all parts in the order of `PARTS`; a text tower that serves both stages is "text_encoder"."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 MULTIPLE = 64  # width of one token in Stage B's deepest level, in pixels
 LARGEST = 2048
 
@@ -24,6 +26,23 @@ def check_size(width: int, height: int) -> None:
 def prior_side(pixels: int) -> int:
     """Returns the side of Stage C latents: pixels / 42.67, rounded up (128 pixels are exactly 3)."""
     return -(-pixels * 3 // 128)
+
+
+def size_note(trained: tuple[float, float], height: int, width: int) -> str | None:
+    """Returns a sentence if Stage C latents are of a size that a model was not trained for, else None.
+
+    `trained` are the least and the largest side of its square training images, in pixels. A quarter more or less is
+    sound, in any aspect ratio of that area.
+    """
+    low, high = trained
+    side = math.sqrt(height * width) * 128 / 3
+    if low * 0.8 <= side <= high * 1.25:
+        return None
+    sizes = " to ".join(f"{x}x{x}" for x in dict.fromkeys((round(low), round(high))))
+    return (
+        f"this model was trained on images of about {sizes} pixels: at about {round(width * 128 / 3)}x"
+        f"{round(height * 128 / 3)} things are repeated or distorted, so generate at another size"
+    )
 
 
 def decoder_side(pixels: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import PARTS
-from ..checkpoints.release import release_of_model
-from ..common.geometry import decoder_side, prior_side
+from ..checkpoints.release import release_of_model, trained_sides
+from ..common.geometry import decoder_side, prior_side, size_note
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
@@ -25,6 +26,8 @@ from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .images import to_pictures
 from .settings import Callback, SamplingSettings, sampler_progress
+
+logger = logging.getLogger(__name__)
 
 DENOISERS = ("prior", "decoder", "token_decoder")
 
@@ -48,6 +51,7 @@ class Components:
     sampling: SamplingSettings = field(init=False)  # the model's defaults
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
+    reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.metadata = dict(self.metadata or {})
@@ -74,6 +78,15 @@ class Components:
                 "load a complete bundle or folder, or all components from separate files"
             )
         return network
+
+
+def _warn_of_size(model: Components, sampling: SamplingSettings) -> None:
+    """Logs a warning about a size that the prior was not trained for; each size only the first time."""
+    trained = trained_sides(model.require("prior").params, model.metadata)
+    size = prior_side(sampling.height), prior_side(sampling.width)
+    if trained and size not in model.reported_sizes and (note := size_note(trained, *size)):
+        model.reported_sizes.add(size)
+        logger.warning(note)
 
 
 def first_weight(network: nn.Module) -> Tensor:
@@ -104,6 +117,7 @@ def sample_prior(
     times = strength_times(sampling.prior_times(), strength)
     if init is not None and strength == 0:
         return init
+    _warn_of_size(model, sampling)
     text = text.to(first_weight(prior))
     scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
     if scale > 1:
