@@ -175,7 +175,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")
-        add_patch_notices(patcher, "Stage C" if part.name == "prior" else "Stage B")
+        add_patch_notices(patcher)
         patcher.__class__ = with_attention_scales(type(patcher))  # its own constructor may return another class
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))

@@ -22,8 +22,9 @@ NO_PRIOR = (
 )
 
 
-def add_patch_notices(patcher: Any, stage: str) -> None:
-    """Makes a MODEL notify of other nodes' patches that do not fit it, at each sampling; `stage` is its name."""
+def add_patch_notices(patcher: Any) -> None:
+    """Makes a MODEL notify of other nodes' patches that do not fit it, at each sampling."""
+    stage = patcher.model.stage
 
     def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         guider: Any = run.class_obj  # type: ignore[attr-defined]
@@ -83,8 +84,7 @@ def _check_exists(model: Any, name: str) -> None:
         comfy.utils.get_attr(model, name)
     except AttributeError:
         raise ValueError(
-            f"a node replaces {name}, which Würstchen does not have, since it is made for another model family: "
-            "remove it"
+            f"a node replaces {name}, which Würstchen does not have: remove the node, which is made for another family"
         ) from None
 
 

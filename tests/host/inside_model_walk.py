@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
     "end_sigma": 0.0,
     "force_sequential_txt_ids": True,
     "layers": "1",
+    "nerf_tile_size": 16,
     "reuse_threshold": 1.5,
     "single_layers": "1",
     "start_percent": 0.0,

@@ -1,0 +1,109 @@
+"""Every node of ComfyUI from MODEL to MODEL works on Würstchen, or says why not. Writes docs/nodes.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import TINY, V1
+from inside_model_walk import FOREIGN_PATCHES, OTHER_FILES
+
+from tools import DOCS, markdown_table
+from tools.comfyui.client import Install, installs, run_inside
+from tools.comfyui.workflow_pictures import newest
+
+pytestmark = pytest.mark.newest
+
+Facts = dict[str, dict[str, dict[str, Any]]]
+
+CHANGED = 1e-5  # relative change of the latents; compiling changes them by 1e-6
+
+# Nodes that are not meant to change the image.
+SPEED = {
+    "ModelAttentionBackend",  # chooses the attention that computes the same
+    "MultiGPU_WorkUnits",
+    "SelectModelDevice",
+    "TorchCompileModel",
+}
+NOTHING = {"wanBlockSwap"}  # ComfyUI's own node without a function
+
+WORKS, SAME, WARNS, NO_EFFECT, REFUSED = "works", "works, same image", "warns", "no effect, says so", "refused"
+OURS = "Würstchen"  # in every sentence of this pack's errors
+TEMPLATE = Path(__file__).with_name("nodes.md.template")
+COLUMNS = {"v2 C": "Stage C", "v2 B": "Stage B", "v1 C": "Stage C of v1"}
+
+
+@pytest.fixture(scope="module")
+def facts(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    folder = tmp_path_factory.mktemp("walk")
+    return run_inside(install, "inside_model_walk.py", folder, checkpoints / TINY, checkpoints / V1)[1]
+
+
+def verdict(name: str, outcome: dict[str, Any]) -> str:
+    """Returns how a node fares on one model; "silent", "raw error" or "not finite" is a fault."""
+    if "error" in outcome:
+        kind, _, text = outcome["error"].partition(": ")
+        ours = kind in ("ValueError", "AttributeError") and (OURS in text or "Stage" in text)
+        return REFUSED if ours and "\n" not in text else "raw error"
+    if not outcome["finite"]:
+        return "not finite"
+    if outcome["change"] > CHANGED:
+        return WARNS if outcome["said"] else WORKS
+    if outcome["said"]:
+        return NO_EFFECT
+    return SAME if name in SPEED | NOTHING else "silent"
+
+
+def test_every_node_works_or_says_why_not(facts: Facts) -> None:
+    faults = {
+        f"{name} on {model}": (fault, outcome)
+        for name, outcomes in facts.items()
+        for model, outcome in outcomes.items()
+        if (fault := verdict(name, outcome)) in ("silent", "raw error", "not finite")
+    }
+    assert not faults
+    assert len(facts) > 60
+
+
+def test_patches_of_other_families_are_named(facts: Facts) -> None:
+    for name in FOREIGN_PATCHES:
+        for outcome in facts[name].values():
+            assert outcome["change"] == 0
+            assert any(name in text for text in outcome["said"])
+
+
+def test_notices_are_single_sentences(facts: Facts) -> None:
+    for outcomes in facts.values():
+        for outcome in outcomes.values():
+            for text in outcome["said"]:
+                assert "\n" not in text
+                assert len(text) < 300
+
+
+def test_the_page_is_up_to_date(facts: Facts, install: Install) -> None:
+    """Rewrites the page if it is not, for the newest ComfyUI."""
+    if install != newest(installs()):
+        pytest.skip("the page is about the newest ComfyUI")
+    page, path = write_page(facts, install.version), DOCS / "nodes.md"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
+    assert page == before, f"{path.name} was rewritten: read and commit it"
+
+
+def write_page(facts: Facts, version: str) -> str:
+    nodes = {name: outcomes for name, outcomes in facts.items() if name not in FOREIGN_PATCHES}
+    verdicts = {
+        name: {model: verdict(name, out) for model, out in outcomes.items()} for name, outcomes in nodes.items()
+    }
+    counts = {model: Counter(found[model] for found in verdicts.values()) for model in COLUMNS}
+    table = markdown_table(["Node", *COLUMNS.values()], [[name, *found.values()] for name, found in verdicts.items()])
+    kinds = (WORKS, SAME, WARNS, NO_EFFECT, REFUSED)
+    summary = markdown_table(
+        ["", *COLUMNS.values()], [[kind, *(counts[model][kind] for model in COLUMNS)] for kind in kinds]
+    )
+    text = TEMPLATE.read_text(encoding="utf-8")
+    values = {"version": version, "count": len(nodes), "summary": summary, "table": table}
+    values["others"] = ", ".join(sorted(OTHER_FILES))
+    return text.format(**values)
