@@ -89,6 +89,7 @@ class Walk:
         self.values = {**others, "model2": other, "LATENT": self.latent, "CONDITIONING": self.positive}
         self.values["empty_conditioning"] = [[text * 0.5, {}]]
         self.plain = self.sample(model)
+        self.shapes: set[Any] = set()  # block, queries and keys of replaced attention
 
     def sample(self, model: Any) -> Tensor:
         import nodes
@@ -128,6 +129,50 @@ class Walk:
         model = self.model.clone()
         model.set_model_patch(lambda *args: 1 / 0, name)
         return self.outcome(lambda: model)
+
+    def neutral(self) -> dict[str, float]:
+        """Returns the changes by patches that compute what the network does, and between equal pairs of patches."""
+        from comfy.ldm.modules.attention import optimized_attention
+        from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply, UNetSelfAttentionMultiply
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+            self.shapes.add((extra["block"], q.shape[1], k.shape[1]))
+            return optimized_attention(q, k, v, extra["n_heads"])
+
+        def node(kind: Any, model: Any, *factors: float) -> Any:
+            result = kind.execute(model, *factors) if hasattr(kind, "execute") else kind().patch(model, *factors)
+            return getattr(result, "result", result)[0]
+
+        models = {name: self.model.clone() for name in ("attn1", "attn2", "inputs", "queries", "blocks", "dit")}
+        models["attn1"].set_model_attn1_replace(attend, "middle", 0)
+        models["attn2"].set_model_attn2_replace(attend, "middle", 0)
+        models["inputs"].set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
+        models["queries"].set_model_attn2_patch(lambda q, k, v, extra: (q.clone(), k, v))  # two sets of queries
+        models["blocks"].set_model_output_block_patch(lambda x, skip, options: (x, skip))
+        models["dit"].set_model_patch_replace(
+            lambda args, extra: extra["original_block"](args), "dit", "double_block", 1
+        )
+        changes = {name: self.change(self.sample(model), self.plain) for name, model in models.items()}
+        both = node(
+            UNetCrossAttentionMultiply, node(UNetSelfAttentionMultiply, self.model, 0.5, 2.0, 0.5, 1), 0.5, 2, 0.5, 1
+        )
+        weights = self.model.clone()  # the same factors on the weights that both share
+        for key in self.model.model.state_dict():
+            for layer, factor in (("to_q", 0.5), ("to_k", 2.0), ("to_v", 0.5)):
+                if f"attention.{layer}." in key:
+                    weights.add_patches({key: (None,)}, 0.0, factor)
+        changes["factors"] = self.change(self.sample(both), self.sample(weights))
+        passed, stg = self.model.clone(), self.model.clone()
+        passed.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)
+        network = self.model.model.diffusion_model
+        middle = next(b.number for b in network.attention_blocks().values() if b.place == ("middle", 0))
+        stg.model_options["transformer_options"]["stg_self_attn_blocks"] = {middle}
+        changes["stg"] = self.change(self.sample(stg), self.sample(passed))
+        return changes
+
+    @staticmethod
+    def change(out: Tensor, plain: Tensor) -> float:
+        return ((out - plain).norm() / plain.norm()).item()
 
     def outcome(self, change: Callable[[], Any]) -> dict[str, Any]:
         """Returns the relative change of the latents with a changed MODEL, this pack's warnings, and the error."""
@@ -188,6 +233,8 @@ def main(bundle: str, v1_bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]
             weight.mul_(0.8)
         walks[key] = Walk(model, other, sources[key][1], others)
     facts: dict[str, Any] = {kind: {key: walk.patched(kind) for key, walk in walks.items()} for kind in FOREIGN_PATCHES}
+    facts["neutral"] = {key: walk.neutral() for key, walk in walks.items()}
+    facts["shapes"] = {key: sorted(walk.shapes) for key, walk in walks.items()}
     for name, node in sorted(nodes.NODE_CLASS_MAPPINGS.items()):
         if "MODEL" not in getattr(node, "RETURN_TYPES", ()) or name.startswith("Wuerstchen"):
             continue

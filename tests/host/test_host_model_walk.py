@@ -36,9 +36,15 @@ COLUMNS = {"v2 C": "Stage C", "v2 B": "Stage B", "v1 C": "Stage C of v1"}
 
 
 @pytest.fixture(scope="module")
-def facts(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("walk")
     return run_inside(install, "inside_model_walk.py", folder, checkpoints / TINY, checkpoints / V1)[1]
+
+
+@pytest.fixture(scope="module")
+def facts(inside: dict[str, Any]) -> Facts:
+    """The outcomes of all nodes and of patches of other families."""
+    return {name: found for name, found in inside.items() if name not in ("neutral", "shapes")}
 
 
 def verdict(name: str, outcome: dict[str, Any]) -> str:
@@ -72,6 +78,19 @@ def test_patches_of_other_families_are_named(facts: Facts) -> None:
         for outcome in facts[name].values():
             assert outcome["change"] == 0
             assert any(name in text for text in outcome["said"])
+
+
+def test_patches_that_compute_the_same_change_nothing(inside: dict[str, Any]) -> None:
+    """Also factors for both attentions against the same factors on their weights, and STG against passing values."""
+    for changes in inside["neutral"].values():
+        assert changes == pytest.approx(dict.fromkeys(changes, 0), abs=1e-5)  # observed 1e-6
+
+
+def test_attention_patches_see_the_image_and_the_text(inside: dict[str, Any]) -> None:
+    """The coarsest level of Stage B has 4x4 tokens."""
+    for model, tokens in (("v2 C", 144), ("v2 B", 16), ("v1 C", 144)):
+        shapes = [shape[1:] for shape in inside["shapes"][model]]
+        assert sorted(shapes) == sorted([[tokens, tokens], [tokens, 77]])
 
 
 def test_notices_are_single_sentences(facts: Facts) -> None:

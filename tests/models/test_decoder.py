@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers.golden_data import Golden, assert_near
@@ -117,3 +119,15 @@ def test_initial_weights() -> None:
     }
     for weight, bound in bounds.items():
         assert 0.95 * bound < float(weight.detach().abs().max()) <= bound
+
+
+def test_blocks_are_numbered_as_in_other_unets() -> None:
+    """v2 repeats its patterns 4, 4, 14 and 4 times per level, with a change to a coarser level between them."""
+    with torch.device("meta"):
+        blocks = Decoder(DecoderParams()).blocks
+    counts = Counter(block.kind for block in blocks)
+    assert counts == {"input": 4 + 1 + 4 + 1 + 14 + 1 + 4 - 1, "middle": 1, "output": 4 + 14 + 4 + 4}
+    for kind, first in (("input", 1), ("middle", 0), ("output", 0)):
+        assert [block.number for block in blocks if block.kind == kind] == list(range(first, first + counts[kind]))
+    assert [block.number for block in blocks if block.saves_skip] == [4, 9, 24]
+    assert [block.number for block in blocks if block.takes_skip] == [4, 18, 22]
