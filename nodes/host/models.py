@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
@@ -142,6 +143,18 @@ class StageConfig(comfy.supported_models_base.BASE):
         return self.model(self, device=device)
 
 
+def _patch_bare_parameters(patcher: Any, device: Any, *_: Any) -> None:
+    """Applies patches of parameters outside layers, such as a merge's or a LoRA's of a norm.
+
+    ComfyUI drops them where it loads a model in part or on demand.
+    """
+    for key in patcher.patches:
+        if key.rpartition(".")[2] not in ("weight", "bias"):
+            if key in patcher.backup:  # patched already
+                comfy.utils.set_attr_param(patcher.model, key, patcher.backup[key].weight)
+            patcher.patch_weight_to_device(key, device)
+
+
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
     """Returns a prior or decoder as a MODEL: ComfyUI's patcher around a network built from ComfyUI's layers.
 
@@ -172,6 +185,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
     model.diffusion_model.requires_grad_(False)
     model.trained = part.trained
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, "wuerstchen", _patch_bare_parameters)
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")

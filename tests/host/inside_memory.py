@@ -105,19 +105,29 @@ def lora(network: nn.Module) -> dict[str, Tensor]:
     return pairs
 
 
+def changed_norms(model: nn.Module) -> dict[str, Any]:
+    """Returns patches of all parameters that do not belong to ComfyUI's layers."""
+    return {
+        key: ("diff", (seeded(*weight.shape),))
+        for key, weight in model.state_dict().items()
+        if key.endswith((".gamma", ".beta"))
+    }
+
+
 def partial_loads(part: Any) -> Results:
-    """Returns results of a partial load, where the rest is copied for each call: without and with a LoRA."""
+    """Returns results of a partial load, where the rest is copied for each call: without and with a LoRA, and with a
+    merge of the norms, which are no layers."""
     import comfy.sd
     from pack.nodes.host import models
 
     tensors, facts = {}, {}
-    for name, strength in (("plain", 0.0), ("lora", 0.8)):
+    for name in ("plain", "lora", "merge"):
         for key, fraction in (("want", 0), ("got", PARTIAL)):  # 0: all
             patcher = models.load_model(part)
-            if strength:
-                patcher, _ = comfy.sd.load_lora_for_models(
-                    patcher, None, lora(patcher.model.diffusion_model), strength, 0.0
-                )
+            if name == "lora":
+                patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(patcher.model.diffusion_model), 0.8, 0.0)
+            elif name == "merge":
+                patcher.add_patches(changed_norms(patcher.model))
             patcher.patch_model(CPU, lowvram_model_memory=int(fraction * patcher.model_size()))
             tensors[f"{key}/{part.name} partial {name}"] = predict(patcher, part)
             facts[f"{part.name} {key} {name}"] = [patcher.loaded_size(), patcher.model_size()]
