@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import combinations
 from typing import Any
@@ -68,17 +69,20 @@ def test_workflow_files_are_numbered_and_begin_with_text_to_image() -> None:
     assert names()[0] == "text_to_image"
 
 
-@pytest.mark.parametrize("name", names())
-def test_workflow_nodes_name_their_pack(object_info: dict[str, Any], name: str) -> None:
+def test_nodes_of_workflows_name_their_pack(object_info: dict[str, Any]) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     pack = project["project"]["name"]
-    least = {pack: project["project"]["version"], "comfy-core": project["tool"]["comfy"]["requires-comfyui"][2:]}
-    for node in workflow(name)["nodes"]:
+    newest = {pack: project["project"]["version"], "comfy-core": project["tool"]["comfy"]["requires-comfyui"][2:]}
+    [blueprint] = (REPOSITORY / "subgraphs").glob("*.json")
+    [subgraph] = json.loads(blueprint.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    for node in [node for graph in (subgraph, *map(workflow, names())) for node in graph["nodes"]]:
         if node["type"] != "MarkdownNote":  # made by the frontend
-            module = object_info[node["type"]]["python_module"]
-            source = pack if PACK in module else "comfy-core"
+            source = pack if PACK in object_info[node["type"]]["python_module"] else "comfy-core"
             assert node["properties"]["cnr_id"] == source
-            assert node["properties"]["ver"] <= least[source]
+            version, limit = (
+                [int(part) for part in text.split(".")] for text in (node["properties"]["ver"], newest[source])
+            )
+            assert version <= limit
 
 
 @pytest.mark.parametrize("name", names())

@@ -86,7 +86,7 @@ class Canvas:
     def open_template(self, pack: str, name: str, nodes: int) -> None:
         """Opens a template through the sidebar's button and the dialog, and waits for its nodes.
 
-        `offered` is then the dialog's list of the pack's templates.
+        `offered` then lists the templates in the dialog, in order.
         """
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_text(pack).first.click()
