@@ -121,6 +121,19 @@ def test_inpainting_changes_only_the_masked_area(load: Load, judge: Judge) -> No
     assert similarity(edited, edit.reconstruction(), mask) >= KEPT  # observed 60 dB
 
 
+def test_differential_diffusion_leaves_nothing_of_the_image_in_a_grey_mask(load: Load, judge: Judge) -> None:
+    edit = load("inpaint")
+    edit.inputs("SolidMask")["value"] = 0.75
+    mixed = edit.before_compositing()
+    edit.graph["differential"] = {
+        "class_type": "DifferentialDiffusion",
+        "inputs": {"model": edit.inputs("WuerstchenPriorSample")["model"], "strength": 1.0},
+    }
+    edit.inputs("WuerstchenPriorSample")["model"] = ["differential", 0]
+    replaced = edit.before_compositing()
+    assert shown_small(judge, replaced) == "tree" != shown_small(judge, mixed)
+
+
 def test_outpainting_continues_half_an_image(load: Load, judge: Judge) -> None:
     edit = load("outpaint")
     source, after = edit.as_it_ships()
