@@ -12,18 +12,16 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...wuerstchen_core.checkpoints.adapters import Adapters, Fit, fit, keys_of
-from ...wuerstchen_core.checkpoints.lora_files import Lora, read_lora
+from ...wuerstchen_core.checkpoints.adapters import Fit, comfyui_dora_scale, fit, keys_of
+from ...wuerstchen_core.checkpoints.lora_files import NETWORK_PREFIX, Lora, ignored, read_lora, to_comfyui
 from ...wuerstchen_core.checkpoints.weight_files import read_file_metadata, read_weight_file
 from ...wuerstchen_core.checkpoints.writer import write_tensors
-from ...wuerstchen_core.common.text import listed
 from .models import PriorModel, StageModel
 from .notices import notify
 
 logger = logging.getLogger(__name__)
 
-NETWORK = "diffusion_model."  # prefix of a MODEL's weights
-_TEXT_MODEL = re.compile(r"(clip_\w+\.transformer\.text_model\.)")
+_TEXT_MODEL = re.compile(r"(clip_\w+)\.transformer\.text_model\.")
 
 
 def apply_lora(
@@ -31,7 +29,7 @@ def apply_lora(
 ) -> tuple[Any, Any, dict[str, Tensor]]:
     """Returns a MODEL and a CLIP (or None) with a LoRA file applied, and the file's tensors under ComfyUI's keys.
 
-    A strength of 0 leaves its object unchanged. Notifies of keys that do not fit; raises ValueError if nothing
+    A strength of 0 leaves its object unchanged. One notice names the keys that do not fit; raises ValueError if nothing
     fits the MODEL or the CLIP.
     """
     if not isinstance(model.model, StageModel):
@@ -40,42 +38,50 @@ def apply_lora(
             "connect the prior output of a Würstchen loader"
         )
     lora = read_lora(path)
-    network = fit(lora.network, _shapes(model.model, NETWORK))
-    prefix = None if clip is None else _text_prefix(clip)
-    text = Fit(lora.text, {}, {}) if prefix is None else fit(lora.text, _shapes(clip.cond_stage_model, prefix))
+    network = fit(lora.network, _shapes(model.model, NETWORK_PREFIX))
+    name = None if clip is None else _text_encoder(clip)
+    prefix = f"{name}.transformer.text_model."
+    text = Fit(lora.text, {}, {}) if name is None else fit(lora.text, _shapes(clip.cond_stage_model, prefix))
     _check(path.name, lora, network, text, model, clip)
-    _notify_unused(path.name, lora, network, text, without_clip=clip is None)
-    changes = _with_prefix(network.fitting, NETWORK)
-    text_changes = {} if prefix is None else _with_prefix(text.fitting, f"text_encoders.{prefix}")
+    _notify_ignored(path.name, lora, network, text, without_clip=clip is None)
+    changes = to_comfyui(network.fitting, {}, "")
+    text_changes = {} if name is None else to_comfyui({}, text.fitting, name)
     if strength_model and changes:
-        model, _ = comfy.sd.load_lora_for_models(model, None, changes, strength_model, 0)
+        patches = changes | _dora_scales(model, network, NETWORK_PREFIX, NETWORK_PREFIX)
+        model, _ = comfy.sd.load_lora_for_models(model, None, patches, strength_model, 0)
     if strength_clip and text_changes:
-        _, clip = comfy.sd.load_lora_for_models(None, clip, text_changes, 0, strength_clip)
+        patches = text_changes | _dora_scales(clip.patcher, text, prefix, f"text_encoders.{prefix}")
+        _, clip = comfy.sd.load_lora_for_models(None, clip, patches, 0, strength_clip)
     return model, clip, changes | text_changes
 
 
 def _shapes(module: torch.nn.Module, prefix: str) -> dict[str, torch.Size]:
-    """Returns the shapes of all weights below `prefix` by module path."""
-    return {
-        key.removeprefix(prefix).removesuffix(".weight"): x.shape
-        for key, x in module.state_dict().items()
-        if key.startswith(prefix) and key.endswith(".weight")
-    }
+    """Returns the shapes of all parameters whose keys start with `prefix`, without it."""
+    return {key.removeprefix(prefix): x.shape for key, x in module.state_dict().items() if key.startswith(prefix)}
 
 
-def _text_prefix(clip: Any) -> str:
-    """Returns the key prefix of a CLIP's only text encoder, such as clip_g.transformer.text_model."""
-    prefixes = {match[1] for key in clip.cond_stage_model.state_dict() if (match := _TEXT_MODEL.match(key))}
-    if len(prefixes) != 1:
+def _text_encoder(clip: Any) -> str:
+    """Returns the name of a CLIP's only text encoder, such as clip_g."""
+    names = {match[1] for key in clip.cond_stage_model.state_dict() if (match := _TEXT_MODEL.match(key))}
+    if len(names) != 1:
         raise ValueError(
-            f"Würstchen LoRA Loader got a CLIP with {len(prefixes)} text encoders instead of 1: connect the prior clip "
+            f"Würstchen LoRA Loader got a CLIP with {len(names)} text encoders instead of 1: connect the prior clip "
             "output of a Würstchen loader"
         )
-    return prefixes.pop()
+    return names.pop()
 
 
-def _with_prefix(adapters: Adapters, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}{path}.{name}": x for path, adapter in adapters.items() for name, x in adapter.tensors.items()}
+def _dora_scales(patcher: Any, found: Fit, prefix: str, lora_prefix: str) -> dict[str, Tensor]:
+    """Returns DoRA's magnitudes for ComfyUI's formula, computed from the weights without patches."""
+    scales = {}
+    for path, adapter in found.fitting.items():
+        if "dora_scale" in adapter.tensors:
+            key = f"{prefix}{path}.weight"
+            (weight, convert), *_ = patcher.get_key_patches(key)[key]
+            tensors = {name: x.float() for name, x in adapter.tensors.items()}
+            weight = convert(weight.to("cpu", copy=True)).float()
+            scales[f"{lora_prefix}{path}.dora_scale"] = comfyui_dora_scale(weight, tensors)
+    return scales
 
 
 def _check(name: str, lora: Lora, network: Fit, text: Fit, model: Any, clip: Any) -> None:
@@ -100,19 +106,11 @@ def _check(name: str, lora: Lora, network: Fit, text: Fit, model: Any, clip: Any
         raise ValueError(f"{name} changes only the text encoder: connect the prior clip output of a Würstchen loader")
 
 
-def _notify_unused(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bool) -> None:
-    """Notifies of what a LoRA holds but the MODEL and CLIP cannot use."""
-    absent = [*keys_of(network.absent), *keys_of(text.absent), *lora.unknown]
-    misshaped = [*keys_of(network.misshaped), *keys_of(text.misshaped)]
-    unused = []
-    if absent:
-        unused.append(f"{len(absent)} keys of unknown modules ({listed(absent)})")
-    if misshaped:
-        unused.append(f"{len(misshaped)} keys of another size ({listed(misshaped)}; {network.example or text.example})")
+def _notify_ignored(name: str, lora: Lora, network: Fit, text: Fit, without_clip: bool) -> None:
+    """Shows one line about what a LoRA holds but the MODEL and CLIP cannot use."""
+    unused = ignored(lora, (network, text))
     if without_clip and lora.text:
         unused.append(f"{len(keys_of(lora.text))} keys of the text encoder (no CLIP is connected)")
-    if lora.embeddings:
-        unused.append(f"{len(lora.embeddings)} bundled embeddings ({listed(lora.embeddings)}; not part of a LoRA)")
     if unused:
         notify(f"{name}: ignored {'; '.join(unused)}")
 

@@ -21,7 +21,7 @@ NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_o
 
 
 def shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {key.removesuffix(".weight"): x.shape for key, x in network.state_dict().items() if key.endswith(".weight")}
+    return {key: x.shape for key, x in network.state_dict().items()}
 
 
 def adapters_of(**tensors: Tensor) -> dict[str, Adapter]:
@@ -56,7 +56,7 @@ def test_every_naming_gives_the_same_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_flat_names_find_every_module(name: str) -> None:
-    for path in shapes(NETWORKS[name].build()):
+    for path in (key.removesuffix(".weight") for key in shapes(NETWORKS[name].build()) if key.endswith(".weight")):
         assert parse_key(f"lora_unet_{path.replace('.', '_')}.alpha") == ("network", path, "alpha")
         assert parse_key(f"prior.{path}.lora_A.weight") == ("network", path, "lora_down.weight")
 
@@ -85,8 +85,8 @@ def test_loha_and_lokr() -> None:
     assert_near(delta(*tensors_of(lokr)), torch.kron(one, a @ b) * 0.5, 1e-6)
     path = "blocks.2.attention.to_q"
     for adapters in (loha, lokr):
-        assert fit(adapters, {path: torch.Size([64, 64])}).fitting
-        assert fit(adapters, {path: torch.Size([64, 32])}).misshaped
+        assert fit(adapters, {f"{path}.weight": torch.Size([64, 64])}).fitting
+        assert fit(adapters, {f"{path}.weight": torch.Size([64, 32])}).misshaped
 
 
 def tensors_of(adapters: dict[str, Adapter]) -> list[dict[str, Tensor]]:
@@ -115,13 +115,65 @@ def test_magnitudes_of_dora_are_normalised() -> None:
         adapters = adapters_of(**factors, **{name: torch.ones(shape)})
         assert adapters["blocks.2.attention.to_q"].tensors["dora_scale"].shape == (64, 1)
         assert fit(adapters, shapes(prior)).fitting
-        with pytest.raises(ValueError, match="DoRA"):
-            merge_lora(prior.state_dict(), adapters)
     assert fit(adapters_of(**factors, dora_scale=torch.ones(1, 64)), shapes(prior)).fitting
     assert fit(adapters_of(**factors, dora_scale=torch.ones(1, 32)), shapes(prior)).misshaped
 
 
-@pytest.mark.parametrize("tensor", ["lora_mid__weight", "lora_B__bias", "oft_blocks", "a1__weight", "diff"])
+def test_dora_equals_peft() -> None:
+    peft = pytest.importorskip("peft", reason="computes the expected outputs")
+    prior, inputs = NETWORKS["prior"].perturbed().requires_grad_(False), NETWORKS["prior"].inputs()
+    state = {key: x.clone() for key, x in prior.state_dict().items()}
+    options = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["to_q", "projection", "mapper"])
+    peft.inject_adapter_in_model(options, prior)
+    draw = torch.Generator().manual_seed(3)
+    trained = {key: x for key, x in prior.state_dict().items() if "lora_" in key}
+    for x in trained.values():
+        x += torch.randn(x.shape, generator=draw) * 0.2
+    lora = lora_from_state(trained, {"lora_adapter_metadata": json.dumps({"prior.lora_alpha": 3})})
+    assert not lora.unknown and len(lora.network) == 5
+    merged = NETWORKS["prior"].perturbed().requires_grad_(False)
+    merged.load_state_dict(merge_lora(state, lora.network))
+    assert_near(merged(*inputs), prior.eval()(*inputs), 1e-5)
+    half = merge_lora(state, lora.network, 0.5)["projection.weight"]
+    assert_near(half, (state["projection.weight"] + merged.state_dict()["projection.weight"]) / 2, 1e-6)
+
+
+def test_oft_rotates_blocks_of_rows() -> None:
+    blocks = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(3))
+    state, key = NETWORKS["prior"].perturbed().state_dict(), "blocks.2.attention.to_q.weight"
+    rotated = merge_lora(state, adapters_of(oft_blocks=blocks))[key]
+    norms, before = rotated.unflatten(0, (8, 8)).norm(dim=1), state[key].unflatten(0, (8, 8)).norm(dim=1)
+    assert_near(norms, before, 1e-5)
+    assert (rotated - state[key]).abs().max() > 0.01
+    limited = merge_lora(state, adapters_of(oft_blocks=blocks, alpha=torch.tensor(1e-3)))[key]
+    assert 0 < (limited - state[key]).norm() < 3e-3 * state[key].norm()
+    assert fit(adapters_of(oft_blocks=blocks[:7]), shapes(NETWORKS["prior"].build())).misshaped
+    for other in ({"oft_blocks": blocks[None]}, {"oft_blocks": blocks, "rescale": torch.ones(64, 1)}):  # BOFT, rescaled
+        assert not adapters_of(**other)
+
+
+def test_differences_and_new_values() -> None:
+    state = NETWORKS["prior"].perturbed().state_dict()
+    keys = {
+        "blocks.0.channelwise.2.gamma": "blocks.0.channelwise.2.gamma.diff",
+        "projection.weight": "projection.w_norm",
+        "projection.bias": "projection.b_norm",
+        "out.1.bias": "out.1.diff_b",
+    }
+    file = {f"diffusion_model.{name}": torch.full_like(state[key], 2.0) for key, name in keys.items()}
+    file["diffusion_model.out.1.set_weight"] = torch.full_like(state["out.1.weight"], 3.0)
+    lora = lora_from_state(file)
+    merged = merge_lora(state, lora.network, 0.5)
+    assert not lora.unknown
+    assert {key for key, x in merged.items() if not torch.equal(x, state[key])} == {*keys, "out.1.weight"}
+    assert all(torch.equal(merged[key], state[key] + 1) for key in keys) and (merged["out.1.weight"] == 3).all()
+    assert all(torch.equal(x, state[key]) for key, x in merge_lora(state, lora.network, 0.0).items())
+    for key, size in (("out.1.diff", (32, 64)), ("out.1.diff_b", (1,)), ("projection.set_weight", (1,))):
+        assert fit(lora_from_state({key: torch.ones(size)}).network, shapes(NETWORKS["prior"].build())).misshaped
+    assert fit(lora_from_state({"blocks.0.diff_b": torch.ones(1)}).network, shapes(NETWORKS["prior"].build())).absent
+
+
+@pytest.mark.parametrize("tensor", ["reshape_weight", "lokr_t2", "lora_B__bias", "oft_blocks", "a1__weight", "diff"])
 def test_modules_with_an_unsupported_tensor_are_left_out(tensor: str) -> None:
     adapters = {"lora_A__weight": torch.ones(2, 64), "lora_B__weight": torch.ones(64, 2), tensor: torch.ones(1)}
     lora = lora_from_state({f"prior.projection.{name.replace('__', '.')}": x for name, x in adapters.items()})

@@ -14,7 +14,7 @@ from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention
 from helpers.networks import NETWORKS, TEXT
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
@@ -40,15 +40,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(bundle: Path) -> dict[str, Path]:
-    """LoRA files by name; only the first two fit."""
+    """LoRA files by name; the first three fit, and part of the fourth."""
     wide = random_factors(attention_of_prior(128))
     states = {
         "both": DIFFUSERS.write(NETWORK, WORDS),
         "prior": DIFFUSERS.write(NETWORK, {}),
+        "stage b": {"prior.clf.1.diff_b": torch.ones(32), "prior.clip_mapper.diff": torch.ones(32, TEXT.width)},
+        "more": {
+            **DIFFUSERS.write(NETWORK, {}),
+            "prior.projection.a1.weight": torch.ones(1),
+            "prior.blocks.9.mapper.diff": torch.ones(1),
+            "prior.out.1.diff_b": torch.ones(7),
+        },
         "wide": DIFFUSERS.write(wide, {}),
         "words": DIFFUSERS.write({}, random_factors(attention_of_tower(64))),
         "sdxl": {f"lora_unet_input_blocks_4_1_attn1_to_q.lora_{s}.weight": torch.ones(4, 4) for s in ("up", "down")},
-        "more": {**DIFFUSERS.write(NETWORK, {}), "prior.projection.lora_mid.weight": torch.ones(1)},
     }  # fmt: skip
     paths = {name: bundle.with_name(f"{name}.safetensors") for name in states}
     for name, state in states.items():
@@ -92,10 +98,9 @@ def test_several_loras_add_up(bundle: Path, files: dict[str, Path]) -> None:
 
 
 REJECTED = {
-    "wide": ("prior", "15 more", "64x64", "128x128"),
-    "sdxl": ("prior", "1 more", "Stable Diffusion or SDXL"),
-    "words": ("prior text encoder", "7 more", "32x32"),
-    "more": ("prior.projection.lora_mid.weight",),
+    "wide": ("prior", "16 keys", "64x64", "128x128"),
+    "sdxl": ("prior", "2 keys", "Stable Diffusion or SDXL"),
+    "words": ("prior text encoder", "8 keys", "32x32"),
 }
 
 
@@ -105,6 +110,68 @@ def test_a_lora_that_does_not_fit_is_rejected_in_one_line(bundle: Path, files: d
         load(bundle, lora=files[name])
     assert all(fact in str(error.value) for fact in (f"{name}.safetensors", *REJECTED[name])), error.value
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_the_rest_of_a_partly_fitting_lora_is_applied(
+    bundle: Path, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    part, whole = load(bundle, lora=files["more"]).prior, load(bundle, lora=files["prior"]).prior
+    assert part is not None and whole is not None
+    assert all(torch.equal(x, whole.state_dict()[key]) for key, x in part.state_dict().items())
+    [line] = caplog.messages
+    facts = (
+        "more.safetensors",
+        "projection.a1.weight",
+        "blocks.9.mapper.diff",
+        "out.1.bias: it is 32, its change is 7",
+    )
+    assert "\n" not in line and line.count("1 keys") == 3 and all(fact in line for fact in facts), line
+
+
+def test_a_lora_of_stage_b_is_merged_into_stage_b(bundle: Path, files: dict[str, Path]) -> None:
+    plain, changed = load(bundle), load(bundle, lora={files["stage b"]: 0.5})
+    assert plain.decoder and changed.decoder and plain.prior and changed.prior
+    for key, x in changed.decoder.state_dict().items():
+        change = 0.5 * (key in ("clf.1.bias", "clip_mapper.weight"))
+        assert torch.equal(x, plain.decoder.state_dict()[key] + change), key
+    assert all(torch.equal(x, plain.prior.state_dict()[key]) for key, x in changed.prior.state_dict().items())
+
+
+def test_text_keys_name_the_stage(bundle: Path) -> None:
+    file, key = bundle.with_name("clip_h.safetensors"), "text_encoders.clip_h.transformer.text_model"
+    save_file({f"{key}.final_layer_norm.diff_b": torch.ones(TEXT.width)}, file)
+    plain, changed = load(bundle), load(bundle, lora=file)
+    assert plain.prior_text_encoder and changed.prior_text_encoder and changed.decoder_text_encoder
+    before, words = plain.prior_text_encoder.ln_final.bias, changed.decoder_text_encoder.ln_final.bias
+    assert torch.equal(changed.prior_text_encoder.ln_final.bias, before) and torch.equal(words, before + 1)
+
+
+def test_convert_writes_comfyuis_keys(
+    bundle: Path, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = tmp_path / "kohya.pt", tmp_path / "out.safetensors"
+    torch.save(FORMS["onetrainer kohya"].write(NETWORK, WORDS), source)
+    assert main(["convert", str(source), str(target)]) == 0
+    prefixes = ("diffusion_model.", NETWORK), ("text_encoders.clip_g.transformer.text_model.", WORDS)
+    expected = {f"{prefix}{path}": factors for prefix, part in prefixes for path, factors in part.items()}
+    written = load_file(target)
+    assert written.keys() == {
+        f"{path}.{x}" for path in expected for x in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    for path, (up, down) in expected.items():
+        assert torch.equal(written[f"{path}.lora_up.weight"], up) and torch.equal(
+            written[f"{path}.lora_down.weight"], down
+        )
+    assert main(["convert", str(target), str(tmp_path / "again.safetensors")]) == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == target.read_bytes()
+    assert main(["convert", str(files["more"]), str(target)]) == 2 and load_file(target).keys() == written.keys()
+    assert main(["convert", str(files["more"]), str(target), "--force"]) == 0
+    [line] = caplog.messages
+    assert "more.safetensors" in line and "prior.projection.a1.weight" in line
+    assert "diffusion_model.out.1.diff_b" in load_file(target)
+    assert main(["convert", str(source), str(tmp_path / "folder")]) == 2
+    assert main(["convert", str(source), str(tmp_path / "x.safetensors"), "--dtype", "bf16"]) == 2
+    assert not (tmp_path / "folder").exists() and not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_strength_is_a_number(bundle: Path, files: dict[str, Path]) -> None:

@@ -141,6 +141,7 @@ def test_missing_parts_files_and_folders_are_named(prior: State, tmp_path: Path)
         # A bundle's prior has the same prefix.
         ("prior.blocks.2.attention.to_q.lora_A.weight", LORA),
         ("prior.blocks.2.attention.processor.to_q_lora.down.weight", LORA),
+        *((f"diffusion_model.projection.{name}", LORA) for name in ("hada_w1_a", "lokr_w1", "oft_blocks", "diff_b")),
     ],
 )
 def test_foreign_file_says_what_it_holds(tmp_path: Path, key: str, contents: str) -> None:

@@ -38,7 +38,7 @@ CONFIGURED = AdapterConfig(
 )  # fmt: skip
 WORDS = {"attn.q_proj": "self_attn.q_proj", "attn.out_proj": "self_attn.out_proj", "mlp.c_proj": "mlp.fc2"}
 CHANGED = {  # our paths and those in the file
-    f"blocks.{i}.{name}": f"prior.blocks.{i}.{name}"
+    f"blocks.{i}.{name}": f"diffusion_model.blocks.{i}.{name}"
     for i in (2, 5)
     for name in ("attention.to_q", "attention.to_out.0", "kv_mapper.1")
 } | {

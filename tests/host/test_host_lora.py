@@ -15,14 +15,16 @@ from errors import check_error
 from helpers.golden_data import Golden, assert_near
 from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
 from helpers.networks import NETWORKS
-from inside_lora import STORED, WEIGHT
+from inside_lora import STORED, STRENGTH, WEIGHT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tools.comfyui.client import Inside, Install, Server, run_inside
 from wuerstchen_core.checkpoints import load_prior, load_text_encoder, read_part, save_bundle
-from wuerstchen_core.checkpoints.adapters import merge_lora
+from wuerstchen_core.checkpoints.adapters import fit, merge_lora
+from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.checkpoints.key_maps import text_to_transformers
 from wuerstchen_core.checkpoints.lora_files import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
@@ -156,6 +158,50 @@ def test_trained_loras_have_the_effect_of_peft(inside: Inside, golden_bundle: Pa
     assert (expected - tensors["untouched/states"]).abs().max() > 0.01
 
 
+def test_comfyuis_own_nodes_apply_trained_loras_fully(inside: Inside) -> None:
+    tensors, facts = inside
+    assert facts["trained in stock"] == []
+    for name in ("trained in stock/noise", "hook/noise", "trained in stock/states"):
+        assert torch.equal(tensors[name], tensors[f"trained/{name.rpartition('/')[2]}"]), name
+
+
+def test_files_of_every_kind_are_merged_as_in_comfyui(inside: Inside, golden_bundle: Path) -> None:
+    tensors, facts = inside
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+
+    parts = {name: read_part(golden_bundle, name).state_dict for name in ("prior", "decoder")}
+    tower = text_to_transformers(read_part(golden_bundle, "prior_text_encoder").state_dict)
+    names = [name.removeprefix("file/") for name in facts if name.startswith("file/")]
+    assert len(names) == 15, names
+    for name in names:
+        lora, expected = lora_from_state(under(f"file/{name}/")), {}
+        for prefix, state, adapters in (
+            ("diffusion_model.", parts["decoder" if name.startswith("stage b") else "prior"], lora.network),
+            ("clip_g.transformer.text_model.", tower, lora.text),
+        ):
+            found = fit(adapters, {key: x.shape for key, x in state.items()})
+            merged = merge_lora(state, found.fitting, STRENGTH)
+            expected |= {f"{prefix}{key}": x for key, x in merged.items() if not torch.equal(x, state[key])}
+        ours, stock = under(f"ours/{name}/"), under(f"stock/{name}/")
+        stock.pop("clip_g.transformer.text_projection.weight", None)  # no part of our text encoders
+        assert ours.keys() == stock.keys() == expected.keys(), name
+        for key, x in expected.items():
+            assert_near(ours[key], x, 1e-6)
+            if name == "dora of rows" and not key.endswith("bias"):  # ComfyUI's formula differs from peft's
+                assert (stock[key] - x).abs().max() > 1e-4
+            else:
+                assert_near(stock[key], x, 1e-6)
+        lines, stock_lines = facts[f"file/{name}"]
+        assert stock_lines == [] and not lora.unknown
+        assert all("text_projection" in line for line in lines) and len(lines) == (name == "full_diff")
+    part, golden = read_part(golden_bundle, "prior"), Golden("prior_small")
+    prior = Prior(part.params).eval().requires_grad_(False)
+    prior.load_state_dict(merge_lora(part.state_dict, lora_from_state(under("file/norms/")).network, STRENGTH))
+    assert_near(tensors["norms/noise"], prior(golden["in/x"], golden["in/r_tmix"], golden["in/c"]), TOLERANCE)
+
+
 def test_all_key_formats_have_the_same_effect(inside: Inside, golden_bundle: Path) -> None:
     tensors, facts = inside
     expected = noise(golden_bundle, (DIFFUSERS.write(NETWORK, {}), 1.0)), states(golden_bundle, (TEXT, 1.0))
@@ -266,6 +312,8 @@ def test_the_converted_file_gives_the_same_image_in_lora_loader_model_only(
     assert (ours != plain).any() and (both != ours).any()
     with safe_open(loras / "tiny_comfyui.safetensors", "pt") as file:
         assert file.metadata() == {"author": "me"}
+    [converted] = convert([loras / "tiny.safetensors"], loras / "tiny_by_command.safetensors", force=True)
+    assert converted.read_bytes() == (loras / "tiny_comfyui.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from helpers.golden_data import assert_near
 from helpers.lora_training import ALPHA, CHANGED, CONFIGURED, RANK, TOKENS, write_config
 from helpers.networks import NETWORKS, PRIOR, TEXT
 from helpers.tiny_stages import ema_of
+from safetensors.torch import load_file
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline
@@ -45,7 +46,7 @@ def learned(trained: Path, bundle: Path) -> Prior:
 
 def test_a_read_lora_includes_the_factor_alpha_over_rank(trained: Path) -> None:
     lora, state = read_lora(trained / "lora.safetensors"), ema_of(trained)
-    read = {f"prior.{path}": adapter for path, adapter in lora.network.items()}
+    read = {f"diffusion_model.{path}": adapter for path, adapter in lora.network.items()}
     read |= {f"text_encoder.text_model.{path}": adapter for path, adapter in lora.text.items()}
     assert read.keys() == set(CHANGED.values()) and not lora.unknown
     for path, name in CHANGED.items():
@@ -82,7 +83,8 @@ def test_diffusers_pipeline_gives_the_same_outputs(trained: Path, learned: Prior
         plain = (theirs.eval()(x, t, text), load_text_encoder(bundle)(ids, mask))
         assert_near(results()[1], plain[1], 1e-5)
         pipeline = diffusers.WuerstchenPriorPipeline(tokenizer=None, text_encoder=tower, prior=theirs, scheduler=None)
-        pipeline.load_lora_weights(trained, weight_name="lora.safetensors")
+        state = load_file(trained / "lora.safetensors")
+        pipeline.load_lora_weights({key.replace("diffusion_model.", "prior."): x for key, x in state.items()})
         changed = results()
     for found, expected, before in zip(changed, outputs(learned), plain, strict=True):
         assert_near(found, expected, 1e-5)

@@ -1,4 +1,4 @@
-"""Converts weights from any layout into one bundle, or into one file per part."""
+"""Converts weights from any layout into one bundle, or into one file per part, and LoRA files for ComfyUI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .bundle import merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
-from .open import open_source
+from .lora_files import convert_lora, is_lora
+from .open import open_source, source_path
 from .quant import FP8
 from .release import check_parts, only_release
 from .source import Source, merge_metadata
@@ -41,11 +42,18 @@ def convert(
 ) -> list[Path]:
     """Writes all parts of `sources` as one bundle if `target` ends in .safetensors, else as one file each in a folder.
 
+    One LoRA file of any naming becomes one that ComfyUI's own LoRA loaders read, with the same tensors.
     `dtype` is one of `CHOICES` or, by part, such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` is as in
     `open_source`. Only one tensor at a time is held in memory. Returns the files.
     Raises ValueError if the sources are not one model or a file exists without `force`, and OSError if writing fails.
     """
     dtypes, path = parse_dtypes(dtype), Path(target)
+    if len(sources) == 1 and is_lora(source := source_path(sources[0])):
+        if path.suffix != ENDING or dtype != "keep":
+            raise ValueError(f"{source} is a LoRA: convert it to a file that ends in {ENDING}, without a dtype")
+        _check_target(path, force)
+        convert_lora(source, path)
+        return [path]
     opened = _open(sources, version)
     parts = merge_towers(_gather(opened))
     metadata = {key: x for key, x in merge_metadata(opened).items() if key not in ("version", "format", "parts")}
@@ -54,14 +62,18 @@ def convert(
     bare = path.suffix != ENDING
     files = {path / f"{name}{ENDING}": {name: part} for name, part in parts.items()} if bare else {path: parts}
     for file in files:
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder: choose another name")
-        if file.exists() and not force:
-            raise ValueError(f"{file} already exists: choose another name, or overwrite it with --force")
+        _check_target(file, force)
     for file, content in files.items():
         report = None if progress is None else partial(progress, file)
         save_bundle(file, content, metadata, partial(_stored_dtype, dtypes), report, bare=bare)
     return list(files)
+
+
+def _check_target(file: Path, force: bool) -> None:
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: choose another name")
+    if file.exists() and not force:
+        raise ValueError(f"{file} already exists: choose another name, or overwrite it with --force")
 
 
 def parse_dtypes(text: str) -> dict[str, str]:

@@ -22,6 +22,10 @@ _VAE = "a VAE of the Stable Diffusion kind"
 FOREIGN: tuple[tuple[str, str], ...] = (
     ("lora_", LORA),
     ("_lora.", LORA),
+    ("hada_w", LORA),
+    ("lokr_w", LORA),
+    ("oft_blocks", LORA),
+    (".diff_b", LORA),
     ("clip_txt_", _CASCADE),
     ("pixels_mapper.", _CASCADE),
     ("input_blocks.", _DIFFUSION),

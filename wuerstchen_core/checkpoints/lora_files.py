@@ -1,4 +1,4 @@
-"""Reads LoRA files in every trainer's key names as adapters by our module paths, and merges them into networks.
+"""Reads LoRA files in every trainer's key names as adapters by our module paths, merges and converts them.
 
 A key names the network or a text tower, a module in it, and one of the tensors that change the module's weight. It is
 dotted (diffusers, PEFT, ComfyUI, OneTrainer) or flat, with underscores between modules (Kohya, OneTrainer's KOHYA_LORA
@@ -8,10 +8,11 @@ and its files of 2023 and 2024).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.text import listed
-from .adapters import Adapter, Adapters, is_complete, keys_of, merge_lora
+from .adapters import Adapter, Adapters, Fit, fit, is_complete, keys_of, merge_lora
 from .components import TOWERS, State
 from .key_maps import text_from_transformers, text_to_transformers
-from .weight_files import read_weight_file
+from .weight_files import read_file_metadata, read_weight_file
+from .writer import write_tensors
+
+logger = logging.getLogger(__name__)
 
 Loras = Mapping[str | os.PathLike[str], float]  # strength by file
 
@@ -36,11 +40,14 @@ _TENSORS = tuple(
         (r"lora(?:_linear_layer)?[._](?:down|A)(?:\.default)?(?:\.weight)?", "lora_down.weight"),
         (r"lora(?:_linear_layer)?[._](?:up|B)(?:\.default)?(?:\.weight)?", "lora_up.weight"),
         (r"lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
-        *((name, name) for name in ("alpha", "dora_scale")),
+        (r"w_norm", "diff"),  # LyCORIS' differences of norms
+        (r"b_norm", "diff_b"),
+        *((name, name) for name in ("alpha", "dora_scale", "diff", "diff_b", "set_weight", "oft_blocks")),
         *((f"{name}_{side}",) * 2 for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2") for side in "ab"),
-        *((name, name) for name in ("lokr_w1", "lokr_w2")),
-        # Unsupported, so that their modules are refused: Tucker factors, OFT, GLoRA, PEFT's biases, full differences.
-        (r"(?:(?:lora_mid|oft_R|[ab][12])\.weight|hada_t[12]|lokr_t2|oft_\w+|lora_B\.bias|diff(?:_b)?)", None),
+        *((name, name) for name in ("lokr_w1", "lokr_w2", "hada_t1", "hada_t2")),
+        (r"lora_mid\.weight", "lora_mid.weight"),
+        # Unsupported, so that their modules are left out. ComfyUI applies no LoKr with a Tucker core either.
+        (r"(?:[ab][12]\.weight|oft_\w+(?:\.weight)?|lokr_t2|rescale|reshape_weight|lora_B\.bias)", None),
     )
 )
 
@@ -56,6 +63,10 @@ _DOTS = re.compile(r"_(?=\d+(?:_|$))|(?<=\d)_|(?<=attention)_|(?<=self_attn)_|(?
 
 _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the same file
 
+NETWORK_PREFIX = "diffusion_model."  # of a network's keys in ComfyUI's LoRA files
+_CLIP = re.compile(r"(?:^|\.)(clip_[gh])\.transformer\.")
+_CLIPS = dict(zip(("clip_g", "clip_h"), TOWERS, strict=True))  # ComfyUI's names of our text towers
+
 _FAMILIES = (
     (r"lora_te2|text_encoder_2|(?:input|output|mid)_block|_blocks[._]\d+[._]attentions", "Stable Diffusion or SDXL"),
     (r"double_blocks|single_(?:transformer_)?blocks", "Flux"),
@@ -70,13 +81,15 @@ _FAMILIES = (
 class Lora:
     """Adapters in a LoRA file: of the network, and of a text tower (transformers' paths below `text_model`).
 
-    `unknown` are keys of unsupported adapters, `embeddings` those of bundled textual inversions.
+    `unknown` are keys of unsupported adapters, `embeddings` those of bundled textual inversions. `clip` is ComfyUI's
+    name of the tower: clip_g, or clip_h for Stage B's.
     """
 
     network: Adapters
     text: Adapters
     unknown: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    clip: str = "clip_g"
 
     @property
     def keys(self) -> list[str]:
@@ -92,8 +105,8 @@ class Lora:
 def read_lora(path: str | os.PathLike[str]) -> Lora:
     """Reads a LoRA from a safetensors or PyTorch file. Raises ValueError if it holds no supported adapter.
 
-    Supported are LoRA, LoHa and LoKr, each also with DoRA's magnitudes, but not OFT, GLoRA, Tucker factors and full
-    differences.
+    Supported are LoRA, LoHa (both also with Tucker cores), LoKr, each with or without DoRA's magnitudes, OFT, and
+    differences or new values of weights and biases; not GLoRA, BOFT, rescaled OFT and LoKr with a Tucker core.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,7 +140,8 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None) -> 
                 unknown += adapters.pop(path).keys
     for name, target in (("prior", "network"), ("text_encoder", "text")):
         _set_alpha(targets[target], metadata or {}, name)
-    return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings))
+    clip = next((found[1] for key in keys_of(targets["text"]) if (found := _CLIP.search(key))), "clip_g")
+    return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings), clip)
 
 
 def parse_key(key: str) -> tuple[str, str, str]:
@@ -155,7 +169,7 @@ def _normalise(tensors: dict[str, Tensor]) -> None:
     if magnitude is not None:
         tensors["dora_scale"] = magnitude[:, None] if magnitude.ndim == 1 else magnitude.transpose(0, 1)
     for name, x in tensors.items():
-        if name.startswith("hada_") and x.ndim == 4:  # OneTrainer's convolutions
+        if name.startswith("hada_w") and x.ndim == 4:  # OneTrainer's convolutions
             tensors[name] = x.flatten(1)
 
 
@@ -177,39 +191,105 @@ def _set_alpha(adapters: Adapters, metadata: Mapping[str, str], name: str) -> No
             adapter.tensors["alpha"] = torch.tensor(float(own) * scale)
 
 
-def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
-    """Merges LoRA files into the prior and its text tower. An entry of `networks` that two parts share is replaced.
+def is_lora(path: Path) -> bool:
+    """True for a weight file that has keys of adapters; False for other files and folders."""
+    if path.is_dir() or path.suffix == ".json":  # the index of a sharded file
+        return False
+    content = read_weight_file(path, headers_only=True)
+    return any(parse_key(key)[0] for state in content.states.values() for key in state)
 
-    Raises ValueError if a file, or a part of it, does not fit these networks.
+
+def to_comfyui(network: Adapters, text: Adapters, clip: str) -> State:
+    """Returns the tensors of adapters under the keys that ComfyUI's own LoRA loaders read."""
+    text_prefix = f"text_encoders.{clip}.transformer.text_model."
+    return {
+        f"{prefix}{path}.{name}": x
+        for prefix, adapters in ((NETWORK_PREFIX, network), (text_prefix, text))
+        for path, adapter in adapters.items()
+        for name, x in adapter.tensors.items()
+    }
+
+
+def convert_lora(path: Path, target: Path) -> None:
+    """Writes a LoRA file of any naming under ComfyUI's keys, with its metadata; logs one line about keys left out."""
+    lora = read_lora(path)
+    write_tensors(target, to_comfyui(lora.network, lora.text, lora.clip), read_file_metadata(path))
+    log_ignored(path.name, lora, ())
+
+
+def ignored(lora: Lora, fits: Iterable[Fit]) -> list[str]:
+    """Returns descriptions of the keys that are not applied, each with their number and examples."""
+    fits = list(fits)
+    groups = [
+        ("keys of unsupported formats", lora.unknown, ""),
+        ("keys of unknown modules", [key for found in fits for key in keys_of(found.absent)], ""),
+        (
+            "keys of another size",
+            [key for found in fits for key in keys_of(found.misshaped)],
+            next((f"; {found.example}" for found in fits if found.example), ""),
+        ),
+        ("bundled embeddings", lora.embeddings, "; not part of a LoRA"),
+    ]
+    return [f"{len(keys)} {title} ({listed(keys)}{note})" for title, keys, note in groups if keys]
+
+
+def log_ignored(name: str, lora: Lora, fits: Iterable[Fit]) -> None:
+    """Logs one line about the keys that are not applied."""
+    if unused := ignored(lora, fits):
+        logger.warning(f"{name}: ignored {'; '.join(unused)}")
+
+
+def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
+    """Merges LoRA files into the stage that each fits, and its text tower. Networks that two parts share are replaced.
+
+    Logs one line about the keys that are not applied; raises ValueError if nothing fits the stage or the text tower.
     """
     for file, strength in loras.items():
         name, lora = Path(file).name, read_lora(file)
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength}")
-        if lora.unknown:
-            raise _unsupported(name, lora)
-        for part, adapters in (("prior", lora.network), (TOWERS[0], lora.text)):
-            if adapters:
-                _merge(networks, part, adapters, strength, name, lora)
+        parts = ((_stage_of(networks, lora), lora.network), (_CLIPS[lora.clip], lora.text))
+        fits = [_merge(networks, part, adapters, strength, name, lora) for part, adapters in parts if adapters]
+        log_ignored(name, lora, fits)
 
 
-def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: float, name: str, lora: Lora) -> None:
+def _stage_of(networks: Mapping[str, nn.Module | None], lora: Lora) -> str:
+    """Returns the stage that most adapters of a LoRA fit: the prior if none fits."""
+    counts = {
+        name: len(fit(lora.network, _shapes(network.state_dict())).fitting)
+        for name in ("prior", "decoder", "token_decoder")
+        if (network := networks.get(name)) is not None
+    }
+    return max(counts, key=lambda name: counts[name]) if any(counts.values()) else "prior"
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {key: x.shape for key, x in state.items()}
+
+
+def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: float, name: str, lora: Lora) -> Fit:
     network: nn.Module | None = networks.get(part)
-    title, is_tower = part.replace("_", " "), part == TOWERS[0]
+    title, is_tower = part.replace("_", " "), part in TOWERS
     if network is None:
         raise ValueError(f"{name} changes the {title}, which this model lacks: load a complete model")
     state = text_to_transformers(network.state_dict()) if is_tower else network.state_dict()
-    try:
-        merged = merge_lora(state, adapters, strength)
-    except ValueError as error:
+    found = fit(adapters, _shapes(state))
+    if not found.fitting:
+        keys = keys_of(adapters)
+        reason = found.example or f"such as {listed(keys, most=1, width=100)}"
         raise ValueError(
-            f"{name} does not fit this {title} ({error}; it seems to be for {lora.family()}): use a LoRA for this model"
-        ) from error
+            f"none of the {len(keys)} keys of {name} fits this {title} ({reason}; it seems to be for {lora.family()}): "
+            "use a LoRA for this model"
+        )
+    merged = merge_lora(state, found.fitting, strength)
     if any(other is network for key, other in networks.items() if key != part):  # the decoder keeps the unchanged tower
         network = networks[part] = deepcopy(network)
     network.load_state_dict(text_from_transformers(merged) if is_tower else merged, assign=True)
+    return found
 
 
 def _unsupported(name: str, lora: Lora) -> ValueError:
     keys = listed(lora.unknown, width=100) or "embeddings only"
-    return ValueError(f"{name} uses an unsupported adapter format ({keys}): use a LoRA, LoHa, LoKr or DoRA file")
+    return ValueError(
+        f"{name} uses an unsupported adapter format ({keys}): use a file of LoRA, LoHa, LoKr, OFT or differences"
+    )

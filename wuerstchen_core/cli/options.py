@@ -64,7 +64,7 @@ def add_options(
     option("--compile", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what the image should not show")
-        text = "apply a LoRA to Stage C, with a strength (default: 1); repeatable"
+        text = "apply a LoRA to the stage that it fits, with a strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
     option("--json", action="store_true", help="print paths, seeds and seconds as JSON")
 

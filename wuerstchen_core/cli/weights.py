@@ -24,11 +24,21 @@ def add(commands: Any) -> None:
     option("--words", action="store_true", help="list the words that the model knows, if they are limited")
     option("--json", action="store_true", help="print JSON")
 
-    parser = commands.add_parser("convert", help="write weights as one bundle, or as single files for ComfyUI")
+    parser = commands.add_parser("convert", help="write weights as one bundle, or as files for ComfyUI")
     parser.set_defaults(run=_convert)
     option = parser.add_argument
-    option("sources", metavar="SRC", nargs="+", help="weight files, diffusers folders or bundles of one model")
-    option("target", metavar="DST", type=Path, help="NAME.safetensors for a bundle, or a folder for one file per part")
+    option(
+        "sources",
+        metavar="SRC",
+        nargs="+",
+        help="weight files, folders or bundles of one model; or a LoRA file",
+    )
+    option(
+        "target",
+        metavar="DST",
+        type=Path,
+        help="NAME.safetensors for a bundle or LoRA, or a folder for one file per part",
+    )
     option("--dtype", default="keep", help="keep, fp32, fp16, bf16 or fp8; per part: bf16,vqgan=fp32 (default: keep)")
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
     option("--force", action="store_true", help="overwrite existing files")

@@ -72,8 +72,8 @@ class WuerstchenPipeline(stages.Components):
 
         `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
         bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
-        LoRA file for the prior and its text encoder, or a mapping from files to strengths. `compile` calls the method
-        of that name. Raises ValueError if a source cannot be read.
+        LoRA file for the prior or the decoder and its text encoder, or a mapping from files to strengths. `compile`
+        calls the method of that name. Raises ValueError if a source cannot be read.
         """
         target = pick_device(device)
         parts, metadata = _read(source, version)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.key_maps import transformers_path
+from ...checkpoints.lora_files import NETWORK_PREFIX
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, NotNegative, Range, from_table
 from ...models.prior import Prior
@@ -34,10 +35,13 @@ class AdapterConfig:
 
 
 def lora_path(path: str) -> str:
-    """Returns the name that diffusers' LoRA files give to the module at `path` of a prior or its text encoder."""
+    """Returns the name in ComfyUI's LoRA files of the module at `path` of a prior or its text encoder.
+
+    That of the text encoder is diffusers' too.
+    """
     if path.startswith(f"{TEXT_ENCODER}."):
         return f"text_encoder.text_model.{transformers_path(path.removeprefix(f'{TEXT_ENCODER}.'))}"
-    return f"prior.{path}"
+    return f"{NETWORK_PREFIX}{path}"
 
 
 def target_layers(net: nn.Module, config: AdapterConfig) -> list[str]:
@@ -46,7 +50,7 @@ def target_layers(net: nn.Module, config: AdapterConfig) -> list[str]:
         raise ValueError("[lora] targets and text_targets are empty: name layers, such as to_q")
     names = {path: lora_path(path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)}
     found = []
-    for key, prefix, example in (("targets", "prior.", "to_q"), ("text_targets", f"{TEXT_ENCODER}.", "q_proj")):
+    for key, prefix, example in (("targets", NETWORK_PREFIX, "to_q"), ("text_targets", f"{TEXT_ENCODER}.", "q_proj")):
         for target in getattr(config, key):
             paths = [path for path, x in names.items() if x.startswith(prefix) and x.endswith(f".{target}")]
             if not paths:
@@ -117,7 +121,7 @@ def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:
 
 
 def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapping[str, Any]) -> None:
-    """Writes the adapters of `attach` with diffusers' names.
+    """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read.
 
     The tensors include the factor alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
     does not) and all take a missing alpha for the rank.
