@@ -16,7 +16,11 @@ from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tools.demo.lora import LORA
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import read_part
+from wuerstchen_core.checkpoints.adapters import merge_lora
+from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.cli.options import fingerprint
 from wuerstchen_core.models.prior import Prior
@@ -172,6 +176,13 @@ def test_convert_writes_comfyuis_keys(
     assert main(["convert", str(source), str(tmp_path / "folder")]) == 2
     assert main(["convert", str(source), str(tmp_path / "x.safetensors"), "--dtype", "bf16"]) == 2
     assert not (tmp_path / "folder").exists() and not (tmp_path / "x.safetensors").exists()
+
+
+def test_the_shipped_lora_has_comfyuis_keys() -> None:
+    lora, prior = read_lora(LORA), read_part("demo", "prior").state_dict
+    assert all(key.startswith("diffusion_model.") for key in lora.keys) and not lora.unknown
+    merged = merge_lora(prior, lora.network)
+    assert sum(not torch.equal(x, prior[key]) for key, x in merged.items()) == len(lora.network) == 24
 
 
 def test_a_strength_is_a_number(bundle: Path, files: dict[str, Path]) -> None:

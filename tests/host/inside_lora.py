@@ -187,7 +187,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             save_file({key: x.contiguous() for key, x in state.items()}, path := Path(temporary) / "file.safetensors")
             tensors |= {f"file/{name}/{key}": x for key, x in state.items()}
             model, start = decoder if name.startswith("stage b") else prior, len(log.lines)
-            ours = lora.apply_lora(model, clip, path, STRENGTH, STRENGTH)
+            *ours, _ = lora.apply_lora(model, clip, path, STRENGTH, STRENGTH)
             lines = log.lines[start:]
             stock = comfy.sd.load_lora_for_models(model, clip, load_file(path), STRENGTH, STRENGTH)
             facts[f"file/{name}"] = [lines, log.lines[start + len(lines) :]]
