@@ -13,7 +13,7 @@ from ..wuerstchen_core.diffusion.interpolate import TOKEN, slerp
 from ..wuerstchen_core.models.prior import PriorParams, features_from_latents, latents_from_features
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .latents import CHANNELS, NAMES, STAGE_B, STAGE_C, TAG, check_latent, tagged
-from .schema import schema, title
+from .schema import Node, schema, title
 
 LATENTS, PROMPTS = title("WuerstchenLatentInterpolate"), title("WuerstchenConditioningInterpolate")
 
@@ -54,7 +54,7 @@ def _factor_input() -> io.Float.Input:
     return io.Float.Input("factor", default=0.5, min=0.0, max=1.0, step=0.01)
 
 
-class WuerstchenLatentInterpolate(io.ComfyNode):
+class WuerstchenLatentInterpolate(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -79,7 +79,7 @@ class WuerstchenLatentInterpolate(io.ComfyNode):
         return io.NodeOutput(tagged(mixed, stage, {} if version is None else {VERSION_KEY: version}))
 
 
-class WuerstchenConditioningInterpolate(io.ComfyNode):
+class WuerstchenConditioningInterpolate(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

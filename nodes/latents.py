@@ -12,7 +12,7 @@ from torch import Tensor
 from ..wuerstchen_core.common.geometry import LARGEST, MULTIPLE, decoder_side, nearest_legal, prior_side
 from .host.latents import CHANNELS, NAMES, PIXELS, STAGE_B, STAGE_C, check_shape
 from .host.notices import notify
-from .schema import schema
+from .schema import Node, schema
 
 TAG = "wuerstchen"  # key of a LATENT: the stage that it belongs to
 
@@ -52,7 +52,7 @@ def empty_latents(stage: str, width: int, height: int, batch_size: int) -> dict[
     return tagged(torch.zeros(batch_size, CHANNELS[stage], side(height), side(width)), stage)
 
 
-class WuerstchenEmptyLatents(io.ComfyNode):
+class WuerstchenEmptyLatents(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -15,7 +15,7 @@ from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, folders, models, vae
 from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
 from .sampling_v1 import TokenDecoderType
-from .schema import schema
+from .schema import Node, schema
 
 # By ComfyUI's name for fp8; "default" leaves the choice to ComfyUI.
 DTYPE_CHOICES = {"default": None} | {
@@ -29,7 +29,7 @@ def _weight_dtype_input() -> io.Combo.Input:
     return io.Combo.Input("weight_dtype", options=list(DTYPE_CHOICES), default="default")
 
 
-class WuerstchenBundleLoader(io.ComfyNode):
+class WuerstchenBundleLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -67,7 +67,7 @@ class WuerstchenBundleLoader(io.ComfyNode):
         )
 
 
-class WuerstchenModelLoader(io.ComfyNode):
+class WuerstchenModelLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -92,7 +92,7 @@ class WuerstchenModelLoader(io.ComfyNode):
         return io.NodeOutput(models.load_model(part, DTYPE_CHOICES[weight_dtype]))
 
 
-class WuerstchenTokenDecoderLoader(io.ComfyNode):
+class WuerstchenTokenDecoderLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -112,7 +112,7 @@ class WuerstchenTokenDecoderLoader(io.ComfyNode):
         return io.NodeOutput(models.load_model(read_from(model_name, TOKEN_LOADER), DTYPE_CHOICES[weight_dtype]))
 
 
-class WuerstchenCLIPLoader(io.ComfyNode):
+class WuerstchenCLIPLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -135,7 +135,7 @@ class WuerstchenCLIPLoader(io.ComfyNode):
         return io.NodeOutput(clip.load_clip(part, source.metadata))
 
 
-class WuerstchenVAELoader(io.ComfyNode):
+class WuerstchenVAELoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

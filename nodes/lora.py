@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from .host import folders
 from .host.lora import apply_lora, write_converted
 from .model_files import fingerprint
-from .schema import schema
+from .schema import Node, schema
 
 FOLDER = "loras"
 
@@ -18,7 +18,7 @@ def _strength_input(name: str) -> io.Float.Input:
     return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01)
 
 
-class WuerstchenLoraLoader(io.ComfyNode):
+class WuerstchenLoraLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

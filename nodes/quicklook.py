@@ -15,7 +15,7 @@ from .host.conditioning import VERSION_KEY
 from .host.latents import PIXELS
 from .host.previews import preview_factors
 from .latents import STAGE_C, check_latent
-from .schema import schema, title
+from .schema import Node, schema, title
 
 NODE = title("WuerstchenQuickLook")
 
@@ -35,7 +35,7 @@ def quick_look(features: Tensor, scale: float, version: str = "v2") -> Tensor:
     return torch.clamp(images, 0, 1).movedim(1, -1)
 
 
-class WuerstchenQuickLook(io.ComfyNode):
+class WuerstchenQuickLook(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

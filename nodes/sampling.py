@@ -11,13 +11,23 @@ from ..wuerstchen_core.diffusion.schedule import SCHEDULES, linear_times, named_
 from ..wuerstchen_core.inference.settings import SamplingSettings
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
+from .host.notices import notify
 from .host.sampling import sample_stage, sampler_object, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
-from .schema import cfg_input, denoise_input, schema, seed_input, steps_input, title
+from .schema import Node, cfg_input, denoise_input, schema, seed_input, steps_input, title
 
 
 def _schedule_input() -> io.Combo.Input:
     return io.Combo.Input("schedule", options=list(SCHEDULES), default=SamplingSettings.schedule)
+
+
+def _notify_of_steps(schedule: str, steps: int, *fixed: int | None) -> None:
+    """Notifies if `steps` differs from the `fixed` numbers of steps that a schedule has."""
+    if fixed[0] and steps not in fixed:
+        notify(
+            f"the schedule {schedule!r} has {fixed[0]} steps and ignores steps = {steps}: "
+            "choose 'linear' for another number"
+        )
 
 
 def _check_model(model: Any, expected: type, node: str, output: str) -> None:
@@ -27,7 +37,7 @@ def _check_model(model: Any, expected: type, node: str, output: str) -> None:
         raise ValueError(f"{node} got {found}: connect the {output} output of a Würstchen loader")
 
 
-class WuerstchenPriorSample(io.ComfyNode):
+class WuerstchenPriorSample(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -70,13 +80,14 @@ class WuerstchenPriorSample(io.ComfyNode):
                 f"{node} got Stage C latents of Würstchen {stage_c[VERSION_KEY]} and a prior of {version}: "
                 "use the image encoder and the prior of one release"
             )
+        _notify_of_steps(schedule, steps, SCHEDULES[schedule].steps)
         times = strength_times(named_times(schedule, steps), denoise)
         sampler = SCHEDULES[schedule].sampler
         samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, sampler)
         return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
-class WuerstchenDecoderConditioning(io.ComfyNode):
+class WuerstchenDecoderConditioning(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -95,7 +106,7 @@ class WuerstchenDecoderConditioning(io.ComfyNode):
         return io.NodeOutput([[states, {**options, **added}] for states, options in conditioning])
 
 
-class WuerstchenDecoderSample(io.ComfyNode):
+class WuerstchenDecoderSample(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -137,7 +148,7 @@ class WuerstchenDecoderSample(io.ComfyNode):
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
 
 
-class WuerstchenScheduler(io.ComfyNode):
+class WuerstchenScheduler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -150,13 +161,15 @@ class WuerstchenScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, schedule: str, steps: int) -> io.NodeOutput:
-        decoder_steps = SCHEDULES[schedule].decoder_steps
+        prior_steps, decoder_steps = SCHEDULES[schedule].steps, SCHEDULES[schedule].decoder_steps
         if decoder_steps and isinstance(model.model, DecoderModel):
+            _notify_of_steps(schedule, steps, decoder_steps, prior_steps)
             return io.NodeOutput(stage_sigmas(model, linear_times(decoder_steps)))
+        _notify_of_steps(schedule, steps, prior_steps)
         return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps)))
 
 
-class WuerstchenSampler(io.ComfyNode):
+class WuerstchenSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = SamplingSettings.sampler

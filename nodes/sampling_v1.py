@@ -11,7 +11,7 @@ from ..wuerstchen_core.diffusion.token_sampler import MODES
 from ..wuerstchen_core.inference.settings import V1
 from .host.token_sampling import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
-from .schema import denoise_input, schema, seed_input, steps_input, title
+from .schema import Node, denoise_input, schema, seed_input, steps_input, title
 from .vae import check_stage_a
 
 NODE = title("WuerstchenTokenDecoderSample")
@@ -22,7 +22,7 @@ def _number(name: str, default: float, low: float, high: float) -> io.Float.Inpu
     return io.Float.Input(name, default=default, min=low, max=high, step=0.05)
 
 
-class WuerstchenTokenDecoderSample(io.ComfyNode):
+class WuerstchenTokenDecoderSample(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         first, last = V1.temperature

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core.common.text import listed
 from ..wuerstchen_core.inference.settings import LARGEST_SEED
 
 # Names and tooltips by node id, in the form of the translations beside them.
@@ -21,6 +24,48 @@ SEED_MAX = LARGEST_SEED - 4096  # image i of a batch uses seed + i
 def title(node_id: str) -> str:
     """Returns a node's display name."""
     return TEXTS[node_id]["display_name"]
+
+
+class Node(io.ComfyNode):
+    """A node that checks its inputs by its schema before it runs; ComfyUI checks widgets only, and no links."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        execute = cls.execute.__func__  # type: ignore[attr-defined]
+        if hasattr(execute, "__wrapped__"):  # ComfyUI's copies of a node, whose attributes cannot be set
+            return
+
+        @wraps(execute)
+        def checked(cls: type[Node], *args: Any, **values: Any) -> io.NodeOutput:
+            check_values(cls.define_schema(), values)
+            return execute(cls, *args, **values)
+
+        cls.execute = classmethod(checked)  # type: ignore[assignment]
+
+
+def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless numbers, texts and choices are what the schema's widgets allow."""
+    for item in node.inputs:
+        value = values.get(item.id)
+        if item.id not in values or (value is None and item.optional):
+            continue
+        expected = ""
+        if value is None:
+            expected = "an input"
+        elif isinstance(item, io.Int.Input | io.Float.Input):
+            kind = Integral if isinstance(item, io.Int.Input) else Real
+            if not isinstance(value, kind) or not item.min <= value <= item.max:  # also false for NaN
+                expected = f"a {'whole ' if kind is Integral else ''}number from {item.min:g} to {item.max:g}"
+        elif isinstance(item, io.Combo.Input):
+            if value not in item.options:
+                expected = f"one of {listed(item.options, most=8)}"
+        elif isinstance(item, io.String.Input) and not isinstance(value, str):
+            expected = "a text"
+        if expected:
+            found = repr(value) if isinstance(value, str | Real | None) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{node.display_name} got {found[:60]} as {item.id}, but needs {expected}: change the input"
+            )
 
 
 def schema(

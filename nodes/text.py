@@ -10,12 +10,12 @@ from comfy_api.latest import io
 from ..wuerstchen_core.demo.vocabulary import unknown_words_note
 from .host.clip import metadata_of
 from .host.notices import notify
-from .schema import schema
+from .schema import Node, schema
 
 _EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of the prompt
 
 
-class WuerstchenTextEncode(io.ComfyNode):
+class WuerstchenTextEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

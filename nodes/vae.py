@@ -17,7 +17,7 @@ from .host.conditioning import VERSION_KEY
 from .host.notices import notify
 from .host.vae import SemanticVAE
 from .latents import STAGE_B, STAGE_C, check_latent, empty_latents, tagged
-from .schema import schema, title
+from .schema import Node, schema, title
 
 DECODE, ENCODE = title("WuerstchenVAEDecode"), title("WuerstchenImageEncode")
 
@@ -50,7 +50,7 @@ def fit_mask(mask: Tensor, sides: tuple[int, int], width: int, height: int) -> T
     return torch.cat([to_pixels(one) for one in rows])
 
 
-class WuerstchenVAEDecode(io.ComfyNode):
+class WuerstchenVAEDecode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -68,7 +68,7 @@ class WuerstchenVAEDecode(io.ComfyNode):
         return io.NodeOutput(vae.decode(samples))
 
 
-class WuerstchenImageEncode(io.ComfyNode):
+class WuerstchenImageEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

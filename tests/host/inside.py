@@ -85,17 +85,47 @@ def counting_casts() -> Iterator[dict[str, int]]:
         yield counts
 
 
+def unchecked(schema: Any) -> list[str]:
+    """Returns the values beyond its widgets that a node's check lets pass, and those within that it refuses."""
+    from comfy_api.latest import io
+    from pack.nodes.schema import check_values
+
+    def refused(name: str, value: Any) -> bool:
+        try:
+            check_values(schema, {name: value})
+        except ValueError as error:
+            return schema.display_name in str(error) and name in str(error) and "\n" not in str(error)
+        return False
+
+    found = []
+    for item in schema.inputs:
+        wrong, right = [], [item.default] if getattr(item, "default", None) is not None else []
+        if isinstance(item, io.Int.Input | io.Float.Input):
+            wrong = [float("nan"), float("inf"), -float("inf"), item.min - 1, item.max + 1, "1", [item.min]]
+            wrong += [item.min + 0.5] if isinstance(item, io.Int.Input) else []
+            right += [item.min, item.max]
+        elif isinstance(item, io.Combo.Input):
+            wrong, right = ["no such choice", 1, None][: 2 if item.optional else 3], item.options
+        elif isinstance(item, io.String.Input):
+            wrong = [1, None, ["a"]]
+        found += [f"{schema.node_id}.{item.id} {value!r} passes" for value in wrong if not refused(item.id, value)]
+        found += [f"{schema.node_id}.{item.id} {value!r} is refused" for value in right if refused(item.id, value)]
+    return found
+
+
 def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import comfy.model_management as management
     import comfy.model_patcher
 
     load_pack()
+    from pack.nodes.catalogue import NODES
     from pack.nodes.host import clip, model_sampling, models, previews
     from pack.nodes.loaders import WuerstchenBundleLoader
     from pack.wuerstchen_core.checkpoints import read_part
 
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"fingerprint of None": WuerstchenBundleLoader.fingerprint_inputs(None)}
+    facts["unchecked"] = [case for node in NODES for case in unchecked(node.define_schema())]
     for stage in ("prior", "decoder"):
         text_encoder = clip.load_clip(read_part(bundle, f"{stage}_text_encoder"))
         for i, prompt in enumerate(PROMPTS):

@@ -54,6 +54,17 @@ def _stock_decode(graph: Graph) -> None:
     node.update(class_type="VAEDecode", inputs=inputs)
 
 
+def _linked(kind: str, name: str, value: float) -> Callable[[Graph], None]:
+    """Returns a change that connects a number to an input of the node `kind`, past the limits of its widget."""
+
+    def change(graph: Graph) -> None:
+        primitive = "PrimitiveInt" if isinstance(value, int) else "PrimitiveFloat"
+        graph["number"] = {"class_type": primitive, "inputs": {"value": value}}
+        find(graph, kind)[name] = ["number", 0]
+
+    return change
+
+
 LOADER, TEXT, EMPTY = "WuerstchenBundleLoader", "WuerstchenTextEncode", "WuerstchenEmptyLatents"
 PRIOR, COND, DECODER = "WuerstchenPriorSample", "WuerstchenDecoderConditioning", "WuerstchenDecoderSample"
 DECODE = "WuerstchenVAEDecode"
@@ -79,6 +90,15 @@ MISTAKES: dict[str, tuple[Callable[[Graph], None], tuple[str, ...]]] = {
     "one part only": (_sockets(LOADER, bundle=HALF), ("prior", "vqgan")),
     "v1": (_sockets(LOADER, bundle=V1), (V1, "v1", "Token Decoder Loader")),
     "another model's file": (_sockets(LOADER, bundle=FOREIGN), (FOREIGN, "Stable Diffusion")),
+    "no images": (_linked(EMPTY, "batch_size", 0), ("Empty Latents", "batch_size", "0", "from 1 to 4096")),
+    "less than no images": (_linked(EMPTY, "batch_size", -1), ("Empty Latents", "batch_size", "-1")),
+    "no width": (_linked(EMPTY, "width", 0), ("Empty Latents", "width", "from 16 to 16384")),
+    "guidance that is no number": (_linked(PRIOR, "cfg", float("nan")), ("Prior Sample", "cfg", "nan", "from 1 to 30")),
+    "too much guidance": (_linked(DECODER, "cfg", 1000.0), ("Decoder Sample", "cfg", "1000.0", "from 1 to 30")),
+    "guidance below 1": (_linked(PRIOR, "cfg", 0.5), ("Prior Sample", "cfg", "0.5", "from 1 to 30")),
+    "negative seed": (_linked(PRIOR, "seed", -1), ("Prior Sample", "seed", "-1")),
+    "too strong": (_linked(DECODER, "denoise", 1.5), ("Decoder Sample", "denoise", "1.5", "from 0 to 1")),
+    "no steps": (_linked(DECODER, "steps", 0), ("Decoder Sample", "steps", "from 1 to 1000")),
     "stable cascade's file": (_sockets(LOADER, bundle=CASCADE), (CASCADE, "Stable Cascade")),
 }
 

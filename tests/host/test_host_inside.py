@@ -119,3 +119,7 @@ def test_previews_project_the_samplers_latents(inside: Inside, stage: str) -> No
     file = demo_path().with_name("preview_factors.json")
     shipped = json.loads(file.read_text(encoding="utf-8"))[stage] if file.is_file() else {}
     assert facts[f"{stage} shipped factors"] == [shipped.get("factors"), shipped.get("bias")]
+
+
+def test_every_input_is_checked_by_its_widgets_limits(inside: Inside) -> None:
+    assert inside[1]["unchecked"] == []
