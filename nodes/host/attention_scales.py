@@ -48,6 +48,6 @@ class AttentionScales:
 
 
 @cache
-def with_attention_scales(kind: type) -> type:
+def with_attention_scales(kind: Any) -> type:
     """Returns a class of ComfyUI's patchers whose MODELs accept factors of `attn1` and `attn2`."""
     return type(kind.__name__, (AttentionScales, kind), {})

@@ -127,7 +127,7 @@ class HostNetwork(NamesMissing, nn.Module):
             return self.predict(x, timestep, context, **conds)
 
 
-class HostPrior(HostNetwork, Prior):
+class HostPrior(HostNetwork, Prior):  # type: ignore[misc]
     """Stage C."""
 
     kv_cache: KVCache | None = None  # ComfyUI passes the same text in a new tensor at each step

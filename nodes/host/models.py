@@ -190,7 +190,8 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
         add_sampling_wrapper(patcher)
         add_warnings(patcher, ancestral=part.name == "decoder")
         add_patch_notices(patcher)
-        patcher.__class__ = with_attention_scales(type(patcher))  # its own constructor may return another class
+        kind: Any = type(patcher)  # not patcher_class, whose constructor may return another class
+        patcher.__class__ = with_attention_scales(kind)
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -41,6 +41,10 @@ class Patches:
         self.inputs: dict[str, Any] = {}  # of the network
         self.skips: dict[int, Tensor] = {}  # by level: the features before a patch changed their size
         self.sampling = False  # all conditionings of the sampling node are encoded
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets which patches were found, and which of them a block used."""
         self.found: set[Hashable] = set()
         self.used: set[Hashable] = set()
 
@@ -133,11 +137,10 @@ class PatchableAttnBlock(AttnBlock):
         text_queries = image[0]
         for patch in self.patches.of("attn2_patch"):
             text_queries, text_keys, text_values = patch(text_queries, text_keys, text_values, extra)
-        same = text_queries is image[0]
-        layers = attention.to_q, attention.to_k, attention.to_v
-        q, k, v = self._scaled("attn1", (layer(x) for layer, x in zip(layers, image, strict=True)))
-        text_q = q if same else attention.to_q(text_queries)
-        text_q, text_k, text_v = self._scaled("attn2", (text_q, attention.to_k(text_keys), attention.to_v(text_values)))
+        queries = attention.to_q(image[0])
+        text_q = queries if text_queries is image[0] else attention.to_q(text_queries)
+        q, k, v = self._scaled("attn1", queries, attention.to_k(image[1]), attention.to_v(image[2]))
+        text_q, text_k, text_v = self._scaled("attn2", text_q, attention.to_k(text_keys), attention.to_v(text_values))
         if len(q) != len(k):  # a patch cut the queries into tiles: as in ComfyUI, each gets a band of the keys
             k, v = (x.reshape(len(q), -1, x.shape[-1]) for x in (k, v))
             text_k, text_v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (text_k, text_v))
@@ -146,10 +149,9 @@ class PatchableAttnBlock(AttnBlock):
             out = patch(out, extra)
         return out
 
-    def _scaled(self, kind: str, parts: Any) -> tuple[Tensor, ...]:
+    def _scaled(self, kind: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Multiplies queries, keys and values, the last also by the output's factor."""
         scales = (self.patches.options or {}).get(SCALES)
-        q, k, v = parts
         if not scales:
             return q, k, v
         by = [scales.get(f"{self.name}.{kind}.{layer}.weight", 1.0) for layer in ("to_q", "to_k", "to_v", "to_out.0")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import comfy.model_sampling
@@ -31,10 +31,10 @@ def add_patch_notices(patcher: Any) -> None:
         network = guider.model_patcher.model.diffusion_model
         for text in setup_notices(guider, args[1], noise.shape, stage):
             notify(text)
-        network.patches.found, network.patches.used = found, used = set(), set()
+        network.patches.clear()
         out = run(noise, latent, *args, **kwargs)
-        if text := unused_notice(network, found, used, stage):
-            notify(text)
+        if unused := unused_notice(network, stage):
+            notify(unused)
         return out
 
     def run_sampler(run: Callable[..., Tensor], wrap: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,8 +102,9 @@ def _context_notices(handler: Any, shape: Sequence[int], stage: str) -> Iterator
         )
 
 
-def unused_notice(network: Any, found: set[Hashable], used: set[Hashable], stage: str) -> str | None:
-    """Returns the notice about the found patches that a run did not use."""
+def unused_notice(network: Any, stage: str) -> str | None:
+    """Returns the notice about patches that a run found but did not use."""
+    found, used = network.patches.found, network.patches.used
     parts = [
         " ".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in sorted(found - used, key=str)
     ]

@@ -91,7 +91,8 @@ class Source:
 
     def part(self, name: str) -> Part[Tensor]:
         """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
-        return replace(self.lazy_part(name), state_dict=self.networks[name].state)
+        part = self.lazy_part(name)
+        return Part(part.name, part.params, self.networks[name].state, part.path, part.trained)
 
     def lazy_part(self, name: str) -> Part[LazyTensor]:
         """Returns the part `name` without computing its tensors. Raises ValueError if the source does not have it."""

@@ -63,7 +63,8 @@ class Decoder(UNet):
 
     def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Returns maps a and b in fp32, which give the noise (latents - a) / b; shapes as in `forward`."""
-        p, resized = self.params, {}
+        p = self.params
+        resized: dict[int, Tensor] = {}  # by resolution
 
         def inject(level: int, x: Tensor) -> MappedLatents | None:
             mapper, resolution = self.effnet_mappers[level], min(level, 2 * len(p.c_hidden) - 1 - level)
