@@ -11,8 +11,6 @@ from .host.lora import apply_lora, write_converted
 from .model_files import fingerprint
 from .schema import Node, schema
 
-FOLDER = "loras"
-
 
 def _strength_input(name: str) -> io.Float.Input:
     return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01)
@@ -28,7 +26,7 @@ class WuerstchenLoraLoader(Node):
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip", optional=True),
-                io.Combo.Input("lora_name", options=folders.file_names(FOLDER)),
+                io.Combo.Input("lora_name", options=folders.lora_names()),
                 _strength_input("strength_model"),
                 _strength_input("strength_clip"),
                 io.Boolean.Input("save_converted", default=False),
@@ -38,7 +36,7 @@ class WuerstchenLoraLoader(Node):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> Any:
-        return fingerprint(lora_name and folders.file_path(FOLDER, lora_name))
+        return fingerprint(lora_name and folders.lora_path(lora_name))
 
     @classmethod
     def execute(
@@ -50,8 +48,8 @@ class WuerstchenLoraLoader(Node):
         save_converted: bool,
         clip: Any = None,
     ) -> io.NodeOutput:
-        path = folders.file_path(FOLDER, lora_name)
+        path = folders.lora_path(lora_name)
         model, clip, state = apply_lora(model, clip, path, strength_model, strength_clip)
         if save_converted:
-            write_converted(path, state)
+            write_converted(path, state, folders.lora_folder(lora_name))
         return io.NodeOutput(model, clip)

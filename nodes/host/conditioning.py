@@ -44,7 +44,15 @@ _SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Deco
 
 
 def _check_batch(stage: str, latents: int, count: int, kind: str) -> None:
-    """Raises ValueError unless conditioning can be repeated to the batch: ComfyUI would silently drop the rest."""
+    """Raises ValueError unless conditioning can be repeated to the batch: ComfyUI would silently drop the rest.
+
+    Training draws its batches from all latents at random, but always takes the first entries of a conditioning.
+    """
+    if count > 1 and torch.is_grad_enabled():
+        raise ValueError(
+            f"{stage} got a conditioning of {count} {kind} to train on, which ComfyUI pairs with the wrong latents: "
+            "encode each picture by itself, and join the conditionings with Conditioning (Combine)"
+        )
     if latents % count:
         raise ValueError(f"{stage} got {latents} empty latents for {count} {kind}: use the same batch size for both")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,10 +32,43 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
         return cast(self.gamma, x.device, x.dtype), cast(self.beta, x.device, x.dtype)
 
 
+class BypassByWeight:
+    """Mixin for layers: applies an adapter in ComfyUI's bypass mode to a copy of the weight at each call.
+
+    ComfyUI replaces a layer's `forward` and adds the adapter's output, which fails for grouped and for transposed
+    convolutions and gives another result than a patched weight for OFT.
+    """
+
+    weight_function: list[Callable[[Tensor], Tensor]]
+    bypass_functions: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            hook = getattr(value, "__self__", None)
+            if hasattr(hook, "adapter"):
+                self.bypass_functions = (*self.bypass_functions, _weight_function(hook))
+                self.weight_function = self.weight_function
+                return
+            before, self.bypass_functions = self.bypass_functions, ()
+            self.weight_function = [f for f in self.weight_function if f not in before]
+        elif name == "weight_function":  # a new list whenever the layer is loaded
+            value = [*value, *(f for f in self.bypass_functions if f not in value)]
+        super().__setattr__(name, value)
+
+
+def _weight_function(hook: Any) -> Callable[[Tensor], Tensor]:
+    """Returns a function that applies the adapter of a ComfyUI bypass hook to a weight."""
+    if isinstance(hook.adapter, nn.Module):  # in training
+        return hook.adapter
+    return lambda weight: hook.adapter.calculate_weight(
+        weight.clone(), "", hook.multiplier, 1.0, offset=None, function=lambda change: change
+    )
+
+
 def castable(operations: Any) -> Any:
     """Returns ComfyUI's layer namespace extended by our layers, in a form that ComfyUI can cast and offload."""
 
-    class Cast(HasWeights):
+    class Cast(BypassByWeight, HasWeights):
         """Gives kernels the weights. They run on a CPU, so that no stream copies these, which would be released later.
 
         On other devices ComfyUI's own layers compute, which overlap the copying of offloaded weights with computing.
@@ -52,6 +85,9 @@ def castable(operations: Any) -> Any:
     class Conv2d(Cast, operations.Conv2d):
         pass
 
+    class ConvTranspose2d(BypassByWeight, operations.ConvTranspose2d):
+        pass
+
     class Embedding(operations.Embedding):
         """Casts fp8 weights to fp32: integer tokens tell ComfyUI no dtype to compute in."""
 
@@ -65,6 +101,7 @@ def castable(operations: Any) -> Any:
         "AttnBlock": PatchableAttnBlock,
         "Linear": Linear,
         "Conv2d": Conv2d,
+        "ConvTranspose2d": ConvTranspose2d,
         "Embedding": Embedding,
     }
     return type("Operations", (operations,), own)

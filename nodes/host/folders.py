@@ -11,6 +11,8 @@ from ...wuerstchen_core.checkpoints import demo_path, read_metadata
 
 DEMO = "Würstchen demo (shipped)"
 DEMO_V1 = "Würstchen demo v1 (shipped)"
+DEMO_LORA = "Würstchen demo pink (shipped)"
+_DEMO_LORA_PATH = Path(__file__).parents[2] / "workflows" / "wuerstchen_demo_pink.safetensors"
 
 
 def file_names(folder: str) -> list[str]:
@@ -35,6 +37,21 @@ def bundle_path(name: str) -> Path:
     """Returns the path of a file in `bundle_names` or `v1_bundles`."""
     shipped = {DEMO: demo_path(), DEMO_V1: demo_path("demo-v1")}
     return shipped.get(name) or file_path("checkpoints", name)
+
+
+def lora_names() -> list[str]:
+    """Lists the shipped LoRA and the files of the loras folders."""
+    return [DEMO_LORA, *file_names("loras")]
+
+
+def lora_path(name: str) -> Path:
+    """Returns the path of a file in `lora_names`."""
+    return _DEMO_LORA_PATH if name == DEMO_LORA else file_path("loras", name)
+
+
+def lora_folder(name: str) -> Path:
+    """Returns the folder for files made from a file in `lora_names`: its own, or the first loras folder."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) if name == DEMO_LORA else lora_path(name).parent
 
 
 def v1_bundles() -> dict[str, tuple[str, ...]]:

@@ -115,12 +115,12 @@ def _notify_ignored(name: str, lora: Lora, network: Fit, text: Fit, without_clip
         notify(f"{name}: ignored {'; '.join(unused)}")
 
 
-def write_converted(path: Path, state: Mapping[str, Tensor]) -> Path:
-    """Writes a LoRA under ComfyUI's keys beside its file, with the file's metadata; returns the new file's path.
+def write_converted(path: Path, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Writes a LoRA under ComfyUI's keys to a folder, with its file's metadata; returns the new file's path.
 
     An equal file is left alone; ValueError if a different file of that name exists or it cannot be written.
     """
-    target = path.with_name(f"{path.stem}_comfyui.safetensors")
+    target = folder / f"{path.stem}_comfyui.safetensors"
     if target.exists():
         if not _holds(target, state):
             raise ValueError(f"{target.name} exists with other contents: move it away, or turn save_converted off")

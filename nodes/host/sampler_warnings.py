@@ -36,12 +36,20 @@ NOT_FINITE = (
     "simple, or more steps"
 )
 
+UNCONVERTED = ("real_dataset", "bucket_latents")  # of Train LoRA's sampler, which forgets their `process_latent_in`
+SEVERAL_SIZES = (
+    "Train LoRA got latents of several sizes or has bucket_mode on, for which ComfyUI trains on wrongly scaled "
+    "latents: resize the pictures to one size, and turn bucket_mode off"
+)
+
 
 def add_warnings(patcher: Any, ancestral: bool) -> None:
     """Makes a MODEL notify of its warnings at each sampling; `ancestral`: it is Stage B, which needs noise in steps."""
 
     def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sampler, sigmas = args[:2]
+        if any(getattr(sampler, name, None) is not None for name in UNCONVERTED):
+            raise ValueError(SEVERAL_SIZES)
         if text := warning(sampler, sigmas, ancestral):
             notify(text)
         trained = run.class_obj.model_patcher.model.trained  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from inside_lora_training import training
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -212,15 +213,18 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     # The converted file in the function of ComfyUI's LoraLoader and LoraLoaderModelOnly.
     _, _, state = lora.apply_lora(prior, clip, loras / "diffusers.safetensors", 1.0, 1.0)
-    converted = lora.write_converted(loras / "diffusers.safetensors", state)
+    converted = lora.write_converted(loras / "diffusers.safetensors", state, loras)
     facts["converted"] = [converted.name, len(log.lines)]
     stock = comfy.sd.load_lora_for_models(prior, clip, load_file(converted), 1.0, 1.0)
     tensors["stock/noise"], tensors["stock/states"] = outputs(*stock, inputs)
     facts["stock"] = log.lines[facts["converted"][1] :]
-    again = converted.stat().st_mtime_ns, lora.write_converted(loras / "diffusers.safetensors", state) == converted
+    again = (
+        converted.stat().st_mtime_ns,
+        lora.write_converted(loras / "diffusers.safetensors", state, loras) == converted,
+    )
     facts["written once"] = [converted.stat().st_mtime_ns == again[0], again[1]]
     save_file({"other": torch.zeros(1)}, converted)
-    facts["different file"] = error_of(lora.write_converted, loras / "diffusers.safetensors", state)
+    facts["different file"] = error_of(lora.write_converted, loras / "diffusers.safetensors", state, loras)
 
     for name, dtype in STORED.items():
         comfy.model_management.unet_dtype, chosen = (lambda dtype=dtype, **_: dtype), comfy.model_management.unet_dtype
@@ -247,7 +251,8 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     no_stage = SimpleNamespace(model=torch.nn.Identity())
     facts["another model"] = error_of(lora.apply_lora, no_stage, None, loras / "diffusers.safetensors", 1.0, 1.0)
     facts["text alone"] = error_of(lora.apply_lora, prior, None, loras / "text.safetensors", 1.0, 1.0)
-    return tensors, facts
+    trained, facts["training"] = training({name: read_part(bundle, name) for name in ("prior", "decoder")})
+    return tensors | trained, facts
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from helpers.golden_data import Golden, assert_near
 from helpers.lora_forms import ALPHA, FORMS, RANK, attention_of_prior, attention_of_tower, random_factors
 from helpers.networks import NETWORKS
 from inside_lora import STORED, STRENGTH, WEIGHT
+from inside_lora_training import ALGORITHMS, PICTURES
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -267,6 +268,41 @@ MISTAKES = {  # what the error must name
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_lora_that_does_not_fit_is_explained_in_one_line(inside: Inside, mistake: str) -> None:
     check_error(inside[1][mistake], *MISTAKES[mistake])
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_comfyuis_training_learns_on_both_stages(inside: Inside, stage: str) -> None:
+    tensors, facts = inside[0], inside[1]["training"]
+    for algorithm in ALGORITHMS:
+        ratios = np.divide(facts[f"{stage}/{algorithm}"], facts[f"{stage}/slowest"])  # same noise at each step
+        assert ratios.mean() < 0.995, algorithm
+    assert facts[f"{stage}/combined"] == pytest.approx(facts[f"{stage}/{ALGORITHMS[0]}"], rel=1e-3)
+    assert np.isfinite(facts[f"{stage}/fp8"]).all()
+    for algorithm in ALGORITHMS:
+        assert (tensors[f"{stage}/{algorithm}/applied"] - tensors[f"{stage}/untouched"]).abs().max() > 0.01
+    assert torch.equal(tensors[f"{stage}/saved"], tensors[f"{stage}/{ALGORITHMS[-1]}/applied"])
+    assert torch.equal(tensors[f"{stage}/afterwards"], tensors[f"{stage}/untouched"])
+    assert facts[f"{stage}/plain"] and facts[f"{stage}/copied"]
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_bypass_mode_equals_patched_weights(inside: Inside, stage: str) -> None:
+    tensors, facts = inside[0], inside[1]["training"]
+    if not facts["bypass"]:
+        pytest.skip("this ComfyUI has no bypass mode")
+    for algorithm in ALGORITHMS:
+        name = f"{stage}/{algorithm}"
+        for losses in facts[f"{name}/bypassed"]:
+            assert losses == pytest.approx(facts[name], rel=1e-3)
+        assert_near(tensors[f"{name}/bypass"], tensors[f"{name}/applied"], 1e-3)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_training_that_comfyui_would_do_wrong_is_refused(inside: Inside, stage: str) -> None:
+    facts = inside[1]["training"]
+    check_error(facts[f"{stage}/batched"], f"{PICTURES} ", "Conditioning (Combine)")
+    if facts["bypass"]:
+        check_error(facts[f"{stage}/sizes"], "several sizes", "bucket_mode")
 
 
 @pytest.fixture(scope="module")

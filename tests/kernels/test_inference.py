@@ -15,8 +15,9 @@ from helpers.networks import NETWORKS, VQ
 from torch import Tensor, nn
 
 from wuerstchen_core.kernels import attention, linear, mlp, vqgan
-from wuerstchen_core.kernels.dispatch import use_kernels
+from wuerstchen_core.kernels.dispatch import is_plain, use_kernels
 from wuerstchen_core.models.layers import ChannelwiseMLP
+from wuerstchen_core.models.operations import Operations
 from wuerstchen_core.models.vqgan import VQGAN
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,15 @@ def test_changed_layers_are_called(
             expected = network.call(module, *inputs).float()
     assert_near(out, expected, 1e-5 if dtype == torch.float32 else 0.1)
     assert positions and (expected - unchanged).abs().max() > 0.2
+
+
+def test_a_restored_forward_is_no_change() -> None:
+    layer = Operations.Linear(2, 2)
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 1
+    assert not is_plain(layer)
+    layer.forward = original
+    assert is_plain(layer)
 
 
 @pytest.mark.parametrize("value", ["off", "", "on"])

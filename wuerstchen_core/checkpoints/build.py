@@ -28,11 +28,11 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     Raises ValueError that names missing, unexpected and mis-shaped keys.
     """
     with torch.device("meta"):
-        network = component(part.name).network(part.params)
+        network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
     _check_keys(part, network.state_dict())
     state = {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()}
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.eval()
 
 
 def _check_keys(part: Part, expected: Mapping[str, Tensor]) -> None:

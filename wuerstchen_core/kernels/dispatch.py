@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,4 +100,5 @@ def is_plain(layer: nn.Module) -> bool:
 def has_hooks(layer: nn.Module) -> bool:
     """True if the layer has hooks or its `forward` was replaced."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
+    forward = MethodType(type(layer).forward, layer)
+    return vars(layer).get("forward", forward) != forward or any(getattr(layer, name) for name in hooks)
