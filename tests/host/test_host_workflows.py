@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from safetensors.torch import save_file
 from tools.comfyui.client import Server
 from tools.comfyui.graphs import (
     ALWAYS,
-    LORA,
     MUTED,
     RELEASED,
     RELEASED_V1,
@@ -38,15 +36,6 @@ from wuerstchen_core.models.prior import Prior
 Load = Callable[[str], Graph]
 
 BIGG, CLIP_H = 128, 64  # widths of the small text encoders
-
-
-@pytest.fixture(scope="module")
-def lora(models: Path) -> Iterator[None]:
-    """Puts the LoRA into the folder that its workflow names."""
-    copy = models / "loras" / LORA.name
-    shutil.copy(LORA, copy)
-    yield
-    copy.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +127,7 @@ def test_weights_set_the_thing_and_the_negative_the_background(load: Load, gener
     assert content(judge, generate(without_negative).pictures[0])[1] == "gray"
 
 
-def test_the_lora_changes_the_background_unless_its_strength_is_0(
-    load: Load, generate: Generate, judge: Judge, lora: None
-) -> None:
+def test_the_lora_changes_the_background_unless_its_strength_is_0(load: Load, generate: Generate, judge: Judge) -> None:
     graph = load("lora")
     outcome = generate(graph)
     assert content(judge, outcome.pictures[0]) == ("red apple", "pink")

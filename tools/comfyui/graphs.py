@@ -18,7 +18,6 @@ ALWAYS, MUTED = 0, 2  # a node's mode
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 WORKFLOWS = REPOSITORY / "workflows"
-LORA = WORKFLOWS / "wuerstchen_demo_pink.safetensors"  # goes to models/loras for the workflow `lora`
 RELEASED, RELEASED_V1 = "v2_1024", "v1_512"  # need weights that do not ship
 
 
@@ -71,7 +70,7 @@ def _inputs(node: Mapping[str, Any], info: Mapping[str, Any], sources: Mapping[i
             kind, options = (*info["input"][section][name], {})[:2]
             if isinstance(kind, list) or (kind in WIDGETS and not options.get("forceInput")):
                 inputs[name] = values.pop(0)
-                if options.get("control_after_generate"):
+                if options.get("control_after_generate", name == "seed"):  # the frontend adds it to each `seed`
                     values.pop(0)
             if name in linked:
                 inputs[name] = linked.pop(name)

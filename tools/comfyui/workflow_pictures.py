@@ -7,7 +7,6 @@ no picture.
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from .client import Install, Server, installs
-from .graphs import LORA, RELEASED, RELEASED_V1, api_form, names, picture_file, workflow
+from .graphs import RELEASED, RELEASED_V1, api_form, names, picture_file, workflow
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,6 @@ def main(workflows: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with TemporaryDirectory() as folder:
         server = Server(newest(installs()), Path(folder) / "base")
-        loras = server.folder / "models" / "loras"
-        loras.mkdir(parents=True)
-        shutil.copy(LORA, loras)
         try:
             server.start()
             info = server.get("/object_info")
