@@ -149,7 +149,7 @@ def _patch_bare_parameters(patcher: Any, device: Any, *_: Any) -> None:
     ComfyUI drops them where it loads a model in part or on demand.
     """
     for key in patcher.patches:
-        if key.rpartition(".")[2] not in ("weight", "bias"):
+        if key.startswith("diffusion_model.") and key.rpartition(".")[2] not in ("weight", "bias"):
             if key in patcher.backup:  # patched already
                 comfy.utils.set_attr_param(patcher.model, key, patcher.backup[key].weight)
             patcher.patch_weight_to_device(key, device)
