@@ -17,12 +17,13 @@ pytestmark = pytest.mark.long
 # powers of two, and --enable-dynamic-vram, with which ComfyUI does not start on a CPU.
 OPTIONS = [
     "--force-fp32", "--force-fp16", "--fp32-unet", "--fp64-unet", "--bf16-unet", "--fp16-unet", "--fp8_e4m3fn-unet",
-    "--fp8_e5m2-unet", "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae",
-    "--fp8_e4m3fn-text-enc", "--fp8_e5m2-text-enc", "--fp16-text-enc", "--fp32-text-enc", "--bf16-text-enc",
-    "--fp16-intermediates", "--force-channels-last", "--supports-fp8-compute", "--cache-none", "--cache-classic",
+    "--fp8_e5m2-unet", "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp8_e4m3fn-text-enc",
+    "--fp8_e5m2-text-enc", "--fp16-text-enc", "--fp32-text-enc", "--bf16-text-enc", "--fp16-intermediates",
+    "--force-channels-last", "--supports-fp8-compute", "--cache-none", "--cache-classic",
     "--use-split-cross-attention", "--use-quad-cross-attention", "--use-pytorch-cross-attention",
-    "--force-upcast-attention", "--dont-upcast-attention",    "--async-offload", "--disable-async-offload", "--force-non-blocking", "--disable-smart-memory", "--deterministic",
-    "--fast", "--disable-mmap", "--disable-dynamic-vram", "--disable-pinned-memory",
+    "--force-upcast-attention", "--dont-upcast-attention", "--async-offload", "--disable-async-offload",
+    "--force-non-blocking", "--disable-smart-memory", "--deterministic", "--fast", "--disable-mmap",
+    "--disable-dynamic-vram", "--disable-pinned-memory",
 ]  # fmt: skip
 
 
