@@ -153,7 +153,13 @@ class HostNetwork(NamesMissing, nn.Module):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options or {})
         if not wrappers:
             return self._run(x, timestep, context, control, transformer_options, **conds)
-        executor = WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        self.patches.calls += 1
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            self.patches.runs += 1
+            return self._run(*args, **kwargs)
+
+        executor = WrapperExecutor.new_class_executor(run, self, wrappers)
         return executor.execute(x, timestep, context, control, transformer_options, **conds)
 
     def _run(

@@ -44,7 +44,8 @@ class Patches:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets which patches were found, and which of them a block used."""
+        """Forgets which patches were found, which of them a block used, and how often a wrapper let the network run."""
+        self.calls = self.runs = 0
         self.found: set[Hashable] = set()
         self.used: set[Hashable] = set()
 

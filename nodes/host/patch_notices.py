@@ -35,6 +35,9 @@ def add_patch_notices(patcher: Any) -> None:
         out = run(noise, latent, *args, **kwargs)
         if unused := unused_notice(network, stage):
             notify(unused)
+        options = guider.model_options.get("transformer_options", {})
+        if "easycache" in options and 0 < network.patches.calls == network.patches.runs:
+            notify("EasyCache skipped no step: raise its reuse_threshold, for instance to 0.75, or remove it")
         return out
 
     def run_sampler(run: Callable[..., Tensor], wrap: Any, *args: Any, **kwargs: Any) -> Tensor:

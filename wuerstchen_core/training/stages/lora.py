@@ -22,6 +22,8 @@ from ..rng import StepRandom
 from .networks import input_source, load_frozen
 from .prior import TEXT_ENCODER, PriorStage
 
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # which diffusers' `load_lora_weights` looks for in a folder
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -121,7 +123,7 @@ def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:
 
 
 def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapping[str, Any]) -> None:
-    """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read.
+    """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read, and beside them with diffusers'.
 
     The tensors include the factor alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
     does not) and all take a missing alpha for the rank.
@@ -132,6 +134,8 @@ def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapp
         state[f"{lora_path(layer)}.lora_{half}.weight"] = x * scale if half == "B" else x
     header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
     write_tensors(path, state, {"format": "pt", **header})
+    renamed = {key.replace(NETWORK_PREFIX, "prior."): x for key, x in state.items()}
+    write_tensors(path.with_name(DIFFUSERS_FILE), renamed, {"format": "pt", **header})
 
 
 class LoraStage(PriorStage):
