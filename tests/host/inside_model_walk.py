@@ -232,17 +232,23 @@ def main(bundle: str, v1_bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]
         for weight in other.model.diffusion_model.parameters():
             weight.mul_(0.8)
         walks[key] = Walk(model, other, sources[key][1], others)
-    facts: dict[str, Any] = {kind: {key: walk.patched(kind) for key, walk in walks.items()} for kind in FOREIGN_PATCHES}
-    facts["neutral"] = {key: walk.neutral() for key, walk in walks.items()}
-    facts["shapes"] = {key: sorted(walk.shapes) for key, walk in walks.items()}
+    found: dict[str, Any] = {}
     for name, node in sorted(nodes.NODE_CLASS_MAPPINGS.items()):
         if "MODEL" not in getattr(node, "RETURN_TYPES", ()) or name.startswith("Wuerstchen"):
             continue
         kinds = node.INPUT_TYPES()
         kinds = {**kinds.get("required", {}), **kinds.get("optional", {})}
         if name not in OTHER_FILES and any(kind[0] == "MODEL" for kind in kinds.values()):
-            facts[name] = {key: walk.outcome(partial(walk.apply, node)) for key, walk in walks.items()}
-    return {}, facts
+            found[name] = {key: walk.outcome(partial(walk.apply, node)) for key, walk in walks.items()}
+    VALUES["reuse_threshold"] = 0.0
+    cache = nodes.NODE_CLASS_MAPPINGS["EasyCache"]
+    return {}, {
+        "nodes": found,
+        "patches": {kind: {key: walk.patched(kind) for key, walk in walks.items()} for kind in FOREIGN_PATCHES},
+        "idle cache": {key: walk.outcome(partial(walk.apply, cache)) for key, walk in walks.items()},
+        "neutral": {key: walk.neutral() for key, walk in walks.items()},
+        "shapes": {key: sorted(walk.shapes) for key, walk in walks.items()},
+    }
 
 
 if __name__ == "__main__":

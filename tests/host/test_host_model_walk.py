@@ -16,7 +16,7 @@ from tools.comfyui.workflow_pictures import newest
 
 pytestmark = pytest.mark.newest
 
-Facts = dict[str, dict[str, dict[str, Any]]]
+Outcomes = dict[str, dict[str, dict[str, Any]]]  # by node and model
 
 CHANGED = 1e-5  # relative change of the latents; compiling changes them by 1e-6
 
@@ -42,9 +42,8 @@ def inside(install: Install, checkpoints: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def facts(inside: dict[str, Any]) -> Facts:
-    """The outcomes of all nodes and of patches of other families."""
-    return {name: found for name, found in inside.items() if name not in ("neutral", "shapes")}
+def nodes(inside: dict[str, Any]) -> Outcomes:
+    return inside["nodes"]
 
 
 def verdict(name: str, outcome: dict[str, Any]) -> str:
@@ -62,20 +61,21 @@ def verdict(name: str, outcome: dict[str, Any]) -> str:
     return SAME if name in SPEED | NOTHING else "silent"
 
 
-def test_every_node_works_or_says_why_not(facts: Facts) -> None:
+def test_every_node_works_or_says_why_not(nodes: Outcomes) -> None:
     faults = {
         f"{name} on {model}": (fault, outcome)
-        for name, outcomes in facts.items()
+        for name, outcomes in nodes.items()
         for model, outcome in outcomes.items()
         if (fault := verdict(name, outcome)) in ("silent", "raw error", "not finite")
     }
     assert not faults
-    assert len(facts) > 60
+    assert len(nodes) > 60
 
 
-def test_patches_of_other_families_are_named(facts: Facts) -> None:
-    for name in FOREIGN_PATCHES:
-        for outcome in facts[name].values():
+def test_patches_of_other_families_are_named(inside: dict[str, Any]) -> None:
+    assert set(inside["patches"]) == set(FOREIGN_PATCHES)
+    for name, outcomes in inside["patches"].items():
+        for outcome in outcomes.values():
             assert outcome["change"] == 0
             assert any(name in text for text in outcome["said"])
 
@@ -93,26 +93,31 @@ def test_attention_patches_see_the_image_and_the_text(inside: dict[str, Any]) ->
         assert sorted(shapes) == sorted([[tokens, tokens], [tokens, 77]])
 
 
-def test_notices_are_single_sentences(facts: Facts) -> None:
-    for outcomes in facts.values():
+def test_a_cache_that_skips_nothing_is_named(inside: dict[str, Any]) -> None:
+    for outcome in inside["idle cache"].values():
+        assert outcome["change"] == 0
+        assert any("EasyCache" in text for text in outcome["said"])
+
+
+def test_notices_are_single_sentences(nodes: Outcomes) -> None:
+    for outcomes in nodes.values():
         for outcome in outcomes.values():
             for text in outcome["said"]:
                 assert "\n" not in text
                 assert len(text) < 300
 
 
-def test_the_page_is_up_to_date(facts: Facts, install: Install) -> None:
+def test_the_page_is_up_to_date(nodes: Outcomes, install: Install) -> None:
     """Rewrites the page if it is not, for the newest ComfyUI."""
     if install != newest(installs()):
         pytest.skip("the page is about the newest ComfyUI")
-    page, path = write_page(facts, install.version), DOCS / "nodes.md"
+    page, path = write_page(nodes, install.version), DOCS / "nodes.md"
     before = path.read_text(encoding="utf-8")
     path.write_text(page, encoding="utf-8")
     assert page == before, f"{path.name} was rewritten: read and commit it"
 
 
-def write_page(facts: Facts, version: str) -> str:
-    nodes = {name: outcomes for name, outcomes in facts.items() if name not in FOREIGN_PATCHES}
+def write_page(nodes: Outcomes, version: str) -> str:
     verdicts = {
         name: {model: verdict(name, out) for model, out in outcomes.items()} for name, outcomes in nodes.items()
     }
