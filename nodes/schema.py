@@ -31,7 +31,7 @@ class Node(io.ComfyNode):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        execute = cls.execute.__func__  # type: ignore[attr-defined]
+        execute = cls.execute.__func__
         if hasattr(execute, "__wrapped__"):  # ComfyUI's copies of a node, whose attributes cannot be set
             return
 
@@ -40,7 +40,7 @@ class Node(io.ComfyNode):
             check_values(cls.define_schema(), values)
             return execute(cls, *args, **values)
 
-        cls.execute = classmethod(checked)  # type: ignore[assignment]
+        cls.execute = classmethod(checked)
 
 
 def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:

@@ -146,6 +146,7 @@ def others(session: Session) -> dict[str, Any]:
     text, sampled = session.prior_text, session.sample_c(stage_c)
     positive = session.with_prior(sampled)
     lines = Lines()
+    session.prior.model.trained = None  # no notices about its sizes
     logging.getLogger().addHandler(lines)
     facts = {
         "empty sd 512 in a KSampler on stage c": attempt(lambda: session.ksampler(session.prior, text, sd[512])),
