@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import TINY, find
+from bundles import TINY, find, skip_if_too_old
 from PIL import Image
 
 from tools.comfyui.client import PACK, Server
@@ -125,6 +125,21 @@ def test_a_notice_stays_on_its_node_until_it_runs_without_one(page: Canvas, insi
     page.run()
     assert page.evaluate("() => window.notice()") is None
     assert page.problems() == []
+
+
+def test_the_workflow_that_trains_a_lora_runs(server: Server, object_info: dict[str, Any], page: Canvas) -> None:
+    skip_if_too_old("train_lora", object_info)
+    template = workflow("train_lora")
+    page.open_template(PACK, "train_lora", len(template["nodes"]))
+    assert page.problems() == []
+    assert page.prompt() == api_form(template, object_info)
+    ids = {node["type"]: node["id"] for node in page.graph()["nodes"]}
+    page.set_widget(ids["TrainLoraNode"], "steps", 2)
+    page.run()
+    assert page.problems() == []
+    for node in (ids["SaveImage"], ids["LossGraphNode"]):
+        assert page.pictures_on(node) == 1
+    assert len(list((server.folder / "output" / "loras").glob("wuerstchen_trained_2_steps_*"))) == 1
 
 
 def structure(prompt: dict[str, Any]) -> Counter[Any]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import Generate, Graph, find
+from bundles import Generate, Graph, find, skip_if_too_old
 from helpers.layouts import clip_of_transformers, vqgan_of_diffusers
 from helpers.networks import DECODER, NETWORKS, PRIOR, Network
 from images import check_image, content, pixels
+from PIL import Image
 from safetensors.torch import save_file
 
 from tools.comfyui.client import Server
@@ -76,6 +77,7 @@ def test_each_workflow_has_an_image_and_a_test() -> None:
         "lora",
         "prompt_weighting_and_negative",
         "text_to_image",  # in test_host_pictures
+        "train_lora",
         "text_to_image_ksampler",
         "text_to_image_v1",
         "two_prompts_by_mask",
@@ -134,6 +136,26 @@ def test_the_lora_changes_the_background_unless_its_strength_is_0(load: Load, ge
     check_image("lora", outcome)
     find(graph, "WuerstchenLoraLoader")["strength_model"] = 0.0
     assert content(judge, generate(graph).pictures[0]) == ("red apple", "blue")
+
+
+def test_a_trained_lora_teaches_the_backgrounds_of_its_pictures(
+    server: Server, object_info: dict[str, Any], load: Load, generate: Generate, judge: Judge, models: Path
+) -> None:
+    skip_if_too_old("train_lora", object_info)
+    graph = load("train_lora")
+    find(graph, "TrainLoraNode")["steps"] = 60
+    [picture] = [picture for picture in generate(graph).pictures if picture.size == (512, 256)]
+    shipped = Image.open(picture_file("train_lora"))
+    for image in (picture, shipped):
+        assert [content(judge, half) for half in halves(image)] == [("dog", "gray"), ("dog", "green")]
+
+    [file] = (server.folder / "output" / "loras").glob("wuerstchen_trained_60_steps_*.safetensors")
+    file.rename(models / "loras" / file.name)
+    graph = load("lora")
+    find(graph, "WuerstchenTextEncode")["text"], find(graph, "PrimitiveInt")["value"] = "a dog", 5
+    for strength, background in ((1.0, "green"), (0.0, "gray")):
+        find(graph, "WuerstchenLoraLoader").update(lora_name=file.name, strength_model=strength)
+        assert content(judge, generate(graph).pictures[0]) == ("dog", background)
 
 
 def test_each_half_follows_its_own_prompt(load: Load, generate: Generate, judge: Judge) -> None:

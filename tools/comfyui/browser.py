@@ -159,6 +159,10 @@ class Canvas:
         self.page.keyboard.type(new, delay=5)
         self.page.keyboard.press("Escape")
 
+    def set_widget(self, node: int, name: str, value: Any) -> None:
+        find = "app.graph.getNodeById(id).widgets.find((widget) => widget.name === name)"
+        self.evaluate(f"([id, name, value]) => {{ {find}.value = value; }}", [node, name, value])
+
     def run(self) -> None:
         """Presses the Run button and waits for success."""
         self.evaluate("""() => {

@@ -19,6 +19,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 WORKFLOWS = REPOSITORY / "workflows"
 RELEASED, RELEASED_V1 = "v2_1024", "v1_512"  # need weights that do not ship
+NEWER = ("train_lora",)  # need nodes that ComfyUI 0.3.64 has in another form
 
 
 def files() -> dict[str, Path]:

@@ -19,6 +19,7 @@ from .graphs import RELEASED, RELEASED_V1, api_form, names, picture_file, workfl
 logger = logging.getLogger(__name__)
 
 COLUMNS = 4
+PREVIEWS = ("PreviewImage", "LossGraphNode")
 
 
 def newest(installs: list[Install]) -> Install:
@@ -47,7 +48,8 @@ def main(workflows: list[str]) -> None:
             server.start()
             info = server.get("/object_info")
             for name in workflows:
-                outcome = server.run(api_form(workflow(name), info))
+                prompt = api_form(workflow(name), info)
+                outcome = server.run({key: node for key, node in prompt.items() if node["class_type"] not in PREVIEWS})
                 if not outcome.pictures:
                     raise SystemExit(f"{name} failed: {outcome.status} {outcome.error}")
                 path = picture_file(name)
