@@ -29,7 +29,8 @@ class CastGlobalResponseNorm(GlobalResponseNorm):
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         cast = comfy.model_management.cast_to_device  # without waiting for the device
-        return cast(self.gamma, x.device, x.dtype), cast(self.beta, x.device, x.dtype)
+        copy = torch.is_grad_enabled()  # autograd saves no tensors of inference mode, in which nodes load models
+        return cast(self.gamma, x.device, x.dtype, copy), cast(self.beta, x.device, x.dtype, copy)
 
 
 class BypassByWeight:

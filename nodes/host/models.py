@@ -155,7 +155,6 @@ def _patch_bare_parameters(patcher: Any, device: Any, *_: Any) -> None:
             patcher.patch_weight_to_device(key, device)
 
 
-@torch.inference_mode(False)  # nodes run in inference mode, whose tensors no training can use
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
     """Returns a prior or decoder as a MODEL: ComfyUI's patcher around a network built from ComfyUI's layers.
 
