@@ -88,7 +88,8 @@ class Walk:
         self.latent = {"samples": seeded(*shape), "noise_mask": torch.linspace(0.1, 1, 64).expand(1, 64, 64)}
         self.values = {**others, "model2": other, "LATENT": self.latent, "CONDITIONING": self.positive}
         self.values["empty_conditioning"] = [[text * 0.5, {}]]
-        self.plain = self.sample(model)
+        with warnings() as self.plain_notices:
+            self.plain = self.sample(model)
         self.shapes: set[Any] = set()  # block, queries and keys of replaced attention
 
     def sample(self, model: Any) -> Tensor:
@@ -170,6 +171,10 @@ class Walk:
         changes["stg"] = self.change(self.sample(stg), self.sample(passed))
         return changes
 
+    def new(self, notices: list[str]) -> list[str]:
+        """Returns the notices that the unchanged MODEL does not cause."""
+        return [text for text in dict.fromkeys(notices) if text not in self.plain_notices]
+
     @staticmethod
     def change(out: Tensor, plain: Tensor) -> float:
         return ((out - plain).norm() / plain.norm()).item()
@@ -181,7 +186,7 @@ class Walk:
             try:
                 out = self.sample(change())
             except Exception as error:  # every node's
-                return {"error": f"{type(error).__name__}: {error}", "said": said}
+                return {"error": f"{type(error).__name__}: {error}", "said": self.new(said)}
         change = (out - self.plain).norm() / self.plain.norm() if out.shape == self.plain.shape else torch.tensor(1.0)
         return {
             "change": round(change.item(), 6),

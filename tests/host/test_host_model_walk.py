@@ -129,5 +129,5 @@ def write_page(nodes: Outcomes, version: str) -> str:
     )
     text = TEMPLATE.read_text(encoding="utf-8")
     values = {"version": version, "count": len(nodes), "summary": summary, "table": table}
-    values["others"] = ", ".join(sorted(OTHER_FILES))
+    values["others"] = "\n".join(f"- {name}" for name in sorted(OTHER_FILES))
     return text.format(**values)
