@@ -11,6 +11,7 @@ from ..wuerstchen_core.checkpoints.components import CLIP_LOADER, MODEL_LOADER, 
 from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
+from ..wuerstchen_core.checkpoints.source import CHECKPOINT
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, folders, models, vae
 from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
@@ -54,9 +55,10 @@ class WuerstchenBundleLoader(Node):
     @classmethod
     def execute(cls, bundle: str) -> io.NodeOutput:
         source = open_source(folders.bundle_path(bundle))
-        if is_v1(source):
+        if is_v1(source) or source.layout == CHECKPOINT:
             nodes = ", ".join(loader.node for loader in (MODEL_LOADER, TOKEN_LOADER, CLIP_LOADER, VAE_LOADER))
-            raise ValueError(f"{bundle!r} holds Würstchen v1, whose parts are loaded one by one: use {nodes}")
+            holds = "Würstchen v1" if is_v1(source) else "one MODEL with its CLIP and VAE"
+            raise ValueError(f"{bundle!r} holds {holds}, whose parts are loaded one by one: use {nodes}")
         return io.NodeOutput(
             models.load_model(source.part("prior")),
             models.load_model(source.part("decoder")),

@@ -55,7 +55,7 @@ def choices(loader: Loader) -> list[str]:
     """Lists the files of a loader's folder, then its parts of v1 bundles."""
     parts = [
         f"{_label(part)}{_OF}{bundle}"
-        for bundle, names in folders.v1_bundles().items()
+        for bundle, names in folders.split_bundles().items()
         for part in names
         if kind_of(part) in COMPONENTS and component(part).loader == loader
     ]

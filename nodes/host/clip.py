@@ -14,12 +14,10 @@ import comfy.supported_models_base
 import torch
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.key_maps import text_to_transformers
+from ...wuerstchen_core.checkpoints.components import TEXT_ENCODER
+from ...wuerstchen_core.checkpoints.key_maps import COMFYUI_CLIPS, text_to_transformers
 from ...wuerstchen_core.models.text_encoder import END, START, TextEncoderParams
 from . import folders
-
-# ComfyUI's names of the text encoders, which LoRA and embedding files use.
-_NAMES = {"prior_text_encoder": "g", "decoder_text_encoder": "h"}
 
 
 def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
@@ -49,7 +47,10 @@ def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = Non
 
 def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     """Returns a text encoder as a CLIP that keeps its bundle's metadata, such as the words the model knows."""
-    params, name = part.params, _NAMES[part.name]
+    params = part.params
+    name = COMFYUI_CLIPS[part.name.removesuffix(f"_{TEXT_ENCODER}")].removeprefix(
+        "clip_"
+    )  # as in LoRA and embedding files
     tokenizer = partial(
         comfy.sd1_clip.SDTokenizer,
         max_length=params.context_length,

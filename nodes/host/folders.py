@@ -8,6 +8,8 @@ from pathlib import Path
 import folder_paths
 
 from ...wuerstchen_core.checkpoints import demo_path, read_metadata
+from ...wuerstchen_core.checkpoints.open import open_source
+from ...wuerstchen_core.checkpoints.source import CHECKPOINT
 
 DEMO = "Würstchen demo (shipped)"
 DEMO_V1 = "Würstchen demo v1 (shipped)"
@@ -34,7 +36,7 @@ def bundle_names() -> list[str]:
 
 
 def bundle_path(name: str) -> Path:
-    """Returns the path of a file in `bundle_names` or `v1_bundles`."""
+    """Returns the path of a file in `bundle_names` or `split_bundles`."""
     shipped = {DEMO: demo_path(), DEMO_V1: demo_path("demo-v1")}
     return shipped.get(name) or file_path("checkpoints", name)
 
@@ -54,26 +56,30 @@ def lora_folder(name: str) -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0]) if name == DEMO_LORA else lora_path(name).parent
 
 
-def v1_bundles() -> dict[str, tuple[str, ...]]:
-    """Returns the component names of each v1 bundle, the shipped one first."""
+def split_bundles() -> dict[str, tuple[str, ...]]:
+    """Returns the parts of the files that are loaded part by part: bundles of v1, the shipped one first, and files of
+    ComfyUI's CheckpointSave."""
     names = [DEMO_V1, *bundle_names()[1:]]
-    return {name: parts for name in names if (parts := _v1_parts(name))}
+    return {name: parts for name in names if (parts := _split_parts(name))}
 
 
-def _v1_parts(name: str) -> tuple[str, ...]:
+def _split_parts(name: str) -> tuple[str, ...]:
     try:
         path = bundle_path(name)
         status = path.stat()
-        return _read_v1_parts(path, status.st_mtime_ns, status.st_size)
+        return _read_split_parts(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError):  # missing, a dead link, or damaged: loading it reports that
         return ()
 
 
 @lru_cache(maxsize=4096)
-def _read_v1_parts(path: Path, modified: int, size: int) -> tuple[str, ...]:
-    """Reads the component names of a v1 bundle from its header, once until the file changes; () for other files."""
+def _read_split_parts(path: Path, modified: int, size: int) -> tuple[str, ...]:
+    """Reads the names of a file's parts from its header, once until the file changes; () for other files."""
     metadata = read_metadata(path)
-    return tuple(metadata.get("parts", {})) if metadata.get("version") == "v1" else ()
+    if metadata:
+        return tuple(metadata.get("parts", {})) if metadata.get("version") == "v1" else ()
+    source = open_source(path, headers_only=True)
+    return tuple(source.networks) if source.layout == CHECKPOINT else ()
 
 
 def embeddings() -> list[str]:

@@ -41,7 +41,7 @@ def sample_core(
     draw = draw or seeded_noise((extra_args["seed"] + 1) % (LARGEST_SEED - len(x)), len(x))
     times = torch.where(sigmas > 0, schedule.timestep(sigmas), torch.zeros_like(sigmas))
 
-    step_sigmas, denoised = iter(sigmas), x
+    step_sigmas, denoised = iter(torch.where(sigmas > 0, sigmas, schedule.sigma(times))), x
 
     def predict_noise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal denoised

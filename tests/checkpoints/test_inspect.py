@@ -124,7 +124,7 @@ def test_bundle(tmp_path: Path) -> None:
 def loaders() -> Iterator[Any]:
     """The module nodes/model_files.py, with `folders.root` as every folder of ComfyUI."""
 
-    def v1_bundles() -> dict[str, tuple[str, ...]]:
+    def split_bundles() -> dict[str, tuple[str, ...]]:
         bundles = {path.name: read_metadata(path) for path in folders.root.glob("*.safetensors")}
         return {name: tuple(x["parts"]) for name, x in bundles.items() if x.get("version") == "v1"}
 
@@ -132,7 +132,7 @@ def loaders() -> Iterator[Any]:
     folders.file_names = lambda folder: []
     folders.file_path = lambda folder, name: folders.root / name
     folders.bundle_path = lambda name: folders.root / name
-    folders.v1_bundles = v1_bundles
+    folders.split_bundles = split_bundles
     sys.modules[folders.__name__] = folders
     for name, path in (("node_pack", ROOT), ("node_pack.nodes", ROOT / "nodes"), ("node_pack.nodes.host", ROOT)):
         package: Any = ModuleType(name)

@@ -26,6 +26,7 @@ from helpers.layouts import (
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import describe, load_prior, read_part
+from wuerstchen_core.checkpoints.key_maps import text_from_transformers
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.source import ForeignFile
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, ImageEncoderParams
@@ -240,6 +241,16 @@ def test_model_save_of_comfyui(states: dict[str, State], tmp_path: Path, kind: s
     state = comfyui(states[kind]) | {"model_sampling.sigmas": torch.zeros(3)}
     save_file(state, tmp_path / "saved.safetensors", metadata={"prompt": "{}"})
     assert_parts(tmp_path / "saved.safetensors", {kind.removeprefix("first_"): states[kind]})
+
+
+def test_checkpoint_save_of_comfyui(states: dict[str, State], tmp_path: Path) -> None:
+    """The CLIP's name tells the stage of the text tower."""
+    text = tower(64)
+    clip = {f"cond_stage_model.clip_h.transformer.{key}": x for key, x in text.items()}
+    vae = {f"first_stage_model.{key}": x for key, x in states["vqgan"].items()}
+    save_file(comfyui(states["decoder"]) | clip | vae, tmp_path / "saved.safetensors")
+    parts = {"decoder": states["decoder"], "vqgan": states["vqgan"]}
+    assert_parts(tmp_path / "saved.safetensors", parts | {"decoder_text_encoder": text_from_transformers(text)})
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "encoder_s"])

@@ -121,6 +121,8 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     table = copy.deepcopy(folder_paths.folder_names_and_paths)
     load_pack()
     from pack.nodes import loaders
+    from pack.nodes.model_files import choices
+    from pack.wuerstchen_core.checkpoints.components import CLIP_LOADER, MODEL_LOADER, VAE_LOADER
 
     def model(name: str, dtype: str = "default") -> Any:
         return loaders.WuerstchenModelLoader.execute(name, dtype).args[0]
@@ -159,6 +161,22 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in VAES:
         tensors[name] = vae(name).decode(seeded(*LATENTS))
     tensors[ENCODER] = vae(ENCODER).encode(seeded(*PICTURE).sigmoid())
+
+    # ComfyUI's CheckpointSave, and back.
+    folder_paths.add_model_folder_path("checkpoints", saved)
+    parts = model("prior_diffusers.safetensors"), tower("prior_tower.safetensors"), vae("stage_a_original.pt")
+    save_checkpoint(*parts, filename_prefix="whole", output_dir=saved)
+    name = "whole_00001_.safetensors"
+    offered = [choices(loader) for loader in (MODEL_LOADER, CLIP_LOADER, VAE_LOADER)]
+    facts["offered"] = [[choice for choice in found if choice.endswith(f" of {name}")] for found in offered]
+    tensors["checkpoint model"] = predict(model(f"prior of {name}"), "prior")
+    clip = tower(f"text tower (prior) of {name}")
+    [[tensors["checkpoint clip"], _]] = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPTS[0]))
+    tensors["checkpoint vae"] = vae(f"Stage A of {name}").decode(seeded(*LATENTS))
+    try:
+        loaders.WuerstchenBundleLoader.execute(name)
+    except ValueError as error:
+        facts["whole"] = str(error)
 
     for kind, name in MISTAKES:
         try:

@@ -297,3 +297,17 @@ def test_new_files_are_offered_at_once_and_missing_files_named(
     outcome = server.run(prompt)
     # Newer ComfyUI versions reject it before the run, older ones leave it to the node.
     assert outcome.status in ("invalid", "execution_error") and name in outcome.error
+
+
+def test_a_saved_checkpoint_is_loaded_whole(inside: Inside) -> None:
+    """CheckpointSave writes a MODEL, its CLIP and a VAE into one file; the loaders offer its parts."""
+    tensors, facts = inside
+    name = "whole_00001_.safetensors"
+    assert facts["offered"] == [[f"prior of {name}"], [f"text tower (prior) of {name}"], [f"Stage A of {name}"]]
+    for saved, source in (
+        ("checkpoint model", "prior_diffusers.safetensors"),
+        ("checkpoint clip", "prior_tower.safetensors 0"),
+        ("checkpoint vae", "stage_a_original.pt"),
+    ):
+        torch.testing.assert_close(tensors[saved], tensors[source], **TOLERANCE)
+    assert name in facts["whole"] and "one by one" in facts["whole"]

@@ -10,6 +10,7 @@ import torch
 from .lazy import AnyTensor, apply
 
 COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
+COMFYUI_CLIPS = {"prior": "clip_g", "decoder": "clip_h"}  # ComfyUI's name of each stage's text tower
 COMFYUI_ENCODER = "encoder."  # keys of an image encoder from ComfyUI's VAESave
 
 LORA = "a LoRA, which changes a model and is not a model itself"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..common.text import listed
 from .adapters import Adapter, Adapters, Fit, fit, is_complete, keys_of, merge_lora
 from .components import TOWERS, State
-from .key_maps import text_from_transformers, text_to_transformers
+from .key_maps import COMFYUI_CLIPS, text_from_transformers, text_to_transformers
 from .weight_files import read_file_metadata, read_weight_file
 from .writer import write_tensors
 
@@ -65,7 +65,7 @@ _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the 
 
 NETWORK_PREFIX = "diffusion_model."  # of a network's keys in ComfyUI's LoRA files
 _CLIP = re.compile(r"(?:^|\.)(clip_[gh])\.transformer\.")
-_CLIPS = dict(zip(("clip_g", "clip_h"), TOWERS, strict=True))  # ComfyUI's names of our text towers
+_CLIPS = dict(zip(COMFYUI_CLIPS.values(), TOWERS, strict=True))
 
 _FAMILIES = (
     (r"lora_te2|text_encoder_2|(?:input|output|mid)_block|_blocks[._]\d+[._]attentions", "Stable Diffusion or SDXL"),

@@ -16,7 +16,17 @@ from .key_maps import LORA, foreign
 from .lazy import lazy_state
 from .quant import dequantize, is_scaled
 from .release import VERSIONS
-from .source import BUNDLE, ForeignFile, Network, Source, identify, merge_metadata, no_part
+from .source import (
+    BUNDLE,
+    CHECKPOINT,
+    ForeignFile,
+    Network,
+    Source,
+    identify,
+    merge_metadata,
+    no_part,
+    split_checkpoint,
+)
 from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
@@ -80,6 +90,8 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     """Opens a weight file or the index of its shards; `config` is its folder's config.json."""
     content = _read_shards(path, headers_only) if path.suffix == ".json" else read_weight_file(path, headers_only)
     metadata = parse_metadata(path, content.metadata)
+    if (checkpoint := split_checkpoint(content)) is not None:
+        return replace(identify(path, checkpoint, {}, metadata), layout=CHECKPOINT)
     bare = content.states.get("", {})
     bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
     if bundled is None:

@@ -16,13 +16,14 @@ from ..common.text import listed
 from ..models.prior import PriorParams
 from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, State, kind_of, parts_of
 from .infer_params import TOWER_ADVICE
-from .key_maps import COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
+from .key_maps import COMFYUI_CLIPS, COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
 from .lazy import AnyTensor, LazyTensor, lazy_state
 from .quant import dequantize, is_scaled
 from .release import guess_release, only_release, release_of, trained_sides, with_units
 from .weight_files import WeightFile
 
 BUNDLE = "bundle"  # the layout of this project's own files
+CHECKPOINT = "ComfyUI checkpoint"  # that of ComfyUI's CheckpointSave
 
 # Fields of a config.json with params that no tensor shows, by diffusers' or transformers' name.
 _CONFIG_FIELDS = {
@@ -166,19 +167,38 @@ def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: 
     networks: dict[str, Network] = {}
     refused: list[str] = []
     params = metadata.get("parts", {})
-    for state in content.states.values():
+    for label, state in content.states.items():
         try:
             kind, ours = to_ours(dequantize(lazy_state(state), scaled_only=True))
         except ValueError as error:
             refused.append(str(error))
         else:
-            name = next((part for part in params if kind_of(part) == kind), kind)  # which stage's tower it is
+            named = (part for part in (label, *params) if part in PARTS and kind_of(part) == kind)
+            name = next(named, kind)  # which stage's tower it is
             network = Network(kind, ours, is_scaled(state), params.get(name), config)
             networks |= dict.fromkeys(parts_of(name), network)
     if not networks:
         raise ForeignFile(path, refused)
     layout = " + ".join(key for key in content.states if key) or "bare"
     return Source(path, layout, networks, metadata, tuple(refused))
+
+
+def split_checkpoint(content: WeightFile) -> WeightFile | None:
+    """Splits a file of ComfyUI's CheckpointSave into the states of its MODEL, CLIP and VAE; returns None for others.
+
+    The CLIP's name tells its stage.
+    """
+    state = content.states.get("", {})
+    network = strip_prefix(state, COMFYUI_PREFIX)
+    stage = next((kind for kind in COMFYUI_CLIPS if any(mark in network for mark in COMPONENTS[kind].marks)), None)
+    if stage is None:
+        return None
+    states = {stage: network}
+    for kind, clip in COMFYUI_CLIPS.items():
+        states[f"{kind}_{TEXT_ENCODER}"] = strip_prefix(state, f"cond_stage_model.{clip}.transformer.")
+    states["vae"] = strip_prefix(state, "first_stage_model.")
+    states = {label: state for label, state in states.items() if state}
+    return replace(content, states=states) if len(states) > 1 else None
 
 
 def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
