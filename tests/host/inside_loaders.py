@@ -85,7 +85,7 @@ LATENTS, PICTURE = (1, 4, 8, 12), (1, 32, 48, 3)
 def predict(model: Any, kind: str) -> Tensor:
     network = model.model.diffusion_model
     x, t, text, *prior_latents = inputs(kind, network.params)
-    return network(x, t, text, *prior_latents)
+    return network(x, t, text, **dict(zip(("stable_cascade_prior",), prior_latents)))  # noqa: B905 (none for a prior)
 
 
 class PeakMemory:
@@ -163,7 +163,6 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors[ENCODER] = vae(ENCODER).encode(seeded(*PICTURE).sigmoid())
 
     # ComfyUI's CheckpointSave, and back.
-    folder_paths.add_model_folder_path("checkpoints", saved)
     parts = model("prior_diffusers.safetensors"), tower("prior_tower.safetensors"), vae("stage_a_original.pt")
     save_checkpoint(*parts, filename_prefix="whole", output_dir=saved)
     name = "whole_00001_.safetensors"

@@ -191,7 +191,7 @@ class Walk:
         return {
             "change": round(change.item(), 6),
             "finite": bool(out.isfinite().all()),
-            "said": list(dict.fromkeys(said)),
+            "said": self.new(said),
         }
 
 

@@ -158,6 +158,7 @@ def inside(
     saved, folders = folder / "saved", folder / "extra_model_paths.yaml"
     saved.mkdir()
     paths = {"unet": f"diffusion_models\n{saved}", "clip": "text_encoders", "vae": "vae"}  # older names of the folders
+    paths["checkpoints"] = str(saved)
     folders.write_text(json.dumps({"mine": {"base_path": str(models), **paths}}), encoding="utf-8")
     return run_inside(install, "inside_loaders.py", folder, folders, saved)
 
