@@ -50,7 +50,7 @@ class WuerstchenSampling(NamesMissing, comfy.model_sampling.StableCascadeSamplin
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
         """Returns the sigma of times in [0, 1]: the schedule's, strictly rising, and exact at both ends."""
-        t = torch.as_tensor(timestep)
+        t = torch.as_tensor(timestep).clamp(0, 1)  # SDTurboScheduler passes whole numbers up to 999
         cosine = (_COS2 * torch.tan((t + S) * _HALF_TURN) ** 2 - _SIN2).clamp(min=0.0).sqrt()
         return cosine.clamp(SIGMA_MIN + SIGMA_MIN * _SLOPE * t, SIGMA_MAX - SIGMA_MAX * _SLOPE * (1 - t))
 

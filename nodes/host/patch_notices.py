@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...wuerstchen_core.common.text import listed
 from .conditioning import PRIOR_KEY
-from .model_sampling import SIGMA_MAX
 from .notices import notify
 
 KEY = "wuerstchen_patches"
@@ -61,10 +60,10 @@ def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int], stage: str)
             "a ModelSampling node replaced Würstchen's noise schedule: the image will be wrong, because the network's "
             "output is read as another quantity; remove that node"
         )
-    elif sigmas.numel() and sigmas[0] > SIGMA_MAX * 1.01:
+    elif len(sigmas) > 2 and (sigmas[:-1] == sigmas[0]).all():
         yield (
-            f"the sigmas start at {sigmas[0]:.0f}, above Würstchen's largest of {SIGMA_MAX:.0f}, so the image will be "
-            "wrong: use Würstchen Scheduler or BasicScheduler instead of another model's scheduler"
+            f"all sigmas are {sigmas[0]:.0f}, as SDTurboScheduler's are with this model, so the image will be wrong: "
+            "use Würstchen Scheduler or BasicScheduler"
         )
     if getattr(options.get("easycache"), "name", "") == "LazyCache":
         yield "LazyCache skips steps of Würstchen that it must not skip, which ruins the image: use EasyCache instead"

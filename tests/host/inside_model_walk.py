@@ -74,6 +74,13 @@ def warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
+def call(node: Any, **inputs: Any) -> Any:
+    """Returns the outputs of a node's class, in any form of ComfyUI's nodes."""
+    bound = node if getattr(node, "FUNCTION", "").startswith("EXECUTE") else node()
+    result = getattr(bound, node.FUNCTION)(**inputs)
+    return getattr(result, "result", result)
+
+
 class Walk:
     """One model and what nodes need beside it."""
 
@@ -120,9 +127,7 @@ class Walk:
         return out
 
     def apply(self, node: Any) -> Any:
-        bound = node if getattr(node, "FUNCTION", "").startswith("EXECUTE") else node()
-        result = getattr(bound, node.FUNCTION)(**self.inputs(node))
-        outputs = getattr(result, "result", result)
+        outputs = call(node, **self.inputs(node))
         return outputs[list(node.RETURN_TYPES).index("MODEL")]
 
     def patched(self, name: str) -> dict[str, Any]:
@@ -170,6 +175,26 @@ class Walk:
         stg.model_options["transformer_options"]["stg_self_attn_blocks"] = {middle}
         changes["stg"] = self.change(self.sample(stg), self.sample(passed))
         return changes
+
+    def custom(self) -> dict[str, list[str]]:
+        """Returns the notices about another family's scheduler, and about a guider with an additional text."""
+        import nodes
+
+        classes = nodes.NODE_CLASS_MAPPINGS
+        common = {"model": self.model, "positive": self.positive, "negative": self.negative, "cfg": CFG}
+        [sampler] = call(classes["KSamplerSelect"], sampler_name="euler_ancestral")
+        [noise] = call(classes["RandomNoise"], noise_seed=SEED)
+        [turbo] = call(classes["SDTurboScheduler"], model=self.model, steps=4, denoise=1.0)
+        [sigmas] = call(classes["BasicScheduler"], model=self.model, scheduler="simple", steps=4, denoise=1.0)
+        [guider] = call(
+            classes["PerpNegGuider"], **common, empty_conditioning=self.values["empty_conditioning"], neg_scale=1.0
+        )
+        rest = {"sampler": sampler, "latent_image": self.latent}
+        with warnings() as of_scheduler:
+            call(classes["SamplerCustom"], **common, **rest, add_noise=True, noise_seed=SEED, sigmas=turbo)
+        with warnings() as of_guider:
+            call(classes["SamplerCustomAdvanced"], **rest, noise=noise, guider=guider, sigmas=sigmas)
+        return {"scheduler": self.new(of_scheduler), "guider": self.new(of_guider)}
 
     def new(self, notices: list[str]) -> list[str]:
         """Returns the notices that the unchanged MODEL does not cause."""
@@ -251,6 +276,7 @@ def main(bundle: str, v1_bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]
         "nodes": found,
         "patches": {kind: {key: walk.patched(kind) for key, walk in walks.items()} for kind in FOREIGN_PATCHES},
         "idle cache": {key: walk.outcome(partial(walk.apply, cache)) for key, walk in walks.items()},
+        "custom": {key: walk.custom() for key, walk in walks.items()},
         "neutral": {key: walk.neutral() for key, walk in walks.items()},
         "shapes": {key: sorted(walk.shapes) for key, walk in walks.items()},
     }

@@ -99,6 +99,12 @@ def test_a_cache_that_skips_nothing_is_named(inside: dict[str, Any]) -> None:
         assert any("EasyCache" in text for text in outcome["said"])
 
 
+def test_foreign_sigmas_and_guiders_are_named(inside: dict[str, Any]) -> None:
+    for model, notices in inside["custom"].items():
+        assert any("SDTurboScheduler" in text for text in notices["scheduler"])
+        assert bool(notices["guider"]) == (model == "v2 B")  # Stage B's empty text has no Stage C latents
+
+
 def test_notices_are_single_sentences(nodes: Outcomes) -> None:
     for outcomes in nodes.values():
         for outcome in outcomes.values():
