@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.conds
-import comfy.patcher_extension
 import comfy.samplers
 import comfy.utils
 import torch
@@ -20,7 +17,6 @@ from ...wuerstchen_core.common.geometry import prior_side
 from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
-from .diffusion_models import HostPrior
 from .latents import STAGE_C, check_shape
 from .masks import grid_mask
 from .notices import notify
@@ -213,7 +209,6 @@ def _mask_bounds(mask: Tensor) -> Area:
 
 
 def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multiple: int) -> list[dict[str, Any]]:
-    """Converts the areas and masks of conditionings, set by any node, to latents of this stage."""
     height, width = sides = noise.shape[-2:]
     conds = [dict(cond) for cond in conds]
     for cond in conds:
@@ -234,22 +229,9 @@ def _fit_areas(conds: list[dict[str, Any]], noise: Tensor, pixels: float, multip
     return conds
 
 
-def add_sampling_wrapper(patcher: Any) -> None:
-    """Makes a MODEL convert areas and masks to its own latents, and a prior compute keys and values once per run.
-
-    ComfyUI assumes 8 pixels per latent, crops areas that Stage B cannot halve, and loses masks thinner than a cell.
-    """
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "wuerstchen", _outer_sample)
-
-
-def _outer_sample(sample: Callable[..., Tensor], noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    guider: Any = sample.class_obj  # type: ignore[attr-defined]
+def fit_areas(guider: Any, noise: Tensor) -> None:
+    """Converts the areas and masks of a guider's conditionings, set by any node, to the latents of its MODEL."""
     patcher = guider.model_patcher
     pixels, multiple = patcher.get_model_object("latent_format").spacial_downscale_ratio, patcher.model.area_multiple
-    check_options(patcher.model.stage, chain.from_iterable(guider.conds.values()))
     for name, conds in guider.conds.items():
         guider.conds[name] = _fit_areas(conds, noise, pixels, multiple)
-    network = patcher.model.diffusion_model
-    hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # these patch it between steps
-    with network.caching_keys_values() if isinstance(network, HostPrior) and not hooked else nullcontext():
-        return sample(noise, *args, **kwargs)

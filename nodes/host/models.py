@@ -18,14 +18,14 @@ from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
 from ...wuerstchen_core.checkpoints.release import release_of_model
 from .attention_scales import with_attention_scales
-from .conditioning import PRIOR_KEY, add_sampling_wrapper, prior_cond, text_cond
+from .conditioning import PRIOR_KEY, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
 from .masks import widen_masks
 from .model_sampling import WuerstchenSampling
 from .notices import notify
-from .patch_notices import NO_PRIOR, add_patch_notices
-from .sampler_warnings import add_warnings
+from .patch_notices import NO_PRIOR
+from .wrappers import add_wrappers
 
 TEXT_TOKENS = 77
 
@@ -187,9 +187,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     model.trained = part.trained
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, "wuerstchen", _patch_bare_parameters)
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
-        add_sampling_wrapper(patcher)
-        add_warnings(patcher, ancestral=part.name == "decoder")
-        add_patch_notices(patcher)
+        add_wrappers(patcher)
         kind: Any = type(patcher)  # not patcher_class, whose constructor may return another class
         patcher.__class__ = with_attention_scales(kind)
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64

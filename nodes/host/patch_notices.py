@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_sampling
@@ -12,47 +12,19 @@ from torch import Tensor
 
 from ...wuerstchen_core.common.text import listed
 from .conditioning import PRIOR_KEY
-from .notices import notify
 
-KEY = "wuerstchen_patches"
 NO_PRIOR = (
     "Stage B gets an additional text without Stage C latents, so guidance leads away from the image: connect Würstchen "
     "Decoder Conditioning to that conditioning too"
 )
 
 
-def add_patch_notices(patcher: Any) -> None:
-    """Makes a MODEL notify of other nodes' patches that do not fit it, at each sampling."""
-    stage = patcher.model.stage
+def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int]) -> Iterator[str]:
+    """Yields the notices known before a run from noise of a shape, along sigmas [N + 1].
 
-    def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        guider: Any = run.class_obj  # type: ignore[attr-defined]
-        network = guider.model_patcher.model.diffusion_model
-        for text in setup_notices(guider, args[1], noise.shape, stage):
-            notify(text)
-        network.patches.clear()
-        out = run(noise, latent, *args, **kwargs)
-        if unused := unused_notice(network, stage):
-            notify(unused)
-        options = guider.model_options.get("transformer_options", {})
-        if "easycache" in options and 0 < network.patches.calls == network.patches.runs:
-            notify("EasyCache skipped no step: raise its reuse_threshold, for instance to 0.75, or remove it")
-        return out
-
-    def run_sampler(run: Callable[..., Tensor], wrap: Any, *args: Any, **kwargs: Any) -> Tensor:
-        patches = wrap.inner_model.diffusion_model.patches
-        patches.sampling = True
-        try:
-            return run(wrap, *args, **kwargs)
-        finally:
-            patches.sampling = False
-
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
-    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, run_sampler)
-
-
-def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int], stage: str) -> Iterator[str]:
-    """Yields the notices known before a run from noise of a shape, along sigmas [N + 1]."""
+    Raises ValueError for what cannot run.
+    """
+    stage = guider.model_patcher.model.stage
     schedule = guider.model_patcher.get_model_object("model_sampling")
     options = guider.model_options.get("transformer_options", {})
     if not isinstance(schedule, comfy.model_sampling.StableCascadeSampling):
@@ -91,17 +63,33 @@ def _check_exists(model: Any, name: str) -> None:
 
 
 def _context_notices(handler: Any, shape: Sequence[int], stage: str) -> Iterator[str]:
-    """Yields the notice about ComfyUI's context windows; ValueError if they would cut Stage B's latents."""
+    """Yields the notice about ComfyUI's context windows; ValueError if they would cut channels or Stage B's latents."""
+    if handler.dim not in (0, 2, 3):
+        raise ValueError(
+            f"context windows along dimension {handler.dim} do not fit Würstchen's latents [batch, channels, height, "
+            "width]: use dimension 0 (batch), or with Stage C also 2 or 3"
+        )
     if shape[handler.dim] <= handler.context_length:
         yield (
             f"context windows of {handler.context_length} have no effect on latents of {shape[handler.dim]} along "
             f"dimension {handler.dim}"
         )
-    elif stage == "Stage B" and handler.dim > 1:
+    elif stage == "Stage B" and handler.dim:
         raise ValueError(
             "Stage B cannot be sampled in context windows, whose edges are not those of its blocks and of Stage C's "
             "latents: use them with Stage C or along the batch (dimension 0), or remove them here"
         )
+
+
+def result_notices(guider: Any) -> Iterator[str]:
+    """Yields the notices about patches that had no effect in a run."""
+    model = guider.model_patcher.model
+    patches = model.diffusion_model.patches
+    if text := unused_notice(model.diffusion_model, model.stage):
+        yield text
+    options = guider.model_options.get("transformer_options", {})
+    if "easycache" in options and 0 < patches.calls == patches.runs:
+        yield "EasyCache skipped no step: raise its reuse_threshold, for instance to 0.75, or remove it"
 
 
 def unused_notice(network: Any, stage: str) -> str | None:

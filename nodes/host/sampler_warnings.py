@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...wuerstchen_core.common.geometry import size_note
-from .notices import notify
-
-KEY = "wuerstchen_warnings"
 
 # ComfyUI's samplers that add no noise in their steps (`ddim` is its `euler`); other packs' samplers are not judged.
 # The author of Stable Cascade's Stage B says that it needs an ancestral sampler (ComfyUI issue 5297). The shipped model
@@ -43,25 +39,21 @@ SEVERAL_SIZES = (
 )
 
 
-def add_warnings(patcher: Any, ancestral: bool) -> None:
-    """Makes a MODEL notify of its warnings at each sampling; `ancestral`: it is Stage B, which needs noise in steps."""
+def sampler_notices(model: Any, sampler: Any, sigmas: Tensor, shape: Sequence[int]) -> Iterator[str]:
+    """Yields the notices about a run of a StageModel from noise of a shape, with a SAMPLER along sigmas [N + 1].
 
-    def sample(run: Callable[..., Tensor], noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sampler, sigmas = args[:2]
-        if any(getattr(sampler, name, None) is not None for name in UNCONVERTED):
-            raise ValueError(SEVERAL_SIZES)
-        if text := warning(sampler, sigmas, ancestral):
-            notify(text)
-        trained = run.class_obj.model_patcher.model.trained  # type: ignore[attr-defined]
-        if trained and (text := size_note(trained, *noise.shape[-2:])):
-            notify(text)
-        return run(noise, latent, *args, **kwargs)
-
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
+    Raises ValueError for what Train LoRA would train wrongly.
+    """
+    if any(getattr(sampler, name, None) is not None for name in UNCONVERTED):
+        raise ValueError(SEVERAL_SIZES)
+    if text := warning(sampler, sigmas, ancestral=model.stage == "Stage B"):
+        yield text
+    if model.trained and (text := size_note(model.trained, *shape[-2:])):
+        yield text
 
 
 def warning(sampler: Any, sigmas: Tensor, ancestral: bool) -> str | None:
-    """Returns the warning for a SAMPLER and sigmas [N + 1], or None."""
+    """Returns the warning for a SAMPLER and sigmas [N + 1], or None; an `ancestral` stage needs noise in its steps."""
     if not sigmas.isfinite().all():
         return NOT_FINITE
     if len(sigmas) <= 2:  # a single step is a deliberate choice

@@ -271,8 +271,12 @@ def main(bundle: str, v1_bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]
         if name not in OTHER_FILES and any(kind[0] == "MODEL" for kind in kinds.values()):
             found[name] = {key: walk.outcome(partial(walk.apply, node)) for key, walk in walks.items()}
     VALUES["reuse_threshold"] = 0.0
-    cache = nodes.NODE_CLASS_MAPPINGS["EasyCache"]
+    cache, windows = (nodes.NODE_CLASS_MAPPINGS[name] for name in ("EasyCache", "ContextWindowsManual"))
+    along: dict[int, Any] = {}
+    for VALUES["dim"] in (1, 4):
+        along[VALUES["dim"]] = {key: walk.outcome(partial(walk.apply, windows)) for key, walk in walks.items()}
     return {}, {
+        "windows": along,
         "nodes": found,
         "patches": {kind: {key: walk.patched(kind) for key, walk in walks.items()} for kind in FOREIGN_PATCHES},
         "idle cache": {key: walk.outcome(partial(walk.apply, cache)) for key, walk in walks.items()},

@@ -105,6 +105,11 @@ def test_foreign_sigmas_and_guiders_are_named(inside: dict[str, Any]) -> None:
         assert bool(notices["guider"]) == (model == "v2 B")  # Stage B's empty text has no Stage C latents
 
 
+def test_windows_along_channels_and_missing_dimensions_are_refused(inside: dict[str, Any]) -> None:
+    for outcomes in inside["windows"].values():
+        assert {verdict("ContextWindowsManual", outcome) for outcome in outcomes.values()} == {REFUSED}
+
+
 def test_notices_are_single_sentences(nodes: Outcomes) -> None:
     for outcomes in nodes.values():
         for outcome in outcomes.values():
