@@ -142,6 +142,7 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     stage_c = {"samples": priors}
     with_prior = lambda cond, latent=stage_c: WuerstchenDecoderConditioning.execute(cond, latent).args[0]  # noqa: E731
     patchers = {stage: models.load_model(read_part(bundle, stage)) for stage in STAGES}
+    patchers["prior"].model.trained = None  # no notices about its sizes
 
     def once(stage: str, positive: Any, negative: Any, cfg: float, count: int = 2) -> Once:
         patcher, sampler = patchers[stage], Once()
