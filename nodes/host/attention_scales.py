@@ -6,12 +6,15 @@ in its transformer_options, from which network_patches.py applies them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from .network_patches import SCALES
+from .notices import notify
 
+_ATTN = re.compile(r"\.attn[12]\.")
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -28,10 +31,12 @@ class AttentionScales:
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
         state: dict[str, Any] = super().model_state_dict(filter_prefix)  # type: ignore[misc]
-        listed = self.listing and filter_prefix is None
-        return state | dict.fromkeys(self._names()) if listed else state
+        if not self.listing or filter_prefix is not None:
+            return state
+        return state | {name: state[_ATTN.sub(".attention.", name)] for name in self._names()}
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        self._warn()
         self.listing = False  # weights only, for merging
         try:
             return super().get_key_patches(filter_prefix)  # type: ignore[misc]
@@ -45,6 +50,17 @@ class AttentionScales:
         if scaled:
             options[SCALES] = {**scales, **scaled}
         return [*scaled, *super().add_patches(patches, strength_patch, strength_model)]  # type: ignore[misc]
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by ComfyUI 0.33 and newer."""
+        self._warn()
+        return super().state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
+
+    def _warn(self) -> None:
+        if self.model_options["transformer_options"].get(SCALES):
+            notify(
+                "factors of attention-multiply nodes are not part of a merged or saved model: they act in sampling only"
+            )
 
 
 @cache

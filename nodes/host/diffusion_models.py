@@ -154,10 +154,11 @@ class HostNetwork(NamesMissing, nn.Module):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options or {})
         if not wrappers:
             return self._run(x, timestep, context, control, transformer_options, **conds)
-        self.patches.calls += 1
+        counted = not torch.compiler.is_compiling()  # a graph would depend on the numbers
+        self.patches.calls += counted
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            self.patches.runs += 1
+            self.patches.runs += counted
             return self._run(*args, **kwargs)
 
         executor = WrapperExecutor.new_class_executor(run, self, wrappers)

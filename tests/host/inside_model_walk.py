@@ -162,6 +162,10 @@ class Walk:
         both = node(
             UNetCrossAttentionMultiply, node(UNetSelfAttentionMultiply, self.model, 0.5, 2.0, 0.5, 1), 0.5, 2, 0.5, 1
         )
+        with warnings() as said:
+            both.get_key_patches()
+        assert any("attention-multiply" in text for text in said)
+        assert {x.shape for x in both.model_state_dict().values()}  # every listed name has a weight
         weights = self.model.clone()  # the same factors on the weights that both share
         for key in self.model.model.state_dict():
             for layer, factor in (("to_q", 0.5), ("to_k", 2.0), ("to_v", 0.5)):
