@@ -6,6 +6,8 @@ import { api } from "../../scripts/api.js";
 
 const NAME = "$$node-text-preview"; // ComfyUI's widget for texts of running nodes
 const MARK = "⚠";
+const LETTER = [6.5, 16]; // width and height of a letter in that widget in pixels
+const MARGIN = [52, 30]; // the same around its text
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 
 const shown = new Map(); // the event that showed a notice, by its node
@@ -27,6 +29,13 @@ function noticeOn(node) {
   return node.widgets?.find(({ name, value }) => name === NAME && String(value).startsWith(MARK));
 }
 
+// Returns the height of a text on a node, which grows for it; ComfyUI's widget would show two lines.
+function heightOf(text, node) {
+  const letters = Math.max(1, (node.size[0] - MARGIN[0]) / LETTER[0]);
+  const lines = text.split("\n").map((line) => Math.ceil(line.length / letters));
+  return MARGIN[1] + LETTER[1] * lines.reduce((sum, count) => sum + count, 0);
+}
+
 api.addEventListener("executing", ({ detail }) => {
   for (const node of nodesAt(detail)) {
     shown.delete(node);
@@ -37,16 +46,20 @@ api.addEventListener("executing", ({ detail }) => {
   }
 });
 
-api.addEventListener("progress_text", ({ detail: { nodeId, text } }) =>
+api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
+  const node = nodesAt(nodeId).at(-1);
+  if (!node || !text.startsWith(MARK)) return;
+  shown.set(node, { nodeId, text });
   setTimeout(() => {
-    const node = nodesAt(nodeId).at(-1);
-    const notice = node && noticeOn(node);
+    const notice = noticeOn(node);
     if (!notice) return;
     notice.serialize = false;
-    shown.set(node, { nodeId, text });
-  }),
-);
+    notice.options.getMinHeight = () => heightOf(text, node);
+    node.setDirtyCanvas(true, true);
+  });
+});
 
+// Shows the notices that the frontend has removed.
 function showAgain() {
   for (const [node, event] of shown) {
     if (nodesAt(event.nodeId).at(-1) !== node) shown.delete(node);

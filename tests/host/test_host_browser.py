@@ -109,7 +109,9 @@ SMALL_GRAPH = """(inside) => {
     for (const [name, value] of Object.entries({width, height}))
       node.widgets.find((widget) => widget.name === name).value = value;
   };
-  window.notice = () => shown.widgets?.find((widget) => String(widget.value).startsWith("⚠"))?.value ?? null;
+  const isNotice = (widget) => String(widget.value).startsWith("⚠");
+  window.height = () => shown.widgets.find(isNotice).computeLayoutSize(shown).minHeight;
+  window.notice = () => shown.widgets?.find(isNotice)?.value ?? null;
 }"""
 
 
@@ -122,6 +124,7 @@ def test_a_notice_stays_on_its_node_until_it_runs_without_one(page: Canvas, insi
         page.wait("size => window.notice()?.includes(size)", size)
         page.run()  # from the cache
         page.wait("size => window.notice()?.includes(size)", size)
+        assert page.evaluate("() => window.height()") > 2 * 16 + 30  # more than two lines
         assert size not in str(page.graph()) and size not in str(page.prompt())  # not saved
     page.evaluate("() => window.setSize(320, 64)")
     page.run()
