@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core.demo.vocabulary import unknown_words_note
-from .host.clip import metadata_of
-from .host.notices import notify
 from .schema import Node, schema
-
-_EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of the prompt
 
 
 class WuerstchenTextEncode(Node):
@@ -34,7 +28,5 @@ class WuerstchenTextEncode(Node):
 
     @classmethod
     def execute(cls, prior_clip: Any, decoder_clip: Any, text: str) -> io.NodeOutput:
-        if note := unknown_words_note([_EMBEDDING.sub(" ", text)], metadata_of(prior_clip), reported=set()):
-            notify(note)
         states = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for clip in (prior_clip, decoder_clip))
         return io.NodeOutput(*states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,8 +17,12 @@ import torch
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.components import TEXT_ENCODER
 from ...wuerstchen_core.checkpoints.key_maps import COMFYUI_CLIPS, text_to_transformers
+from ...wuerstchen_core.demo.vocabulary import unknown_words_note
 from ...wuerstchen_core.models.text_encoder import END, START, TextEncoderParams
 from . import folders
+from .notices import notify
+
+_EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of the prompt
 
 
 def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
@@ -45,8 +50,21 @@ def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = Non
     )
 
 
+class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+    """Notifies of words that the model does not know, from every node that encodes a prompt."""
+
+    def __init__(self, metadata: Mapping[str, Any], *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.metadata = metadata
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        if note := unknown_words_note([_EMBEDDING.sub(" ", text)], self.metadata, reported=set()):
+            notify(note)
+        return super().tokenize_with_weights(text, *args, **kwargs)
+
+
 def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
-    """Returns a text encoder as a CLIP that keeps its bundle's metadata, such as the words the model knows."""
+    """Returns a text encoder as a CLIP, which notifies of words that the bundle's `metadata` does not know."""
     params = part.params
     name = COMFYUI_CLIPS[part.name.removesuffix(f"_{TEXT_ENCODER}")].removeprefix(
         "clip_"
@@ -59,7 +77,7 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
         embedding_key=f"clip_{name}",
     )
     target = comfy.supported_models_base.ClipTarget(
-        partial(comfy.sd1_clip.SD1Tokenizer, clip_name=name, tokenizer=tokenizer),
+        partial(_Tokenizer, dict(metadata or {}), clip_name=name, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=partial(_text_model, params)),
     )
     # build_part reports missing and unexpected weights, and copies nothing.
@@ -80,10 +98,4 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     )
     if not takes_weights:
         clip.load_sd(state_dict)
-    clip.cond_stage_model.wuerstchen_metadata = dict(metadata or {})  # clones share this model
     return clip
-
-
-def metadata_of(clip: Any) -> Mapping[str, Any]:
-    """Returns the metadata of the bundle that a CLIP came from; {} for other CLIPs."""
-    return getattr(clip.cond_stage_model, "wuerstchen_metadata", {})
