@@ -191,7 +191,7 @@ class HostPrior(HostNetwork, Prior):  # type: ignore[misc]
         return list(x.shape)
 
     def blocks_in_words(self) -> str:
-        return f"double_block 0 to {self.params.depth - 1}, with attention, called middle 0 at half the depth"
+        return f"double_block 0 to {self.params.depth - 1} (for attention: input, middle and output blocks)"
 
     def predict(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:
         cached = not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.patches.options is None

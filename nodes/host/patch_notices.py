@@ -102,4 +102,7 @@ def unused_notice(network: Any, stage: str) -> str | None:
         parts = [part for part in parts if not part.startswith("dit single_block")]  # nodes that patch both by default
     if not parts:
         return None
-    return f"a node patches {listed(parts)}, which {stage} does not have: no effect; it has {network.blocks_in_words()}"
+    return (
+        f"a node patches {listed(parts)}, which {stage} does not have, so it has no effect: remove that node, or "
+        f"choose from {network.blocks_in_words()}"
+    )
