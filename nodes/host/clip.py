@@ -59,7 +59,7 @@ class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
         if note := unknown_words_note([_EMBEDDING.sub(" ", text)], self.metadata, reported=set()):
-            notify(note)
+            notify(note.splitlines()[0])  # the second line is a command
         return super().tokenize_with_weights(text, *args, **kwargs)
 
 

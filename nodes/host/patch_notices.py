@@ -89,7 +89,7 @@ def result_notices(guider: Any) -> Iterator[str]:
         yield text
     options = guider.model_options.get("transformer_options", {})
     if "easycache" in options and 0 < patches.calls == patches.runs:
-        yield "EasyCache skipped no step: raise its reuse_threshold, for instance to 0.75, or remove it"
+        yield "EasyCache skipped no step: raise its reuse_threshold, to 0.75 for 20 steps or more, or remove it"
 
 
 def unused_notice(network: Any, stage: str) -> str | None:
