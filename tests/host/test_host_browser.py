@@ -48,7 +48,8 @@ def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
 ) -> None:
     template = workflow("text_to_image")
     page.open_template(PACK, "text_to_image", len(template["nodes"]))
-    assert page.offered == [path.stem for path in files().values()]
+    names, shown = [path.stem for path in files().values()], len(page.offered)
+    assert shown >= 12 and page.offered == names[:shown]  # frontend 1.27 adds the others while it scrolls
     assert page.problems() == []
     if page.in_app_mode():
         page.show_canvas()
