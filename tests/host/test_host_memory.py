@@ -12,8 +12,6 @@ from torch import Tensor
 
 from tools.comfyui.client import Inside, Install, run_inside
 
-pytestmark = pytest.mark.packages  # these bring the storage in few bits and the loading on demand
-
 STAGES = ("prior", "decoder", "token_decoder")
 
 

@@ -21,8 +21,6 @@ else:
 
 ENCODERS = ("WuerstchenTextEncode", "PrimitiveStringMultiline")  # nodes with a prompt
 
-pytestmark = pytest.mark.packages
-
 
 def test_the_pack_is_imported(server: Server, object_info: dict[str, Any]) -> None:
     log = server.log()
