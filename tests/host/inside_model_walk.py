@@ -4,16 +4,15 @@ both stages of v2 and the prior of v1, for test_host_model_walk.py."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from conditioning_walk import logged
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,20 +59,6 @@ OTHER_FILES = {
 FOREIGN_PATCHES = ("double_block", "post_input", "noise_refiner", "mlp_patch", "attn2_output_patch", "emb_patch")
 
 
-@contextmanager
-def warnings() -> Iterator[list[str]]:
-    """Collects this pack's warnings."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("pack")
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-
-
 def call(node: Any, **inputs: Any) -> Any:
     """Returns the outputs of a node's class, in any form of ComfyUI's nodes."""
     bound = node if getattr(node, "FUNCTION", "").startswith("EXECUTE") else node()
@@ -95,7 +80,7 @@ class Walk:
         self.latent = {"samples": seeded(*shape), "noise_mask": torch.linspace(0.1, 1, 64).expand(1, 64, 64)}
         self.values = {**others, "model2": other, "LATENT": self.latent, "CONDITIONING": self.positive}
         self.values["empty_conditioning"] = [[text * 0.5, {}]]
-        with warnings() as self.plain_notices:
+        with logged() as self.plain_notices:
             self.plain = self.sample(model)
         self.shapes: set[Any] = set()  # block, queries and keys of replaced attention
 
@@ -162,7 +147,7 @@ class Walk:
         both = node(
             UNetCrossAttentionMultiply, node(UNetSelfAttentionMultiply, self.model, 0.5, 2.0, 0.5, 1), 0.5, 2, 0.5, 1
         )
-        with warnings() as said:
+        with logged() as said:
             both.get_key_patches()
         assert any("attention-multiply" in text for text in said)
         assert {x.shape for x in both.model_state_dict().values()}  # every listed name has a weight
@@ -194,9 +179,9 @@ class Walk:
             classes["PerpNegGuider"], **common, empty_conditioning=self.values["empty_conditioning"], neg_scale=1.0
         )
         rest = {"sampler": sampler, "latent_image": self.latent}
-        with warnings() as of_scheduler:
+        with logged() as of_scheduler:
             call(classes["SamplerCustom"], **common, **rest, add_noise=True, noise_seed=SEED, sigmas=turbo)
-        with warnings() as of_guider:
+        with logged() as of_guider:
             call(classes["SamplerCustomAdvanced"], **rest, noise=noise, guider=guider, sigmas=sigmas)
         return {"scheduler": self.new(of_scheduler), "guider": self.new(of_guider)}
 
@@ -211,7 +196,7 @@ class Walk:
     def outcome(self, change: Callable[[], Any]) -> dict[str, Any]:
         """Returns the relative change of the latents with a changed MODEL, this pack's warnings, and the error."""
         torch.manual_seed(SEED)
-        with warnings() as said:
+        with logged() as said:
             try:
                 out = self.sample(change())
             except Exception as error:  # every node's

@@ -98,7 +98,10 @@ class Canvas:
 
     def in_app_mode(self) -> bool:
         """True if the frontend shows the inputs and outputs of the workflow instead of the canvas."""
-        return self.page.get_by_test_id("linear-widgets").is_visible()
+        widgets = self.page.get_by_test_id("linear-widgets")
+        with suppress(TimeoutError):  # it appears some time after the nodes
+            widgets.wait_for(timeout=8000)
+        return widgets.is_visible()
 
     def app_picture(self) -> Image.Image:
         """Returns the picture that App Mode shows after a run."""
@@ -152,8 +155,13 @@ class Canvas:
 
     def write(self, old: str, new: str) -> None:
         """Replaces the text of the text field that shows `old`."""
-        areas = self.page.locator("textarea").all()
-        [field] = [area for area in areas if area.is_visible() and area.input_value() == old]
+        for _ in range(TRIES):  # App Mode fills its fields after it shows them
+            areas = self.page.locator("textarea").all()
+            fields = [area for area in areas if area.is_visible() and area.input_value() == old]
+            if fields:
+                break
+            self.page.wait_for_timeout(250)
+        [field] = fields
         field.click()
         self.page.keyboard.press("Control+A")
         self.page.keyboard.type(new, delay=5)
