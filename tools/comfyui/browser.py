@@ -24,7 +24,7 @@ SIZE = {"width": 1900, "height": 1000}
 FREE = (1250, 820)  # an empty spot of the canvas
 WAIT = RUN_SECONDS * 1000
 
-TRIES = 20
+TRIES, RETRY = 60, 3000  # RETRY in milliseconds
 
 # Counts the live previews of each node.
 COUNT_PREVIEWS = """() => {
@@ -124,7 +124,7 @@ class Canvas:
         for _ in range(TRIES):  # a busy frontend may read a double click as two clicks
             self.page.mouse.dblclick(*point)
             with suppress(TimeoutError):
-                box.wait_for(timeout=WAIT / TRIES)
+                box.wait_for(timeout=RETRY)
                 break
         box.wait_for()
         self.page.keyboard.type(words, delay=20)
@@ -149,7 +149,7 @@ class Canvas:
         for _ in range(TRIES):  # a busy frontend may miss a part of a drag
             self.drag(self.evaluate(POSITION, [start, "output", output]), self.evaluate(POSITION, [end, "input", name]))
             with suppress(TimeoutError):
-                self.page.wait_for_function(linked, arg=[end, name], timeout=WAIT / TRIES)
+                self.page.wait_for_function(linked, arg=[end, name], timeout=RETRY)
                 return
         raise AssertionError(f"dragging from {output} to {name} did not connect them")
 
