@@ -168,7 +168,7 @@ class HostNetwork(NamesMissing, nn.Module):
         self, x: Tensor, timestep: Tensor, context: Tensor, control: Any, transformer_options: Any, **conds: Any
     ) -> Tensor:
         inputs = {"x": x, "timesteps": timestep, "context": context, "emb": None, "y": None}
-        with self.patches.running(transformer_options, self.patch_shape(x), inputs):
+        with self.patches.running(transformer_options, self.patch_shape, inputs):
             return self.predict(x, timestep, context, **conds)
 
 

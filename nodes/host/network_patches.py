@@ -50,17 +50,19 @@ class Patches:
         self.used: set[Hashable] = set()
 
     @contextmanager
-    def running(self, options: Mapping[str, Any] | None, shape: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    def running(
+        self, options: Mapping[str, Any] | None, shape_of: Callable[[Tensor], list[int]], inputs: dict[str, Any]
+    ) -> Iterator[None]:
         """Makes ComfyUI's transformer_options those of the call in the block.
 
-        `shape` is that of the finest attention, and `inputs` are the network's.
+        `shape_of` returns the shape of the finest attention for latents, and `inputs` are the network's.
         """
         self.found |= FOREIGN & (options or {}).keys()
         if options is None or not any(options.get(key) for key in HOOKS):
             yield
             return
         self.inputs = inputs
-        self.options = {**options, "original_shape": list(shape), "transformer_index": -1}
+        self.options = {**options, "original_shape": shape_of(inputs["x"]), "transformer_index": -1}
         self.found |= {name for name, patches in options.get("patches", {}).items() if patches}
         for name, blocks in options.get("patches_replace", {}).items():
             self.found |= {(name, *_key(block)) for block in blocks}
