@@ -12,7 +12,7 @@ import torch
 
 from .. import DOCS, markdown_table
 from .in_host import enter, load_pack
-from .sampler_table import OURS, PREVIEW_STEPS, STAGES, TITLES, SamplerStudy
+from .sampler_table import OURS, STAGES, TITLES, SamplerStudy
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
 STEPS = {"prior": (12, 20, 30), "decoder": (6, 12, 20)}
@@ -47,12 +47,7 @@ class CacheStudy(SamplerStudy):
         out: dict[str, Any] = {"latents": latents, "calls": network_calls}
         if plain is not None:
             out["change"] = ((latents - plain["latents"]).norm() / plain["latents"].norm()).item()
-        if stage == "prior":
-            original = self.conditions["decoder"]
-            self.condition_decoder(latents)
-            latents = self.run("decoder", *OURS, PREVIEW_STEPS)
-            self.conditions["decoder"] = original
-        return out | self.judge_latents(latents)
+        return out | self.judge_stage(stage, latents)
 
     def rows(self, stage: str, steps: int) -> list[list[Any]]:
         """Returns the table's rows of a stage and step count."""

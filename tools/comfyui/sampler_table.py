@@ -128,12 +128,16 @@ class SamplerStudy:
         row["finite"] = bool(latents.isfinite().all())
         if not row["finite"]:
             return row
+        return row | self.judge_stage(stage, latents)
+
+    def judge_stage(self, stage: str, latents: Tensor) -> dict[str, float]:
+        """Returns `judge_latents` of a stage's latents; those of Stage C go through a few steps of Stage B first."""
         if stage == "prior":
             original = self.conditions["decoder"]
             self.condition_decoder(latents)
             latents = self.run("decoder", *OURS, PREVIEW_STEPS)
             self.conditions["decoder"] = original
-        return row | self.judge_latents(latents)
+        return self.judge_latents(latents)
 
 
 def combinations() -> Iterator[Cell]:
