@@ -33,6 +33,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(build, "RECIPE", folder)
         build.main(["--run", str(folder), "--output", str(folder / "bundle.safetensors")])
         patch.setattr(build_v1, "RECIPE", folder)
+        patch.setattr(build_v1, "LOGS", folder / "logs")
         patch.setattr(build_v1, "demo_path", lambda name="demo": folder / "bundle.safetensors")
         build_v1.main(["--run", str(folder / "v1"), "--output", str(folder / "v1" / "bundle.safetensors")])
     return folder

@@ -213,6 +213,7 @@ def test_assemble_only_trains_nothing_and_copies_logs_for_the_shipped_model_alon
 ) -> None:
     target = tmp_path / "again.safetensors"
     monkeypatch.setattr(build, "RECIPE", tmp_path)
+    monkeypatch.setattr(build, "LOGS", tmp_path / "logs")
     shutil.copy(run_folder / "prior.toml", tmp_path)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
     assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()

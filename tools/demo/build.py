@@ -1,8 +1,8 @@
 """Trains the shipped model from scratch: `python -m tools.demo.build [--run DIR]`.
 
-The five stages train one after the other with the TOML files in this folder, then Stages B and C a second time from
-their own weights. Interrupted trainings resume. The weights become the bundle, and the logs are copied to `logs`.
-Afterwards `remake` regenerates everything that depends on the weights.
+The five stages train one after the other with the TOML files in `wuerstchen_core/demo/recipe`, then Stages B and C a
+second time from their own weights. Interrupted trainings resume. The weights become the bundle, and the logs are copied
+to `logs`. Afterwards `remake` regenerates everything that depends on the weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from wuerstchen_core.models.text_encoder import tokenize
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
 
-RECIPE = Path(__file__).parent
+RECIPE = demo_path().parent / "recipe"
+LOGS = Path(__file__).parent / "logs"
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # in this order: later ones need the earlier ones
 AGAIN = ("decoder", "prior")  # trained a second time, with a new learning rate schedule
 STAGE_OF_PART = {
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(stage, RECIPE / f"{stage}_again.toml", second_overrides(options.run, stage))
     assemble(options.run, options.output)
     if options.output == demo_path():
-        copy_logs(stage_folders(options.run), RECIPE / "logs")
+        copy_logs(stage_folders(options.run), LOGS)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from wuerstchen_core.checkpoints.components import kind_of
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.models.prior import PriorParams
 
-from .build import RECIPE, bundle_metadata, collect_parts, copy_logs, data_config, last_step, parse_options
+from .build import LOGS, RECIPE, bundle_metadata, collect_parts, copy_logs, data_config, last_step, parse_options
 
 REUSED = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # of v2, by stage
 STAGES = {"token-decoder": "token_decoder.toml", "prior": "prior_v1.toml"}  # the prior's sample grids need the decoder
-EVALUATION = RECIPE / "evaluation_v1.json"  # written by `remake`
+EVALUATION = LOGS.parent / "evaluation_v1.json"  # written by `remake`
 # Guidance and steps that `evaluate` found to be sufficient for this model. On every third held-out scene, "quantised"
 # has 1.0 dB more PSNR than v1's published mode, "multinomial", which leaves single wrong tokens; both show the right
 # things.
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(stage, RECIPE / file, [f"run='{options.run}'"])
     assemble(options.run, options.output, demo_path())
     if options.output == demo_path("demo-v1"):
-        copy_logs({stage: options.run / stage for stage in STAGES}, RECIPE / "logs" / "v1")
+        copy_logs({stage: options.run / stage for stage in STAGES}, LOGS / "v1")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DOCS
-from .build import RECIPE, STAGES, read_log
+from .build import LOGS, STAGES, read_log
 
 PLOT = DOCS / "curves.png"
 WINDOW = 100  # steps, for the thicker line
@@ -45,4 +45,4 @@ def plot(folder: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot(RECIPE / "logs", PLOT)
+    plot(LOGS, PLOT)

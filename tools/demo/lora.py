@@ -13,8 +13,9 @@ from pathlib import Path
 from wuerstchen_core.training.run import run
 
 from .. import ROOT
+from .build import RECIPE
 
-CONFIG = Path(__file__).with_name("lora.toml")
+CONFIG = RECIPE / "lora.toml"
 LORA = ROOT / "workflows" / "wuerstchen_demo_pink.safetensors"
 
 

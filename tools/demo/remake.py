@@ -26,7 +26,7 @@ from wuerstchen_core.training.stages.networks import encode_features, encode_lat
 
 from .. import DOCS, ROOT, markdown_table
 from . import curves, edits, lora
-from .build import RECIPE
+from .build import LOGS
 from .build_v1 import EVALUATION as EVALUATION_V1
 from .evaluate import evaluate, generate, held_out_scenes, subset
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 PAGE = DOCS / "demo.md"
 DEMO = ROOT / "wuerstchen_core" / "demo"
 GRID = DOCS / "held_out.jpg"
-EVALUATION = RECIPE / "evaluation.json"
+EVALUATION = LOGS.parent / "evaluation.json"
 MARKS = "<!-- demo numbers: written by tools.demo.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: written by tools.demo.remake -->", "<!-- end of v1 numbers -->"
 COLUMNS = 12  # of the grid, in squares
@@ -129,7 +129,7 @@ def main() -> None:
     remake_numbers(pipe, EVALUATION, MARKS)
     remake_numbers(WuerstchenPipeline.load("demo-v1"), EVALUATION_V1, MARKS_V1)
     lora.remake()
-    curves.plot(RECIPE / "logs", curves.PLOT)
+    curves.plot(LOGS, curves.PLOT)
     logger.info("now run `python -m tools.comfyui.workflow_pictures`, which needs a ComfyUI")
 
 
