@@ -1,9 +1,12 @@
-"""Run by ComfyUI's Python, `inside_conditioning.py COMFYUI BUNDLE EMBEDDINGS OUTPUT`: text states, and one call of each
-stage with conditioning from ComfyUI's own nodes, for test_host_conditioning.py."""
+"""Run by ComfyUI's Python, `inside_conditioning.py COMFYUI BUNDLE EMBEDDINGS JSON OUTPUT`: token ids of the JSON file's
+texts, text states, and one call of each stage with conditioning from ComfyUI's own nodes, for
+test_host_conditioning.py."""
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +118,13 @@ def texts(clips: dict[str, Any], nodes: Any) -> tuple[dict[str, Tensor], dict[st
     return tensors, facts
 
 
-def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def token_ids(clip: Any, text: str) -> list[list[int]]:
+    """Returns the ids of a text's chunks; a parenthesis behind a backslash is no weight."""
+    [chunks] = clip.tokenize(text.replace("(", "\\(").replace(")", "\\)")).values()
+    return [[token for token, _ in chunk] for chunk in chunks]
+
+
+def main(bundle: str, embeddings: str, literal: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import comfy.sample
     import comfy.samplers
     import folder_paths
@@ -133,6 +142,10 @@ def main(bundle: str, embeddings: str) -> tuple[dict[str, Tensor], dict[str, Any
     folder_paths.add_model_folder_path("embeddings", embeddings)
     clips = {stage: load_clip(read_part(bundle, f"{stage}_text_encoder")) for stage in STAGES}
     tensors, facts = texts(clips, nodes)
+    for stage, clip in clips.items():
+        facts[f"ids/{stage}"] = [
+            token_ids(clip, text) for text in json.loads(Path(literal).read_text(encoding="utf-8"))
+        ]
     for states, stage in zip(
         WuerstchenTextEncode.execute(*clips.values(), TEXTS["weighted"]).args, STAGES, strict=True
     ):

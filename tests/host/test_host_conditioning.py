@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from bundles import TINY
 from conditioning_walk import DIFFERENT, NOTICE, OWN_ERROR, REFUSED
 from errors import check_error
+from helpers.texts import texts
 from inside_conditioning import LONG, PRIORS, STAGES, THIN, A, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,8 +45,10 @@ def inside(install: Install, models: Path, checkpoints: Path, tmp_path_factory: 
     for name, keys in EMBEDDINGS.items():
         tensors = {key: vectors(width) for key, width in keys.items()}
         save_file(tensors, models / "embeddings" / f"{name}.safetensors")
-    arguments = checkpoints / TINY, models / "embeddings"
-    return run_inside(install, "inside_conditioning.py", tmp_path_factory.mktemp("inside"), *arguments)
+    folder = tmp_path_factory.mktemp("inside")
+    (folder / "texts.json").write_text(json.dumps(texts()), encoding="utf-8")
+    arguments = checkpoints / TINY, models / "embeddings", folder / "texts.json"
+    return run_inside(install, "inside_conditioning.py", folder, *arguments)
 
 
 # text
@@ -84,6 +88,12 @@ def states(tower: TextEncoder, *parts: str | Tensor | tuple[str, float]) -> Tens
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_texts_become_the_token_ids_of_the_core(inside: Inside, stage: str) -> None:
+    for text, found in zip(texts(), inside[1][f"ids/{stage}"], strict=True):
+        assert found == tokenize_whole(text)[0].tolist(), text
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -249,8 +250,8 @@ def _random_case(text: str, rng: random.Random) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Returns the words of a text, lower-case."""
-    return re.findall(r"[^\W\d_]+", text.casefold())
+    """Returns the words of a text in the form that the tokenizer gives them: composed and lower-case."""
+    return re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower())
 
 
 @cache

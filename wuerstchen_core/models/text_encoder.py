@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .operations import Embedding
-
-# open_clip takes seconds to import, so it is imported where a tower or the tokenizer is built.
-
-START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>, which is also the padding
+from .tokenizer import END, START, encode
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class TextEncoder(nn.Module):
     """open_clip's text transformer with a causal and a padding mask."""
 
     def __init__(self, params: TextEncoderParams, *, device: Any = None, dtype: Any = None):
-        from open_clip.transformer import Transformer
+        from open_clip.transformer import Transformer  # takes seconds to import
 
         super().__init__()
         self.params = params
@@ -65,7 +61,11 @@ class TextEncoder(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         allowed = mask.bool()[:, None, :] & causal  # [B, L, L]
         blocked = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
-        x = self.transformer(x, attn_mask=blocked.repeat_interleave(self.params.heads, dim=0))
+        blocked = blocked.repeat_interleave(self.params.heads, dim=0)
+        if getattr(self.transformer, "batch_first", False):
+            x = self.transformer(x, attn_mask=blocked)
+        else:  # open_clip before 2.25
+            x = self.transformer(x.transpose(0, 1), attn_mask=blocked).transpose(0, 1)
         return self.ln_final(x)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -81,16 +81,9 @@ class TextEncoder(nn.Module):
         return states.unflatten(0, (len(prompts), -1)).flatten(1, 2)
 
 
-@cache
-def _tokenizer() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
-
-
 def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, Tensor]:
     """Returns token ids [B, 77] of prompts, truncated or padded with <|endoftext|>, and the mask (False: padding)."""
-    return _pad([_tokenizer().encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
+    return _pad([encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
 
 
 def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
@@ -98,12 +91,12 @@ def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tenso
 
     Like ComfyUI, it splits after 75 tokens even inside a word.
     """
-    tokens, size = _tokenizer().encode(prompt), context_length - 2
+    tokens, size = encode(prompt), context_length - 2
     return _pad([tokens[i : i + size] for i in range(0, max(len(tokens), 1), size)], context_length)
 
 
 def _pad(texts: Sequence[Sequence[int]], context_length: int) -> tuple[Tensor, Tensor]:
-    rows = [[START, *tokens, END] for tokens in texts]
-    ids = torch.tensor([row + [END] * (context_length - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (context_length - len(row)) for row in rows])
-    return ids, mask
+    """Returns ids and mask [n, L]; as in ComfyUI, the mask ends at the first END, even at one in the text."""
+    rows = [[START, *tokens] + [END] * (context_length - 1 - len(tokens)) for tokens in texts]
+    ids, ends = torch.tensor(rows), torch.tensor([row.index(END) for row in rows])
+    return ids, torch.arange(context_length) <= ends[:, None]
