@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from ..common.devices import DTYPES
 from ..common.text import check_choice
-from .bundle import merge_towers, save_bundle
+from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
@@ -55,8 +55,25 @@ def convert(
         convert_lora(source, path)
         return [path]
     opened = _open(sources, version)
-    parts = merge_towers(_gather(opened))
-    metadata = {key: x for key, x in merge_metadata(opened).items() if key not in ("version", "format", "parts")}
+    stored = partial(_stored_dtype, dtypes)
+    return write_model(path, _gather(opened), merge_metadata(opened), stored, force=force, progress=progress)
+
+
+def write_model(
+    path: Path,
+    parts: Mapping[str, AnyPart],
+    metadata: Mapping[str, Any],
+    dtype: DtypeOf | None = None,
+    *,
+    force: bool = False,
+    progress: Report | None = None,
+) -> list[Path]:
+    """Writes a model as one bundle if `path` ends in .safetensors, else as one file per part in a folder.
+
+    Returns the files. Raises as `convert`.
+    """
+    parts = merge_towers(parts)
+    metadata = {key: x for key, x in metadata.items() if key not in ("version", "format", "parts")}
     if path.suffix and path.suffix != ENDING and not path.is_dir():
         raise ValueError(f"{path} is neither a bundle nor a folder: use a name that ends in {ENDING}, or no ending")
     bare = path.suffix != ENDING
@@ -65,7 +82,7 @@ def convert(
         _check_target(file, force)
     for file, content in files.items():
         report = None if progress is None else partial(progress, file)
-        save_bundle(file, content, metadata, partial(_stored_dtype, dtypes), report, bare=bare)
+        save_bundle(file, content, metadata, dtype, report, bare=bare)
     return list(files)
 
 

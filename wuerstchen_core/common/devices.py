@@ -36,7 +36,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device(present[0])
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device {str(device)!r} is unknown: choose auto, {', '.join(present)}") from None
     if (chosen.index or 0) >= counts.get(chosen.type, 0):
         raise ValueError(f"device {str(device)!r} is not on this machine: choose auto, {', '.join(present)}")

@@ -18,10 +18,11 @@ from ..diffusion.interpolate import TOKEN, check_fraction, slerp
 from ..diffusion.masks import latent_mask
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
+from .components import Components
 from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
 from .prompts import Prompt, average_states, check_request, encode_prompt
 from .settings import Callback, SamplingOptions, check_count, notify
-from .stages import Components, decode, encode_pixels, sample_decoder, sample_prior
+from .stages import decode, encode_pixels, sample_decoder, sample_prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from itertools import groupby
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from ..checkpoints import PARTS, Part, build_part
+from ..checkpoints import build_part
 from ..checkpoints.lora_files import Loras, merge_loras
-from ..checkpoints.open import open_source
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..diffusion.samplers import Seed
 from . import editing, prompts, stages
+from .arguments import check_keywords
 from .compile import can_compile, compile_network
+from .components import Components
+from .editing import EditOptions
+from .methods import image_method
 from .prompts import Prompt
 from .settings import Callback, SamplingOptions, notify
+from .sources import AnyPath, PartFiles, read_sources
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Source = str | PathLike[str]
 
-
-class WuerstchenPipeline(stages.Components):
+class WuerstchenPipeline(Components):
     """Generates and edits pictures with one model, and runs its stages one by one.
 
     Create it with `load`, or from networks: `WuerstchenPipeline(prior=..., decoder=..., ..., metadata=...)`. Methods
     take pictures as paths or PIL images, and return lists of PIL images. `settings` are the keyword arguments schedule,
     sampler, prior_steps, prior_guidance, decoder_steps, decoder_guidance, decoder_guidance_end and, for v1, temperature
     and token_mode (see `SamplingSettings`); the model's defaults apply to those that are absent or None.
-    `callback(stage, done, steps, denoised)` is called after each step. Invalid arguments raise ValueError before any
-    computation.
+    `callback(stage, done, steps, denoised)` is called after each step. `progress` draws a bar with tqdm, if that is
+    installed: True, False, or None for interactive use only; the attribute `progress` is the default of all calls.
+    Invalid arguments raise ValueError before any computation.
     """
+
+    progress: bool | None = None
 
     # One stage at a time.
     encode_text = prompts.encode_text
@@ -47,42 +52,47 @@ class WuerstchenPipeline(stages.Components):
     sample_decoder = stages.sample_decoder
     decode = stages.decode
     # Pictures in, pictures out.
-    reconstruct = editing.reconstruct
-    variations = editing.variations
-    inpaint = editing.inpaint
-    outpaint = editing.outpaint
-    interpolate = editing.interpolate
+    reconstruct = image_method(SamplingOptions)(editing.reconstruct)
+    variations = image_method(EditOptions)(editing.variations)
+    inpaint = image_method(EditOptions)(editing.inpaint)
+    outpaint = image_method(EditOptions)(editing.outpaint)
+    interpolate = image_method(SamplingOptions)(editing.interpolate)
 
     @classmethod
     def load(
         cls,
-        source: Source | Mapping[str, Source] = "demo",
+        source: AnyPath | Mapping[str, AnyPath] = "demo",
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
         compile: bool = False,
-        lora: Source | Loras | None = None,
+        lora: AnyPath | Loras | None = None,
+        progress: bool | None = None,
+        **parts: Unpack[PartFiles],
     ) -> WuerstchenPipeline:
         """Loads a model from one source, or its components from several.
 
         A source is "demo" or "demo-v1" (the shipped models), a weight file, or a folder (of diffusers, `convert` or a
-        training run). It need not be complete. A mapping names one source per component: {"prior": FILE, ...}; the
-        metadata is then the prior's, or without a prior the first source's.
+        training run). It need not be complete. `parts` replace components of the source: `prior=FILE`, `decoder=FILE`
+        and so on; `text_encoder` stands for both text encoders. A mapping names one source per component:
+        {"prior": FILE, ...}; the metadata is then the prior's, or without a prior the first source's.
 
         `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
         bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
         LoRA file for the prior or the decoder and its text encoder, or a mapping from files to strengths. `compile`
-        calls the method of that name. Raises ValueError if a source cannot be read.
+        calls the method of that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
         """
+        known = [name for name in signature(cls.load).parameters if name != "parts"]
+        check_keywords("load", parts, [*known, *PartFiles.__annotations__])
         target = pick_device(device)
-        parts, metadata = _read(source, version)
-        check_parts(parts)
-        chosen = pick_dtype(dtype, target, sum(x.numel() for part in parts.values() for x in part.state_dict.values()))
+        loaded, metadata = read_sources(source, parts, version)
+        check_parts(loaded)
+        chosen = pick_dtype(dtype, target, sum(x.numel() for part in loaded.values() for x in part.state_dict.values()))
         networks: dict[str, Any] = {}
-        for name, part in parts.items():
+        for name, part in loaded.items():
             # One text encoder can serve both stages.
-            twin = next((other for other in networks if parts[other].state_dict is part.state_dict), None)
+            twin = next((other for other in networks if loaded[other].state_dict is part.state_dict), None)
             # The image encoder runs once, for all steps; bf16 costs Stage A only half a level of 255.
             precision = torch.float32 if name == "image_encoder" else chosen
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
@@ -90,6 +100,7 @@ class WuerstchenPipeline(stages.Components):
             merge_loras(networks, lora if isinstance(lora, Mapping) else {lora: 1.0})
         pipeline = cls(**networks, metadata=metadata)
         pipeline.source = None if isinstance(source, Mapping) else str(source)
+        pipeline.progress = progress
         if compile:
             pipeline.compile()
         return pipeline
@@ -105,6 +116,7 @@ class WuerstchenPipeline(stages.Components):
                 if (network := getattr(self, name)) is not None:
                     compile_network(network, **options)
 
+    @image_method(SamplingOptions)
     @torch.inference_mode()
     def generate(
         self,
@@ -140,17 +152,4 @@ class WuerstchenPipeline(stages.Components):
         notify(callback, "picture")
         return images
 
-
-def _read(source: Source | Mapping[str, Source], version: str) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Returns the parts of a source, or of one source per part, and the model's metadata."""
-    if not isinstance(source, Mapping):
-        opened = open_source(source, version=version)
-        names = (name for name in opened.networks if hasattr(stages.Components, name))
-        return {name: opened.part(name) for name in names}, opened.metadata
-    if not source:
-        raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
-    main = "prior" if "prior" in source else next(iter(source))
-    if version == "auto":  # the model's Stage B determines the release of its prior
-        version = "v1" if "token_decoder" in source else "v2" if "decoder" in source else version
-    sources = {name: open_source(where, name, version=version) for name, where in source.items()}
-    return {name: opened.part(name) for name, opened in sources.items()}, sources[main].metadata
+    __call__ = generate

@@ -13,8 +13,8 @@ from ..checkpoints import PARTS_OF
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
 from ..models.text_encoder import TextEncoder
+from .components import Components
 from .settings import check_count
-from .stages import Components
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,9 @@
-"""The components of a model, and its stages as functions of them: tensors in, tensors out."""
+"""The stages of a model as functions of its components: tensors in, tensors out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoints import PARTS
-from ..checkpoints.release import release_of_model, trained_sides
+from ..checkpoints.release import trained_sides
 from ..common.geometry import decoder_side, prior_side, size_note
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
@@ -21,63 +19,15 @@ from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder, semantic_view
 from ..models.prior import KVCache, Prior, features_from_latents, latents_from_features
-from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
+from .components import Components, first_weight
 from .images import to_pictures
 from .settings import Callback, SamplingSettings, sampler_progress
 
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("prior", "decoder", "token_decoder")
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class Components:
-    """The networks of one model, and its metadata. A network may be None: then the functions that need it fail.
-
-    Networks that only ComfyUI nodes use have no field here.
-    """
-
-    prior: Prior | None = None
-    decoder: Decoder | None = None
-    token_decoder: TokenDecoder | None = None
-    vqgan: VQGAN | None = None
-    image_encoder: ImageEncoder | None = None
-    prior_text_encoder: TextEncoder | None = None
-    decoder_text_encoder: TextEncoder | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    version: str = field(init=False)  # "v1" or "v2"
-    sampling: SamplingSettings = field(init=False)  # the model's defaults
-    source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
-    reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
-    reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
-
-    def __post_init__(self) -> None:
-        self.metadata = dict(self.metadata or {})
-        self.version = release_of_model([network.params for network in self.networks()])
-        self.sampling = SamplingSettings.from_metadata(self.metadata, self.version)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the networks."""
-        for network in self.networks():
-            return first_weight(network).device
-        raise ValueError("this model has no network: load at least one component")
-
-    def networks(self) -> Iterator[Any]:
-        """Yields the networks that are not None."""
-        return (network for name in PARTS if (network := getattr(self, name, None)) is not None)
-
-    def require(self, name: str) -> Any:
-        """Returns a network by name. Raises ValueError if it is None."""
-        network = getattr(self, name)
-        if network is None:
-            raise ValueError(
-                f"this model has no {name.replace('_', ' ')}, which is needed here: "
-                "load a complete bundle or folder, or all components from separate files"
-            )
-        return network
 
 
 def _warn_of_size(model: Components, sampling: SamplingSettings) -> None:
@@ -87,11 +37,6 @@ def _warn_of_size(model: Components, sampling: SamplingSettings) -> None:
     if trained and size not in model.reported_sizes and (note := size_note(trained, *size)):
         model.reported_sizes.add(size)
         logger.warning(note)
-
-
-def first_weight(network: nn.Module) -> Tensor:
-    """Returns a parameter of the network, for its device and dtype."""
-    return next(network.parameters())
 
 
 @torch.inference_mode()

@@ -1,0 +1,88 @@
+"""Reads the components of a pipeline from one source, or from one per component."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ..checkpoints import PARTS, Part
+from ..checkpoints.components import TEXT_ENCODER, TOWERS
+from ..checkpoints.open import open_source
+from ..checkpoints.source import Source, merge_licences, no_part
+from .settings import TOKEN_SETTINGS
+
+AnyPath = str | PathLike[str]
+
+
+class PartFiles(TypedDict, total=False):
+    """Sources of components that replace those of a base model; `text_encoder` replaces both text encoders."""
+
+    prior: AnyPath | None
+    decoder: AnyPath | None
+    token_decoder: AnyPath | None
+    vqgan: AnyPath | None
+    image_encoder: AnyPath | None
+    text_encoder: AnyPath | None
+    prior_text_encoder: AnyPath | None
+    decoder_text_encoder: AnyPath | None
+
+
+def read_sources(
+    source: AnyPath | Mapping[str, AnyPath], replaced: Mapping[str, Any], version: str
+) -> tuple[dict[str, Part], dict[str, Any]]:
+    """Returns the parts of a source or of one source per part, some of them `replaced`, and the model's metadata."""
+    base = None if isinstance(source, Mapping) else open_source(source, version=version)
+    files = dict(source) if isinstance(source, Mapping) else {}
+    files |= {name: file for name, file in replaced.items() if file is not None}
+    if base is None and not files:
+        raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
+    networks = base.networks if base else {}
+    if version == "auto":  # the model's Stage B determines the release of its prior
+        names = {*files, *networks}
+        version = "v1" if "token_decoder" in names else "v2" if "decoder" in names else version
+    opened = {
+        name: open_source(file, None if name == TEXT_ENCODER else name, version=version) for name, file in files.items()
+    }
+    parts: dict[str, Part] = {}
+    for name, one in sorted(opened.items(), key=lambda item: item[0] != TEXT_ENCODER):  # a stage's own encoder wins
+        if name == TEXT_ENCODER:
+            parts |= _text_encoders(one)
+        else:
+            parts[name] = one.part(name)
+    if base is not None:
+        parts |= {name: base.part(name) for name in networks if name in PARTS and name not in parts}
+    return {name: parts[name] for name in PARTS if name in parts}, _metadata(base, opened)
+
+
+def source_name(source: AnyPath) -> str:
+    """Returns the name of a source without its folder."""
+    return Path(source).name or Path(source).resolve().name
+
+
+def _text_encoders(source: Source) -> dict[str, Part]:
+    """Returns a source's text encoders; a single one serves both stages."""
+    found = {name: source.part(name) for name in TOWERS if name in source.networks}
+    if not found:
+        raise no_part(source.path, TEXT_ENCODER, list(source.networks))
+    return found
+
+
+def _metadata(base: Source | None, opened: Mapping[str, Source]) -> dict[str, Any]:
+    """Returns a model's metadata: the base's, with the settings of its replaced stages and all licences.
+
+    A prior's settings and words replace the base's, a decoder's only the settings of Stage B.
+    """
+    if base is None:
+        return opened["prior" if "prior" in opened else next(iter(opened))].metadata
+    metadata = dict(base.metadata)
+    for name in (*reversed(TOWERS), TEXT_ENCODER, "prior"):
+        if name in opened:
+            metadata |= {key: x for key, x in opened[name].metadata.items() if key in ("sampling", "vocabulary")}
+    for name in ("decoder", "token_decoder"):
+        stored = opened[name].metadata.get("sampling", {}) if name in opened else {}
+        own = {key: x for key, x in stored.items() if key.startswith("decoder_") or key in TOKEN_SETTINGS}
+        if own:
+            metadata["sampling"] = {**metadata.get("sampling", {}), **own}
+    return metadata | (merge_licences([base, *opened.values()]) if opened else {})
