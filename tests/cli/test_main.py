@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.cli_runs import failure, run
-from helpers.tiny_model import write_tiny_bundle
+from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import save_bundle
 from wuerstchen_core.cli import save
 from wuerstchen_core.cli.options import fingerprint
 
@@ -79,6 +81,27 @@ def test_the_fast_schedule(bundle: Path, here: Path) -> None:
     [expected] = pipeline.generate(PROMPT, schedule="fast", callback=watch)
     assert (seen.count("prior"), seen.count("decoder")) == (6, 4)
     assert np.abs(pixels - np.asarray(expected)).max() <= 1  # rounding
+
+
+def test_files_replace_parts_of_the_model(bundle: Path, here: Path) -> None:
+    files = {}
+    for name, network in tiny_parts().items():
+        files[name] = here / f"{name}.safetensors"
+        with torch.no_grad():
+            next(network.parameters()).add_(0.5)
+        sampling = {"sampling": {**METADATA["sampling"], "prior_steps": 2}} if name == "prior" else {}
+        save_bundle(files[name], {name: network}, sampling)
+    files["text_encoder"] = files.pop("prior_text_encoder")
+    del files["decoder_text_encoder"]
+    options = [text for name, file in files.items() for text in (f"--{name.replace('_', '-')}", file)]
+    assert run("generate", PROMPT, "--model", bundle, "--device", "cpu", *options, "--output", "parts.png") == 0
+    [expected] = WuerstchenPipeline.load(bundle, device="cpu", **files).generate(PROMPT)
+    with Image.open("parts.png") as image:
+        metadata = json.loads(image.text[save.METADATA_KEY])
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1  # rounding
+    assert metadata["prior_steps"] == 2
+    assert metadata["parts"]["prior"] == {"file": "prior.safetensors", "weights": fingerprint(files["prior"])}
+    assert str(here) not in json.dumps(metadata)
 
 
 def test_only_the_file_named_by_output_is_overwritten(

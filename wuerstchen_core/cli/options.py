@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 CHUNKS, CHUNK_BYTES = 64, 4096  # read from each file for its fingerprint
 MEMORY_HINT = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
+PART_OPTIONS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "text_encoder")
 VERSION_HELP = "release of the prior, if its file could be of both (default: auto)"
 
 
@@ -67,6 +68,10 @@ def add_options(
         text = "apply a LoRA to the stage that it fits, with a strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
     option("--json", action="store_true", help="print paths, seeds and seconds as JSON")
+
+    option = parser.add_argument_group("components", "Files or folders whose parts replace the model's.").add_argument
+    for name in PART_OPTIONS:
+        option(f"--{name.replace('_', '-')}", metavar="FILE", help=f"the {name.replace('_', ' ')}")
 
     option = parser.add_argument_group("settings", "Defaults come from the model.").add_argument
     if prior:
@@ -135,9 +140,14 @@ def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict
     from ..inference.pipeline import WuerstchenPipeline
 
     kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
+    parts: dict[str, Any] = {name: file for name in PART_OPTIONS if (file := getattr(options, name)) is not None}
     loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
-    pipeline = WuerstchenPipeline.load(options.model, lora=loras, **kwargs)
+    pipeline = WuerstchenPipeline.load(options.model, lora=loras, progress=False, **kwargs, **parts)
     models: dict[str, Any] = {"model": Path(options.model).name, "weights": fingerprint(options.model)}
+    if parts:
+        models["parts"] = {
+            name: {"file": Path(file).name, "weights": fingerprint(file)} for name, file in parts.items()
+        }
     if loras:
         models["loras"] = [
             {"file": Path(file).name, "weights": fingerprint(file), "strength": strength}
