@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..common.text import one_line
 from . import edit, generate, train, weights
+from .console import flushed_stdout, prepare_streams
 
 MODULES = (generate, edit, weights, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
@@ -41,12 +42,15 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
 
     Error messages need two defaults of the parser: `install_hint` for missing packages, and `memory_hint`.
     """
-    options = parser.parse_args(arguments)
+    prepare_streams()
+    with flushed_stdout():
+        options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     if getattr(options, "command", "") == "train":
         logging.getLogger(PACKAGE).setLevel(logging.INFO)
     try:
-        options.run(options)
+        with flushed_stdout():
+            options.run(options)
     except KeyboardInterrupt:
         return _fail("interrupted; no file is half-written", INTERRUPTED)
     except ModuleNotFoundError as error:

@@ -121,7 +121,7 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
             if not options.json:
                 sys.stdout.write(f"{path}\n")
     if options.json:
-        sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(report) + "\n")
 
 
 def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _inspect(options: argparse.Namespace) -> None:
     else:
         description = describe(options.file)
         lines, table = description.lines(), asdict(description)
-    text = json.dumps(table, ensure_ascii=False) if options.json else "\n".join(lines)
+    text = json.dumps(table) if options.json else "\n".join(lines)
     sys.stdout.write(f"{text}\n")
 
 
