@@ -109,6 +109,8 @@ class WuerstchenImageEncode(Node):
         if vae is not None:
             latents.append(tagged(vae.encode(fitted), STAGE_B))
         if mask is not None:
+            if not mask.any():
+                notify("The mask is empty: samplers will keep the whole image. Draw a mask, or disconnect it")
             whole = fit_mask(mask, (height, width), *size)
             for latent in latents:
                 latent["noise_mask"] = latent_mask(whole, *latent["samples"].shape[-2:])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cli_runs import PROMPT, ROUNDING, failure, run
-from PIL import Image
+from PIL import Image, ImageOps
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.save import METADATA_KEY
@@ -30,11 +30,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def saved(capsys: pytest.CaptureFixture[str], bundle: Path, *arguments: str) -> list[tuple[str, dict[str, Any]]]:
-    """Runs a command; returns the names and the metadata of the files that it writes."""
+def saved(
+    capsys: pytest.CaptureFixture[str], bundle: Path, *arguments: str, says: str = ""
+) -> list[tuple[str, dict[str, Any]]]:
+    """Runs a command that says one line with `says`, or nothing; returns names and metadata of the files it writes."""
     assert run(*arguments, "--model", bundle, "--device", "cpu") == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err.count("\n") == bool(says) and says in err
     metadata = []
     for name in out.splitlines():
         with Image.open(name) as image:
@@ -76,7 +78,9 @@ def test_variations(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_inpaint(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("inpaint", "cat.png", "mask.png", PROMPT, "--seed", "2")
-    [(name, metadata)], [(raw, _)] = saved(capsys, bundle, *command), saved(capsys, bundle, *command, "--no-composite")
+    [(name, metadata)], [(raw, _)] = (
+        saved(capsys, bundle, *command, *more, says="luminance), 50.0%") for more in ([], ["--no-composite"])
+    )
     assert metadata["image"] == "cat.png" and metadata["mask"] == "mask.png" and metadata["prompt"] == PROMPT
     assert (
         (name, raw) == ("cat-inpaint.png", "cat-inpaint-2.png")
@@ -87,6 +91,11 @@ def test_inpaint(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -
     assert equals(name, pipe.inpaint("cat.png", "mask.png", PROMPT, seed=2)[0])
     assert equals(raw, pipe.inpaint("cat.png", "mask.png", PROMPT, seed=2, composite=False)[0])
     assert not equals(raw, Image.open(name))
+    with Image.open("cat.png") as image, Image.open("mask.png") as mask:
+        image.putalpha(ImageOps.invert(mask))
+        image.save("hole.png")
+    [(hole, _)] = saved(capsys, bundle, "inpaint", "cat.png", "hole.png", *command[3:], says="alpha), 50.0%")
+    assert equals(hole, Image.open(name))
 
 
 def test_outpaint(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +137,8 @@ def test_json(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("variations cat.png --width 100", "128x64"),
         ("variations cat.png --count 0", "count"),
         ("inpaint cat.png small.png apple", "64x64"),
-        ("inpaint cat.png black.png apple", "mask"),
+        ("inpaint cat.png black.png apple", "mask is empty"),
+        ("inpaint cat.png white.png apple", "whole picture"),
         ("inpaint cat.png mask.png", "PROMPT"),
         ("inpaint cat.png mask.png apple --width 64", "--width"),
         ("outpaint cat.png apple", "0, 0, 0"),
@@ -145,6 +155,7 @@ def test_a_failure_is_one_line(
     (here / "text.png").write_text("version https://git-lfs.example/spec/v1\n")
     (here / "cut.png").write_bytes((here / "cat.png").read_bytes()[:-30])
     Image.new("L", SIZE).save("black.png")
+    Image.new("L", SIZE, 255).save("white.png")
     before = sorted(here.iterdir())
     assert message in failure(capsys, *command.split(), "--model", bundle)
     assert sorted(here.iterdir()) == before

@@ -12,7 +12,7 @@ import torch
 from helpers.cli_runs import PROMPT, ROUNDING, make_vivid, pixels
 from helpers.golden_data import assert_near
 from helpers.tiny_model import write_tiny_bundle
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline
@@ -157,17 +157,22 @@ def test_a_grey_mask_keeps_a_part_of_the_latents(
     kept, grey = latents_of(
         monkeypatch, lambda: results.extend(pipe.inpaint(picture, mask, PROMPT, seed=3, composite=False))
     )
-    [white] = latents_of(monkeypatch, lambda: pipe.inpaint(picture, Image.new("L", SIZE, 255), PROMPT, seed=3))
+    [white] = latents_of(monkeypatch, lambda: pipe.variations(picture, PROMPT, strength=1.0, seed=3))
     assert not torch.equal(grey, kept) and not torch.equal(grey, white)
     assert np.array_equal(pixels(pipe.inpaint(picture, mask, PROMPT, seed=3)), pixels(results))  # not mixed again
 
 
-def test_a_full_mask_keeps_nothing(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
-    full = Image.new("L", SIZE, 255)
-    assert np.array_equal(pixels(pipe.inpaint(picture, full, PROMPT, seed=3)), pixels(pipe.generate(PROMPT, seed=3)))
-    for strength in (0.0, 0.6):
-        varied = pipe.variations(picture, PROMPT, strength=strength, seed=3)
-        assert np.array_equal(pixels(pipe.inpaint(picture, full, PROMPT, seed=3, strength=strength)), pixels(varied))
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_mask_of_nothing_or_everything_is_refused(pipe: WuerstchenPipeline, picture: Image.Image, value: int) -> None:
+    with pytest.raises(ValueError, match="mask .*nothing"):
+        pipe.inpaint(picture, Image.new("L", SIZE, value), PROMPT)
+
+
+def test_a_transparent_hole_is_replaced(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
+    hole = picture.copy()
+    hole.putalpha(ImageOps.invert(right_half()))
+    own, white = (pipe.inpaint(picture, mask, PROMPT, seed=3) for mask in (hole, right_half()))
+    assert np.array_equal(pixels(own), pixels(white))
 
 
 def test_inpainting_follows_its_prompt_seed_strength_and_steps(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
@@ -184,7 +189,7 @@ def test_inpainting_follows_its_prompt_seed_strength_and_steps(pipe: WuerstchenP
 
 def test_inpainting_keeps_the_pictures_size(pipe: WuerstchenPipeline) -> None:
     for size in ((100, 70), (1, 1)):
-        [image] = pipe.inpaint(Image.new("RGB", size, "red"), Image.new("L", size, 255), PROMPT, decoder_steps=1)
+        [image] = pipe.inpaint(Image.new("RGB", size, "red"), Image.new("L", size, 254), PROMPT, decoder_steps=1)
         assert image.size == size
 
 

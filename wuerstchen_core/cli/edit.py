@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_options, run_command
-from .save import FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SIZE = "the legal size nearest to the image's"
 IMAGE_NAME = "the image"
-SUFFIXES = (*FORMATS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # arguments of `interpolate` without one are prompts
+MASK_HELP = "image file of the same size: its transparent part is replaced, or its white part if all of it is opaque"
 SIDES = ("left", "top", "right", "bottom")
 
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     add_options(parser, size=IMAGE_SIZE, name=IMAGE_NAME)
 
     parser = _add_command(commands, "inpaint", "replace a part of an image", 1.0)
-    parser.add_argument("mask", metavar="MASK", help="image file of the same size: white is replaced, black is kept")
+    parser.add_argument("mask", metavar="MASK", help=MASK_HELP)
     parser.add_argument("prompt", metavar="PROMPT", help="what to generate there")
     _add_fill_options(parser)
 
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("interpolate", help="generate images between two images or prompts")
     parser.set_defaults(run=_interpolate)
     for name in ("A", "B"):
-        parser.add_argument(name.lower(), metavar=name, help=f"prompt, or image file ({', '.join(SUFFIXES)})")
+        parser.add_argument(name.lower(), metavar=name, help="prompt, or image file (by its suffix)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="number of images (default: 5)")
     add_options(parser, name="both ends", size="the first image's, else the model's own", count=False)
 
@@ -66,13 +66,17 @@ def _add_fill_options(parser: argparse.ArgumentParser) -> None:
 
 def _edit(options: argparse.Namespace) -> None:
     """Runs a command with an IMAGE argument; its options are named like the parameters of the pipeline's method."""
-    from ..inference.images import open_mask, open_picture
+    from ..inference.images import open_mask, open_picture, read_masked
 
     names = ("prompt", "strength", "composite", "negative", *SIDES)
     values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     images = {"image": open_picture(options.image)}  # errors before the model is loaded
     if hasattr(options, "mask"):
-        images["mask"] = open_mask(options.mask)
+        mask = open_mask(options.mask)
+        read_masked(images["image"], mask.image)  # checks their sizes
+        part = "the transparent part (its alpha)" if mask.source == "alpha" else "the white part (its luminance)"
+        sys.stderr.write(f"mask: {part}, {mask.fraction:.1%} of the picture, is replaced\n")
+        images["mask"] = mask.image
     files = {name: Path(getattr(options, name)).name for name in images}
     title = f"{Path(options.image).stem} {options.command}"
     run_command(options, title, {**images, **values}, {"command": options.command, **files, **values})
@@ -88,7 +92,9 @@ def _interpolate(options: argparse.Namespace) -> None:
 
 
 def _is_image(argument: str) -> bool:
-    return Path(argument).suffix.lower() in SUFFIXES
+    from ..inference.image_files import image_suffixes
+
+    return Path(argument).suffix.lower() in image_suffixes()
 
 
 def _read_end(argument: str) -> str | Image.Image:

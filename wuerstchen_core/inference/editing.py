@@ -108,10 +108,11 @@ def inpaint(
 ) -> list[Image.Image]:
     """Replaces the part of a picture where the mask is white; black is kept, grey is mixed.
 
-    The mask must have the picture's size. The results have it too, unless a side is above 2048 pixels: then both are
-    scaled down. Stage C generates each of its cells (42.67 pixels) that the mask touches, Stage B follows the mask to
-    4 pixels: replace whole things, not details finer than a cell. A cell is as white as the mask's whitest pixel in it;
-    a grey one mixes the latents of picture and result in each step, and in v1's Stage B is image to image of that
+    Of a mask with transparency, the transparent part is replaced, whatever its colours. A mask that is all white or all
+    black is refused. It must have the picture's size. The results have it too, unless a side is above 2048 pixels: then
+    both are scaled down. Stage C generates each of its cells (42.67 pixels) that the mask touches, Stage B follows the
+    mask to 4 pixels: replace whole things, not details finer than a cell. A cell is as white as its whitest pixel; a
+    grey one mixes the latents of picture and result in each step, and in v1's Stage B is image to image of that
     strength. With `composite` the unmasked part has its original pixels, otherwise it is their reconstruction.
     `strength` and `options` as in `variations`.
     """
@@ -226,8 +227,6 @@ def _edit(
     run: dict[str, Any] = {"seed": seed, "callback": callback}
     init = encode_pixels(model, canvas).expand(count, -1, -1, -1)
     grid = None if mask is None else pad_to_legal(mask).to(model.device)
-    if grid is not None and bool((grid == 1).all()):
-        grid = None
     cells = None if grid is None else latent_mask(grid, *init.shape[-2:])
     features = sample_prior(
         model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, **run
@@ -239,11 +238,11 @@ def _edit(
     latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept_latents, mask=cells, **run)
     images = [image.crop((0, 0, pixels.shape[-1], pixels.shape[-2])) for image in decode(model, latents)]
     notify(callback, "picture")
-    if mask is None or not composite:
+    if mask is None or cells is None or not composite:
         return images
-    if cells is not None:  # Stage B has mixed the latents of grey cells already
-        height, width = mask.shape[-2:]
-        mask = mask / resize(cells.to(mask), canvas.shape[-2:])[..., :height, :width].clamp(min=1e-6)
+    height, width = mask.shape[-2:]
+    # Stage B has mixed the latents of grey cells already.
+    mask = mask / resize(cells.to(mask), canvas.shape[-2:])[..., :height, :width].clamp(min=1e-6)
     [picture], [blend] = to_pictures(pixels), to_pictures(mask)
     return [Image.composite(image, picture, blend) for image in images]
 

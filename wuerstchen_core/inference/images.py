@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..common.geometry import LARGEST, MULTIPLE, check_size, nearest_legal
+from .eight_bits import to_8_bits
+from .image_files import opened, upright_size
 
 Picture = str | PathLike[str] | Image.Image
 
 
+class Mask(NamedTuple):
+    """A mask as 8-bit grey, where white is to be generated, and where it comes from: "alpha" or "luminance"."""
+
+    image: Image.Image
+    source: str
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the picture that is generated, from 0 to 1; a grey pixel counts in part."""
+        return float(np.asarray(self.image).mean()) / 255
+
+
 def open_picture(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
-    """Returns a picture, or the one in a file, as 8-bit RGB: EXIF orientation applied, transparency over white.
+    """Returns a picture, or the one in a file, as 8-bit RGB: upright, with transparency over white.
 
-    CMYK is converted without colour profiles. Raises ValueError if the file is not a picture; the message calls it
-    `name`, which is needed for open files only.
+    Upright means as its EXIF data or XMP say. CMYK is converted without colour profiles. Raises ValueError if the file
+    is not a picture; the message calls it `name`, which is needed for open files only.
     """
-    return _read(picture, name, "white").convert("RGB")
+    image = _read(picture, name)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def open_mask(mask: Picture) -> Image.Image:
-    """Returns a mask, or the one in a file, as 8-bit grey, with transparency over black. White is to be generated."""
-    return _read(mask, "", "black").convert("L")
+def open_mask(mask: Picture) -> Mask:
+    """Returns a mask, or the one in a file.
+
+    If a pixel is transparent, the transparent part is to be generated, as in ComfyUI and editors; else the white part.
+    Errors as in `open_picture`.
+    """
+    image = _read(mask, "")
+    if image.mode == "RGBA":
+        alpha = image.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return Mask(ImageOps.invert(alpha), "alpha")
+    return Mask(image.convert("L"), "luminance")
+
+
+def check_mask(mask: Image.Image) -> None:
+    """Raises ValueError if a grey mask is black or white everywhere."""
+    if mask.getextrema() == (0, 0):
+        raise ValueError("the mask is empty, nothing would change: make the part to generate white, or transparent")
+    if mask.getextrema() == (255, 255):
+        raise ValueError(
+            "the mask covers the whole picture, nothing would be kept: use `variations` (image to image), or make the "
+            "part to keep black, or opaque"
+        )
 
 
 def picture_size(picture: str | PathLike[str] | BinaryIO, name: str = "") -> tuple[int, int]:
-    """Returns the width and height of `open_picture`'s result from the file's header. Errors as there."""
-    with _opened(picture, name or str(picture)) as file:
-        if file.format == "TIFF":  # only newer versions of Pillow have transposed its size already
-            return ImageOps.exif_transpose(file).size
-        # The base class's method, since PNG's own decodes the whole picture to find EXIF data at its end.
-        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
-        return (file.height, file.width) if orientation in (5, 6, 7, 8) else file.size  # those are turned by 90 degrees
+    """Returns the width and height of `open_picture`'s result, for most formats from the header. Errors as there."""
+    with opened(picture, name or str(picture)) as file:
+        return upright_size(file)
 
 
 def legal_size(width: int, height: int) -> tuple[int, int]:
@@ -55,11 +85,11 @@ def read_pixels(picture: Picture, width: int | None = None, height: int | None =
 
     None stands for the legal side nearest to the picture's own.
     """
-    opened = open_picture(picture)
-    nearest = legal_size(*opened.size)
+    image = open_picture(picture)
+    nearest = legal_size(*image.size)
     size = nearest[0] if width is None else width, nearest[1] if height is None else height
     check_size(*size)
-    return to_pixels(ImageOps.fit(opened, size, Image.Resampling.LANCZOS))
+    return to_pixels(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
 def read_batch(pictures: Picture | Sequence[Picture], width: int | None = None, height: int | None = None) -> Tensor:
@@ -80,23 +110,22 @@ def read_batch(pictures: Picture | Sequence[Picture], width: int | None = None, 
 def read_masked(picture: Picture, mask: Picture) -> tuple[Tensor, Tensor]:
     """Returns a picture [1, 3, H, W] and its mask [1, 1, H, W], both scaled down if a side is above 2048 pixels.
 
-    Raises ValueError if their sizes differ or the mask is empty.
+    Raises ValueError if their sizes differ, or if the mask is empty or covers everything.
     """
-    opened, opened_mask = open_picture(picture), open_mask(mask)
-    if opened.size != opened_mask.size:
+    image, grey = open_picture(picture), open_mask(mask).image
+    if image.size != grey.size:
         raise ValueError(
-            f"the mask is {opened_mask.width}x{opened_mask.height} pixels and the picture "
-            f"{opened.width}x{opened.height}: give a mask of the picture's size"
+            f"the mask is {grey.width}x{grey.height} pixels and the picture {image.width}x{image.height}: give a mask "
+            "of the picture's size"
         )
-    mask_pixels = to_pixels(opened_mask)
-    if not mask_pixels.any():
-        raise ValueError("the mask is empty: make the part to generate white, the part to keep black")
-    if max(opened.size) > LARGEST:
-        scale = LARGEST / max(opened.size)
-        width, height = (max(1, round(side * scale)) for side in opened.size)
-        opened = opened.resize((width, height), Image.Resampling.LANCZOS)
+    check_mask(grey)
+    mask_pixels = to_pixels(grey)
+    if max(image.size) > LARGEST:
+        scale = LARGEST / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
         mask_pixels = F.adaptive_max_pool2d(mask_pixels, (height, width))  # keeps thin lines
-    return to_pixels(opened), mask_pixels
+    return to_pixels(image), mask_pixels
 
 
 def read_extended(picture: Picture, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
@@ -134,39 +163,9 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
 
 
-def _read(picture: Picture | BinaryIO, name: str, background: str) -> Image.Image:
-    """Returns a picture in 8 bits with its EXIF orientation applied, transparency over a background."""
+def _read(picture: Picture | BinaryIO, name: str) -> Image.Image:
+    """Returns a picture, or the one in a file, upright in L, RGB or RGBA. ValueError if it cannot be read."""
     if isinstance(picture, Image.Image):
-        image = ImageOps.exif_transpose(picture)
-    else:
-        with _opened(picture, name or str(picture)) as file:
-            image = ImageOps.exif_transpose(file)
-    if image.mode == "F":
-        raise ValueError("the brightness of white in floating-point pictures is undefined: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion to 8 bits would clip
-        values = np.asarray(image).astype(np.float64)
-        if image.mode != "I" or values.max() > 255:  # older versions of Pillow use I for 16 bits too
-            values = values / 257  # 65535 / 255
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
-
-
-@contextmanager
-def _opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image.Image]:
-    """Opens a picture's file with Pillow. Errors inside the block become a ValueError that names the file."""
-    try:
-        with warnings.catch_warnings():  # Pillow warns above 89 million pixels and raises above twice as many
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(picture) as file:
-                yield file
-    except FileNotFoundError:
-        raise ValueError(f"{name} does not exist: check the path") from None
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
-    except (UnidentifiedImageError, IsADirectoryError):
-        raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, TypeError, struct.error) as error:  # Pillow's, for broken PNG and EXIF data
-        raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
+        return to_8_bits(picture, name or getattr(picture, "filename", "") or "the picture")
+    with opened(picture, name := name or str(picture)) as file:
+        return to_8_bits(file, name)

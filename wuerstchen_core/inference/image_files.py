@@ -1,0 +1,122 @@
+"""Image files: their endings, opening them, and the orientation that their metadata give."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from io import BytesIO
+from os import PathLike
+from typing import BinaryIO
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # packages that add formats to Pillow
+NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # data, video and drawings
+# Formats whose header gives the size of the loaded image; of the others some turn or scale it.
+SIZE_IN_HEADER = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the value of EXIF's orientation
+PNG_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
+
+
+class UnsupportedPicture(ValueError):
+    """An intact picture of a kind that cannot be read correctly."""
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Returns the suffixes, such as ".png", of the image formats that the installed Pillow and its plugins read."""
+    Image.init()
+    for name in PLUGINS:
+        try:
+            plugin = import_module(name)
+        except ImportError:
+            continue
+        getattr(plugin, "register_heif_opener", lambda: None)()
+    readable = (Image.OPEN.keys() | {"MPO"}) - NO_PIXELS  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
+
+
+@contextmanager
+def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Opens a picture's file with Pillow. Errors inside the block become a ValueError that names the file."""
+    image_suffixes()  # loads the plugins
+    try:
+        with warnings.catch_warnings():  # Pillow warns above 89 million pixels and raises above twice as many
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(picture) as file:
+                yield file
+    except FileNotFoundError:
+        raise ValueError(f"{name} does not exist: check the path") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
+    except (UnidentifiedImageError, IsADirectoryError):
+        raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
+    except UnsupportedPicture:
+        raise
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error) as error:  # of broken pixels or EXIF
+        raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns a copy of an image, turned as its metadata say."""
+    if image.format != "PNG" or image.tile == []:  # no file, or read already
+        return ImageOps.exif_transpose(image)
+    turn = TURNS.get(_orientation(image))
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def upright_size(file: Image.Image) -> tuple[int, int]:
+    """Returns the width and height of `upright(file)`, for most formats without reading the pixels."""
+    if file.format not in SIZE_IN_HEADER:
+        return upright(file).size
+    width, height = file.size
+    if file.format == "TIFF":  # newer versions of Pillow turn its size by themselves
+        tags = file.tag_v2  # type: ignore[attr-defined]
+        width, height = (int(tags[tag]) for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    return (height, width) if _orientation(file) >= 5 else (width, height)  # those are turned by 90 degrees
+
+
+def _orientation(file: Image.Image) -> int:
+    """Returns EXIF's orientation of an open file, 1 to 8, from EXIF data, XMP or the text chunks of a PNG.
+
+    Chunks behind the pixels of a PNG count too; Pillow itself finds them only by decoding it.
+    """
+    if file.format == "PNG" and file.fp is not None:
+        position = file.fp.tell()
+        try:
+            with Image.open(_without_pixels(file.fp)) as header:
+                found = Image.Image.getexif(header).get(ExifTags.Base.Orientation)
+        finally:
+            file.fp.seek(position)
+    else:
+        found = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+    return found if found in TURNS else 1
+
+
+def _without_pixels(file: BinaryIO) -> BytesIO:
+    """Returns a PNG file whose chunks all come before its pixels, which are empty."""
+    file.seek(0)
+    kept = [file.read(8)]
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in PNG_PIXELS:
+            file.seek(length + 4, 1)
+        elif len(data := file.read(length + 4)) == length + 4 and kind != b"IEND":
+            kept += [head, data]
+        else:
+            break
+    return BytesIO(b"".join(kept) + struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT")))
