@@ -20,8 +20,9 @@ from PIL import Image
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli import batch
 from wuerstchen_core.cli.options import fingerprint
-from wuerstchen_core.cli.prompt_file import line_seed
+from wuerstchen_core.cli.prompt_file import line_seed, parse_line, read_lines
 from wuerstchen_core.cli.save import METADATA_KEY
+from wuerstchen_core.inference.settings import SamplingSettings
 from wuerstchen_core.training.data.folder import FolderSource
 from wuerstchen_core.training.data.shards import ShardSource
 
@@ -71,7 +72,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def file_names(names: list[str]) -> set[str]:
-    return {f"{name}.{kind}" for name in names for kind in ("png", "json")}
+    return {f"{name}.{kind}" for name in names for kind in ("png", "json")} | {"metadata.jsonl"}
+
+
+def rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the rows of metadata.jsonl by file name."""
+    lines = (folder / "metadata.jsonl").read_text("utf-8").split("\n")
+    found = [json.loads(line) for line in lines if line]
+    assert len({row["file_name"] for row in found}) == len(found)
+    return {row["file_name"]: row for row in found}
 
 
 def read_images(folder: Path, cache: Path | None = None) -> dict[str, tuple[np.ndarray, str]]:
@@ -108,9 +117,72 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     with Image.open(tmp_path / "single.png") as alone, Image.open(out / "000003.png") as image:
         assert json.loads(image.text[METADATA_KEY]) == json.loads(alone.text[METADATA_KEY]) == metadata["000003"]
         assert np.abs(pixels([alone]) - pixels([image])).max() <= ROUNDING
+    for name, row in rows(out).items():
+        assert row["text"] == row["prompt"] and name == row["file_name"]
+        assert {key: x for key, x in row.items() if key not in ("text", "file_name")} == metadata[name[:-4]]
     read = read_images(out)
     assert [read[name][1] for name in NAMES] == [PROMPT, BLUE, BLUE, BLUE, PROMPT, BLUE, PROMPT, BLUE]
     assert read["000005"][0].shape == (128, 64, 3)
+
+
+TEXTS = [
+    "a red apple",
+    "# not this",
+    "",
+    "  a small {blue|red} apple \t",
+    '{"prompt": "a red apple", "seed": 4}',
+    "ä, 苹果",
+]
+PLAIN_PROMPTS = {1: "a red apple", 4: "a small {blue|red} apple", 5: "a red apple", 6: "ä, 苹果"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_a_text_file_are_prompts(tmp_path: Path, encoding: str, end: str) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    for name in ("p.txt", "p.TXT", "p"):
+        path = tmp_path / name
+        path.write_bytes((mark + end.join(TEXTS)).encode(encoding))
+        lines = read_lines(path)
+        images = [parse_line(number, raw, {}, SamplingSettings(), 3)[0] for number, raw in lines.items()]
+        assert {number: one.prompt for number, one in zip(lines, images, strict=True)} == PLAIN_PROMPTS
+        assert [one.seed for one in images] == [line_seed(3, 1), line_seed(3, 4), 4, line_seed(3, 6)]
+
+
+def test_other_files_have_json_lines(tmp_path: Path, capsys: Any) -> None:
+    for name, content, reason in (
+        ("p.jsonl", b"a red apple", "JSON"), ("p.csv", b"a red apple", "JSON"), ("p.txt", b'{"prompt": ', "JSON"),
+        ("p.txt", "ä".encode("cp1252"), "UTF-8"), ("p.txt", b'{ "promt": "x"}', "promt"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        [raw] = read_lines(tmp_path / name).values()
+        with pytest.raises(ValueError, match=reason):
+            parse_line(1, raw, {}, SamplingSettings(), 0)
+    (tmp_path / "comments.txt").write_text("# one\n\n  # two\n")
+    with pytest.raises(ValueError, match="comments.txt"):
+        read_lines(tmp_path / "comments.txt")
+
+
+def test_rows_are_right_after_each_run(bundle: Path, tmp_path: Path) -> None:
+    """Also for images that other programs put in the folder."""
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a red apple\na blue apple\n")
+    assert run(*command(bundle, prompts, out)) == 0
+    assert {name: row["text"] for name, row in rows(out).items()} == {
+        "000001.png": "a red apple", "000002.png": "a blue apple",
+    }  # fmt: skip
+    Image.new("RGB", (8, 8)).save(out / "mine.png")
+    (out / "mine.json").write_text('{"caption": "other"}')
+    with (out / "metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"file_name": "mine.png", "text": "mine\u2028"}\n\n{"file_name": "gone.png", "text": "x"}\n')
+    (out / "000001.png").unlink()
+    prompts.write_text("# later\na blue apple\na small apple\n")
+    assert run(*command(bundle, prompts, out)) == 0
+    found = rows(out)
+    assert {name: row["text"] for name, row in found.items()} == {
+        "000002.png": "a blue apple", "000003.png": "a small apple", "mine.png": "mine\u2028",
+    }  # fmt: skip
+    assert FolderSource([out]).bad == {}
 
 
 def test_shards_and_batches(bundle: Path, prompts: Path, tmp_path: Path, generated: list[int]) -> None:
@@ -245,7 +317,7 @@ def test_unusable_options_and_folders(bundle: Path, prompts: Path, tmp_path: Pat
     assert "100x64" in failure(capsys, *command(bundle, prompts, new, "--width", "100"))
     assert "none.jsonl" in failure(capsys, *command(bundle, tmp_path / "none.jsonl", tmp_path / "x"))
     assert not (tmp_path / "x").exists()
-    (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]), encoding="utf-16")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ä"}', encoding="cp1252")
     assert run(*command(bundle, tmp_path / "p.jsonl", new)) == 2 and "lines 1 " in capsys.readouterr().err
     assert str(tmp_path / "empty") in failure(capsys, *command(bundle, write(tmp_path / "empty", [""]), new))
     assert str(prompts) in failure(capsys, *command(bundle, prompts, prompts))
@@ -328,7 +400,7 @@ def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> N
     launch("-m", "wuerstchen_core", *arguments, by="accelerate")
     assert run(*command(bundle, prompts, alone)) == 2
     assert existing.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
-    assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES)
+    assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES) + 1
     assert_equal_pictures(read_images(out), read_images(alone))
     jsons = [name for name in files(out) if name.endswith(".json")]
     assert [files(out)[name] for name in jsons] == [files(alone)[name] for name in jsons]

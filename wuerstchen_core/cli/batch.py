@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ValueError("--prompts needs a folder for the images: add --output FOLDER")
     if not options.prompts.exists():
-        raise ValueError(f"{options.prompts} does not exist: give a file with a JSON object per line")
+        raise ValueError(f"{options.prompts} does not exist: give a file with a prompt or a JSON object per line")
     create_folder(options.output, options.shards)
     options.device = process_device(options.device, local_rank)
     if (options.batch or 1) > 1:

@@ -15,13 +15,17 @@ from typing import Any
 from PIL import Image
 
 from ..common.atomic import remove_drafts, replace_file
+from ..training.data.folder import METADATA
 from ..training.data.shards import add_member
 from ..training.data.sidecars import parse_json_table
 from .save import save_image
 
 
 class ImageFolder:
-    """A folder with two files per image: NAME.json with its metadata, and NAME.png, which is written last."""
+    """A folder with two files per image: NAME.json with its metadata, and NAME.png, which is written last.
+
+    Its metadata.jsonl has a row per image, as Hugging Face's `imagefolder` reads it.
+    """
 
     def __init__(self, folder: Path):
         self.folder = self.path = folder
@@ -52,7 +56,34 @@ class ImageFolder:
         save_image(image, self.folder / f"{name}.png", metadata)
 
     def close(self) -> None:
-        """Does nothing: `add` has written all files."""
+        """Writes metadata.jsonl with the rows of all images in the folder, also those of other processes and runs."""
+        path, tables = self.folder / METADATA, {}
+        while new := [name for name in self._names() if name not in tables]:  # other processes may add images meanwhile
+            for file in (self.folder / f"{name}.json" for name in new):
+                tables[file.stem] = parse_json_table(file.read_bytes(), str(file))
+            rows = self._other_rows(path, tables)
+            rows += [
+                json.dumps({"file_name": f"{name}.png", "text": table["prompt"], **table}, ensure_ascii=False)
+                for name, table in sorted(tables.items())
+                if "weights" in table  # from --prompts
+            ]
+            text = "".join(f"{row}\n" for row in rows)
+            replace_file(path, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
+
+    def _names(self) -> list[str]:
+        """Returns the names of all images in the folder that have a .json file."""
+        files = {path.name for path in self.folder.iterdir()}
+        return [name[:-4] for name in files if name.endswith(".png") and f"{name[:-4]}.json" in files]
+
+    def _other_rows(self, path: Path, tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Returns the rows of metadata.jsonl for existing files that are not from `--prompts`."""
+        rows = path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else []
+        kept = []
+        for row in filter(str.strip, rows):
+            file = parse_json_table(row.encode(), str(path)).get("file_name", "")
+            if "weights" not in tables.get(file.removesuffix(".png"), {}) and (self.folder / file).is_file():
+                kept.append(row)
+        return kept
 
 
 class Shard(ImageFolder):

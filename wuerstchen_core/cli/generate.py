@@ -17,11 +17,12 @@ def add(commands: Any) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help=text)
     add_options(parser, size="the model's own", name="the prompt")
     text = (
-        'file to read instead of PROMPT, with a JSON object per line: {"prompt": ...} and optionally seed, count, '
-        "width, height, negative and other settings. Writes to the folder --output; images that exist there are not "
+        "file to read instead of PROMPT, with a prompt per line (.txt; # starts a comment), or a JSON "
+        'object per line: {"prompt": ...} and optionally seed, count, width, height, negative and other settings. '
+        "Writes to the folder --output; images that exist there are not "
         "generated again. Invalid lines are reported and skipped (exit code 2, but 0 under a launcher)"
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help=text)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=text)
     text = "with --prompts: write .tar files, each with the images of LINES lines (default: single files)"
     parser.add_argument("--shards", type=int, metavar="LINES", help=text)
     text = "with --prompts: generate up to N images with equal settings at once (default: 1)"

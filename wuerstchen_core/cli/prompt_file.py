@@ -1,9 +1,14 @@
-"""Files of prompts: each line is a JSON object for one or more images, checked before anything is generated."""
+"""Files of prompts: each line is a prompt, or a JSON object for one or more images.
+
+All lines are checked before anything is generated.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -17,6 +22,8 @@ SETTINGS = {"width": int | None, "height": int | None, **get_type_hints(Sampling
 OWN_KEYS: list[Any] = [("prompt", str), ("negative", str, ""), ("seed", int | None, None), ("count", int, 1)]
 # The keys of a line with their types and defaults: its own, and the settings of its images.
 PromptLine: Any = make_dataclass("PromptLine", [*OWN_KEYS, *((name, kind, None) for name, kind in SETTINGS.items())])
+PLAIN = ("", ".txt", ".text")  # suffixes of files whose lines may be plain prompts
+JSON_OBJECT = re.compile(rb'\s*\{\s*"')
 MAX_COUNT = 100_000  # images of a line; a larger number is a mistake
 
 
@@ -37,12 +44,32 @@ class ImageRequest:
 
 
 def read_lines(path: Path) -> dict[int, bytes]:
-    """Returns the lines of a file that are not blank, by line number. ValueError if there is none."""
-    with path.open("rb") as file:
-        lines = {number: raw for number, raw in enumerate(file, 1) if raw.strip()}
-    if not lines:
-        raise ValueError(f'{path} has no prompts: write one JSON object per line, such as {{"prompt": "a red apple"}}')
-    return lines
+    """Returns the lines of a file that are not blank as JSON objects, by line number. ValueError if there is none.
+
+    A .txt file may have plain prompts, and lines of comments that start with "#". Reads UTF-8, and UTF-16 with a mark.
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16", errors="replace").encode()
+    lines = enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1)
+    found = {number: raw.strip() for number, raw in lines if raw.strip()}
+    if path.suffix.lower() in PLAIN:
+        found = {number: _as_json(raw) for number, raw in found.items() if not raw.startswith(b"#")}
+    if not found:
+        raise ValueError(
+            f'{path} has no prompts: write one per line of a .txt file, or objects like {{"prompt": "a red apple"}}'
+        )
+    return found
+
+
+def _as_json(line: bytes) -> bytes:
+    """Returns a plain prompt as a JSON object; JSON objects, and what is not UTF-8, as they are."""
+    if JSON_OBJECT.match(line):
+        return line
+    try:
+        return json.dumps({"prompt": line.decode()}).encode()
+    except UnicodeDecodeError:  # `parse_line` reports it
+        return line
 
 
 def parse_line(
