@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core.checkpoints.lora_config import PEFT_CONFIG
 from .host import folders
 from .host.lora import apply_lora, write_converted
 from .model_files import fingerprint
@@ -36,7 +37,11 @@ class WuerstchenLoraLoader(Node):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> Any:
-        return fingerprint(lora_name and folders.lora_path(lora_name))
+        if not lora_name:
+            return None
+        path = folders.lora_path(lora_name)
+        config = path.with_name(PEFT_CONFIG)
+        return fingerprint(path), fingerprint(config) if config.is_file() else None
 
     @classmethod
     def execute(

@@ -113,6 +113,8 @@ def _notify_ignored(name: str, lora: Lora, network: Fit, text: Fit, without_clip
         unused.append(f"{len(keys_of(lora.text))} keys of the text encoder (no CLIP is connected)")
     if unused:
         notify(f"{name}: ignored {'; '.join(unused)}")
+    if lora.note:
+        notify(f"{name}: {lora.note}")
 
 
 def write_converted(path: Path, state: Mapping[str, Tensor], folder: Path) -> Path:

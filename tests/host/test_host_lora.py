@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from bundles import Generate, Graph, find
@@ -42,6 +43,14 @@ SCALE = ALPHA / RANK
 NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_of_tower(64), seed=1)
 OTHER = random_factors(attention_of_prior(), seed=2), random_factors(attention_of_tower(64), seed=3)
 DIFFUSERS = FORMS["diffusers"]
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"lora_alpha": 6, "use_rslora": True, "rank_pattern": {"to_v": 2}, "bias": "lora_only"}),
+    "dora": ("LoraConfig", {"alpha_pattern": {r"2\.attention\.to_.": 16}, "use_dora": True}),
+    "biases": ("LoraConfig", {"bias": "all", "lora_bias": True, "modules_to_save": ["projection", "cond_mapper"]}),
+    "loha": ("LoHaConfig", {"alpha": 3, "target_modules": ["to_q", "depthwise"], "use_effective_conv2d": True}),
+    "lokr": ("LoKrConfig", {"alpha": 3, "target_modules": ["to_q", "depthwise"], "use_effective_conv2d": True}),
+    "whole lokr": ("LoKrConfig", {"alpha": 3, "r": 40}),
+}
 TRAINED = AdapterConfig(RANK, ALPHA, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"))
 
 
@@ -95,6 +104,8 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     for name, state in states.items():
         save_file(state, folder / f"{name}.safetensors")
     write_lora(folder / "trained.safetensors", trained(golden_bundle), TRAINED, {"training": {"step": 1}})
+    for name in PEFT:
+        by_peft(golden_bundle, name).save_pretrained(folder / f"peft {name}")
     (folder / "inputs").mkdir()
     inputs = {"x": golden["in/x"], "t": golden["in/r_tmix"], "text": golden["in/c"]}
     save_file(inputs, folder / "inputs" / "prior.safetensors")
@@ -113,6 +124,17 @@ def trained(bundle: Path) -> Prior:
         factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in changed.items()}
         prior.load_state_dict(prior.state_dict() | factors)
     return prior.eval().requires_grad_(False)
+
+
+def by_peft(bundle: Path, name: str) -> Any:
+    """Returns the prior with random adapters of peft."""
+    kind, fields = PEFT[name]
+    config = getattr(peft, kind)(**{"r": RANK, "target_modules": ["to_q", "to_v"], **fields})
+    model, draw = peft.get_peft_model(load_prior(bundle), config), torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=draw) * 0.1
+    return model.eval().requires_grad_(False)
 
 
 def noise(bundle: Path, *loras: tuple[dict[str, Tensor], float]) -> Tensor:
@@ -137,6 +159,15 @@ def states(bundle: Path, *loras: tuple[Any, float]) -> Tensor:
         attention.in_proj_weight += torch.cat([change[name] for name in "qkv"])
         attention.out_proj.weight += change["t"]
     return tower(*tokenize(["a red apple"]))
+
+
+def test_pefts_configuration_counts_as_in_peft(inside: Inside, golden_bundle: Path) -> None:
+    golden, (tensors, facts) = Golden("prior_small"), inside
+    inputs = (golden["in/x"], golden["in/r_tmix"], golden["in/c"])
+    for name in PEFT:
+        expected = by_peft(golden_bundle, name)(*inputs)
+        assert_near(tensors[f"peft {name}/noise"], expected, TOLERANCE)
+        assert (expected - tensors["untouched/noise"]).abs().max() > 1e-3 and facts[f"peft {name}"][2] == []
 
 
 def test_the_golden_lora_gives_diffusers_numbers(inside: Inside) -> None:
@@ -209,7 +240,9 @@ def test_all_key_formats_have_the_same_effect(inside: Inside, golden_bundle: Pat
     assert (expected[0] - tensors["untouched/noise"]).abs().max() > 0.01
     assert (expected[1] - tensors["untouched/states"]).abs().max() > 0.01
     for name in FORMS:
-        assert facts[f"form/form {name}"] == [False, False, []], name
+        *same, lines = facts[f"form/form {name}"]
+        assert same == [False, False], name
+        assert all("adapter_config.json" in line for line in lines) and len(lines) == (name == "peft"), name
         assert_near(tensors[f"form/form {name}/noise"], expected[0], TOLERANCE)
         assert_near(tensors[f"form/form {name}/states"], expected[1], TOLERANCE)
 

@@ -35,6 +35,7 @@ _FACTORS = (  # adapters of low rank, whose change can have DoRA's magnitudes; m
     {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
     {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
 )
+_RANKS = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # factors with the rank as their first size
 _OTHERS = ({"oft_blocks"}, {"diff"}, {"set_weight"})
 
 
@@ -51,29 +52,31 @@ def keys_of(adapters: Adapters) -> list[str]:
     return [key for adapter in adapters.values() for key in adapter.keys]
 
 
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Returns the rank by which alpha is divided; None without factors of low rank."""
+    return next((tensors[name].shape[0] for name in _RANKS if name in tensors), None)
+
+
 def delta(tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns the change [out, in * ...] that factors add to a weight [out, in, ...] at strength 1.
 
     DoRA's magnitudes are not applied. Raises an error if the factors do not fit each other; `fit` sorts these out.
     """
-    rank: int | None = None
+    rank = rank_of(tensors)
     if "lora_up.weight" in tensors:
         up, down = (tensors[name].flatten(1) for name in ("lora_up.weight", "lora_down.weight"))
         mid = tensors.get("lora_mid.weight")
-        out, rank = up.mm(down) if mid is None else _tucker(up.T, down, mid), down.shape[0]
+        out = up.mm(down) if mid is None else tucker(up.T, down, mid)
     elif "hada_w1_a" in tensors:
         one, two = (_hada_product(tensors, i) for i in (1, 2))
         if one.shape != two.shape:  # they would be broadcast
             raise ValueError(f"the products of a LoHa's factors are {list(one.shape)} and {list(two.shape)}")
-        out, rank = one * two, tensors["hada_w1_b"].shape[0]
+        out = one * two
     else:
-        factors = []
-        for name in ("lokr_w1", "lokr_w2"):
-            if name in tensors:
-                factors.append(tensors[name].flatten(1))
-            else:
-                factors.append(tensors[f"{name}_a"].mm(tensors[f"{name}_b"]))
-                rank = tensors[f"{name}_b"].shape[0]
+        factors = (
+            tensors[name].flatten(1) if name in tensors else tensors[f"{name}_a"].mm(tensors[f"{name}_b"])
+            for name in ("lokr_w1", "lokr_w2")
+        )
         out = torch.kron(*factors)
     if rank is not None and "alpha" in tensors:
         out = out * (tensors["alpha"].reshape(()) / rank)
@@ -83,10 +86,10 @@ def delta(tensors: Mapping[str, Tensor]) -> Tensor:
 def _hada_product(tensors: Mapping[str, Tensor], i: int) -> Tensor:
     """Returns one of the two products [out, in * ...] that a LoHa multiplies."""
     a, b, core = tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"], tensors.get(f"hada_t{i}")
-    return a.mm(b) if core is None else _tucker(a, b, core)
+    return a.mm(b) if core is None else tucker(a, b, core)
 
 
-def _tucker(a: Tensor, b: Tensor, core: Tensor) -> Tensor:
+def tucker(a: Tensor, b: Tensor, core: Tensor) -> Tensor:
     """Returns [out, in * ...] from a [r, out], b [s, in] and core [r, s, ...]."""
     return torch.einsum("rs...,ro,si->oi...", core, a, b).flatten(1)
 

@@ -17,7 +17,8 @@ from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
-from .lora_files import convert_lora, is_lora
+from .lora_files import convert_lora
+from .lora_folders import is_lora
 from .open import open_source, source_path
 from .quant import FP8
 from .release import check_parts, only_release

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints import build_part
-from ..checkpoints.lora_files import Loras, merge_loras
+from ..checkpoints.lora_merge import Loras, merge_loras
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..diffusion.samplers import Seed

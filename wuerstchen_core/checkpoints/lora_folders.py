@@ -1,0 +1,58 @@
+"""Finds LoRA files in folders."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from ..common.text import listed
+from .lora_config import PEFT_CONFIG
+from .lora_keys import parse_key
+from .weight_files import read_weight_file
+
+STEMS = ("adapter_model", "pytorch_lora_weights")  # of the files that PEFT and diffusers look for in a folder
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_NETWORKS, _TOWER = {"prior", "unet"}, "text_encoder"  # subfolders of PEFT's adapters of one pipeline
+
+
+def find_loras(folder: Path) -> list[Path]:
+    """Returns the LoRA files of a folder that form one LoRA; [] if it has none.
+
+    These are PEFT's or diffusers' file, PEFT's files in subfolders by component, or the only file with adapters.
+    Raises ValueError if several files could be meant.
+    """
+    if (folder / "model_index.json").is_file():  # a whole pipeline
+        return []
+    if named := _named_file(folder):
+        return [named]
+    content = sorted(folder.iterdir())
+    found = {x.name: file for x in content if (x / PEFT_CONFIG).is_file() and (file := _named_file(x))}
+    files = list(found.values()) or [x for x in content if x.suffix in ENDINGS and x.is_file() and _has_adapters(x)]
+    if len(files) > 1 and not (_TOWER in found and len(found) == 2 and found.keys() & _NETWORKS):
+        names = listed([str(file.relative_to(folder)) for file in files], most=5)
+        raise ValueError(f"{folder} holds several LoRAs ({names}): give one of these files")
+    return files
+
+
+def _named_file(folder: Path) -> Path | None:
+    files = (folder / f"{stem}{ending}" for stem in STEMS for ending in (".safetensors", ".bin"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _has_adapters(path: Path) -> bool:
+    with suppress(ValueError):  # not a weight file, or damaged
+        return is_lora(path)
+    return False
+
+
+def is_lora(path: Path) -> bool:
+    """True for a weight file that has keys of adapters, and for a folder of a LoRA.
+
+    Raises ValueError for a damaged file.
+    """
+    if path.is_dir():
+        return bool(find_loras(path))
+    if path.suffix == ".json":  # the index of a sharded file
+        return False
+    content = read_weight_file(path, headers_only=True)
+    return any(parse_key(key)[0] for state in content.states.values() for key in state)
