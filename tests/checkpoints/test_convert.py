@@ -161,7 +161,7 @@ def test_the_release_of_an_ambiguous_prior_is_stored(
         ("cut", "damaged"),
         ("cascade", "Stable Cascade"),
         ("sd", "Stable Diffusion"),
-        ("text", "PyTorch"),
+        ("text", "HTML"),
         ("empty folder", "diffusers folder"),
     ],
 )

@@ -103,7 +103,7 @@ def test_truncated_file_is_rejected(vqgan: State, tmp_path: Path, ending: str, f
     ("content", "fact"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
-        (b"<!doctype html><html></html>", "Git LFS"),
+        (b"<!doctype html><html></html>", "HTML"),
         (b"PK\x03\x04 a zip of something else", "damaged"),
     ],
 )

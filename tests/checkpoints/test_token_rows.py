@@ -13,6 +13,7 @@ from helpers.networks import NETWORKS
 from tools.demo.build import drop_token_rows, trained_tokens
 from wuerstchen_core.checkpoints import Part, describe, load_text_encoder, save_bundle
 from wuerstchen_core.checkpoints.bundle import restore_token_rows
+from wuerstchen_core.checkpoints.lazy import lazy_state
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.demo.vocabulary import LAYOUTS, caption, scenes
 from wuerstchen_core.models.text_encoder import tokenize
@@ -48,14 +49,14 @@ def test_stored_rows_are_restored_and_the_others_are_zeros(
 @pytest.mark.parametrize("sizes", [None, {}, {"vocab_size": "many"}])
 def test_a_missing_vocabulary_size_is_rejected(tower: Part, sizes: dict[str, Any] | None) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
-        restore_token_rows(drop_token_rows(tower, ROWS).state_dict, sizes)
+        restore_token_rows(lazy_state(drop_token_rows(tower, ROWS).state_dict), sizes)
 
 
 @pytest.mark.parametrize("rows", [[5, 0], [5, 0, 511, 49406, 49408], [5, 0, 511, 49406, -1]])
 def test_invalid_rows_are_rejected(tower: Part, rows: list[int]) -> None:
     state = {**drop_token_rows(tower, ROWS).state_dict, "token_embedding.rows": torch.tensor(rows)}
     with pytest.raises(ValueError, match="token_embedding"):
-        restore_token_rows(state, {"vocab_size": 49408})
+        restore_token_rows(lazy_state(state), {"vocab_size": 49408})
 
 
 def test_the_demos_store_all_tokens_of_captions() -> None:

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from wuerstchen_core.checkpoints import build_part, demo_path
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.quant import FP8, dequantize, quantize
+from wuerstchen_core.checkpoints.dequant import dequantize
+from wuerstchen_core.checkpoints.quant import FP8, quantize
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
 from .. import DOCS, markdown_table

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..common.text import listed
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior
@@ -18,6 +16,7 @@ from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .components import TEXT_ENCODER, Part, component
 from .open import read_part
+from .verify import check_weights
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -25,26 +24,14 @@ Path: TypeAlias = str | os.PathLike[str]
 def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """Builds a part's network in evaluation mode without gradients; `dtype` None keeps the file's.
 
-    Raises ValueError that names missing, unexpected and mis-shaped keys.
+    Raises ValueError that names the tensors that do not fit (`check_weights`).
     """
+    check_weights(part)
     with torch.device("meta"):
         network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
-    _check_keys(part, network.state_dict())
     state = {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()}
     network.load_state_dict(state, assign=True)
     return network.eval()
-
-
-def _check_keys(part: Part, expected: Mapping[str, Tensor]) -> None:
-    found = part.state_dict
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    misshaped = {key: x.shape for key, x in expected.items() if key in found and found[key].shape != x.shape}
-    shapes = [f"{key} is {list(found[key].shape)}, expected {list(shape)}" for key, shape in misshaped.items()]
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
-    text = ", ".join(f"{what}: {len(keys)} ({listed(keys, width=100)})" for what, keys in problems.items() if keys)
-    if text:
-        raise ValueError(f"the weights of {part.path or part.name} do not fit a {part.name} of these params; {text}")
 
 
 def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None, version: str = "auto") -> Prior:

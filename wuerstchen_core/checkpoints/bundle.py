@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name
-from .lazy import LazyTensor, lazy_state
+from .lazy import LazyTensor, apply, lazy_state
 from .quant import quantize
 from .release import only_release, release_of
 from .writer import Progress, write_tensors
@@ -117,7 +117,7 @@ def _same(one: LazyTensor, other: LazyTensor) -> bool:
     return one is other or (one.dtype == other.dtype and one.load().cpu().equal(other.load().cpu()))
 
 
-def restore_token_rows(state: State, params: Mapping[str, Any] | None) -> State:
+def restore_token_rows(state: dict[str, LazyTensor], params: Mapping[str, Any] | None) -> dict[str, LazyTensor]:
     """Restores a token embedding of which a bundle stores only the trained rows; all others become zeros.
 
     Beside the shortened `weight` [n, c], `rows` [n] holds their indices. `params` are those of the bundle's metadata.
@@ -129,11 +129,18 @@ def restore_token_rows(state: State, params: Mapping[str, Any] | None) -> State:
     if not isinstance(total, int):
         raise ValueError("the metadata lacks vocab_size, the length of the token embedding: download the file again")
     state = dict(state)
-    rows, stored = state.pop(f"{TABLE}.rows"), state[f"{TABLE}.weight"]
-    table = torch.zeros(total, stored.shape[1], device=stored.device).to(stored.dtype)
-    if not stored.is_meta:
-        if len(rows) != len(stored) or not 0 <= int(rows.min()) <= int(rows.max()) < total:
-            raise ValueError(f"the rows of {TABLE} are damaged: download the file again")
+    rows, stored = state.pop(f"{TABLE}.rows").load(), state.get(f"{TABLE}.weight")
+    indices = rows.dtype in (torch.int64, torch.int32) and rows.ndim == 1 and rows.numel()
+    if stored is None or len(stored.shape) != 2 or not indices or len(rows) != stored.shape[0]:
+        raise ValueError(f"the rows of {TABLE} are damaged: download the file again")
+    if not 0 <= int(rows.min()) <= int(rows.max()) < total:
+        raise ValueError(f"the rows of {TABLE} are damaged: download the file again")
+
+    def restore(stored: Tensor) -> Tensor:
+        table = torch.zeros(total, stored.shape[1], device=stored.device).to(stored.dtype)
         table.view(torch.uint8)[rows.long()] = stored.view(torch.uint8)  # torch can't index-assign fp8
-    state[f"{TABLE}.weight"] = table
+        return table
+
+    shape = (total, stored.shape[1])
+    state[f"{TABLE}.weight"] = apply(restore, stored, shape=shape, dtype=stored.dtype)
     return state

@@ -41,10 +41,14 @@ TOWER_ADVICE = "use the text_encoder of warp-ai/wuerstchen (CLIP-H) or warp-ai/w
 Tensors = Mapping[str, Tensor | LazyTensor]
 
 
-def _shape(state: Tensors, key: str) -> tuple[int, ...]:
+def _shape(state: Tensors, key: str, dimensions: int = 2) -> tuple[int, ...]:
+    """Returns a tensor's shape. Raises ValueError if it is missing, empty or has fewer dimensions."""
     if key not in state:
         raise ValueError(f"the weights are incomplete: {key} is missing")
-    return tuple(state[key].shape)
+    shape = tuple(state[key].shape)
+    if len(shape) < dimensions or 0 in shape:
+        raise ValueError(f"the weights are damaged: {key} is {list(shape)}, expected {dimensions} dimensions or more")
+    return shape
 
 
 def _heads(width: int) -> int:
@@ -114,7 +118,7 @@ def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> Deco
     shared = _levels(state, base.c_r)
     c_patches = _shape(state, "embedding.1.weight")[1]
     patch_size = isqrt(c_patches // base.c_in)
-    c_cond, clip_embd = _shape(state, "clip_mapper.weight")
+    c_cond, clip_embd = _shape(state, "clip_mapper.weight")[:2]
     mappers = [state.get(f"effnet_mappers.{i}.weight") for i in range(len(shared["blocks"]))]
     if nhead is None:
         levels = zip(shared["c_hidden"], shared["level_config"], strict=True)
@@ -135,8 +139,8 @@ def decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> Deco
 def token_decoder_params(state: Tensors, nhead: tuple[int, ...] | None = None) -> TokenDecoderParams:
     """Returns the params of a TokenDecoder; `nhead` is needed if a level with attention does not have 16 heads."""
     shared = _levels(state, TokenDecoderParams.c_r)
-    num_labels, c_in = _shape(state, "in_mapper.0.weight")
-    c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")
+    num_labels, c_in = _shape(state, "in_mapper.0.weight")[:2]
+    c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")[:2]
     if nhead is None:
         nhead = tuple(TOKEN_HEADS if "A" in kinds else -1 for kinds in shared["level_config"])
     return TokenDecoderParams(
@@ -156,7 +160,7 @@ def vqgan_params(state: Tensors) -> VQGANParams:
     """Returns the params of a VQGAN. No tensor shows the scale factor: it is the released model's."""
     levels = sum(key.startswith("down_blocks.") and key.endswith(".gammas") for key in state)
     blocks_up = sum(key.startswith("up_blocks.") and key.endswith(".gammas") for key in state)
-    codebook_size, c_latent = _shape(state, "vquantizer.codebook.weight")
+    codebook_size, c_latent = _shape(state, "vquantizer.codebook.weight")[:2]
     return VQGANParams(
         levels=levels,
         bottleneck_blocks=blocks_up - levels + 1,
@@ -181,7 +185,7 @@ def image_encoder_params(state: Tensors) -> ImageEncoderParams:
 
 def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoderParams:
     """Returns the params of a TextEncoder; `heads` is needed if they are not 64 wide."""
-    vocab_size, width = _shape(state, "token_embedding.weight")
+    vocab_size, width = _shape(state, "token_embedding.weight")[:2]
     layers = _count(state, "transformer.resblocks.")
     if (width, layers) in _OTHER_TOWERS:
         raise ValueError(f"this text tower {_OTHER_TOWERS[width, layers]}: {TOWER_ADVICE}")

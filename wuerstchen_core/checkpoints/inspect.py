@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..common.devices import WEIGHT_DTYPES
 from ..models.prior import V1
-from .components import BUNDLE_LOADER, PARTS_OF, TOWERS, Loader, Part, component, text_width, tower_name
+from .components import BUNDLE_LOADER, PARTS_OF, TEXT_ENCODER, TOWERS, Loader, Part, component, text_width, tower_name
 from .lazy import LazyTensor
 from .open import open_source
+from .release import check_parts
 from .source import BUNDLE, Source
 
 _DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+_SCALED = ("fp8", "fp8_e5m2", "int8")
 OPEN = "v1 (or v2's first file, of June 2023)"
 SHARED = "v1 and v2 alike"
 
@@ -38,7 +40,11 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """A description of a source. `missing` are the parts that a complete model of its release needs as well."""
+    """A description of a source. `missing` are the parts that a complete model of its release needs as well.
+
+    `problems` are the reasons why something in it cannot be loaded, by part; under "model" why the parts do not fit
+    one another. Only without any is a source complete.
+    """
 
     source: str
     kind: str
@@ -49,6 +55,7 @@ class Description:
     refused: tuple[str, ...]  # other content, which is not loaded
     vocabulary: int | None  # number of words, if the model knows only some
     licence: str | None
+    problems: dict[str, str]
 
     def lines(self) -> list[str]:
         """Returns the description as lines of text."""
@@ -71,18 +78,23 @@ class Description:
             else:
                 out.append(f"  in ComfyUI: no node loads {', '.join(names)} from this file; use `convert` to make")
                 out.append(f"    single files, or one bundle{' with the missing parts' if self.missing else ''}")
+        out += [f"  damaged: {name} ({problem})" for name, problem in self.problems.items()]
         missing = ", ".join(self.missing).replace("image_encoder", "image_encoder (only needed for images as input)")
-        out.append(f"  missing for a complete model: {missing}" if missing else "  complete")
+        if missing:
+            out.append(f"  missing for a complete model: {missing}")
+        elif not self.problems:
+            out.append("  complete")
         return out
 
 
 def describe(source: str | os.PathLike[str]) -> Description:
-    """Describes a source without reading its weights. Raises ValueError as `read_part` if nothing in it is Würstchen's.
+    """Describes a source without reading its weights. Raises ValueError as `read_part` if nothing in it can be loaded.
 
     A prior that may be v1's or v2's is described as v1's, which is most likely.
     """
     content = open_source(source, headers_only=True)
-    version, parts = _version(content), content.lazy_parts()
+    parts, problems = _parts(content)
+    version = _version(content, parts)
     release = "v1" if version in ("v1", OPEN) else "v2"
     words = content.metadata.get("vocabulary", {}).get("words")
     loaders = _loaders(content, parts)
@@ -96,7 +108,26 @@ def describe(source: str | os.PathLike[str]) -> Description:
         refused=content.refused,
         vocabulary=None if words is None else len(words),
         licence=content.metadata.get("licence"),
+        problems=problems,
     )
+
+
+def _parts(content: Source) -> tuple[dict[str, Part[LazyTensor]], dict[str, str]]:
+    """Returns the parts that can be loaded, and the reasons why others cannot. Raises ValueError if none can."""
+    parts, problems = {}, {}
+    for name, own in content.part_names().items():
+        try:
+            parts[name] = replace(content.lazy_part(own), name=name)
+        except ValueError as error:
+            problems[name] = str(error)
+    if not parts:
+        raise ValueError("; ".join(problems.values()))
+    towers = dict.fromkeys(TOWERS, parts[TEXT_ENCODER]) if TEXT_ENCODER in parts else {}
+    try:
+        check_parts(parts | towers)
+    except ValueError as error:
+        problems["model"] = str(error)
+    return parts, problems
 
 
 def _loaders(content: Source, parts: Iterable[str]) -> dict[str, Loader | None]:
@@ -121,26 +152,27 @@ def _loaders(content: Source, parts: Iterable[str]) -> dict[str, Loader | None]:
 def _part_info(part: Part[LazyTensor], content: Source, loader: Loader | None) -> PartInfo:
     floats = {key: x for key, x in part.state_dict.items() if x.dtype.is_floating_point}
     learned = [x for key, x in floats.items() if not key.endswith(("running_mean", "running_var"))]
-    names = {_DTYPES.get(x.dtype, str(x.dtype).removeprefix("torch.")) for x in floats.values()}
+    stored = {x.stored or x.dtype for x in floats.values()}
+    names = {_DTYPES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in stored}
     scaled = (content.networks.get(part.name) or content.networks[TOWERS[0]]).scaled
     return PartInfo(
         name=part.name,
         stage=component(part.name).stage,
         parameters=sum(math.prod(x.shape) for x in learned),
-        dtype=" and ".join(sorted(f"{name} (scaled)" if name == "fp8" and scaled else name for name in names)),
+        dtype=" and ".join(sorted(f"{name} (scaled)" if name in _SCALED and scaled else name for name in names)),
         sizes=asdict(part.params),
         folder=loader.folder if loader else None,
         node=loader.node if loader else None,
     )
 
 
-def _version(content: Source) -> str:
+def _version(content: Source, parts: Mapping[str, Part[LazyTensor]]) -> str:
     """Returns the releases that the parts show, or that both have such parts."""
     if "version" in content.metadata:
         return str(content.metadata["version"])
     releases = content.releases()
-    if "prior" in content.networks and not releases:
-        params = content.lazy_part("prior").params
+    if "prior" in parts and not releases:
+        params = parts["prior"].params
         release = content.known_release(params) or (OPEN if params.c_cond == V1["c_cond"] else None)
         releases = {release} if release else set()
     return " and ".join(sorted(releases)) or SHARED

@@ -11,7 +11,6 @@ from .lazy import AnyTensor, apply
 
 COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
 COMFYUI_CLIPS = {"prior": "clip_g", "decoder": "clip_h"}  # ComfyUI's name of each stage's text tower
-COMFYUI_ENCODER = "encoder."  # keys of an image encoder from ComfyUI's VAESave
 
 LORA = "a LoRA, which changes a model and is not a model itself"
 _PREVIEWER = "the Stage C previewer of v2, which this project does not use"
@@ -103,7 +102,10 @@ def _third(x: AnyTensor, index: int) -> AnyTensor:
 
 
 def _pack(parts: list[AnyTensor]) -> AnyTensor:
-    """Concatenates the rows of q, k and v."""
+    """Concatenates the rows of q, k and v. Raises ValueError if they differ in width or dtype."""
+    if len({(tuple(x.shape[1:]), x.dtype) for x in parts}) > 1:
+        shapes = ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in parts)
+        raise ValueError(f"q, k and v of a layer differ ({shapes}): download the file again")
     shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
     return apply(lambda *rows: torch.cat(rows), *parts, shape=shape, dtype=parts[0].dtype)
 

@@ -6,38 +6,32 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
-from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name, kind_of, parts_of
+from .components import PARTS, Part, State, check_part_name, kind_of, parts_of
+from .dequant import with_header_configs
+from .folder_files import component_path, hub_snapshot, no_weights, weights_in
 from .key_maps import LORA, foreign
 from .lazy import lazy_state
-from .quant import dequantize, is_scaled
 from .release import VERSIONS
 from .source import (
     BUNDLE,
-    CHECKPOINT,
     ForeignFile,
     Network,
     Source,
     identify,
+    make_network,
     merge_metadata,
     no_part,
-    split_checkpoint,
 )
 from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
 
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_ENDINGS = tuple(
-    f"{variant}{ending}{index}"
-    for ending in (".safetensors", ".bin")
-    for variant in ("", ".fp16")
-    for index in ("", ".index.json")
-) + (".safetensors.index.fp16.json", ".bin.index.fp16.json")
 _PIPELINE_CLASSES = "Wuerstchen"  # how diffusers' class names begin; all of them are v2's
 
 
@@ -47,12 +41,12 @@ def demo_path(name: str = "demo") -> Path:
 
 
 def source_path(source: str | os.PathLike[str]) -> Path:
-    """Returns the file or folder of a source. Raises ValueError if it does not exist."""
+    """Returns the file or folder of a source: of the hub's cache, a snapshot. ValueError if it does not exist."""
     path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
     if not path.exists():
         names = " or ".join(f'"{name}"' for name in SHIPPED)
         raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {names}")
-    return path
+    return hub_snapshot(path)
 
 
 def open_source(
@@ -90,29 +84,23 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     """Opens a weight file or the index of its shards; `config` is its folder's config.json."""
     content = _read_shards(path, headers_only) if path.suffix == ".json" else read_weight_file(path, headers_only)
     metadata = parse_metadata(path, content.metadata)
-    if (checkpoint := split_checkpoint(content)) is not None:
-        return replace(identify(path, checkpoint, {}, metadata), layout=CHECKPOINT)
-    bare = content.states.get("", {})
+    bare = with_header_configs(content.states.get("", {}), content.metadata)
     bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
     if bundled is None:
         return identify(path, content, config or {}, metadata)
     networks: dict[str, Network] = {}
     for name, state in bundled.items():
         params = metadata.get("parts", {}).get(name)
-        try:
-            state = restore_token_rows(state, params)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        network = Network(kind_of(name), dequantize(lazy_state(state)), is_scaled(state), params)
+        network = make_network(kind_of(name), lazy_state(state), partial(restore_token_rows, params=params), params)
         networks |= dict.fromkeys(parts_of(name), network)
     return Source(path, BUNDLE, networks, metadata)
 
 
 def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
     """Opens a folder of a pipeline, of one component, or of bundles; with `part`, only this part of it."""
-    if _weights_in(root) is not None:
+    if weights_in(root) is not None:
         return _open_component(root, headers_only)
-    found = {name: path for name in PARTS if (path := _component_path(root, name)) is not None}
+    found = {name: path for name in PARTS if (path := component_path(root, name)) is not None}
     index = root / "model_index.json"
     pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
     if pipeline and not pipeline.startswith(_PIPELINE_CLASSES):
@@ -120,10 +108,7 @@ def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
     if not index.is_file():
         found |= _bundled_parts(root, found)
     if not found:
-        raise ValueError(
-            f"{root} is not a diffusers folder and has no bundle: expected {_STEMS[0]}.safetensors or .bin in it, "
-            f"or in a subfolder named {', '.join((*PARTS, TEXT_ENCODER))}"
-        )
+        raise no_weights(root)
     if part is not None and part not in found:
         raise no_part(root, part, list(found))
     if part is not None:
@@ -143,7 +128,7 @@ def _open_component(path: Path, headers_only: bool) -> Source:
     """Opens a component's folder (weights in one file or several, and config.json), or a single file."""
     if path.is_file():
         return _open_file(path, headers_only)
-    file = _weights_in(path)
+    file = weights_in(path)
     assert file is not None
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     source = _open_file(file, headers_only, config)
@@ -152,12 +137,6 @@ def _open_component(path: Path, headers_only: bool) -> Source:
         metadata.setdefault("version", "v2")
     layout = BUNDLE if source.layout == BUNDLE else "diffusers component"
     return replace(source, path=path, layout=layout, metadata=metadata)
-
-
-def _weights_in(folder: Path) -> Path | None:
-    """Returns the weight file of a component's folder, or the index of its shards."""
-    files = (folder / f"{stem}{ending}" for ending in _ENDINGS for stem in _STEMS)
-    return next((file for file in files if file.is_file()), None)
 
 
 def _read_shards(index: Path, headers_only: bool) -> WeightFile:
@@ -171,21 +150,6 @@ def _read_shards(index: Path, headers_only: bool) -> WeightFile:
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
         state |= read_weight_file(index.parent / shard, headers_only).states.get("", {})
     return WeightFile({"": state}, {})
-
-
-def _component_path(root: Path, name: str) -> Path | None:
-    """Returns a part's single file or its folder in a pipeline's folder; None if there is neither."""
-    for stem in (name, kind_of(name)):
-        if (root / f"{stem}.safetensors").is_file():
-            return root / f"{stem}.safetensors"
-    combined = (root / TOWERS[0]).is_dir()  # in the combined pipeline "text_encoder" is the decoder's
-    stage = root / name.removesuffix(f"_{TEXT_ENCODER}")
-    folders = [name]
-    if name not in TOWERS:
-        folders.append(f"prior_{name}")  # in the combined pipeline
-    elif name == TOWERS[1] if combined else stage.is_dir():
-        folders.append(TEXT_ENCODER)
-    return next((root / folder for folder in folders if _weights_in(root / folder)), None)
 
 
 def _bundled_parts(root: Path, found: Mapping[str, Path]) -> dict[str, Path]:

@@ -7,18 +7,17 @@ fp8 is for storage only: torch cannot add in it. As in ComfyUI's files, `X.weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..common.devices import WEIGHT_DTYPES
-from .lazy import AnyTensor, LazyTensor, apply
+from .lazy import LazyTensor
 
 FP8 = WEIGHT_DTYPES["fp8"]
 SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI recognises such a file
 LARGE = 4096  # elements; smaller tensors, such as norms and biases, save nothing and stay exact
-_SUFFIX = "scale_weight"
+SCALE_SUFFIX = "scale_weight"
 _CHUNK = 1 << 22  # elements converted to fp32 at a time
 # e4m3's largest number is 448, and 464 is the largest that rounds to it. Half of 464 rounds to more than half of 448,
 # so that weights which were rounded once get the same scale again.
@@ -27,7 +26,7 @@ _ROUNDS_TO_LARGEST = 464.0
 
 def scale_key(key: str) -> str:
     """Returns the key of a weight's scale."""
-    return f"{key.removesuffix('weight')}{_SUFFIX}"
+    return f"{key.removesuffix('weight')}{SCALE_SUFFIX}"
 
 
 def is_large(key: str, x: Tensor | LazyTensor) -> bool:
@@ -81,37 +80,3 @@ def _scale(key: str, x: Tensor) -> float:
     if not math.isfinite(largest):
         raise ValueError(f"{key} holds {largest}, which fp8 cannot store: use undamaged weights, or another dtype")
     return 2.0 ** math.ceil(math.log2(largest / _ROUNDS_TO_LARGEST)) if largest else 1.0
-
-
-def is_scaled(keys: Iterable[str]) -> bool:
-    """True if the weights are stored in fp8 with scales."""
-    return any(key.endswith(_SUFFIX) for key in keys)
-
-
-def dequantize(state: dict[str, AnyTensor], scaled_only: bool = False) -> dict[str, AnyTensor]:
-    """Returns weights with those in fp8 (`scaled_only`: only those with scales) in the dtype of the other weights.
-
-    Tensors without data stay fp8.
-    """
-    dtype = _unscaled_dtype(state)
-
-    def multiply(x: Tensor, scale: Tensor) -> Tensor:
-        return x.to(torch.float32, copy=True).mul_(scale.float()).to(dtype)
-
-    out: dict[str, AnyTensor] = {}
-    for key, x in state.items():
-        if key.endswith(_SUFFIX) or key.rpartition(".")[2] == SCALED_MARK:
-            continue
-        scale = state.get(scale_key(key)) if key.endswith("weight") else None
-        if scale is not None and not x.is_meta:
-            x = apply(multiply, x, scale, shape=x.shape, dtype=dtype)
-        elif x.dtype == FP8 and not x.is_meta and not scaled_only:
-            x = apply(lambda stored: stored.to(dtype), x, shape=x.shape, dtype=dtype)
-        out[key] = x
-    return out
-
-
-def _unscaled_dtype(state: Mapping[str, Tensor | LazyTensor]) -> torch.dtype:
-    """Returns the widest dtype of the weights that are neither fp8 nor scales; bf16 if there is no other."""
-    found = {x.dtype for key, x in state.items() if x.dtype.is_floating_point and not key.endswith(_SUFFIX)}
-    return next((dtype for dtype in (torch.float32, torch.float16) if dtype in found), torch.bfloat16)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,15 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from ..common.dataclass_config import from_table
-from ..common.text import listed
 from ..models.prior import PriorParams
 from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, State, kind_of, parts_of
+from .dequant import dequantize, is_scaled, with_header_configs
 from .infer_params import TOWER_ADVICE
-from .key_maps import COMFYUI_CLIPS, COMFYUI_ENCODER, COMFYUI_PREFIX, foreign, strip_prefix
+from .key_maps import COMFYUI_PREFIX, foreign
 from .lazy import AnyTensor, LazyTensor, lazy_state
-from .quant import dequantize, is_scaled
+from .prefixes import Found, choose, find_networks, name_unknown, unwrapped
 from .release import guess_release, only_release, release_of, trained_sides, with_units
+from .verify import check_weights
 from .weight_files import WeightFile
+
+# Prefixes of the prior's text tower and of the decoder's: ComfyUI's names, and those of stages and parts.
+_TOWER_MARKS = (re.compile(r"clip_g|prior|stage_c"), re.compile(r"clip_h|decoder|stage_b"))
 
 BUNDLE = "bundle"  # the layout of this project's own files
 CHECKPOINT = "ComfyUI checkpoint"  # that of ComfyUI's CheckpointSave
@@ -51,6 +56,7 @@ class Network:
     scaled: bool = False  # True if stored in fp8 with scales
     params_json: dict[str, Any] | None = None  # from a bundle's metadata
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
+    problem: str = ""  # the reason why the tensors cannot be read
 
     @cached_property
     def state(self) -> State:
@@ -58,6 +64,8 @@ class Network:
 
     def params(self) -> Params:
         """Returns the params of the metadata, or else those inferred from the tensors and config.json."""
+        if self.problem:
+            raise ValueError(self.problem)
         entry = COMPONENTS[self.kind]
         if self.params_json is not None:
             try:
@@ -71,7 +79,10 @@ class Network:
         stated = {ours: config[key] for key, ours in _CONFIG_FIELDS.items() if ours in fields and key in config}
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
-        return replace(entry.infer_params(self.tensors, **heads), **stated)
+        try:
+            return replace(entry.infer_params(self.tensors, **heads), **stated)
+        except (LookupError, ArithmeticError, TypeError) as error:
+            raise ValueError("the shapes of the weights contradict one another: download the file again") from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Source:
         return Part(part.name, part.params, self.networks[name].state, part.path, part.trained)
 
     def lazy_part(self, name: str) -> Part[LazyTensor]:
-        """Returns the part `name` without computing its tensors. Raises ValueError if the source does not have it."""
+        """Returns the part `name` without computing its tensors. Raises ValueError if it is absent or does not fit."""
         if name not in self.networks:
             raise no_part(self.path, name, (*self.networks, *self.refused))
         network = self.networks[name]
@@ -108,16 +119,23 @@ class Source:
             release = self.known_release(params) or guess_release(self.path, params, self.version, self.headers_only)
             params = with_units(params, release)
         trained = trained_sides(params, self.metadata) if isinstance(params, PriorParams) else None
-        return Part(name, params, network.tensors, self.path, trained)
+        part = Part(name, params, network.tensors, self.path, trained)
+        check_weights(part)
+        return part
 
-    def lazy_parts(self) -> dict[str, Part[LazyTensor]]:
-        """Returns all parts in the order of `PARTS`; a text tower that serves both stages is "text_encoder"."""
-        parts = {name: self.lazy_part(name) for name in PARTS if name in self.networks}
+    def part_names(self) -> dict[str, str]:
+        """Returns names for `lazy_part` in the order of `PARTS`, by the names of what they are: a text tower that
+        serves both stages is "text_encoder"."""
+        names = {name: name for name in PARTS if name in self.networks}
         prior, decoder = (self.networks.get(name) for name in TOWERS)
         if prior is not None and prior is decoder:
-            parts[TEXT_ENCODER] = replace(parts.pop(TOWERS[0]), name=TEXT_ENCODER)
-            del parts[TOWERS[1]]
-        return parts
+            names[TEXT_ENCODER] = names.pop(TOWERS[0])
+            del names[TOWERS[1]]
+        return names
+
+    def lazy_parts(self) -> dict[str, Part[LazyTensor]]:
+        """Returns all parts. Raises ValueError if one is damaged."""
+        return {name: replace(self.lazy_part(own), name=name) for name, own in self.part_names().items()}
 
     def known_release(self, params: PriorParams) -> str | None:
         """Returns the release of a prior with these params; None if only its checksum can show it."""
@@ -162,57 +180,72 @@ def merge_metadata(sources: Iterable[Source]) -> dict[str, Any]:
     return {**merged, **merge_licences(sources)}
 
 
+def make_network(
+    kind: str,
+    state: Mapping[str, LazyTensor],
+    to_ours: Callable[[dict[str, Any]], dict[str, Any]],
+    params: dict[str, Any] | None,
+    config: dict[str, Any] | None = None,
+    scaled_only: bool = False,
+) -> Network:
+    """Returns a network from a file's tensors, which `to_ours` maps. See `dequantize` for `scaled_only`."""
+    network = Network(kind, {}, is_scaled(state), params, config or {})
+    try:
+        return replace(network, tensors=to_ours(dequantize(state, scaled_only)))
+    except ValueError as error:
+        return replace(network, problem=str(error))
+    except LookupError:  # a tensor has no rows to split
+        return replace(network, problem="the shapes of the weights contradict one another: download the file again")
+
+
 def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: dict[str, Any]) -> Source:
     """Returns the networks in a file's state dicts, identified by their keys. Raises ForeignFile if there is none."""
-    networks: dict[str, Network] = {}
+    found: list[Found] = []
     refused: list[str] = []
-    params = metadata.get("parts", {})
     for label, state in content.states.items():
-        try:
-            kind, ours = to_ours(dequantize(lazy_state(state), scaled_only=True))
-        except ValueError as error:
-            refused.append(str(error))
-        else:
-            named = (part for part in (label, *params) if part in PARTS and kind_of(part) == kind)
-            name = next(named, kind)  # which stage's tower it is
-            network = Network(kind, ours, is_scaled(state), params.get(name), config)
-            networks |= dict.fromkeys(parts_of(name), network)
-    if not networks:
-        raise ForeignFile(path, refused)
-    layout = " + ".join(key for key in content.states if key) or "bare"
-    return Source(path, layout, networks, metadata, tuple(refused))
+        plain = unwrapped(lazy_state(with_header_configs(state, content.metadata)))
+        other = foreign(plain)
+        candidates = [] if other else find_networks(label, plain)
+        named = [foreign(one.state) for one in candidates]
+        found += [one for one, name in zip(candidates, named, strict=True) if not name]
+        refused += [other or name_unknown(plain)] if not candidates else [name for name in named if name]
+    chosen = choose(path, found)
+    if not chosen:
+        raise ForeignFile(path, list(dict.fromkeys(refused)))
+    networks: dict[str, Network] = {}
+    for name, one in _name_parts(chosen, metadata.get("parts", {})):
+        params = metadata.get("parts", {}).get(name)
+        network = make_network(one.kind, one.state, COMPONENTS[one.kind].to_ours, params, config, scaled_only=True)
+        networks |= dict.fromkeys(parts_of(name), network)
+    in_checkpoint = len(chosen) > 1 and any(one.prefix == COMFYUI_PREFIX for one in chosen)
+    paths = dict.fromkeys(one.path for one in chosen if one.path)
+    layout = CHECKPOINT if in_checkpoint else " + ".join(paths) or "bare"
+    return Source(path, layout, networks, metadata, tuple(dict.fromkeys(refused)))
 
 
-def split_checkpoint(content: WeightFile) -> WeightFile | None:
-    """Splits a file of ComfyUI's CheckpointSave into the states of its MODEL, CLIP and VAE; returns None for others.
-
-    The CLIP's name tells its stage.
-    """
-    state = content.states.get("", {})
-    network = strip_prefix(state, COMFYUI_PREFIX)
-    stage = next((kind for kind in COMFYUI_CLIPS if any(mark in network for mark in COMPONENTS[kind].marks)), None)
-    if stage is None:
-        return None
-    states = {stage: network}
-    for kind, clip in COMFYUI_CLIPS.items():
-        states[f"{kind}_{TEXT_ENCODER}"] = strip_prefix(state, f"cond_stage_model.{clip}.transformer.")
-    states["vae"] = strip_prefix(state, "first_stage_model.")
-    states = {label: state for label, state in states.items() if state}
-    return replace(content, states=states) if len(states) > 1 else None
+def _name_parts(chosen: Sequence[Found], params: Mapping[str, Any]) -> list[tuple[str, Found]]:
+    """Returns the part that each network is: text towers by their prefix, the metadata or their width."""
+    towers = [one for one in chosen if one.kind == TEXT_ENCODER]
+    names = []
+    for one in towers:
+        by_path = next((TOWERS[i] for i, mark in enumerate(_TOWER_MARKS) if mark.search(one.path)), None)
+        by_params = next((part for part in params if kind_of(part) == TEXT_ENCODER), None)
+        names.append(by_path or by_params)
+    if len(towers) == 2 and (None in names or names[0] == names[1]):
+        widths = [next((x.shape[-1] for key, x in one.state.items() if "token_embedding" in key), 0) for one in towers]
+        wide_first = TOWERS if widths[0] >= widths[1] else TOWERS[::-1]  # the prior's is the wider one
+        known = next((name for name in names if name is not None and names.count(name) == 1), None)
+        names = [name or next(x for x in TOWERS if x != known) for name in names] if known else list(wide_first)
+    own = {id(one): name or TEXT_ENCODER for one, name in zip(towers, names, strict=True)}
+    return [(own.get(id(one), one.kind), one) for one in chosen]
 
 
 def to_ours(state: dict[str, AnyTensor]) -> tuple[str, dict[str, AnyTensor]]:
-    """Returns the kind of network that weights are, and the weights under our key names.
+    """Returns the kind of the one network in a state dict, and its weights under our key names.
 
-    Raises ValueError if they are not Würstchen's; its message is the name of what they are.
+    Raises ValueError if there is none; its message is the name of what it is.
     """
-    if any(key.startswith(COMFYUI_PREFIX) for key in state):
-        state = strip_prefix(state, COMFYUI_PREFIX)
-    if any(f"{COMFYUI_ENCODER}{mark}" in state for mark in COMPONENTS["image_encoder"].marks):
-        state = strip_prefix(state, COMFYUI_ENCODER)
-    if other := foreign(state):
-        raise ValueError(other)
-    for kind, entry in COMPONENTS.items():
-        if any(mark in state for mark in entry.marks):
-            return kind, entry.to_ours(state)
-    raise ValueError(f"unknown weights (first keys: {listed(list(state)) or 'none'})")
+    found = [] if foreign(state) else find_networks("", state)
+    if not found or (other := foreign(found[0].state)):
+        raise ValueError(other if found else name_unknown(state))
+    return found[0].kind, COMPONENTS[found[0].kind].to_ours(found[0].state)

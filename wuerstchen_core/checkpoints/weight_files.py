@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .components import State
+from .file_kinds import is_safetensors, name_kind
 
-# Where training saves keep the network's weights, best first; a Stage B file also has the image encoder's.
-NETWORK_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
-ENCODER_KEY = "effnet_state_dict"
+# Names of a training save's contents that are no weights.
+_NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|hparams|hyper_parameters|args|rng|config", re.IGNORECASE)
+_DEPTH = 3  # of dictionaries in one another
+_DESCRIBING = re.compile(r"\.(?:rows|comfy_quant)$")  # small tensors that say what others mean
 
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64,
@@ -36,6 +39,13 @@ DTYPES = {  # by their names in safetensors
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+# Not in every version of torch.
+DTYPES |= {
+    name: getattr(torch, dtype)
+    for name, dtype in (("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"), ("F8_E8M0", "float8_e8m0fnu"))
+    if hasattr(torch, dtype)
 }
 
 # Raised by torch.load for damaged files besides UnpicklingError; found by cutting files and changing bytes.
@@ -44,7 +54,7 @@ _DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """State dicts of a file by the key that holds them ("" if bare), and a safetensors file's metadata."""
+    """State dicts of a file by the dotted keys that hold them ("" if bare), and a safetensors file's metadata."""
 
     states: dict[str, State]
     metadata: dict[str, str]
@@ -55,25 +65,28 @@ def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
 
     Raises ValueError if it is not a weight file, is damaged, or holds Python objects that could run code.
     """
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
+    if kind := name_kind(path):
+        raise ValueError(f"{path} {kind}")
+    if is_safetensors(path):
         with _open_safetensors(path) as content:
-            state = {key: _header(content, key) if headers_only else content.get_tensor(key) for key in content.keys()}
+            state = {
+                key: _header(content, key) if headers_only and not _DESCRIBING.search(key) else content.get_tensor(key)
+                for key in content.keys()
+            }
             return WeightFile({"": state}, content.metadata() or {})
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" or start[:1] == b"\x80":
         return WeightFile(_states(path, _read_torch(path)), {})
     raise ValueError(
-        f"{path} is not a safetensors or PyTorch file: it may be an incomplete download or a Git LFS pointer; download "
-        "it again"
+        f"{path} is not a safetensors or PyTorch file: it may be an incomplete download; download it again"
     )
 
 
 def read_file_metadata(path: Path) -> dict[str, str]:
     """Returns a safetensors file's metadata; {} for other files."""
-    with path.open("rb") as file:
-        if file.read(9)[8:] != b"{":
-            return {}
+    if not is_safetensors(path):
+        return {}
     with _open_safetensors(path) as content:
         return content.metadata() or {}
 
@@ -95,7 +108,7 @@ def _broken(path: Path, reason: object) -> ValueError:
 def _header(file: Any, key: str) -> Tensor:
     """Returns a tensor of a safetensors file on the meta device."""
     tensor = file.get_slice(key)
-    return torch.empty(tensor.get_shape(), dtype=DTYPES.get(tensor.get_dtype(), torch.float32), device="meta")
+    return torch.empty(tensor.get_shape(), dtype=DTYPES.get(tensor.get_dtype(), torch.uint8), device="meta")
 
 
 def _read_torch(path: Path) -> Any:
@@ -116,21 +129,25 @@ def _read_torch(path: Path) -> Any:
         raise _broken(path, error) from error
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
-
-
 def _states(path: Path, content: Any) -> dict[str, State]:
-    """Returns the state dicts in a PyTorch file's content; EMA weights take precedence over raw ones."""
-    if _is_state(content):
-        return {"": content}
-    content = content if isinstance(content, dict) else {}
-    keys = [key for key in NETWORK_KEYS if _is_state(content.get(key))][:1]
-    states = {key: content[key] for key in (*keys, ENCODER_KEY) if _is_state(content.get(key))}
+    """Returns the state dicts in a PyTorch file's content."""
+    states = dict(_find_states(content, ""))
     if not states:
-        expected = ", ".join((*NETWORK_KEYS, ENCODER_KEY))
-        raise ValueError(f"{path} holds no weights: expected a state dict, bare or under one of {expected}")
+        raise ValueError(f"{path} holds no weights: expected a state dict, bare or under a key such as state_dict")
     return states
+
+
+def _find_states(content: Any, label: str) -> Iterator[tuple[str, State]]:
+    """Yields the state dicts in nested dictionaries with their dotted keys, without those of optimizers."""
+    if not isinstance(content, dict):
+        return
+    state = {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
+    if any("." in key for key in state) or (state and len(state) == len(content) and not label):
+        yield label, state
+    if label.count(".") + bool(label) < _DEPTH:
+        for key, value in content.items():
+            if isinstance(key, str) and not _NO_WEIGHTS.search(key):
+                yield from _find_states(value, f"{label}.{key}" if label else key)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -45,10 +45,11 @@ def add(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    """Prints a description of a weight file, or with --words its word list."""
+    """Prints a description of a weight file, or with --words its word list. ValueError if a part is damaged."""
     from ..checkpoints.inspect import describe
     from ..checkpoints.open import open_source
 
+    problems: dict[str, str] = {}
     if options.words:
         groups = word_list(open_source(options.file, headers_only=True).metadata.get("vocabulary", {}))
         lines = [_paragraph(group, words) for group, words in groups.items()]
@@ -56,9 +57,11 @@ def _inspect(options: argparse.Namespace) -> None:
         table: dict[str, Any] = groups
     else:
         description = describe(options.file)
-        lines, table = description.lines(), asdict(description)
+        lines, table, problems = description.lines(), asdict(description), description.problems
     text = json.dumps(table) if options.json else "\n".join(lines)
     sys.stdout.write(f"{text}\n")
+    if problems:
+        raise ValueError("; ".join(problems.values()))
 
 
 def _paragraph(group: str, words: list[str]) -> str:
