@@ -130,10 +130,11 @@ def by_peft(bundle: Path, name: str) -> Any:
     """Returns the prior with random adapters of peft."""
     kind, fields = PEFT[name]
     config = getattr(peft, kind)(**{"r": RANK, "target_modules": ["to_q", "to_v"], **fields})
-    model, draw = peft.get_peft_model(load_prior(bundle), config), torch.Generator().manual_seed(5)
+    torch.manual_seed(5)
+    model = peft.get_peft_model(load_prior(bundle), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=draw) * 0.1
+            parameter.data += torch.randn(parameter.shape) * 0.1
     return model.eval().requires_grad_(False)
 
 

@@ -139,6 +139,8 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
             _normalise(adapter.tensors)
             if not is_complete(adapter):
                 unknown += adapters.pop(path).keys
+            elif (bias := adapters.get(f"{path}.bias")) and "diff_b" in adapter.tensors:  # one change per parameter
+                bias.tensors["set_weight"] = bias.tensors["set_weight"] + adapter.tensors.pop("diff_b")
     clip = next((found[1] for key in keys_of(targets["text"]) if (found := _CLIP.search(key))), "clip_g")
     note = "its tensors have no alpha, so that of the header is used" if KOHYA_ALPHA in strength else ""
     return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings), clip, strength, note)

@@ -25,9 +25,9 @@ def find_loras(folder: Path) -> list[Path]:
         return []
     if named := _named_file(folder):
         return [named]
-    content = sorted(folder.iterdir())
-    found = {x.name: file for x in content if (x / PEFT_CONFIG).is_file() and (file := _named_file(x))}
-    files = list(found.values()) or [x for x in content if x.suffix in ENDINGS and x.is_file() and _has_adapters(x)]
+    subfolders = [x for x in sorted(folder.iterdir()) if (x / PEFT_CONFIG).is_file()]
+    found = {x.name: file for x in subfolders if (file := _named_file(x))}
+    files = list(found.values()) or [file for file in _weight_files(folder) if _has_adapters(file)]
     if len(files) > 1 and not (_TOWER in found and len(found) == 2 and found.keys() & _NETWORKS):
         names = listed([str(file.relative_to(folder)) for file in files], most=5)
         raise ValueError(f"{folder} holds several LoRAs ({names}): give one of these files")
@@ -39,6 +39,10 @@ def _named_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix in ENDINGS and file.is_file()]
+
+
 def _has_adapters(path: Path) -> bool:
     with suppress(ValueError):  # not a weight file, or damaged
         return is_lora(path)
@@ -46,12 +50,12 @@ def _has_adapters(path: Path) -> bool:
 
 
 def is_lora(path: Path) -> bool:
-    """True for a weight file that has keys of adapters, and for a folder of a LoRA.
+    """True for a weight file that has keys of adapters, and for a folder that has nothing else.
 
-    Raises ValueError for a damaged file.
+    Raises ValueError for a damaged file, and for a folder of several LoRAs.
     """
     if path.is_dir():
-        return bool(find_loras(path))
+        return bool(_named_file(path) or all(map(_has_adapters, _weight_files(path)))) and bool(find_loras(path))
     if path.suffix == ".json":  # the index of a sharded file
         return False
     content = read_weight_file(path, headers_only=True)
