@@ -47,7 +47,9 @@ def add(commands: Any) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     """Prints a description of a weight file, or with --words its word list. ValueError if a part is damaged."""
     from ..checkpoints.inspect import describe
-    from ..checkpoints.open import open_source
+    from ..checkpoints.lora_folders import is_lora
+    from ..checkpoints.lora_info import describe_lora
+    from ..checkpoints.open import open_source, source_path
 
     problems: dict[str, str] = {}
     if options.words:
@@ -55,6 +57,9 @@ def _inspect(options: argparse.Namespace) -> None:
         lines = [_paragraph(group, words) for group, words in groups.items()]
         lines = lines or [f"{options.file} has no word list: prompts may use any words"]
         table: dict[str, Any] = groups
+    elif is_lora(path := source_path(options.file)):
+        lora = describe_lora(path)
+        lines, table = lora.lines(), asdict(lora)
     else:
         description = describe(options.file)
         lines, table, problems = description.lines(), asdict(description), description.problems
