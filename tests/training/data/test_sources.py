@@ -42,7 +42,7 @@ def test_images_captions_and_scores(tmp_path: Path, kind: str) -> None:
     turned[274] = 6
     files = {
         "in/side/001.jpg": picture(1, 80, 40, "JPEG", exif=turned),
-        "in/side/001.txt": b"\xef\xbb\xbf a  red\n apple ",
+        "in/side/001.txt": b"\xef\xbb\xbf a  red\t apple \r\n\n",
         "in/side/001.json": table(caption="not this", **SCORED),
         "002.WEBP": picture(2, 30, 20, "WEBP", lossless=True),
         "002.json": table(caption=None, TEXT="two", aesthetic="high", punsafe=True, pwatermark=math.nan),

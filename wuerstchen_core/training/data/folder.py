@@ -1,104 +1,209 @@
-"""Folders of images, whose captions are in files of the same name or in a metadata.jsonl."""
+"""Folders of images, whose captions are in files of the same name or in a table such as metadata.jsonl."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ...inference.image_files import image_suffixes
 from ...inference.images import open_picture, picture_size
-from .sidecars import parse_json_table, read_caption, read_table
-from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
+from .left_out import HIDDEN, MASK_FOLDER, LeftOut, kind_of, masked_image
+from .metadata import METADATA, ImagePlaces, companion_names, image_name, read_rows
+from .sidecars import TEXT_SUFFIXES, caption_names, has_caption, read_captions, read_table
+from .source import RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
 
-METADATA = "metadata.jsonl"  # as in Hugging Face's imagefolder: each line is a table, with `file_name` relative to it
 # The digest is of the file's size, its caption and two samples, so that a run's fingerprint depends on the contents.
 FOLDER_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]
 SAMPLE = 4096  # bytes in each of a digest's two samples of the image file: one page
 
 
-class FolderSource(ImageSource):
-    """All images in and below some folders, sorted by path within each; hidden files and folders are skipped.
+class Sidecars(NamedTuple):
+    """The files and rows with an image's captions and scores."""
 
-    Captions come from a metadata.jsonl that names the image, else from .txt, else from .json; scores from
-    metadata.jsonl or .json. Only headers and samples of the image files are read until an image is needed.
+    text: Path | None
+    table: Path | None
+    rows: list[Mapping[str, Any]]  # of metadata files
+
+    @property
+    def used(self) -> set[Path]:
+        """The files that are read."""
+        files = () if any(map(has_caption, self.rows)) else (self.text, self.table)
+        return {path for path in files if path is not None}
+
+    def read_table(self, name: str) -> Mapping[str, Any]:
+        """Returns the first row, else the JSON table, of the image called `name`."""
+        return self.rows[0] if self.rows else read_table(self.table and read_bytes(self.table), name)
+
+    def captions(self, name: str) -> list[str]:
+        """Returns the captions in the rows, else in the text file, else in the JSON table."""
+        if captions := [text for row in self.rows if has_caption(row) for text in read_captions(None, row, name)]:
+            return list(dict.fromkeys(captions))
+        table = read_table(self.table and read_bytes(self.table), name)
+        return read_captions(self.text and read_bytes(self.text), table, name)
+
+
+class FolderSource(ImageSource):
+    """All images in and below some folders, sorted by path within each, and those that a table in them names.
+
+    Captions come from the rows of a table that name the image, else from .txt or .caption, else from .json; scores from
+    the table or .json. Only headers and samples of the image files are read until an image is needed.
     """
 
     def __init__(self, roots: Sequence[Path]):
-        self.paths: list[Path] = []
-        self.names, self.bad = [], {}
-        self._rows: dict[Path, dict[str, Any]] = {}  # of the metadata.jsonl files, by image
-        records = []
+        self.names, self.bad, self.left_out = [], {}, LeftOut()
+        self._paths: list[Path] = []
+        self._sidecars: list[Sidecars] = []
+        names: dict[Path, str] = {}
+        files: list[Path] = []
         for root in roots:
-            paths = sorted(visible_files(root))
-            names = {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in paths}
-            for path in paths:
-                if path.name == METADATA:
-                    self._read_metadata(path, names[path])
-            for path in filter(is_image, paths):
-                try:
-                    records.append(self._record(path, names[path]))
-                    self.paths.append(path)
-                    self.names.append(names[path])
-                except ValueError as error:
-                    self.bad[names[path]] = str(error)
+            found = find_files(root, self.left_out)
+            names |= {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in found}
+            files += found
+        images = list(filter(is_image, files))
+        rows, companions = self._read_tables(files, names, images)
+        images += [path for path in rows if path not in names]
+        texts = {(os.path.splitext(path)[0], path.suffix.lower()): path for path in names if not is_image(path)}
+        masks = find_masks({path: names.get(path, str(path)) for path in images}, companions)
+        records: list[tuple[float, ...]] = []
+        used = {path for path in names if path.name.lower() in METADATA}
+        for path in images:
+            sidecars = _sidecars(path, texts, rows.get(path, []))
+            if path in companions or (path in masks and not sidecars.text and not sidecars.rows):
+                self.left_out.add("masks and conditioning images", names[path])
+            else:
+                used |= sidecars.used
+                self._add_image(path, names.get(path, os.path.relpath(path, roots[0])), sidecars, records)
+        for path in files:
+            if path not in used and not is_image(path):
+                self.left_out.add(_kind(path), names[path])
         self.records = np.array(records, dtype=FOLDER_FIELDS)
 
     def image(self, index: int) -> Image.Image:
-        return open_picture(self.paths[index], self.names[index])
+        return open_picture(self._paths[index], self.names[index])
 
     def caption(self, index: int) -> str:
-        path, name = self.paths[index], self.names[index]
-        return read_caption(self._sidecar(path, ".txt"), self._table(path, name), name)
+        captions = self._sidecars[index].captions(self.names[index])
+        return captions[min(int(self.records["line"][index]), len(captions) - 1)]
 
-    def _record(self, path: Path, name: str) -> tuple[float, ...]:
-        table = self._table(path, name)
+    def _add_image(self, path: Path, name: str, sidecars: Sidecars, records: list[tuple[float, ...]]) -> None:
+        """Adds the examples of an image, or the reason for which it is unreadable."""
         try:
-            caption = read_caption(self._sidecar(path, ".txt"), table, name)
+            captions = sidecars.captions(name)
         except ValueError:  # reported when the caption is needed
-            caption = ""
+            captions = [""]
         try:
-            with path.open("rb") as file:
-                pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
-                # Two samples, since the end of a BMP can be a plain border.
-                samples = [read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE))]
+            own = _records(path, name, sidecars.read_table(name), captions)
+        except ValueError as error:
+            self.bad[name] = str(error)
+            return
+        records += own
+        self.names += caption_names(name, len(own))
+        self._paths += [path] * len(own)
+        self._sidecars += [sidecars] * len(own)
+
+    def _read_tables(
+        self, files: Sequence[Path], names: Mapping[Path, str], images: Sequence[Path]
+    ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path]]:
+        """Returns the rows of the tables by image, and the masks and conditioning images that they name."""
+        rows: dict[Path, list[Mapping[str, Any]]] = {}
+        companions, places = set(), ImagePlaces(images)
+        for table in files:
+            for where, row in read_rows(table, names[table]) if table.name.lower() in METADATA else ():
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    name = image_name(row, where)
+                    if (image := places.find(table.parent, name)) is None:
+                        raise ValueError(f"{where} names {name}, which does not exist: correct the file_name")
+                    rows.setdefault(image, []).append(row)
+                    companions |= {places.find(table.parent, name) for name in companion_names(row)} & set(names)
+                except ValueError as error:
+                    self.bad[where] = str(error)
+        return rows, companions - rows.keys()
+
+
+def find_files(root: Path, left_out: LeftOut) -> list[Path]:
+    """Returns the files in and below a folder, sorted by path. Links are followed, and each folder is read once.
+
+    Hidden files and folders, and what cannot be read, are counted in `left_out`.
+    """
+    files, folders, seen = [], deque([root]), set()
+    while folders:
+        folder = folders.popleft()
+        if (place := os.path.realpath(folder)) in seen:
+            left_out.add("links to folders that are read already", folder.relative_to(root).as_posix())
+            continue
+        seen.add(place)
+        try:
+            entries = list(os.scandir(folder))
         except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
-        digest = hashlib.blake2b(f"{size} {caption}".encode() + b"".join(samples), digest_size=8).digest()
-        return (*image_record(pixels, table, name), int.from_bytes(digest, "little"))
-
-    def _sidecar(self, image: Path, suffix: str) -> bytes | None:
-        path = image.with_suffix(suffix)
-        return read_bytes(path) if image not in self._rows and path.is_file() else None
-
-    def _table(self, image: Path, name: str) -> Mapping[str, Any]:
-        return self._rows.get(image) or read_table(self._sidecar(image, ".json"), name)
-
-    def _read_metadata(self, path: Path, name: str) -> None:
-        for number, line in enumerate(read_bytes(path).splitlines(), 1):
-            if not line.strip():
-                continue
-            where = f"{name}:{number}"
-            try:
-                row = parse_json_table(line, where)
-                if not isinstance(row.get("file_name"), str):
-                    raise ValueError(f"{where} has no file_name: add the name of its image")
-                if not (image := path.parent / row["file_name"]).is_file():
-                    raise ValueError(f"{where} names {row['file_name']}, which does not exist: correct the file_name")
-                self._rows[image] = row
-            except ValueError as error:
-                self.bad[where] = str(error)
-
-
-def visible_files(root: Path) -> Iterator[Path]:
-    """Yields all that is in or below a folder, folders too, except hidden files and folders."""
-    return (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+            left_out.add("folders that cannot be read", f"{folder} ({error.strerror})")
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if HIDDEN.fullmatch(entry.name):
+                left_out.add("hidden files and folders", path.relative_to(root).as_posix())
+            elif entry.is_dir():
+                (folders.append if entry.is_symlink() else folders.appendleft)(path)  # links last: the folder counts
+            elif entry.is_file():
+                files.append(path)
+            else:
+                left_out.add("broken links and devices", path.relative_to(root).as_posix())
+    return sorted(files)
 
 
 def is_image(path: Path) -> bool:
-    """True if a path is a file with the suffix of an image."""
-    return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file()
+    """True if a path has the suffix of an image."""
+    return path.suffix.lower() in image_suffixes()
+
+
+def find_masks(images: Mapping[Path, str], companions: set[Path]) -> set[Path]:
+    """Returns the images (path → name) that are masks or conditioning images of others, by their names and folders."""
+    beside = {path: [MASK_FOLDER.fullmatch(part) for part in Path(name).parts[:-1]] for path, name in images.items()}
+    stems = {path.stem for path in images if not any(beside[path])}
+    places = {os.path.splitext(path)[0] for path in images if path not in companions}
+    masks = set()
+    for path in images:
+        if named := masked_image(path.stem):
+            stem, certain = named
+            if certain or str(path.parent / stem) in places:
+                masks.add(path)
+        if any(beside[path]) and path.stem in stems:
+            masks.add(path)
+    return masks
+
+
+def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Mapping[str, Any]]) -> Sidecars:
+    """Returns the sidecars of an image: NAME.txt or, for NAME.jpg, NAME.jpg.txt."""
+    stems = os.path.splitext(image)[0], str(image)
+    text = next((texts[stem, suffix] for stem in stems for suffix in TEXT_SUFFIXES if (stem, suffix) in texts), None)
+    table = next((texts[stem, ".json"] for stem in stems if (stem, ".json") in texts), None)
+    return Sidecars(text, table, rows)
+
+
+def _records(path: Path, name: str, table: Mapping[str, Any], captions: Sequence[str]) -> list[tuple[float, ...]]:
+    """Returns the records of an image, one for each caption."""
+    try:
+        with path.open("rb") as file:
+            pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
+            # Two samples, since the end of a BMP can be a plain border.
+            samples = b"".join(read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE)))
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    digests = (hashlib.blake2b(f"{size} {text}".encode() + samples, digest_size=8).digest() for text in captions)
+    return [
+        (*image_record(pixels, table, name, line), int.from_bytes(digest, "little"))
+        for line, digest in enumerate(digests)
+    ]
+
+
+def _kind(path: Path) -> str:
+    texts = (*TEXT_SUFFIXES, ".json")
+    return "texts without an image, or beside another" if path.suffix.lower() in texts else kind_of(path.suffix)

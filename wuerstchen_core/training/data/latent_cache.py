@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from .buckets import Size
-from .shards import NONE, SHARD_FIELDS, Members, ShardSource
+from .left_out import LeftOut
+from .shards import NONE, SHARD_FIELDS, Members, Record, ShardSource
 from .sidecars import parse_json_table, read_table
 from .source import SCORE_KEYS, image_record, read_at, read_bytes
 
@@ -86,7 +87,7 @@ def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping
 class CacheSource(ShardSource):
     """The examples of a cache's shards, in the order of the shards and of their members."""
 
-    index_version = 2
+    index_version = 4
     fields = CACHE_FIELDS
 
     def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
@@ -98,11 +99,14 @@ class CacheSource(ShardSource):
                 raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
         return tensors
 
-    @staticmethod
-    def _record(file: BinaryIO, members: Members, name: str) -> tuple[float, ...] | None:
+    def _examples(self, key: str, groups: dict[str, Members], left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+        yield key, groups[key]
+
+    def _records(self, file: BinaryIO, example: Any, name: str) -> Iterator[Record]:
+        members: Members = example
         tensors = [members.get(f"{kind}.safetensors", NONE) for kind in CACHEABLE]
         if "json" not in members or "txt" not in members or all(member == NONE for member in tensors):
-            return None
+            return
         table = read_table(read_at(file, *members["json"]), name)
         try:
             width, height, *cropped = map(int, (table["width"], table["height"], *table["cropped"]))
@@ -112,4 +116,4 @@ class CacheSource(ShardSource):
                 f"the .json of {name} has no valid size: remove its shard and run `train cache` again"
             ) from None
         own = (*image_record((width, height), table, name), *members.get("png", NONE), *members["txt"], False)
-        return (*own, wide, high, *(number for member in tensors for number in member))
+        yield (*own, wide, high, *(number for member in tensors for number in member))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from numpy.lib.recfunctions import drop_fields
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,6 +18,7 @@ from ...common.text import listed
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
+from .left_out import LeftOut
 from .source import ImageSource
 
 MAX_SUBSTITUTES = 20  # tries to replace an unreadable image
@@ -43,6 +45,7 @@ class ReadResult:
     bad: dict[str, str] = field(default_factory=dict)  # unreadable images: name → reason
     shards: dict[str, str] = field(default_factory=dict)  # shards read: URL → what was wrong, or ""
     reasons: Counter[str] = field(default_factory=Counter)  # images by reason of rejection, "" for those used
+    left_out: LeftOut = field(default_factory=LeftOut)  # files that are no examples
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,7 +100,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         for members in self.order.members:
             names = "\n".join(self.source.names[index] for index in members.tolist())
             digest.update(names.encode(errors="surrogatepass"))  # file names that are not UTF-8
-            digest.update(self.source.records[members].tobytes())
+            digest.update(drop_fields(self.source.records[members], "line", usemask=False).tobytes())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, step: int) -> ReadResult:

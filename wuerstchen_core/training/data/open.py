@@ -15,8 +15,9 @@ import numpy as np
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
-from .folder import FolderSource, is_image, visible_files
+from .folder import FolderSource, find_files, is_image
 from .latent_cache import MANIFEST, Cache, CacheSource, read_manifest
+from .left_out import kind_of
 from .loading import BatchLoader, IndexedLoader
 from .shards import ShardSource
 from .source import ImageSource
@@ -46,7 +47,8 @@ def open_loader(
     ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
     if isinstance(source, ShardSource):
         ErrorBudget("shards", config.bad_share).add(len(source.paths), source.bad_shards)
-    return IndexedLoader(source=source, order=_order(source, config, batch * world, seed), **options)
+    source.left_out.log()
+    return IndexedLoader(source=source, order=_order(source, config, batch * world, seed, captions), **options)
 
 
 def configured_cache(config: ImageDataConfig) -> Cache | None:
@@ -77,19 +79,28 @@ def _open_source(config: ImageDataConfig, cache: Path) -> ImageSource:
         if not Path(name).exists():
             raise ValueError(f"[data] source {name} does not exist: give a folder of images, or shards")
     paths = [Path(name) for name in names]
-    shards = [sorted(path.glob("*.tar")) if path.is_dir() else [path] for path in paths]
+    shards = [sorted(filter(_is_shard, path.iterdir())) if path.is_dir() else [path] for path in paths]
     if not any(shards):
         return FolderSource(paths)
     if not all(shards):
         raise ValueError("[data] source names both shards and folders of images: give one kind")
     files = [path for part in shards for path in part]
-    if wrong := next((path for path in files if path.suffix != ".tar"), None):
+    if wrong := next((path for path in files if not _is_shard(path)), None):
         raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
     if configured_cache(config):
         return CacheSource(files, cache)
-    if mixed := next((path for path in paths if path.is_dir() and any(map(is_image, visible_files(path)))), None):
-        raise ValueError(f"[data] source {mixed} contains both shards and images: give a folder of one kind")
-    return ShardSource(files, cache)
+    source = ShardSource(files, cache)
+    for folder in filter(Path.is_dir, paths):
+        for path in find_files(folder, source.left_out):
+            if is_image(path):
+                raise ValueError(f"[data] source {folder} contains both shards and images: give a folder of one kind")
+            if path not in files:
+                source.left_out.add(kind_of("".join(path.suffixes[-2:])), path.relative_to(folder).as_posix())
+    return source
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
 
 
 def _check_streams(names: Sequence[str], allow_pipe: bool) -> None:
@@ -106,9 +117,16 @@ def _check_streams(names: Sequence[str], allow_pipe: bool) -> None:
     import_module("webdataset")  # fails here, not in a worker, if the package is missing
 
 
-def _order(source: ImageSource, config: ImageDataConfig, batch: int, seed: int) -> EpochOrder:
-    """Returns the order of the images that pass the filters, and logs their number. ValueError if there are none."""
+def _order(source: ImageSource, config: ImageDataConfig, batch: int, seed: int, captions: bool) -> EpochOrder:
+    """Returns the order of the images that pass the filters, and logs their number. ValueError if there are none.
+
+    Unless `captions` are needed, an image with several is one example.
+    """
     reasons, buckets = config.select(source.records)
+    if not captions:
+        reasons = np.where(source.records["line"] > 0, "further captions", reasons)
+    elif several := np.count_nonzero(source.records["line"] == 1):
+        log.info("%d images have several captions, each of which is an example", several)
     counts = Counter(reasons.tolist())
     if not len(source):
         raise ValueError("[data] source contains no readable image")

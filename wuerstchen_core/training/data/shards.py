@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,18 +20,22 @@ from PIL import Image
 
 from ...common.atomic import replace_file
 from ...inference.images import open_picture, picture_size
-from .sidecars import read_caption, read_table
-from .source import IMAGE_SUFFIXES, RECORD_FIELDS, ImageSource, image_record, read_at
+from .left_out import LeftOut
+from .members import Example, examples_of, is_mask_of, split_name
+from .sidecars import caption_names, read_captions, read_table
+from .source import RECORD_FIELDS, ImageSource, image_record, read_at
+from .tars import FilePart, is_hidden, read_members
 
 # Offset and size in bytes of the image and of the caption, and whether the caption is in a .json file.
 SHARD_FIELDS = [
     *RECORD_FIELDS, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?")
 ]  # fmt: skip
-HEADER = 65536  # bytes, enough for the headers of nearly all images
 REST = "the rest"  # in place of the keys that a damaged shard lost
 NONE = (0, -1)  # in place of the offset and size of a missing member
 
-Members = dict[str, tuple[int, int]]  # of one example: file suffix → offset and size in bytes
+Place = tuple[int, int]  # offset and size in bytes
+Members = dict[str, Place]  # of one key, by suffix
+Record = tuple[float, ...]
 
 
 class ShardIndex(NamedTuple):
@@ -40,17 +44,18 @@ class ShardIndex(NamedTuple):
     records: np.ndarray  # [N] rows of the source's `fields`
     keys: list[str]
     bad: dict[str, str]  # key → reason
+    left_out: LeftOut
 
 
 class ShardSource(ImageSource):
     """The examples of tar files, in the order of the files and of their members."""
 
-    index_version = 1  # of the index files; every class, and every change of `fields`, takes a new one
+    index_version = 3  # of the index files; every class, and every change of `fields`, takes a new one
     fields: list[Any] = SHARD_FIELDS
 
     def __init__(self, paths: Sequence[Path], cache: Path):
         """`paths` are at least one tar file, `cache` is the folder of the index files."""
-        self.paths, self.names, self.bad = list(paths), [], {}
+        self.paths, self.names, self.bad, self.left_out = list(paths), [], {}, LeftOut()
         self.bad_shards: dict[str, str] = {}  # shards without a readable image: path → reason
         indexes = [self._open_index(path, cache) for path in paths]
         same_folder = len({path.parent for path in paths}) == 1
@@ -60,6 +65,7 @@ class ShardSource(ImageSource):
                 self.bad_shards[str(path)] = index.bad.pop(REST, f"{path} contains no readable image")
             self.bad |= {f"{name}:{key}": reason for key, reason in index.bad.items()}
             self.names += [f"{name}:{key}" for key in index.keys]
+            self.left_out.take(index.left_out, f"{name}:")
         self.records = np.concatenate([index.records for index in indexes])
         self._shards = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.keys) for index in indexes])
 
@@ -69,7 +75,8 @@ class ShardSource(ImageSource):
     def caption(self, index: int) -> str:
         record, name = self.records[index], self.names[index]
         raw = self._read(index, "caption") if record["caption_size"] >= 0 else None
-        return read_caption(None, read_table(raw, name), name) if record["json"] else read_caption(raw, {}, name)
+        captions = read_captions(None, read_table(raw, name), name) if record["json"] else read_captions(raw, {}, name)
+        return captions[record["line"]]
 
     def _read(self, index: int, field: str) -> bytes:
         record = self.records[index]
@@ -90,40 +97,55 @@ class ShardSource(ImageSource):
         with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as saved:
             if np.array_equal(saved["stamp"], stamp):
                 bad = dict(zip(saved["bad"].tolist(), saved["reasons"].tolist(), strict=True))
-                return ShardIndex(saved["entries"], saved["names"].tolist(), bad)
+                return ShardIndex(
+                    saved["entries"], saved["names"].tolist(), bad, LeftOut.from_json(str(saved["left_out"]))
+                )
         index = self._scan(path)
         names, failed, why = (np.array(list(texts), np.str_) for texts in (index.keys, index.bad, index.bad.values()))
-        np.savez(content := BytesIO(), stamp=stamp, entries=index.records, names=names, bad=failed, reasons=why)
+        np.savez(
+            content := BytesIO(), stamp=stamp, entries=index.records, names=names, bad=failed, reasons=why,
+            left_out=np.array(index.left_out.to_json()),
+        )  # fmt: skip
         replace_file(file, lambda draft: draft.write_bytes(content.getbuffer()))
         return index
 
     def _scan(self, path: Path) -> ShardIndex:
-        records, keys = [], []
+        records: list[Record] = []
+        keys: list[str] = []
+        left_out = LeftOut()
         with path.open("rb") as file:
-            examples, bad = _list_members(file, path)
-            for key in [key for key in examples if key not in bad]:
-                try:
-                    if (record := self._record(file, examples[key], f"{path.name}:{key}")) is not None:
-                        records.append(record)
-                        keys.append(key)
-                except ValueError as error:
-                    bad[key] = str(error)
-        return ShardIndex(np.array(records, dtype=self.fields), keys, bad)
+            groups, bad = _list_members(file, path, left_out)
+            for key in [key for key in groups if key not in bad]:
+                for name, example in self._examples(key, groups, left_out):
+                    try:
+                        own = list(self._records(file, example, f"{path.name}:{name}"))
+                    except ValueError as error:
+                        bad[name] = str(error)
+                        continue
+                    records += own
+                    keys += caption_names(name, len(own))
+        return ShardIndex(np.array(records, dtype=self.fields), keys, bad, left_out)
 
-    @staticmethod
-    def _record(file: BinaryIO, members: Members, name: str) -> tuple[float, ...] | None:
-        """Returns the record of an example, None if it has no image."""
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-        if suffix is None:
-            return None
-        offset, size = members[suffix]
+    def _examples(self, key: str, groups: dict[str, Members], left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+        """Yields the examples among the members of a key, with their names."""
+        if is_mask_of(key, groups[key], groups):
+            left_out.add("masks and conditioning images", f"{key}.{next(iter(groups[key]))}")
+        else:
+            yield from examples_of(key, groups[key], left_out)
+
+    def _records(self, file: BinaryIO, example: Any, name: str) -> Iterator[Record]:
+        """Yields the records of an example, one for each caption."""
+        assert isinstance(example, Example)
+        pixels = picture_size(BufferedReader(FilePart(file, *example.image)), name)
+        table = read_table(None if example.table is None else read_at(file, *example.table), name)
         try:
-            pixels = picture_size(BytesIO(read_at(file, offset, min(size, HEADER))), name)
-        except ValueError:  # a longer header, or WebP, which Pillow only opens whole
-            pixels = picture_size(BytesIO(read_at(file, offset, size)), name)
-        table = read_table(read_at(file, *members["json"]) if "json" in members else None, name)
-        caption = "txt" if "txt" in members else "json"
-        return (*image_record(pixels, table, name), offset, size, *members.get(caption, NONE), caption == "json")
+            count = len(read_captions(None if example.text is None else read_at(file, *example.text), table, name))
+        except ValueError:  # reported when the caption is needed
+            count = 1
+        caption = example.text or example.table or NONE
+        for line in range(count):
+            record = image_record(pixels, table, name, line)
+            yield (*record, *example.image, *caption, example.text is None and example.table is not None)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -133,26 +155,30 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, BytesIO(content))
 
 
-def _list_members(file: BinaryIO, path: Path) -> tuple[dict[str, Members], dict[str, str]]:
-    """Returns the members of each example by key, and the reason for each key that is cut short.
+def _list_members(file: BinaryIO, path: Path, left_out: LeftOut) -> tuple[dict[str, Members], dict[str, str]]:
+    """Returns the members of each key, and the reason for each key that is cut short.
 
-    As in webdataset, the key ends at the first dot of the file's name.
+    Keys of further archives in the same file are numbered if the first one has them too.
     """
-    examples: dict[str, Members] = {}
+    groups: dict[str, Members] = {}
     bad, size = {}, path.stat().st_size
+    first: dict[str, int] = {}  # archive by key
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in filter(tarfile.TarInfo.isreg, tar):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not (key := f"{folder}/{stem}" if folder else stem):
-                    continue
-                if member.offset_data + member.size <= size:
-                    examples.setdefault(key, {})[suffix.lower()] = member.offset_data, member.size
-                else:
-                    bad[key] = f"{path.name}:{key} is cut short: its shard ends within it"
-            if read_at(file, tar.offset, tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                bad[REST] = f"{path} is cut short or damaged: the end mark of a tar file is missing"
+        for archive, member in read_members(file):
+            if member.isdir():
+                continue
+            if is_hidden(member.name) or not member.isreg() or member.issparse():
+                left_out.add("hidden files" if is_hidden(member.name) else "links and sparse files", member.name)
+                continue
+            key, suffix = split_name(member.name)
+            if first.setdefault(key, archive) != archive:
+                key = f"{key} (archive {archive + 1})"
+            if member.offset_data + member.size <= size:
+                if suffix in groups.setdefault(key, {}):
+                    left_out.add("members that a later one of their name replaces", member.name)
+                groups[key][suffix] = member.offset_data, member.size
+            else:
+                bad[key] = f"{path.name}:{key} is cut short: its shard ends within it"
     except (tarfile.TarError, OSError) as error:  # the members before the damage are intact
         bad[REST] = f"{path} is cut short, or not an uncompressed tar file ({error})"
-    return examples, bad
+    return groups, bad

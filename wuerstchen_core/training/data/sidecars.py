@@ -1,35 +1,52 @@
-"""Reads the texts beside an image: its caption, and JSON tables with captions and LAION scores."""
+"""Reads the texts beside an image: its captions, and JSON tables with captions and LAION scores."""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from ...common.text import one_line
 
-CAPTION_KEYS = ("caption", "text", "prompt")  # in a JSON table; the first one present counts
+CAPTION_KEYS = ("caption", "text", "prompt", "captions")  # in a JSON table; the first one present counts
+TEXT_SUFFIXES = (".txt", ".caption")  # the first one present counts
 
 
-def read_caption(text: bytes | None, table: Mapping[str, Any], name: str) -> str:
-    """Returns the caption from the bytes of a .txt file or, if there is none, from a JSON table, with single spaces.
+def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> list[str]:
+    """Returns the different captions of an image, with single spaces: at least one.
 
+    They are the lines of its .txt file (`text`) or, if there is none, a text or a list of texts in a JSON table.
     ValueError if the image called `name` has no caption, or one that is not text.
     """
     if text is None:
         values = {key.lower(): value for key, value in table.items() if value is not None}
-        caption = next((values[key] for key in CAPTION_KEYS if key in values), "")
-        if not isinstance(caption, str):
-            raise ValueError(f"the caption of {name} must be text, got {type(caption).__name__}")
+        found = next((values[key] for key in CAPTION_KEYS if key in values), [])
+        texts = found if isinstance(found, list) else [found]
+        if wrong := next((one for one in texts if not isinstance(one, str)), None):
+            raise ValueError(f"the caption of {name} must be text, got {type(wrong).__name__}")
     else:
-        caption = _decode(text, f"the caption of {name}")
-    if not (caption := one_line(caption)):
-        raise ValueError(f"{name} has no caption: add a .txt or .json file of the same name, or a metadata.jsonl line")
+        texts = decode_text(text, f"the caption of {name}").splitlines()
+    captions = list(dict.fromkeys(filter(None, map(one_line, texts))))
+    if not captions:
+        raise ValueError(
+            f"{name} has no caption: add a .txt, .caption or .json file of the same name, or a metadata.jsonl line"
+        )
     try:
-        caption.encode()
+        "".join(captions).encode()
     except UnicodeEncodeError:  # JSON can express it, UTF-8 cannot
         raise ValueError(f"the caption of {name} contains half of a surrogate pair: correct it") from None
-    return caption
+    return captions
+
+
+def has_caption(table: Mapping[str, Any]) -> bool:
+    """True if a JSON table has a value that is read as its captions."""
+    return any(key.lower() in CAPTION_KEYS and value is not None for key, value in table.items())
+
+
+def caption_names(name: str, count: int) -> list[str]:
+    """Returns the names of an image's examples, one for each of its captions."""
+    return [name if line == 0 else f"{name} (caption {line + 1})" for line in range(count)]
 
 
 def read_table(raw: bytes | None, name: str) -> dict[str, Any]:
@@ -39,7 +56,7 @@ def read_table(raw: bytes | None, name: str) -> dict[str, Any]:
 
 def parse_json_table(raw: bytes, name: str) -> dict[str, Any]:
     """Returns the table in the bytes of a JSON file. ValueError, starting with `name`, if they are not a JSON table."""
-    text = _decode(raw, name)
+    text = decode_text(raw, name)
     try:
         table = json.loads(text)
     except (ValueError, RecursionError):
@@ -49,7 +66,10 @@ def parse_json_table(raw: bytes, name: str) -> dict[str, Any]:
     return table
 
 
-def _decode(raw: bytes, name: str) -> str:
+def decode_text(raw: bytes, name: str) -> str:
+    """Returns UTF-8 text, without a byte order mark. ValueError, starting with `name`, if it is in another encoding."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
+        raise ValueError(f"{name} is UTF-16 or no text, not UTF-8: save it as UTF-8")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -12,19 +12,22 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
+from .left_out import LeftOut
+
 SCORE_KEYS = {  # of JSON tables
     "pwatermark": "watermark", "aesthetic": "aesthetic", "aesthetic_score": "aesthetic", "punsafe": "unsafe"
 }  # fmt: skip
-RECORD_FIELDS = [("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4")]
+RECORD_FIELDS = [
+    ("width", "i4"), ("height", "i4"), ("watermark", "f4"), ("aesthetic", "f4"), ("unsafe", "f4"), ("line", "i4")
+]  # fmt: skip
 
 
-def image_record(size: tuple[int, int], table: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    """Returns a row of `ImageSource.records` from an image's size and JSON table; missing scores are NaN.
+def image_record(size: tuple[int, int], table: Mapping[str, Any], name: str, line: int = 0) -> tuple[float, ...]:
+    """Returns a row of `ImageSource.records` from an image's size, JSON table and caption; missing scores are NaN.
 
     ValueError for an integer that no float can hold.
     """
-    scores = {field: math.nan for field, _ in RECORD_FIELDS[2:]}
+    scores = {field: math.nan for field, _ in RECORD_FIELDS[2:5]}
     for key, value in table.items():
         score = SCORE_KEYS.get(key.lower())
         if score and isinstance(value, int | float) and not isinstance(value, bool):
@@ -32,7 +35,7 @@ def image_record(size: tuple[int, int], table: Mapping[str, Any], name: str) -> 
                 scores[score] = float(value)
             except OverflowError:
                 raise ValueError(f"the {key} of {name} is too large: correct or remove it") from None
-    return (*size, *scores.values())
+    return (*size, *scores.values(), line)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -50,14 +53,16 @@ def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 class ImageSource(ABC):
-    """Images with captions, in an order that depends on the files alone.
+    """Images with captions, in an order that depends on the files alone. An image with n captions is n examples.
 
     Its methods raise ValueError, naming the image, if a file is damaged or missing.
     """
 
-    records: np.ndarray  # [N] of RECORD_FIELDS and perhaps more: size in pixels after EXIF rotation, and scores
+    # [N] of RECORD_FIELDS and perhaps more: size in pixels after EXIF rotation, scores, and the number of the caption
+    records: np.ndarray
     names: list[str]  # [N], short names for the log
     bad: dict[str, str]  # unreadable examples, which have no record: name → reason
+    left_out: LeftOut  # files that are no examples
 
     def __len__(self) -> int:
         return len(self.names)

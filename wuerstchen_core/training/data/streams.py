@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,9 +18,13 @@ from ...common.text import listed, one_line
 from ...inference.images import open_picture, picture_size
 from .error_budget import ErrorBudget
 from .filters import rejected
+from .left_out import LeftOut
 from .loading import Batch, BatchLoader, Example, ReadResult, collate
-from .sidecars import read_caption, read_table
-from .source import IMAGE_SUFFIXES, RECORD_FIELDS, image_record
+from .members import Example as Members
+from .members import examples_of, is_mask_of, split_name
+from .sidecars import caption_names, read_captions, read_table
+from .source import RECORD_FIELDS, image_record
+from .tars import is_hidden, open_stream, read_members
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +51,19 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         images, shards = ErrorBudget("images", self.config.bad_share), ErrorBudget("shards", self.config.bad_share)
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
+        left_out = LeftOut()
         for result in self._results(replace(self, start=start)):
             bad_shards = {without_secrets(url): reason for url, reason in result.shards.items() if reason}
             shards.add(len(result.shards), bad_shards)
             images.add(result.read, result.bad)
             reasons.update(result.reasons)
+            if new := result.left_out.kinds - left_out.kinds:
+                log.info("the stream has %s, which are left out", ", ".join(sorted(new)))
+            left_out.take(result.left_out)
             first_round = bool(unread)
             unread -= result.shards.keys()
             if first_round and not unread:
+                left_out.log(" in the first round of the stream")
                 log.info("rejected in the first round of the stream: %s", rejected(reasons))
                 if not reasons[""]:
                     raise ValueError(
@@ -82,39 +90,53 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         turn, position = divmod(number, len(self.urls))
         url = self.urls[np.random.default_rng((self.seed, turn)).permutation(len(self.urls))[position]]
         problems, result, found = list[str](), ReadResult(), 0
-        for sample in _read_samples(url, problems):
-            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            if suffix is None:
+        left_out = LeftOut()
+        for key, members in _read_groups(url, problems, left_out):
+            if is_mask_of(key, members):
+                left_out.add("masks and conditioning images", f"{key}.{next(iter(members))}")
                 continue
-            found, name = found + 1, f"{without_secrets(sample['__url__'])}:{sample['__key__']}"
-            result.read += 1
-            try:
-                reason, bucket, example = self._read_example(sample, suffix, name, number, found)
-            except ValueError as error:
-                result.bad[name] = str(error)
-                continue
-            result.reasons[reason] += 1
-            if example is not None:
-                waiting[bucket].append(example)
-            if len(waiting[bucket]) == self.batch:
-                result.batch = collate(waiting.pop(bucket), number + 1)
-                yield result
-                result = ReadResult()
+            for name, files in examples_of(key, members, left_out):
+                for example_name, read in self._read_examples(files, f"{without_secrets(url)}:{name}", number, found):
+                    found += 1
+                    result.read += 1
+                    if isinstance(read, ValueError):
+                        result.bad[example_name] = str(read)
+                        continue
+                    reason, bucket, example = read
+                    result.reasons[reason] += 1
+                    if example is not None:
+                        waiting[bucket].append(example)
+                    if len(waiting[bucket]) == self.batch:
+                        result.batch = collate(waiting.pop(bucket), number + 1)
+                        result.left_out.take(left_out, f"{without_secrets(url)}:")
+                        yield result
+                        result = ReadResult()
+        result.left_out.take(left_out, f"{without_secrets(url)}:")
         result.shards[url] = problems[0] if problems else "" if found else f"{without_secrets(url)} contains no image"
         yield result
 
-    def _read_example(
-        self, sample: dict[str, Any], suffix: str, name: str, *key: int
-    ) -> tuple[str, int, Example | None]:  # fmt: skip
-        """Returns why an example is rejected or "", its bucket, and the example if it is used."""
-        table = read_table(sample.get("json"), name)
-        record = image_record(picture_size(BytesIO(sample[suffix]), name), table, name)
-        (reason,), (bucket,) = self.config.select(np.array([record], dtype=RECORD_FIELDS))
-        if reason:
-            return str(reason), int(bucket), None
-        caption = read_caption(sample.get("txt"), table, name) if self.captions else ""
-        image = self.config.crop_image(open_picture(BytesIO(sample[suffix]), name), bucket, self.seed, *key)
-        return "", int(bucket), (image, caption, {})
+    def _read_examples(
+        self, files: Members[bytes], name: str, number: int, found: int
+    ) -> Iterator[tuple[str, ValueError | tuple[str, int, Example | None]]]:
+        """Yields the examples of an image, one for each caption: why it is rejected or "", its bucket, and itself.
+
+        `found` is the number of examples before it in shard `number`.
+        """
+        try:
+            table = read_table(files.table, name)
+            record = image_record(picture_size(BytesIO(files.image), name), table, name)
+            (reason,), (bucket,) = self.config.select(np.array([record], dtype=RECORD_FIELDS))
+            if reason:
+                yield name, (str(reason), int(bucket), None)
+                return
+            captions = read_captions(files.text, table, name) if self.captions else [""]
+            image = open_picture(BytesIO(files.image), name)
+        except ValueError as error:
+            yield name, error
+            return
+        for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
+            pixels = self.config.crop_image(image, bucket, self.seed, number, found + line + 1)
+            yield own, ("", int(bucket), (pixels, caption, {}))
 
 
 def without_secrets(url: str) -> str:
@@ -123,15 +145,34 @@ def without_secrets(url: str) -> str:
     return url if parts.scheme == "pipe" else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _read_samples(url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the files of each example of a shard by suffix; appends an error that ends it early to `problems`."""
-    import webdataset
+def _read_groups(url: str, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields the neighbouring members of each key by suffix; appends an error that ends the shard to `problems`."""
+    from webdataset.gopen import gopen
 
-    def stop(error: Exception) -> bool:
+    key, members, last = "", dict[str, bytes](), 0
+    try:
+        file = open_stream(gopen(url))
+        for archive, member in read_members(file):
+            if member.isdir():
+                continue
+            if is_hidden(member.name) or not member.isreg() or member.issparse():
+                left_out.add("hidden files" if is_hidden(member.name) else "links and sparse files", member.name)
+                continue
+            own, suffix = split_name(member.name)
+            if members and (own, archive) != (key, last):
+                yield key, members
+                members = {}
+            key, last = own, archive
+            if suffix in members:
+                left_out.add("members that a later one of their name replaces", member.name)
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+            if len(data) < member.size:
+                raise ValueError("unexpected end of data")
+            members[suffix] = data
+    except Exception as error:  # webdataset's and tarfile's, in many classes
         status = re.search(r"exit \d+", str(error))  # of curl, or of a pipe's command
         reason = status[0] if status else one_line(error.args[0] if error.args else error)[:80]
         problems.append(f"{without_secrets(url)} cannot be read to its end: {reason}")
-        return False
-
-    shards = webdataset.SimpleShardList([url])
-    yield from webdataset.DataPipeline(shards, webdataset.tarfile_to_samples(handler=stop))
+    if members:
+        yield key, members
