@@ -1,11 +1,12 @@
-"""Merges LoRA files into the networks of a model."""
+"""Merges LoRAs into the networks of a model, changes their strengths, and takes them off again."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,115 @@ from .components import TOWERS, State
 from .key_maps import COMFYUI_CLIPS, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
 
-Loras = Mapping[str | os.PathLike[str], float]  # strength by file
+AnyPath = str | os.PathLike[str]
+Loras = Mapping[AnyPath, float]  # strength by file
+Networks = MutableMapping[str, Any]  # by part name
 
 _CLIPS = dict(zip(COMFYUI_CLIPS.values(), TOWERS, strict=True))
 
 
-def merge_loras(networks: dict[str, Any], loras: Loras) -> None:
-    """Merges LoRA files into the stage that each fits, and its text tower. Networks that two parts share are replaced.
+@dataclass
+class _Merged:
+    strength: float
+    parts: dict[str, Adapters]
 
-    Logs one line about the keys that are not applied; raises ValueError if nothing fits the stage or the text tower.
+
+class LoraStack:
+    """The LoRAs that are merged into a model's networks, in the order in which they were added.
+
+    Methods change the mapping `networks` by part name: of two parts that share a network, a changed one gets its own.
     """
-    for file, strength in loras.items():
-        name, lora = Path(file).name, read_lora(file)
-        if not math.isfinite(strength):
-            raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength}")
-        parts = ((_stage_of(networks, lora), lora.network), (_CLIPS[lora.clip], lora.text))
-        fits = [_merge(networks, part, adapters, strength, name, lora) for part, adapters in parts if adapters]
-        log_ignored(name, lora, fits)
+
+    def __init__(self) -> None:
+        self._loras: dict[str, _Merged] = {}
+        # By part, the network and its tensors before any LoRA. A network that was copied has no changed tensors.
+        self._originals: dict[str, tuple[nn.Module, State]] = {}
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each LoRA, by name."""
+        return {name: lora.strength for name, lora in self._loras.items()}
+
+    def add(self, networks: Networks, source: AnyPath, strength: float = 1.0, name: str | None = None) -> str:
+        """Merges a LoRA into the stage that it fits and its text tower, and returns its name (default: the file's).
+
+        Logs one line about the keys that are not applied. Raises ValueError, without changing anything, if the file
+        cannot be read or fits neither, or the name is in use.
+        """
+        strength = _number(strength, name or Path(source).name)
+        if name in self._loras:
+            raise ValueError(f"a LoRA named {name!r} is loaded already: choose another name, or unload it")
+        lora, file = read_lora(source), Path(source).name
+        parts = {_stage_of(networks, lora): lora.network, _CLIPS[lora.clip]: lora.text}
+        fits = {part: _fit(networks, part, adapters, file, lora) for part, adapters in parts.items() if adapters}
+        log_ignored(file, lora, fits.values())
+        name = name or self._free_name(Path(source).stem)
+        self._loras[name] = _Merged(strength, {part: found.fitting for part, found in fits.items()})
+        self._merge(networks, fits)
+        return name
+
+    def set_strength(self, networks: Networks, name: str, strength: float) -> None:
+        """Changes a LoRA's strength. Raises ValueError if it is no number, or no LoRA has this name."""
+        lora = self._find(name)
+        lora.strength = _number(strength, name)
+        self._merge(networks, lora.parts)
+
+    def remove(self, networks: Networks, name: str) -> None:
+        """Takes a LoRA off: without any other, the weights are exactly those before. Raises ValueError as above."""
+        self._find(name)
+        self._merge(networks, self._loras.pop(name).parts)
+
+    def _find(self, name: str) -> _Merged:
+        if name not in self._loras:
+            raise ValueError(f"no LoRA is named {name!r}: loaded are {', '.join(self._loras) or 'none'}")
+        return self._loras[name]
+
+    def _free_name(self, stem: str) -> str:
+        names = (stem, *(f"{stem}-{i}" for i in range(2, len(self._loras) + 3)))
+        return next(name for name in names if name not in self._loras)
+
+    @torch.no_grad()
+    def _merge(self, networks: Networks, parts: Mapping[str, Any]) -> None:
+        """Restores networks and merges all LoRAs into them."""
+        for part in parts:
+            if part in self._originals:
+                self._restore(networks, part)
+            changes = [(lora.parts[part], lora.strength) for lora in self._loras.values() if part in lora.parts]
+            if any(strength for _, strength in changes):
+                self._change(networks, part, changes)
+
+    def _restore(self, networks: Networks, part: str) -> None:
+        changed, (network, tensors) = networks[part], self._originals.pop(part)
+        if changed is network:  # which may have been moved or cast since
+            now = network.state_dict()
+            tensors = {key: x.to(now[key].device, now[key].dtype) for key, x in tensors.items()}
+            network.load_state_dict(tensors, strict=False, assign=True)
+        networks[part] = network
+
+    def _change(self, networks: Networks, part: str, changes: list[tuple[Adapters, float]]) -> None:
+        network = networks[part]
+        others = [*(x for name, x in networks.items() if name != part), *(x for x, _ in self._originals.values())]
+        is_shared, is_tower = any(other is network for other in others), part in TOWERS
+        before = network.state_dict()
+        merged = text_to_transformers(before) if is_tower else before
+        for adapters, strength in changes:
+            merged = merge_lora(merged, adapters, strength)
+        after = text_from_transformers(merged) if is_tower else merged
+        changed = {key: x for key, x in after.items() if x is not before[key] and not torch.equal(x, before[key])}
+        self._originals[part] = network, {} if is_shared else {key: before[key] for key in changed}
+        if is_shared:
+            network = networks[part] = deepcopy(network)
+        network.load_state_dict(changed, strict=False, assign=True)
+
+
+def _number(strength: float, name: str) -> float:
+    try:
+        number = float(strength)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength!r}")
+    return number
 
 
 def _stage_of(networks: Mapping[str, nn.Module | None], lora: Lora) -> str:
@@ -51,13 +144,14 @@ def _shapes(state: State) -> dict[str, torch.Size]:
     return {key: x.shape for key, x in state.items()}
 
 
-def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: float, name: str, lora: Lora) -> Fit:
+def _fit(networks: Networks, part: str, adapters: Adapters, name: str, lora: Lora) -> Fit:
+    """Returns the adapters that fit a part. Raises ValueError if none does, or the model lacks the part."""
     network: nn.Module | None = networks.get(part)
-    title, is_tower = part.replace("_", " "), part in TOWERS
+    title = part.replace("_", " ")
     if network is None:
         raise ValueError(f"{name} changes the {title}, which this model lacks: load a complete model")
-    state = text_to_transformers(network.state_dict()) if is_tower else network.state_dict()
-    found = fit(adapters, _shapes(state))
+    state = network.state_dict()
+    found = fit(adapters, _shapes(text_to_transformers(state) if part in TOWERS else state))
     if not found.fitting:
         keys = keys_of(adapters)
         reason = found.example or f"such as {listed(keys, most=1, width=100)}"
@@ -65,8 +159,4 @@ def _merge(networks: dict[str, Any], part: str, adapters: Adapters, strength: fl
             f"none of the {len(keys)} keys of {name} fits this {title} ({reason}; it seems to be for {lora.family()}): "
             "use a LoRA for this model"
         )
-    merged = merge_lora(state, found.fitting, strength)
-    if any(other is network for key, other in networks.items() if key != part):  # the decoder keeps the unchanged tower
-        network = networks[part] = deepcopy(network)
-    network.load_state_dict(text_from_transformers(merged) if is_tower else merged, assign=True)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints import PARTS
 from ..checkpoints.components import TEXT_ENCODER, TOWERS
 from ..checkpoints.convert import write_model
+from ..checkpoints.lora_merge import LoraStack
 from ..checkpoints.release import release_of_model
 from ..common.devices import DTYPES, pick_device, pick_dtype
 from ..models.decoder import Decoder
@@ -47,6 +48,7 @@ class Components:
     version: str = field(init=False)  # "v1" or "v2"
     sampling: SamplingSettings = field(init=False)  # the model's defaults
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
+    lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 
@@ -54,6 +56,11 @@ class Components:
         self.metadata = dict(self.metadata or {})
         self.version = release_of_model([network.params for network in self.networks()])
         self.sampling = SamplingSettings.from_metadata(self.metadata, self.version)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The strengths of the loaded LoRAs, by name."""
+        return self.lora_stack.strengths
 
     @property
     def device(self) -> torch.device:

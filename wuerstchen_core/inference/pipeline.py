@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ..checkpoints import build_part
-from ..checkpoints.lora_merge import Loras, merge_loras
+from ..checkpoints.lora_merge import Loras
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..diffusion.samplers import Seed
-from . import editing, prompts, stages
+from . import editing, loras, prompts, stages
 from .arguments import check_keywords
 from .compile import can_compile, compile_network
 from .components import Components
@@ -51,6 +51,9 @@ class WuerstchenPipeline(Components):
     sample_prior = stages.sample_prior
     sample_decoder = stages.sample_decoder
     decode = stages.decode
+    load_lora = loras.load_lora
+    set_lora_strength = loras.set_lora_strength
+    unload_lora = loras.unload_lora
     # Pictures in, pictures out.
     reconstruct = image_method(SamplingOptions)(editing.reconstruct)
     variations = image_method(EditOptions)(editing.variations)
@@ -80,8 +83,8 @@ class WuerstchenPipeline(Components):
 
         `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
         bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
-        LoRA file for the prior or the decoder and its text encoder, or a mapping from files to strengths. `compile`
-        calls the method of that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
+        LoRA's file or folder, or a mapping from these to strengths, for `load_lora`. `compile` calls the method of
+        that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
         """
         known = [name for name in signature(cls.load).parameters if name != "parts"]
         check_keywords("load", parts, [*known, *PartFiles.__annotations__])
@@ -96,9 +99,9 @@ class WuerstchenPipeline(Components):
             # The image encoder runs once, for all steps; bf16 costs Stage A only half a level of 255.
             precision = torch.float32 if name == "image_encoder" else chosen
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
-        if lora is not None:
-            merge_loras(networks, lora if isinstance(lora, Mapping) else {lora: 1.0})
         pipeline = cls(**networks, metadata=metadata)
+        for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
+            pipeline.load_lora(file, strength)
         pipeline.source = None if isinstance(source, Mapping) else str(source)
         pipeline.progress = progress
         if compile:

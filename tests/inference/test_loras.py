@@ -1,0 +1,134 @@
+"""Tests LoRAs that are loaded, changed and taken off without loading the model again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.lora_forms import FORMS, attention_of_prior, attention_of_tower, random_factors
+from helpers.networks import TEXT
+from helpers.tiny_model import write_tiny_bundle
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS
+
+DIFFUSERS = FORMS["diffusers"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bundle(tmp_path_factory.mktemp("loras") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def files(bundle: Path) -> dict[str, Path]:
+    network, text = random_factors(attention_of_prior()), random_factors(attention_of_tower(TEXT.width), seed=1)
+    prefix = "text_encoders.clip_h.transformer.text_model"
+    states = {
+        "both": DIFFUSERS.write(network, text),
+        "prior": DIFFUSERS.write(random_factors(attention_of_prior(), seed=2), {}),
+        "words_b": {f"{prefix}.final_layer_norm.diff_b": torch.ones(TEXT.width)},
+        "stage_b": {"prior.clf.1.diff_b": torch.ones(32)},
+        "wide": DIFFUSERS.write(random_factors(attention_of_prior(128)), {}),
+    }
+    paths = {name: bundle.with_name(f"{name}.safetensors") for name in states}
+    for name, state in states.items():
+        save_file(state, paths[name])
+    return paths
+
+
+def load(bundle: Path, **options: Any) -> WuerstchenPipeline:
+    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **options)
+
+
+def weights(pipe: WuerstchenPipeline) -> dict[str, Tensor]:
+    networks = ((part, getattr(pipe, part)) for part in PARTS)
+    return {
+        f"{part}.{key}": x.clone() for part, network in networks if network for key, x in network.state_dict().items()
+    }
+
+
+def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    """Returns the parts whose weights differ in a bit."""
+    assert one.keys() == other.keys()
+    return {key.partition(".")[0] for key, x in one.items() if not torch.equal(x, other[key])}
+
+
+def test_taking_off_restores_every_bit(bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle)
+    before, towers = weights(pipe), (pipe.prior_text_encoder, pipe.decoder_text_encoder)
+    pipe.load_lora(files["both"], 0.7)
+    one = weights(pipe)
+    assert changed(one, before) == {"prior", "prior_text_encoder"} and pipe.loras == {"both": 0.7}
+    pipe.load_lora(files["words_b"])
+    pipe.load_lora(files["stage_b"], 3)
+    assert changed(weights(pipe), one) == {"decoder", "decoder_text_encoder"}
+    pipe.load_lora(files["prior"], -1.0, name="style")
+    assert list(pipe.loras) == ["both", "words_b", "stage_b", "style"]
+    for name in ("words_b", "both", "style"):  # in another order
+        pipe.unload_lora(name)
+    assert changed(weights(pipe), before) == {"decoder"} and pipe.loras == {"stage_b": 3.0}
+    pipe.unload_lora()
+    assert not changed(weights(pipe), before) and not pipe.loras
+    assert (pipe.prior_text_encoder, pipe.decoder_text_encoder) == towers  # one network, encoded once
+
+
+def test_a_changed_strength_equals_loading_with_it(bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle, lora={files["both"]: 2.0, files["prior"]: 1.0})
+    pipe.set_lora_strength("both", 0.25)
+    assert not changed(weights(pipe), weights(load(bundle, lora={files["both"]: 0.25, files["prior"]: 1.0})))
+    pipe.set_lora_strength("prior", 0)
+    assert not changed(weights(pipe), weights(load(bundle, lora={files["both"]: 0.25})))
+    pipe.set_lora_strength("prior", 1)
+    pipe.unload_lora("both")
+    assert not changed(weights(pipe), weights(load(bundle, lora=files["prior"])))
+
+
+def test_pictures_are_those_without_it_again(bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle)
+    [before] = pipe.generate("a red apple", seed=1)
+    pipe.load_lora(files["both"], 4.0)
+    [during] = pipe.generate("a red apple", seed=1)
+    pipe.unload_lora()
+    [after] = pipe.generate("a red apple", seed=1)
+    assert before.tobytes() == after.tobytes() != during.tobytes()
+
+
+def test_errors_change_nothing(bundle: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    pipe = load(bundle, lora=files["both"])
+    before = weights(pipe)
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
+        (pipe.load_lora, (files["wide"],), {}, "128x128"),
+        (pipe.load_lora, (tmp_path / "none.safetensors",), {}, "none.safetensors"),
+        (pipe.load_lora, (files["prior"], float("nan")), {}, "nan"),
+        (pipe.load_lora, (files["prior"], "strong"), {}, "strong"),
+        (pipe.load_lora, (files["prior"],), {"name": "both"}, "'both'"),
+        (pipe.set_lora_strength, ("both", float("inf")), {}, "inf"),
+        (pipe.set_lora_strength, ("style", 1.0), {}, "style.*both"),
+        (pipe.unload_lora, ("style",), {}, "style.*both"),
+    ]
+    for call, arguments, options, fact in calls:
+        with pytest.raises(ValueError, match=fact) as error:
+            call(*arguments, **options)
+        assert "\n" not in str(error.value)
+    assert not changed(weights(pipe), before) and pipe.loras == {"both": 1.0}
+
+
+def test_one_file_can_be_loaded_twice(bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle)
+    names = [pipe.load_lora(files["prior"], 0.5) for _ in range(2)]
+    once = weights(load(bundle, lora=files["prior"]))
+    assert len(set(names)) == 2
+    assert all(torch.allclose(x, once[key], rtol=0, atol=1e-6) for key, x in weights(pipe).items())
+
+
+def test_a_model_that_was_cast_meanwhile(bundle: Path, files: dict[str, Path]) -> None:
+    pipe, plain = load(bundle, lora=files["both"]).to("bf16"), load(bundle).to("bf16")
+    pipe.set_lora_strength("both", 0.5)
+    assert pipe.dtype == torch.bfloat16 and changed(weights(pipe), weights(plain)) == {"prior", "prior_text_encoder"}
+    pipe.unload_lora("both")
+    assert not changed(weights(pipe), weights(plain))
