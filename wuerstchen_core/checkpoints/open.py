@@ -89,7 +89,7 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     if bundled is None:
         return identify(path, content, config or {}, metadata)
     networks: dict[str, Network] = {}
-    for name, state in bundled.items():
+    for name, state in sorted(bundled.items(), key=lambda item: item[0] in PARTS):  # a shared text tower first
         params = metadata.get("parts", {}).get(name)
         network = make_network(kind_of(name), lazy_state(state), partial(restore_token_rows, params=params), params)
         networks |= dict.fromkeys(parts_of(name), network)

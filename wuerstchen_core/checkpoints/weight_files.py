@@ -7,8 +7,9 @@ import pickle
 import re
 import struct
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -115,8 +116,9 @@ def _read_torch(path: Path) -> Any:
     # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
     misnamed = path.name.endswith(".safetensors")
     mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped
+    allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, allowed([Namespace]):  # a trainer's options, which run no code
             return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
