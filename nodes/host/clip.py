@@ -65,7 +65,7 @@ class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     """Returns a text encoder as a CLIP, which notifies of words that the bundle's `metadata` does not know."""
-    from transformers import CLIPTokenizerFast
+    import transformers
 
     params = part.params
     name = COMFYUI_CLIPS[part.name.removesuffix(f"_{TEXT_ENCODER}")].removeprefix(
@@ -77,7 +77,8 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
         pad_with_end=True,
         embedding_size=params.width,
         embedding_key=f"clip_{name}",
-        tokenizer_class=CLIPTokenizerFast,  # CLIPTokenizer of transformers 4 rewrites quotes where ftfy is installed
+        # In transformers 4, CLIPTokenizer is another class, which rewrites quotes where ftfy is installed.
+        tokenizer_class=getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer),
     )
     target = comfy.supported_models_base.ClipTarget(
         partial(_Tokenizer, dict(metadata or {}), clip_name=name, tokenizer=tokenizer),

@@ -223,7 +223,7 @@ BAD = [
     ({"prompt": PROMPT, "count": 0}, "count"),
     ({"prompt": PROMPT, "count": 10**9}, "100000"),
     ({"prompt": PROMPT, "decoder_steps": 10**12}, "10000"),
-    ({"prompt": PROMPT, "prior_guidance": 10**400}, "too large"),
+    ({"prompt": PROMPT, "prior_guidance": 10**400}, "prior_guidance"),
     ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "6 steps, not 9"),
     ({"prompt": PROMPT, "token_mode": "argmax"}, "token"),
     ('{"prompt": "\\ud800"}', "surrogates"),

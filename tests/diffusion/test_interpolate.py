@@ -46,7 +46,7 @@ def test_invalid_interpolations() -> None:
     with pytest.raises(ValueError, match="1x16x6x6 and 1x16x3x6"):
         slerp(torch.zeros(1, 16, 6, 6), torch.zeros(1, 16, 3, 6), 0.5)
     for fraction in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="from 0 .* to 1"):
+        with pytest.raises(ValueError, match=f"fraction {fraction} "):
             slerp(torch.zeros(1), torch.ones(1), fraction, TOKEN)
 
 

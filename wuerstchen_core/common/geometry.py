@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from .numbers import to_int
+
 MULTIPLE = 64  # width of one token in Stage B's deepest level, in pixels
 LARGEST = 2048
 
@@ -15,6 +17,7 @@ def nearest_legal(side: int) -> int:
 
 def check_size(width: int, height: int) -> None:
     """Raises ValueError, naming the nearest legal size, unless both sides are multiples of 64 up to 2048 pixels."""
+    width, height = to_int("width", width), to_int("height", height)
     legal = nearest_legal(width), nearest_legal(height)
     if (width, height) != legal:
         raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.numbers import to_float
+
 PICTURE = (-3, -2, -1)  # latents [B, c, h, w]: one vector per picture
 TOKEN = (-1,)  # text states [B, n, c]: one vector per token
 MIN_SINE = 1e-3  # of the angle between two vectors; with less they count as parallel
@@ -37,5 +39,5 @@ def slerp(a: Tensor, b: Tensor, fraction: float, dims: tuple[int, ...] = PICTURE
 
 def check_fraction(fraction: float) -> None:
     """Raises ValueError unless the fraction is from 0 to 1."""
-    if not 0 <= fraction <= 1:
+    if not 0 <= to_float("fraction", fraction) <= 1:
         raise ValueError(f"fraction {fraction} cannot be used: choose a number from 0 (the first) to 1 (the second)")

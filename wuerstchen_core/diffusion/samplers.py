@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.numbers import plain, to_int
 from ..common.text import check_choice
 from .schedule import alpha_bar, diffuse, expand
 
@@ -15,6 +17,7 @@ NoiseSource = Callable[[Tensor], Tensor]  # returns noise of its argument's shap
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, NoiseSource], Tensor]  # (x, noise, t [B], t_next [B], draw) to x
 Progress = Callable[[int, int, Tensor, Tensor], None]  # step, steps, x, denoised x, after each step; may raise to stop
 Seed = int | Sequence[int]  # n for n, n + 1, ... in a batch, or one number per picture
+LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
 
 
 def predict_x0(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -142,10 +145,26 @@ def sample(
     return x
 
 
+def plain_seed(seed: Any) -> Seed:
+    """Returns a seed as int, several as a list, also from numpy and torch. ValueError unless all are whole numbers."""
+    seed = plain(seed)
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        return [to_int("seed", number) for number in seed]
+    return to_int("seed", seed)
+
+
 def seeded_generators(seed: Seed, pictures: int | Sequence[int]) -> list[torch.Generator]:
-    """Returns one CPU generator per picture; `pictures` is their number, or their indices in a larger batch."""
+    """Returns one CPU generator per picture; `pictures` is their number, or their indices in a larger batch.
+
+    Raises ValueError unless all seeds are from 0 to LARGEST_SEED.
+    """
+    seed = plain_seed(seed)
     indices = range(pictures) if isinstance(pictures, int) else pictures
-    return [torch.Generator().manual_seed(seed[i] if isinstance(seed, Sequence) else seed + i) for i in indices]
+    numbers = [seed[i] if isinstance(seed, Sequence) else seed + i for i in indices]
+    for number in numbers:
+        if not 0 <= number <= LARGEST_SEED:
+            raise ValueError(f"seed {number} cannot be used: choose a number from 0 to {LARGEST_SEED}")
+    return [torch.Generator().manual_seed(number) for number in numbers]
 
 
 def seeded_noise(seed: Seed, pictures: int | Sequence[int]) -> NoiseSource:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.numbers import to_float, to_int
 from ..common.text import check_choice
 
 S = 0.008
@@ -50,6 +51,7 @@ def training_times(uniform: Tensor) -> Tensor:
 
 def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     """Returns [steps + 1] equally spaced times. Raises ValueError unless steps is from 1 to MAX_STEPS."""
+    steps = to_int("the number of steps", steps)
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"{steps} sampling steps cannot be taken: choose a number from 1 to {MAX_STEPS}")
     return torch.linspace(start, end, steps + 1)
@@ -100,6 +102,6 @@ def strength_times(times: Tensor, strength: float) -> Tensor:
 
     For the linear schedule it equals ComfyUI's `denoise`. Raises ValueError unless `strength` is from 0 to 1.
     """
-    if not 0 <= strength <= 1:
+    if not 0 <= (strength := to_float("strength", strength)) <= 1:
         raise ValueError(f"strength {strength} cannot be used: choose a number from 0 (same picture) to 1 (a new one)")
     return times * strength

@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate as resize
 
+from ..common.numbers import plain, to_int
 from ..diffusion.interpolate import TOKEN, check_fraction, slerp
 from ..diffusion.masks import latent_mask
+from ..diffusion.samplers import Seed
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
 from .components import Components
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
 
 
 class EditOptions(SamplingOptions, total=False):
-    """Keyword arguments of the functions that generate `count` pictures; picture i has seed `seed` + i."""
+    """Keyword arguments of the functions that generate `count` pictures; seeds as in `generate`."""
 
     negative: str
     count: int
-    seed: int
+    seed: Seed
     callback: Callback | None
 
 
@@ -55,7 +57,7 @@ def reconstruct(
     image: Picture | Sequence[Picture],
     *,
     prompt: Prompt = "",
-    seed: int = 0,
+    seed: Seed = 0,
     width: int | None = None,
     height: int | None = None,
     callback: Callback | None = None,
@@ -63,12 +65,12 @@ def reconstruct(
 ) -> list[Image.Image]:
     """Compresses pictures by 42.67 to Stage C features, and decodes these (and the prompt) with Stages B and A.
 
-    Sizes as in `encode`. Picture i has seed `seed` + i.
+    Sizes as in `encode`, seeds as in `generate`.
     """
     pixels = read_batch(image, width, height)
     height, width = pixels.shape[-2:]
     sampling = model.sampling.updated(width=width, height=height, **settings)
-    check_count(len(pixels), seed)
+    _, seed = check_count(len(pixels), seed)
     text = _decoder_states(model, prompt, len(pixels))
     latents = sample_decoder(model, encode_pixels(model, pixels), text, sampling, seed=seed, callback=callback)
     images = decode(model, latents)
@@ -164,13 +166,14 @@ def interpolate(
     `reconstruct` of a, 1 that of b. Between two prompts the text states are interpolated, otherwise the Stage C
     latents, in the prior's units. All results have the same seed, and the size of the first picture or width x height.
     """
-    if fractions is None and steps < 2:
+    if fractions is None and (steps := to_int("steps", steps)) < 2:
         raise ValueError(f"{steps} steps cannot be taken: choose at least 2, for the two ends")
-    fractions = linear_times(steps - 1, 0.0, 1.0).tolist() if fractions is None else list(fractions)
+    fractions = linear_times(steps - 1, 0.0, 1.0).tolist() if fractions is None else list(plain(fractions))
     for fraction in fractions:
         check_fraction(fraction)
     pictures = [end for end in (a, b) if not isinstance(end, str | Mapping)]
     prompts = [end for end in (a, b) if isinstance(end, str | Mapping)]
+    seed = to_int("seed", seed)
     check_request(model, [*prompts, negative], len(fractions), seed, with_pictures=bool(pictures))
     if pictures:
         height, width = read_pixels(pictures[0], width, height).shape[-2:]
@@ -212,7 +215,7 @@ def _edit(
     *,
     negative: str = "",
     count: int = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     callback: Callback | None = None,
     **settings: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
@@ -220,7 +223,8 @@ def _edit(
     canvas = pad_to_legal(pixels)
     sampling = model.sampling.updated(width=canvas.shape[-1], height=canvas.shape[-2], **settings)
     strength_times(sampling.prior_times(), strength)  # raises ValueError if out of range
-    check_request(model, [prompt, negative], count, seed, with_pictures=True)
+    count = to_int("count", count)
+    seed = check_request(model, [prompt, negative], count, seed, with_pictures=True)
     cond, uncond = encode_prompt(model, prompt), encode_prompt(model, negative)
     notify(callback, "text")
     prior_text, text = (states.expand(count, -1, -1) for states in cond)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..common.geometry import LARGEST, MULTIPLE, check_size, nearest_legal
+from ..common.numbers import to_int
 from .eight_bits import to_8_bits
 from .image_files import opened, upright_size
 
@@ -133,7 +134,9 @@ def read_extended(picture: Picture, left: int, top: int, right: int, bottom: int
 
     Raises ValueError if a border is below 0, all are 0, or a side with its borders exceeds 2048 pixels.
     """
-    pixels, pad = to_pixels(open_picture(picture)), (left, right, top, bottom)
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    left, right, top, bottom = pad = tuple(to_int(side, pixels) for side, pixels in sides.items())
+    pixels = to_pixels(open_picture(picture))
     if min(pad) < 0 or max(pad) == 0:
         raise ValueError(
             f"borders of {left}, {top}, {right} and {bottom} pixels (left, top, right, bottom) cannot be added: give "

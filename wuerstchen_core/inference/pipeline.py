@@ -14,6 +14,7 @@ from ..checkpoints import build_part
 from ..checkpoints.lora_merge import Loras
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
+from ..common.numbers import to_int
 from ..diffusion.samplers import Seed
 from . import editing, loras, prompts, stages
 from .arguments import check_keywords
@@ -141,7 +142,8 @@ class WuerstchenPipeline(Components):
         """
         several = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
         sampling = self.sampling.updated(width=width, height=height, **settings)
-        prompts.check_request(self, [*several, negative], len(several) * count, seed)
+        count = to_int("count", count)
+        seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)
         cond = [self.encode_prompt(one) for one in several]
         uncond = self.encode_prompt(negative)
         notify(callback, "text")

@@ -56,16 +56,17 @@ def average_states(encoder: TextEncoder, prompt: Prompt) -> Tensor:
 
 def check_request(
     model: Components, prompts: Sequence[Prompt], count: int, seed: Seed, *, with_pictures: bool = False
-) -> None:
-    """Warns of unknown words. Raises ValueError for a wrong count or seed, or if a network is missing.
+) -> Seed:
+    """Returns the seed as plain numbers, and warns of unknown words.
 
-    The image encoder is needed only `with_pictures`.
+    Raises ValueError for a wrong count or seed, or if a network is missing: the image encoder only `with_pictures`.
     """
-    check_count(count, seed)
+    _, seed = check_count(count, seed)
     for name in PARTS_OF[model.version]:
         if with_pictures or name != "image_encoder":
             model.require(name)
     warn_of_unknown_words(model, prompts)
+    return seed
 
 
 def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:

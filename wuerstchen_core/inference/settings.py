@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..common.geometry import check_size
+from ..common.numbers import plain, to_float, to_int
 from ..common.text import check_choice
-from ..diffusion.samplers import SAMPLERS, Progress, Seed
+from ..diffusion.samplers import LARGEST_SEED, SAMPLERS, Progress, Seed, plain_seed
 from ..diffusion.schedule import SCHEDULES, Schedule, linear_times, named_times
 from ..diffusion.token_sampler import MODES
 
-LARGEST_SEED = 2**63 - 1  # of a torch generator, on every system
 TOKEN_SETTINGS = ("temperature", "token_mode")  # of v1's Stage B only
 # (stage, done, steps, denoised): the stage ("text", "prior", "decoder" or "picture"), the number of its steps that are
 # done, the number that it has, and the denoised features or latents (None outside sampling). May raise to stop the run.
@@ -55,6 +54,11 @@ class SamplingSettings:
     sampler: str = Schedule.sampler  # of Stage C: a key of SAMPLERS
 
     def __post_init__(self) -> None:
+        for name in ("width", "height", "prior_steps", "decoder_steps"):
+            object.__setattr__(self, name, to_int(name, getattr(self, name)))
+        for name in ("prior_guidance", "decoder_guidance", "decoder_guidance_end"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, to_float(name, getattr(self, name)))
         check_size(self.width, self.height)
         steps = len(self.prior_times()) - 1
         if steps != self.prior_steps:
@@ -65,14 +69,13 @@ class SamplingSettings:
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("token mode", self.token_mode, MODES)
         self.decoder_times()
-        for scale in (self.prior_guidance, *self.decoder_scales()):
-            if not math.isfinite(scale):
-                raise ValueError(f"guidance {scale} cannot be used: choose a number such as 4")
-        pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2
-        if not pair or not all(0 < value < math.inf for value in self.temperature):
+        temperature = plain(self.temperature)
+        pair = isinstance(temperature, tuple | list) and len(temperature) == 2
+        if not pair or min(values := tuple(to_float("temperature", value) for value in temperature)) <= 0:
             raise ValueError(
-                f"temperature {self.temperature} cannot be used: give two numbers above 0, for the first and last step"
+                f"temperature {temperature} cannot be used: give two numbers above 0, for the first and last step"
             )
+        object.__setattr__(self, "temperature", values)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], version: str = "v2") -> SamplingSettings:
@@ -139,8 +142,9 @@ class SamplingSettings:
 V1 = SamplingSettings(512, 512, "linear", 60, 6.0, 8, 2.0, tokens=True)
 
 
-def check_count(count: int, seed: Seed) -> None:
-    """Raises ValueError unless the count is at least 1 and each picture gets a valid seed."""
+def check_count(count: int, seed: Seed) -> tuple[int, Seed]:
+    """Returns both as plain numbers. Raises ValueError unless count is 1 or more and each picture gets a valid seed."""
+    count, seed = to_int("count", count), plain_seed(seed)
     if count < 1:
         raise ValueError(f"{count} pictures cannot be generated: give at least one prompt, and a count of 1 or more")
     if isinstance(seed, Sequence) and len(seed) != count:
@@ -149,6 +153,7 @@ def check_count(count: int, seed: Seed) -> None:
     for number in seeds:
         if not 0 <= number <= largest:
             raise ValueError(f"seed {number} cannot be used: choose a number from 0 to {largest}")
+    return count, seed
 
 
 def notify(callback: Callback | None, stage: str) -> None:

@@ -1,0 +1,31 @@
+"""Numbers of Python, numpy and torch as plain ints and floats."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Returns a numpy or torch scalar as a Python number, an array or tensor as a list, and anything else unchanged."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def to_int(name: str, value: Any) -> int:
+    """Returns a whole number as an int. Raises ValueError, with the `name`, for anything else (bool, text, 2.0)."""
+    number = plain(value)
+    if isinstance(number, bool) or not hasattr(type(number), "__index__"):
+        raise ValueError(f"{name} {number!r:.60} cannot be used: give a whole number")
+    return operator.index(number)
+
+
+def to_float(name: str, value: Any) -> float:
+    """Returns a finite number as a float. Raises ValueError, with the `name`, for anything else (bool, text, NaN)."""
+    number = plain(value)
+    try:
+        if isinstance(number, bool | str | bytes) or not math.isfinite(number):
+            raise TypeError
+        return float(number)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} {number!r:.60} cannot be used: give a number") from None
