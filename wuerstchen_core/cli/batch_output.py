@@ -57,7 +57,7 @@ class ImageFolder:
 
     def close(self) -> None:
         """Writes metadata.jsonl with the rows of all images in the folder, also those of other processes and runs."""
-        path, tables = self.folder / METADATA, {}
+        path, tables = self.folder / METADATA[0], {}
         while new := [name for name in self._names() if name not in tables]:  # other processes may add images meanwhile
             for file in (self.folder / f"{name}.json" for name in new):
                 tables[file.stem] = parse_json_table(file.read_bytes(), str(file))
