@@ -198,10 +198,12 @@ class HostPrior(HostNetwork, Prior):  # type: ignore[misc]
         text = self.kv_cache(context) if cached and self.kv_cache is not None else context
         return Prior.forward(self, x, timestep, text)
 
-    def run_block(self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues) -> Tensor:
+    def run_block(
+        self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues, mask: Tensor | None = None
+    ) -> Tensor:
         replaced = self.patches.replacement("dit", ("double_block", index))
         if replaced is None:
-            return super().run_block(index, x, time, cond)
+            return super().run_block(index, x, time, cond, mask)
         size = x.shape[2:]
 
         def original(args: dict[str, Any]) -> dict[str, Any]:

@@ -117,10 +117,10 @@ class PatchableAttnBlock(AttnBlock):
     place = ("middle", 0)  # as in a U-Net
     number = 0  # among the network's attention blocks
 
-    def forward(self, x: Tensor, cond: Tensor | KeysValues) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | KeysValues, mask: Tensor | None = None) -> Tensor:
         options = self.patches.options
-        if options is None or isinstance(cond, KeysValues) or not self.self_attn:
-            return super().forward(x, cond)
+        if options is None or isinstance(cond, KeysValues) or mask is not None or not self.self_attn:
+            return super().forward(x, cond, mask)
         options["block"], options["block_index"] = self.place, self.number
         options["transformer_index"] += 1
         options["activations_shape"] = list(x.shape)

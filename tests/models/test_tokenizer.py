@@ -14,6 +14,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.text_encoder import TextEncoder, tokenize, tokenize_whole
 from wuerstchen_core.models.tokenizer import END, START, encode
+from wuerstchen_core.training.data.caption_tokens import CaptionTokenizer
 from wuerstchen_core.training.stages.networks import encode_text
 
 
@@ -73,7 +74,7 @@ def test_python_command_line_and_training_encode_the_same_ids(monkeypatch: pytes
         calls = (
             lambda text=text: pipe.generate(text),
             lambda text=text: main(["generate", "--output", str(tmp_path / "a.png"), "--", text]),
-            lambda text=text: encode_text(pipe.require("prior_text_encoder"), [text]),
+            lambda text=text: encode_text(pipe.require("prior_text_encoder"), CaptionTokenizer()([text])),
         )
         received.clear()
         for call in calls:

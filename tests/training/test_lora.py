@@ -120,7 +120,7 @@ def test_an_attached_text_encoder_gives_the_same_states() -> None:
     noise = prior(x[:2], t[:2], states)
     attach_text_encoder(prior, tower)
     assert_near(tower(*TOKENS), states, 1e-5)
-    assert_near(prior(x[:2], t[:2], torch.stack(TOKENS)), noise, 1e-5)
+    assert_near(prior(x[:2], t[:2], torch.stack(TOKENS).unsqueeze(2)), noise, 1e-5)
     assert torch.equal(prior(x[:2], t[:2], states), noise)
 
 

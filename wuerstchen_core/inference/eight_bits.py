@@ -53,7 +53,8 @@ def to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def _rawmode(image: Image.Image) -> str:
     """Returns how an image's pixels are stored in its file; "" if they have been read."""
-    args: Any = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tiles: Any = getattr(image, "tile", None)
+    args = tiles[0][3] if tiles else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 

@@ -11,9 +11,9 @@ from functools import cache
 from importlib import import_module
 from io import BytesIO
 from os import PathLike
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # packages that add formats to Pillow
 NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # data, video and drawings
@@ -73,7 +73,7 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
 
 def upright(image: Image.Image) -> Image.Image:
     """Returns a copy of an image, turned as its metadata say."""
-    if image.format != "PNG" or image.tile == []:  # no file, or read already
+    if image.format != "PNG" or not getattr(image, "tile", None):  # read already: Pillow knows the chunks behind
         return ImageOps.exif_transpose(image)
     turn = TURNS.get(_orientation(image))
     return image.copy() if turn is None else image.transpose(turn)
@@ -95,7 +95,7 @@ def _orientation(file: Image.Image) -> int:
 
     Chunks behind the pixels of a PNG count too; Pillow itself finds them only by decoding it.
     """
-    if file.format == "PNG" and file.fp is not None:
+    if isinstance(file, ImageFile.ImageFile) and file.format == "PNG" and file.fp is not None:
         position = file.fp.tell()
         try:
             with Image.open(_without_pixels(file.fp)) as header:
@@ -107,7 +107,7 @@ def _orientation(file: Image.Image) -> int:
     return found if found in TURNS else 1
 
 
-def _without_pixels(file: BinaryIO) -> BytesIO:
+def _without_pixels(file: IO[bytes]) -> BytesIO:
     """Returns a PNG file whose chunks all come before its pixels, which are empty."""
     file.seek(0)
     kept = [file.read(8)]

@@ -18,8 +18,13 @@ INFERENCE_SCORES = 2**20  # attention scores per chunk and thread, which fit its
 TRAINING_SCORES = 2**19  # attention scores per chunk
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Returns softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of the softmax."""
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Returns softmax(q k^T / sqrt(c)) v over [B, heads, tokens, c], with dropout of the softmax.
+
+    Keys where the mask [B, tokens] is False do not count.
+    """
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout)
     one_dtype = q.dtype == k.dtype == v.dtype != torch.float16
     if one_dtype and training_on_cpu(q, k, v) and supports_rate(dropout):
         heads = (x.flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))

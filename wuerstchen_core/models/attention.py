@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
@@ -33,13 +34,13 @@ class MultiHeadAttention(nn.Module):
         self.nhead = nhead
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *context: KeysValues) -> Tensor:
-        """Attends from x [B, N, c] to all sequences of the context; returns [B, N, c]."""
+    def forward(self, x: Tensor, *context: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Attends from x [B, N, c] to all sequences of the context, except where `mask` [B, M] is False."""
         keys, values = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*context, strict=True))
         # [B, N or M, c] to [B, nhead, N or M, c / nhead]
         q, k, v = (y.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for y in (self.query(x), keys, values))
         dropout = self.dropout if self.training else 0.0
-        return self.out(attention(q, k, v, dropout).transpose(1, 2).flatten(2))
+        return self.out(attention(q, k, v, dropout, mask).transpose(1, 2).flatten(2))
 
 
 class Attention(MultiHeadAttention):
@@ -116,13 +117,18 @@ class AttnBlock(nn.Module):
         """Returns the keys and values of cond [B, M, c_cond], which do not depend on the time."""
         return self.attention.keys_values(self.kv_mapper(cond))
 
-    def forward(self, x: Tensor, cond: Tensor | KeysValues) -> Tensor:
-        """Adds to x [B, c, H, W] its attention to itself and to cond [B, M, c_cond], or to cond's keys and values."""
+    def forward(self, x: Tensor, cond: Tensor | KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Adds to x [B, c, H, W] its attention to itself and to cond [B, M, c_cond], or to cond's keys and values.
+
+        `mask` [B, M] is False where cond is padding; cond must be a tensor then.
+        """
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, c]
         if isinstance(cond, KeysValues):
             out = self.attention(tokens, *([self.attention.keys_values(tokens)] if self.self_attn else []), cond)
         else:  # one projection for both: using a weight twice would add up two gradients in training
             mapped: Tensor = self.kv_mapper(cond)
             context = torch.cat([tokens, mapped.to(tokens.dtype)], dim=1) if self.self_attn else mapped
-            out = self.attention(tokens, self.attention.keys_values(context))
+            if mask is not None:
+                mask = F.pad(mask, (context.shape[1] - mask.shape[1], 0), value=True)
+            out = self.attention(tokens, self.attention.keys_values(context), mask=mask)
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

@@ -61,7 +61,9 @@ class Decoder(UNet):
         """Initialises the weights as the original does before training."""
         self.init_unet((*filter(None, self.effnet_mappers), self.clip_mapper))
 
-    def forward_ab(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_ab(
+        self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns maps a and b in fp32, which give the noise (latents - a) / b; shapes as in `forward`."""
         p = self.params
         resized: dict[int, Tensor] = {}  # by resolution
@@ -76,15 +78,17 @@ class Decoder(UNet):
 
         time = timestep_embedding(t, p.c_r).to(text.dtype)
         text = F.layer_norm(self.clip_mapper(text), (p.c_cond,), eps=EPS)
-        a, b = self.run(latents, time, text, inject).float().chunk(2, dim=1)
+        a, b = self.run(latents, time, text, inject, text_mask).float().chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
-    def forward(self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
         """Returns the noise in latents [B, 4, H, W] at times t [B] in [0, 1].
 
-        It depends on prior_latents [B, 16, h, w] and text [B, 77, clip_embd]. H and W must be multiples of
-        `params.multiple`.
+        It depends on prior_latents [B, 16, h, w] and text [B, 77 n, clip_embd], which is padding where `text_mask`
+        [B, 77 n] is False. H and W must be multiples of `params.multiple`.
         """
         self.check_size(latents)
-        a, b = self.forward_ab(latents, t, prior_latents, text)
+        a, b = self.forward_ab(latents, t, prior_latents, text, text_mask)
         return ((latents.float() - a) / b).to(latents.dtype).contiguous()

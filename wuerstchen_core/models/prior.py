@@ -78,21 +78,26 @@ class Prior(nn.Module):
         cond = self.cond_mapper(text)
         return tuple(block.keys_values(cond) for block in self.blocks if isinstance(block, AttnBlock))
 
-    def run_block(self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues) -> Tensor:
+    def run_block(
+        self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues, mask: Tensor | None = None
+    ) -> Tensor:
         """Runs one of `params.depth` blocks, three layers each, on x [B, c, h, w]."""
         convolution, modulation, attention = (self.blocks[3 * index + i] for i in range(3))
-        return attention(modulation(convolution(x), time), cond)
+        return attention(modulation(convolution(x), time), cond, *(() if mask is None else (mask,)))
 
-    def forward(self, latents: Tensor, t: Tensor, text: Tensor | tuple[KeysValues, ...]) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor | tuple[KeysValues, ...], text_mask: Tensor | None = None
+    ) -> Tensor:
         """Returns the noise [B, 16, h, w] in latents [B, 16, h, w] at times t [B] in [0, 1].
 
-        `text`: text states [B, 77, c_cond], or their `keys_values`.
+        `text`: text states [B, 77 n, c_cond], or their `keys_values`. In a batch of texts of different n,
+        `text_mask` [B, 77 n] is False where the states are padding.
         """
         x = self.projection(channels_last(latents))
         cond = self.cond_mapper(text) if isinstance(text, Tensor) else None
         time = timestep_embedding(t, self.params.c_r).to(x.dtype)
         for i in range(self.params.depth):
-            x = self.run_block(i, x, time, text[i] if cond is None else cond)
+            x = self.run_block(i, x, time, text[i] if cond is None else cond, text_mask)
         # In fp32: the noise is divided by a small difference, for which fp16 and bf16 have too few digits.
         a, b = self.out(x).float().chunk(2, dim=1)
         noise = (latents.float() - a) / ((1 - b).abs() + 1e-5)

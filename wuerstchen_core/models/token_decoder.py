@@ -67,20 +67,30 @@ class TokenDecoder(UNet):
         return F.layer_norm(torch.cat([features, self.byt5_mapper(text)], dim=1), (self.params.c_cond,), eps=EPS)
 
     def forward(
-        self, tokens: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        prior_latents: Tensor,
+        text: Tensor,
+        positions: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """Returns logits [B, num_labels, H, W] of the clean tokens.
 
         They depend on tokens [B, H, W] noised to times t [B] in [0, 1], prior_latents [B, 16, h, w] and text
-        [B, 77, byt5_embd]. H and W must be multiples of `params.multiple`. With `positions` [B, n], indices into the
-        H W tokens of each image, only their logits are returned: [B, num_labels, n, 1].
+        [B, 77 n, byt5_embd], which is padding where `text_mask` [B, 77 n] is False. H and W must be multiples of
+        `params.multiple`. With `positions` [B, n], indices into the H W tokens of each image, only their logits are
+        returned: [B, num_labels, n, 1].
         """
         p = self.params
         self.check_size(tokens)
         time = timestep_embedding(t, p.c_r).to(text.dtype)
         codes = self.in_mapper[0](tokens).to(text.dtype)
         x = F.layer_norm(codes, (p.c_in,), eps=EPS).permute(0, 3, 1, 2)
-        x = self.run(x, time, self.condition(prior_latents, text))
+        cond = self.condition(prior_latents, text)
+        if text_mask is not None:
+            text_mask = F.pad(text_mask, (cond.shape[1] - text.shape[1], 0), value=True)
+        x = self.run(x, time, cond, mask=text_mask)
         if positions is not None:
             x = x.flatten(2).gather(2, positions[:, None].expand(-1, p.c_out, -1))[..., None]
         return self.out_mapper(x).contiguous()

@@ -154,10 +154,13 @@ class UNet(nn.Module):
         """Returns the next block's input and the skip connection that a level's last block saves."""
         return x, x
 
-    def run(self, x: Tensor, time: Tensor, cond: Tensor, inject: Inject | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, time: Tensor, cond: Tensor, inject: Inject | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Maps x [B, c_in, H, W] to [B, c_out, H, W], given time embeddings [B, c_r] and conditioning [B, M, c_cond].
 
-        `inject` returns what joins all convolutions of a level, numbered down and up again.
+        `inject` returns what joins all convolutions of a level, numbered down and up again. `mask` [B, M] is False
+        where the conditioning is padding.
         """
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))  # [B, c_hidden[0], H / patch_size, W / patch_size]
@@ -173,7 +176,7 @@ class UNet(nn.Module):
                 if isinstance(layer, ResBlock):
                     x, skip = layer(x, skip, inject and inject(block.level, x)), None
                 elif isinstance(layer, AttnBlock):
-                    x = layer(x, cond)
+                    x = layer(x, cond, *(() if mask is None else (mask,)))
                 elif isinstance(layer, TimestepBlock):
                     x = layer(x, time)
                 else:  # feed-forward, or the change of resolution between two levels

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from accelerate import Accelerator
 from safetensors.torch import save
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from ...models.vqgan import VQGAN
 from ..config import check_tables, read_config
 from ..run import STAGES
 from ..stages import networks
+from .caption_tokens import CUT, CaptionTokenizer
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
@@ -48,7 +50,7 @@ Read = tuple[list[int], ReadResult]  # indices of its readable images, and the r
 ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CACHEABLE
     "latents": (VQGAN, networks.encode_latents),
     "features": (ImageEncoder, networks.encode_features),
-    "text": (TextEncoder, networks.encode_text),
+    "text": (TextEncoder, networks.encode_text),  # of tokens
 }
 
 
@@ -94,10 +96,13 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     manifest = CacheManifest(
         networks={name: networks.weights_fingerprint(config, name) for name in options.what},
         **{name: getattr(options, name) for name in ("dtype", "pictures", "shard")},
+        long_captions=data.long_captions,
         data=loader.fingerprint(),
         count=sum(map(len, loader.order.members)),
     )
-    writer = _CacheWriter(folder, options, manifest, loader, encoders, ErrorBudget("images", data.bad_share))
+    tokenizer = CaptionTokenizer(data.long_captions == CUT)
+    budget = ErrorBudget("images", data.bad_share)
+    writer = _CacheWriter(folder, options, manifest, loader, encoders, tokenizer, budget)
     if accelerator.is_main_process:
         writer.prepare()
     accelerator.wait_for_everyone()
@@ -126,7 +131,8 @@ class _CacheWriter:
     options: CacheConfig
     manifest: CacheManifest
     loader: IndexedLoader
-    encoders: dict[str, Any]  # functions of images [B, 3, H, W] in [0, 1], or for "text" of captions
+    encoders: dict[str, Any]  # functions of images [B, 3, H, W] in [0, 1], or for "text" of tokens
+    tokenizer: CaptionTokenizer
     budget: ErrorBudget
 
     def prepare(self) -> None:
@@ -140,7 +146,7 @@ class _CacheWriter:
         elif any(self.folder.glob("*.tar")):
             raise ValueError(f"{self.folder} contains shards that are no cache: change [cache] output")
         if "text" in self.encoders:
-            content = save({"text": self.encoders["text"]([""])[0].to(DTYPES[self.options.dtype])})
+            content = save({"text": self.encoders["text"](self.tokenizer([""]))[0].to(DTYPES[self.options.dtype])})
             replace_file(self.folder / EMPTY_TEXT, lambda draft: draft.write_bytes(content))
         text = json.dumps(asdict(self.manifest), indent=1) + "\n"
         replace_file(self.folder / MANIFEST, lambda draft: draft.write_text(text, encoding="utf-8"))
@@ -166,6 +172,8 @@ class _CacheWriter:
             "%d images cached in %s, %d bad ones skipped, %d there already",
             self.budget.read - self.budget.failed, self.folder, self.budget.failed, total - to_do,
         )  # fmt: skip
+        if self.tokenizer.long:
+            log.info("%s", self.tokenizer.note())
 
     def _chunks(self) -> Iterator[list[Chunk]]:
         """Yields the forward passes of each shard."""
@@ -188,10 +196,11 @@ class _CacheWriter:
 
     def _add_examples(self, tar: tarfile.TarFile, indices: list[int], batch: Batch) -> None:
         """Computes the tensors of a batch and adds its examples, named by their image indices, to a shard."""
-        images, dtype, tensors = batch.images.float() / 255, self.options.dtype, {}
+        images, dtype, tensors = batch.images.float() / 255, self.options.dtype, dict[str, list[Tensor]]()
+        tokens = self.tokenizer(batch.captions) if "text" in self.encoders else []
         for name, encode in self.encoders.items():
-            tensors[name] = encode(batch.captions if name == "text" else images).to(DTYPES[dtype])
-            if not tensors[name].isfinite().all():
+            tensors[name] = [x.to(DTYPES[dtype]) for x in encode(tokens if name == "text" else images)]
+            if not all(x.isfinite().all() for x in tensors[name]):
                 raise ValueError(f"{name} are not finite in {dtype}: choose another [cache] dtype")
         for i, (index, picture) in enumerate(zip(indices, to_pictures(images), strict=True)):
             own = {name: x[i] for name, x in tensors.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rng import StepRandom
+from .caption_tokens import CaptionTokenizer, Tokens, pad_states
 
 CHUNK = 32  # images in one forward pass of a frozen network
 
@@ -32,6 +33,7 @@ class ImageDataset(ABC):
     square: bool  # True if all images are squares of that side
     position = 0  # to resume from after the last batch
     fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
+    tokenizer = CaptionTokenizer()
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
@@ -65,9 +67,14 @@ class ImageDataset(ABC):
         If a cache contains `name`, the result of `compute` is read from it instead.
         """
 
-    def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Any, StepRandom, float], Tensor]:
-        """Returns a function that maps a batch, rng and drop to `compute(captions)`, or to its cached result."""
-        return lambda batch, rng, drop: compute(self.captions(batch, rng, drop))
+    def map_captions(
+        self, compute: Callable[[list[Tokens]], list[Tensor]]
+    ) -> Callable[[Any, StepRandom, float], tuple[Tensor, Tensor | None]]:
+        """Returns a function that maps a batch, rng and drop to the states of its captions, padded by `pad_states`.
+
+        `compute` returns the states [77 n, c] of tokens. If a cache contains them, they are read from it instead.
+        """
+        return lambda batch, rng, drop: pad_states(compute(self.tokenizer(self.captions(batch, rng, drop))))
 
     @abstractmethod
     def preview_images(self) -> InMemoryDataset | None:

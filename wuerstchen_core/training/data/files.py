@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.dataclass_config import from_table
 from ..rng import StepRandom
 from ..stages.networks import weights_fingerprint
+from .caption_tokens import CUT, CaptionTokenizer, Tokens, pad_states
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .filters import ImageDataConfig
@@ -39,6 +40,7 @@ class FileDataset(ImageDataset):
         self.side = min(min(size) for size in self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
+        self.tokenizer = CaptionTokenizer(self.config.long_captions == CUT)
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
         self._computed: set[str] = set()  # names of those that are computed from images
 
@@ -96,15 +98,23 @@ class FileDataset(ImageDataset):
         self._cached.add(name)
         return lambda batch: derive(batch.cached[name].float())
 
-    def map_captions(self, compute: Callable[[list[str]], Tensor]) -> Callable[[Batch, StepRandom, float], Tensor]:
+    def map_captions(
+        self, compute: Callable[[list[Tokens]], list[Tensor]]
+    ) -> Callable[[Batch, StepRandom, float], tuple[Tensor, Tensor | None]]:
         if self.cache is None or self.must_compute("text"):
             return super().map_captions(compute)
         self._cached.add("text")
         empty_text = read_empty_text(self.cache.folder)
+        if not self.tokenizer.cut and self.cache.manifest.long_captions == CUT:
+            log.info("captions in %s are cut after 75 tokens: make a new cache to read longer ones", self.cache.folder)
 
-        def cached(batch: Batch, rng: StepRandom, drop: float) -> Tensor:
-            dropped = rng.uniform() < drop
-            return torch.where(dropped[:, None, None], empty_text, batch.cached["text"].float())
+        def cached(batch: Batch, rng: StepRandom, drop: float) -> tuple[Tensor, Tensor | None]:
+            dropped, masks = rng.uniform() < drop, batch.cached.get("text_mask")
+            rows = [
+                empty_text if empty else states[: len(empty_text) if self.tokenizer.cut else None]
+                for states, empty in zip(_unpad(batch.cached["text"].float(), masks), dropped.tolist(), strict=True)
+            ]
+            return pad_states(rows)
 
         return cached
 
@@ -119,6 +129,12 @@ class FileDataset(ImageDataset):
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
         images, texts, _ = zip(*islice(filter(None, examples), PREVIEWS), strict=True)
         return InMemoryDataset(torch.stack(images), list(texts))
+
+
+def _unpad(states: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Returns the sequences that `pad_states` padded."""
+    lengths = [states.shape[1]] * len(states) if mask is None else mask.sum(1).tolist()
+    return [x[:length] for x, length in zip(states, lengths, strict=True)]
 
 
 def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: str = "") -> ImageDataset:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes, nearest_buckets
+from .caption_tokens import CUT, WHOLE
 
 AtLeastOne = Annotated[float, Range(least=1)]
 Side = Annotated[int | None, Range(least=1)]
@@ -37,6 +38,7 @@ class ImageDataConfig:
     buckets: tuple[Size, ...] = ()  # instead of the three keys above
     enlarge: AtLeastOne = 1.0  # largest upscaling factor; smaller images are rejected
     crop: Annotated[str, OneOf(("centre", "random"))] = "centre"  # random in the original
+    long_captions: Annotated[str, OneOf((WHOLE, CUT))] = WHOLE  # what is done with captions of more than 75 tokens
     workers: CountOrZero = 4  # reading processes; 0: the training process reads
     bad_share: Fraction = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
     allow_pipe: bool = False  # allow `pipe:` sources to run their command

@@ -39,14 +39,13 @@ class Sidecars(NamedTuple):
 
     def read_table(self, name: str) -> Mapping[str, Any]:
         """Returns the first row, else the JSON table, of the image called `name`."""
-        return self.rows[0] if self.rows else read_table(self.table and read_bytes(self.table), name)
+        return self.rows[0] if self.rows else read_table(_read(self.table), name)
 
     def captions(self, name: str) -> list[str]:
         """Returns the captions in the rows, else in the text file, else in the JSON table."""
         if captions := [text for row in self.rows if has_caption(row) for text in read_captions(None, row, name)]:
             return list(dict.fromkeys(captions))
-        table = read_table(self.table and read_bytes(self.table), name)
-        return read_captions(self.text and read_bytes(self.text), table, name)
+        return read_captions(_read(self.text), read_table(_read(self.table), name), name)
 
 
 class FolderSource(ImageSource):
@@ -113,7 +112,8 @@ class FolderSource(ImageSource):
     ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path]]:
         """Returns the rows of the tables by image, and the masks and conditioning images that they name."""
         rows: dict[Path, list[Mapping[str, Any]]] = {}
-        companions, places = set(), ImagePlaces(images)
+        companions: set[Path | None] = set()
+        places = ImagePlaces(images)
         for table in files:
             for where, row in read_rows(table, names[table]) if table.name.lower() in METADATA else ():
                 try:
@@ -123,10 +123,14 @@ class FolderSource(ImageSource):
                     if (image := places.find(table.parent, name)) is None:
                         raise ValueError(f"{where} names {name}, which does not exist: correct the file_name")
                     rows.setdefault(image, []).append(row)
-                    companions |= {places.find(table.parent, name) for name in companion_names(row)} & set(names)
+                    companions |= {places.find(table.parent, name) for name in companion_names(row)}
                 except ValueError as error:
                     self.bad[where] = str(error)
-        return rows, companions - rows.keys()
+        return rows, {path for path in companions if path and path in names and path not in rows}
+
+
+def _read(path: Path | None) -> bytes | None:
+    return None if path is None else read_bytes(path)
 
 
 def find_files(root: Path, left_out: LeftOut) -> list[Path]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...common.dataclass_config import from_table
 from .buckets import Size
+from .caption_tokens import CUT
 from .left_out import LeftOut
 from .shards import NONE, SHARD_FIELDS, Members, Record, ShardSource
 from .sidecars import parse_json_table, read_table
@@ -47,6 +48,7 @@ class CacheManifest:
     data: str  # fingerprint of the dataset that was cached
     count: int  # images, unreadable ones included
     shard: int  # images in a shard
+    long_captions: str = CUT  # or WHOLE; caches of earlier versions are cut
 
     @property
     def shards(self) -> int:

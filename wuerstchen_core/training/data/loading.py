@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.text import listed
+from .caption_tokens import pad_states
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
@@ -138,5 +139,9 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:
     """Returns the batch of some examples; `following` is its `next`."""
     images, captions, tensors = zip(*examples, strict=True)
-    cached = {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}
+    cached = {}
+    for name in tensors[0]:
+        cached[name], mask = pad_states([one[name] for one in tensors])  # texts may differ in length
+        if mask is not None:
+            cached[f"{name}_mask"] = mask
     return Batch(torch.stack(images), list(captions), following, cached)

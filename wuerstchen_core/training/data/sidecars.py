@@ -21,7 +21,7 @@ def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> li
     """
     if text is None:
         values = {key.lower(): value for key, value in table.items() if value is not None}
-        found = next((values[key] for key in CAPTION_KEYS if key in values), [])
+        found: Any = next((values[key] for key in CAPTION_KEYS if key in values), [])
         texts = found if isinstance(found, list) else [found]
         if wrong := next((one for one in texts if not isinstance(one, str)), None):
             raise ValueError(f"the caption of {name} must be text, got {type(wrong).__name__}")

@@ -78,7 +78,7 @@ def open_stream(stream: Readable) -> ForwardFile:
     file = ForwardFile(stream)
     magic = file.read(2)
     file.seek(0)
-    return ForwardFile(OPEN[magic](file)) if magic in OPEN else file  # type: ignore[arg-type]
+    return ForwardFile(OPEN[magic](file)) if magic in OPEN else file  # type: ignore[operator]
 
 
 def read_members(file: BinaryIO | ForwardFile) -> Iterator[tuple[int, tarfile.TarInfo]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
@@ -14,6 +15,7 @@ from ...inference.settings import SamplingSettings
 from ...models.decoder import Decoder
 from ...models.prior import PriorParams
 from ...models.vqgan import VQGAN
+from ..data.caption_tokens import Tokens
 from ..rng import StepRandom
 from ..stage import N
 from .diffusion import DiffusionStage
@@ -40,12 +42,12 @@ class StageB(DiffusionStage[N]):
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         return (corrupt_features(self.noise, self.features(picked), rng, self.units),)
 
-    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor:
+    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Returns the images after 42.67x compression."""
         networks: dict[str, Any] = {self.part: net}
         device = next(net.parameters()).device
         encoder, vqgan = self.encoder.to(device), self.vqgan.to(device)
-        text = encode_text(self.text_encoder.to(device), prompts)
+        text = torch.stack(encode_text(self.text_encoder.to(device), tokens))
         pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
         return vqgan.decode(pipeline.sample_decoder(encode_features(encoder, images), text, sampling))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...checkpoints.components import text_width, tower_name
@@ -14,6 +15,7 @@ from ...diffusion.schedule import diffuse
 from ...inference.settings import SamplingSettings
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
+from ..data.caption_tokens import Tokens
 from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
@@ -62,9 +64,9 @@ class DiffusionStage(Stage[N]):
     def text_encoder(self) -> TextEncoder:
         return load_frozen(self.config, "text", TextEncoder, self.text_part)
 
-    def text_inputs(self) -> Callable[[Any, StepRandom, float], Tensor]:
-        """Returns a function that maps a batch, rng and `text_drop` to text states [B, 77, c]."""
-        return self.dataset.map_captions(lambda prompts: encode_text(self.text_encoder, prompts))
+    def text_inputs(self) -> Callable[[Any, StepRandom, float], tuple[Tensor, Tensor | None]]:
+        """Returns a function that maps a batch, rng and `text_drop` to text states [B, 77 n, c] and their mask."""
+        return self.dataset.map_captions(lambda tokens: encode_text(self.text_encoder, tokens))
 
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         """Returns the network's arguments between the times and the text."""
@@ -77,15 +79,15 @@ class DiffusionStage(Stage[N]):
         return diffuse(latents, t, noise), noise
 
     @abstractmethod
-    def reconstruct(self, net: N, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
-        """Returns samples [B, 3, H, W] for images and their captions; None if a network is missing."""
+    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor | None:
+        """Returns samples [B, 3, H, W] for images and captions of equally many chunks; None if a network is missing."""
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         picked = self.dataset.sample_batch(rng)
-        text = self.text(picked, rng, self.noise.text_drop)
+        text, mask = self.text(picked, rng, self.noise.text_drop)
         conditioning = self.conditioning(picked, rng)
         t = draw_times(self.noise, step, rng)
-        return *self.noised(picked, t, rng), t, *conditioning, text
+        return *self.noised(picked, t, rng), t, *conditioning, text, mask
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         assert isinstance(self.noise, NoiseConfig)
@@ -99,5 +101,12 @@ class DiffusionStage(Stage[N]):
         sampling = SamplingSettings(
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
         )
-        results = self.reconstruct(net, images, prompts, sampling)
-        return None if results is None else [images, results]
+        tokens, samples = self.dataset.tokenizer(prompts), torch.empty_like(images)
+        chunks = torch.tensor([len(ids) for ids, _ in tokens])
+        for count in chunks.unique():
+            indices = (chunks == count).nonzero().flatten()
+            results = self.reconstruct(net, images[indices], [tokens[i] for i in indices.tolist()], sampling)
+            if results is None:
+                return None
+            samples[indices] = results.to(samples)
+        return [images, samples]

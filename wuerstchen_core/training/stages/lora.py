@@ -17,7 +17,8 @@ from ...checkpoints.lora_files import NETWORK_PREFIX
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, NotNegative, Range, from_table
 from ...models.prior import Prior
-from ...models.text_encoder import TextEncoder, tokenize
+from ...models.text_encoder import TextEncoder
+from ..data.caption_tokens import pad_states
 from ..rng import StepRandom
 from .networks import input_source, load_frozen
 from .prior import TEXT_ENCODER, PriorStage
@@ -108,15 +109,16 @@ class SeparateAttention(nn.Module):
 
 
 def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:
-    """Makes a text encoder a submodule of a prior, which then also accepts tokens [2, B, L] (ids and mask) as text."""
+    """Makes a text encoder a submodule of a prior, which then also accepts tokens [2, B, n, 77] (ids, mask) as text."""
     for block in text_encoder.transformer.resblocks:
         block.attn = SeparateAttention(block.attn)
 
     def encode_tokens(prior: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        latents, t, text = inputs
+        latents, t, text, *mask = inputs
         if isinstance(text, Tensor) and not text.is_floating_point():
-            text = prior.get_submodule(TEXT_ENCODER)(*text)
-        return latents, t, text
+            states = prior.get_submodule(TEXT_ENCODER)(*text.flatten(1, 2))
+            text = states.unflatten(0, text.shape[1:3]).flatten(1, 2)
+        return latents, t, text, *mask
 
     prior.add_module(TEXT_ENCODER, text_encoder)
     prior.register_forward_pre_hook(encode_tokens)
@@ -158,10 +160,18 @@ class LoraStage(PriorStage):
         attach(prior, self.adapters)
         return prior
 
-    def text_inputs(self) -> Callable[[Any, StepRandom, float], Tensor]:
+    def text_inputs(self) -> Callable[[Any, StepRandom, float], tuple[Tensor, Tensor | None]]:
         if not self.adapters.text_targets:
             return super().text_inputs()
-        return lambda picked, rng, drop: torch.stack(tokenize(self.dataset.captions(picked, rng, drop)))
+
+        def tokens(picked: Any, rng: StepRandom, drop: float) -> tuple[Tensor, Tensor | None]:
+            """Returns tokens [2, B, n, 77], and the mask [B, 77 n] of their states."""
+            rows = [torch.stack(x, dim=1) for x in self.dataset.tokenizer(self.dataset.captions(picked, rng, drop))]
+            padded, mask = pad_states(rows)  # [B, n, 2, 77], [B, n]
+            length = padded.shape[-1]
+            return padded.permute(2, 0, 1, 3), None if mask is None else mask.repeat_interleave(length, dim=1)
+
+        return tokens
 
     def save(self, path: Path, net: Prior, metadata: Mapping[str, Any]) -> None:
         write_lora(path, net, self.adapters, metadata)

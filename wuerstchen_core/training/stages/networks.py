@@ -18,9 +18,10 @@ from ...checkpoints.source import merge_licences
 from ...common.dataclass_config import from_table
 from ...inference.stages import first_weight
 from ...models.image_encoder import ImageEncoder, semantic_view
-from ...models.text_encoder import TextEncoder, tokenize
+from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS
+from ..data.caption_tokens import Tokens
 from ..stage import N
 
 # What can be cached, and the stage whose network computes it.
@@ -109,6 +110,8 @@ def encode_tokens(vqgan: VQGAN, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_text(text_encoder: TextEncoder, prompts: list[str]) -> Tensor:
-    """Returns text states [B, 77, c], on the CPU."""
-    return text_encoder(*(x.to(first_weight(text_encoder).device) for x in tokenize(prompts))).cpu()
+def encode_text(text_encoder: TextEncoder, tokens: Sequence[Tokens]) -> list[Tensor]:
+    """Returns the text states [77 n, c] of tokens with n chunks, on the CPU."""
+    ids, mask = (torch.cat(part).to(first_weight(text_encoder).device) for part in zip(*tokens, strict=True))
+    chunks = text_encoder(ids, mask).cpu().split([len(one) for one, _ in tokens])
+    return [states.flatten(0, 1) for states in chunks]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...checkpoints.components import text_width
@@ -19,6 +20,7 @@ from ...models.prior import Prior, latents_from_features
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS
+from ..data.caption_tokens import Tokens
 from .diffusion import DiffusionStage
 from .losses import NoiseConfig
 from .networks import encode_features, encode_text, input_source, load_frozen, load_or_create, source_exists
@@ -45,7 +47,9 @@ class PriorStage(DiffusionStage[Prior]):
         """Returns the network to train."""
         return load_or_create(config, "prior", Prior)
 
-    def reconstruct(self, net: Prior, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor | None:
+    def reconstruct(
+        self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
+    ) -> Tensor | None:
         """Generates images from the captions; None if Stage A, Stage B or its text encoder is missing."""
         stage, part = DECODERS[release_of_model([net.params])], "decoder_text_encoder"
         source = input_source(self.config, stage)
@@ -66,6 +70,6 @@ class PriorStage(DiffusionStage[Prior]):
             network.to(device)
         networks: dict[str, Any] = {INPUTS[stage]: decoder}
         pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=text_encoder, **networks)
-        prior_latents = pipeline.sample_prior(encode_text(text_encoder, prompts), sampling)
-        text = encode_text(decoder_text_encoder, prompts)
+        prior_latents = pipeline.sample_prior(torch.stack(encode_text(text_encoder, tokens)), sampling)
+        text = torch.stack(encode_text(decoder_text_encoder, tokens))
         return vqgan.decode(pipeline.sample_decoder(prior_latents, text, sampling))

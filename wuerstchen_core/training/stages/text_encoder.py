@@ -15,7 +15,8 @@ from ...common.dataclass_config import from_table
 from ...common.geometry import prior_side
 from ...models.image_encoder import ImageEncoder
 from ...models.prior import latents_from_features
-from ...models.text_encoder import TextEncoder, tokenize
+from ...models.text_encoder import TextEncoder
+from ..data.caption_tokens import CaptionTokenizer
 from ..data.dataset import ImageDataset, InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
@@ -66,6 +67,7 @@ class TextStage(Stage[Contrast]):
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
         self.config, self.dataset = config, open_dataset(config)
+        self.tokenizer = CaptionTokenizer(cut=True)  # one vector describes a caption
         self.frozen = [self.encoder] if self.dataset.must_compute("features") else []
         self.features = self._features(self.dataset)
         if not self.dataset.square:
@@ -86,7 +88,13 @@ class TextStage(Stage[Contrast]):
         picked = self.dataset.sample_batch(rng)
         features = self.features(picked)
         features += 0.3 * rng.normal(*features.shape[1:])
-        return (*tokenize(self.dataset.captions(picked, rng)), features)
+        return (*self._tokens(self.tokenizer, self.dataset.captions(picked, rng)), features)
+
+    @staticmethod
+    def _tokens(tokenizer: CaptionTokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Returns ids and mask [B, 77]."""
+        ids, mask = zip(*tokenizer(captions), strict=True)
+        return torch.cat(ids), torch.cat(mask)
 
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
@@ -94,7 +102,8 @@ class TextStage(Stage[Contrast]):
     def samples(self, net: Contrast, validation: InMemoryDataset) -> list[Tensor]:
         """Returns images, and for each the one that its caption matches best."""
         device, picked = net.scale.device, validation.evenly_spaced(12)
-        ids, mask = (x.to(device) for x in tokenize(validation.captions(picked, StepRandom(0, 0, len(picked)))))
+        captions = validation.captions(picked, StepRandom(0, 0, len(picked)))
+        ids, mask = (x.to(device) for x in self._tokens(CaptionTokenizer(cut=True), captions))
         self.encoder.to(device)
         features = self._features(validation)(slice(None)).to(device)
         matches = (net.embed_text(ids, mask) @ net.embed_images(features).T).argmax(1).cpu()

@@ -16,6 +16,7 @@ from ...diffusion.token_sampler import renoise
 from ...inference.settings import SamplingSettings
 from ...models.prior import V1, PriorParams
 from ...models.token_decoder import TokenDecoder
+from ..data.caption_tokens import Tokens
 from ..rng import StepRandom
 from .decoder import StageB
 from .losses import TokenNoiseConfig, token_loss
@@ -78,8 +79,10 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         return noised, tokens, replaced, indices
 
     def loss(self, net: TokenDecoder, *batch: Any) -> Tensor:
-        noised, tokens, replaced, indices, t, features, text = batch
-        return token_loss(self.noise, net(noised, t, features, text, indices), tokens, replaced, t)
+        noised, tokens, replaced, indices, t, features, text, mask = batch
+        return token_loss(self.noise, net(noised, t, features, text, indices, mask), tokens, replaced, t)
 
-    def reconstruct(self, net: TokenDecoder, images: Tensor, prompts: list[str], sampling: SamplingSettings) -> Tensor:
-        return super().reconstruct(net, images, prompts, sampling.updated(decoder_steps=8))
+    def reconstruct(
+        self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
+    ) -> Tensor:
+        return super().reconstruct(net, images, tokens, sampling.updated(decoder_steps=8))
