@@ -16,6 +16,7 @@ from ...wuerstchen_core.checkpoints.adapters import Fit, comfyui_dora_scale, fit
 from ...wuerstchen_core.checkpoints.lora_files import NETWORK_PREFIX, Lora, ignored, read_lora, to_comfyui
 from ...wuerstchen_core.checkpoints.weight_files import read_file_metadata, read_weight_file
 from ...wuerstchen_core.checkpoints.writer import write_tensors
+from ...wuerstchen_core.common.text import listed
 from .models import PriorModel, StageModel
 from .notices import notify
 
@@ -111,6 +112,11 @@ def _notify_ignored(name: str, lora: Lora, network: Fit, text: Fit, without_clip
     unused = ignored(lora, (network, text))
     if without_clip and lora.text:
         unused.append(f"{len(keys_of(lora.text))} keys of the text encoder (no CLIP is connected)")
+    if lora.embeddings:
+        unused.append(
+            f"{len(lora.embeddings)} bundled embeddings ({listed(list(lora.embeddings))}; copy the file to "
+            "models/embeddings, and write embedding:FILE in a prompt)"
+        )
     if unused:
         notify(f"{name}: ignored {'; '.join(unused)}")
     if lora.note:

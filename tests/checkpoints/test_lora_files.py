@@ -191,7 +191,7 @@ def test_keys_of_no_adapter_are_listed() -> None:
     }
     state[first.replace("prior.", "unet.")] = torch.ones(1)  # the same tensor in another naming
     lora = lora_from_state(state)
-    assert lora.embeddings == ("bundle_emb.<cat>.clip_g",)
+    assert list(lora.embeddings) == ["bundle_emb.<cat>.clip_g"]
     assert set(lora.unknown) == {"some.weight", "prior.x.alpha", first.replace("prior.", "unet.")}
     assert_near(
         lora.network["blocks.2.attention.to_q"].tensors["lora_down.weight"], NETWORK["blocks.2.attention.to_q"][1], 0

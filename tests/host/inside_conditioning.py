@@ -32,6 +32,21 @@ TEXTS = {
     "narrow": "a embedding:narrow apple",
     "missing": "a embedding:missing apple",
 }
+# Texts with embeddings that the core must encode as ComfyUI does.
+WITH_EMBEDDINGS = {
+    "alone": "embedding:own",
+    "two": "embedding:own, a red embedding:own.safetensors apple, embedding:own,",
+    "weight": "a (embedding:own:1.3) apple",
+    "weights": "a ((red embedding:own) and:0.7) (big) apple",
+    "escaped": r"a \(red\) embedding:own (apple",
+    "line": "a red\nembedding:own apple",
+    "pt": "a embedding:webui apple",
+    "bin": "a embedding:learned_embeds apple",
+    "bundled": "a embedding:lora apple",
+    "at the end": f"{'a ' * 73} embedding:own apple",
+    "many": "a embedding:own " * 30,
+    "long vectors": f"{'a ' * 70} embedding:eleven apple (red:1.2)",
+}
 X = {"prior": (2, 16, 6, 9), "decoder": (2, 4, 48, 64)}  # Stage B: 192 x 256 pixels
 PRIORS = (2, 16, 5, 6)
 T = 0.5
@@ -106,7 +121,7 @@ def texts(clips: dict[str, Any], nodes: Any) -> tuple[dict[str, Tensor], dict[st
     logging.getLogger().addHandler(handler)
     for stage, clip in clips.items():
         encode = nodes.CLIPTextEncode().encode
-        for name, text in TEXTS.items():
+        for name, text in (TEXTS | WITH_EMBEDDINGS).items():
             logged.clear()
             tensors[f"{name}/{stage}"] = encode(clip, text)[0][0][0]
             facts[f"{name}/{stage}"] = " ".join(logged)

@@ -13,11 +13,12 @@ from bundles import TINY
 from conditioning_walk import DIFFERENT, NOTICE, OWN_ERROR, REFUSED
 from errors import check_error
 from helpers.texts import texts
-from inside_conditioning import LONG, PRIORS, STAGES, THIN, A, T
+from inside_conditioning import LONG, PRIORS, STAGES, THIN, WITH_EMBEDDINGS, A, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tools.comfyui.client import Inside, Install, run_inside
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import load_decoder, load_prior, load_text_encoder
 from wuerstchen_core.diffusion.masks import latent_mask
 from wuerstchen_core.diffusion.schedule import alpha_bar
@@ -45,6 +46,13 @@ def inside(install: Install, models: Path, checkpoints: Path, tmp_path_factory: 
     for name, keys in EMBEDDINGS.items():
         tensors = {key: vectors(width) for key, width in keys.items()}
         save_file(tensors, models / "embeddings" / f"{name}.safetensors")
+    both = {"clip_g": vectors(32), "clip_h": vectors(24)}
+    bundled = {f"bundle_emb.<{name}>.{key}": x[:2].clone() for name in "ab" for key, x in both.items()}
+    save_file(bundled, models / "embeddings" / "lora.safetensors")
+    save_file({key: x.repeat(4, 1)[:11] for key, x in both.items()}, models / "embeddings" / "eleven.safetensors")
+    webui = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors(32)}, "name": "webui", "step": 5}
+    torch.save(webui, models / "embeddings" / "webui.pt")
+    torch.save({"<cat>": vectors(32)[0]}, models / "embeddings" / "learned_embeds.bin")
     folder = tmp_path_factory.mktemp("inside")
     (folder / "texts.json").write_text(json.dumps(texts()), encoding="utf-8")
     arguments = checkpoints / TINY, models / "embeddings", folder / "texts.json"
@@ -141,6 +149,14 @@ def test_embeddings_work_in_the_encoder_that_they_fit(
         assert ("mismatch" in logs[f"{name}/{stage}"]) == (name not in fitting)
     assert_close(found[f"missing/{stage}"], without)
     assert "embedding:missing" in logs[f"missing/{stage}"] and "does not exist" in logs[f"missing/{stage}"]
+
+
+@pytest.mark.parametrize("name", WITH_EMBEDDINGS)
+def test_embeddings_are_encoded_as_in_python(inside: Inside, models: Path, checkpoints: Path, name: str) -> None:
+    pipeline = WuerstchenPipeline.load(checkpoints / TINY, device="cpu", dtype="fp32")
+    pipeline.load_embeddings(models / "embeddings")
+    for stage, states in zip(STAGES, pipeline.encode_prompt(WITH_EMBEDDINGS[name]), strict=True):
+        assert_close(inside[0][f"{name}/{stage}"], states)
 
 
 # conditionings

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common.text import listed
 from .adapters import Adapter, Adapters, Fit, is_complete, keys_of, rank_of, tucker
 from .components import State
+from .embeddings import BUNDLED
 from .lora_config import DIFFUSERS_CONFIG, KOHYA_ALPHA, PEFT_CONFIG, Config, set_alphas
 from .lora_folders import ENDINGS, STEMS, find_loras
 from .lora_keys import PEFT_PREFIX, family, parse_key
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 NETWORK_PREFIX = "diffusion_model."  # of a network's keys in ComfyUI's LoRA files
 
-_EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer stores in the same file
 _CLIP = re.compile(r"(?:^|\.)(clip_[gh])\.transformer\.")
 
 
@@ -32,7 +32,7 @@ _CLIP = re.compile(r"(?:^|\.)(clip_[gh])\.transformer\.")
 class Lora:
     """Adapters in a LoRA file: of the network, and of a text tower (transformers' paths below `text_model`).
 
-    `unknown` are keys of unsupported adapters, `embeddings` those of bundled textual inversions. `clip` is ComfyUI's
+    `unknown` are keys of unsupported adapters, `embeddings` bundled textual inversions by key. `clip` is ComfyUI's
     name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note` is
     a sentence about a doubtful strength.
     """
@@ -40,7 +40,7 @@ class Lora:
     network: Adapters = field(default_factory=dict)
     text: Adapters = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
-    embeddings: tuple[str, ...] = ()
+    embeddings: State = field(default_factory=dict)
     clip: str = "clip_g"
     strength: str = ""
     note: str = ""
@@ -76,7 +76,7 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
             lora.network | other.network,
             lora.text | other.text,
             lora.unknown + other.unknown,
-            lora.embeddings + other.embeddings,
+            lora.embeddings | other.embeddings,
             clip,
             lora.strength or other.strength,
             lora.note or other.note,
@@ -118,12 +118,13 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
     header `metadata`; without any, adapters are not scaled. Raises ValueError for a configuration that does not fit.
     """
     targets: dict[str, Adapters] = {"network": {}, "text": {}}
-    unknown, embeddings = [], []
+    unknown: list[str] = []
+    embeddings: State = {}
     for key, x in state.items():
         if ".original_module." in key:  # PEFT's copy of what `modules_to_save` replaces
             continue
-        if key.startswith(_EMBEDDINGS):
-            embeddings.append(key)
+        if key.startswith(BUNDLED):
+            embeddings[key] = x
             continue
         target, path, tensor = parse_key(key)
         adapter = targets.get(target, {}).setdefault(path, Adapter())
@@ -143,7 +144,7 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
                 bias.tensors["set_weight"] = bias.tensors["set_weight"] + adapter.tensors.pop("diff_b")
     clip = next((found[1] for key in keys_of(targets["text"]) if (found := _CLIP.search(key))), "clip_g")
     note = "its tensors have no alpha, so that of the header is used" if KOHYA_ALPHA in strength else ""
-    return Lora(targets["network"], targets["text"], tuple(unknown), tuple(embeddings), clip, strength, note)
+    return Lora(targets["network"], targets["text"], tuple(unknown), embeddings, clip, strength, note)
 
 
 def _normalise(tensors: dict[str, Tensor]) -> None:
@@ -183,7 +184,7 @@ def convert_lora(path: Path, target: Path) -> None:
     lora = read_lora(path)
     metadata = read_file_metadata(find_loras(path)[0] if path.is_dir() else path)
     metadata.pop(DIFFUSERS_CONFIG, None)
-    write_tensors(target, to_comfyui(lora.network, lora.text, lora.clip), metadata)
+    write_tensors(target, to_comfyui(lora.network, lora.text, lora.clip) | lora.embeddings, metadata)
     log_ignored(path.name, lora, ())
 
 
@@ -198,7 +199,6 @@ def ignored(lora: Lora, fits: Iterable[Fit]) -> list[str]:
             [key for found in fits for key in keys_of(found.misshaped)],
             next((f"; {found.example}" for found in fits if found.example), ""),
         ),
-        ("bundled embeddings", lora.embeddings, "; not part of a LoRA"),
     ]
     return [f"{len(keys)} {title} ({listed(keys)}{note})" for title, keys, note in groups if keys]
 

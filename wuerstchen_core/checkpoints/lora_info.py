@@ -13,6 +13,7 @@ from typing import TypeVar
 from ..common.text import listed
 from .adapters import Adapter, Adapters, rank_of
 from .components import COMPONENTS, Loader
+from .embeddings import bundled_embeddings
 from .lora_files import ignored, read_lora
 from .lora_folders import find_loras
 from .weight_files import read_file_metadata
@@ -52,6 +53,7 @@ class LoraInfo:
     strength: str
     targets: dict[str, int]
     family: str
+    embeddings: tuple[str, ...]  # names of bundled textual inversions
     ignored: tuple[str, ...]
     title: str
     trigger_words: str
@@ -69,6 +71,10 @@ class LoraInfo:
         if not self.targets:
             out.append(f"  it seems to be for {self.family}, not for Würstchen")
         out += [f"  trigger words: {self.trigger_words}"] if self.trigger_words else []
+        out += [
+            f"  bundled embedding: embedding:{name} in a prompt of Python or the command line"
+            for name in self.embeddings
+        ]
         out += [f"  not applied: {text}" for text in self.ignored]
         out += [f"  in ComfyUI: models/{self.folder}, {self.node}"] if self.targets else []
         return out
@@ -88,6 +94,7 @@ def describe_lora(source: str | os.PathLike[str]) -> LoraInfo:
         strength=lora.strength,
         targets=_targets(lora.network) | ({f"text encoder ({lora.clip})": len(lora.text)} if lora.text else {}),
         family=lora.family(),
+        embeddings=tuple(bundled_embeddings(lora.embeddings)),
         ignored=(*ignored(lora, ()), *([lora.note] if lora.note else [])),
         title=metadata.get("modelspec.title") or metadata.get("ss_output_name", ""),
         trigger_words=trigger_words(metadata),

@@ -48,8 +48,10 @@ class LoraStack:
         """The strength of each LoRA, by name."""
         return {name: lora.strength for name, lora in self._loras.items()}
 
-    def add(self, networks: Networks, source: AnyPath, strength: float = 1.0, name: str | None = None) -> str:
-        """Merges a LoRA into the stage that it fits and its text tower, and returns its name (default: the file's).
+    def add(
+        self, networks: Networks, source: AnyPath, strength: float = 1.0, name: str | None = None
+    ) -> tuple[str, Lora]:
+        """Merges a LoRA into the stage that it fits and its text tower; returns its name (default: the file's) and it.
 
         Logs one line about the keys that are not applied. Raises ValueError, without changing anything, if the file
         cannot be read or fits neither, or the name is in use.
@@ -64,7 +66,7 @@ class LoraStack:
         name = name or self._free_name(Path(source).stem)
         self._loras[name] = _Merged(strength, {part: found.fitting for part, found in fits.items()})
         self._merge(networks, fits)
-        return name
+        return name, lora
 
     def set_strength(self, networks: Networks, name: str, strength: float) -> None:
         """Changes a LoRA's strength. Raises ValueError if it is no number, or no LoRA has this name."""

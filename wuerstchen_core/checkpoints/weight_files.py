@@ -78,7 +78,7 @@ def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":
-        return WeightFile(_states(path, _read_torch(path)), {})
+        return WeightFile(_states(path, read_torch(path)), {})
     raise ValueError(
         f"{path} is not a safetensors or PyTorch file: it may be an incomplete download; download it again"
     )
@@ -112,7 +112,8 @@ def _header(file: Any, key: str) -> Tensor:
     return torch.empty(tensor.get_shape(), dtype=DTYPES.get(tensor.get_dtype(), torch.uint8), device="meta")
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
+    """Returns the content of a PyTorch file, memory-mapped where possible. Raises ValueError as `read_weight_file`."""
     # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
     misnamed = path.name.endswith(".safetensors")
     mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped

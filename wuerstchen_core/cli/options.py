@@ -67,6 +67,8 @@ def add_options(
         option("--negative", default="", metavar="PROMPT", help="what the image should not show")
         text = "apply a LoRA to the stage that it fits, with a strength (default: 1); repeatable"
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
+        text = "file or folder of textual inversions, for embedding:NAME in prompts; repeatable"
+        option("--embedding", type=Path, action="append", default=[], metavar="FILE", help=text)
     option("--json", action="store_true", help="print paths, seeds and seconds as JSON")
 
     option = parser.add_argument_group("components", "Files or folders whose parts replace the model's.").add_argument
@@ -148,6 +150,9 @@ def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict
         models["parts"] = {
             name: {"file": Path(file).name, "weights": fingerprint(file)} for name, file in parts.items()
         }
+    if files := getattr(options, "embedding", []):
+        pipeline.load_embeddings(files)
+        models["embeddings"] = [{"file": file.name, "weights": fingerprint(file)} for file in files]
     if loras:
         models["loras"] = [
             {"file": Path(file).name, "weights": fingerprint(file), "strength": strength}

@@ -46,6 +46,7 @@ def add(commands: Any) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     """Prints a description of a weight file, or with --words its word list. ValueError if a part is damaged."""
+    from ..checkpoints.embeddings import describe_embedding, is_embedding
     from ..checkpoints.inspect import describe
     from ..checkpoints.lora_folders import is_lora
     from ..checkpoints.lora_info import describe_lora
@@ -57,9 +58,9 @@ def _inspect(options: argparse.Namespace) -> None:
         lines = [_paragraph(group, words) for group, words in groups.items()]
         lines = lines or [f"{options.file} has no word list: prompts may use any words"]
         table: dict[str, Any] = groups
-    elif is_lora(path := source_path(options.file)):
-        lora = describe_lora(path)
-        lines, table = lora.lines(), asdict(lora)
+    elif is_embedding(path := source_path(options.file)) or is_lora(path):
+        other = describe_embedding(path) if is_embedding(path) else describe_lora(path)
+        lines, table = other.lines(), asdict(other)
     else:
         description = describe(options.file)
         lines, table, problems = description.lines(), asdict(description), description.problems

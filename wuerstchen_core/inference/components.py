@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints import PARTS
 from ..checkpoints.components import TEXT_ENCODER, TOWERS
 from ..checkpoints.convert import write_model
+from ..checkpoints.embeddings import Embedding
 from ..checkpoints.lora_merge import LoraStack
 from ..checkpoints.release import release_of_model
 from ..common.devices import DTYPES, pick_device, pick_dtype
@@ -49,6 +50,7 @@ class Components:
     sampling: SamplingSettings = field(init=False)  # the model's defaults
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
     lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
+    embeddings: dict[str, Embedding] = field(default_factory=dict, init=False)  # for embedding:NAME in prompts
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 

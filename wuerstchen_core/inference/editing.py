@@ -253,7 +253,7 @@ def _edit(
 
 def _decoder_states(model: Components, prompt: Prompt = "", count: int = 1) -> Tensor:
     """Returns the text states of a prompt for Stage B, [count, 77 n, c]."""
-    return average_states(model.require("decoder_text_encoder"), prompt).expand(count, -1, -1)
+    return average_states(model, "decoder", prompt).expand(count, -1, -1)
 
 
 def _between(model: Components, a: Tensor, b: Tensor, fraction: float) -> Tensor:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ..checkpoints.embeddings import bundled_embeddings
 from ..checkpoints.lora_merge import AnyPath
 from .components import Components
+
+logger = logging.getLogger(__name__)
 
 
 def load_lora(model: Components, source: AnyPath, strength: float = 1.0, *, name: str | None = None) -> str:
     """Merges a LoRA (a file, or a folder of PEFT or diffusers) into the stage that it fits and its text encoder.
 
-    Returns its name for `set_lora_strength` and `unload_lora`: `name`, or else the file's. Several LoRAs add up. Raises
-    ValueError, without changing the model, if the LoRA cannot be read or does not fit, or the name is in use.
+    Returns its name for `set_lora_strength` and `unload_lora`: `name`, or else the file's. Several LoRAs add up, and
+    textual inversions that they bundle are for prompts with `embedding:NAME`. Raises ValueError, without changing the
+    model, if the LoRA cannot be read or does not fit, or the name is in use.
     """
     with _networks(model) as networks:
-        return model.lora_stack.add(networks, source, strength, name)
+        name, lora = model.lora_stack.add(networks, source, strength, name)
+    if bundled := bundled_embeddings(lora.embeddings):
+        model.embeddings |= bundled
+        prompts = ", ".join(f"embedding:{one}" for one in bundled)
+        logger.warning(f"{Path(source).name} bundles embeddings, which prompts use as {prompts}")
+    return name
 
 
 def set_lora_strength(model: Components, name: str, strength: float) -> None:

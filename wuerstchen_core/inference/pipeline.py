@@ -16,11 +16,12 @@ from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..common.numbers import to_int
 from ..diffusion.samplers import Seed
-from . import editing, loras, prompts, stages
+from . import editing, embeddings, loras, prompts, stages
 from .arguments import check_keywords
 from .compile import can_compile, compile_network
 from .components import Components
 from .editing import EditOptions
+from .embeddings import Embeddings
 from .methods import image_method
 from .prompts import Prompt
 from .settings import Callback, SamplingOptions, notify
@@ -52,6 +53,7 @@ class WuerstchenPipeline(Components):
     sample_prior = stages.sample_prior
     sample_decoder = stages.sample_decoder
     decode = stages.decode
+    load_embeddings = embeddings.load_embeddings
     load_lora = loras.load_lora
     set_lora_strength = loras.set_lora_strength
     unload_lora = loras.unload_lora
@@ -131,6 +133,7 @@ class WuerstchenPipeline(Components):
         height: int | None = None,
         seed: Seed = 0,
         count: int = 1,
+        embeddings: Embeddings | None = None,
         callback: Callback | None = None,
         **settings: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
@@ -138,8 +141,11 @@ class WuerstchenPipeline(Components):
 
         Picture i has seed `seed` + i, or `seed[i]`. A mapping such as {"a cat": 2, "a dog": 1} is one prompt, a mix:
         the weighted average of its texts' states. Texts above 75 tokens (about 50 words) are encoded in pieces of 75,
-        and both stages read all pieces.
+        and both stages read all pieces. `embeddings` (files, a folder, or files by name) are textual inversions for
+        `embedding:NAME` in prompts, as in ComfyUI; see `load_embeddings`.
         """
+        if embeddings is not None:
+            self.load_embeddings(embeddings)
         several = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
         sampling = self.sampling.updated(width=width, height=height, **settings)
         count = to_int("count", count)

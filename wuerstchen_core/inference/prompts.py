@@ -12,8 +12,8 @@ from torch import Tensor
 from ..checkpoints import PARTS_OF
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
-from ..models.text_encoder import TextEncoder
 from .components import Components
+from .embeddings import NAMES, check_embeddings, encode_with_embeddings, has_embedding
 from .settings import check_count
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ def encode_text(model: Components, prompts: Sequence[str]) -> tuple[Tensor, Tens
     n is the number of 75-token pieces of a text. Raises ValueError if it differs between the texts.
     """
     prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
+    if any(map(has_embedding, prompts)):
+        both = [encode_prompt(model, prompt) for prompt in prompts]
+        return torch.cat([states for states, _ in both]), torch.cat([states for _, states in both])
     states: Tensor = prior.encode(prompts)
     return states, states if decoder is prior else decoder.encode(prompts)
 
@@ -39,14 +42,20 @@ def encode_prompt(model: Components, prompt: Prompt) -> tuple[Tensor, Tensor]:
     A mix of prompts has the weighted average of their states. Raises ValueError if their n differs.
     """
     prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
-    states = average_states(prior, prompt)
-    return states, states if decoder is prior else average_states(decoder, prompt)
+    states = average_states(model, "prior", prompt)
+    return states, states if decoder is prior else average_states(model, "decoder", prompt)
 
 
-def average_states(encoder: TextEncoder, prompt: Prompt) -> Tensor:
-    """Returns the average of the states [1, 77 n, c] of a prompt's texts, by their weights."""
-    weights = _weights(prompt)
-    states = [encoder.encode([text]) for text in weights]
+def average_states(model: Components, stage: str, prompt: Prompt) -> Tensor:
+    """Returns the average of the states [1, 77 n, c] of a prompt's texts, by their weights.
+
+    `stage` ("prior" or "decoder") is that whose text encoder is used.
+    """
+    weights, encoder = _weights(prompt), model.require(f"{stage}_text_encoder")
+    states = [
+        encode_with_embeddings(model, stage, text) if has_embedding(text) else encoder.encode([text])
+        for text in weights
+    ]
     if len({x.shape for x in states}) > 1:
         raise ValueError("the prompts of a mix differ in length: use at most 75 tokens (about 50 words) in each")
     total = sum(weights.values())
@@ -65,13 +74,14 @@ def check_request(
     for name in PARTS_OF[model.version]:
         if with_pictures or name != "image_encoder":
             model.require(name)
+    check_embeddings(model, [text for prompt in prompts for text in _weights(prompt)])
     warn_of_unknown_words(model, prompts)
     return seed
 
 
 def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
     """Logs a warning that names the words that the model does not know; each word only the first time."""
-    texts = [text for prompt in prompts for text in _weights(prompt)]
+    texts = [NAMES.sub(" ", text) for prompt in prompts for text in _weights(prompt)]
     if note := unknown_words_note(texts, model.metadata, model.reported_words, model.source):
         logger.warning(note)
 

@@ -56,9 +56,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns states [B, L, width] of token ids [B, L]; the mask [B, L] is False for padding."""
-        length = ids.shape[1]
-        x = self.token_embedding(ids) + self.positional_embedding[:length]
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        return self.encode_vectors(self.token_embedding(ids), mask)
+
+    def encode_vectors(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Returns states [B, L, width] of the vectors [B, L, width] of tokens, or of a textual inversion."""
+        length = x.shape[1]
+        x = x + self.positional_embedding[:length]
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         allowed = mask.bool()[:, None, :] & causal  # [B, L, L]
         blocked = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
         blocked = blocked.repeat_interleave(self.params.heads, dim=0)
