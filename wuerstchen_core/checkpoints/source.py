@@ -157,6 +157,11 @@ def no_part(path: Path, name: str, contents: Sequence[str]) -> ValueError:
     return ValueError(f"{path} has no {name}; it holds {', '.join(contents) or 'nothing known'}")
 
 
+def is_stage_b(setting: str) -> bool:
+    """True if a setting of sampling is one of Stage B."""
+    return setting.startswith(("decoder_", "temperature", "token_mode"))
+
+
 def merge_licences(sources: Iterable[Source]) -> dict[str, str]:
     """Returns {"licence": ...} with the licences of all sources, or {} if there is none."""
     licences = dict.fromkeys(str(source.metadata["licence"]) for source in sources if source.metadata.get("licence"))
@@ -164,11 +169,11 @@ def merge_licences(sources: Iterable[Source]) -> dict[str, str]:
 
 
 def merge_metadata(sources: Iterable[Source]) -> dict[str, Any]:
-    """Returns the metadata of sources that form one model: all parts and licences, otherwise the first value.
+    """Returns the metadata of sources that form one model: all parts and licences, else the prior's or first value.
 
-    Raises ValueError if they are of two releases.
+    The others add the settings of Stage B that the prior's source lacks. Raises ValueError if they are of two releases.
     """
-    sources = [source for source in sources if source.metadata]
+    sources = sorted((source for source in sources if source.metadata), key=lambda one: "prior" not in one.networks)
     releases = {str(source.metadata["version"]): source.path for source in sources if "version" in source.metadata}
     if len(releases) > 1:
         found = " and ".join(f"{path} is from {release}" for release, path in releases.items())
@@ -176,6 +181,10 @@ def merge_metadata(sources: Iterable[Source]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for source in sources:
         parts = {**source.metadata.get("parts", {}), **merged.get("parts", {})}
+        if "sampling" in merged:
+            others = source.metadata.get("sampling", {})
+            own = merged["sampling"]
+            merged["sampling"] = own | {key: x for key, x in others.items() if is_stage_b(key) and key not in own}
         merged = {**source.metadata, **merged, "parts": parts}
     return {**merged, **merge_licences(sources)}
 

@@ -10,8 +10,7 @@ from typing import Any, TypedDict
 from ..checkpoints import PARTS, Part
 from ..checkpoints.components import TEXT_ENCODER, TOWERS
 from ..checkpoints.open import open_source
-from ..checkpoints.source import Source, merge_licences, no_part
-from .settings import TOKEN_SETTINGS
+from ..checkpoints.source import Source, is_stage_b, merge_licences, no_part
 
 AnyPath = str | PathLike[str]
 
@@ -82,7 +81,7 @@ def _metadata(base: Source | None, opened: Mapping[str, Source]) -> dict[str, An
             metadata |= {key: x for key, x in opened[name].metadata.items() if key in ("sampling", "vocabulary")}
     for name in ("decoder", "token_decoder"):
         stored = opened[name].metadata.get("sampling", {}) if name in opened else {}
-        own = {key: x for key, x in stored.items() if key.startswith("decoder_") or key in TOKEN_SETTINGS}
+        own = {key: x for key, x in stored.items() if is_stage_b(key)}
         if own:
             metadata["sampling"] = {**metadata.get("sampling", {}), **own}
     return metadata | (merge_licences([base, *opened.values()]) if opened else {})

@@ -76,7 +76,7 @@ class _Run:
 
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
-        self.metadata = base_metadata(stage.bases)
+        self.metadata = base_metadata(stage.bases, stage.part, stage.sampling())
         AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,

@@ -41,6 +41,10 @@ class Stage(ABC, Generic[N]):
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
         """Returns images [B, 3, H, W] in [0, 1] and the results of `net` (the EMA); None if a network is missing."""
 
+    def sampling(self) -> dict[str, Any]:
+        """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""
+        return {}
+
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         """Writes the weights of `net` (the EMA)."""
         save_bundle(path, {self.part: getattr(net, self.part, net)}, metadata)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ...common.geometry import LARGEST
@@ -38,3 +40,8 @@ def nearest_buckets(records: np.ndarray, buckets: tuple[Size, ...], enlarge: flo
         better = covered & (distance < nearest - 1e-6)
         best[better], nearest[better] = bucket, distance[better]
     return best
+
+
+def most_square(sizes: Iterable[Size]) -> Size:
+    """Returns the size whose sides differ least in ratio; of several, the first."""
+    return min(sizes, key=lambda size: max(size) / min(size))

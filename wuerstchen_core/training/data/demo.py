@@ -18,6 +18,7 @@ from ...demo import vocabulary
 from ...demo.artwork import CANVAS, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
+from .buckets import most_square
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 
 MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
@@ -100,6 +101,7 @@ class MultiShapeDemoDataset(ImageDataset):
     def __init__(self, data: Mapping[str, Any]):
         self.datasets = [DemoDataset(data, shape=shape) for shape in from_table(DemoDataConfig, data, "data").shapes]
         self.side = min(dataset.side for dataset in self.datasets)
+        self.size = most_square(dataset.size for dataset in self.datasets)
 
     def sample_batch(self, rng: StepRandom) -> tuple[int, Tensor]:
         ends = list(accumulate(map(len, self.datasets)))

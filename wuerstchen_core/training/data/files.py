@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.dataclass_config import from_table
 from ..rng import StepRandom
 from ..stages.networks import weights_fingerprint
+from .buckets import most_square
 from .caption_tokens import CUT, CaptionTokenizer, Tokens, pad_states
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
@@ -38,6 +39,7 @@ class FileDataset(ImageDataset):
         fingerprint of this run's network that computes them."""
         self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
+        self.size = most_square(self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
         self.tokenizer = CaptionTokenizer(self.config.long_captions == CUT)

@@ -173,5 +173,8 @@ class LoraStage(PriorStage):
 
         return tokens
 
+    def sampling(self) -> dict[str, Any]:
+        return {}  # those of the prior that it is applied to
+
     def save(self, path: Path, net: Prior, metadata: Mapping[str, Any]) -> None:
         write_lora(path, net, self.adapters, metadata)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import Part, build_part, read_part
-from ...checkpoints.components import component
+from ...checkpoints.components import TEXT_ENCODER, component
 from ...checkpoints.open import SHIPPED, open_source
-from ...checkpoints.source import merge_licences
+from ...checkpoints.source import is_stage_b, merge_licences
 from ...common.dataclass_config import from_table
 from ...inference.stages import first_weight
 from ...models.image_encoder import ImageEncoder, semantic_view
@@ -24,6 +24,7 @@ from ..config import INPUTS
 from ..data.caption_tokens import Tokens
 from ..stage import N
 
+SAMPLED = ("prior", "decoder", "token_decoder")  # parts with settings of sampling
 # What can be cached, and the stage whose network computes it.
 COMPUTED_BY = {"latents": "vqgan", "features": "encoder", "text": "text"}
 
@@ -73,12 +74,25 @@ def load_frozen(config: Mapping[str, Any], stage: str, kind: type[N], part: str 
     return network
 
 
-def base_metadata(sources: Sequence[str | Path]) -> dict[str, Any]:
-    """Returns the metadata of weights trained from sources: the first one's name and all known licences."""
-    if not sources:
-        return {}
-    opened = (open_source(source, headers_only=True) for source in sources)
-    return {"base": Path(sources[0]).name, **merge_licences(opened)}
+def base_metadata(
+    sources: Sequence[str | Path], part: str = "", sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the metadata of a part trained from sources: the first one's name and settings, and all known licences.
+
+    `sampling` are the settings that training determined. A prior keeps its base's settings and vocabulary, a text
+    encoder the vocabulary, a Stage B the settings of Stage B.
+    """
+    opened = [open_source(source, headers_only=True) for source in sources]
+    base = opened[0].metadata if opened else {}
+    kept = {key: x for key, x in base.get("sampling", {}).items() if part == "prior" or is_stage_b(key)}
+    settings = {**(kept if part in SAMPLED else {}), **(sampling or {})}
+    words = base.get("vocabulary") if part in ("prior", TEXT_ENCODER) else None
+    return {
+        **({"base": Path(sources[0]).name} if opened else {}),
+        **merge_licences(opened),
+        **({"sampling": settings} if settings else {}),
+        **({"vocabulary": words} if words else {}),
+    }
 
 
 def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "") -> str:

@@ -14,6 +14,7 @@ from ...checkpoints.components import text_width
 from ...checkpoints.open import open_source
 from ...checkpoints.release import release_of_model
 from ...common.dataclass_config import from_table
+from ...common.geometry import nearest_legal
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
 from ...models.prior import Prior, latents_from_features
@@ -46,6 +47,10 @@ class PriorStage(DiffusionStage[Prior]):
     def build(self, config: Mapping[str, Any]) -> Prior:
         """Returns the network to train."""
         return load_or_create(config, "prior", Prior)
+
+    def sampling(self) -> dict[str, Any]:
+        width, height = map(nearest_legal, self.dataset.size)
+        return {"width": width, "height": height}
 
     def reconstruct(
         self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
