@@ -12,9 +12,10 @@ from typing import Any
 
 from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
-from .components import PARTS, Part, State, check_part_name, kind_of, parts_of
+from .components import PARTS, TOWERS, Part, State, check_part_name, kind_of, parts_of
 from .dequant import with_header_configs
 from .folder_files import component_path, hub_snapshot, no_weights, weights_in
+from .infer_params import CLIP_NAMES
 from .key_maps import LORA, foreign
 from .lazy import lazy_state
 from .release import VERSIONS
@@ -32,6 +33,7 @@ from .weight_files import WeightFile, read_file_metadata, read_json, read_weight
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
 
+WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _PIPELINE_CLASSES = "Wuerstchen"  # how diffusers' class names begin; all of them are v2's
 
 
@@ -106,7 +108,7 @@ def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
     if pipeline and not pipeline.startswith(_PIPELINE_CLASSES):
         raise ForeignFile(root, (f"the parts of a {pipeline}",))
     if not index.is_file():
-        found |= _bundled_parts(root, found)
+        found |= _bundled_parts(root, found) or ({} if found else _loose_parts(root))
     if not found:
         raise no_weights(root)
     if part is not None and part not in found:
@@ -168,6 +170,31 @@ def _bundled_parts(root: Path, found: Mapping[str, Path]) -> dict[str, Path]:
         if duplicate := next((name for name in names if name in parts), None):
             raise ValueError(f"both {parts[duplicate]} and {file} hold a {duplicate}: use one of them")
         parts |= dict.fromkeys(names, file)
+    return parts
+
+
+def _loose_parts(root: Path) -> dict[str, Path]:
+    """Returns the weight files of parts in a folder of files of any names, such as the published ones.
+
+    Text towers are told apart by their width. Raises ValueError if two files hold the same part.
+    """
+    parts: dict[str, Path] = {}
+    for file in sorted(path for path in root.iterdir() if path.suffix.lower() in WEIGHT_ENDINGS and path.is_file()):
+        try:
+            source = _open_file(file, headers_only=True)
+        except ForeignFile:  # another model's, or a LoRA
+            continue
+        names = list(source.networks)
+        if set(TOWERS) <= set(names) and source.networks[TOWERS[0]] is source.networks[TOWERS[1]]:
+            width = source.lazy_part(TOWERS[0]).params.width
+            released = dict(zip(CLIP_NAMES, TOWERS, strict=True))
+            names = [name for name in names if name not in TOWERS or name == released.get(width, name)]
+        if duplicate := next((name for name in names if name in parts), None):
+            raise ValueError(f"both {parts[duplicate]} and {file} hold a {duplicate}: use one of them")
+        parts |= dict.fromkeys(names, file)
+    lone = [name for name in TOWERS if name in parts]
+    if len(lone) == 1 and "token_decoder" in parts:  # v1's stages share one
+        parts |= dict.fromkeys(TOWERS, parts[lone[0]])
     return parts
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..common.text import one_line
-from . import edit, generate, train, weights
+from . import download, edit, generate, train, weights
 from .console import flushed_stdout, prepare_streams
 
-MODULES = (generate, edit, weights, train)  # in the order of --help
+MODULES = (generate, edit, weights, download, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
 INSTALL_HINT = "`pip install wuerstchen` or, in the pack's folder, `pip install -r requirements.txt`"
 PACKAGE = __package__.partition(".")[0]

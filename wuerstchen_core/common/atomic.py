@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 # Looked up by name: no system has all of them.
-_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 
 
@@ -45,7 +45,7 @@ def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
 
 def reason(error: OSError) -> str:
     """Returns the end of an error message: what went wrong and what to do."""
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return "the disk is full: free some space, or choose another disk"
     if error.errno in _NOT_ALLOWED:
         return "it is read-only or in use: close the program that uses it, or choose another name"
