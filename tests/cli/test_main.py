@@ -211,7 +211,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(" {4}[a-z]", line)]
     assert listed == [
-        "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "train",
+        "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "download",
+        "train",
     ]  # fmt: skip
 
 
