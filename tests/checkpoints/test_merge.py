@@ -20,9 +20,9 @@ from tools.demo.lora import LORA
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import read_part
 from wuerstchen_core.checkpoints.adapters import merge_lora
+from wuerstchen_core.checkpoints.fingerprint import fingerprint
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.cli.main import main
-from wuerstchen_core.cli.options import fingerprint
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, tokenize
 

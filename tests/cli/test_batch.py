@@ -18,10 +18,10 @@ from helpers.tiny_stages import launch
 from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints.fingerprint import fingerprint
 from wuerstchen_core.cli import batch
-from wuerstchen_core.cli.options import fingerprint
 from wuerstchen_core.cli.prompt_file import line_seed, parse_line, read_lines
-from wuerstchen_core.cli.save import METADATA_KEY
+from wuerstchen_core.inference.metadata import RECORD as METADATA_KEY
 from wuerstchen_core.inference.settings import SamplingSettings
 from wuerstchen_core.training.data.folder import FolderSource
 from wuerstchen_core.training.data.shards import ShardSource
@@ -107,7 +107,7 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     assert metadata["000001"] == {
         "prompt": PROMPT, "negative": "", "seed": line_seed(3, 1), "model": "tiny.safetensors", "width": 128,
         "height": 64, "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2,
-        "decoder_guidance": 1.0, "sampler": "ddim", "weights": fingerprint(bundle),
+        "decoder_guidance": 1.0, "sampler": "ddim", "weights": fingerprint(bundle), "dtype": "fp32",
     }  # fmt: skip
     assert [metadata[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
     assert len({one["seed"] for one in metadata.values()}) == len(NAMES)

@@ -12,7 +12,7 @@ from helpers.cli_runs import PROMPT, ROUNDING, failure, run
 from PIL import Image, ImageOps
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.cli.save import METADATA_KEY
+from wuerstchen_core.inference.metadata import RECORD as METADATA_KEY
 
 SIZE = (128, 64)
 

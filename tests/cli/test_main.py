@@ -17,8 +17,9 @@ from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import save_bundle
+from wuerstchen_core.checkpoints.fingerprint import fingerprint
 from wuerstchen_core.cli import save
-from wuerstchen_core.cli.options import fingerprint
+from wuerstchen_core.inference.metadata import RECORD
 
 PROMPT = "A red apple, on blue!"
 
@@ -37,12 +38,12 @@ def test_generate(bundle: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     assert out == "a-red-apple-on-blue.png\n" and err == ""
     with Image.open(here / out.strip()) as image:
-        metadata = json.loads(image.text[save.METADATA_KEY])
+        metadata = json.loads(image.text[RECORD])
         pixels = np.asarray(image).astype(int)
     assert metadata == {
         "prompt": PROMPT, "negative": "small", "seed": 7, "model": "tiny.safetensors", "width": 128, "height": 64,
         "schedule": "linear", "prior_steps": 3, "prior_guidance": 2.0, "decoder_steps": 2, "decoder_guidance": 1.0,
-        "sampler": "ddpm", "weights": fingerprint(bundle),
+        "sampler": "ddpm", "weights": fingerprint(bundle), "dtype": "fp32",
     }  # fmt: skip
     [expected] = WuerstchenPipeline.load(bundle, device="cpu").generate(PROMPT, negative="small", seed=7)
     assert np.abs(pixels - np.asarray(expected)).max() <= 1  # rounding
@@ -73,7 +74,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
 def test_the_fast_schedule(bundle: Path, here: Path) -> None:
     assert run("generate", PROMPT, "--model", bundle, "--schedule", "fast", "--output", "fast.png") == 0
     with Image.open("fast.png") as image:
-        metadata, pixels = json.loads(image.text[save.METADATA_KEY]), np.asarray(image).astype(int)
+        metadata, pixels = json.loads(image.text[RECORD]), np.asarray(image).astype(int)
     assert metadata["sampler"] == "ddim"
     assert (metadata["schedule"], metadata["prior_steps"], metadata["decoder_steps"]) == ("fast", 6, 4)
     seen: list[str] = []
@@ -97,7 +98,7 @@ def test_files_replace_parts_of_the_model(bundle: Path, here: Path) -> None:
     assert run("generate", PROMPT, "--model", bundle, "--device", "cpu", *options, "--output", "parts.png") == 0
     [expected] = WuerstchenPipeline.load(bundle, device="cpu", **files).generate(PROMPT)
     with Image.open("parts.png") as image:
-        metadata = json.loads(image.text[save.METADATA_KEY])
+        metadata = json.loads(image.text[RECORD])
         assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1  # rounding
     assert metadata["prior_steps"] == 2
     assert metadata["parts"]["prior"] == {"file": "prior.safetensors", "weights": fingerprint(files["prior"])}

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..common.text import listed
 from .adapters import Adapters, Fit, fit, keys_of, merge_lora
-from .components import TOWERS, State
+from .components import TEXT_ENCODER, TOWERS, State
+from .fingerprint import fingerprint
 from .key_maps import COMFYUI_CLIPS, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
 
@@ -30,6 +31,8 @@ _CLIPS = dict(zip(COMFYUI_CLIPS.values(), TOWERS, strict=True))
 class _Merged:
     strength: float
     parts: dict[str, Adapters]
+    file: str
+    weights: str  # its fingerprint
 
 
 class LoraStack:
@@ -48,6 +51,14 @@ class LoraStack:
         """The strength of each LoRA, by name."""
         return {name: lora.strength for name, lora in self._loras.items()}
 
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the file, its fingerprint, the strength and the stage of each LoRA in use, for metadata."""
+        return [
+            {"file": one.file, "weights": one.weights, "strength": one.strength, "stage": _stage_name(one.parts)}
+            for one in self._loras.values()
+            if one.strength
+        ]
+
     def add(
         self, networks: Networks, source: AnyPath, strength: float = 1.0, name: str | None = None
     ) -> tuple[str, Lora]:
@@ -64,7 +75,9 @@ class LoraStack:
         fits = {part: _fit(networks, part, adapters, file, lora) for part, adapters in parts.items() if adapters}
         log_ignored(file, lora, fits.values())
         name = name or self._free_name(Path(source).stem)
-        self._loras[name] = _Merged(strength, {part: found.fitting for part, found in fits.items()})
+        self._loras[name] = _Merged(
+            strength, {part: found.fitting for part, found in fits.items()}, file, fingerprint(source)
+        )
         self._merge(networks, fits)
         return name, lora
 
@@ -130,6 +143,11 @@ def _number(strength: float, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the strength of {name} must be a number such as 0.8, got {strength!r}")
     return number
+
+
+def _stage_name(parts: Mapping[str, Adapters]) -> str:
+    """Returns the stage that a LoRA changes; if only its text tower, the tower's."""
+    return next((part for part in parts if part not in TOWERS), next(iter(parts)).removesuffix(f"_{TEXT_ENCODER}"))
 
 
 def _stage_of(networks: Mapping[str, nn.Module | None], lora: Lora) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
+from ..inference.records import provenance
 from .batch_output import ImageFolder, create_folder, open_output
 from .options import chosen_settings, load_pipeline
 from .progress import StepBar
@@ -62,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
     if (options.batch or 1) > 1:
         options.memory_hint = "choose a smaller --batch"
     started = time.perf_counter()
-    pipeline, models = load_pipeline(options)
+    pipeline = load_pipeline(options)
+    models = provenance(pipeline)
     requests, skipped = _read_requests(options, pipeline, rank, world)
     generated, existing = _generate_missing(options, pipeline, requests, models, show_progress=rank == 0)
     summary = f"generated: {generated}, existing: {existing}, skipped lines: {len(skipped)}"
@@ -133,7 +135,7 @@ def _generate_missing(
             with StepBar(f"image {existing + generated + 1} of {total}: ", show_progress) as callback:
                 results = pipeline.generate(prompts, seed=seeds, callback=callback, **kwargs)
             for one, image in zip(batch, results, strict=True):
-                output.add(one.name, image, one.metadata(models))
+                output.add(one.name, image, one.metadata(models), options.metadata)
             generated += len(batch)
             if not sys.stderr.isatty() and time.monotonic() - reported >= LINE_INTERVAL:
                 reported = time.monotonic()
@@ -156,7 +158,8 @@ def _missing(images: Sequence[ImageRequest], output: ImageFolder, models: Mappin
     """Returns the images that do not exist yet. ValueError if one exists with other metadata."""
     existing = output.prepare([one.name for one in images])
     for one in images:
-        if one.name in existing and existing[one.name] != one.metadata(models):
+        expected = {**one.metadata(models), "dtype": ""}  # another machine may compute in another dtype
+        if one.name in existing and {**existing[one.name], "dtype": ""} != expected:
             raise ValueError(
                 f"{output.path} contains {one.name} with another prompt, seed, model or option: remove it, or give "
                 "another --output"

@@ -49,9 +49,9 @@ class ImageFolder:
         remove_drafts(self.folder, {f"{name}{suffix}" for name in names for suffix in (".json", ".png")})
         return existing
 
-    def add(self, name: str, image: Image.Image, metadata: Mapping[str, Any]) -> None:
-        """Writes an image."""
-        text = json.dumps(metadata, ensure_ascii=False)
+    def add(self, name: str, image: Image.Image, table: Mapping[str, Any], metadata: bool = True) -> None:
+        """Writes an image and its table; `metadata` as in `save_image`."""
+        text = json.dumps(table, ensure_ascii=False)
         replace_file(self.folder / f"{name}.json", lambda draft: draft.write_text(text, encoding="utf-8"))
         save_image(image, self.folder / f"{name}.png", metadata)
 

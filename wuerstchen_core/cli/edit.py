@@ -78,6 +78,8 @@ def _edit(options: argparse.Namespace) -> None:
         sys.stderr.write(f"mask: {part}, {mask.fraction:.1%} of the picture, is replaced\n")
         images["mask"] = mask.image
     files = {name: Path(getattr(options, name)).name for name in images}
+    for name, image in images.items():
+        image.filename = files[name]  # type: ignore[attr-defined] # for the metadata of the results
     title = f"{Path(options.image).stem} {options.command}"
     run_command(options, title, {**images, **values}, {"command": options.command, **files, **values})
 
@@ -101,4 +103,8 @@ def _read_end(argument: str) -> str | Image.Image:
     """Returns the image, if the argument names an image file, otherwise the prompt."""
     from ..inference.images import open_picture
 
-    return open_picture(argument) if _is_image(argument) else argument
+    if not _is_image(argument):
+        return argument
+    image = open_picture(argument)
+    image.filename = Path(argument).name  # type: ignore[attr-defined] # for the metadata of the results
+    return image

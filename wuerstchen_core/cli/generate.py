@@ -27,11 +27,26 @@ def add(commands: Any) -> None:
     parser.add_argument("--shards", type=int, metavar="LINES", help=text)
     text = "with --prompts: generate up to N images with equal settings at once (default: 1)"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
+    text = "repeat an image from its metadata (also one that these nodes saved in ComfyUI); other options change it"
+    parser.add_argument("--like", type=Path, metavar="IMAGE", help=text)
+    # None until `_run` has read --like, which comes before these defaults.
+    defaults = {name: parser.get_default(name) for name in ("model", "seed", "count", "negative", "dtype", "lora")}
+    parser.set_defaults(**dict.fromkeys(defaults), defaults=defaults)
 
 
 def _run(options: argparse.Namespace) -> None:
+    values = dict(options.defaults)
+    if options.like is not None:
+        from .like import options_of
+
+        if options.prompts is not None:
+            raise ValueError("--like repeats one image: remove it, or --prompts")
+        values |= options_of(options.like, options)
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if (options.prompt is None) == (options.prompts is None):
-        raise ValueError("PROMPT or --prompts is needed, and not both: give one of them")
+        raise ValueError("PROMPT, --prompts or --like is needed, and not both PROMPT and --prompts: give one of them")
     if options.prompts is not None:
         from .batch import run
 
@@ -39,4 +54,5 @@ def _run(options: argparse.Namespace) -> None:
     if options.shards is not None or options.batch is not None:
         raise ValueError("--shards and --batch need --prompts: remove them, or add it")
     request = {"prompt": options.prompt, "negative": options.negative}
-    run_command(options, options.prompt, request, request)
+    title = options.prompt if isinstance(options.prompt, str) else " ".join(options.prompt)  # a mix, from --like
+    run_command(options, title, request, request)

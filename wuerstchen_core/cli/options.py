@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -19,8 +18,6 @@ from .save import check_output, output_path, save_image
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-CHUNKS, CHUNK_BYTES = 64, 4096  # read from each file for its fingerprint
 MEMORY_HINT = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
 PART_OPTIONS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "text_encoder")
 VERSION_HELP = "release of the prior, if its file could be of both (default: auto)"
@@ -69,6 +66,8 @@ def add_options(
         option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
         text = "file or folder of textual inversions, for embedding:NAME in prompts; repeatable"
         option("--embedding", type=Path, action="append", default=[], metavar="FILE", help=text)
+    text = "leave out of the images how they were made (prompt, settings, ComfyUI workflow)"
+    option("--no-metadata", dest="metadata", action="store_false", help=text)
     option("--json", action="store_true", help="print paths, seeds and seconds as JSON")
 
     option = parser.add_argument_group("components", "Files or folders whose parts replace the model's.").add_argument
@@ -106,8 +105,8 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
     check_output(options.output)
     changes = chosen_settings(options)
     started = time.perf_counter()
-    pipeline, models = load_pipeline(options)
-    settings = pipeline.sampling.updated(**changes).as_dict()
+    pipeline = load_pipeline(options)
+    pipeline.sampling.updated(**changes)  # raises ValueError for wrong settings
     saved: list[dict[str, Any]] = []
     report = {**request, "device": str(pipeline.device), "images": saved}
     report["load_seconds"] = round(time.perf_counter() - started, 3)
@@ -117,8 +116,7 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
             images = method(seed=seed, callback=callback, **arguments, **changes)
         for image in images:
             path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
-            settings |= {"width": image.width, "height": image.height}
-            save_image(image, path, {**request, "seed": seed, **models, **settings})
+            save_image(image, path, options.metadata)
             saved.append({"path": str(path), "seed": seed, "seconds": callback.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")
@@ -137,47 +135,17 @@ def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def load_pipeline(options: argparse.Namespace) -> tuple[WuerstchenPipeline, dict[str, Any]]:
-    """Returns the pipeline that the options select, and the names and fingerprints of its files for metadata."""
+def load_pipeline(options: argparse.Namespace) -> WuerstchenPipeline:
+    """Returns the pipeline that the options select."""
     from ..inference.pipeline import WuerstchenPipeline
 
     kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
     parts: dict[str, Any] = {name: file for name in PART_OPTIONS if (file := getattr(options, name)) is not None}
     loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
     pipeline = WuerstchenPipeline.load(options.model, lora=loras, progress=False, **kwargs, **parts)
-    models: dict[str, Any] = {"model": Path(options.model).name, "weights": fingerprint(options.model)}
-    if parts:
-        models["parts"] = {
-            name: {"file": Path(file).name, "weights": fingerprint(file)} for name, file in parts.items()
-        }
     if files := getattr(options, "embedding", []):
         pipeline.load_embeddings(files)
-        models["embeddings"] = [{"file": file.name, "weights": fingerprint(file)} for file in files]
-    if loras:
-        models["loras"] = [
-            {"file": Path(file).name, "weights": fingerprint(file), "strength": strength}
-            for file, strength in loras.items()
-        ]
-    return pipeline, models
-
-
-def fingerprint(source: str | PathLike[str]) -> str:
-    """Returns 12 hex digits that identify a model's weights.
-
-    Hashes the size and 64 evenly spaced chunks of each file, since reading a whole model takes seconds.
-    """
-    from ..checkpoints.open import source_path
-
-    path, digest = source_path(source), hashlib.sha256()
-    files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else [path]
-    for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with file.open("rb") as content:
-            for chunk in range(CHUNKS):
-                content.seek(size * chunk // CHUNKS)
-                digest.update(content.read(CHUNK_BYTES))
-    return digest.hexdigest()[:12]
+    return pipeline
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -1,20 +1,17 @@
-"""Output file names, and saving images with the settings that generated them."""
+"""Output file names, and saving images."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.atomic import replace_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
-METADATA_KEY = "wuerstchen"  # of the PNG text chunk with the settings
 SLUG_LENGTH = 60
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -47,10 +44,9 @@ def output_path(output: Path | None, title: str, number: int | None) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes an image atomically; a PNG also holds its metadata, as JSON under METADATA_KEY."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text, kind = PngInfo(), FORMATS[path.suffix.lower()]
-    text.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    replace_file(path, lambda draft: image.save(draft, format=kind, pnginfo=text, quality=95))
+def save_image(image: Image.Image, path: Path, metadata: bool = True) -> None:
+    """Writes an image atomically, with the texts that say how it was made unless `metadata` is False."""
+    if not metadata:
+        image.info.clear()
+    kind = FORMATS[path.suffix.lower()]
+    replace_file(path, lambda draft: image.save(draft, format=kind, quality=95))

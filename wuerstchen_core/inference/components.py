@@ -51,6 +51,7 @@ class Components:
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
     lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
     embeddings: dict[str, Embedding] = field(default_factory=dict, init=False)  # for embedding:NAME in prompts
+    files: dict[str, Any] = field(default_factory=dict, init=False)  # their names and fingerprints, for metadata
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 

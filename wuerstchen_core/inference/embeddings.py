@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.embeddings import ENDINGS, Embedding, find_embeddings, read_embedding
+from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.key_maps import COMFYUI_CLIPS
 from ..common.text import listed
 from ..models.text_encoder import TextEncoder
@@ -44,8 +45,9 @@ def load_embeddings(model: Components, sources: Embeddings) -> list[str]:
     skipped with a warning.
     """
     named = sources if isinstance(sources, Mapping) else {}
+    given = [sources] if isinstance(sources, str | PathLike) else list(named.values() or sources)
     found = {name: read_embedding(file) for name, file in named.items()}
-    for source in () if named else [sources] if isinstance(sources, str | PathLike) else sources:
+    for source in () if named else given:
         files, skipped = find_embeddings(source), []
         read: dict[Path, Embedding] = {}
         for file in dict.fromkeys(files.values()):
@@ -59,6 +61,9 @@ def load_embeddings(model: Components, sources: Embeddings) -> list[str]:
             logger.warning(f"{source}: skipped {len(skipped)} files that are no embeddings ({listed(skipped)})")
         found |= {name: read[file] for name, file in files.items() if file in read}
     model.embeddings |= found
+    model.files.setdefault("embeddings", []).extend(
+        {"file": Path(source).name, "weights": fingerprint(source)} for source in given
+    )
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""Makes the pipeline's methods from functions: checks the names of arguments and draws a progress bar."""
+"""Makes methods of the pipeline from functions: with checked names of arguments, a progress bar and metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, ParamSpec
 from PIL import Image
 
 from .arguments import check_keywords
+from .metadata import embed
 from .progress import progress_bar
+from .records import records
 
 P = ParamSpec("P")
 Images = list[Image.Image]
@@ -21,16 +23,24 @@ def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, I
     """Returns a decorator for functions of a model that return images; `options` is the type of their `**options`."""
 
     def decorate(function: Callable[P, Images]) -> Callable[P, Images]:
-        parameters = signature(function).parameters
+        call = signature(function)
+        parameters = call.parameters
         named = [name for name, parameter in parameters.items() if parameter.kind is not Parameter.VAR_KEYWORD]
         known = [*named[1:], *options.__annotations__, PROGRESS]
+        others = next(iter(parameters.keys() - set(named)))  # the name of `**options`
+        defaults = {"negative": ""} if "negative" in options.__annotations__ else {}
 
         @wraps(function)
         def method(*args: Any, **kwargs: Any) -> Images:
             check_keywords(function.__name__, kwargs, known)
             shown = kwargs.pop(PROGRESS, None)
             with progress_bar(kwargs.pop("callback", None), args[0].progress if shown is None else shown) as callback:
-                return function(*args, callback=callback, **kwargs)
+                images = function(*args, callback=callback, **kwargs)
+            arguments = call.bind(*args, **kwargs)
+            arguments.apply_defaults()
+            given = {**defaults, **arguments.arguments, **arguments.arguments[others]}
+            made = records(args[0], function.__name__, {name: given.get(name) for name in known}, images)
+            return [embed(image, record) for image, record in zip(images, made, strict=True)]
 
         return method
 

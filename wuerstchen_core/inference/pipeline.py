@@ -25,7 +25,7 @@ from .embeddings import Embeddings
 from .methods import image_method
 from .prompts import Prompt
 from .settings import Callback, SamplingOptions, notify
-from .sources import AnyPath, PartFiles, read_sources
+from .sources import AnyPath, PartFiles, file_records, read_sources
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,6 +106,7 @@ class WuerstchenPipeline(Components):
         for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
             pipeline.load_lora(file, strength)
         pipeline.source = None if isinstance(source, Mapping) else str(source)
+        pipeline.files = file_records(source, parts)
         pipeline.progress = progress
         if compile:
             pipeline.compile()

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from ..checkpoints import PARTS, Part
 from ..checkpoints.components import TEXT_ENCODER, TOWERS
+from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.open import open_source
 from ..checkpoints.source import Source, is_stage_b, merge_licences, no_part
 
@@ -53,6 +54,18 @@ def read_sources(
     if base is not None:
         parts |= {name: base.part(name) for name in networks if name in PARTS and name not in parts}
     return {name: parts[name] for name in PARTS if name in parts}, _metadata(base, opened)
+
+
+def file_records(source: AnyPath | Mapping[str, AnyPath], replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the names, without folders, and the fingerprints of a model's files."""
+    found: dict[str, Any] = {}
+    parts = dict(source) if isinstance(source, Mapping) else {}
+    if not isinstance(source, Mapping):
+        found |= {"model": source_name(source), "weights": fingerprint(source)}
+    parts |= {name: file for name, file in replaced.items() if file is not None}
+    if parts:
+        found["parts"] = {name: {"file": source_name(x), "weights": fingerprint(x)} for name, x in parts.items()}
+    return found
 
 
 def source_name(source: AnyPath) -> str:
