@@ -112,10 +112,10 @@ class _Reader:
         if parts.keys() >= set(TOWERS) and parts[TOWERS[0]] == parts[TOWERS[1]]:
             parts["text_encoder"] = parts.pop(TOWERS[0])
             del parts[TOWERS[1]]
-        return found | ({"parts": parts} if parts else {}) | ({"loras": list(loras.values())} if loras else {})
+        return found | ({"parts": parts} if parts else {}) | ({"loras": list(loras.values())[::-1]} if loras else {})
 
     def file(self, part: str, link: Any, loras: dict[str, dict[str, Any]]) -> tuple[str, bool]:
-        """Returns the file of a part, and True if it holds that part alone. Adds the LoRAs before it to `loras`."""
+        """Returns the file of a part, and True if it holds only that. Adds the LoRAs to `loras`, the last first."""
         node, widget, _ = LOADERS[part]
         while self.prompt[link[0]]["class_type"] == "WuerstchenLoraLoader":
             inputs = self.follow(link, "WuerstchenLoraLoader")
