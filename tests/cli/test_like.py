@@ -179,6 +179,7 @@ LORAS = {"loras": [{"file": "x.safetensors", "strength": 0.5}, PINK]}
     [
         {}, {"model": "demo-v1", **V1}, {"model": "own.safetensors", "decoder_guidance_end": 1.5, **V1}, LORAS,
         {"parts": {"prior": {"file": "p.safetensors"}, "text_encoder": {"file": "t.safetensors"}}},
+        {"prompt": "a (embedding:x:1.2)"},
     ],
     ids=str,
 )  # fmt: skip
@@ -213,7 +214,7 @@ def test_graphs_that_do_more_are_refused(kind: str, changes: dict[str, Any], rea
     [
         {"sampler": "ddpm"}, {"decoder_guidance_end": 3.0}, {"prior_guidance": 31}, {"seed": 2**53},
         {"prompt": {"a": 1, "b": 2}}, {"prompt": "a {b|c}"}, {"prompt": "http://x"}, {"prompt": "a\\b"},
-        {"prompt": "embedding:x"}, {"command": "outpaint"}, {"command": "interpolate"}, {"command": "variations"},
+        {"prompt": "embedding:x {a|b}"}, {"command": "outpaint"}, {"command": "interpolate"}, {"command": "variations"},
         {"command": "variations", "image": "x.png", "resized": True}, {"model": None}, {"prior_steps": 1001},
         {"loras": [{"file": "folder", "strength": 1}]}, {**V1, "loras": [{"file": "x", "stage": "token_decoder"}]},
     ],

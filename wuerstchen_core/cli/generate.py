@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     text = "repeat an image from its metadata (also one that these nodes saved in ComfyUI); other options change it"
     parser.add_argument("--like", type=Path, metavar="IMAGE", help=text)
     # None until `_run` has read --like, which comes before these defaults.
-    defaults = {name: parser.get_default(name) for name in ("model", "seed", "count", "negative", "dtype", "lora")}
+    defaults = {
+        name: parser.get_default(name) for name in ("model", "seed", "count", "negative", "dtype", "lora", "embedding")
+    }
     parser.set_defaults(**dict.fromkeys(defaults), defaults=defaults)
 
 

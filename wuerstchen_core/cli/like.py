@@ -52,6 +52,9 @@ def options_of(picture: Path, options: argparse.Namespace) -> dict[str, Any]:
             (lora, _find(picture, lora["file"], lora.get("weights"), "--lora")) for lora in record.get("loras", ())
         )
         found["lora"] = [(file, lora["strength"]) for lora, file in files]
+    if options.embedding is None:
+        entries = record.get("embeddings", ())
+        found["embedding"] = [Path(_find(picture, x["file"], x.get("weights"), "--embedding")) for x in entries]
     return found
 
 
