@@ -138,6 +138,16 @@ def test_missing_keys_and_tables_are_named() -> None:
         check_tables({"model": {}}, ("start", "model"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes('run = "läufe"\r\n[train]\r\nsteps = 3\r\n'.encode(encoding))
+    assert read_config(file, []) == {"run": "läufe", "train": {"steps": 3}}
+    file.write_bytes('run = "x"\n'.encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"mine\.toml .*UTF-16"):
+        read_config(file, [])
+
+
 def test_an_invalid_or_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[model\n", encoding="utf-8")

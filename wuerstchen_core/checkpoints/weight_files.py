@@ -156,7 +156,7 @@ def _find_states(content: Any, label: str) -> Iterator[tuple[str, State]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file with one object. Raises ValueError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise _broken(path, error) from error
     if not isinstance(content, dict):

@@ -1,7 +1,8 @@
-"""Text for messages: single lines, short lists of names, unknown choices."""
+"""Text of files, and for messages: single lines, short lists of names, unknown choices."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 
 
@@ -14,6 +15,20 @@ def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
     """Returns the first `most` names, each cut to its last `width` characters, and the number of the others."""
     shown = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 with a byte order mark, without the mark.
+
+    ValueError, starting with `name`, for other encodings.
+    """
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in raw and not marked:
+        raise ValueError(f"{name} is UTF-16 without a byte order mark, or no text, not UTF-8: save it as UTF-8")
+    try:
+        return raw.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
 
 
 def check_choice(kind: str, name: str, known: Iterable[str]) -> None:

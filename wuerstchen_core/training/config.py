@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, OneOf, Positive, Range
+from ..common.text import decode_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,7 +82,7 @@ def check_tables(config: Mapping[str, Any], of_stage: tuple[str, ...]) -> None:
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Reads a TOML file and applies overrides `table.key=value`, where a value that is not TOML is a string."""
     try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
+        config = tomllib.loads(decode_text(path.read_bytes(), "it"))
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:

@@ -143,16 +143,27 @@ def test_conditioning_images_of_a_table_are_left_out(tmp_path: Path) -> None:
     assert read(source) == [(1, "a"), (3, "c")] and source.left_out["masks and conditioning images"] == 2
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
-    files = {"1.png": picture(1), "1.txt": "a cat".encode(encoding), "metadata.csv": "file_name\n".encode(encoding)}
-    files |= {"sub/metadata.jsonl": '{"file_name": "2.png"}\n'.encode(encoding)}
-    source = FolderSource([write_folder(tmp_path, files)])
+def encoded(encoding: str) -> dict[str, bytes]:
+    files = {"1.png": picture(1), "1.txt": "ein Käse\n\n".encode(encoding), "2.png": picture(2)}
+    tables = {
+        "metadata.csv": "file_name,text\n2.png,zwölf\n",
+        "sub/metadata.jsonl": '{"file_name": "3.png", "text": "ß"}',
+    }
+    return files | {"sub/3.png": picture(3)} | {name: text.encode(encoding) for name, text in tables.items()}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    source = FolderSource([write_folder(tmp_path, encoded(encoding))])
+    assert read(source) == [(1, "ein Käse"), (2, "zwölf"), (3, "ß")] and not source.bad
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_named(tmp_path: Path, encoding: str) -> None:
+    source = FolderSource([write_folder(tmp_path, encoded(encoding) | {"1.txt": "a cat".encode(encoding)})])
     with pytest.raises(ValueError, match=r"1\.png is UTF-16"):
         source.caption(0)
-    assert "UTF-16" in source.bad["metadata.csv"] and any(
-        "UTF-16" in source.bad[name] for name in source.bad if "sub/" in name
-    )
+    assert len(source.bad) >= 2 and all("UTF-16" in reason for reason in source.bad.values())
 
 
 def test_the_text_of_a_file_name_with_its_ending(tmp_path: Path) -> None:

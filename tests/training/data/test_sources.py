@@ -108,7 +108,7 @@ def test_metadata_jsonl_precedes_sidecar_files(tmp_path: Path) -> None:
         table(file_name="sub/2.png", prompt="two"),
         b"",
         table(file_name="3.png", caption="gone"),
-        b"\xff\xfe",
+        b"\xff\xfd",
         table(text="of nothing"),
     ]
     files = {"1.png": picture(1), "1.txt": b"not this", "sub/2.png": picture(2), "sub/.hidden.png": picture(9)}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .sidecars import decode_text, parse_json_table
+from ...common.text import decode_text
+from .sidecars import parse_json_table
 from .source import SCORE_KEYS, read_bytes
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as in Hugging Face's imagefolder
@@ -76,7 +77,7 @@ def _normal(path: str) -> str:
 
 def _json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        decode_text(raw, name)
+        raw = decode_text(raw, name).encode()
     for number, line in enumerate(raw.splitlines(), 1):
         if line.strip():
             try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...common.text import one_line
+from ...common.text import decode_text, one_line
 
 CAPTION_KEYS = ("caption", "text", "prompt", "captions")  # in a JSON table; the first one present counts
 TEXT_SUFFIXES = (".txt", ".caption")  # the first one present counts
@@ -64,13 +63,3 @@ def parse_json_table(raw: bytes, name: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError(f"{name} must be a JSON table, got {type(table).__name__}")
     return table
-
-
-def decode_text(raw: bytes, name: str) -> str:
-    """Returns UTF-8 text, without a byte order mark. ValueError, starting with `name`, if it is in another encoding."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
-        raise ValueError(f"{name} is UTF-16 or no text, not UTF-8: save it as UTF-8")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
