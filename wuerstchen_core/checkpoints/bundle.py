@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name
 from .lazy import LazyTensor, apply, lazy_state
+from .modelspec import spec_header
 from .quant import quantize
 from .release import only_release, release_of
 from .writer import Progress, write_tensors
@@ -92,7 +93,8 @@ def save_bundle(
         "format": FORMAT,
         "parts": {name: asdict(p) for name, p in params.items()},
     }
-    write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content)}, progress)
+    header = spec_header(params, content, content.get("version"))
+    write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content), **header}, progress)
 
 
 def _tensors(part: AnyPart) -> dict[str, LazyTensor]:

@@ -15,6 +15,8 @@ from ..models.prior import PriorParams
 from .bundle import FORMAT, METADATA_KEY
 from .components import COMPONENTS, Params
 from .key_maps import vqgan_key_to_diffusers
+from .modelspec import spec_header
+from .release import release_of
 from .writer import write_tensors
 
 CLASSES = {kind: entry.diffusers_class for kind, entry in COMPONENTS.items() if entry.diffusers_class}
@@ -39,6 +41,7 @@ def is_in_diffusers(name: str, network: nn.Module) -> bool:
 def save_component(folder: Path, name: str, network: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Writes a network to a folder for diffusers' `from_pretrained`; each file appears complete, or not at all."""
     header = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers needs the first
+    header |= spec_header([name], metadata, release_of(cast(Params, network.params)))
     state = {vqgan_key_to_diffusers(key): x for key, x in network.state_dict().items()}
     write_tensors(folder / FILE, state, header)
     text = config_text(name, cast(Params, network.params))

@@ -12,6 +12,7 @@ from ..common.devices import WEIGHT_DTYPES
 from ..models.prior import V1
 from .components import BUNDLE_LOADER, PARTS_OF, TEXT_ENCODER, TOWERS, Loader, Part, component, text_width, tower_name
 from .lazy import LazyTensor
+from .modelspec import FIELD
 from .open import open_source
 from .release import check_parts
 from .source import BUNDLE, Source
@@ -55,11 +56,15 @@ class Description:
     refused: tuple[str, ...]  # other content, which is not loaded
     vocabulary: int | None  # number of words, if the model knows only some
     licence: str | None
+    title: str
+    trigger_words: str
     problems: dict[str, str]
 
     def lines(self) -> list[str]:
         """Returns the description as lines of text."""
         out = [f"{self.source}: {self.kind}, {self.version}"]
+        out += [f"  title: {self.title}"] if self.title else []
+        out += [f"  trigger words: {self.trigger_words}"] if self.trigger_words else []
         for part in self.parts:
             sizes = ", ".join(f"{key} {value}" for key, value in part.sizes.items() if key not in ("dropout", "stages"))
             out.append(f"  {part.name} ({part.stage}): {part.parameters:,} parameters, {part.dtype} ({sizes})")
@@ -108,6 +113,8 @@ def describe(source: str | os.PathLike[str]) -> Description:
         refused=content.refused,
         vocabulary=None if words is None else len(words),
         licence=content.metadata.get("licence"),
+        title=content.metadata.get(FIELD, {}).get("title", ""),
+        trigger_words=", ".join(content.metadata.get(FIELD, {}).get("trigger_words", ())),
         problems=problems,
     )
 

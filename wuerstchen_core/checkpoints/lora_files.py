@@ -17,7 +17,8 @@ from .components import State
 from .embeddings import BUNDLED
 from .lora_config import DIFFUSERS_CONFIG, KOHYA_ALPHA, PEFT_CONFIG, Config, set_alphas
 from .lora_folders import ENDINGS, STEMS, find_loras
-from .lora_keys import PEFT_PREFIX, family, parse_key
+from .lora_keys import PEFT_PREFIX, family, parse_key, stage_of
+from .modelspec import FIELD, has_spec, spec_header, stated_fields
 from .weight_files import read_file_metadata, read_json, read_weight_file
 from .writer import write_tensors
 
@@ -184,6 +185,10 @@ def convert_lora(path: Path, target: Path) -> None:
     lora = read_lora(path)
     metadata = read_file_metadata(find_loras(path)[0] if path.is_dir() else path)
     metadata.pop(DIFFUSERS_CONFIG, None)
+    stage = next((name for module in lora.network if (name := stage_of(module))), None)
+    if stage and not has_spec(metadata):
+        stated = {"title": metadata.get("ss_output_name"), **stated_fields(metadata)}
+        metadata = spec_header([stage], {FIELD: stated}, "v2", is_lora=True) | metadata
     write_tensors(target, to_comfyui(lora.network, lora.text, lora.clip) | lora.embeddings, metadata)
     log_ignored(path.name, lora, ())
 

@@ -16,6 +16,7 @@ from .components import COMPONENTS, Loader
 from .embeddings import bundled_embeddings
 from .lora_files import ignored, read_lora
 from .lora_folders import find_loras
+from .lora_keys import stage_of
 from .weight_files import read_file_metadata
 
 Number = TypeVar("Number", int, float)
@@ -33,10 +34,6 @@ _FORMATS = (  # by a tensor of the adapter
     ("diff", "differences"),
     ("diff_b", "differences"),
 )
-_STAGES = {  # by the first component of module paths
-    **dict.fromkeys(("blocks", "projection", "cond_mapper", "out"), "prior"),
-    **dict.fromkeys(("down_blocks", "up_blocks", "clip_mapper", "effnet_mappers", "seq_norm", "clf"), "decoder"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def _format(adapter: Adapter) -> str:
 
 def _targets(network: Adapters) -> dict[str, int]:
     """Returns the numbers of adapters by stage. Adapters of other models' modules are not counted."""
-    counts = Counter(stage for path in network if (stage := _STAGES.get(path.partition(".")[0])))
+    counts = Counter(stage for path in network if (stage := stage_of(path)))
     return {f"{stage} ({COMPONENTS[stage].stage})": count for stage, count in counts.items()}
 
 

@@ -47,6 +47,11 @@ _WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)|\.wei
 # The underscores of a flat path that stand for dots: next to a number, and after these modules.
 _DOTS = re.compile(r"_(?=\d+(?:_|$))|(?<=\d)_|(?<=attention)_|(?<=self_attn)_|(?<=encoder)_|(?<=mlp)_")
 
+_STAGES = {  # by the first component of module paths
+    **dict.fromkeys(("blocks", "projection", "cond_mapper", "out"), "prior"),
+    **dict.fromkeys(("down_blocks", "up_blocks", "clip_mapper", "effnet_mappers", "seq_norm", "clf"), "decoder"),
+}
+
 _FAMILIES = (
     (r"lora_te2|text_encoder_2|(?:input|output|mid)_block|_blocks[._]\d+[._]attentions", "Stable Diffusion or SDXL"),
     (r"double_blocks|single_(?:transformer_)?blocks", "Flux"),
@@ -61,6 +66,11 @@ def family(keys: Iterable[str]) -> str:
     """Returns the name of the model that keys suggest."""
     keys = list(keys)
     return next((name for mark, name in _FAMILIES if any(re.search(mark, key) for key in keys)), "another model")
+
+
+def stage_of(path: str) -> str | None:
+    """Returns the stage ("prior" or "decoder") that has a module of this path; None if none has."""
+    return _STAGES.get(path.partition(".")[0])
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from .folder_files import component_path, hub_snapshot, no_weights, weights_in
 from .infer_params import CLIP_NAMES
 from .key_maps import LORA, foreign
 from .lazy import lazy_state
+from .modelspec import FIELD, stated_fields
 from .release import VERSIONS
 from .source import (
     BUNDLE,
@@ -86,6 +87,8 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     """Opens a weight file or the index of its shards; `config` is its folder's config.json."""
     content = _read_shards(path, headers_only) if path.suffix == ".json" else read_weight_file(path, headers_only)
     metadata = parse_metadata(path, content.metadata)
+    if not metadata and (stated := stated_fields(content.metadata)):
+        metadata = {FIELD: stated}
     bare = with_header_configs(content.states.get("", {}), content.metadata)
     bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
     if bundled is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import struct
 import zlib
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..common.atomic import replace_file
 from .lazy import LazyTensor
+from .modelspec import HASH
 from .weight_files import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -31,6 +33,7 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file, replacing `path`. Only one tensor at a time is computed and held in memory.
 
+    If `metadata` has a hash of the tensors (`modelspec.HASH`), it is computed.
     Raises OSError with the path and the reason, such as a full disk, and ValueError if a number does not fit its dtype.
     """
     lazy = {key: LazyTensor.of(x) for key, x in tensors.items()}
@@ -45,22 +48,32 @@ def write_tensors(
 def _write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], progress: Progress) -> None:
     """Writes the tensors in this order and verifies them."""
     checksums, done, total = {}, 0, sum(x.nbytes for x in tensors.values())
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(_header(tensors, metadata))
+        file.write(_header(tensors, _hashed(metadata, digest.hexdigest())))
         for key, x in tensors.items():
             progress(done, total)
             data = _bytes(x.load())
             assert len(data) == x.nbytes, key
             file.write(data)
             checksums[key] = zlib.crc32(data)
+            if HASH in metadata:
+                digest.update(data)
             done += x.nbytes
             del data  # frees this tensor before the next one is computed
+        file.seek(0)
+        file.write(_header(tensors, _hashed(metadata, digest.hexdigest())))  # of the same length
     _verify(path, checksums)
     progress(done, total)
 
 
+def _hashed(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    """Returns metadata with the hash of the tensors, if it has one."""
+    return {**metadata, **({HASH: f"0x{digest}"} if HASH in metadata else {})}
+
+
 def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> bytes:
-    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for key, x in tensors.items():
         end = offset + x.nbytes

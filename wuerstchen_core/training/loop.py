@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
+from ..checkpoints.modelspec import FIELD
 from ..common.atomic import remove_drafts, replace_file
 from .checkpoint import append_row, read_checkpoint, truncate_log, write_checkpoint
 from .config import LoopConfig
@@ -77,6 +78,7 @@ class _Run:
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
         self.metadata = base_metadata(stage.bases, stage.part, stage.sampling())
+        self.metadata |= {FIELD: dict(stage.stated)} if stage.stated else {}
         AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,

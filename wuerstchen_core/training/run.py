@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.modelspec import Statement
 from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
@@ -35,6 +36,9 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     loop_config = from_table(LoopConfig, config.get("train", {}), "train")
     torch.manual_seed(loop_config.seed)  # for the initial weights
     trainer: Stage[Any] = STAGES[stage](config)
+    size = config.get("data", {}).get("size")
+    resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
+    trainer.stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
     if "start" in config:
         trainer.bases = [config["start"]]
     return train(trainer, loop_config, Path(config["run"]) / stage)

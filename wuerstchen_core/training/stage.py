@@ -26,6 +26,7 @@ class Stage(ABC, Generic[N]):
     dataset: ImageDataset
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
     bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
+    stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
     unused_weights = False  # True if some weights get no gradient in some steps
     fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ...checkpoints.key_maps import transformers_path
 from ...checkpoints.lora_files import NETWORK_PREFIX
+from ...checkpoints.modelspec import FIELD, spec_header
+from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, NotNegative, Range, from_table
 from ...models.prior import Prior
@@ -124,7 +126,7 @@ def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:
     prior.register_forward_pre_hook(encode_tokens)
 
 
-def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapping[str, Any]) -> None:
+def write_lora(path: Path, net: Prior, config: AdapterConfig, metadata: Mapping[str, Any]) -> None:
     """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read, and beside them with diffusers'.
 
     The tensors include the factor alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
@@ -134,7 +136,8 @@ def write_lora(path: Path, net: nn.Module, config: AdapterConfig, metadata: Mapp
     for key, x in net.state_dict().items():
         layer, half = key.removesuffix(".default.weight").rsplit(".lora_", 1)
         state[f"{lora_path(layer)}.lora_{half}.weight"] = x * scale if half == "B" else x
-    header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items()}
+    header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items() if name != FIELD}
+    header |= spec_header(["prior"], metadata, release_of(net.params), is_lora=True)
     write_tensors(path, state, {"format": "pt", **header})
     renamed = {key.replace(NETWORK_PREFIX, "prior."): x for key, x in state.items()}
     write_tensors(path.with_name(DIFFUSERS_FILE), renamed, {"format": "pt", **header})

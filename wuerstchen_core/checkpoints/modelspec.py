@@ -1,0 +1,69 @@
+"""The header fields `modelspec.*`, in which programs look for a model's architecture, title and trigger words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+PREFIX = "modelspec."
+HASH = f"{PREFIX}hash_sha256"  # of the tensors' bytes; the writer fills it in
+FIELD = "modelspec"  # of a model's metadata: what its author stated
+_SPEC = f"{PREFIX}sai_model_spec"
+_DENOISERS = {"prior": "prior", "decoder": "decoder", "token_decoder": "decoder"}  # names by part, the first one counts
+_TEXTS = ("title", "author", "description", "tags", "resolution")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """The `[modelspec]` table of a training configuration."""
+
+    title: str = ""
+    author: str = ""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    trigger_words: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields that are not empty."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items() if x}
+
+
+def spec_header(
+    parts: Collection[str], metadata: Mapping[str, Any], release: str | None, is_lora: bool = False
+) -> dict[str, str]:
+    """Returns the header fields of a file with these parts, or of a LoRA of them; only the date is not reproducible."""
+    stated, sampling = dict(metadata.get(FIELD, {})), metadata.get("sampling", {})
+    name = next((name for part, name in _DENOISERS.items() if part in parts), next(iter(parts)).replace("_", "-"))
+    family = f"wuerstchen-{release}" if release else "wuerstchen"
+    title = " ".join(["Würstchen", *([release] if release else []), *([] if name == "prior" else [name])])
+    words = list(stated.get("trigger_words", ()))
+    fields = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{family}-{name}{'/lora' if is_lora else ''}",
+        "implementation": "https://github.com/huggingface/diffusers",  # whose names the keys are
+        "title": stated.get("title") or f"{title}{' LoRA' if is_lora else ''}",
+        "date": date.today().isoformat(),
+        "hash_sha256": "-",
+        "license": metadata.get("licence"),
+        "resolution": f"{sampling['width']}x{sampling['height']}" if {"width", "height"} <= sampling.keys() else None,
+        "trigger_phrase": ", ".join(words),
+        **{key: ", ".join(x) if isinstance(x, list) else x for key in _TEXTS[1:] if (x := stated.get(key))},
+    }
+    header = {f"{PREFIX}{key}": str(value) for key, value in fields.items() if value}
+    return header | ({"trained_words": json.dumps(words)} if words else {})  # read by ComfyUI
+
+
+def has_spec(header: Mapping[str, str]) -> bool:
+    """True if a safetensors header has these fields."""
+    return _SPEC in header
+
+
+def stated_fields(header: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the author of a file stated in its header, for `FIELD`."""
+    stated: dict[str, Any] = {key: x for key in _TEXTS if (x := header.get(f"{PREFIX}{key}"))}
+    if phrase := header.get(f"{PREFIX}trigger_phrase"):
+        stated["trigger_words"] = [phrase]
+    return stated
