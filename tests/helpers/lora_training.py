@@ -32,6 +32,9 @@ ema = 0.5
 log_every = 2
 save_every = 2
 sheet_every = 4
+[modelspec]
+title = "Pink"
+trigger_words = ["sks apple", "pink"]
 """
 CONFIGURED = AdapterConfig(
     RANK, ALPHA, ("to_q", "to_out.0", "kv_mapper.1"), ("q_proj", "self_attn.out_proj", "fc2")

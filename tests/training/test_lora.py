@@ -100,7 +100,10 @@ def test_a_run_stores_only_the_adapters(trained: Path) -> None:
         assert torch.equal(state[names[name]], x * scale)
     with safe_open(trained / "lora.safetensors", "pt") as file:
         assert json.loads(file.metadata()["training"]) == {"step": 4}
-        assert (file.metadata()["base"], file.metadata()["licence"]) == ("tiny.safetensors", "MIT")
+        header = file.metadata()
+        assert (header["base"], header["licence"]) == ("tiny.safetensors", "MIT")
+        assert header["modelspec.architecture"] == "wuerstchen-v2-prior/lora" and "modelspec" not in header
+        assert (header["modelspec.title"], header["modelspec.trigger_phrase"]) == ("Pink", "sks apple, pink")
 
 
 def test_a_lora_carries_the_licences_of_prior_and_text_encoder(config: Path, bundle: Path, tmp_path: Path) -> None:
