@@ -46,7 +46,7 @@ def set_alphas(targets: Mapping[str, Adapters], metadata: Mapping[str, str], con
     if it is not supported, or not that of these adapters.
     """
     header = f"{DIFFUSERS_CONFIG} of the header"
-    configs = {"": config} if config is not None else _diffusers_configs(metadata)
+    configs: Mapping[str, Config] = {"": config} if config is not None else _diffusers_configs(metadata)
     source = header if config is None else PEFT_CONFIG
     for one in configs.values():
         _check(one, source)
@@ -114,7 +114,7 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any, source: st
     return value
 
 
-def _diffusers_configs(metadata: Mapping[str, str]) -> dict[str, Config]:
+def _diffusers_configs(metadata: Mapping[str, str]) -> Mapping[str, Config]:
     """Returns the configurations by component ("prior", ...), or of a single network under ""; {} if there is none."""
     try:
         fields = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))

@@ -111,8 +111,8 @@ def _targets(network: Adapters) -> dict[str, int]:
 
 def trigger_words(metadata: Mapping[str, str]) -> str:
     """Returns the trigger words of a safetensors header, or Kohya's most frequent tags; "" if it names none."""
-    if words := metadata.get("modelspec.trigger_phrase"):
-        return words
+    if phrase := metadata.get("modelspec.trigger_phrase"):
+        return phrase
     try:
         tags = json.loads(metadata.get("ss_tag_frequency") or "{}")
         counts = Counter({tag: 0 for folder in tags.values() for tag in folder})
