@@ -178,15 +178,47 @@ def test_the_orientation_of_a_png(where: str, behind: bool) -> None:
             assert np.array_equal(np.asarray(image), np.rot90(flat, turns[orientation]))
 
 
+def with_xmp(kind: str, xmp: bytes) -> io.BytesIO:
+    """Returns a picture of 5x3 pixels with XMP."""
+    noise(5, 3).save(file := io.BytesIO(), kind, **({"tiffinfo": {700: xmp}} if kind == "TIFF" else {"xmp": xmp}))
+    if kind == "JPEG" and xmp not in file.getvalue():  # older versions of Pillow do not write it
+        segment = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+        plain = file.getvalue()
+        file = io.BytesIO(plain[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + plain[2:])
+    return file
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "AVIF"])
 def test_the_orientation_in_xmp(kind: str) -> None:
     if kind == "AVIF" and ".avif" not in image_suffixes():
         pytest.skip("this Pillow cannot read AVIF")
     for orientation in (1, 3, 6, 7):
-        xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
-        options = {"tiffinfo": {700: xmp}} if kind == "TIFF" else {"xmp": xmp}
-        noise(5, 3).save(file := io.BytesIO(), kind, **options)
-        assert picture_size(file, "it") == open_picture(file, "it").size == ((5, 3) if orientation < 5 else (3, 5))
+        for form in (f'"{orientation}"/>', f"'{orientation}'/>"):
+            file = with_xmp(
+                kind, f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation={form}</x:xmpmeta>'.encode()
+            )
+            flat, picture = np.asarray(Image.open(file).convert("RGB")), open_picture(file, "it")
+            assert picture_size(file, "it") == picture.size == ((5, 3) if orientation < 5 else (3, 5))
+            turned = {1: flat, 3: np.rot90(flat, 2), 6: np.rot90(flat, 3), 7: flat[::-1, ::-1].swapaxes(0, 1)}[
+                orientation
+            ]
+            if kind != "TIFF":  # which Pillow itself turns in newer versions
+                assert np.array_equal(np.asarray(picture), turned)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_is_turned_once(kind: str) -> None:
+    """Also if it was opened or read before."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    noise(5, 3).save(file, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {"lossless": True}))
+    once = open_picture(file, "it")
+    with Image.open(file) as lazy, Image.open(file) as read:
+        read.load()
+        for picture in (once, lazy, read):
+            assert open_picture(picture).size == (3, 5) and open_picture(picture) == once
+    if kind != "JPEG":
+        assert np.array_equal(np.asarray(once), np.rot90(np.asarray(noise(5, 3)), 3))
 
 
 def test_the_orientation_behind_the_frames_of_an_apng() -> None:
@@ -224,15 +256,14 @@ def test_the_size_of_a_png_is_known_without_its_pixels() -> None:
         open_picture(file, "it")
 
 
-def test_broken_exif_data_are_damage() -> None:
+def test_other_exif_data_may_be_broken() -> None:
     exif, file = Image.Exif(), io.BytesIO()
     exif[270], exif[274] = "hello", 6
     noise(5, 3).save(file, "JPEG", exif=exif)
     text = b"\x01\x0e\x00\x02"  # the description's tag, and that it is a text
     assert file.getvalue().count(text) == 1
     broken = io.BytesIO(file.getvalue().replace(text, b"\x01\x24\x00\x02"))  # a tag for numbers
-    with pytest.raises(ValueError, match="^it .*damaged"):
-        open_picture(broken, "it")
+    assert picture_size(broken, "it") == open_picture(broken, "it").size == (3, 5)
 
 
 # files that are not pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 import zlib
@@ -13,7 +14,7 @@ from io import BytesIO
 from os import PathLike
 from typing import IO, BinaryIO
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # packages that add formats to Pillow
 NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # data, video and drawings
@@ -28,6 +29,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by the value of EXIF's orientation
+XMP_HEADER = b"http://ns.adobe.com/xap/1.0/"  # of a JPEG's segment
+XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 PNG_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
 
 
@@ -72,11 +75,14 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns a copy of an image, turned as its metadata say."""
-    if image.format != "PNG" or not getattr(image, "tile", None):  # read already: Pillow knows the chunks behind
-        return ImageOps.exif_transpose(image)
-    turn = TURNS.get(_orientation(image))
-    return image.copy() if turn is None else image.transpose(turn)
+    """Returns a copy of an image, turned as its metadata say, without them."""
+    orientation = _orientation(image)
+    if image.format == "TIFF" and _exif_orientation(image) is not None:
+        orientation = 1  # Pillow turns the pixels of these when it reads them
+    turn = TURNS.get(orientation)
+    out = image.copy() if turn is None else image.transpose(turn)
+    out.info = {key: value for key, value in out.info.items() if key == "transparency"}
+    return out
 
 
 def upright_size(file: Image.Image) -> tuple[int, int]:
@@ -91,20 +97,37 @@ def upright_size(file: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(file: Image.Image) -> int:
-    """Returns EXIF's orientation of an open file, 1 to 8, from EXIF data, XMP or the text chunks of a PNG.
+    """Returns the orientation of an image by EXIF, 1 to 8, from EXIF data, else XMP.
 
-    Chunks behind the pixels of a PNG count too; Pillow itself finds them only by decoding it.
+    Chunks behind the pixels of a PNG file count too; Pillow itself finds them only by decoding it.
     """
-    if isinstance(file, ImageFile.ImageFile) and file.format == "PNG" and file.fp is not None:
+    header = file
+    if isinstance(file, ImageFile.ImageFile) and file.format == "PNG" and file.tile and file.fp is not None:
         position = file.fp.tell()
         try:
-            with Image.open(_without_pixels(file.fp)) as header:
-                found = Image.Image.getexif(header).get(ExifTags.Base.Orientation)
+            header = Image.open(_without_pixels(file.fp))
         finally:
             file.fp.seek(position)
-    else:
-        found = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+    found = _exif_orientation(header)
+    if found is None:
+        match = XMP_ORIENTATION.search(_xmp(header))
+        found = int(match[1]) if match else None
     return found if found in TURNS else 1
+
+
+def _exif_orientation(image: Image.Image) -> int | None:
+    # The base class's method: PNG's own decodes the pixels.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+
+
+def _xmp(image: Image.Image) -> bytes:
+    """Returns the XMP of an image; older versions of Pillow do not put it into `info`."""
+    info, tags = image.info, getattr(image, "tag_v2", {})
+    apps = [data for name, data in getattr(image, "applist", []) if name == "APP1" and data.startswith(XMP_HEADER)]
+    found = info.get("XML:com.adobe.xmp") or info.get("xmp") or (apps[0] if apps else None) or b""
+    if "xmp" not in info and not found:
+        found = tags.get(ExifTags.Base.XMLPacket, b"")
+    return found.encode(errors="replace") if isinstance(found, str) else bytes(found)
 
 
 def _without_pixels(file: IO[bytes]) -> BytesIO:
