@@ -17,6 +17,7 @@ from helpers.tiny_model import tiny_parts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import build_part, describe, read_part, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.key_maps import text_to_transformers
@@ -253,3 +254,34 @@ def test_the_other_parts_of_a_damaged_bundle_still_load(tmp_path: Path) -> None:
     assert list(description.problems) == ["vqgan"] and "out_block.0.bias" in description.problems["vqgan"]
     assert [part.name for part in description.parts] == ["prior", "decoder", "image_encoder", "text_encoder"]
     build_part(read_part(source, "prior"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sampling": {"width": 100, "height": 128}}, {"sampling": {"prior_steps": "many"}},
+        {"vocabulary": {"words": 3}}, {"version": "v3"},
+        {"parts": {"prior": {"depth": 10**12}}}, {"parts": {"prior": {"c": -1}}},
+    ],
+)  # fmt: skip
+def test_damaged_metadata_are_refused_as_by_the_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: dict[str, Any]
+) -> None:
+    file = tmp_path / "bundle.safetensors"
+    save_bundle(file, model(), {})
+    content = json.loads(read_file_metadata(file)["wuerstchen"])
+    prior = damage.get("parts", {}).get("prior")
+    changes = {"parts": {**content["parts"], "prior": {**content["parts"]["prior"], **prior}}} if prior else damage
+    save_file(load_file(file), file, {"wuerstchen": json.dumps(content | changes)})
+    with pytest.raises(ValueError, match="\\w"):
+        WuerstchenPipeline.load(file, device="cpu")
+    assert main(["inspect", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert "complete\n" not in out and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["blocks.{}.depthwise.weight", "down_blocks.{}.0.depthwise.weight"])
+def test_large_numbers_in_keys_are_refused_at_once(tmp_path: Path, key: str) -> None:
+    state = {**whole("prior" if key.startswith("blocks") else "decoder"), key.format(10**9): torch.zeros(1)}
+    with pytest.raises(ValueError, match="999999|1000000000"):
+        describe(safetensors(tmp_path, state))

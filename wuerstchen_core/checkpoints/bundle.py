@@ -24,6 +24,7 @@ AnyPart: TypeAlias = nn.Module | Part
 
 METADATA_KEY = "wuerstchen"
 FORMAT = 1
+RELEASES = ("v1", "v2")
 TABLE = "token_embedding"  # a small model uses a few hundred of its 49408 rows
 
 
@@ -48,6 +49,13 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     for name in ("parts", "sampling", "vocabulary"):
         if not isinstance(content.get(name, {}), dict):
             raise ValueError(f"the metadata of {path} is damaged ({name} is not an object): download the file again")
+    words = content.get("vocabulary", {}).get("words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"the metadata of {path} is damaged (words is not a list): download the file again")
+    if content.get("version", "v2") not in RELEASES:
+        raise ValueError(
+            f"{path} is of the release {content['version']!r}, not {' or '.join(RELEASES)}: update this package"
+        )
     return content
 
 

@@ -61,9 +61,12 @@ def _heads(width: int) -> int:
 
 
 def _count(state: Tensors, prefix: str) -> int:
-    """Returns the length of the module list under `prefix`."""
+    """Returns the length of the module list under `prefix`. Raises ValueError if it is longer than the state."""
     entries = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
-    return 1 + max((int(entry) for entry in entries if entry.isdecimal()), default=-1)
+    count = 1 + max((int(entry) for entry in entries if entry.isdecimal()), default=-1)
+    if count > len(state):
+        raise ValueError(f"the weights are damaged: {prefix}{count - 1} has no place among {len(state)} tensors")
+    return count
 
 
 def prior_params(state: Tensors, nhead: int | None = None) -> PriorParams:

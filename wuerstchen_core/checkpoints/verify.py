@@ -20,6 +20,8 @@ _IMPOSSIBLE = (ValueError, RuntimeError, AssertionError, ArithmeticError, Lookup
 def check_weights(part: Part[Any]) -> None:
     """Raises ValueError that names the missing, unexpected, mis-shaped and mistyped tensors of a part, if any."""
     source, found = part.path or part.name, part.state_dict
+    if (blocks := _count_blocks(part.params)) > len(found):  # before a network of any size is built
+        raise ValueError(f"the weights of {source} are damaged: {blocks} blocks cannot have {len(found)} tensors")
     try:
         expected = expected_tensors(component(part.name).network, part.params)
     except _IMPOSSIBLE as error:
@@ -42,6 +44,12 @@ def check_weights(part: Part[Any]) -> None:
     text = ", ".join(f"{what}: {len(keys)} ({listed(keys, width=100)})" for what, keys in problems.items() if keys)
     if text:
         raise ValueError(f"the weights of {source} do not fit a {part.name} of these params; {text}")
+
+
+def _count_blocks(params: Any) -> int:
+    """Returns the number of blocks that params state, or a part of it."""
+    counts = [getattr(params, name, 0) for name in ("depth", "layers", "levels", "bottleneck_blocks")]
+    return sum(counts) + sum(getattr(params, "blocks", ())) + sum(stage[-1] for stage in getattr(params, "stages", ()))
 
 
 @lru_cache(maxsize=64)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..demo.vocabulary import word_list
 from .options import VERSION_HELP
 from .progress import Bar
+
+if TYPE_CHECKING:
+    from ..checkpoints.inspect import Description
 
 
 def add(commands: Any) -> None:
@@ -62,12 +65,25 @@ def _inspect(options: argparse.Namespace) -> None:
         other = describe_embedding(path) if is_embedding(path) else describe_lora(path)
         lines, table = other.lines(), asdict(other)
     else:
-        description = describe(options.file)
+        description = _with_settings(describe(options.file))
         lines, table, problems = description.lines(), asdict(description), description.problems
     text = json.dumps(table) if options.json else "\n".join(lines)
     sys.stdout.write(f"{text}\n")
     if problems:
         raise ValueError("; ".join(problems.values()))
+
+
+def _with_settings(description: Description) -> Description:
+    """Returns a description whose problems include sampling settings that the model cannot be loaded with."""
+    from ..checkpoints.open import open_source
+    from ..inference.settings import SamplingSettings
+
+    metadata = open_source(description.source, headers_only=True).metadata
+    try:
+        SamplingSettings.from_metadata(metadata, "v1" if description.version == "v1" else "v2")
+    except ValueError as error:
+        return replace(description, problems={**description.problems, "sampling": str(error)})
+    return description
 
 
 def _paragraph(group: str, words: list[str]) -> str:
