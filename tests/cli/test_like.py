@@ -228,7 +228,9 @@ def test_no_graph_is_written_that_would_make_another_picture(changes: dict[str, 
 
 
 METHODS: dict[str, Callable[[WuerstchenPipeline, Path], list[Image.Image]]] = {
-    "generate": lambda pipe, path: pipe.generate(TEXT, seed=np.int64(2), prior_guidance=np.float32(2.5)),
+    "generate": lambda pipe, path: pipe.generate(
+        np.array([TEXT, TEXT]), seed=np.array([2, 3]), prior_guidance=np.float32(2.5)
+    ),
     "reconstruct": lambda pipe, path: pipe.reconstruct([str(path), path], seed=2),
     "variations": lambda pipe, path: pipe.variations(Image.open(path), TEXT, seed=2),
     "inpaint": lambda pipe, path: pipe.inpaint(path, path.with_name("mask.png"), TEXT, seed=2),

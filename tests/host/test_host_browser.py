@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import TINY, find, skip_if_too_old
+from images import LIMIT, deviation
 from PIL import Image
 
 from tools.comfyui.client import PACK, Server
 from tools.comfyui.graphs import api_form, files, workflow
 from tools.demo.judge import Judge
+from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.demo.vocabulary import Scene, caption
+from wuerstchen_core.inference.metadata import PROMPT
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from tools.comfyui.browser import Canvas, canvas, chromium  # noqa: E402 (playwright may be missing)
@@ -80,6 +85,25 @@ def test_a_template_can_be_opened_edited_run_and_restored_from_its_image(
     assert page.prompt() == prompt
     assert shape(page.graph()) == shape(graph)
     assert page.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "ending"), [("demo", ".png"), ("demo", ".webp"), ("demo-v1", ".png")], ids=lambda text: text
+)
+def test_a_picture_of_python_dropped_on_the_canvas_opens_as_its_graph_and_is_repeated(
+    server: Server, page: Canvas, tmp_path: Path, model: str, ending: str
+) -> None:
+    pipe = WuerstchenPipeline.load(model, device="cpu", dtype="fp32")
+    [picture] = pipe.generate(caption(SMALL_CAT) + " (not a weight:1.5)", seed=5)
+    file = tmp_path / f"picture{ending}"
+    picture.save(file)
+    page.drop(file)
+    prompt = json.loads(picture.info[PROMPT])
+    page.wait_for_text(prompt["2" if model == "demo" else "5"]["inputs"]["text"])
+    assert page.prompt() == prompt and page.problems() == []
+    page.run()
+    saved = max((server.folder / "output").glob("*.png"), key=lambda path: path.stat().st_mtime)
+    assert deviation(Image.open(saved), picture) <= LIMIT
 
 
 def test_the_first_template_is_an_app_for_a_prompt(page: Canvas) -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TINY, V1, Generate, Graph
+from bundles import TINY, V1, Generate, Graph, find
 from images import LIMIT, deviation
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tools.comfyui.client import Server
-from tools.comfyui.graphs import api_form
+from tools.comfyui.graphs import WORKFLOWS, api_form
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints import PARTS_OF, read_part, save_bundle
+from wuerstchen_core.cli.main import main
 from wuerstchen_core.inference.comfyui_nodes import NODES
-from wuerstchen_core.inference.metadata import PROMPT, WORKFLOW
+from wuerstchen_core.inference.metadata import PROMPT, RECORD, WORKFLOW
 from wuerstchen_core.inference.workflow import build_graph
 
 TEXT, SIZE = "a red apple", (192, 128)
@@ -90,12 +93,47 @@ def test_comfyui_repeats_a_picture(
         assert deviation(same, picture) <= LIMIT
 
 
+def test_comfyui_repeats_a_picture_with_a_lora(object_info: dict[str, Any], generate: Generate) -> None:
+    lora = WORKFLOWS / "wuerstchen_demo_pink.safetensors"
+    pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32", lora={lora: 0.8})
+    [picture] = pipe.generate("a red apple on a blue background", seed=1)
+    prompt = json.loads(picture.info[PROMPT])
+    assert api_form(json.loads(picture.info[WORKFLOW]), object_info) == prompt
+    [same] = generate(prompt).pictures
+    assert deviation(same, picture) <= LIMIT
+    pipe.unload_lora()
+    [without] = pipe.generate("a red apple on a blue background", seed=1)
+    assert "loras" not in json.loads(without.info[RECORD]) and deviation(same, without) > 5
+
+
+@pytest.mark.parametrize("model", [TINY, V1])
+def test_the_command_line_repeats_a_picture_that_comfyui_saved(
+    server: Server, generate: Generate, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    pipe = WuerstchenPipeline.load(checkpoints / model, device="cpu", dtype="fp32")
+    graph, _ = build_graph(json.loads(pipe.generate(TEXT, seed=6, decoder_guidance=1.5)[0].info[RECORD]))
+    find(graph, "WuerstchenEmptyLatents")["batch_size"] = 2
+    pictures = generate(graph).pictures
+    pictures[0].save(tmp_path / "saved.png", pnginfo=pnginfo(pictures[0]))
+    monkeypatch.chdir(checkpoints)
+    command = ["generate", "--like", tmp_path / "saved.png", "--device", "cpu", "--output", tmp_path / "again.png"]
+    assert main([str(argument) for argument in command]) == 0
+    for picture, name in zip(pictures, ("again-1.png", "again-2.png"), strict=True):
+        assert deviation(picture, Image.open(tmp_path / name)) <= LIMIT
+
+
+def pnginfo(picture: Image.Image) -> PngInfo:
+    """Returns the texts that ComfyUI wrote into a picture."""
+    info = PngInfo()
+    for key, text in picture.info.items():
+        info.add_text(key, text)
+    return info
+
+
 def test_comfyui_repeats_a_picture_of_several_files(
     object_info: dict[str, Any], generate: Generate, checkpoints: Path, models: Path, tmp_path: Path
 ) -> None:
     """A prior of its own in a bundle, and all parts from files."""
-
-    from wuerstchen_core.checkpoints import PARTS_OF, read_part, save_bundle
 
     folders = {"prior": "diffusion_models", "decoder": "diffusion_models", "vqgan": "vae"}
     files = {}

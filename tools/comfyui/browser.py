@@ -54,10 +54,10 @@ PROBLEMS = """() => app.graph.nodes
 TEMPLATES = """() => [...document.querySelectorAll("[data-testid^=template-workflow-]")]
   .map((card) => card.dataset.testid.replace("template-workflow-", ""))"""
 
-DROP = """([text, name]) => {
+DROP = """([text, name, type]) => {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const dataTransfer = new DataTransfer();
-  dataTransfer.items.add(new File([bytes], name, {type: "image/png"}));
+  dataTransfer.items.add(new File([bytes], name, {type}));
   for (const kind of ["dragenter", "dragover", "drop"]) {
     const where = {clientX: 1250, clientY: 820, bubbles: true, cancelable: true, dataTransfer};
     document.getElementById("graph-canvas").dispatchEvent(new DragEvent(kind, where));
@@ -184,7 +184,8 @@ class Canvas:
 
     def drop(self, file: Path) -> None:
         """Drops a file onto the canvas."""
-        self.evaluate(DROP, [base64.b64encode(file.read_bytes()).decode(), file.name])
+        kind = f"image/{file.suffix.removeprefix('.')}"
+        self.evaluate(DROP, [base64.b64encode(file.read_bytes()).decode(), file.name, kind])
 
     def wait_for_text(self, text: str) -> None:
         """Waits until a widget has this value."""

@@ -51,8 +51,7 @@ class ImageFolder:
 
     def add(self, name: str, image: Image.Image, table: Mapping[str, Any], metadata: bool = True) -> None:
         """Writes an image and its table; `metadata` as in `save_image`."""
-        text = json.dumps(table, ensure_ascii=False)
-        replace_file(self.folder / f"{name}.json", lambda draft: draft.write_text(text, encoding="utf-8"))
+        _write_text(self.folder / f"{name}.json", json.dumps(table, ensure_ascii=False))
         save_image(image, self.folder / f"{name}.png", metadata)
 
     def close(self) -> None:
@@ -67,8 +66,7 @@ class ImageFolder:
                 for name, table in sorted(tables.items())
                 if "weights" in table  # from --prompts
             ]
-            text = "".join(f"{row}\n" for row in rows)
-            replace_file(path, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
+            _write_text(path, "".join(f"{row}\n" for row in rows))
 
     def _names(self) -> list[str]:
         """Returns the names of all images in the folder that have a .json file."""
@@ -127,6 +125,10 @@ class Shard(ImageFolder):
                         yield member.name, file.read()
         except tarfile.TarError as error:
             raise ValueError(f"{self.path} cannot be read ({error}): remove it to generate its images again") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def open_output(folder: Path, lines: int | None, shard: int) -> ImageFolder:

@@ -35,7 +35,7 @@ def options_of(picture: Path, options: argparse.Namespace) -> dict[str, Any]:
             f"{picture} was made by `{command}`{source}, and --like repeats `generate` only: run `{command}`"
         )
     found = {name: record[name] for name in SAME if record.get(name) is not None}
-    dropped = SCHEDULE if options.schedule is not None or options.prior_steps is not None else ()
+    dropped: tuple[str, ...] = SCHEDULE if options.schedule is not None or options.prior_steps is not None else ()
     dropped += ("decoder_steps",) if options.schedule is not None else ()
     found = {name: value for name, value in found.items() if name not in dropped}
     parts = record.get("parts", {})

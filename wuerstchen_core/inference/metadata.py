@@ -41,7 +41,9 @@ def embed(image: Image.Image, record: Mapping[str, Any]) -> GeneratedImage:
     """Returns the picture with the texts of its record, the settings that made it."""
     generated = GeneratedImage()
     vars(generated).update(vars(image))
-    generated.info = {**image.info, **texts(record)}
+    generated.info = dict(image.info)
+    for key, text in texts(record).items():
+        generated.info[key] = text
     return generated
 
 
@@ -55,8 +57,8 @@ def texts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a number of numpy or torch as Python's, and anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Returns numbers of numpy or torch as Python's, and anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def parameters(record: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, I
             check_keywords(function.__name__, kwargs, known)
             shown = kwargs.pop(PROGRESS, None)
             with progress_bar(kwargs.pop("callback", None), args[0].progress if shown is None else shown) as callback:
-                images = function(*args, callback=callback, **kwargs)
+                kwargs["callback"] = callback
+                images = function(*args, **kwargs)
             arguments = call.bind(*args, **kwargs)
             arguments.apply_defaults()
             given = {**defaults, **arguments.arguments, **arguments.arguments[others]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def _of_picture(method: str, arguments: Mapping[str, Any], index: int) -> dict[s
     if method == "interpolate":
         return {"seed": seed}
     prompt, image = arguments.get("prompt"), arguments.get("image")
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        own["prompt"] = prompt[index // (arguments.get("count") or 1)]
+    if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) and (several := list(prompt)):
+        own["prompt"] = several[index // (arguments.get("count") or 1)]
     if isinstance(image, Sequence) and not isinstance(image, str) and (name := _file_name(image[index])):
         own["image"] = name
     return {**own, "seed": seed[index] if isinstance(seed, Sequence) else seed + index}

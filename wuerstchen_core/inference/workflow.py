@@ -105,7 +105,7 @@ def _add_nodes(graph: _Graph, record: Mapping[str, Any]) -> None:
 
 def _components(graph: _Graph, record: Mapping[str, Any], v1: bool, with_image: bool) -> dict[str, Link]:
     """Adds the loaders and returns the outputs of the components."""
-    names = ("prior", "token_decoder", "text_encoder", "vqgan") if v1 else BUNDLE_OUTPUTS[:-1]
+    names: tuple[str, ...] = ("prior", "token_decoder", "text_encoder", "vqgan") if v1 else BUNDLE_OUTPUTS[:-1]
     names += ("image_encoder",) if with_image else ()
     model, found = record.get("model"), {}
     bundle = model and SHIPPED.get(model, model if model.endswith(".safetensors") else f"{model}.safetensors")
