@@ -162,3 +162,10 @@ def test_other_models_are_named_behind_prefixes(tmp_path: Path) -> None:
 def test_wrappers_are_only_whole_names() -> None:
     assert list(unwrapped({"a_orig_mod.b": 0, "_orig_mod.a._orig_mod.b": 0})) == ["a_orig_mod.b", "a.b"]
     assert find_networks("", {"my_cond_mapper.0.weight": 0}) == []
+
+
+def test_averages_without_names_are_refused(raw: State, tmp_path: Path) -> None:
+    """As diffusers' EMAModel.state_dict() and torch_ema's have them."""
+    torch.save({"decay": 0.99, "shadow_params": list(raw.values())}, tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match=r"ema\.pt.*shadow_params"):
+        describe(tmp_path / "ema.pt")

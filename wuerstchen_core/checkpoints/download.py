@@ -107,13 +107,17 @@ def _downloaded(file: PublishedFile, path: Path) -> int:
 
 def _fetch(hub: Any, file: PublishedFile, path: Path) -> None:
     """Downloads one file to `path`."""
-    drafts = _drafts(file, path)
+    drafts, log = _drafts(file, path), logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # not a line for each attempt
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         expected = file.sha256 or _hubs_checksum(hub, file)
         draft = Path(hub.hf_hub_download(file.repo, file.path, revision=file.revision, local_dir=drafts))
     except Exception as error:  # of huggingface_hub and of the HTTP library that it uses, which differ by version
         raise _failure(file, path, error) from error
+    finally:
+        log.setLevel(level)
     if expected and not _checksum(draft).startswith(expected):
         draft.unlink()
         raise ValueError(f"{file.url} was not kept, since its sha256 is not {expected[:8]}...: try again later")

@@ -135,6 +135,10 @@ def read_torch(path: Path) -> Any:
 def _states(path: Path, content: Any) -> dict[str, State]:
     """Returns the state dicts in a PyTorch file's content."""
     states = dict(_find_states(content, ""))
+    if not states and isinstance(content, dict) and "shadow_params" in content:
+        raise ValueError(
+            f"{path} holds averaged weights without their names (shadow_params): use the network's own file"
+        )
     if not states:
         raise ValueError(f"{path} holds no weights: expected a state dict, bare or under a key such as state_dict")
     return states
