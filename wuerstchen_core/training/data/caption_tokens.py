@@ -26,17 +26,24 @@ class CaptionTokenizer:
         self.long = 0
 
     def __call__(self, captions: Sequence[str]) -> list[Tokens]:
-        """Returns the tokens of each caption, n = 1 if captions are cut."""
+        """Returns the tokens of each caption, n = 1 if captions are cut, and counts the long ones."""
         tokens = [tokenize_whole(caption) for caption in captions]
         before, self.long = self.long, self.long + sum(len(ids) > 1 for ids, _ in tokens)
         if self.long and (not before or int(math.log10(self.long)) > int(math.log10(before))):
             log.info("%s", self.note())
-        return [(ids[:1], mask[:1]) for ids, mask in tokens] if self.cut else tokens
+        return self._shortened(tokens)
+
+    def uncounted(self, captions: Sequence[str]) -> list[Tokens]:
+        """Returns the tokens of each caption without counting them."""
+        return self._shortened([tokenize_whole(caption) for caption in captions])
 
     def note(self) -> str:
         """Returns how many captions were longer than a chunk, and what is done with them."""
         done = "cut there" if self.cut else "read whole, in pieces of 75 as in generation"
-        return f"{self.long} captions so far have more than 75 tokens: they are {done}"
+        return f"{self.long} captions read so far have more than 75 tokens: they are {done}"
+
+    def _shortened(self, tokens: list[Tokens]) -> list[Tokens]:
+        return [(ids[:1], mask[:1]) for ids, mask in tokens] if self.cut else tokens
 
 
 def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

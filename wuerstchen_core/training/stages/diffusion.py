@@ -101,7 +101,7 @@ class DiffusionStage(Stage[N]):
         sampling = SamplingSettings(
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
         )
-        tokens, samples = self.dataset.tokenizer(prompts), torch.empty_like(images)
+        tokens, samples = self.dataset.tokenizer.uncounted(prompts), torch.empty_like(images)
         chunks = torch.tensor([len(ids) for ids, _ in tokens])
         for count in chunks.unique():
             indices = (chunks == count).nonzero().flatten()

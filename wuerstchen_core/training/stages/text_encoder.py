@@ -16,7 +16,7 @@ from ...common.geometry import prior_side
 from ...models.image_encoder import ImageEncoder
 from ...models.prior import latents_from_features
 from ...models.text_encoder import TextEncoder
-from ..data.caption_tokens import CaptionTokenizer
+from ..data.caption_tokens import CaptionTokenizer, Tokens
 from ..data.dataset import ImageDataset, InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
@@ -88,13 +88,7 @@ class TextStage(Stage[Contrast]):
         picked = self.dataset.sample_batch(rng)
         features = self.features(picked)
         features += 0.3 * rng.normal(*features.shape[1:])
-        return (*self._tokens(self.tokenizer, self.dataset.captions(picked, rng)), features)
-
-    @staticmethod
-    def _tokens(tokenizer: CaptionTokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids and mask [B, 77]."""
-        ids, mask = zip(*tokenizer(captions), strict=True)
-        return torch.cat(ids), torch.cat(mask)
+        return (*_join(self.tokenizer(self.dataset.captions(picked, rng))), features)
 
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
@@ -103,8 +97,14 @@ class TextStage(Stage[Contrast]):
         """Returns images, and for each the one that its caption matches best."""
         device, picked = net.scale.device, validation.evenly_spaced(12)
         captions = validation.captions(picked, StepRandom(0, 0, len(picked)))
-        ids, mask = (x.to(device) for x in self._tokens(CaptionTokenizer(cut=True), captions))
+        ids, mask = (x.to(device) for x in _join(self.tokenizer.uncounted(captions)))
         self.encoder.to(device)
         features = self._features(validation)(slice(None)).to(device)
         matches = (net.embed_text(ids, mask) @ net.embed_images(features).T).argmax(1).cpu()
         return [validation.images(picked), validation.images(matches)]
+
+
+def _join(tokens: list[Tokens]) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask [B, 77] of captions of one chunk."""
+    ids, mask = zip(*tokens, strict=True)
+    return torch.cat(ids), torch.cat(mask)
