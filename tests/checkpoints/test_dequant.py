@@ -106,6 +106,18 @@ def test_quantised_files_of_comfyuis_modelsave_are_converted(plain: State, tmp_p
         torch.testing.assert_close(x, expected[key], rtol=1e-6, atol=1e-6)
 
 
+def test_quantised_shards(plain: State, tmp_path: Path) -> None:
+    state, metadata, expected = quantised(plain, "int8_tensorwise, rotated", in_header=True)
+    keys = list(state)
+    shards = {"one.safetensors": keys[::2], "two.safetensors": keys[1::2]}
+    for name, own in shards.items():
+        save_file({key: state[key] for key in own}, tmp_path / name, metadata)
+    index = {key: name for name, own in shards.items() for key in own}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for key, x in read_part(tmp_path, "prior").state_dict.items():
+        torch.testing.assert_close(x, expected[key], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_is_that_of_the_other_weights(plain: State, tmp_path: Path, dtype: torch.dtype) -> None:
     state, _, expected = quantised(plain, "int8_tensorwise, rotated")

@@ -153,7 +153,8 @@ def _read_shards(index: Path, headers_only: bool) -> WeightFile:
     for shard in sorted(set(shards.values())):
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
-        state |= read_weight_file(index.parent / shard, headers_only).states.get("", {})
+        content = read_weight_file(index.parent / shard, headers_only)
+        state |= with_header_configs(content.states.get("", {}), content.metadata)
     return WeightFile({"": state}, {})
 
 
