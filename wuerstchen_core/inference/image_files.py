@@ -45,7 +45,7 @@ def image_suffixes() -> frozenset[str]:
     for name in PLUGINS:
         try:
             plugin = import_module(name)
-        except ImportError:
+        except (ImportError, OSError):  # not installed, or without its library
             continue
         getattr(plugin, "register_heif_opener", lambda: None)()
     readable = (Image.OPEN.keys() | {"MPO"}) - NO_PIXELS  # MPO is opened as JPEG
