@@ -52,6 +52,7 @@ def apply_lora(
         model, _ = comfy.sd.load_lora_for_models(model, None, patches, strength_model, 0)
     if strength_clip and text_changes:
         patches = text_changes | _dora_scales(clip.patcher, text, prefix, f"text_encoders.{prefix}")
+        patches |= _bias_changes(clip.patcher, text, prefix, strength_clip)
         _, clip = comfy.sd.load_lora_for_models(None, clip, patches, 0, strength_clip)
     return model, clip, changes | text_changes
 
@@ -83,6 +84,18 @@ def _dora_scales(patcher: Any, found: Fit, prefix: str, lora_prefix: str) -> dic
             weight = convert(weight.to("cpu", copy=True)).float()
             scales[f"{lora_prefix}{path}.dora_scale"] = comfyui_dora_scale(weight, tensors)
     return scales
+
+
+def _bias_changes(patcher: Any, found: Fit, prefix: str, strength: float) -> dict[str, Tensor]:
+    """Returns new values of a text encoder's biases as differences, since ComfyUI sets only its weights."""
+    changes = {}
+    for path, adapter in found.fitting.items():
+        if path.endswith(".bias") and "set_weight" in adapter.tensors:
+            key = f"{prefix}{path}"
+            (bias, convert), *_ = patcher.get_key_patches(key)[key]
+            change = adapter.tensors["set_weight"].float() - convert(bias.to("cpu", copy=True)).float()
+            changes[f"text_encoders.{key.removesuffix('.bias')}.diff_b"] = change / strength
+    return changes
 
 
 def _check(name: str, lora: Lora, network: Fit, text: Fit, model: Any, clip: Any) -> None:

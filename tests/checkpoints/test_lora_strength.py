@@ -18,6 +18,7 @@ from torch import nn
 from wuerstchen_core.checkpoints.adapters import delta, merge_lora
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.lora_files import lora_from_state, read_lora
+from wuerstchen_core.checkpoints.lora_folders import is_lora
 from wuerstchen_core.models.prior import Prior
 
 peft = pytest.importorskip("peft", reason="writes the files and computes the expected outputs")
@@ -212,6 +213,11 @@ def test_alphas_of_tensors_come_before_kohyas_header() -> None:
 def test_folders_name_one_lora(tmp_path: Path) -> None:
     state = FORMS["kohya"].write(random_factors(attention_of_prior()), {})
     (tmp_path / "README.md").write_text("mine")
+    snapshot = tmp_path / "models--me--cats" / "snapshots" / "0123"  # of the hub's cache
+    trained(prior()).save_pretrained(snapshot)
+    (tmp_path / "models--me--cats" / "refs").mkdir()
+    (tmp_path / "models--me--cats" / "refs" / "main").write_text("0123")
+    assert is_lora(snapshot.parents[1]) and len(read_lora(snapshot.parents[1]).network) == 8
     with pytest.raises(ValueError, match="adapter_model"):
         read_lora(tmp_path)
     save_file(state, tmp_path / "one.safetensors")

@@ -170,6 +170,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors_in = load_file(loras / "inputs" / "prior.safetensors")
     inputs = tuple(tensors_in[name] for name in ("x", "t", "text"))
     runs = RUNS | {f"form/{file.stem}": ((file.stem, 1.0, 1.0),) for file in loras.glob("form *")}
+    runs["text biases"] = (("text biases/adapter_model", 1.0, 0.5),)
     runs |= {x.name: ((f"{x.name}/adapter_model", 1.0, 0.0),) for x in loras.glob("peft *")}
     for name, steps in {"untouched": (), **runs}.items():
         model, text, start = prior, clip, len(log.lines)

@@ -104,6 +104,10 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     for name, state in states.items():
         save_file(state, folder / f"{name}.safetensors")
     write_lora(folder / "trained.safetensors", trained(golden_bundle), TRAINED, {"training": {"step": 1}})
+    biases = {f"base_model.model.encoder.layers.0.self_attn.{x}_proj.base_layer.bias" for x in ("q", "k", "v", "out")}
+    (folder / "text biases").mkdir()
+    save_file({key: torch.full((64,), 0.25) for key in biases}, folder / "text biases" / "adapter_model.safetensors")
+    (folder / "text biases" / "adapter_config.json").write_text('{"peft_type": "LORA", "bias": "all"}')
     for name in PEFT:
         by_peft(golden_bundle, name).save_pretrained(folder / f"peft {name}")
     (folder / "inputs").mkdir()
@@ -160,6 +164,14 @@ def states(bundle: Path, *loras: tuple[Any, float]) -> Tensor:
         attention.in_proj_weight += torch.cat([change[name] for name in "qkv"])
         attention.out_proj.weight += change["t"]
     return tower(*tokenize(["a red apple"]))
+
+
+def test_pefts_biases_of_a_text_encoder(inside: Inside, golden_bundle: Path) -> None:
+    tower = load_text_encoder(golden_bundle)
+    for name in ("in_proj_bias", "out_proj.bias"):
+        tower.transformer.resblocks[0].attn.get_parameter(name).fill_(0.25)
+    assert_near(inside[0]["text biases/states"], tower(*tokenize(["a red apple"])), TOLERANCE)
+    assert inside[1]["text biases"][2] == []
 
 
 def test_pefts_configuration_counts_as_in_peft(inside: Inside, golden_bundle: Path) -> None:

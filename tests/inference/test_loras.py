@@ -123,6 +123,11 @@ def test_one_file_can_be_loaded_twice(bundle: Path, files: dict[str, Path]) -> N
     names = [pipe.load_lora(files["prior"], 0.5) for _ in range(2)]
     once = weights(load(bundle, lora=files["prior"]))
     assert len(set(names)) == 2
+    (files["prior"].parent / "style").mkdir()
+    file = files["prior"].parent / "style" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(files["prior"].read_bytes())
+    pipe.unload_lora(pipe.load_lora(file))
+    assert pipe.load_lora(file, 0) == "style"
     assert all(torch.allclose(x, once[key], rtol=0, atol=1e-6) for key, x in weights(pipe).items())
 
 

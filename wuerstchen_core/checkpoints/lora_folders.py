@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..common.text import listed
+from .folder_files import hub_snapshot
 from .lora_config import PEFT_CONFIG
 from .lora_keys import parse_key
 from .weight_files import read_weight_file
@@ -21,6 +22,7 @@ def find_loras(folder: Path) -> list[Path]:
     These are PEFT's or diffusers' file, PEFT's files in subfolders by component, or the only file with adapters.
     Raises ValueError if several files could be meant.
     """
+    folder = hub_snapshot(folder)
     if (folder / "model_index.json").is_file():  # a whole pipeline
         return []
     if named := _named_file(folder):
@@ -54,6 +56,7 @@ def is_lora(path: Path) -> bool:
 
     Raises ValueError for a damaged file, and for a folder of several LoRAs.
     """
+    path = hub_snapshot(path)
     if path.is_dir():
         return bool(_named_file(path) or all(map(_has_adapters, _weight_files(path)))) and bool(find_loras(path))
     if path.suffix == ".json":  # the index of a sharded file

@@ -19,6 +19,7 @@ from .components import TEXT_ENCODER, TOWERS, State
 from .fingerprint import fingerprint
 from .key_maps import COMFYUI_CLIPS, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
+from .lora_folders import STEMS
 
 AnyPath = str | os.PathLike[str]
 Loras = Mapping[AnyPath, float]  # strength by file
@@ -74,7 +75,8 @@ class LoraStack:
         parts = {_stage_of(networks, lora): lora.network, _CLIPS[lora.clip]: lora.text}
         fits = {part: _fit(networks, part, adapters, file, lora) for part, adapters in parts.items() if adapters}
         log_ignored(file, lora, fits.values())
-        name = name or self._free_name(Path(source).stem)
+        path = Path(source)
+        name = name or self._free_name(path.absolute().parent.name if path.stem in STEMS else path.stem)
         self._loras[name] = _Merged(
             strength, {part: found.fitting for part, found in fits.items()}, file, fingerprint(source)
         )
