@@ -35,7 +35,8 @@ def spec_header(
     parts: Collection[str], metadata: Mapping[str, Any], release: str | None, is_lora: bool = False
 ) -> dict[str, str]:
     """Returns the header fields of a file with these parts, or of a LoRA of them; only the date is not reproducible."""
-    stated, sampling = dict(metadata.get(FIELD, {})), metadata.get("sampling", {})
+    stated, sampling = dict(metadata.get(FIELD, {})), metadata.get("sampling")
+    size = [sampling.get(side) for side in ("width", "height")] if isinstance(sampling, Mapping) else []
     name = next((name for part, name in _DENOISERS.items() if part in parts), next(iter(parts)).replace("_", "-"))
     family = f"wuerstchen-{release}" if release else "wuerstchen"
     title = " ".join(["Würstchen", *([release] if release else []), *([] if name == "prior" else [name])])
@@ -48,7 +49,7 @@ def spec_header(
         "date": date.today().isoformat(),
         "hash_sha256": "-",
         "license": metadata.get("licence"),
-        "resolution": f"{sampling['width']}x{sampling['height']}" if {"width", "height"} <= sampling.keys() else None,
+        "resolution": "x".join(map(str, size)) if all(size) else None,
         "trigger_phrase": ", ".join(words),
         **{key: ", ".join(x) if isinstance(x, list) else x for key in _TEXTS[1:] if (x := stated.get(key))},
     }
