@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.adapters import Fit, comfyui_dora_scale, fit, keys_of
-from ...wuerstchen_core.checkpoints.lora_files import NETWORK_PREFIX, Lora, ignored, read_lora, to_comfyui
-from ...wuerstchen_core.checkpoints.weight_files import read_file_metadata, read_weight_file
+from ...wuerstchen_core.checkpoints.lora_files import (
+    NETWORK_PREFIX,
+    Lora,
+    converted_metadata,
+    ignored,
+    read_lora,
+    to_comfyui,
+)
+from ...wuerstchen_core.checkpoints.weight_files import read_weight_file
 from ...wuerstchen_core.checkpoints.writer import write_tensors
 from ...wuerstchen_core.common.text import listed
 from .models import PriorModel, StageModel
@@ -52,6 +59,7 @@ def apply_lora(
         model, _ = comfy.sd.load_lora_for_models(model, None, patches, strength_model, 0)
     if strength_clip and text_changes:
         patches = text_changes | _dora_scales(clip.patcher, text, prefix, f"text_encoders.{prefix}")
+        patches = {key: x for key, x in patches.items() if not key.endswith(".bias.set_weight")}
         patches |= _bias_changes(clip.patcher, text, prefix, strength_clip)
         _, clip = comfy.sd.load_lora_for_models(None, clip, patches, 0, strength_clip)
     return model, clip, changes | text_changes
@@ -147,7 +155,7 @@ def write_converted(path: Path, state: Mapping[str, Tensor], folder: Path) -> Pa
             raise ValueError(f"{target.name} exists with other contents: move it away, or turn save_converted off")
         return target
     try:
-        write_tensors(target, state, read_file_metadata(path))
+        write_tensors(target, state, converted_metadata(path, dict(state)))
     except OSError as error:
         raise ValueError(f"{error}; or turn save_converted off") from error
     logger.info(f"wrote {target}")

@@ -41,6 +41,7 @@ FORMS_OF_FILES: dict[str, Any] = {
     "diffusers.safetensors": {"<cat>": WIDE},
     "vector.bin": {"<cat>": WIDE[0]},
     "webui.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": WIDE}, "name": "x", "step": 3},
+    "old.pt": {"string_to_token": {"*": 265}, "string_to_param": torch.nn.ParameterDict({"*": WIDE})},
     "half.pt": {"string_to_param": {"*": torch.nn.Parameter(WIDE.half())}},
     "lora.safetensors": {"bundle_emb.a.clip_g": WIDE[:1], "bundle_emb.b.clip_g": WIDE[1:]},
     "old lora.safetensors": {"bundle_emb.<a>.string_to_param.*": WIDE},

@@ -129,7 +129,7 @@ def _read_state(path: Path) -> State:
         return read_weight_file(path).states[""]
     content = read_torch(path)
     content = content if isinstance(content, dict) else {}
-    if isinstance(content.get(_PARAM), Mapping):
+    if isinstance(content.get(_PARAM), Mapping | torch.nn.ParameterDict):
         content = {_PARAM: next(iter(content[_PARAM].values()), None)}
     return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
 

@@ -183,14 +183,21 @@ def convert_lora(path: Path, target: Path) -> None:
     Alphas are in the tensors then.
     """
     lora = read_lora(path)
+    state = to_comfyui(lora.network, lora.text, lora.clip) | lora.embeddings
+    write_tensors(target, state, converted_metadata(path, state))
+    log_ignored(path.name, lora, ())
+
+
+def converted_metadata(path: Path, state: State) -> dict[str, str]:
+    """Returns the header of a LoRA that is written under ComfyUI's keys: its own, with the fields of `modelspec`."""
     metadata = read_file_metadata(find_loras(path)[0] if path.is_dir() else path)
-    metadata.pop(DIFFUSERS_CONFIG, None)
-    stage = next((name for module in lora.network if (name := stage_of(module))), None)
+    metadata.pop(DIFFUSERS_CONFIG, None)  # alphas are tensors now
+    modules = (key.removeprefix(NETWORK_PREFIX) for key in state if key.startswith(NETWORK_PREFIX))
+    stage = next((name for module in modules if (name := stage_of(module))), None)
     if stage and not has_spec(metadata):
         stated = {"title": metadata.get("ss_output_name"), **stated_fields(metadata)}
         metadata = spec_header([stage], {FIELD: stated}, "v2", is_lora=True) | metadata
-    write_tensors(target, to_comfyui(lora.network, lora.text, lora.clip) | lora.embeddings, metadata)
-    log_ignored(path.name, lora, ())
+    return metadata
 
 
 def ignored(lora: Lora, fits: Iterable[Fit]) -> list[str]:

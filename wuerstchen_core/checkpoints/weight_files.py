@@ -119,7 +119,7 @@ def read_torch(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped
     allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
     try:
-        with path.open("rb") as file, allowed([Namespace]):  # a trainer's options, which run no code
+        with path.open("rb") as file, allowed([Namespace, torch.nn.ParameterDict]):  # which run no code
             return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
