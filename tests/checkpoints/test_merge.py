@@ -206,7 +206,7 @@ def test_the_command_uses_loras_and_records_them(
     metadata = [json.loads(image.info["wuerstchen"]) for image in (plain, changed)]
     assert "loras" not in metadata[0]
     assert metadata[1]["loras"] == [
-        {"file": f"{name}.safetensors", "weights": fingerprint(files[name]), "strength": strength}
+        {"file": f"{name}.safetensors", "weights": fingerprint(files[name]), "strength": strength, "stage": "prior"}
         for name, strength in (("both", -1.5), ("prior", 1.0))
     ]
     assert (np.asarray(plain) != np.asarray(changed)).any()
