@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .inference.pipeline import WuerstchenPipeline
 
-__all__ = ["WuerstchenPipeline"]
+__all__ = ["WuerstchenPipeline", "__version__"]
+
+__version__ = "0.2.0"  # also in pyproject.toml, which registries read
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import nn
 
+from ..common.versions import check_versions
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior
@@ -26,6 +27,7 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
 
     Raises ValueError that names the tensors that do not fit (`check_weights`).
     """
+    check_versions()
     check_weights(part)
     with torch.device("meta"):
         network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it

@@ -10,9 +10,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..common.text import one_line
+from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights
 from .console import flushed_stdout, prepare_streams
 
@@ -27,6 +28,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{message}; `{self.prog} --help` lists the options\n")
+
+
+class Version(argparse.Action):
+    """An option that prints the versions in one line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        sys.stdout.write(f"{summary(sys.modules[PACKAGE].__version__)}\n")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +58,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     if getattr(options, "command", "") == "train":
         logging.getLogger(PACKAGE).setLevel(logging.INFO)
     try:
+        check_versions()
         with flushed_stdout():
             options.run(options)
     except KeyboardInterrupt:
@@ -71,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     name = "wuerstchen" if Path(sys.argv[0]).stem == "wuerstchen" else f"python -m {PACKAGE}"
     parser = Parser(prog=name, description="Würstchen: text to image in three stages.")
     parser.set_defaults(install_hint=INSTALL_HINT, memory_hint="close other programs")
+    parser.add_argument("--version", nargs=0, action=Version, help="print the versions of this and of its packages")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in MODULES:
         module.add(commands)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..common.versions import OLDEST_FOR_TRAINING, check_versions
+
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
 CACHE = "cache"
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
@@ -23,6 +25,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_versions(OLDEST_FOR_TRAINING)
     from ..training.data.build_cache import make_cache
     from ..training.run import run
 
