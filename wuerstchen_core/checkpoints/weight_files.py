@@ -118,8 +118,9 @@ def read_torch(path: Path) -> Any:
     misnamed = path.name.endswith(".safetensors")
     mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped
     allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
+    harmless: list[Any] = [Namespace, torch.nn.ParameterDict]  # a trainer's options, old textual inversions
     try:
-        with path.open("rb") as file, allowed([Namespace, torch.nn.ParameterDict]):  # which run no code
+        with path.open("rb") as file, allowed(harmless):
             return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
