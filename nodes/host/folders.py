@@ -10,11 +10,11 @@ import folder_paths
 from ...wuerstchen_core.checkpoints import demo_path, read_metadata
 from ...wuerstchen_core.checkpoints.open import open_source
 from ...wuerstchen_core.checkpoints.source import CHECKPOINT
+from ...wuerstchen_core.inference.comfyui_nodes import SHIPPED, SHIPPED_LORAS
 
-DEMO = "Würstchen demo (shipped)"
-DEMO_V1 = "Würstchen demo v1 (shipped)"
-DEMO_LORA = "Würstchen demo pink (shipped)"
-_DEMO_LORA_PATH = Path(__file__).parents[2] / "workflows" / "wuerstchen_demo_pink.safetensors"
+DEMO, DEMO_V1 = SHIPPED.values()
+[(_DEMO_LORA_FILE, DEMO_LORA)] = SHIPPED_LORAS.items()
+_DEMO_LORA_PATH = Path(__file__).parents[2] / "workflows" / _DEMO_LORA_FILE
 
 
 def file_names(folder: str) -> list[str]:

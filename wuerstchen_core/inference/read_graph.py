@@ -9,8 +9,9 @@ from typing import Any
 from ..checkpoints.components import TOWERS
 from ..common.geometry import nearest_legal
 from ..diffusion.schedule import SCHEDULES, named_times
+from .comfyui_nodes import SHIPPED, SHIPPED_LORAS
 from .embeddings import has_embedding
-from .workflow import BUNDLE_OUTPUTS, LOADERS, SHIPPED, SHIPPED_LORAS, V1_LABELS
+from .workflow import BUNDLE_OUTPUTS, LOADERS, V1_LABELS
 
 WEIGHTS = re.compile(r"(?<!\\)[()]")
 ESCAPES = re.compile(r"\\([()])")

@@ -8,12 +8,9 @@ from typing import Any
 
 from ..checkpoints.components import TOWERS
 from ..diffusion.schedule import SCHEDULES
-from .comfyui_nodes import Prompt
+from .comfyui_nodes import SHIPPED, SHIPPED_LORAS, Prompt
 from .embeddings import has_embedding
 
-# ComfyUI's names of the files that ship.
-SHIPPED = {"demo": "Würstchen demo (shipped)", "demo-v1": "Würstchen demo v1 (shipped)"}
-SHIPPED_LORAS = {"wuerstchen_demo_pink.safetensors": "Würstchen demo pink (shipped)"}
 V1_LABELS = {  # the loaders' names of parts of a v1 bundle
     "prior": "prior",
     "token_decoder": "token decoder",
