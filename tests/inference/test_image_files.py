@@ -256,6 +256,15 @@ def test_the_size_of_a_png_is_known_without_its_pixels() -> None:
         open_picture(file, "it")
 
 
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage!", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0", b"II*\0\x08\0\0\0\x05\0"]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_whose_exif_data_are_no_exif_data(kind: str, exif: bytes) -> None:
+    noise(5, 3).save(file := io.BytesIO(), kind, exif=exif)
+    assert picture_size(file, "it") == open_picture(file, "it").size == (5, 3)
+
+
 def test_other_exif_data_may_be_broken() -> None:
     exif, file = Image.Exif(), io.BytesIO()
     exif[270], exif[274] = "hello", 6

@@ -116,8 +116,11 @@ def _orientation(file: Image.Image) -> int:
 
 
 def _exif_orientation(image: Image.Image) -> int | None:
-    # The base class's method: PNG's own decodes the pixels.
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    try:
+        # The base class's method: PNG's own decodes the pixels.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (SyntaxError, TypeError, ValueError, struct.error):  # no EXIF data after all; the pixels are intact
+        return None
 
 
 def _xmp(image: Image.Image) -> bytes:
