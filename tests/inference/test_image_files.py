@@ -65,6 +65,15 @@ def test_a_transparent_grey_of_any_depth(bits: int, rows: bytes, white: bool) ->
         assert np.asarray(open_mask(mask).image)[0].tolist() == ([0, 255] if white else [255, 0])
 
 
+@pytest.mark.parametrize(("bits", "rows"), [(2, b"\0\x70"), (4, b"\0\x5f"), (8, b"\0\x55\xff")])
+def test_a_transparent_middle_grey(bits: int, rows: bytes) -> None:
+    """Of a grey pixel of a third and a white one, the grey one is transparent."""
+    file = io.BytesIO(png(2, 1, bits, 0, rows, struct.pack(">H", (2**bits - 1) // 3)))
+    assert np.asarray(open_picture(file, "it"))[0, :, 0].tolist() == [255, 255]
+    with Image.open(file) as mask:
+        assert np.asarray(open_mask(mask).image)[0].tolist() == [255, 0]
+
+
 def test_a_transparent_colour() -> None:
     rows, key = b"\0" + bytes([0, 0, 0, 0, 0, 1]), struct.pack(">3H", 0, 0, 0)
     assert np.asarray(open_picture(io.BytesIO(png(2, 1, 8, 2, rows, key)), "it"))[0].tolist() == [[255] * 3, [0, 0, 1]]
