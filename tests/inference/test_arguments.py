@@ -93,3 +93,12 @@ def test_invalid_strengths_and_borders(pipe: WuerstchenPipeline, value: Any) -> 
         pipe.interpolate(PROMPT, "a cat", fractions=[value])
     with pytest.raises(ValueError, match="steps"):
         pipe.interpolate(PROMPT, "a cat", steps=value)
+
+
+def test_weights_that_are_read_as_written_are_named_once(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = WuerstchenPipeline.load(bundle)
+    for text in ("a (red:1.3) apple", "a (red:1.3) apple", "a (red) apple: 3", "at 10:30 (a: b)"):
+        pipe.generate(text, prior_steps=1, decoder_steps=1)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("(red:1.3)" in message for message in messages) == 1
+    assert not any("(red)" in message or "(a: b)" in message for message in messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from .embeddings import NAMES, check_embeddings, encode_with_embeddings, has_emb
 from .settings import check_count
 
 logger = logging.getLogger(__name__)
+
+_WEIGHT = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)")
 
 Prompt = str | Mapping[str, float]  # a text, or texts with their weights: {"a cat": 2, "a dog": 1}
 
@@ -75,8 +78,20 @@ def check_request(
         if with_pictures or name != "image_encoder":
             model.require(name)
     check_embeddings(model, [text for prompt in prompts for text in _weights(prompt)])
+    warn_of_weights(model, prompts)
     warn_of_unknown_words(model, prompts)
     return seed
+
+
+def warn_of_weights(model: Components, prompts: Iterable[Prompt]) -> None:
+    """Logs a warning that names a weight such as (red:1.3) in a prompt that is read as written."""
+    for text in (text for prompt in prompts for text in _weights(prompt) if not has_embedding(text)):
+        if (found := _WEIGHT.search(text)) and found[0] not in model.reported_words:
+            model.reported_words.add(found[0])
+            logger.warning(
+                f"{found[0]} is read as written, parentheses and number too: weights count only in ComfyUI and in "
+                "prompts with an embedding"
+            )
 
 
 def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
