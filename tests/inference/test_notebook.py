@@ -225,6 +225,15 @@ def test_a_replaced_prior_brings_its_settings_and_words(bundle: Path, own_prior:
     assert np.array_equal(pixels(whole.generate(PROMPT)), pixels(pipe.generate(PROMPT)))
 
 
+def test_settings_that_a_replaced_prior_does_not_name_stay_the_bases(bundle: Path, tmp_path: Path) -> None:
+    base = write_tiny_bundle(
+        tmp_path / "fast.safetensors", {"sampling": {"width": 64, "height": 64, "schedule": "fast"}}
+    )
+    save_bundle(tmp_path / "own.safetensors", {"prior": read_part(bundle, "prior")}, {"sampling": {"prior_steps": 2}})
+    sampling = WuerstchenPipeline.load(base, prior=tmp_path / "own.safetensors", device="cpu").sampling
+    assert (sampling.width, sampling.height, sampling.schedule, sampling.prior_steps) == (64, 64, "linear", 2)
+
+
 def test_a_replaced_decoder_brings_the_settings_of_its_stage_only(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "decoder.safetensors"
     sampling = {"prior_steps": 9, "width": 1024, "decoder_steps": 4, "decoder_guidance": 1.5}

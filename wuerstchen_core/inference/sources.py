@@ -84,14 +84,19 @@ def _text_encoders(source: Source) -> dict[str, Part]:
 def _metadata(base: Source | None, opened: Mapping[str, Source]) -> dict[str, Any]:
     """Returns a model's metadata: the base's, with the settings of its replaced stages and all licences.
 
-    A prior's settings and words replace the base's, a decoder's only the settings of Stage B.
+    A prior's settings and words count before the base's, a decoder's only for Stage B.
     """
     if base is None:
         return opened["prior" if "prior" in opened else next(iter(opened))].metadata
     metadata = dict(base.metadata)
     for name in (*reversed(TOWERS), TEXT_ENCODER, "prior"):
-        if name in opened:
-            metadata |= {key: x for key, x in opened[name].metadata.items() if key in ("sampling", "vocabulary")}
+        own = opened[name].metadata if name in opened else {}
+        metadata |= {"vocabulary": own["vocabulary"]} if "vocabulary" in own else {}
+        stored, kept = own.get("sampling", {}), metadata.get("sampling", {})
+        if stored.keys() & {"schedule", "prior_steps"}:  # these belong together, with the sampler
+            kept = {key: x for key, x in kept.items() if key not in ("schedule", "prior_steps", "sampler")}
+        if stored:
+            metadata["sampling"] = {**kept, **stored}
     for name in ("decoder", "token_decoder"):
         stored = opened[name].metadata.get("sampling", {}) if name in opened else {}
         own = {key: x for key, x in stored.items() if is_stage_b(key)}
