@@ -95,7 +95,9 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     packages = [f"{name}=={number}" for name, number in OLDEST.items()] if oldest else list(OLDEST)
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "pytest", "tomli", *packages], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "pytest", "pytest-xdist", "tomli", *packages], check=True
+    )
     yield python
     shutil.rmtree(environment)
 
