@@ -158,7 +158,10 @@ def test_the_size_follows_exif_orientation(kind: str) -> None:
 
 
 def turned_png(orientation: int, where: str, behind: bool) -> bytes:
-    """Returns a PNG file of 5x3 pixels with an orientation in an eXIf, tEXt, zTXt or XMP chunk."""
+    """Returns a PNG file of 5x3 pixels with an orientation in an eXIf, tEXt, zTXt or XMP chunk.
+
+    "APP1" and "xmp" are text chunks of ImageMagick.
+    """
     exif = Image.Exif()
     exif[274] = orientation
     profile = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n".encode()
@@ -167,7 +170,9 @@ def turned_png(orientation: int, where: str, behind: bool) -> bytes:
         "eXIf": (b"eXIf", exif.tobytes()[6:]),
         "tEXt": (b"tEXt", b"Raw profile type exif\0" + profile),
         "zTXt": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+        "APP1": (b"zTXt", b"Raw profile type APP1\0\0" + zlib.compress(profile.replace(b"exif", b"generic"))),
         "iTXt": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        "xmp": (b"tEXt", b"Raw profile type xmp\0" + f"\nxmp\n{len(xmp):8}\n{xmp.hex()}\n".encode()),
     }[where]
     chunk = png_chunk(kind, data)
     noise(5, 3).save(file := io.BytesIO(), "PNG")
@@ -175,7 +180,7 @@ def turned_png(orientation: int, where: str, behind: bool) -> bytes:
     return plain[:at] + chunk + plain[at:]
 
 
-@pytest.mark.parametrize("where", ["eXIf", "tEXt", "zTXt", "iTXt"])
+@pytest.mark.parametrize("where", ["eXIf", "tEXt", "zTXt", "APP1", "iTXt", "xmp"])
 @pytest.mark.parametrize("behind", [False, True])
 def test_the_orientation_of_a_png(where: str, behind: bool) -> None:
     flat, turns = np.asarray(noise(5, 3)), {1: 0, 3: 2, 6: 3, 8: 1}  # quarter turns to the left
@@ -213,6 +218,20 @@ def test_the_orientation_in_xmp(kind: str) -> None:
             ]
             if kind != "TIFF":  # which Pillow itself turns in newer versions
                 assert np.array_equal(np.asarray(picture), turned)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        'd xmlns:t="http://ns.adobe.com/tiff/1.0/" x:Orientation="3" t:Orientation=" 6 "/>',
+        "d><tiff:Orientation>\n6\n</tiff:Orientation></d>",
+        'd><tiff:Orientation rdf:datatype="int">6</tiff:Orientation></d>',
+        "d><tiff:Orientation><rdf:Seq><rdf:li>6</rdf:li></rdf:Seq></tiff:Orientation></d>",
+    ],
+)
+def test_the_spellings_of_an_orientation_in_xmp(form: str) -> None:
+    file = with_xmp("WEBP", f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><{form}</x:xmpmeta>'.encode())
+    assert picture_size(file, "it") == open_picture(file, "it").size == (3, 5)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])

@@ -30,7 +30,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by the value of EXIF's orientation
 XMP_HEADER = b"http://ns.adobe.com/xap/1.0/"  # of a JPEG's segment
-XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
+TIFF_PREFIX = re.compile(rb"""xmlns:([\w-]+)\s*=\s*["']http://ns\.adobe\.com/tiff/1\.0/["']""")
+XMP_VALUE = rb""":Orientation\s*(?:=\s*["']|[^>=]*>|\s[^>]*>)\s*(?:<rdf:\w+>\s*)*([1-8])\b"""
 PNG_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
 
 
@@ -110,7 +111,9 @@ def _orientation(file: Image.Image) -> int:
             file.fp.seek(position)
     found = _exif_orientation(header)
     if found is None:
-        match = XMP_ORIENTATION.search(_xmp(header))
+        xmp = _xmp(header)
+        prefix = TIFF_PREFIX.search(xmp)
+        match = re.search((prefix[1] if prefix else b"tiff") + XMP_VALUE, xmp)
         found = int(match[1]) if match else None
     return found if found in TURNS else 1
 
@@ -118,7 +121,11 @@ def _orientation(file: Image.Image) -> int:
 def _exif_orientation(image: Image.Image) -> int | None:
     try:
         # The base class's method: PNG's own decodes the pixels.
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        exif = Image.Image.getexif(image)
+        if not exif and (raw := _raw_profile(image, "APP1")).startswith(b"Exif\0\0"):
+            exif = Image.Exif()
+            exif.load(raw)
+        return exif.get(ExifTags.Base.Orientation)
     except (SyntaxError, TypeError, ValueError, struct.error):  # no EXIF data after all; the pixels are intact
         return None
 
@@ -127,10 +134,20 @@ def _xmp(image: Image.Image) -> bytes:
     """Returns the XMP of an image; older versions of Pillow do not put it into `info`."""
     info, tags = image.info, getattr(image, "tag_v2", {})
     apps = [data for name, data in getattr(image, "applist", []) if name == "APP1" and data.startswith(XMP_HEADER)]
-    found = info.get("XML:com.adobe.xmp") or info.get("xmp") or (apps[0] if apps else None) or b""
+    found = info.get("XML:com.adobe.xmp") or info.get("xmp") or (apps[0] if apps else None)
+    found = found or _raw_profile(image, "xmp") or _raw_profile(image, "APP1")
     if "xmp" not in info and not found:
         found = tags.get(ExifTags.Base.XMLPacket, b"")
     return found.encode(errors="replace") if isinstance(found, str) else bytes(found)
+
+
+def _raw_profile(image: Image.Image, kind: str) -> bytes:
+    """Returns the bytes of a text chunk in which ImageMagick stores metadata of a kind, in hexadecimal digits."""
+    text = image.info.get(f"Raw profile type {kind}", "")
+    try:
+        return bytes.fromhex("".join(text.split()[2:]))  # behind the kind and the number of bytes
+    except (AttributeError, ValueError):
+        return b""
 
 
 def _without_pixels(file: IO[bytes]) -> BytesIO:
