@@ -5,6 +5,11 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
+MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "utf-32",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "utf-16",
+}
+
 
 def one_line(text: object) -> str:
     """Returns `str(text)` with each run of white space replaced by one space."""
@@ -18,15 +23,15 @@ def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
 
 
 def decode_text(raw: bytes, name: str) -> str:
-    """Returns the text of a file in UTF-8, or in UTF-16 with a byte order mark, without the mark.
+    """Returns the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, without the mark.
 
     ValueError, starting with `name`, for other encodings.
     """
-    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    marked = next((encoding for marks, encoding in MARKS.items() if raw.startswith(marks)), None)
     if b"\0" in raw and not marked:
         raise ValueError(f"{name} is UTF-16 without a byte order mark, or no text, not UTF-8: save it as UTF-8")
     try:
-        return raw.decode("utf-16" if marked else "utf-8-sig")
+        return raw.decode(marked or "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
 

@@ -24,9 +24,11 @@ SEVERAL = {
     "1.png": picture(1), "1.txt": b"\xef\xbb\xbfa red  apple\r\n\r\n a fruit \na red apple\n",
     "2.png": picture(2), "2.json": table(caption=["two", "zwei"], aesthetic=5.5),
     "3.png": picture(3), "3.caption": "drei\u2028three".encode(),
-    "4.png": picture(4), "4.json": table(text="one\ntext"),
+    "4.png": picture(4), "4.json": table(text="one\ntext", caption=""),
+    "5.png": picture(5), "5.json": b'["five", "", "f\\u00fcnf"]', "6.png": picture(6), "6.json": b'"six"',
 }  # fmt: skip
 CAPTIONS = [(1, "a red apple"), (1, "a fruit"), (2, "two"), (2, "zwei"), (3, "drei"), (3, "three"), (4, "one text")]
+CAPTIONS += [(5, "five"), (5, "fünf"), (6, "six")]
 
 
 def read(source: ImageSource) -> list[tuple[int, str]]:
@@ -55,7 +57,7 @@ def test_captions_that_are_not_needed_do_not_repeat_an_image(tmp_path: Path, cap
         loader = open_loader(config, batch=1, seed=0, cache=tmp_path, captions=captions)
         assert isinstance(loader, IndexedLoader)
         sizes.append(sum(map(len, loader.order.members)))
-    assert sizes == [7, 4] and "3 images have several captions" in caplog.text
+    assert sizes == [10, 6] and "4 images have several captions" in caplog.text
 
 
 def rows(root: Path, kind: str, values: list[dict[str, Any]]) -> Path:
@@ -95,6 +97,22 @@ def test_a_csv_file_without_pandas(tmp_path: Path) -> None:
     files = examples([1, 2]) | {"metadata.csv": b'file_name,caption,pwatermark\r\n001.png,"red, round",0.25\r\n'}
     source = FolderSource([write_folder(tmp_path, files)])
     assert read(source) == [(1, "red, round"), (2, "picture 2")] and source.records["watermark"][0] == 0.25
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'file_name;text\r\n1.png;"a cat; ""red"", small"\r\n2.png;\r\n',
+        'File_Name\tText\n1.png\t"a cat; ""red"", small"\n2.png\t" "\n',
+        '"file_name" , "text"\r\n"1.png", "a cat; ""red"", small"\r\n\r\n"2.png", ""\r\n',
+        'text,file_name\r"a cat; ""red"", small",1.png\r,2.png\r',
+    ],
+)
+def test_csv_files_of_other_programs(tmp_path: Path, content: str) -> None:
+    """Semicolons, tabs, spaces after commas, headers in capitals, empty texts."""
+    files = {"1.png": picture(1), "2.png": picture(2), "2.txt": b"own", "metadata.csv": content.encode("utf-8-sig")}
+    source = FolderSource([write_folder(tmp_path, files)])
+    assert read(source) == [(1, 'a cat; "red", small'), (2, "own")] and not source.bad
 
 
 def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -152,7 +170,7 @@ def encoded(encoding: str) -> dict[str, bytes]:
     return files | {"sub/3.png": picture(3)} | {name: text.encode(encoding) for name, text in tables.items()}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_texts_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     source = FolderSource([write_folder(tmp_path, encoded(encoding))])
     assert read(source) == [(1, "ein Käse"), (2, "zwölf"), (3, "ß")] and not source.bad

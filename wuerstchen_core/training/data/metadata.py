@@ -37,7 +37,8 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any] | 
 
 def image_name(row: Mapping[str, Any], where: str) -> str:
     """Returns the name of a row's image. ValueError if it has none."""
-    name = next((row[key] for key in NAME_KEYS if row.get(key)), None)
+    values = {key.lower(): value for key, value in row.items()}
+    name = next((values[key] for key in NAME_KEYS if values.get(key)), None)
     if not isinstance(name, str):
         raise ValueError(f"{where} has no file_name: add the name of its image")
     return name
@@ -46,6 +47,7 @@ def image_name(row: Mapping[str, Any], where: str) -> str:
 def companion_names(row: Mapping[str, Any]) -> Iterator[str]:
     """Yields the names of a row's other images: masks and conditioning images."""
     for key, value in row.items():
+        key = key.lower()
         other = key not in NAME_KEYS and (key.endswith("_file_name") or key in ("conditioning_image", "mask"))
         if other and isinstance(value, str):
             yield value
@@ -88,8 +90,12 @@ def _json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any] 
 
 def _csv_rows(raw: bytes, name: str) -> Iterator[Mapping[str, Any]]:
     text = decode_text(raw, name)
+    header = text.partition("\n")[0]
+    delimiter = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
     try:
-        for row in csv.DictReader(io.StringIO(text, newline="")):
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        rows.fieldnames = [key.strip() for key in rows.fieldnames or ()]
+        for row in rows:
             if None in row:
                 raise ValueError(f"{name} has a row with more values than columns: put texts with commas in quotes")
             yield {key: _number(value) if key.lower() in SCORE_KEYS else value or None for key, value in row.items()}

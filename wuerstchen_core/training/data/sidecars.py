@@ -19,7 +19,7 @@ def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> li
     ValueError if the image called `name` has no caption, or one that is not text.
     """
     if text is None:
-        values = {key.lower(): value for key, value in table.items() if value is not None}
+        values = {key.lower(): value for key, value in table.items() if _is_filled(value)}
         found: Any = next((values[key] for key in CAPTION_KEYS if key in values), [])
         texts = found if isinstance(found, list) else [found]
         if wrong := next((one for one in texts if not isinstance(one, str)), None):
@@ -40,7 +40,12 @@ def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> li
 
 def has_caption(table: Mapping[str, Any]) -> bool:
     """True if a JSON table has a value that is read as its captions."""
-    return any(key.lower() in CAPTION_KEYS and value is not None for key, value in table.items())
+    return any(key.lower() in CAPTION_KEYS and _is_filled(value) for key, value in table.items())
+
+
+def _is_filled(value: Any) -> bool:
+    """False for what stands for a missing caption: null, an empty text, an empty list."""
+    return value is not None and value != [] and not (isinstance(value, str) and not value.strip())
 
 
 def caption_names(name: str, count: int) -> list[str]:
@@ -49,17 +54,30 @@ def caption_names(name: str, count: int) -> list[str]:
 
 
 def read_table(raw: bytes | None, name: str) -> dict[str, Any]:
-    """Returns the JSON table of the image called `name`, empty if it has no .json file (`raw` is None)."""
-    return {} if raw is None else parse_json_table(raw, f"the .json of {name}")
+    """Returns the JSON table of the image called `name`, empty if it has no .json file (`raw` is None).
+
+    A text or a list alone is the caption.
+    """
+    if raw is None:
+        return {}
+    table = _parse_json(raw, where := f"the .json of {name}")
+    return {"caption": table} if isinstance(table, str | list) else _check_table(table, where)
 
 
 def parse_json_table(raw: bytes, name: str) -> dict[str, Any]:
     """Returns the table in the bytes of a JSON file. ValueError, starting with `name`, if they are not a JSON table."""
+    return _check_table(_parse_json(raw, name), name)
+
+
+def _parse_json(raw: bytes, name: str) -> Any:
     text = decode_text(raw, name)
     try:
-        table = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{name} is not valid JSON: correct it") from None
+
+
+def _check_table(table: Any, name: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError(f"{name} must be a JSON table, got {type(table).__name__}")
     return table
