@@ -195,6 +195,21 @@ def test_masks_beside_images_are_left_out(tmp_path: Path) -> None:
     assert source.left_out["masks and conditioning images"] == len(masks)
 
 
+def test_masks_of_other_names_and_places_are_left_out(tmp_path: Path) -> None:
+    """Also with captions, for OneTrainer's; numbered, with the image's ending, in folders beside the images'."""
+    files = {"cat/a.png": picture(1), "cat/b.jpg": picture(2, kind="JPEG", quality=100), "c/d_control.png": picture(3)}
+    masks = ["cat/a-masklabel.png", "cat/a_mask-0.png", "cat/a mask2.png", "cat/mask_b.png", "cat/a_alpha.webp"]
+    masks += ["cat_mask/a.png", "masks/cat/a.png", "masks/b_mask.png", "cat/masks/b.jpg.png"]
+    files |= {name: b"not even an image" for name in masks} | {"cat/a-masklabel.txt": b"a white shape"}
+    folder = FolderSource([write_folder(tmp_path / "in", files)])
+    (tmp_path / "a.tar").write_bytes(shard(files))
+    packed = ShardSource([tmp_path / "a.tar"], tmp_path)
+    assert sorted(folder.names) == ["c/d_control.png", "cat/a.png", "cat/b.jpg"] and not folder.bad
+    assert sorted(packed.names) == ["a.tar:c/d_control", "a.tar:cat/a", "a.tar:cat/b"] and not packed.bad
+    for source in (folder, packed):
+        assert source.left_out["masks and conditioning images"] == len(masks)
+
+
 @pytest.mark.parametrize("kind", ["shards", "stream"])
 def test_masks_in_shards_are_left_out(tmp_path: Path, kind: str) -> None:
     skip_without(kind)

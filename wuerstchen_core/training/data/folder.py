@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...inference.image_files import image_suffixes
 from ...inference.images import open_picture, picture_size
-from .left_out import HIDDEN, MASK_FOLDER, LeftOut, kind_of, masked_image
+from .left_out import HIDDEN, ONE_TRAINER, LeftOut, in_mask_folder, is_mask, kind_of
 from .metadata import METADATA, ImagePlaces, companion_names, image_name, read_rows
 from .sidecars import TEXT_SUFFIXES, caption_names, has_caption, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
@@ -74,7 +74,8 @@ class FolderSource(ImageSource):
         used = {path for path in names if path.name.lower() in METADATA}
         for path in images:
             sidecars = _sidecars(path, texts, rows.get(path, []))
-            if path in companions or (path in masks and not sidecars.text and not sidecars.rows):
+            captioned = (sidecars.text or sidecars.rows) and not ONE_TRAINER.fullmatch(path.stem)
+            if path in companions or (path in masks and not captioned):
                 self.left_out.add("masks and conditioning images", names[path])
             else:
                 used |= sidecars.used
@@ -170,18 +171,10 @@ def is_image(path: Path) -> bool:
 
 def find_masks(images: Mapping[Path, str], companions: set[Path]) -> set[Path]:
     """Returns the images (path → name) that are masks or conditioning images of others, by their names and folders."""
-    beside = {path: [MASK_FOLDER.fullmatch(part) for part in Path(name).parts[:-1]] for path, name in images.items()}
-    stems = {path.stem for path in images if not any(beside[path])}
-    places = {os.path.splitext(path)[0] for path in images if path not in companions}
-    masks = set()
-    for path in images:
-        if named := masked_image(path.stem):
-            stem, certain = named
-            if certain or str(path.parent / stem) in places:
-                masks.add(path)
-        if any(beside[path]) and path.stem in stems:
-            masks.add(path)
-    return masks
+    names = {path: os.path.splitext(name)[0] for path, name in images.items()}
+    stems = {path.stem for path, name in names.items() if not in_mask_folder(name)}
+    others = {name for path, name in names.items() if path not in companions}
+    return {path for path, name in names.items() if is_mask(name, others, stems)}
 
 
 def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Mapping[str, Any]]) -> Sidecars:

@@ -101,7 +101,9 @@ class CacheSource(ShardSource):
                 raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
         return tensors
 
-    def _examples(self, key: str, groups: dict[str, Members], left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+    def _examples(
+        self, key: str, groups: dict[str, Members], stems: set[str], left_out: LeftOut
+    ) -> Iterator[tuple[str, Any]]:
         yield key, groups[key]
 
     def _records(self, file: BinaryIO, example: Any, name: str) -> Iterator[Record]:

@@ -6,11 +6,11 @@ webdataset's key ends at the first dot: `0003.jpg` and `0003.txt` have the key 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from ...inference.image_files import image_suffixes
-from .left_out import LeftOut, kind_of, masked_image
+from .left_out import ONE_TRAINER, LeftOut, is_mask, kind_of
 from .sidecars import TEXT_SUFFIXES
 
 T = TypeVar("T")
@@ -36,11 +36,12 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder and stem else stem, suffix.lower()
 
 
-def is_mask_of(key: str, members: Mapping[str, T], keys: Mapping[str, object] | None = None) -> bool:
-    """True if the members of a key are a mask alone, of an image with one of the `keys` (None: unknown)."""
-    named = masked_image(key)
+def is_mask_key(
+    key: str, members: Mapping[str, T], keys: Collection[str] | None = None, stems: Collection[str] = ()
+) -> bool:
+    """True if the members of a key are a mask. `keys` and `stems` as in `is_mask`; an image with a caption is none."""
     texts = any(f".{suffix}".endswith((*TEXT_SUFFIXES, ".json")) for suffix in members)
-    return named is not None and not texts and (named[1] or keys is None or named[0] in keys)
+    return is_mask(key, keys, stems) and (not texts or ONE_TRAINER.fullmatch(key) is not None)
 
 
 def examples_of(key: str, members: Mapping[str, T], left_out: LeftOut) -> Iterator[tuple[str, Example[T]]]:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ...common.atomic import replace_file
 from ...inference.images import open_picture, picture_size
-from .left_out import LeftOut
-from .members import Example, examples_of, is_mask_of, split_name
+from .left_out import LeftOut, in_mask_folder
+from .members import Example, examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at
 from .tars import FilePart, is_hidden, read_members
@@ -115,8 +115,9 @@ class ShardSource(ImageSource):
         left_out = LeftOut()
         with path.open("rb") as file:
             groups, bad = _list_members(file, path, left_out)
+            stems = {key.rpartition("/")[2] for key in groups if not in_mask_folder(key)}
             for key in [key for key in groups if key not in bad]:
-                for name, example in self._examples(key, groups, left_out):
+                for name, example in self._examples(key, groups, stems, left_out):
                     try:
                         own = list(self._records(file, example, f"{path.name}:{name}"))
                     except ValueError as error:
@@ -126,9 +127,11 @@ class ShardSource(ImageSource):
                     keys += caption_names(name, len(own))
         return ShardIndex(np.array(records, dtype=self.fields), keys, bad, left_out)
 
-    def _examples(self, key: str, groups: dict[str, Members], left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+    def _examples(
+        self, key: str, groups: dict[str, Members], stems: set[str], left_out: LeftOut
+    ) -> Iterator[tuple[str, Any]]:
         """Yields the examples among the members of a key, with their names."""
-        if is_mask_of(key, groups[key], groups):
+        if is_mask_key(key, groups[key], groups, stems):
             left_out.add("masks and conditioning images", f"{key}.{next(iter(groups[key]))}")
         else:
             yield from examples_of(key, groups[key], left_out)

@@ -21,7 +21,7 @@ from .filters import rejected
 from .left_out import LeftOut
 from .loading import Batch, BatchLoader, Example, ReadResult, collate
 from .members import Example as Members
-from .members import examples_of, is_mask_of, split_name
+from .members import examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, image_record
 from .tars import is_hidden, open_stream, read_members
@@ -92,7 +92,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         problems, result, found = list[str](), ReadResult(), 0
         left_out = LeftOut()
         for key, members in _read_groups(url, problems, left_out):
-            if is_mask_of(key, members):
+            if is_mask_key(key, members):
                 left_out.add("masks and conditioning images", f"{key}.{next(iter(members))}")
                 continue
             for name, files in examples_of(key, members, left_out):
