@@ -249,6 +249,13 @@ def test_a_picture_is_turned_once(kind: str) -> None:
         assert np.array_equal(np.asarray(once), np.rot90(np.asarray(noise(5, 3)), 3))
 
 
+@pytest.mark.parametrize("value", [np.zeros((4, 4, 3), np.uint8), None, 3, [Image.new("L", (4, 4))]])
+def test_what_is_no_picture(value: object) -> None:
+    for read in (open_picture, open_mask, read_pixels):
+        with pytest.raises(ValueError, match=type(value).__name__):
+            read(value)  # type: ignore[operator]
+
+
 def test_the_orientation_behind_the_frames_of_an_apng() -> None:
     noise(5, 3).save(file := io.BytesIO(), "PNG", save_all=True, append_images=[Image.new("RGB", (5, 3))])
     exif = Image.Exif()

@@ -170,5 +170,10 @@ def _read(picture: Picture | BinaryIO, name: str) -> Image.Image:
     """Returns a picture, or the one in a file, upright in L, RGB or RGBA. ValueError if it cannot be read."""
     if isinstance(picture, Image.Image):
         return to_8_bits(picture, name or getattr(picture, "filename", "") or "the picture")
+    if not isinstance(picture, str | PathLike) and not hasattr(picture, "read"):
+        raise ValueError(
+            f"a picture must be a path or a PIL image, got {type(picture).__name__}: convert arrays with "
+            "PIL.Image.fromarray"
+        )
     with opened(picture, name := name or str(picture)) as file:
         return to_8_bits(file, name)
