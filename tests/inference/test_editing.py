@@ -202,7 +202,8 @@ def test_outpaint(pipe: WuerstchenPipeline, picture: Image.Image) -> None:
     found, expected, reconstructed = pixels([wide.crop(inner), picture, raw.crop(inner)])
     assert (found == expected).all() and (reconstructed != expected).any()
     border, generated = pixels([image.crop((0, 0, 153, 10)) for image in (wide, raw)])
-    assert np.abs(border - generated).max() <= ROUNDING
+    limit = ROUNDING if torch.__version__.startswith("2.4") else 0  # its results vary from run to run
+    assert np.abs(border - generated).max() <= limit
     assert differ([wide], pipe.outpaint(picture, "blue " * 70, seed=3, **borders))
 
 
