@@ -277,3 +277,20 @@ def test_numbers_outside_the_range_are_rejected(tmp_path: Path, dtype: str, valu
     with pytest.raises(ValueError, match=r"x\.safetensors.*blocks\.0\.channelwise\.0\.weight holds (7e\+04|nan)"):
         convert([tmp_path / "prior.safetensors"], tmp_path / "x.safetensors", dtype=dtype)
     assert [file.name for file in tmp_path.iterdir()] == ["prior.safetensors"]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_part_that_cannot_be_written_takes_the_others_along(bundle: Path, tmp_path: Path, existing: bool) -> None:
+    prior, vqgan = (dict(read_part(bundle, name).state_dict) for name in ("prior", "vqgan"))
+    key = next(key for key, x in vqgan.items() if x.is_floating_point())
+    vqgan[key] = torch.full_like(vqgan[key], 1e6)
+    for name, state in (("prior", prior), ("vqgan", vqgan)):
+        save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / f"{name}.safetensors")
+    target = tmp_path / "converted"
+    if existing:
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="65504"):
+        convert([tmp_path / "prior.safetensors", tmp_path / "vqgan.safetensors"], target, dtype="fp16")
+    assert [path.name for path in target.glob("*")] == ["notes.txt"] * existing
+    assert target.exists() == existing

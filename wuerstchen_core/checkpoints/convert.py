@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,9 +83,15 @@ def write_model(
     files = {path / f"{name}{ENDING}": {name: part} for name, part in parts.items()} if bare else {path: parts}
     for file in files:
         _check_target(file, force)
-    for file, content in files.items():
-        report = None if progress is None else partial(progress, file)
-        save_bundle(file, content, metadata, dtype, report, bare=bare)
+    with ExitStack() as undo:  # a part that fails takes the files before it along, and a new folder
+        if bare and not path.exists():
+            undo.callback(shutil.rmtree, path, ignore_errors=True)
+        for file, content in files.items():
+            if not file.exists():
+                undo.callback(file.unlink, missing_ok=True)
+            report = None if progress is None else partial(progress, file)
+            save_bundle(file, content, metadata, dtype, report, bare=bare)
+        undo.pop_all()
     return list(files)
 
 
