@@ -16,7 +16,7 @@ from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS_OF, read_part, save_bundle
+from wuerstchen_core.checkpoints import PARTS_OF, describe, read_part, save_bundle
 from wuerstchen_core.inference.arguments import ALIASES
 
 RED = Image.new("RGB", (64, 64), "red")
@@ -210,7 +210,8 @@ def own_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         next(prior.parameters()).add_(0.5)
     sampling = {**METADATA["sampling"], "prior_steps": 2, "width": 64}
-    save_bundle(path, {"prior": prior}, {"sampling": sampling, "vocabulary": {"words": ["own"]}})
+    spec = {"title": "Own", "trigger_words": ["ownish"]}
+    save_bundle(path, {"prior": prior}, {"sampling": sampling, "vocabulary": {"words": ["own"]}, "modelspec": spec})
     return path
 
 
@@ -222,6 +223,10 @@ def test_a_replaced_prior_brings_its_settings_and_words(bundle: Path, own_prior:
     assert pipe.metadata["vocabulary"] == {"words": ["own"]} and pipe.metadata["licence"] == METADATA["licence"]
     pipe.save(tmp_path / "whole.safetensors")
     whole = WuerstchenPipeline.load(tmp_path / "whole.safetensors", device="cpu", dtype="fp32")
+    assert (describe(tmp_path / "whole.safetensors").title, whole.metadata["modelspec"]["trigger_words"]) == (
+        "Own",
+        ["ownish"],
+    )
     assert np.array_equal(pixels(whole.generate(PROMPT)), pixels(pipe.generate(PROMPT)))
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from ..checkpoints import PARTS, Part
 from ..checkpoints.components import TEXT_ENCODER, TOWERS
 from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.modelspec import FIELD
 from ..checkpoints.open import open_source
 from ..checkpoints.source import Source, is_stage_b, merge_licences, no_part
 
@@ -84,14 +85,16 @@ def _text_encoders(source: Source) -> dict[str, Part]:
 def _metadata(base: Source | None, opened: Mapping[str, Source]) -> dict[str, Any]:
     """Returns a model's metadata: the base's, with the settings of its replaced stages and all licences.
 
-    A prior's settings and words count before the base's, a decoder's only for Stage B.
+    A prior's settings and words count before the base's, as do its title and trigger words; a decoder's only for
+    Stage B.
     """
     if base is None:
         return opened["prior" if "prior" in opened else next(iter(opened))].metadata
     metadata = dict(base.metadata)
     for name in (*reversed(TOWERS), TEXT_ENCODER, "prior"):
         own = opened[name].metadata if name in opened else {}
-        metadata |= {"vocabulary": own["vocabulary"]} if "vocabulary" in own else {}
+        fields = ("vocabulary", *([FIELD] if name == "prior" else []))
+        metadata |= {key: own[key] for key in fields if key in own}
         stored, kept = own.get("sampling", {}), metadata.get("sampling", {})
         if stored.keys() & {"schedule", "prior_steps"}:  # these belong together, with the sampler
             kept = {key: x for key, x in kept.items() if key not in ("schedule", "prior_steps", "sampler")}
