@@ -107,8 +107,9 @@ def test_kinds_are_named_by_content(tmp_path: Path, fact: str, ending: str) -> N
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_data_of_openvino_is_named_by_its_description(tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(np.random.default_rng(0).bytes(4096))
+@pytest.mark.parametrize("start", [b"", bytes(1024), b"\x08\x07\x12"])
+def test_the_data_of_openvino_is_named_by_its_description(start: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(start + np.random.default_rng(0).bytes(4096))
     with pytest.raises(ValueError, match=r"model\.bin"):
         describe(tmp_path / "model.bin")
     (tmp_path / "model.xml").write_bytes(KINDS["OpenVINO"])

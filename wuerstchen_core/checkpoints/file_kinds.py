@@ -50,6 +50,8 @@ def name_kind(path: Path) -> str | None:
         start = file.read(1024)
     if not start:
         return f"is empty: {_AGAIN}"
+    if path.suffix == ".bin" and path.with_suffix(".xml").is_file() and not start.startswith((b"PK", b"\x80")):
+        return f"is the data of an OpenVINO model: {_SAFETENSORS_OR_PYTORCH}"
     if not start.strip(b"\0"):
         return f"starts with zeros, as a download that never ran to its end: {_AGAIN}"
     for magic, what, advice in _STARTS:
@@ -65,11 +67,7 @@ def name_kind(path: Path) -> str | None:
         return f"is an ONNX file: {_SAFETENSORS_OR_PYTORCH}"
     if is_safetensors(path) or start.startswith(b"\x80"):  # safetensors, pickle
         return None
-    if named := _name_text(path, start):
-        return named
-    if path.suffix == ".bin" and path.with_suffix(".xml").is_file():
-        return f"is the data of an OpenVINO model: {_SAFETENSORS_OR_PYTORCH}"
-    return None
+    return _name_text(path, start)
 
 
 def _name_zip(path: Path) -> str | None:

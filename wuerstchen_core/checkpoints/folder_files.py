@@ -112,18 +112,7 @@ def no_weights(root: Path) -> ValueError:
     for file in sorted((*root.glob("*"), *root.glob("*/*"))):
         if file.suffix == ".msgpack":
             return ValueError(f"{file} is a Flax file: download the .safetensors or PyTorch file of this model instead")
-        is_model = file.suffix in (
-            ".onnx",
-            ".gguf",
-            ".xml",
-            ".bin",
-            ".safetensors",
-            ".tflite",
-            ".h5",
-            ".engine",
-            ".zip",
-        )
-        if is_model and file.is_file() and (kind := name_kind(file)):
+        if file.suffix in _OTHERS and file.is_file() and (kind := name_kind(file)):
             return ValueError(f"{file} {kind}")
     return ValueError(
         f"{root} is not a diffusers folder and has no bundle: expected {STEMS[0]}.safetensors or .bin in it, "
