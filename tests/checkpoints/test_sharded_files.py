@@ -47,6 +47,12 @@ def test_a_sharded_folder_is_read_completely_or_rejected(tmp_path: Path, index: 
     loaded = load_prior(tmp_path).state_dict()
     assert loaded.keys() == state.keys()
     assert all(x.dtype == dtype and x.equal(state[key]) for key, x in loaded.items())
+    for names in (3, None, "../other.safetensors", "/other.safetensors"):
+        damaged = tmp_path / "damaged" / index
+        damaged.parent.mkdir(exist_ok=True)
+        damaged.write_text(json.dumps({"weight_map": dict.fromkeys(state, names)}))
+        with pytest.raises(ValueError, match=r"index.*json"):
+            load_prior(damaged.parent)
     second.unlink()
     with pytest.raises(ValueError, match=second.name):
         load_prior(tmp_path)

@@ -150,6 +150,8 @@ def _read_shards(index: Path, headers_only: bool) -> WeightFile:
     if not isinstance(shards, dict):
         raise ValueError(f"{index} lists no weight files: download the whole folder again")
     state: State = {}
+    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards.values()):
+        raise ValueError(f"{index} does not name files beside it: download the whole folder again")
     for shard in sorted(set(shards.values())):
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
