@@ -205,6 +205,9 @@ def test_keys_of_no_adapter_are_listed() -> None:
         ({"prior.lora_alpha": 8, "prior.use_rslora": True}, 4.0),
         ({"prior.lora_alpha": 8, "prior.alpha_pattern": {"attention.to_q": 4}}, 1.0),
         ({"text_encoder.lora_alpha": 8}, 1.0),
+        ({"unet.lora_alpha": 8}, 2.0),
+        ({"text_encoder.lora_alpha": 8, "transformer.r": RANK, "transformer.lora_alpha": 2}, 0.5),
+        ({"prior.note": "no configuration"}, 1.0),
     ],
 )
 def test_alpha_is_read_from_diffusers_metadata(config: dict[str, object], scale: float) -> None:
@@ -261,6 +264,44 @@ def test_a_file_is_read(tmp_path: Path, ending: str) -> None:
     save_file(state, path, {"author": "me"}) if ending == "safetensors" else torch.save(state, path)
     lora = read_lora(path)
     assert lora.network.keys() == NETWORK.keys() and lora.text.keys() == TEXT.keys()
+
+
+def test_alphas_that_are_plain_numbers(tmp_path: Path) -> None:
+    state = FORMS["kohya"].write(NETWORK, TEXT)
+    torch.save({key: x.item() if key.endswith(".alpha") else x for key, x in state.items()}, tmp_path / "x.pt")
+    adapter = read_lora(tmp_path / "x.pt").network["blocks.2.attention.to_q"]
+    assert adapter.tensors["alpha"] == ALPHA
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("name", FORMS)
+def test_wrappers_prefixes(name: str, prefix: str) -> None:
+    state = FORMS[name].write(NETWORK, TEXT)
+    plain, wrapped = lora_from_state(state), lora_from_state({prefix + key: x for key, x in state.items()})
+    assert (wrapped.network.keys(), wrapped.text.keys()) == (plain.network.keys(), plain.text.keys())
+    assert not wrapped.unknown
+
+
+def test_prefixes_inside_pefts_keys() -> None:
+    key = "base_model.model._orig_mod.blocks.2.attention.to_q.lora_{}.weight"
+    up, down = NETWORK["blocks.2.attention.to_q"]
+    lora = lora_from_state({key.format("A"): down, key.format("B"): up}, config={"r": RANK, "lora_alpha": 3 * RANK})
+    assert_near(delta(lora.network["blocks.2.attention.to_q"].tensors), 3 * up @ down, 1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("end", [".alpha", ".lora_up.weight"])
+def test_values_that_are_not_finite_are_rejected(end: str, value: float) -> None:
+    state = FORMS["kohya"].write(NETWORK, TEXT)
+    key = next(key for key in state if key.endswith(end))
+    with pytest.raises(ValueError, match=key):
+        lora_from_state({**state, key: torch.full_like(state[key], value)})
+
+
+def test_integers_are_no_adapters() -> None:
+    state = {key: x.to(torch.int8) for key, x in FORMS["kohya"].write(NETWORK, {}).items()}
+    lora = lora_from_state(state)
+    assert not lora.network and len(lora.unknown) == len(state)
 
 
 def test_files_without_adapters_are_rejected(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,16 @@ def test_what_a_configuration_asks_for_is_refused_by_name(fields: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "fields", [{"r": 8}, {"alpha_pattern": {"(": 1}}, {"lora_alpha": "much"}, {"rank_pattern": {"to_q": 3}}]
+    "fields",
+    [
+        {"r": 8},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": ["to_q"]},
+        {"lora_alpha": "much"},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": math.inf},
+        {"rank_pattern": {"to_q": 3}},
+    ],
 )
 def test_a_configuration_of_another_file_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     trained(prior()).save_pretrained(tmp_path)
@@ -204,7 +214,12 @@ def test_alphas_of_tensors_come_before_kohyas_header() -> None:
         assert float(network["blocks.2.attention.to_q"].tensors["alpha"]) == ALPHA
         assert float(network["projection"].tensors["alpha"]) == plain
         assert float(network["blocks.0.depthwise"].tensors["alpha"]) == spatial
-    for nothing in ({}, {"ss_network_alpha": "None"}, {"ss_network_alpha": "0", "ss_network_args": "None"}):
+    for nothing in (
+        {},
+        {"ss_network_alpha": "None"},
+        {"ss_network_alpha": "0", "ss_network_args": "None"},
+        {"ss_network_alpha": "nan"},
+    ):
         assert "alpha" not in kohya(**nothing)["projection"].tensors
     folded = FORMS["diffusers"].write(random_factors(attention_of_prior()), {})  # their converters multiply alpha in
     assert not any("alpha" in x.tensors for x in lora_from_state(folded, {"ss_network_alpha": "8"}).network.values())

@@ -22,7 +22,7 @@ Config = Mapping[str, Any]
 
 _ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by PEFT's type of adapter
 _DEFAULT_ALPHA = 8  # PEFT's
-_COMPONENTS = {"network": "prior", "text": "text_encoder"}  # of keys that name none
+_STATED = {"r", *_ALPHAS.values()}  # a configuration in a header has one of these
 # Fields of a configuration that do more than scale an adapter.
 _UNSUPPORTED = (
     "layer_replication",
@@ -61,7 +61,8 @@ def set_alphas(targets: Mapping[str, Adapters], metadata: Mapping[str, str], con
         path = split_key(adapter.keys[0])[0].removeprefix(PEFT_PREFIX)
         component, _, rest = path.partition(".")
         if component not in configs:
-            component, rest = next((x for x in (_COMPONENTS[target], "") if x in configs), ""), path
+            fitting = (x for x in configs if not x or x.startswith("text_encoder") == (target == "text"))
+            component, rest = next(fitting, ""), path
         if component in configs:
             scale, stated = _peft_scale(configs[component], rest, rank_of(tensors), source), source
         elif is_kohya and (alpha := _kohya_alpha(metadata, tensors)):
@@ -95,7 +96,9 @@ def _peft_scale(config: Config, path: str, rank: int | None, source: str) -> flo
 
     Raises ValueError if the configuration states another rank, or no numbers.
     """
-    ranks, alphas = ({**(config.get(f"{name}_pattern") or {})} for name in ("rank", "alpha"))
+    ranks, alphas = (config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+    if not (isinstance(ranks, Mapping) and isinstance(alphas, Mapping)):
+        raise ValueError(f"{source} has a rank_pattern or alpha_pattern that is not an object: correct it")
     r = _by_pattern(ranks, path, config.get("r", rank or _DEFAULT_ALPHA), source)
     alpha = _by_pattern(alphas, path, config.get(_ALPHAS[config.get("peft_type") or "LORA"], _DEFAULT_ALPHA), source)
     if rank is not None and r != rank:
@@ -109,7 +112,7 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any, source: st
         value = next((x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
     except re.error as error:
         raise ValueError(f"{source} has an invalid pattern ({error}): correct it") from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{source} states {value!r} as rank or alpha of {path}: a positive number was expected")
     return value
 
@@ -124,7 +127,7 @@ def _diffusers_configs(metadata: Mapping[str, str]) -> Mapping[str, Config]:
     for key, value in fields.items() if isinstance(fields, dict) else ():
         component, _, name = key.rpartition(".")
         configs.setdefault(component, {})[name] = value
-    return configs
+    return {component: config for component, config in configs.items() if config.keys() & _STATED}
 
 
 def _kohya_alpha(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
@@ -132,6 +135,7 @@ def _kohya_alpha(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     try:
         arguments = json.loads(metadata.get("ss_network_args") or "{}")
         is_spatial = any(x.ndim == 4 and x.shape[-1] > 1 for x in tensors.values())
-        return float((is_spatial and arguments.get("conv_alpha")) or metadata[KOHYA_ALPHA]) or None
+        alpha = float((is_spatial and arguments.get("conv_alpha")) or metadata[KOHYA_ALPHA])
+        return alpha if alpha and math.isfinite(alpha) else None
     except (KeyError, ValueError, TypeError, AttributeError):
         return None

@@ -101,7 +101,7 @@ def _read_file(path: Path) -> Lora:
 def _peft_config(path: Path, state: State) -> tuple[Config | None, str]:
     """Returns the PEFT configuration beside a file, and a note if there should be one that is certainly the file's."""
     file = path.with_name(PEFT_CONFIG)
-    if not any(key.startswith(PEFT_PREFIX) for key in state):
+    if not any(PEFT_PREFIX in key for key in state):
         return None, ""
     if not file.is_file():
         reason = f"has no {PEFT_CONFIG} beside it, which states its strength"
@@ -116,7 +116,8 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
     """Returns the adapters in a file's tensors.
 
     Where tensors state no alpha, it is that of PEFT's configuration `config`, or of diffusers' or Kohya's in the
-    header `metadata`; without any, adapters are not scaled. Raises ValueError for a configuration that does not fit.
+    header `metadata`; without any, adapters are not scaled. Raises ValueError for a configuration that does not fit,
+    and for values that are not finite.
     """
     targets: dict[str, Adapters] = {"network": {}, "text": {}}
     unknown: list[str] = []
@@ -129,10 +130,13 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
             continue
         target, path, tensor = parse_key(key)
         adapter = targets.get(target, {}).setdefault(path, Adapter())
-        if target not in targets or tensor in adapter.tensors:  # a repetition in another naming
+        is_number = x.is_floating_point() or tensor == "alpha"
+        if target not in targets or not is_number or tensor in adapter.tensors:  # a repetition in another naming
             if not (tensor == "set_weight" and key.startswith(PEFT_PREFIX)):  # PEFT writes some biases twice
                 unknown.append(key)
         else:
+            if not x.float().isfinite().all():
+                raise ValueError(f"{key} has values that are not finite: use a file from before the training diverged")
             adapter.keys.append(key)
             adapter.tensors[tensor] = x
     strength = set_alphas(targets, metadata or {}, config)

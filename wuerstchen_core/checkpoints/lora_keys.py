@@ -42,6 +42,7 @@ _NETWORK = re.compile(
     r"^(?:(?:prior|unet|model|diffusion_model|base_model\.model)\.|lora_(?:prior_unet|prior_prior|unet)[._]|lycoris_)*"
 )
 PEFT_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DistributedDataParallel and torch.compile
 # Parameters that PEFT trains as a whole (`bias`, `modules_to_save`).
 _WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)|\.weight$")
 # The underscores of a flat path that stand for dots: next to a number, and after these modules.
@@ -75,6 +76,7 @@ def stage_of(path: str) -> str | None:
 
 def split_key(key: str) -> tuple[str, str]:
     """Splits a key into its module's path as the file has it and the tensor's name; both are empty for other keys."""
+    key = _WRAPPERS.sub("", key)
     for end, tensor in _TENSORS:
         if found := end.search(key):
             return key[: found.start()], tensor or found[0]

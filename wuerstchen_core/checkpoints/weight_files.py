@@ -150,6 +150,8 @@ def _find_states(content: Any, label: str) -> Iterator[tuple[str, State]]:
     if not isinstance(content, dict):
         return
     state = {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
+    numbers = {key: x for key, x in content.items() if str(key).endswith(".alpha") and isinstance(x, int | float)}
+    state |= {key: torch.tensor(float(x)) for key, x in numbers.items()}  # of LoRAs
     if any("." in key for key in state) or (state and len(state) == len(content) and not label):
         yield label, state
     if label.count(".") + bool(label) < _DEPTH:
