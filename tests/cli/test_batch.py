@@ -136,7 +136,7 @@ TEXTS = [
 PLAIN_PROMPTS = {1: "a red apple", 4: "a small {blue|red} apple", 5: "a red apple", 6: "ä, 苹果"}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lines_of_a_text_file_are_prompts(tmp_path: Path, encoding: str, end: str) -> None:
     mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
@@ -147,6 +147,13 @@ def test_lines_of_a_text_file_are_prompts(tmp_path: Path, encoding: str, end: st
         images = [parse_line(number, raw, {}, SamplingSettings(), 3)[0] for number, raw in lines.items()]
         assert {number: one.prompt for number, one in zip(lines, images, strict=True)} == PLAIN_PROMPTS
         assert [one.seed for one in images] == [line_seed(3, 1), line_seed(3, 4), 4, line_seed(3, 6)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_file_without_a_byte_order_mark_is_refused_whole(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "p.txt").write_bytes("a cat\na dog\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"p\.txt.*UTF-8"):
+        read_lines(tmp_path / "p.txt")
 
 
 def test_other_files_have_json_lines(tmp_path: Path, capsys: Any) -> None:
@@ -226,7 +233,7 @@ BAD = [
     ({"prompt": PROMPT, "prior_guidance": 10**400}, "prior_guidance"),
     ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "6 steps, not 9"),
     ({"prompt": PROMPT, "token_mode": "argmax"}, "token"),
-    ('{"prompt": "\\ud800"}', "surrogates"),
+    ('{"prompt": "\\ud800"}', "surrogate pair"),
     ({"prompt": PROMPT, "seed": json.loads("[" * 900 + "]" * 900)}, "recursion"),
 ]
 

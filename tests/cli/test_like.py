@@ -158,6 +158,22 @@ def test_what_cannot_be_repeated_is_one_sentence(here: Path, capsys: pytest.Capt
     assert "--prompts" in failure(capsys, "generate", "--like", "no.png", "--prompts", "p.txt", "--output", "x")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": None}, {"prompt": 5}, {"prompt": ["a"]}, {"prompt": {}}, {"model": 3}, {"parts": [1]},
+        {"parts": {"prior": "x"}}, {"loras": 5}, {"loras": [{"strength": 1}]}, {"embeddings": {"a": 1}},
+        {"loras": [{"file": "x", "strength": "1"}]}, {"seed": "x"}, {"width": "64"}, {"schedule": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_settings_are_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    settings = {**comfyui_record(), "model": "tiny.safetensors", **changes}
+    failure(capsys, "generate", "--like", saved("bad.png", wuerstchen=json.dumps(settings)), "--device", "cpu")
+
+
 # ComfyUI's graphs
 
 

@@ -102,3 +102,19 @@ def test_weights_that_are_read_as_written_are_named_once(bundle: Path, caplog: p
     messages = [record.getMessage() for record in caplog.records]
     assert sum("(red:1.3)" in message for message in messages) == 1
     assert not any("(red)" in message or "(a: b)" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, b"a", ["a", None], {"a": "x"}, {"a": None}, {5: 1}, {"a": True}, [["a"]]], ids=str
+)
+def test_what_is_no_prompt(pipe: WuerstchenPipeline, value: Any) -> None:
+    with pytest.raises(ValueError, match="prompt|weight"):
+        pipe.generate(value, prior_steps=1, decoder_steps=1)
+    with pytest.raises(ValueError, match="prompt|weight"):
+        pipe.generate("a", negative=value, prior_steps=1, decoder_steps=1)
+
+
+@pytest.mark.parametrize("source", [None, 5, b"demo", {"prior": 5}])
+def test_what_is_no_source(source: Any) -> None:
+    with pytest.raises(ValueError, match="path"):
+        WuerstchenPipeline.load(source)

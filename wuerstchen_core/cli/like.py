@@ -51,7 +51,7 @@ def options_of(picture: Path, options: argparse.Namespace) -> dict[str, Any]:
         files = (
             (lora, _find(picture, lora["file"], lora.get("weights"), "--lora")) for lora in record.get("loras", ())
         )
-        found["lora"] = [(file, lora["strength"]) for lora, file in files]
+        found["lora"] = [(file, lora.get("strength", 1.0)) for lora, file in files]
     if options.embedding is None:
         entries = record.get("embeddings", ())
         found["embedding"] = [Path(_find(picture, x["file"], x.get("weights"), "--embedding")) for x in entries]
@@ -71,11 +71,33 @@ def read_record(picture: Path) -> Mapping[str, Any]:
             f"{picture} does not say how it was made: give a picture that Würstchen saved with its metadata"
         )
     if RECORD in texts:
-        return record
+        return _checked(record, picture)
     try:
         return record_of_graph(record)
     except ValueError as error:
         raise ValueError(f"{picture} cannot be repeated here: {error}. Open it in ComfyUI") from error
+
+
+def _checked(record: dict[str, Any], picture: Path) -> dict[str, Any]:
+    """Returns a record. Raises ValueError if its entries are not of the kinds that we write."""
+    prompt, parts = record.get("prompt"), record.get("parts", {})
+    files = [
+        *(record.get(name, []) for name in ("loras", "embeddings")),
+        [*parts.values()] if _is_table(parts) else None,
+    ]
+    valid = "command" in record or isinstance(prompt, str) or (_is_table(prompt) and prompt)
+    valid = valid and isinstance(record.get("model", ""), str)
+    if not valid or not all(isinstance(entries, list) and all(map(_names_file, entries)) for entries in files):
+        raise ValueError(f"{picture} has damaged metadata: give the picture as Würstchen saved it")
+    return record
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _names_file(entry: Any) -> bool:
+    return _is_table(entry) and isinstance(entry.get("file"), str) and isinstance(entry.get("strength", 1), int | float)
 
 
 def _find(picture: Path, name: str, weights: str | None, option: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..common.dataclass_config import from_table
+from ..common.text import decode_text
 from ..inference.settings import SamplingOptions, SamplingSettings, check_count
 from ..training.data.sidecars import parse_json_table
 
@@ -46,11 +47,12 @@ class ImageRequest:
 def read_lines(path: Path) -> dict[int, bytes]:
     """Returns the lines of a file that are not blank as JSON objects, by line number. ValueError if there is none.
 
-    A .txt file may have plain prompts, and lines of comments that start with "#". Reads UTF-8, and UTF-16 with a mark.
+    A .txt file may have plain prompts, and lines of comments that start with "#". Reads UTF-8, and UTF-16 or UTF-32
+    with a mark; raises ValueError for these without one.
     """
     data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = data.decode("utf-16", errors="replace").encode()
+    if b"\0" in data:
+        data = decode_text(data, str(path)).encode()
     lines = enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1)
     found = {number: raw.strip() for number, raw in lines if raw.strip()}
     if path.suffix.lower() in PLAIN:
@@ -81,7 +83,10 @@ def parse_line(
     missing seed is derived from `seed` and the line number alone.
     """
     line = from_table(PromptLine, {**defaults, **parse_json_table(raw, "it")}, "line")
-    f"{line.prompt}{line.negative}".encode()  # fails for half of a surrogate pair, which JSON can contain
+    try:
+        f"{line.prompt}{line.negative}".encode()
+    except UnicodeEncodeError:  # JSON can express it, UTF-8 cannot
+        raise ValueError("its text contains half of a surrogate pair: correct it") from None
     first = line_seed(seed, number) if line.seed is None else line.seed
     check_count(line.count, first)
     if line.count > MAX_COUNT:

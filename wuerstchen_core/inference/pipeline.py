@@ -147,7 +147,7 @@ class WuerstchenPipeline(Components):
         """
         if embeddings is not None:
             self.load_embeddings(embeddings)
-        several = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+        several = prompts.list_prompts(prompt)
         sampling = self.sampling.updated(width=width, height=height, **settings)
         count = to_int("count", count)
         seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import PARTS_OF
+from ..common.numbers import to_float
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
 from .components import Components
@@ -101,9 +102,23 @@ def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
         logger.warning(note)
 
 
+def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """Returns one or several prompts as a list. Raises ValueError if one is not a prompt."""
+    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+    several: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item, arg-type]
+    for prompt in several:
+        _weights(prompt)
+    return several
+
+
 def _weights(prompt: Prompt) -> dict[str, float]:
     """Returns the weight of each text of a prompt. Raises ValueError unless all are finite and above 0."""
-    weights = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt)
+    if isinstance(prompt, str):
+        return {prompt: 1.0}
+    texts = list(prompt) if isinstance(prompt, Mapping) else [prompt]
+    if (wrong := next((text for text in texts if not isinstance(text, str)), "")) != "":
+        raise ValueError(f'a prompt must be a text, got {type(wrong).__name__}: give "" for an empty one')
+    weights = {text: to_float(f"the weight of {text!r:.60}:", weight) for text, weight in prompt.items()}
     if not weights or not all(0 < weight < math.inf for weight in weights.values()):
         raise ValueError(f'prompt {weights}: give each text a weight above 0, such as {{"a cat": 2, "a dog": 1}}')
     return weights

@@ -34,9 +34,12 @@ def read_sources(
     source: AnyPath | Mapping[str, AnyPath], replaced: Mapping[str, Any], version: str
 ) -> tuple[dict[str, Part], dict[str, Any]]:
     """Returns the parts of a source or of one source per part, some of them `replaced`, and the model's metadata."""
-    base = None if isinstance(source, Mapping) else open_source(source, version=version)
     files = dict(source) if isinstance(source, Mapping) else {}
     files |= {name: file for name, file in replaced.items() if file is not None}
+    for path in (*files.values(), *(() if isinstance(source, Mapping) else (source,))):
+        if not isinstance(path, str | PathLike):
+            raise ValueError(f"a model is loaded from a path or a name, got {type(path).__name__}: give one of these")
+    base = None if isinstance(source, Mapping) else open_source(source, version=version)
     if base is None and not files:
         raise ValueError(f"no file was given: name at least one of {', '.join(PARTS)}")
     networks = base.networks if base else {}
