@@ -17,6 +17,8 @@ from ..common.numbers import to_int
 from .eight_bits import to_8_bits
 from .image_files import opened, upright_size
 
+TRACE = 4  # levels of 255 by which compression and editors change black and white
+
 Picture = str | PathLike[str] | Image.Image
 
 
@@ -59,10 +61,11 @@ def open_mask(mask: Picture) -> Mask:
 
 
 def check_mask(mask: Image.Image) -> None:
-    """Raises ValueError if a grey mask is black or white everywhere."""
-    if mask.getextrema() == (0, 0):
+    """Raises ValueError if a grey mask is black or white everywhere, but for traces that no picture shows."""
+    low, high = mask.getextrema()
+    if high <= TRACE:  # type: ignore[operator]
         raise ValueError("the mask is empty, nothing would change: make the part to generate white, or transparent")
-    if mask.getextrema() == (255, 255):
+    if low >= 255 - TRACE:  # type: ignore[operator]
         raise ValueError(
             "the mask covers the whole picture, nothing would be kept: use `variations` (image to image), or make the "
             "part to keep black, or opaque"
