@@ -81,6 +81,8 @@ def check_tables(config: Mapping[str, Any], of_stage: tuple[str, ...]) -> None:
 
 def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Reads a TOML file and applies overrides `table.key=value`, where a value that is not TOML is a string."""
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"{path} is not a file: give the TOML file of a configuration")
     try:
         config = tomllib.loads(decode_text(path.read_bytes(), "it"))
     except ValueError as error:

@@ -30,7 +30,8 @@ PACKAGES = {  # for Pillow, by suffix
     **dict.fromkeys((".avif", ".avifs"), "pillow-avif-plugin"),
     ".jxl": "pillow-jxl-plugin",
 }
-HIDDEN = re.compile(r"\..*|__MACOSX|PaxHeaders?(?:\..*)?")  # also the companions ._NAME of files from a Mac
+# Also the companions ._NAME of files from a Mac, and Synology's folder of thumbnails.
+HIDDEN = re.compile(r"\..*|__MACOSX|PaxHeaders?(?:\..*)?|@eaDir")
 
 
 class LeftOut:
