@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints.embeddings import Embedding, describe_embedding, is_embedding, read_embedding
+from wuerstchen_core.checkpoints.embeddings import (
+    Embedding,
+    bundled_embeddings,
+    describe_embedding,
+    is_embedding,
+    read_embedding,
+)
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.tokenizer import END, START, encode
 
@@ -80,6 +87,9 @@ def test_the_vectors_of_the_tower_come_first() -> None:
         {"blocks.0.weight": torch.ones(2, 2, 3)},
         {f"{i}": torch.ones(2, 2) for i in range(40)},
         {"a": torch.tensor(1)},
+        {"clip_g": torch.ones(1, 8, dtype=torch.int32)},
+        {"clip_g": torch.ones(0, 8)},
+        {"x.lora_up.weight": torch.ones(8, 2), "x.lora_down.weight": torch.ones(2, 8)},
     ],
 )
 def test_other_files_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -91,10 +101,39 @@ def test_other_files_are_refused(state: dict[str, Tensor], tmp_path: Path) -> No
         read_embedding(tmp_path / "y.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("x.bin", {"<cat>": WIDE, "<dog>": WIDE}),
+        ("x.safetensors", {"<cat>": WIDE[0], "<cat>_1": WIDE[1]}),
+        ("x.pt", {"string_to_param": {"<a>": WIDE, "<b>": WIDE}}),
+        ("nan.safetensors", {"clip_g": torch.full((1, 8), math.nan)}),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    name: str, state: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / name, state)
+    with pytest.raises(ValueError, match=path.name):
+        read_embedding(path)
+    assert main(["inspect", str(path)]) == 2
+    assert "embedding" in capsys.readouterr().err or name.startswith("nan")
+
+
+def test_a_bundled_embedding_without_a_tower() -> None:
+    assert bundled_embeddings({"bundle_emb.tok": WIDE})["tok"].widths() == f"{WIDTH} (emb_params)"
+
+
 def test_models_and_loras_are_no_embeddings(bundle: Path, tmp_path: Path) -> None:
     lora = FORMS["diffusers"].write(random_factors(attention_of_prior()), {}) | {"bundle_emb.a.clip_g": WIDE}
     assert not is_embedding(bundle) and not is_embedding(write(tmp_path / "lora.safetensors", lora))
     assert not is_embedding(write(tmp_path / "w.pt", {"out.weight": WIDE}))
+
+
+@pytest.mark.parametrize("key", ["clip_g", "emb_params", "<cat>", "bundle_emb.a.clip_g"])
+def test_embeddings_are_no_models(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"x\.safetensors.*embedding"):
+        WuerstchenPipeline.load(write(tmp_path / "x.safetensors", {key: WIDE}))
 
 
 def states(pipe: WuerstchenPipeline, *parts: str | Tensor) -> Tensor:

@@ -21,6 +21,7 @@ BUNDLED = "bundle_emb."  # keys of embeddings in LoRA files: bundle_emb.NAME.cli
 
 _PARAM = "string_to_param"  # of files in the format of AUTOMATIC1111
 _TOWER_KEYS = ("clip_g", "clip_h", "clip_l", "t5xxl", "emb_params", _PARAM)
+_PLACEHOLDER = "<"  # how diffusers' tokens begin
 _MOST_TENSORS = 16  # of a file with one embedding
 
 
@@ -78,13 +79,16 @@ def read_embedding(path: str | os.PathLike[str]) -> Embedding:
     state = _read_state(path)
     if bundled := bundled_embeddings(state):
         return _joined(bundled)
-    tensors = {key: x.reshape(-1, x.shape[-1]).float() for key, x in state.items() if x.ndim in (1, 2)}
-    if not tensors or len(tensors) < len(state) or len(state) > _MOST_TENSORS:
+    if not state or len(state) > _MOST_TENSORS or not all(_has_vectors(key, x) for key, x in state.items()):
         raise ValueError(
             f"{path} is not a textual inversion embedding ({len(state)} tensors: {listed(list(state))}): expected "
             f"vectors under clip_g, clip_h, string_to_param or a token's name"
         )
-    return Embedding(tensors)
+    if len(state) > 1 and not state.keys() & set(_TOWER_KEYS):
+        raise ValueError(f"{path} holds several embeddings ({listed(list(state))}): save each in a file of its own")
+    if unusable := [key for key, x in state.items() if not x.float().isfinite().all()]:
+        raise ValueError(f"{path} has values that are not finite ({listed(unusable)}): use an earlier save")
+    return Embedding({key: x.reshape(-1, x.shape[-1]).float() for key, x in state.items()})
 
 
 def is_embedding(path: Path) -> bool:
@@ -92,16 +96,23 @@ def is_embedding(path: Path) -> bool:
     with suppress(ValueError, OSError):
         if path.suffix in ENDINGS:
             state = _read_state(path)
-            named = all(key in _TOWER_KEYS or key.startswith(BUNDLED) for key in state)
-            flat = all(x.ndim in (1, 2) and x.is_floating_point() for x in state.values())
-            return bool(state) and flat and (named or (len(state) == 1 and "." not in next(iter(state))))
+            named = all(key in _TOWER_KEYS or key.startswith((BUNDLED, _PLACEHOLDER)) for key in state)
+            flat = all(_has_vectors(key, x) for key, x in state.items())
+            return bool(state) and flat and (named or len(state) == 1)
     return False
+
+
+def _has_vectors(key: str, x: Tensor) -> bool:
+    """True for vectors under a key that is not the path of a weight in a network."""
+    is_named = "." not in key or key.startswith((BUNDLED, _PLACEHOLDER))
+    return is_named and x.ndim in (1, 2) and x.numel() > 0 and x.is_floating_point()
 
 
 def describe_embedding(path: Path) -> EmbeddingInfo:
     """Describes an embedding file. Raises ValueError as `read_embedding`."""
     vectors = {key: (len(x), x.shape[1]) for key, x in read_embedding(path).tensors.items()}
-    return EmbeddingInfo(str(path), vectors, "embeddings", f"embedding:{path.stem}")
+    note = " (without spaces: rename the file)" if len(path.stem.split()) > 1 else ""
+    return EmbeddingInfo(str(path), vectors, "embeddings", f"embedding:{path.stem}{note}")
 
 
 def bundled_embeddings(state: State) -> dict[str, Embedding]:
@@ -110,6 +121,7 @@ def bundled_embeddings(state: State) -> dict[str, Embedding]:
     for key, x in state.items():
         if key.startswith(BUNDLED):
             name, _, tower = key.removeprefix(BUNDLED).rpartition(".")
+            name, tower = (name, tower) if name else (tower, "emb_params")
             if name.endswith(f".{_PARAM}"):
                 name, tower = name.removesuffix(f".{_PARAM}"), _PARAM
             found.setdefault(name.strip("<>"), {})[tower] = x.reshape(-1, x.shape[-1]).float()
@@ -129,8 +141,8 @@ def _read_state(path: Path) -> State:
         return read_weight_file(path).states[""]
     content = read_torch(path)
     content = content if isinstance(content, dict) else {}
-    if isinstance(content.get(_PARAM), Mapping | torch.nn.ParameterDict):
-        content = {_PARAM: next(iter(content[_PARAM].values()), None)}
+    if isinstance(params := content.get(_PARAM), Mapping | torch.nn.ParameterDict):
+        content = {_PARAM: next(iter(params.values()), None)} if len(params) == 1 else dict(params.items())
     return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
 
 

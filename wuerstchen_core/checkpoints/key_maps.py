@@ -13,6 +13,8 @@ COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
 COMFYUI_CLIPS = {"prior": "clip_g", "decoder": "clip_h"}  # ComfyUI's name of each stage's text tower
 
 LORA = "a LoRA, which changes a model and is not a model itself"
+_EMBEDDING = "a textual inversion embedding, which prompts name as embedding:NAME"
+_VECTORS = {"clip_g", "clip_h", "clip_l", "emb_params"}
 _PREVIEWER = "the Stage C previewer of v2, which this project does not use"
 _CASCADE = "a Stable Cascade model, whose latents differ from Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
@@ -61,6 +63,8 @@ def foreign(keys: Iterable[str]) -> str | None:
     for mark, name in FOREIGN:
         if any(mark in key for key in keys):
             return name
+    if keys and all(key in _VECTORS or key.startswith(("bundle_emb.", "<")) for key in keys):
+        return _EMBEDDING
     if "mapper.1.running_mean" in keys and "mapper.1.weight" not in keys:  # its batch norm has no affine parameters
         return _CASCADE
     if "blocks.18.weight" in keys and "blocks.2.running_mean" in keys:
