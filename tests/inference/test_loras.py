@@ -110,6 +110,11 @@ def test_errors_change_nothing(bundle: Path, files: dict[str, Path], tmp_path: P
         (pipe.set_lora_strength, ("both", float("inf")), {}, "inf"),
         (pipe.set_lora_strength, ("style", 1.0), {}, "style.*both"),
         (pipe.unload_lora, ("style",), {}, "style.*both"),
+        (pipe.load_lora, (None,), {}, "None"),
+        (pipe.load_lora, ([files["prior"]],), {}, "file or folder"),
+        (pipe.load_lora, (files["prior"],), {"adapter_name": "x"}, "load_lora.*use name"),
+        (pipe.load_lora, (files["prior"],), {"scale": 1}, "use strength"),
+        (pipe.set_lora_strength, ("both",), {"weight": 1}, "set_lora_strength.*use strength"),
     ]
     for call, arguments, options, fact in calls:
         with pytest.raises(ValueError, match=fact) as error:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli_runs import PROMPT, pixels
+from helpers.lora_forms import FORMS, attention_of_prior, random_factors
 from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from PIL import Image
+from safetensors.torch import save_file
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, describe, read_part, save_bundle
@@ -140,6 +142,41 @@ def test_a_name_is_suggested_only_where_we_have_it(pipe: WuerstchenPipeline, nam
 def test_load_answers_other_names(name: str, ours: str) -> None:
     with pytest.raises(ValueError, match=f"load .*'{name}'.*use {ours}$"):
         WuerstchenPipeline.load("demo", **{name: "x"})
+
+
+def test_one_or_several_loras(bundle: Path, tmp_path: Path) -> None:
+    state = FORMS["kohya"].write(random_factors(attention_of_prior()), {})
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        save_file(state, file)
+    for lora, names in ((files[0], ["a"]), (files, ["a", "b"]), (str(files[1]), ["b"]), ([], [])):
+        assert list(WuerstchenPipeline.load(bundle, device="cpu", lora=lora).loras) == names
+    for wrong in (3, [3], [None]):
+        with pytest.raises(ValueError, match="cannot be used"):
+            WuerstchenPipeline.load(bundle, device="cpu", lora=wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, None, b"x.safetensors", ["x.safetensors"]])
+def test_sources_that_are_no_paths(pipe: WuerstchenPipeline, wrong: Any) -> None:
+    calls: list[Callable[[], Any]] = [lambda: WuerstchenPipeline.load(wrong), lambda: pipe.save(wrong)]
+    if wrong is not None:
+        calls.append(lambda: WuerstchenPipeline.load("demo", prior=wrong))
+    for call in calls:
+        with pytest.raises(ValueError, match="cannot be used: give the path"):
+            call()
+
+
+@pytest.mark.parametrize("call", ["reconstruct", "load_embeddings"])
+@pytest.mark.parametrize("wrong", [3, None])
+def test_files_that_are_no_files(pipe: WuerstchenPipeline, call: str, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be used"):
+        getattr(pipe, call)(wrong)
+
+
+@pytest.mark.parametrize(("name", "ours"), [("save_directory", "path"), ("filename", "path"), ("dtype", "path")])
+def test_save_answers_other_names(pipe: WuerstchenPipeline, name: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"save .*'{name}'.*{ours}$"):
+        pipe.save(**{name: "x"})
 
 
 def test_calling_the_pipeline_generates(pipe: WuerstchenPipeline) -> None:

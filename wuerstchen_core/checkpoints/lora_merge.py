@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.text import listed
+from ..common.values import to_path
 from .adapters import Adapters, Fit, fit, keys_of, merge_lora
 from .components import TEXT_ENCODER, TOWERS, State
 from .fingerprint import fingerprint
@@ -68,14 +68,14 @@ class LoraStack:
         Logs one line about the keys that are not applied. Raises ValueError, without changing anything, if the file
         cannot be read or fits neither, or the name is in use.
         """
-        strength = _number(strength, name or Path(source).name)
+        path = to_path(source)
+        strength = _number(strength, name or path.name)
         if name in self._loras:
             raise ValueError(f"a LoRA named {name!r} is loaded already: choose another name, or unload it")
-        lora, file = read_lora(source), Path(source).name
+        lora, file = read_lora(path), path.name
         parts = {_stage_of(networks, lora): lora.network, _CLIPS[lora.clip]: lora.text}
         fits = {part: _fit(networks, part, adapters, file, lora) for part, adapters in parts.items() if adapters}
         log_ignored(file, lora, fits.values())
-        path = Path(source)
         name = name or self._free_name(path.absolute().parent.name if path.stem in STEMS else path.stem)
         self._loras[name] = _Merged(
             strength, {part: found.fitting for part, found in fits.items()}, file, fingerprint(source)

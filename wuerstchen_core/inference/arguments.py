@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What other libraries (mostly diffusers) call our arguments. The names that a function has are suggested.
 ALIASES = {
@@ -52,7 +58,14 @@ ALIASES = {
     "effnet": ("image_encoder",),
     "prior_image_processor": ("image_encoder",),
     "loras": ("lora",),
-    "lora_scale": ("lora",),
+    "lora_scale": ("strength", "lora"),
+    "adapter_name": ("name",),
+    "adapter_names": ("name",),
+    "adapter_weights": ("strength",),
+    "weight": ("strength",),
+    "weights": ("strength",),
+    "scale": ("strength",),
+    "save_directory": ("path",),
     "lora_weights": ("lora",),
 }
 
@@ -65,3 +78,15 @@ def check_keywords(function: str, given: Iterable[str], known: Collection[str]) 
         use = [alias for alias in ALIASES.get(name, ()) if alias in known] or get_close_matches(name, known, n=1)
         advice = f"use {' or '.join(use)}" if use else f"choose from {', '.join(known)}"
         raise ValueError(f"{function} has no argument {name!r}: {advice}")
+
+
+def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns a function or method that of a model that explains unknown keywords, as `check_keywords`."""
+    known = list(signature(function).parameters)[1:]  # the first is the model
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_keywords(function.__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +16,14 @@ from ..checkpoints.embeddings import Embedding
 from ..checkpoints.lora_merge import LoraStack
 from ..checkpoints.release import release_of_model
 from ..common.devices import DTYPES, pick_device, pick_dtype
+from ..common.values import to_path
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
-from .arguments import check_keywords
+from .arguments import check_keywords, named_arguments
 from .settings import SamplingSettings
 from .sources import AnyPath, source_name
 
@@ -129,13 +129,14 @@ class Components:
             network.to(moved, None if network is self.image_encoder else cast)
         return self
 
+    @named_arguments
     def save(self, path: AnyPath) -> None:
         """Writes all networks and the metadata, as they are now: merged LoRAs are part of the networks.
 
         A name that ends in .safetensors is a bundle, any other a folder with one file per component; `load` reads both.
         Existing files are overwritten. Raises ValueError for other endings, OSError if writing fails.
         """
-        write_model(Path(path), self.named_networks(), self.metadata, force=True)
+        write_model(to_path(path), self.named_networks(), self.metadata, force=True)
 
 
 def first_weight(network: nn.Module) -> Tensor:

@@ -19,8 +19,10 @@ from ..checkpoints.embeddings import ENDINGS, Embedding, find_embeddings, read_e
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.key_maps import COMFYUI_CLIPS
 from ..common.text import listed
+from ..common.values import to_list
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import END, START, encode
+from .arguments import named_arguments
 from .components import Components
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ _ESCAPED = {r"\(": "\ue000", r"\)": "\ue001"}  # characters that no text has
 _GROUP = 8  # longer groups are split at the end of a chunk, shorter ones start a new chunk
 
 
+@named_arguments
 def load_embeddings(model: Components, sources: Embeddings) -> list[str]:
     """Reads textual inversion embeddings for prompts with `embedding:NAME`, and returns their names.
 
@@ -45,7 +48,7 @@ def load_embeddings(model: Components, sources: Embeddings) -> list[str]:
     skipped with a warning.
     """
     named = sources if isinstance(sources, Mapping) else {}
-    given = [sources] if isinstance(sources, str | PathLike) else list(named.values() or sources)
+    given = to_list("embeddings", named.values() or sources, str | PathLike)
     found = {name: read_embedding(file) for name, file in named.items()}
     for source in () if named else given:
         files, skipped = find_embeddings(source), []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.geometry import LARGEST, MULTIPLE, check_size, nearest_legal
 from ..common.numbers import to_int
+from ..common.values import to_list
 from .eight_bits import to_8_bits
 from .image_files import opened, upright_size
 
@@ -98,7 +99,7 @@ def read_pixels(picture: Picture, width: int | None = None, height: int | None =
 
 def read_batch(pictures: Picture | Sequence[Picture], width: int | None = None, height: int | None = None) -> Tensor:
     """Returns one or several pictures as [B, 3, height, width], see `read_pixels`. ValueError if their sizes differ."""
-    several = [pictures] if isinstance(pictures, str | PathLike | Image.Image) else list(pictures)
+    several = to_list("picture", pictures, str | PathLike | Image.Image)
     if not several:
         raise ValueError("there is no picture: give at least one")
     batch = [read_pixels(picture, width, height) for picture in several]

@@ -10,11 +10,13 @@ from typing import Any
 
 from ..checkpoints.embeddings import bundled_embeddings
 from ..checkpoints.lora_merge import AnyPath
+from .arguments import named_arguments
 from .components import Components
 
 logger = logging.getLogger(__name__)
 
 
+@named_arguments
 def load_lora(model: Components, source: AnyPath, strength: float = 1.0, *, name: str | None = None) -> str:
     """Merges a LoRA (a file, or a folder of PEFT or diffusers) into the stage that it fits and its text encoder.
 
@@ -31,12 +33,14 @@ def load_lora(model: Components, source: AnyPath, strength: float = 1.0, *, name
     return name
 
 
+@named_arguments
 def set_lora_strength(model: Components, name: str, strength: float) -> None:
     """Changes the strength of a loaded LoRA. Raises ValueError if it is no number, or no LoRA has this name."""
     with _networks(model) as networks:
         model.lora_stack.set_strength(networks, name, strength)
 
 
+@named_arguments
 def unload_lora(model: Components, name: str | None = None) -> None:
     """Takes a LoRA off, or all of them. Without any, the weights are exactly those before.
 

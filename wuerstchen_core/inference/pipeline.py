@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import groupby
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ..checkpoints.lora_merge import Loras
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
 from ..common.numbers import to_int
+from ..common.values import to_list
 from ..diffusion.samplers import Seed
 from . import editing, embeddings, loras, prompts, stages
 from .arguments import check_keywords
@@ -73,7 +75,7 @@ class WuerstchenPipeline(Components):
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
         compile: bool = False,
-        lora: AnyPath | Loras | None = None,
+        lora: AnyPath | Sequence[AnyPath] | Loras | None = None,
         progress: bool | None = None,
         **parts: Unpack[PartFiles],
     ) -> WuerstchenPipeline:
@@ -86,8 +88,8 @@ class WuerstchenPipeline(Components):
 
         `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
         bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
-        LoRA's file or folder, or a mapping from these to strengths, for `load_lora`. `compile` calls the method of
-        that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
+        LoRA's file or folder, a list, or a mapping from these to strengths, for `load_lora`. `compile` calls the method
+        of that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
         """
         known = [name for name in signature(cls.load).parameters if name != "parts"]
         check_keywords("load", parts, [*known, *PartFiles.__annotations__])
@@ -103,7 +105,9 @@ class WuerstchenPipeline(Components):
             precision = torch.float32 if name == "image_encoder" else chosen
             networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
         pipeline = cls(**networks, metadata=metadata)
-        for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
+        if not isinstance(lora, Mapping):
+            lora = dict.fromkeys(to_list("lora", () if lora is None else lora, str | PathLike), 1.0)
+        for file, strength in lora.items():
             pipeline.load_lora(file, strength)
         pipeline.source = None if isinstance(source, Mapping) else str(source)
         pipeline.files = file_records(source, parts)
