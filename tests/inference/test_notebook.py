@@ -162,7 +162,7 @@ def test_sources_that_are_no_paths(pipe: WuerstchenPipeline, wrong: Any) -> None
     if wrong is not None:
         calls.append(lambda: WuerstchenPipeline.load("demo", prior=wrong))
     for call in calls:
-        with pytest.raises(ValueError, match="cannot be used: give the path"):
+        with pytest.raises(ValueError, match="path"):
             call()
 
 

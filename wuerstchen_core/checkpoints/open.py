@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.text import check_choice
-from ..common.values import to_path
 from .bundle import parse_metadata, restore_token_rows, split_bundle
 from .components import PARTS, TOWERS, Part, State, check_part_name, kind_of, parts_of
 from .dequant import with_header_configs
@@ -46,7 +45,7 @@ def demo_path(name: str = "demo") -> Path:
 
 def source_path(source: str | os.PathLike[str]) -> Path:
     """Returns the file or folder of a source: of the hub's cache, a snapshot. ValueError if it does not exist."""
-    path = demo_path(source) if isinstance(source, str) and source in SHIPPED else to_path(source)
+    path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
     if not path.exists():
         names = " or ".join(f'"{name}"' for name in SHIPPED)
         raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {names}")

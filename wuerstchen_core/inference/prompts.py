@@ -105,7 +105,7 @@ def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
 def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Returns one or several prompts as a list. Raises ValueError if one is not a prompt."""
     one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
-    several: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item, arg-type]
+    several: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item]
     for prompt in several:
         _weights(prompt)
     return several
