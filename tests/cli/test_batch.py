@@ -170,6 +170,20 @@ def test_other_files_have_json_lines(tmp_path: Path, capsys: Any) -> None:
         read_lines(tmp_path / "comments.txt")
 
 
+def test_a_table_of_another_program_is_kept_or_refused(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts, out = write(tmp_path / "p.txt", ["a red apple"]), tmp_path / "out"
+    out.mkdir()
+    Image.new("RGB", (8, 8)).save(out / "mine.jpg")
+    (out / "metadata.jsonl").write_text('{"file_name": "mine.jpg", "text": "ä"}\n', encoding="utf-16")
+    assert run(*command(bundle, prompts, out)) == 0
+    assert {name: row["text"] for name, row in rows(out).items()} == {"000001.png": "a red apple", "mine.jpg": "ä"}
+    capsys.readouterr()
+    for line in ('{"file_name": 5}', "[1]", "no JSON"):
+        (out / "metadata.jsonl").write_text(f"{line}\n")
+        assert "metadata.jsonl" in failure(capsys, *command(bundle, prompts, out))
+    assert str(tmp_path) in failure(capsys, *command(bundle, tmp_path, out))
+
+
 def test_rows_are_right_after_each_run(bundle: Path, tmp_path: Path) -> None:
     """Also for images that other programs put in the folder."""
     prompts, out = tmp_path / "p.txt", tmp_path / "out"

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..common.atomic import remove_drafts, replace_file
-from ..training.data.folder import METADATA
+from ..training.data.metadata import METADATA, image_name, read_rows
 from ..training.data.shards import add_member
 from ..training.data.sidecars import parse_json_table
 from .save import save_image
@@ -74,13 +74,17 @@ class ImageFolder:
         return [name[:-4] for name in files if name.endswith(".png") and f"{name[:-4]}.json" in files]
 
     def _other_rows(self, path: Path, tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Returns the rows of metadata.jsonl for existing files that are not from `--prompts`."""
-        rows = path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else []
+        """Returns the rows of metadata.jsonl for existing files that are not from `--prompts`.
+
+        ValueError if a row cannot be read.
+        """
         kept = []
-        for row in filter(str.strip, rows):
-            file = parse_json_table(row.encode(), str(path)).get("file_name", "")
+        for where, row in read_rows(path, str(path)) if path.is_file() else ():
+            if isinstance(row, ValueError):
+                raise row
+            file = image_name(row, where)
             if "weights" not in tables.get(file.removesuffix(".png"), {}) and (self.folder / file).is_file():
-                kept.append(row)
+                kept.append(json.dumps(row, ensure_ascii=False))
         return kept
 
 

@@ -50,6 +50,8 @@ def read_lines(path: Path) -> dict[int, bytes]:
     A .txt file may have plain prompts, and lines of comments that start with "#". Reads UTF-8, and UTF-16 or UTF-32
     with a mark; raises ValueError for these without one.
     """
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"{path} is not a file: give a file of prompts")
     data = path.read_bytes()
     if b"\0" in data:
         data = decode_text(data, str(path)).encode()
