@@ -96,10 +96,13 @@ def test_a_lightning_checkpoint_of_several_networks(raw: State, tmp_path: Path) 
     assert [part.name for part in describe(tmp_path / "last.ckpt").parts] == ["prior", "vqgan", "text_encoder"]
 
 
+COUNTERS = {"decay": torch.tensor(0.99), "num_updates": torch.tensor(5)}
+
+
 def lit_ema(state: State) -> State:
     """Returns the buffers of latent diffusion's LitEma over a module `model` with the network `diffusion_model`."""
     names = {f"model_ema.diffusion_model{key.replace('.', '')}": x for key, x in state.items()}
-    return {**names, "model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(5)}
+    return {**names, **behind("model_ema.", COUNTERS)}
 
 
 EMA = {
@@ -109,6 +112,7 @@ EMA = {
     "nested": lambda raw, ema: {"models": {"raw": raw, "ema": {"shadow": ema}}, "optimizer": {"ema": raw}},
     "prefixes": lambda raw, ema: {**behind("online_model.", raw), **behind("ema_model.", ema), "step": torch.ones(())},
     "LitEma": lambda raw, ema: lightning({**behind("model.diffusion_model.", raw), **lit_ema(ema)}),
+    "LitEma with dots": lambda raw, ema: {**behind("model.", raw), **behind("model_ema.", {**ema, **COUNTERS})},
     "callback": lambda raw, ema: lightning(raw, callbacks={"EMA": {"ema_weights": ema}}),
     "not non_ema": lambda raw, ema: {"non_ema": raw, "model_ema": ema},
     "Lightning's averaging": lambda raw, ema: lightning(ema, current_model_state=raw),

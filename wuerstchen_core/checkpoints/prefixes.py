@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Modules that torch puts around others: compiled, sharded, with recomputed activations.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNTERS = {"decay", "num_updates", "initted", "step"}  # of averages, beside their networks
 _EMA = re.compile(r"(?<![a-z])(?<!non_)ema(?![a-z])|average", re.IGNORECASE)
 
 
@@ -54,7 +55,7 @@ def find_networks(label: str, state: Mapping[str, Any]) -> list[Found]:
     longest_first = sorted(kinds, key=len, reverse=True)
     for key, x in state.items():
         prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), None)
-        if prefix is not None:
+        if prefix is not None and not (key.removeprefix(prefix) in _COUNTERS and _EMA.search(prefix)):
             states[prefix][key.removeprefix(prefix)] = x
     return [Found(kind, label, prefix, _averaged(state, prefix, states[prefix])) for prefix, kind in kinds.items()]
 
