@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,10 +43,10 @@ def is_scaled(keys: Iterable[str]) -> bool:
     return any(key.endswith(_SCALES) for key in keys)
 
 
-def with_header_configs(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def with_header_configs(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Returns a file's tensors with the configurations of quantised layers in its header as `X.comfy_quant`.
 
-    Raises ValueError if the header is damaged.
+    Raises ValueError that names the file at `path` if the header is damaged.
     """
     if HEADER not in metadata:
         return dict(state)
@@ -53,7 +54,7 @@ def with_header_configs(state: Mapping[str, Tensor], metadata: Mapping[str, str]
         layers = json.loads(metadata[HEADER])["layers"]
         texts = {f"{layer}.{CONFIG}": json.dumps(config).encode() for layer, config in layers.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{HEADER} in the header is damaged: download the file again") from error
+        raise ValueError(f"{HEADER} in the header of {path} is damaged: download the file again") from error
     return {**state, **{key: torch.frombuffer(bytearray(text), dtype=torch.uint8) for key, text in texts.items()}}
 
 

@@ -89,7 +89,7 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     metadata = parse_metadata(path, content.metadata)
     if not metadata and (stated := stated_fields(content.metadata)):
         metadata = {FIELD: stated}
-    bare = with_header_configs(content.states.get("", {}), content.metadata)
+    bare = with_header_configs(path, content.states.get("", {}), content.metadata)
     bundled = split_bundle(bare) if foreign(bare) != LORA else None  # a LoRA's keys can start like a bundle's
     if bundled is None:
         return identify(path, content, config or {}, metadata)
@@ -156,7 +156,7 @@ def _read_shards(index: Path, headers_only: bool) -> WeightFile:
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
         content = read_weight_file(index.parent / shard, headers_only)
-        state |= with_header_configs(content.states.get("", {}), content.metadata)
+        state |= with_header_configs(index.parent / shard, content.states.get("", {}), content.metadata)
     return WeightFile({"": state}, {})
 
 

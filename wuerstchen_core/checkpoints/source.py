@@ -212,7 +212,7 @@ def identify(path: Path, content: WeightFile, config: dict[str, Any], metadata: 
     found: list[Found] = []
     refused: list[str] = []
     for label, state in content.states.items():
-        plain = unwrapped(lazy_state(with_header_configs(state, content.metadata)))
+        plain = unwrapped(lazy_state(with_header_configs(path, state, content.metadata)))
         other = foreign(plain)
         candidates = [] if other else find_networks(label, plain)
         named = [foreign(one.state) for one in candidates]
