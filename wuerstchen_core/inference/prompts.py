@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints import PARTS_OF
 from ..common.numbers import to_float
+from ..common.values import to_list
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
 from .components import Components
@@ -104,8 +105,7 @@ def warn_of_unknown_words(model: Components, prompts: Iterable[Prompt]) -> None:
 
 def list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Returns one or several prompts as a list. Raises ValueError if one is not a prompt."""
-    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
-    several: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item]
+    several = to_list("prompt", prompts, str | Mapping)
     for prompt in several:
         _weights(prompt)
     return several
