@@ -64,6 +64,7 @@ def _process_group(item: pytest.Item) -> str:
     return "run_folder" if function and "run_folder" in function.fixturenames else item.path.name
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_process_group(item)))
