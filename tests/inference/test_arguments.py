@@ -118,3 +118,8 @@ def test_what_is_no_prompt(pipe: WuerstchenPipeline, value: Any) -> None:
 def test_what_is_no_source(source: Any) -> None:
     with pytest.raises(ValueError, match="path"):
         WuerstchenPipeline.load(source)
+
+
+def test_what_is_no_callback(pipe: WuerstchenPipeline) -> None:
+    with pytest.raises(ValueError, match="callback 3 "):
+        pipe.generate(PROMPT, callback=3)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ def check_weights(part: Part[Any]) -> None:
     try:
         expected = expected_tensors(component(part.name).network, part.params)
     except _IMPOSSIBLE as error:
-        raise ValueError(f"the weights of {source} have sizes that no {part.name} can have ({error})") from error
+        raise ValueError(f"the weights of {source} have impossible sizes for the {part.name} ({error})") from error
     shared = {key: entry for key, entry in expected.items() if key in found}
     problems = {
         "missing": [key for key in expected if key not in found],
@@ -43,7 +43,7 @@ def check_weights(part: Part[Any]) -> None:
     }
     text = ", ".join(f"{what}: {len(keys)} ({listed(keys, width=100)})" for what, keys in problems.items() if keys)
     if text:
-        raise ValueError(f"the weights of {source} do not fit a {part.name} of these params; {text}")
+        raise ValueError(f"the weights of {source} do not fit the {part.name} of these params; {text}")
 
 
 def _count_blocks(params: Any) -> int:

@@ -33,8 +33,10 @@ def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, I
         @wraps(function)
         def method(*args: Any, **kwargs: Any) -> Images:
             check_keywords(function.__name__, kwargs, known)
-            shown = kwargs.pop(PROGRESS, None)
-            with progress_bar(kwargs.pop("callback", None), args[0].progress if shown is None else shown) as callback:
+            shown, own = kwargs.pop(PROGRESS, None), kwargs.pop("callback", None)
+            if own is not None and not callable(own):
+                raise ValueError(f"callback {own!r:.60} is no function: give one of (stage, done, steps, denoised)")
+            with progress_bar(own, args[0].progress if shown is None else shown) as callback:
                 kwargs["callback"] = callback
                 images = function(*args, **kwargs)
             arguments = call.bind(*args, **kwargs)
