@@ -57,10 +57,11 @@ def inputs(run_folder: Path) -> list[str]:
 
 
 def _process_group(item: pytest.Item) -> str:
-    """Returns the group that shares one process: tests of one ComfyUI, of `run_folder`, or of one file."""
+    """Returns the group that shares one process: tests of one server, of `run_folder`, or of one file and ComfyUI."""
     function = item if isinstance(item, pytest.Function) else None
     if function and "install" in function.fixturenames:
-        return str(function.callspec.params["install"])
+        install = str(function.callspec.params["install"])
+        return install if "server" in function.fixturenames else f"{install} {item.path.name}"
     return "run_folder" if function and "run_folder" in function.fixturenames else item.path.name
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tools.comfyui.client import Inside, Install, run_inside
 
+pytestmark = pytest.mark.newest
+
 STAGES = ("prior", "decoder", "token_decoder")
 
 

@@ -22,6 +22,8 @@ from wuerstchen_core.diffusion.schedule import SCHEDULES, diffuse, linear_times,
 from wuerstchen_core.models.prior import features_from_latents, latents_from_features
 from wuerstchen_core.models.vqgan import VQGANParams
 
+pytestmark = pytest.mark.newest
+
 OUTWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "prior": features_from_latents,
     "decoder": lambda x: x * VQGANParams.scale_factor,

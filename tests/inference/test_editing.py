@@ -189,7 +189,7 @@ def test_inpainting_follows_its_prompt_seed_strength_and_steps(pipe: WuerstchenP
 
 def test_inpainting_keeps_the_pictures_size(pipe: WuerstchenPipeline) -> None:
     for size in ((100, 70), (1, 1)):
-        [image] = pipe.inpaint(Image.new("RGB", size, "red"), Image.new("L", size, 254), PROMPT, decoder_steps=1)
+        [image] = pipe.inpaint(Image.new("RGB", size, "red"), Image.new("L", size, 200), PROMPT, decoder_steps=1)
         assert image.size == size
 
 
@@ -276,7 +276,7 @@ REFUSED: dict[str, Callable[[WuerstchenPipeline, Image.Image], Any]] = {
     "128x64$": lambda pipe, x: pipe.interpolate(x, PROMPT, width=100),
     "count of 1": lambda pipe, x: pipe.variations(x, count=0),
     "seed -1": lambda pipe, x: pipe.inpaint(x, right_half(), "", seed=-1),
-    ": 0}": lambda pipe, x: pipe.variations(x, {PROMPT: 0}),
+    ": 0.0}": lambda pipe, x: pipe.variations(x, {PROMPT: 0}),
     "nowhere.png": lambda pipe, x: pipe.reconstruct("nowhere.png"),
 }
 
