@@ -24,7 +24,7 @@ from .left_out import LeftOut, in_mask_folder
 from .members import Example, examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at
-from .tars import FilePart, is_hidden, read_members
+from .tars import FilePart, read_members
 
 # Offset and size in bytes of the image and of the caption, and whether the caption is in a .json file.
 SHARD_FIELDS = [
@@ -167,12 +167,7 @@ def _list_members(file: BinaryIO, path: Path, left_out: LeftOut) -> tuple[dict[s
     bad, size = {}, path.stat().st_size
     first: dict[str, int] = {}  # archive by key
     try:
-        for archive, member in read_members(file):
-            if member.isdir():
-                continue
-            if is_hidden(member.name) or not member.isreg() or member.issparse():
-                left_out.add("hidden files" if is_hidden(member.name) else "links and sparse files", member.name)
-                continue
+        for archive, member in read_members(file, left_out):
             key, suffix = split_name(member.name)
             if first.setdefault(key, archive) != archive:
                 key = f"{key} (archive {archive + 1})"

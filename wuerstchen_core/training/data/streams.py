@@ -24,7 +24,7 @@ from .members import Example as Members
 from .members import examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, image_record
-from .tars import is_hidden, open_stream, read_members
+from .tars import open_stream, read_members
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +152,7 @@ def _read_groups(url: str, problems: list[str], left_out: LeftOut) -> Iterator[t
     key, members, last = "", dict[str, bytes](), 0
     try:
         file = open_stream(gopen(url))
-        for archive, member in read_members(file):
-            if member.isdir():
-                continue
-            if is_hidden(member.name) or not member.isreg() or member.issparse():
-                left_out.add("hidden files" if is_hidden(member.name) else "links and sparse files", member.name)
-                continue
+        for archive, member in read_members(file, left_out):
             own, suffix = split_name(member.name)
             if members and (own, archive) != (key, last):
                 yield key, members

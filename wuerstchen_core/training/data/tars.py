@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
-from .left_out import HIDDEN
+from .left_out import HIDDEN, LeftOut
 
 CHUNK = 1 << 20  # bytes
 OPEN = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first two bytes
@@ -81,15 +81,20 @@ def open_stream(stream: Readable) -> ForwardFile:
     return ForwardFile(OPEN[magic](file)) if magic in OPEN else file  # type: ignore[operator]
 
 
-def read_members(file: BinaryIO | ForwardFile) -> Iterator[tuple[int, tarfile.TarInfo]]:
-    """Yields the members of a tar file, and of further archives behind its end, each with the archive's number from 0.
+def read_members(file: BinaryIO | ForwardFile, left_out: LeftOut) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """Yields the files in a tar file, and in further archives behind its end, each with the archive's number from 0.
 
-    tarfile.TarError if the file is damaged or its end mark is missing.
+    Hidden members, links and sparse files are counted in `left_out`. Raises tarfile.TarError if the file is damaged or
+    its end mark is missing.
     """
     for number in itertools.count():
         with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
-                yield number, member
+                hidden = is_hidden(member.name)
+                if member.isreg() and not member.issparse() and not hidden:
+                    yield number, member
+                elif not member.isdir():
+                    left_out.add("hidden files" if hidden else "links and sparse files", member.name)
                 tar.members.clear()
             file.seek(tar.offset)
         block = file.read(tarfile.BLOCKSIZE)
