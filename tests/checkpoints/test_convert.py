@@ -19,7 +19,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, demo_path, describe, read_metadata, read_part
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
-from wuerstchen_core.checkpoints.quant import FP8, is_large
+from wuerstchen_core.checkpoints.quant import FP8, is_matrix
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 
@@ -210,7 +210,7 @@ def test_fp8_is_scaled_and_only_for_large_tensors(bundle: Path, tmp_path: Path) 
         assert found.keys() == state.keys()
         for key, x in state.items():
             scale = stored.get(f"{prefix}.{key.removesuffix('weight')}scale_weight")
-            assert (stored[f"{prefix}.{key}"].dtype == FP8) == (scale is not None) == is_large(key, x), key
+            assert (stored[f"{prefix}.{key}"].dtype == FP8) == (scale is not None) == is_matrix(key, x), key
             if scale is None:
                 assert found[key].equal(x.bfloat16() if x.is_floating_point() else x), key
                 continue

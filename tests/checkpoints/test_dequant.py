@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wuerstchen_core.checkpoints import describe, load_prior, read_part
 from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.checkpoints.dequant import hadamard
+from wuerstchen_core.checkpoints.convrot import hadamard
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.models.prior import Prior
 

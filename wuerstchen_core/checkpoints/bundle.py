@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name
-from .lazy import LazyTensor, apply, lazy_state
+from .dequant import part_state
+from .lazy import LazyTensor, apply_to_rows
 from .modelspec import spec_header
 from .quant import quantize
 from .release import only_release, release_of
@@ -79,7 +80,7 @@ def save_bundle(
     *,
     bare: bool = False,
 ) -> None:
-    """Writes parts as one file, floating-point tensors in `dtype` (None: unchanged; fp8: see `quant`).
+    """Writes parts as one file, floating-point tensors in `dtype` (None: unchanged; fp8 and int8: see `quant`).
 
     Two equal text towers are stored once. `bare` writes a single part's keys without its name, as other programs
     expect them. The file appears complete, or OSError gives the reason.
@@ -106,7 +107,7 @@ def save_bundle(
 
 
 def _tensors(part: AnyPart) -> dict[str, LazyTensor]:
-    return lazy_state(part.state_dict if isinstance(part, Part) else part.state_dict())
+    return part_state(part.state_dict if isinstance(part, Part) else part.state_dict())
 
 
 def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
@@ -151,6 +152,5 @@ def restore_token_rows(state: dict[str, LazyTensor], params: Mapping[str, Any] |
         table.view(torch.uint8)[rows.long()] = stored.view(torch.uint8)  # torch can't index-assign fp8
         return table
 
-    shape = (total, stored.shape[1])
-    state[f"{TABLE}.weight"] = apply(restore, stored, shape=shape, dtype=stored.dtype)
+    state[f"{TABLE}.weight"] = apply_to_rows(restore, stored, rows=total)
     return state

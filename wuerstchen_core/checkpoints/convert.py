@@ -22,11 +22,11 @@ from .lazy import LazyTensor
 from .lora_files import convert_lora
 from .lora_folders import is_lora
 from .open import open_source, source_path
-from .quant import FP8
+from .quant import FP8, INT8
 from .release import check_parts, only_release
 from .source import Source, merge_metadata
 
-CHOICES = {"keep": None, **DTYPES, "fp8": FP8}
+CHOICES = {"keep": None, **DTYPES, "fp8": FP8, "int8": INT8}
 ENDING = ".safetensors"
 
 Report: TypeAlias = Callable[[Path, int, int], None]  # called with the file, the bytes written and the total
@@ -117,8 +117,8 @@ def parse_dtypes(text: str) -> dict[str, str]:
 def _stored_dtype(dtypes: Mapping[str, str], name: str, key: str, x: LazyTensor) -> torch.dtype | None:
     """Returns the dtype to store a tensor in; None for its own."""
     chosen = dtypes.get(name) or dtypes.get(kind_of(name)) or dtypes[""]
-    if chosen == "keep" and x.stored == FP8:  # it was dequantized for reading
-        return FP8
+    if chosen == "keep" and x.quantised is None and x.stored in (FP8, INT8):  # it was dequantized for reading
+        return x.stored
     return CHOICES[chosen]
 
 

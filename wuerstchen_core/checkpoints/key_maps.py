@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .lazy import AnyTensor, apply
+from .lazy import AnyTensor, apply_to_rows
 
 COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
 COMFYUI_CLIPS = {"prior": "clip_g", "decoder": "clip_h"}  # ComfyUI's name of each stage's text tower
@@ -101,8 +101,7 @@ def _unpack(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
 
 def _third(x: AnyTensor, index: int) -> AnyTensor:
     """Returns the rows of q (index 0), k (1) or v (2) of a packed projection."""
-    shape = ((x.shape[0] + 2 - index) // 3, *x.shape[1:])
-    return apply(lambda packed: packed.tensor_split(3)[index], x, shape=shape, dtype=x.dtype)
+    return apply_to_rows(lambda packed: packed.tensor_split(3)[index], x, rows=(x.shape[0] + 2 - index) // 3)
 
 
 def _pack(parts: list[AnyTensor]) -> AnyTensor:
@@ -110,8 +109,7 @@ def _pack(parts: list[AnyTensor]) -> AnyTensor:
     if len({(tuple(x.shape[1:]), x.dtype) for x in parts}) > 1:
         shapes = ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in parts)
         raise ValueError(f"q, k and v of a layer differ ({shapes}): download the file again")
-    shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
-    return apply(lambda *rows: torch.cat(rows), *parts, shape=shape, dtype=parts[0].dtype)
+    return apply_to_rows(lambda *rows: torch.cat(rows), *parts, rows=sum(x.shape[0] for x in parts))
 
 
 def vqgan_from_diffusers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:

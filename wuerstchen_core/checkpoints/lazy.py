@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 class LazyTensor:
     """Shape and dtype of a tensor, and the function that computes it. `load()` computes it anew each time.
 
-    `is_meta` is True if there is no data. `stored` is the dtype in the source file, before any conversion.
+    `is_meta` is True if there is no data. `stored` is the dtype in the source file, before any conversion, and
+    `quantised` what the file stores of a weight in 8 bits.
     """
 
     shape: tuple[int, ...]
@@ -22,6 +23,7 @@ class LazyTensor:
     load: Callable[[], Tensor]
     is_meta: bool = False
     stored: torch.dtype | None = None
+    quantised: Quantised | None = None
 
     @classmethod
     def of(cls, x: Tensor | LazyTensor) -> LazyTensor:
@@ -31,6 +33,15 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight in 8 bits, the scale or scales by which it is multiplied, and ComfyUI's JSON about its format."""
+
+    numbers: LazyTensor
+    scale: LazyTensor
+    config: dict[str, Any]
 
 
 AnyTensor = TypeVar("AnyTensor", Tensor, LazyTensor)
@@ -50,3 +61,24 @@ def apply(function: Callable[..., Tensor], *inputs: Any, shape: Sequence[int], d
         return function(*inputs)
     is_meta, stored = any(x.is_meta for x in inputs), inputs[0].stored
     return LazyTensor(tuple(shape), dtype, lambda: function(*(x.load() for x in inputs)), is_meta, stored)
+
+
+def apply_to_rows(function: Callable[..., Tensor], *inputs: Any, rows: int) -> Any:
+    """Returns `apply` of a function that takes and returns whole rows, `rows` in all; quantised inputs stay quantised."""
+    first = inputs[0]
+    out = apply(function, *inputs, shape=(rows, *first.shape[1:]), dtype=first.dtype)
+    weights = [x.quantised for x in inputs if isinstance(x, LazyTensor) and x.quantised is not None]
+    if len(weights) < len(inputs) or any(one.config != weights[0].config for one in weights):
+        return out
+    numbers = apply_to_rows(function, *(one.numbers for one in weights), rows=rows)
+    scale = weights[0].scale
+    if len(weights) > 1 or torch.Size(scale.shape).numel() > 1:
+        scales = [_scale_of_rows(one) for one in weights]
+        scale = apply(function, *scales, shape=(rows, 1), dtype=torch.float32)
+    return replace(out, quantised=Quantised(numbers, scale, weights[0].config))
+
+
+def _scale_of_rows(weight: Quantised) -> LazyTensor:
+    """Returns the scale of each row, [rows, 1]."""
+    rows = weight.numbers.shape[0]
+    return LazyTensor((rows, 1), torch.float32, lambda: weight.scale.load().float().reshape(-1, 1).expand(rows, 1))

@@ -1,60 +1,72 @@
-"""Stores weights in another dtype, or in fp8 with one scale for each large tensor.
+"""Stores weights in another dtype, or large matrices in fp8 or int8 as ComfyUI stores them.
 
-fp8 is for storage only: torch cannot add in it. As in ComfyUI's files, `X.weight` in e4m3 is to be multiplied by
-`X.scale_weight`, one fp32 number. Our scales are powers of two, so dequantizing is exact in every dtype.
+Beside `X.weight` are `X.weight_scale`, by which it is multiplied, and `X.comfy_quant`, a JSON text as bytes:
+
+- fp8: e4m3 and one scale, a power of two, with which dequantizing is exact in every dtype;
+- int8: one scale for each row [out, 1], after ConvRot. Clipping the largest numbers of the shipped models' rows reduced
+  the error by less than 0.2 %, so the scale is that of the largest number.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.devices import WEIGHT_DTYPES
-from .lazy import LazyTensor
+from .convrot import largest_group, rotate
+from .lazy import LazyTensor, Quantised
 
 FP8 = WEIGHT_DTYPES["fp8"]
-SCALED_MARK = "scaled_fp8"  # an empty tensor by which ComfyUI recognises such a file
-LARGE = 4096  # elements; smaller tensors, such as norms and biases, save nothing and stay exact
-SCALE_SUFFIX = "scale_weight"
-_CHUNK = 1 << 22  # elements converted to fp32 at a time
+INT8 = torch.int8
+FORMATS = {"float8_e4m3fn": FP8, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": INT8}  # by ComfyUI's names
+CONFIG = "comfy_quant"
+SCALE = "weight_scale"
+
+SMALLEST = 4096  # elements; smaller tensors save nothing and stay exact
+NARROWEST = 32  # inputs; those of narrower layers are latents, which 8 bits would change most
+_CHUNK = 1 << 20  # elements converted to fp32 at a time
 # e4m3's largest number is 448, and 464 is the largest that rounds to it. Half of 464 rounds to more than half of 448,
 # so that weights which were rounded once get the same scale again.
 _ROUNDS_TO_LARGEST = 464.0
 
 
-def scale_key(key: str) -> str:
-    """Returns the key of a weight's scale."""
-    return f"{key.removesuffix('weight')}{SCALE_SUFFIX}"
+def is_matrix(key: str, x: Tensor | LazyTensor) -> bool:
+    """True for tensors that fp8 and int8 apply to: large weights of linear layers and embeddings.
 
-
-def is_large(key: str, x: Tensor | LazyTensor) -> bool:
-    """True for tensors that fp8 applies to: matrices, embeddings and convolution weights.
-
-    Not the codebook, whose exact numbers become the image, nor depthwise convolutions (9 numbers per channel).
+    Not convolutions, whose layers in ComfyUI ignore scales, nor the codebook, whose exact numbers become the image.
     """
     shape = torch.Size(x.shape)
-    deep = len(shape) >= 2 and shape[1:].numel() > 9
-    return key.endswith("weight") and "codebook" not in key and deep and shape.numel() >= LARGE
+    large = len(shape) == 2 and shape[1] >= NARROWEST and shape.numel() >= SMALLEST
+    return large and key.endswith("weight") and "codebook" not in key
 
 
 def quantize(key: str, tensor: Tensor | LazyTensor, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    """Returns the entries that store a tensor in `dtype` (None: unchanged): with fp8, a large one has a scale as well.
+    """Returns the entries that store a tensor in `dtype`; None: as it is stored already.
 
-    With fp8, small tensors are stored in bf16. Loading raises ValueError if a number does not fit.
+    With fp8 and int8, all but large matrices is stored in bf16. Weights that are stored in this dtype already are not
+    quantised again. Loading raises ValueError if a number does not fit.
     """
     x = LazyTensor.of(tensor)
-    if dtype == FP8 and not is_large(key, x):
-        dtype = torch.bfloat16 if x.dtype.itemsize > 2 else None
+    if x.quantised is not None and (dtype is None or (dtype == x.quantised.numbers.dtype and is_matrix(key, x))):
+        return _entries(key, x.quantised)
+    if dtype in (FP8, INT8) and is_matrix(key, x):
+        return _entries(key, _fp8(key, x) if dtype == FP8 else _int8(key, x))
+    if dtype in (FP8, INT8):
+        dtype = torch.bfloat16 if x.dtype.itemsize != 2 else None
     if dtype is None or not x.dtype.is_floating_point or x.dtype == dtype:
         return {key: x}
-    if dtype != FP8:
-        return {key: LazyTensor(x.shape, dtype, lambda: _cast(key, x.load(), dtype))}
-    return {
-        key: LazyTensor(x.shape, FP8, lambda: _to_fp8(key, x.load())),
-        scale_key(key): LazyTensor((), torch.float32, lambda: torch.tensor(_scale(key, x.load()))),
-    }
+    return {key: LazyTensor(x.shape, dtype, lambda: _cast(key, x.load(), dtype))}
+
+
+def _entries(key: str, weight: Quantised) -> dict[str, LazyTensor]:
+    """Returns the three tensors of a quantised weight."""
+    stem, text = key.removesuffix("weight"), json.dumps(weight.config).encode()
+    config = LazyTensor((len(text),), torch.uint8, lambda: torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    return {key: weight.numbers, f"{stem}{SCALE}": weight.scale, f"{stem}{CONFIG}": config}
 
 
 def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,19 +76,61 @@ def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _fp8(key: str, x: LazyTensor) -> Quantised:
+    return Quantised(
+        LazyTensor(x.shape, FP8, lambda: _to_fp8(key, x.load())),
+        LazyTensor((), torch.float32, lambda: torch.tensor(_fp8_scale(key, x.load()))),
+        {"format": "float8_e4m3fn"},
+    )
+
+
 def _to_fp8(key: str, x: Tensor) -> Tensor:
-    scale, end = _scale(key, x), torch.finfo(FP8).max  # some versions of torch give NaN beyond it
+    scale, end = _fp8_scale(key, x), torch.finfo(FP8).max  # some versions of torch give NaN beyond it
     out = torch.empty(x.shape, dtype=FP8)
-    rows = max(1, _CHUNK // x[0].numel())
-    for source, target in zip(x.split(rows), out.split(rows), strict=True):
+    for source, target in _chunks(x, out):
         target.copy_((source.float() / scale).clamp_(-end, end))
     return out
 
 
-def _scale(key: str, x: Tensor) -> float:
+def _fp8_scale(key: str, x: Tensor) -> float:
     """Returns the smallest power of two that brings the largest number into e4m3's range, before and after rounding."""
-    low, high = x.aminmax()  # not abs(), which copies the tensor
+    low, high = x.float().aminmax() if x.dtype.itemsize == 1 else x.aminmax()  # not abs(), which copies the tensor
     largest = float(torch.maximum(-low, high))
-    if not math.isfinite(largest):
-        raise ValueError(f"{key} holds {largest}, which fp8 cannot store: use undamaged weights, or another dtype")
+    _check_finite(key, largest, "fp8")
     return 2.0 ** math.ceil(math.log2(largest / _ROUNDS_TO_LARGEST)) if largest else 1.0
+
+
+def _int8(key: str, x: LazyTensor) -> Quantised:
+    group = largest_group(x.shape[1])
+    config: dict[str, Any] = {"format": "int8_tensorwise"}
+    return Quantised(
+        LazyTensor(x.shape, INT8, lambda: to_int8(key, x.load(), group)[0]),
+        LazyTensor((x.shape[0], 1), torch.float32, lambda: to_int8(key, x.load(), group)[1]),
+        config | ({"convrot": True, "convrot_groupsize": group} if group else {}),
+    )
+
+
+def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Returns a weight [out, in] in int8, rotated in groups of `group` (0: not), and its scales [out, 1] in fp32.
+
+    Raises ValueError that names `key` if a number is not finite.
+    """
+    out, scales = torch.empty(x.shape, dtype=INT8), torch.empty(x.shape[0], 1)
+    for source, target, scale in _chunks(x, out, scales):
+        rotated = rotate(source.float(), group)
+        largest = rotated.abs().amax(1, keepdim=True)
+        _check_finite(key, float(largest.max()), "int8")
+        scale.copy_(torch.where(largest > 0, largest / 127, 1.0))
+        target.copy_((rotated / scale.to(rotated)).round_())
+    return out, scales
+
+
+def _chunks(x: Tensor, *others: Tensor) -> Any:
+    """Returns the same few rows of each tensor at a time."""
+    rows = max(1, _CHUNK // x[0].numel())
+    return zip(*(each.split(rows) for each in (x, *others)), strict=True)
+
+
+def _check_finite(key: str, largest: float, dtype: str) -> None:
+    if not math.isfinite(largest):
+        raise ValueError(f"{key} holds {largest}, which {dtype} cannot store: use undamaged weights, or another dtype")

@@ -25,7 +25,8 @@ from .file_kinds import is_safetensors, name_kind
 # Names of a training save's contents that are no weights.
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|hparams|hyper_parameters|args|rng|config", re.IGNORECASE)
 _DEPTH = 3  # of dictionaries in one another
-_DESCRIBING = re.compile(r"\.(?:rows|comfy_quant)$")  # small tensors that say what others mean
+# Small tensors that say what others mean.
+_DESCRIBING = re.compile(r"(?:\.rows|comfy_quant|weight_scale|scale_weight)$")
 
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64,

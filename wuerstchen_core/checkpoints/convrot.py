@@ -1,0 +1,32 @@
+"""ConvRot: each group of a weight's inputs is multiplied by a Hadamard matrix, which spreads outliers before int8."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_SIZES = (256, 64, 16, 4)
+
+
+@lru_cache
+def hadamard(size: int) -> Tensor:
+    """Returns the orthogonal, symmetric matrix [size, size] by which ConvRot multiplies; `size` is a power of 4."""
+    base = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+    out = base
+    while len(out) < size:
+        out = torch.kron(out, base)
+    return out / size**0.5
+
+
+def rotate(weight: Tensor, group: int) -> Tensor:
+    """Returns a weight [out, in] with each `group` of its inputs rotated; 0: unchanged. Twice gives it back."""
+    if not group:
+        return weight
+    return (weight.unflatten(1, (-1, group)) @ hadamard(group).to(weight)).flatten(1)
+
+
+def largest_group(width: int) -> int:
+    """Returns the largest size of groups, at most 256, that divides a number of inputs; 0 if none does."""
+    return next((size for size in _SIZES if width % size == 0), 0)
