@@ -103,7 +103,7 @@ def test_fp8_is_for_storage_only(networks: dict[str, nn.Module], tmp_path: Path)
     stored = load_file(tmp_path / "small")
     assert stored[f"text_encoder.{key}"].dtype == fp8
     assert all(x.dtype != fp8 for name, x in stored.items() if name != f"text_encoder.{key}")
-    scale = stored["text_encoder.token_embedding.scale_weight"]
+    scale = stored["text_encoder.token_embedding.weight_scale"]
     tower = build_part(read_part(tmp_path / "small", "prior_text_encoder"))
     table = networks["prior_text_encoder"].state_dict()[key]
     assert tower.state_dict()[key].equal(((table / scale).to(fp8).float() * scale).bfloat16())

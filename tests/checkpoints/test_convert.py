@@ -201,7 +201,7 @@ def test_half_precision_is_one_rounding(bundle: Path, tmp_path: Path, dtype: str
     assert {part.dtype for part in describe(output).parts} == {dtype}
 
 
-def test_fp8_is_scaled_and_only_for_large_tensors(bundle: Path, tmp_path: Path) -> None:
+def test_fp8_is_scaled_and_only_for_large_matrices(bundle: Path, tmp_path: Path) -> None:
     [output] = convert([bundle], tmp_path / "small.safetensors", dtype="fp8")
     stored = load_file(output)
     for name, state in states(bundle).items():
@@ -209,30 +209,35 @@ def test_fp8_is_scaled_and_only_for_large_tensors(bundle: Path, tmp_path: Path) 
         prefix = "text_encoder" if "text" in name else name
         assert found.keys() == state.keys()
         for key, x in state.items():
-            scale = stored.get(f"{prefix}.{key.removesuffix('weight')}scale_weight")
+            stem = f"{prefix}.{key.removesuffix('weight')}"
+            scale = stored.get(f"{stem}weight_scale")
             assert (stored[f"{prefix}.{key}"].dtype == FP8) == (scale is not None) == is_matrix(key, x), key
             if scale is None:
                 assert found[key].equal(x.bfloat16() if x.is_floating_point() else x), key
                 continue
-            assert scale.dtype == torch.float32 and scale.log2().frac() == 0
+            assert json.loads(bytes(stored[f"{stem}comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
+            assert scale.dtype == torch.float32 and scale.shape == () and scale.log2().frac() == 0
             assert 232 < x.abs().max() / scale <= 464, key
             # Half of e4m3's last mantissa bit, or of its smallest number (2^-9).
             error = (found[key].float() - x).abs()
             assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all(), key
-    assert not any(key.endswith("codebook.scale_weight") for key in stored)
-    assert {part.dtype for part in describe(output).parts} == {"bf16 and fp8 (scaled)"}
+    assert not any("codebook.weight_scale" in key or "scaled_fp8" in key for key in stored)
+    kinds = {part.name: part.dtype for part in describe(output).parts}
+    assert kinds.pop("image_encoder") == "bf16" and {*kinds.values()} == {"bf16 and fp8 (scaled)"}
     pipe = WuerstchenPipeline.load(output, device="cpu")
     assert pipe.generate("a red apple", seed=1)[0].size == (128, 64)
 
 
-def test_fp8_is_kept_and_exact_on_the_way_back(bundle: Path, tmp_path: Path) -> None:
-    [small] = convert([bundle], tmp_path / "small.safetensors", dtype="fp8")
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_8_bits_are_kept_and_restored_alike(bundle: Path, tmp_path: Path, dtype: str) -> None:
+    [small] = convert([bundle], tmp_path / "small.safetensors", dtype=dtype)
     files = convert([small], tmp_path / "single")
     [again] = convert(files, tmp_path / "again.safetensors")
-    assert again.read_bytes() == small.read_bytes()
+    [twice] = convert(files, tmp_path / "twice.safetensors", dtype=dtype)
+    assert again.read_bytes() == small.read_bytes() == twice.read_bytes()
     for file in files:
         [part] = describe(file).parts
-        assert part.dtype == "bf16 and fp8 (scaled)"
+        assert part.dtype == ("bf16" if part.name == "image_encoder" else f"bf16 and {dtype} (scaled)")
     [wide] = convert([small], tmp_path / "wide.safetensors", dtype="bf16")
     for name in V2:
         assert_equal(read_part(wide, name).state_dict, read_part(small, name).state_dict)
@@ -269,12 +274,12 @@ def test_unknown_dtypes_and_parts_are_named(bundle: Path, tmp_path: Path, dtype:
     assert fact in str(raised.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("fp16", 7e4), ("fp8", float("nan"))])
+@pytest.mark.parametrize(("dtype", "value"), [("fp16", 7e4), ("fp8", float("nan")), ("int8", float("inf"))])
 def test_numbers_outside_the_range_are_rejected(tmp_path: Path, dtype: str, value: float) -> None:
     state = NETWORKS["prior"].perturbed().state_dict()
     state["blocks.0.channelwise.0.weight"][3, 3] = value
     save_file(state, tmp_path / "prior.safetensors")
-    with pytest.raises(ValueError, match=r"x\.safetensors.*blocks\.0\.channelwise\.0\.weight holds (7e\+04|nan)"):
+    with pytest.raises(ValueError, match=r"x\.safetensors.*blocks\.0\.channelwise\.0\.weight holds (7e\+04|nan|inf)"):
         convert([tmp_path / "prior.safetensors"], tmp_path / "x.safetensors", dtype=dtype)
     assert [file.name for file in tmp_path.iterdir()] == ["prior.safetensors"]
 

@@ -142,7 +142,9 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize(("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors")])
+@pytest.mark.parametrize(
+    ("dtype", "ending"), [("keep", "safetensors"), ("bf16", "pt"), ("fp8", "safetensors"), ("int8", "pt")]
+)
 def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
     """Converting a prior of 136 MB in fp32 needs little memory."""
     state = Prior(PriorParams(c=512, nhead=8, depth=10)).state_dict()
@@ -158,15 +160,18 @@ def test_memory(bundle: Path, tmp_path: Path, dtype: str, ending: str) -> None:
 
 @pytest.fixture(scope="module")
 def large_towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text tower of 151 MB, whose tensors are packed (from transformers) or dequantized (from fp8) when converted."""
+    """A text tower of 151 MB, whose tensors are packed (from transformers) or dequantized when converted."""
     folder = tmp_path_factory.mktemp("towers")
     save_file(clip_of_transformers(256, 48, vocab_size=2000), folder / "fp32.safetensors")
-    convert([folder / "fp32.safetensors"], folder / "fp8.safetensors", dtype="fp8")
+    for dtype in ("fp8", "int8"):
+        convert([folder / "fp32.safetensors"], folder / f"{dtype}.safetensors", dtype=dtype)
     return folder
 
 
 @needs_proc
-@pytest.mark.parametrize(("sources", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("fp8", "keep")])
+@pytest.mark.parametrize(
+    ("sources", "dtype"), [("fp32", "fp8"), ("fp8", "bf16"), ("int8", "fp32"), ("fp8", "int8"), ("int8", "keep")]
+)
 def test_memory_of_packing_and_dequantizing(
     bundle: Path, large_towers: Path, tmp_path: Path, sources: str, dtype: str
 ) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layouts import comfyui, random_state
+from helpers.layouts import clip_of_transformers, comfyui, original, random_state
 from helpers.networks import PRIOR
-from safetensors.torch import save_file
+from helpers.quantised import encoded, int8, rotation
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wuerstchen_core.checkpoints import describe, load_prior, read_part
@@ -26,28 +27,6 @@ LAYERS = ("blocks.2.attention.to_q", "blocks.2.attention.to_v", "cond_mapper.0",
 @pytest.fixture(scope="module")
 def plain() -> State:
     return random_state(Prior(PRIOR))
-
-
-def encoded(config: dict[str, Any]) -> Tensor:
-    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
-
-
-def rotation(size: int) -> Tensor:
-    """Returns ConvRot's matrix, element by element: a sign for each pair of base-4 digits that add up to 3."""
-    digits = range((size.bit_length() - 1) // 2)
-    signs = [
-        [(-1) ** sum((i >> 2 * d) % 4 + (j >> 2 * d) % 4 == 3 for d in digits) for j in range(size)]
-        for i in range(size)
-    ]
-    return torch.tensor(signs, dtype=torch.float32) / size**0.5
-
-
-def int8(weight: Tensor, group: int, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """Quantises as ComfyUI does: rotated in groups of `group` (0: not), with a scale for each row or one for all."""
-    if group:
-        weight = (weight.unflatten(1, (-1, group)) @ rotation(group).T).flatten(1)
-    scale = (weight.abs().amax(1, keepdim=True) if per_row else weight.abs().max()) / 127
-    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def quantised(plain: State, form: str, in_header: bool = False) -> tuple[State, dict[str, str], State]:
@@ -137,6 +116,7 @@ def test_the_matrix_of_convrot() -> None:
 
 
 KEY = LAYERS[0]
+ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
 DAMAGES = {
     "nvfp4": {f"{KEY}.comfy_quant": encoded({"format": "nvfp4"})},
     "mxfp8": {f"{KEY}.comfy_quant": encoded({"format": "mxfp8"})},
@@ -144,7 +124,18 @@ DAMAGES = {
     "asym_w4a8_int8": {f"{KEY}.comfy_quant": encoded({"format": "asym_w4a8_int8"})},
     "comfy_quant is damaged": {f"{KEY}.comfy_quant": torch.zeros(7, dtype=torch.uint8)},
     "scale is missing": {f"{KEY}.weight_scale": None},
-    "has 3 numbers": {f"{KEY}.weight_scale": torch.ones(3)},
+    rf"scale of {KEY}.weight is \[3\]": {f"{KEY}.weight_scale": torch.ones(3)},
+    rf"scale of {KEY}.weight is \[1, 64\]": {f"{KEY}.weight_scale": torch.ones(1, 64)},
+    rf"scale of {KEY}.weight is \[64, 64\]": {f"{KEY}.weight_scale": torch.ones(64, 64)},
+    f"{KEY}.weight is not finite": {f"{KEY}.weight_scale": torch.tensor([[1.0]] * 63 + [[float("nan")]])},
+    "cond_mapper.0.weight is stored in fp8": {
+        "cond_mapper.0.weight": torch.ones(64, 32).to(torch.float8_e4m3fn),
+        "cond_mapper.0.weight_scale": None,
+        "cond_mapper.0.comfy_quant": None,
+    },
+    "cond_mapper.9.weight_scale has no weight": {"cond_mapper.9.weight_scale": torch.ones(64, 1)},
+    "cond_mapper.9.scale_weight has no weight": {"cond_mapper.9.scale_weight": torch.ones(())},
+    "cond_mapper.9.comfy_quant has no weight": {"cond_mapper.9.comfy_quant": encoded({"format": "int8_tensorwise"})},
     "groups of 96": {
         f"{KEY}.comfy_quant": encoded({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 96})
     },
@@ -167,6 +158,53 @@ def test_other_formats_and_damage_are_refused_by_name(plain: State, tmp_path: Pa
             run(tmp_path / "file.safetensors")
         assert "\n" not in str(raised.value) and "file.safetensors" in str(raised.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_files_are_kept_as_they_are(plain: State, tmp_path: Path, form: str) -> None:
+    state, _, _ = quantised(plain, form)
+    save_file(state, tmp_path / "file.safetensors")
+    [output] = convert([tmp_path / "file.safetensors"], tmp_path / "kept.safetensors")
+    kept = load_file(output)
+    for layer in LAYERS:
+        for name in ("weight", "weight_scale", "comfy_quant"):
+            assert_same_bytes(kept[f"prior.{layer}.{name}"], state[f"{layer}.{name}"])
+
+
+def assert_same_bytes(one: Tensor, other: Tensor) -> None:
+    assert one.dtype == other.dtype and one.shape == other.shape
+    assert one.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_packed_projections_are_kept(plain: State, tmp_path: Path, per_row: bool) -> None:
+    """The thirds of the original prior's, and the whole of a text tower's q, k and v."""
+    prior, start = original(plain), "blocks.2.attention.attn.in_proj_"
+    stored, scale = int8(prior[f"{start}weight"], 16, per_row)
+    prior |= {f"{start}weight": stored, f"{start}weight_scale": scale, f"{start}comfy_quant": encoded(ROTATED)}
+    save_file(prior, tmp_path / "prior.safetensors")
+    [output] = convert([tmp_path / "prior.safetensors"], tmp_path / "kept.safetensors")
+    kept = load_file(output)
+    for i, name in enumerate("qkv"):
+        assert_same_bytes(kept[f"prior.blocks.2.attention.to_{name}.weight"], stored.chunk(3)[i])
+        third = scale.chunk(3)[i] if per_row else scale
+        assert_same_bytes(kept[f"prior.blocks.2.attention.to_{name}.weight_scale"], third)
+
+    tower, start = clip_of_transformers(64, 1, vocab_size=100), "text_model.encoder.layers.0.self_attn."
+    trio = [int8(tower[f"{start}{name}_proj.weight"], 16, per_row) for name in "qkv"]
+    for name, (stored, scale) in zip("qkv", trio, strict=True):
+        stem = f"{start}{name}_proj."
+        tower |= {f"{stem}weight": stored, f"{stem}weight_scale": scale, f"{stem}comfy_quant": encoded(ROTATED)}
+    save_file(tower, tmp_path / "tower.safetensors")
+    [output] = convert([tmp_path / "tower.safetensors"], tmp_path / "kept", version="v2")
+    kept, start = load_file(output), "transformer.resblocks.0.attn.in_proj_"
+    assert_same_bytes(kept[f"{start}weight"], torch.cat([stored for stored, _ in trio]))
+    assert_same_bytes(kept[f"{start}weight_scale"], torch.cat([scale.expand(64, 1) for _, scale in trio]))
+    assert_same_bytes(kept[f"{start}comfy_quant"], encoded(ROTATED))
+    whole, parts = (
+        read_part(file, "prior_text_encoder").state_dict for file in (output, tmp_path / "tower.safetensors")
+    )
+    torch.testing.assert_close(whole, parts, rtol=0, atol=0)
 
 
 def test_a_damaged_header_is_refused(plain: State, tmp_path: Path) -> None:

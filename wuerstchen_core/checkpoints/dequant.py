@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .convrot import rotate
 from .lazy import AnyTensor, LazyTensor, Quantised, apply, lazy_state
-from .quant import CONFIG, FORMATS, FP8, INT8, SCALE
+from .quant import CONFIG, FORMATS, FP8, INT8, SCALE, chunks
 
 HEADER = "_quantization_metadata"
 
@@ -117,7 +117,11 @@ def _restored(key: str, x: AnyTensor, scale: AnyTensor | None, config: dict[str,
     group = _rotated_group(key, shape, config)
 
     def restore(x: Tensor, scale: Tensor) -> Tensor:
-        return rotate(x.to(torch.float32, copy=True).mul_(scale.float().reshape(factors)), group).to(dtype)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        scale = scale.to(x.device, torch.float32).reshape(factors).expand(x.shape)
+        for source, factor, target in chunks(x, scale, out):
+            target.copy_(rotate(source.float().mul_(factor), group))
+        return out
 
     out = apply(restore, x, scale, shape=shape, dtype=dtype)
     if isinstance(x, LazyTensor):

@@ -28,7 +28,7 @@ SCALE = "weight_scale"
 
 SMALLEST = 4096  # elements; smaller tensors save nothing and stay exact
 NARROWEST = 32  # inputs; those of narrower layers are latents, which 8 bits would change most
-_CHUNK = 1 << 20  # elements converted to fp32 at a time
+_CHUNK = 1 << 18  # elements converted at a time, in fp32 as many as fit into a cache
 # e4m3's largest number is 448, and 464 is the largest that rounds to it. Half of 464 rounds to more than half of 448,
 # so that weights which were rounded once get the same scale again.
 _ROUNDS_TO_LARGEST = 464.0
@@ -87,7 +87,7 @@ def _fp8(key: str, x: LazyTensor) -> Quantised:
 def _to_fp8(key: str, x: Tensor) -> Tensor:
     scale, end = _fp8_scale(key, x), torch.finfo(FP8).max  # some versions of torch give NaN beyond it
     out = torch.empty(x.shape, dtype=FP8)
-    for source, target in _chunks(x, out):
+    for source, target in chunks(x, out):
         target.copy_((source.float() / scale).clamp_(-end, end))
     return out
 
@@ -116,7 +116,7 @@ def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Raises ValueError that names `key` if a number is not finite.
     """
     out, scales = torch.empty(x.shape, dtype=INT8), torch.empty(x.shape[0], 1)
-    for source, target, scale in _chunks(x, out, scales):
+    for source, target, scale in chunks(x, out, scales):
         rotated = rotate(source.float(), group)
         largest = rotated.abs().amax(1, keepdim=True)
         _check_finite(key, float(largest.max()), "int8")
@@ -125,9 +125,9 @@ def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def _chunks(x: Tensor, *others: Tensor) -> Any:
+def chunks(x: Tensor, *others: Tensor) -> Any:
     """Returns the same few rows of each tensor at a time."""
-    rows = max(1, _CHUNK // x[0].numel())
+    rows = max(1, _CHUNK * len(x) // max(1, x.numel()))
     return zip(*(each.split(rows) for each in (x, *others)), strict=True)
 
 

@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
         type=Path,
         help="NAME.safetensors for a bundle or LoRA, or a folder for one file per part",
     )
-    option("--dtype", default="keep", help="keep, fp32, fp16, bf16 or fp8; per part: bf16,vqgan=fp32 (default: keep)")
+    option(
+        "--dtype", default="keep", help="keep, fp32, fp16, bf16, fp8 or int8; per part: int8,vqgan=fp32 (default: keep)"
+    )
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
     option("--force", action="store_true", help="overwrite existing files")
 
