@@ -64,7 +64,7 @@ def apply(function: Callable[..., Tensor], *inputs: Any, shape: Sequence[int], d
 
 
 def apply_to_rows(function: Callable[..., Tensor], *inputs: Any, rows: int) -> Any:
-    """Returns `apply` of a function that takes and returns whole rows, `rows` in all; quantised inputs stay quantised."""
+    """Returns `apply` of a function that returns `rows` whole rows of its inputs; quantised inputs stay quantised."""
     first = inputs[0]
     out = apply(function, *inputs, shape=(rows, *first.shape[1:]), dtype=first.dtype)
     weights = [x.quantised for x in inputs if isinstance(x, LazyTensor) and x.quantised is not None]
