@@ -37,11 +37,11 @@ def main(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         zeros = {key: torch.zeros(()).expand(x.shape) for key, x in state.items()}
         converted = comfy.utils.clip_text_transformers_convert(zeros, "", "")
         facts[name] = comfy.sd.detect_te_model(converted).name
-    decoder = models.load_model(read_part(f"{folder}/tiny/decoder.safetensors", "decoder"))
-    network = decoder.model.diffusion_model
-    facts["decoder"] = str(next(network.parameters()).dtype)
     x, t, features, text = (value.to(torch.float32) for value in calls())
-    tensors["decoder"] = network.float()(x, t, context=text, stable_cascade_prior=features)
+    for dtype, file in (("fp8", "tiny/decoder"), ("int8", "int8")):
+        network = models.load_model(read_part(f"{folder}/{file}.safetensors", "decoder")).model.diffusion_model
+        facts[dtype] = str(next(network.parameters()).dtype)
+        tensors[dtype] = network.float()(x, t, context=text, stable_cascade_prior=features)
     for part, load in (("vqgan", vae.load_stage_a), ("image_encoder", vae.load_image_encoder)):
         saved = load(read_part(f"{folder}/tiny/{part}.safetensors", part)).get_sd()
         comfy.utils.save_torch_file({key: x.contiguous() for key, x in saved.items()}, f"{folder}/{part}.safetensors")

@@ -19,9 +19,10 @@ from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 @pytest.fixture(scope="module")
 def folder(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untrained model in fp8 as single files, and Stage A in its released size."""
+    """The untrained model in fp8 as single files, its Stage B in int8, and Stage A in its released size."""
     folder = tmp_path_factory.mktemp("converted")
     convert([checkpoints / TINY], folder / "tiny", dtype="fp8,vqgan=fp32,image_encoder=fp32")
+    convert([folder / "tiny" / "decoder.safetensors"], folder / "int8.safetensors", dtype="int8")
     vqgan = VQGAN(VQGANParams())
     vqgan.init_weights()
     save_bundle(folder / "a.safetensors", {"vqgan": Part("vqgan", vqgan.params, vqgan.state_dict())}, {})
@@ -42,14 +43,15 @@ def test_comfyui_loads_stage_a_and_recognises_the_text_encoders(inside: Inside, 
     assert (inside[1]["CLIP_H"], inside[1]["CLIP_G"]) == ("CLIP_H", "CLIP_G")
 
 
-def test_fp8_files_are_dequantised(inside: Inside, folder: Path) -> None:
+@pytest.mark.parametrize(("dtype", "file"), [("fp8", "tiny/decoder.safetensors"), ("int8", "int8.safetensors")])
+def test_files_in_8_bits_are_dequantised(inside: Inside, folder: Path, dtype: str, file: str) -> None:
     """In ComfyUI as in the core."""
-    assert inside[1]["decoder"] in ("torch.bfloat16", "torch.float32")
-    decoder = load_decoder(folder / "tiny" / "decoder.safetensors", dtype=torch.float32)
+    assert inside[1][dtype] in ("torch.bfloat16", "torch.float32")
+    decoder = load_decoder(folder / file, dtype=torch.float32)
     x, t, features, text = calls()
     with torch.inference_mode():
         expected = decoder(x, t, features, text)
-    torch.testing.assert_close(inside[0]["decoder"], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(inside[0][dtype], expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["vqgan", "image_encoder"])
