@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.layouts import random_state
-from helpers.networks import PRIOR
+from helpers.networks import NETWORKS, PRIOR
 from helpers.quantised import encoded, int8, rotation
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -103,6 +103,25 @@ def test_sources_of_every_dtype_become_int8(plain: State, tmp_path: Path, dtype:
     [back] = convert([output], tmp_path / "fp8.safetensors", dtype="fp8")
     assert [part.dtype for part in describe(back).parts] == ["bf16 and fp8 (scaled)"]
     load_prior(back)
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+def test_packed_projections(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Those of v1's Stage B, one matrix of query, key and value."""
+    network = NETWORKS["token_decoder"].perturbed()
+    save_bundle(tmp_path / "b.safetensors", {"token_decoder": network}, {}, dtype)
+    stored, restored = load_file(tmp_path / "b.safetensors"), read_part(tmp_path / "b.safetensors", "token_decoder")
+    packed = [(key, x) for key, x in network.state_dict().items() if key.endswith("in_proj_weight")]
+    assert packed
+    for key, x in packed:
+        stem = f"token_decoder.{key.removesuffix('weight')}"
+        assert (
+            stored[f"{stem}weight"].dtype == dtype
+            and f"{stem}weight_scale" in stored
+            and f"{stem}comfy_quant" in stored
+        )
+        error = (restored.state_dict[key].float() - x).norm() / x.norm()
+        assert 0 < error < (0.01 if dtype == INT8 else 0.04)
 
 
 @pytest.mark.parametrize("dtype", [None, INT8, FP8, torch.float32])

@@ -53,7 +53,7 @@ class Network:
 
     kind: str
     tensors: dict[str, LazyTensor]
-    scaled: bool = False  # True if stored in fp8 with scales
+    scaled: bool = False  # True if stored in 8 bits with scales
     params_json: dict[str, Any] | None = None  # from a bundle's metadata
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
     problem: str = ""  # the reason why the tensors cannot be read
