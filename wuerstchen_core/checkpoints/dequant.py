@@ -55,7 +55,7 @@ def with_header_configs(path: Path, state: Mapping[str, Tensor], metadata: Mappi
     try:
         layers = json.loads(metadata[HEADER])["layers"]
         texts = {f"{layer}.{CONFIG}": json.dumps(config).encode() for layer, config in layers.items()}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{HEADER} in the header of {path} is damaged: download the file again") from error
     return {**state, **{key: torch.frombuffer(bytearray(text), dtype=torch.uint8) for key, text in texts.items()}}
 
