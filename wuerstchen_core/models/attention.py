@@ -70,6 +70,11 @@ class PackedProjections(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * c, **factory))
         self.out_proj = operations.Linear(c, c, **factory)
 
+    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Returns the product of x [B, N, c] with rows of the matrix, whose thirds are query, key and value."""
+        weight, bias = self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype)  # fp32 under autocast
+        return linear(x, weight[rows], bias[rows])
+
 
 class PackedAttention(MultiHeadAttention):
     """Multi-head attention with the original's parameter names."""
@@ -78,15 +83,11 @@ class PackedAttention(MultiHeadAttention):
         super().__init__(nhead, dropout)
         self.attn = PackedProjections(c, operations, **factory)
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        weight, bias = self.attn.in_proj_weight.to(x.dtype), self.attn.in_proj_bias.to(x.dtype)  # fp32 under autocast
-        return linear(x, weight[rows], bias[rows])
-
     def query(self, x: Tensor) -> Tensor:
-        return self._project(x, slice(None, x.shape[-1]))
+        return self.attn.project(x, slice(None, x.shape[-1]))
 
     def keys_values(self, x: Tensor) -> KeysValues:
-        return KeysValues(*self._project(x, slice(x.shape[-1], None)).chunk(2, dim=-1))
+        return KeysValues(*self.attn.project(x, slice(x.shape[-1], None)).chunk(2, dim=-1))
 
     def out(self, x: Tensor) -> Tensor:
         return self.attn.out_proj(x)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operations import Embedding
+from .attention import PackedProjections
+from .operations import Operations, from_namespace
 from .tokenizer import END, START, encode
 
 
@@ -29,28 +31,82 @@ CLIP_H = TextEncoderParams(width=1024, heads=16, layers=24)
 CLIP_BIGG = TextEncoderParams(width=1280, heads=20, layers=32)
 
 
-class TextEncoder(nn.Module):
-    """open_clip's text transformer with a causal and a padding mask."""
+class SelfAttention(PackedProjections):
+    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
 
-    def __init__(self, params: TextEncoderParams, *, device: Any = None, dtype: Any = None):
-        from open_clip.transformer import Transformer  # takes seconds to import
+    def __init__(self, c: int, heads: int, operations: Any = Operations, **factory: Any):
+        super().__init__(c, operations, **factory)
+        self.heads = heads
 
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the three projections [B, L, c] of x [B, L, c]."""
+        return self.project(x).chunk(3, dim=-1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Attends within x [B, L, c]; the mask [B, 1, L, L] is True where a token (third axis) sees another."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.queries_keys_values(x))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, params: TextEncoderParams, operations: Any, **factory: Any):
         super().__init__()
+        width, norm = params.width, from_namespace(operations, nn.LayerNorm)
+        hidden = int(width * params.mlp_ratio)
+        self.ln_1 = norm(width, **factory)
+        self.attn = SelfAttention(width, params.heads, operations, **factory)
+        self.ln_2 = norm(width, **factory)
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = operations.Linear(width, hidden, **factory)
+        self.mlp.gelu = nn.GELU()
+        self.mlp.c_proj = operations.Linear(hidden, width, **factory)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Maps x [B, L, c]; the mask is that of `SelfAttention`."""
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The blocks, under open_clip's name."""
+
+    def __init__(self, params: TextEncoderParams, operations: Any, **factory: Any):
+        super().__init__()
+        blocks = (TransformerBlock(params, operations, **factory) for _ in range(params.layers))
+        self.resblocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Maps x [B, L, c]; the mask is that of `SelfAttention`."""
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer with a causal and a padding mask, and open_clip's parameter names."""
+
+    def __init__(
+        self, params: TextEncoderParams, *, operations: Any = Operations, device: Any = None, dtype: Any = None
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.params = params
-        self.token_embedding = Embedding(params.vocab_size, params.width)
-        self.positional_embedding = nn.Parameter(torch.zeros(params.context_length, params.width))
-        self.transformer = Transformer(params.width, params.layers, params.heads, params.mlp_ratio)
-        self.ln_final = nn.LayerNorm(params.width)
-        self.to(device=device, dtype=dtype)
+        self.token_embedding = operations.Embedding(params.vocab_size, params.width, **factory)
+        self.positional_embedding = nn.Parameter(torch.zeros(params.context_length, params.width, **factory))
+        self.transformer = Transformer(params, operations, **factory)
+        self.ln_final = from_namespace(operations, nn.LayerNorm)(params.width, **factory)
 
     def init_weights(self) -> None:
         """Initialises the weights as CLIP does before training."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         width, layers = self.params.width, self.params.layers
-        for block in self.transformer.resblocks:
+        for block in list[Any](self.transformer.resblocks):
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.zeros_(block.attn.out_proj.bias)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
@@ -61,15 +117,8 @@ class TextEncoder(nn.Module):
     def encode_vectors(self, x: Tensor, mask: Tensor) -> Tensor:
         """Returns states [B, L, width] of the vectors [B, L, width] of tokens, or of a textual inversion."""
         length = x.shape[1]
-        x = x + self.positional_embedding[:length]
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        allowed = mask.bool()[:, None, :] & causal  # [B, L, L]
-        blocked = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
-        blocked = blocked.repeat_interleave(self.params.heads, dim=0)
-        if getattr(self.transformer, "batch_first", False):
-            x = self.transformer(x, attn_mask=blocked)
-        else:  # open_clip before 2.25
-            x = self.transformer(x.transpose(0, 1), attn_mask=blocked).transpose(0, 1)
+        x = self.transformer(x + self.positional_embedding[:length], mask.bool()[:, None, None, :] & causal)
         return self.ln_final(x)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.key_maps import transformers_path
@@ -18,8 +17,9 @@ from ...checkpoints.modelspec import FIELD, spec_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, NotNegative, Range, from_table
+from ...models.operations import Operations
 from ...models.prior import Prior
-from ...models.text_encoder import TextEncoder
+from ...models.text_encoder import SelfAttention, TextEncoder
 from ..data.caption_tokens import pad_states
 from ..rng import StepRandom
 from .networks import input_source, load_frozen
@@ -85,34 +85,30 @@ def attach(net: nn.Module, config: AdapterConfig) -> None:
     net.register_load_state_dict_post_hook(expect_trained)
 
 
-class SeparateAttention(nn.Module):
-    """`nn.MultiheadAttention` with one linear layer per projection, as in transformers, for adapters to wrap.
+class SeparateAttention(SelfAttention):
+    """`SelfAttention` with one linear layer per projection, as in transformers, for adapters to wrap.
 
     peft can adapt the packed projections, but at each step it adds the adapters to the frozen weights and subtracts
     them again, and the rounding errors accumulate in the weights.
     """
 
-    def __init__(self, packed: nn.MultiheadAttention):
-        super().__init__()
-        self.heads, width = packed.num_heads, packed.embed_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, device="meta") for _ in range(3))
+    def __init__(self, packed: SelfAttention):
+        width = packed.in_proj_bias.shape[0] // 3
+        super().__init__(width, packed.heads, device="meta")
+        self.q_proj, self.k_proj, self.v_proj = (Operations.Linear(width, width, device="meta") for _ in range(3))
         self.out_proj = packed.out_proj
         thirds = zip(packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
         for layer, (weight, bias) in zip((self.q_proj, self.k_proj, self.v_proj), thirds, strict=True):
             layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+        del self.in_proj_weight, self.in_proj_bias
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, need_weights: bool) -> tuple[Tensor, None]:
-        """Attends from q [B, N, c] to k and v [B, M, c]; attn_mask [B * heads, N, M] is added to the scores."""
-        projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-        mask = attn_mask.unflatten(0, (len(q), -1)).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 def attach_text_encoder(prior: Prior, text_encoder: TextEncoder) -> None:
     """Makes a text encoder a submodule of a prior, which then also accepts tokens [2, B, n, 77] (ids, mask) as text."""
-    for block in text_encoder.transformer.resblocks:
+    for block in list[Any](text_encoder.transformer.resblocks):
         block.attn = SeparateAttention(block.attn)
 
     def encode_tokens(prior: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
