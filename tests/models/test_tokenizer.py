@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.text_encoder import TextEncoder, tokenize, tokenize_whole
-from wuerstchen_core.models.tokenizer import END, START, encode
+from wuerstchen_core.models.tokenizer import END, START, _piece_ids, encode
 from wuerstchen_core.training.data.caption_tokens import CaptionTokenizer
 from wuerstchen_core.training.stages.networks import encode_text
 
@@ -28,6 +29,16 @@ def test_the_ids_are_those_of_transformers() -> None:
     expected = transformers.CLIPTokenizer(vocab=vocabulary, merges=list(table.bpe_ranks), bos_token=start)
     for text in texts():
         assert [START, *encode(text), END] == expected(text)["input_ids"], text
+
+
+def test_pieces_have_the_ids_of_open_clip() -> None:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    table, rng = SimpleTokenizer(), random.Random(0)
+    random_words = ("".join(rng.choices("aabcdeeehilmnoprsttuyéßж中😀!?.-", k=rng.randint(1, 25))) for _ in range(2000))
+    for piece in (*random_words, "a" * 200, "haha" * 50, "<start_of_text", *map(chr, range(33, 2000))):
+        symbols = "".join(table.byte_encoder[byte] for byte in piece.encode())
+        assert _piece_ids(piece) == tuple(table.encoder[token] for token in table.bpe(symbols).split(" ")), piece
 
 
 def test_texts_stay_as_they_are_written() -> None:
