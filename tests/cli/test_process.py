@@ -15,13 +15,15 @@ from PIL import Image
 from wuerstchen_core.checkpoints import demo_path
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SLOW = {"torchvision", "open_clip", "transformers", "timm", "ftfy", "scipy", "sympy", "torch._dynamo"}
 
 
 def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "wuerstchen_core", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -46,6 +48,20 @@ def test_importing_the_package_is_light() -> None:
     slow = "'torch' in sys.modules or 'PIL' in sys.modules"
     code = f"import sys, wuerstchen_core, wuerstchen_core.cli.main; sys.exit({slow})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
+def test_neither_generating_nor_reading_pictures_imports_slow_packages(tmp_path: Path) -> None:
+    """torch._dynamo is torch's compiler."""
+    code = f"""
+import sys
+from wuerstchen_core.cli.main import main
+assert main(["generate", "a red apple", "--schedule", "fast", "--output", "a.png"]) == 0
+assert main(["reconstruct", "a.png", "--output", "b.png"]) == 0
+sys.exit(", ".join({SLOW!r} & sys.modules.keys()) or 0)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")

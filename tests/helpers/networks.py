@@ -58,8 +58,7 @@ class Network:
         """Returns the network in eval mode, with its initial weights plus noise, so that none are zero."""
         torch.manual_seed(0)
         network = self.build()
-        if not isinstance(network, ImageEncoder):  # torchvision initialises that one
-            network.init_weights()
+        network.init_weights()
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)

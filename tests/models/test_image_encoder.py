@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers.golden_data import Golden, assert_near
 from helpers.networks import IMAGE
+from torch import nn
 
 from tools.demo.network_calls import hashed, hashed_weight
 from wuerstchen_core.common.geometry import prior_side
 from wuerstchen_core.models.image_encoder import (
     EFFICIENTNET_V2_L,
     EFFICIENTNET_V2_S,
+    FUSED,
+    MB,
     EfficientNetStage,
     ImageEncoder,
     ImageEncoderParams,
@@ -65,3 +69,47 @@ def test_view_has_imagenet_scale() -> None:
 def test_small_encoder_compresses_by_32() -> None:
     with torch.no_grad():
         assert ImageEncoder(IMAGE).eval()(torch.zeros(1, 3, 96, 64)).shape == (1, 16, 3, 2)
+
+
+def torchvisions_backbone() -> nn.Sequential:
+    """Returns torchvision's network of the sizes of IMAGE."""
+    from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+
+    kinds = {FUSED: FusedMBConvConfig, MB: MBConvConfig}
+    stages = [kinds[kind](*numbers) for kind, *numbers in IMAGE.stages]
+    norm = partial(nn.BatchNorm2d, eps=1e-3)
+    return EfficientNet(stages, dropout=0.0, last_channel=IMAGE.last_channel, norm_layer=norm).features
+
+
+def test_backbone_equals_torchvisions_in_training_too() -> None:
+    """With stochastic depth, batch statistics, and gradients of all weights."""
+    ours, theirs = ImageEncoder(IMAGE).backbone, torchvisions_backbone()
+    theirs.load_state_dict(ours.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    images = torch.randn(16, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for network in (ours, theirs):
+        torch.manual_seed(1)
+        outputs.append(network.train()(images))
+        outputs[-1].square().mean().backward()
+        with torch.no_grad():
+            outputs.append(network.eval()(images))
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
+
+
+def test_new_weights_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    encoder, theirs = ImageEncoder(IMAGE), torchvisions_backbone().state_dict()
+    encoder.init_weights()
+    for name, x in encoder.backbone.state_dict().items():
+        one, other = x.double(), theirs[name].double()
+        scale = float(other.std(correction=0))
+        assert float(one.std(correction=0)) == pytest.approx(scale, rel=0.3), name
+        assert float(one.mean()) == pytest.approx(float(other.mean()), abs=0.3 * scale), name
+
+
+def test_unknown_kinds_of_stages_are_rejected() -> None:
+    with pytest.raises(ValueError, match="'dense'"):
+        ImageEncoder(replace(IMAGE, stages=(("dense", 1, 3, 1, 8, 8, 1),)))
