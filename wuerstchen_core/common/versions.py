@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 # The oldest that work. requirements.txt has no bounds, since pip must not replace the torch of a ComfyUI.
 OLDEST = {
     "torch": "2.4",
-    "torchvision": "0.19",
     "open_clip_torch": "2.20",
     "safetensors": "0.4.2",
     "numpy": "1.24",
