@@ -220,6 +220,7 @@ def _fits(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> bool:
 def merge_lora(state: State, adapters: Adapters, strength: float = 1.0) -> State:
     """Returns a network's weights with adapters merged, computed in fp32 and rounded to each weight's dtype.
 
+    Weights in int8, which have a scale beside them, become fp32; loading them quantises them anew.
     Raises ValueError if an adapter has no parameter of its shape in `state`. Strength 0 changes nothing.
     """
     found = fit(adapters, {key: x.shape for key, x in state.items()})
@@ -231,5 +232,9 @@ def merge_lora(state: State, adapters: Adapters, strength: float = 1.0) -> State
         for key, tensors in changes_by_key(path, adapter, state).items():
             weight = merged[key]
             change = {name: x.to(weight.device, torch.float32) for name, x in tensors.items()}
-            merged[key] = changed_weight(weight.float(), change, strength).to(weight.dtype)
+            before = weight.float()
+            if weight.dtype == torch.int8:
+                before *= state[f"{key}_scale"]
+            dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
+            merged[key] = changed_weight(before, change, strength).to(dtype)
     return merged

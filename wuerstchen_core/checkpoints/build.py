@@ -8,14 +8,17 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import nn
 
+from ..common.devices import companion_dtype
 from ..common.versions import check_versions
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
+from ..models.int8 import int8_layers, use_int8
 from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
-from .components import TEXT_ENCODER, Part, component
+from .components import TEXT_ENCODER, TOWERS, Part, component
+from .key_maps import split_attention
 from .open import read_part
 from .verify import check_weights
 
@@ -25,13 +28,24 @@ Path: TypeAlias = str | os.PathLike[str]
 def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """Builds a part's network in evaluation mode without gradients; `dtype` None keeps the file's.
 
+    In int8, linear layers are quantised and the rest has the dtype of `companion_dtype`.
+
     Raises ValueError that names the tensors that do not fit (`check_weights`).
     """
     check_versions()
     check_weights(part)
     with torch.device("meta"):
         network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
-    state = {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in part.state_dict.items()}
+    weights, quantised = part.state_dict, frozenset[str]()
+    if dtype == torch.int8:
+        use_int8(network)
+        weights = weights if part.name in TOWERS else split_attention(weights)
+        dtype = companion_dtype(torch.device(device))
+        quantised = frozenset(f"{name}.weight" for name, _ in int8_layers(network))  # from their own dtype
+    state = {
+        key: x.to(device, dtype if x.is_floating_point() and key not in quantised else None)
+        for key, x in weights.items()
+    }
     network.load_state_dict(state, assign=True)
     return network.eval()
 

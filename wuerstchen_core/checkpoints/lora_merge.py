@@ -17,7 +17,7 @@ from ..common.values import to_path
 from .adapters import Adapters, Fit, fit, keys_of, merge_lora
 from .components import TEXT_ENCODER, TOWERS, State
 from .fingerprint import fingerprint
-from .key_maps import COMFYUI_CLIPS, text_from_transformers, text_to_transformers
+from .key_maps import COMFYUI_CLIPS, split_attention, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
 from .lora_folders import STEMS
 
@@ -116,9 +116,7 @@ class LoraStack:
     def _restore(self, networks: Networks, part: str) -> None:
         changed, (network, tensors) = networks[part], self._originals.pop(part)
         if changed is network:  # which may have been moved or cast since
-            now = network.state_dict()
-            tensors = {key: x.to(now[key].device, now[key].dtype) for key, x in tensors.items()}
-            network.load_state_dict(tensors, strict=False, assign=True)
+            network.load_state_dict(_like(network.state_dict(), tensors), strict=False, assign=True)
         networks[part] = network
 
     def _change(self, networks: Networks, part: str, changes: list[tuple[Adapters, float]]) -> None:
@@ -130,11 +128,31 @@ class LoraStack:
         for adapters, strength in changes:
             merged = merge_lora(merged, adapters, strength)
         after = text_from_transformers(merged) if is_tower else merged
-        changed = {key: x for key, x in after.items() if x is not before[key] and not torch.equal(x, before[key])}
-        self._originals[part] = network, {} if is_shared else {key: before[key] for key in changed}
+        changed = {
+            key: x
+            for key, x in after.items()
+            if x is not before[key] and (x.dtype != before[key].dtype or not torch.equal(x, before[key]))
+        }
+        kept = [name for key in changed for name in (key, f"{key}_scale") if name in before]
+        self._originals[part] = network, {} if is_shared else {key: before[key] for key in kept}
         if is_shared:
             network = networks[part] = deepcopy(network)
         network.load_state_dict(changed, strict=False, assign=True)
+
+
+def _like(now: State, tensors: State) -> State:
+    """Returns a network's earlier tensors in the form that it has now: on its device, in its dtype, int8 or not."""
+    if not all(key in now or key.endswith("_scale") for key in tensors):
+        tensors = split_attention(tensors)  # int8 splits packed projections
+    out = {}
+    for key, x in tensors.items():
+        if key not in now:
+            continue
+        if x.dtype == torch.int8 != now[key].dtype:
+            x = x.float() * tensors[f"{key}_scale"]
+        is_weight = now[key].dtype == torch.int8 != x.dtype  # which loading quantises
+        out[key] = x.to(now[key].device, None if is_weight else now[key].dtype)
+    return out
 
 
 def _number(strength: float, name: str) -> float:

@@ -56,7 +56,7 @@ def add_options(
         option("--width", **pixels, help=f"width of the image, a multiple of 64 up to 2048 (default: {size})")
         option("--height", **pixels, help="height of the image, likewise")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu or mps (default: auto)")
-    dtypes = Choices("..common.devices", "DTYPES", "auto")
+    dtypes = Choices("..common.devices", "NETWORK_DTYPES", "auto")
     option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="precision: %(choices)s (default: auto)")
     text = "run Stages C and B with torch.compile; the first image takes a minute longer (slower on a CPU)"
     option("--compile", action="store_true", help=text)

@@ -11,9 +11,12 @@ WEIGHT_DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
 }
-# Dtypes that networks compute in; fp8 is for storage only.
+# Dtypes of tensors in computations; fp8 is for storage only.
 DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if dtype.itemsize > 1}
+# Dtypes of networks. In int8, linear layers have int8 weights; the rest has the dtype of `companion_dtype`.
+NETWORK_DTYPES = {**DTYPES, "int8": torch.int8}
 
 # Models with fewer parameters use fp32, in which every processor computes the same picture. On a CPU with AVX512-BF16,
 # bf16 makes the released prior 2.4 times as fast and the small shipped model no faster.
@@ -46,14 +49,19 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 def pick_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
     """Returns a dtype; "auto" is bf16 for a large model on a processor with native bf16, otherwise fp32.
 
-    Raises ValueError if the dtype is not one of DTYPES.
+    Raises ValueError if the dtype is not one of NETWORK_DTYPES.
     """
     if dtype == "auto":
-        return torch.bfloat16 if parameters >= LARGE_MODEL and native_bf16(device) else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(f"dtype {str(dtype)!r} is unknown: choose auto, {', '.join(DTYPES)}")
+        return companion_dtype(device) if parameters >= LARGE_MODEL else torch.float32
+    chosen = NETWORK_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in NETWORK_DTYPES.values():
+        raise ValueError(f"dtype {str(dtype)!r} is unknown: choose auto, {', '.join(NETWORK_DTYPES)}")
     return chosen
+
+
+def companion_dtype(device: torch.device) -> torch.dtype:
+    """Returns an int8 network's dtype of everything but linear layers: bf16 if it is native, otherwise fp32."""
+    return torch.bfloat16 if native_bf16(device) else torch.float32
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -15,10 +15,11 @@ from ..checkpoints.convert import write_model
 from ..checkpoints.embeddings import Embedding
 from ..checkpoints.lora_merge import LoraStack
 from ..checkpoints.release import release_of_model
-from ..common.devices import DTYPES, pick_device, pick_dtype
+from ..common.devices import NETWORK_DTYPES, pick_device, pick_dtype
 from ..common.values import to_path
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
+from ..models.int8 import is_int8, set_dtype
 from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
@@ -74,8 +75,11 @@ class Components:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the networks except the image encoder, which stays in its own."""
-        for network in sorted(self.networks(), key=lambda network: network is self.image_encoder):
+        """The dtype of the networks except the image encoder, which stays in its own; int8 if linear layers are."""
+        networks = sorted(self.networks(), key=lambda network: network is self.image_encoder)
+        if any(is_int8(network) for network in networks):
+            return torch.int8
+        for network in networks:
             return first_weight(network).dtype
         raise ValueError("this model has no network: load at least one component")
 
@@ -119,14 +123,16 @@ class Components:
         check_keywords("to", named, ["device", "dtype"])
         device, dtype = named.get("device"), named.get("dtype")
         for target in targets:
-            if isinstance(target, torch.dtype) or target in DTYPES:
+            if isinstance(target, torch.dtype) or target in NETWORK_DTYPES:
                 dtype = target
             else:
                 device = target
         moved = None if device is None else pick_device(device)
         cast = None if dtype is None else pick_dtype(dtype, moved or self.device, 0)
-        for network in self.networks():
-            network.to(moved, None if network is self.image_encoder else cast)
+        for name, network in self.named_networks().items():
+            network.to(moved)
+            if cast is not None and network is not self.image_encoder:
+                set_dtype(network, cast, int8=name not in TOWERS)
         return self
 
     @named_arguments
@@ -140,5 +146,5 @@ class Components:
 
 
 def first_weight(network: nn.Module) -> Tensor:
-    """Returns a parameter of the network, for its device and dtype."""
-    return next(network.parameters())
+    """Returns a floating-point parameter of the network, for the device and dtype of its inputs."""
+    return next(x for x in network.parameters() if x.is_floating_point())

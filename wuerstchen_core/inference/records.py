@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..common.devices import DTYPES
+from ..common.devices import NETWORK_DTYPES
 from ..diffusion.samplers import plain_seed
 from .components import Components
 from .settings import SamplingOptions
@@ -47,7 +47,7 @@ def records(
 
 def provenance(model: Components) -> dict[str, Any]:
     """Returns the names and fingerprints of a model's files, and the dtype it computes in."""
-    dtype = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype))
+    dtype = next((name for name, dtype in NETWORK_DTYPES.items() if dtype == model.dtype), str(model.dtype))
     loras = model.lora_stack.records()
     return {**model.files, **({"loras": loras} if loras else {}), "dtype": dtype}
 

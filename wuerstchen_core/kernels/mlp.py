@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from .dispatch import has_hooks, inference_on_cpu, is_plain, training_on_cpu
 from .dropout import Dropout, supports_rate
+from .int8 import ScaledHidden, multiplies_int8, quantize
 from .linear import cast_linear, linear, refuse_second_order, weight_grad
 
 MIN_POSITIONS = 256  # H * W from which inference works in chunks
 INFERENCE_CHUNK = 2048  # positions per chunk
+INT8_CHUNK = 512  # positions per chunk of inference in int8
 TRAINING_CHUNK = 512  # positions per chunk in training, but at least one image
 
 
@@ -40,6 +42,9 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
         return None
     plain_input = is_plain(first) and (injected is None or is_plain(injected.mapper))
     if plain_input and inference_on_cpu(x) and not layers.training:
+        in_int8 = hasattr(first, "packed") and hasattr(last, "packed") and multiplies_int8(x)
+        if in_int8 and (out := _int8_mlp(modules, x, injected)) is not None:
+            return out
         if len(x) and x.shape[1] * x.shape[2] >= MIN_POSITIONS:
             return _chunked_mlp(modules, x, injected)
     if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() and supports_rate(dropout.p)):
@@ -72,6 +77,40 @@ def _chunked_mlp(modules: list[Any], x: Tensor, injected: MappedLatents | None) 
         energy = torch.stack([norm.energy(chunk).float() for chunk in hidden]).sum(dim=0)
         out = [linear(norm.scaled(chunk, energy), last_weight, last_bias)[0, 0] for chunk in hidden]
         images.append(torch.cat(out))
+    return torch.stack(images).unflatten(1, x.shape[1:3])
+
+
+def _int8_mlp(modules: list[Any], x: Tensor, injected: MappedLatents | None) -> Tensor | None:
+    """Computes the MLP in int8, in chunks that fit a CPU's cache; returns None if a number is not finite.
+
+    At 1024x1024 pixels it takes 0.27 of fp32's time in the prior and 0.37 in Stage B's finest level, or 0.53 and 0.7 of
+    native bf16's.
+    """
+    first, _, norm, _, last = modules
+    packed, like = first.packed(x.shape[-1]), torch.empty(())
+    latents, joined, bias = None, None, None
+    if injected is not None:
+        mapper: Any = injected.mapper
+        joined, bias = packed.joined(*mapper.weights(like))
+        latents = injected.latents.float().permute(0, 2, 3, 1).flatten(1, 2)
+    gamma, beta = norm.weights(like)
+    images = []
+    for i, image in enumerate(x.flatten(1, 2)):
+        if (quantized := quantize(image)) is None:
+            return None
+        hidden = []
+        for start in range(0, len(image), INT8_CHUNK):
+            part = quantized._replace(values=quantized.values[start : start + INT8_CHUNK])
+            h = packed.product(part, torch.float32, bias=bias, gelu=latents is None)
+            if latents is not None:
+                h = torch.ops.aten.gelu_(h.addmm_(latents[i, start : start + INT8_CHUNK], joined))
+            hidden.append(h)
+        scaled = ScaledHidden(hidden)
+        energy = torch.stack([norm.energy(part) for part in scaled.parts()]).sum(dim=0)
+        chunks = scaled.quantize(norm.scale(energy, gamma).flatten(), beta.flatten())
+        if chunks is None:
+            return None
+        images.append(torch.cat([last.packed().product(chunk, x.dtype) for chunk in chunks]))
     return torch.stack(images).unflatten(1, x.shape[1:3])
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import kernels_enabled
+from .int8 import multiplies_int8, quantize
 from .linear import linear
 
 
@@ -25,25 +26,45 @@ class Rows(NamedTuple):
         return x[:, :, 0 if self.top else scale : None if self.bottom else -scale]
 
 
+class FoldedLinear:
+    """A linear layer with new factors for its weight and bias, and `shift` added to its input."""
+
+    def __init__(
+        self, layer: Any, dtype: torch.dtype, factor: Tensor, bias_factor: Tensor | float, shift: Tensor | float
+    ):
+        self._packed = layer.packed() if hasattr(layer, "packed") and multiplies_int8(layer.bias) else None
+        if self._packed is None:
+            weight = layer.weights(factor)[0].float()
+            self._weight, bias = (weight * factor).to(dtype), layer.bias * bias_factor + shift * weight.sum(dim=1)
+        else:
+            self._factor = float(factor)
+            bias = layer.bias.float() * bias_factor + shift * self._packed.row_sums()
+        self._bias = bias.to(dtype)
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        if self._packed is None:
+            return linear(x, self._weight, self._bias, gelu)
+        if (quantized := quantize(x.reshape(-1, x.shape[-1]))) is None:
+            return x.new_full((*x.shape[:-1], len(self._bias)), torch.nan)
+        out = self._packed.product(quantized, x.dtype, bias=self._bias.float(), gelu=gelu, factor=self._factor)
+        return out.view(*x.shape[:-1], -1)
+
+
 class FoldedBlock:
     """A VQResBlock whose gammas, which scale and shift around its linear layers, are folded into the weights."""
 
     def __init__(self, block: Any):
-        conv, expand, project = block.depthwise[1], block.channelwise[0], block.channelwise[2]
-        self.norm, dtype = block.norm, conv.weight.dtype
-        g, a, b, c = (x.float() for x in (block.gammas, conv.weight, expand.weight, project.weight))
-        pairs = (
-            (a * (1 + g[0]) * g[2], (conv.bias + g[1] * a.sum(dim=(1, 2, 3))) * g[2]),
-            (b * (1 + g[3]), expand.bias + g[4] * b.sum(dim=1)),
-            (c * g[5], project.bias * g[5]),
-        )
-        self.depthwise, self.expand, self.project = ((weight.to(dtype), bias.to(dtype)) for weight, bias in pairs)
+        conv, g, dtype = block.depthwise[1], block.gammas.float(), block.depthwise[1].weight.dtype
+        self.norm, weight = block.norm, conv.weight.float()
+        bias = (conv.bias + g[1] * weight.sum(dim=(1, 2, 3))) * g[2]
+        self.depthwise = (weight * (1 + g[0]) * g[2]).to(dtype), bias.to(dtype)
+        self.expand = FoldedLinear(block.channelwise[0], dtype, factor=1 + g[3], bias_factor=1, shift=g[4])
+        self.project = FoldedLinear(block.channelwise[2], dtype, factor=g[5], bias_factor=g[5], shift=0)
 
     def __call__(self, rows: Rows) -> Tensor:
         h = F.pad(self.norm(rows.x), (1, 1, int(rows.top), int(rows.bottom)), mode="replicate")
         x = rows.inner(rows.x) + F.conv2d(h, *self.depthwise, groups=h.shape[1])
-        h = self.norm(x).permute(0, 2, 3, 1)
-        h = linear(linear(h, *self.expand, gelu=True), *self.project)
+        h = self.project(self.expand(self.norm(x).permute(0, 2, 3, 1), gelu=True))
         return x + h.permute(0, 3, 1, 2)
 
 

@@ -1,0 +1,200 @@
+"""Linear layers in int8 (W8A8): weights with one scale per output channel, inputs quantised at each call.
+
+On CPUs with VNNI, oneDNN multiplies uint8 inputs by packed int8 weights: three to four times fp32's speed. A zero point
+uses all 256 steps between an input's smallest and largest number, which halves the error of a symmetric scale. One
+scale per call is as exact as one per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import inference_on_cpu
+from .linear import linear
+
+# The operators that inductor calls. They are private to torch: where they are missing, weights are restored instead.
+_PREPACK = getattr(torch.ops.onednn, "qlinear_prepack", None)
+_PRODUCT = getattr(torch.ops.onednn, "qlinear_pointwise", None)
+_STEPS = 254  # of 255: a rounded zero point never carries a number beyond 255, which makes clamping unnecessary
+_ROWS = 128  # quantised at a time, which fit the cache
+_FEWEST_ROWS = 32  # of an input on a GPU: `torch._int_mm` takes no less than 17
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a weight [c_out, c_in] in int8 and its scales [c_out, 1] in fp32."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1, keepdim=True).div_(127)
+    return (weight / torch.where(scale > 0, scale, 1)).round_().to(torch.int8), scale
+
+
+@cache
+def has_int8() -> bool:
+    """True if the processor has instructions for dot products of int8, and torch has the operators that use them.
+
+    Without these instructions oneDNN adds pairs of products in 16 bits, where they overflow.
+    """
+    if _PREPACK is None or _PRODUCT is None or not torch.backends.mkldnn.is_available():
+        return False
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()  # AVX512
+    return bool(vnni or any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
+
+
+def multiplies_int8(x: Tensor) -> bool:
+    """True if layers compute with x [..., c] in int8 by oneDNN."""
+    return x.numel() > 0 and x.dtype != torch.float64 and inference_on_cpu(x) and has_int8()
+
+
+class Quantized(NamedTuple):
+    """Numbers [N, c] in uint8 that stand for (values - zero) * scale."""
+
+    values: Tensor
+    scale: float
+    zero: int
+
+
+def _range(low: float, high: float) -> tuple[float, int]:
+    """Returns the scale and the zero point of numbers from `low` to `high`; 0 is exact."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / _STEPS or 1.0
+    return scale, round(-low / scale)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Casts numbers from 0 to 255; in two steps torch takes a fifth of the time of one."""
+    return x.to(torch.int16).to(torch.uint8)
+
+
+def quantize(x: Tensor) -> Quantized | None:
+    """Quantises x [N, c]; returns None if it holds NaN or infinity."""
+    low, high = (float(bound) for bound in x.aminmax())
+    if not math.isfinite(high - low):
+        return None
+    scale, zero = _range(low, high)
+    values, rounded = torch.empty(x.shape, dtype=torch.uint8), torch.tensor(zero + 0.5)
+    for part, out in zip(x.split(_ROWS), values.split(_ROWS), strict=True):
+        out.copy_(torch.add(rounded, part.float(), alpha=1 / scale).to(torch.int16))
+    return Quantized(values, scale, zero)
+
+
+class ScaledHidden:
+    """The hidden numbers of an MLP between GELU and its second layer: [N, c] in chunks, scaled and shifted by channel.
+
+    The largest number of each channel gives the range without a further pass, since GELU has a smallest number.
+    """
+
+    GELU_MIN = -0.17
+
+    def __init__(self, chunks: list[Tensor]):
+        self.chunks = chunks
+        self._largest = torch.stack([part.amax(dim=(0, 1, 2)) for part in self.parts()]).amax(dim=0)
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yields all numbers in parts [1, 1, n, c] that fit the cache."""
+        return (part[None, None] for chunk in self.chunks for part in chunk.split(_ROWS))
+
+    def quantize(self, factor: Tensor, shift: Tensor) -> list[Quantized] | None:
+        """Returns the chunks times `factor` [c] plus `shift` [c], with one scale; None if they are not finite."""
+        ends = torch.stack([torch.addcmul(shift, factor, end) for end in (self._largest, torch.tensor(self.GELU_MIN))])
+        low, high = (float(bound) for bound in ends.aminmax())
+        if not math.isfinite(high - low):
+            return None
+        scale, zero = _range(low, high)
+        factor, shift = factor / scale, shift / scale + (zero + 0.5)
+        out = []
+        for chunk in self.chunks:
+            values = torch.empty(chunk.shape, dtype=torch.uint8)
+            for part, target in zip(chunk.split(_ROWS), values.split(_ROWS), strict=True):
+                target.copy_(torch.addcmul(shift, part, factor).to(torch.int16))
+            out.append(Quantized(values, scale, zero))
+        return out
+
+
+class PackedWeight:
+    """The first columns of an int8 weight [c_out, c_in] in oneDNN's order, and the others as they are.
+
+    The others multiply the latents that join Stage B's MLPs: 16 channels, which must be multiplied in fp32, for in int8
+    they alone would cause nine tenths of the error. `bias` is in fp32.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, columns: int):
+        self._packed = _PREPACK(weight[:, :columns].contiguous(), None)  # type: ignore[misc]
+        self._others = weight[:, columns:].clone()
+        self._scale = scale.flatten().contiguous()
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._joined: tuple[Any, ...] | None = None
+        self.columns = columns
+        self.bias = None if bias is None else bias.float()
+
+    def unpack(self) -> Tensor:
+        """Returns the weight [c_out, c_in] in int8."""
+        return torch.cat([self._packed.to_dense().t(), self._others], dim=1)
+
+    def row_sums(self) -> Tensor:
+        """Returns the sums [c_out] of the first columns, in fp32."""
+        return self._packed.to_dense().sum(dim=0) * self._scale
+
+    def product(
+        self,
+        x: Quantized,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        gelu: bool = False,
+        factor: float = 1.0,
+    ) -> Tensor:
+        """Returns x times the weight times `factor`, plus `bias` (default: its own), then GELU if `gelu`, in `dtype`."""
+        post = ("gelu", [], "none") if gelu else ("none", [], "")
+        bias = self.bias if bias is None else bias
+        out: Tensor = _PRODUCT(  # type: ignore[misc]
+            x.values, x.scale * factor, x.zero, self._packed, self._scale, self._zeros, bias, 1.0, 0, dtype, *post
+        )
+        return out
+
+    def joined(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Merges a 1x1 convolution [c_others, c, 1, 1] into the other columns; returns a weight [c, c_out] and a bias."""
+        key = weight, bias, *(None if x.is_inference() else x._version for x in (weight, bias))
+        if self._joined is None or any(one is not two for one, two in zip(self._joined[0], key, strict=True)):
+            others = self._others.float() * self._scale[:, None]
+            offset = others @ bias.float()
+            weight = weight.float().flatten(1)
+            self._joined = key, (others @ weight).t().contiguous(), offset if self.bias is None else offset + self.bias
+        return self._joined[1], self._joined[2]
+
+
+def int8_linear(layer: Any, x: Tensor) -> Tensor:
+    """Returns an Int8Linear of x [..., c_in]: by oneDNN on a CPU, by tensor cores on a GPU, else with plain weights."""
+    rows = x.reshape(-1, x.shape[-1])
+    if multiplies_int8(x) and (quantized := quantize(rows)) is not None:
+        return layer.packed().product(quantized, x.dtype).view(*x.shape[:-1], -1)
+    if (
+        x.device.type == "cuda"
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and fits_tensor_cores(layer.weight)
+    ):
+        out = product_by_rows(rows, layer.plain_weight(), layer.weight_scale)
+        return (out if layer.bias is None else out + layer.bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
+    return linear(x, *layer.weights(x))
+
+
+def fits_tensor_cores(weight: Tensor) -> bool:
+    """True if `product_by_rows` can multiply a weight [c_out, c_in] on a GPU."""
+    return all(side % 16 == 0 for side in weight.shape)
+
+
+def product_by_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Returns x [N, c_in] times an int8 weight [c_out, c_in] times its scales [c_out, 1], in fp32.
+
+    Each row of x has its own symmetric scale, since a GPU's product takes no zero point.
+    """
+    steps = x.float().abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    values = (x / steps).round_().to(torch.int8)
+    padded = F.pad(values, (0, 0, 0, max(0, _FEWEST_ROWS - len(x))))
+    return torch._int_mm(padded, weight.t())[: len(x)] * steps * scale.t()
