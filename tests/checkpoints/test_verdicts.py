@@ -21,7 +21,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import build_part, describe, read_part, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.key_maps import text_to_transformers
-from wuerstchen_core.checkpoints.quant import FP8, quantize
+from wuerstchen_core.checkpoints.quant import FP8, INT8, quantize
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.decoder import Decoder
@@ -161,6 +161,7 @@ LAYOUTS = {
         "image_encoder", lambda: part_of_bundle(None, "image_encoder"), bundle(None, "image_encoder"), 5
     ),
     "fp8 bundle": Layout("decoder", lambda: part_of_bundle(FP8, "decoder"), bundle(FP8, "decoder"), 5),
+    "int8 bundle": Layout("decoder", lambda: part_of_bundle(INT8, "decoder"), bundle(INT8, "decoder"), 5),
     "int8": Layout("prior", lambda: quantised(whole("prior"))),
 }
 
