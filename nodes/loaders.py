@@ -60,12 +60,12 @@ class WuerstchenBundleLoader(Node):
             holds = "Würstchen v1" if is_v1(source) else "one MODEL with its CLIP and VAE"
             raise ValueError(f"{bundle!r} holds {holds}, whose parts are loaded one by one: use {nodes}")
         return io.NodeOutput(
-            models.load_model(source.part("prior")),
-            models.load_model(source.part("decoder")),
-            clip.load_clip(source.part("prior_text_encoder"), source.metadata),
-            clip.load_clip(source.part("decoder_text_encoder"), source.metadata),
-            vae.load_stage_a(source.part("vqgan")),
-            vae.load_image_encoder(source.part("image_encoder"), source.metadata.get("version")),
+            models.load_model(source.lazy_part("prior")),
+            models.load_model(source.lazy_part("decoder")),
+            clip.load_clip(source.lazy_part("prior_text_encoder"), source.metadata),
+            clip.load_clip(source.lazy_part("decoder_text_encoder"), source.metadata),
+            vae.load_stage_a(source.lazy_part("vqgan")),
+            vae.load_image_encoder(source.lazy_part("image_encoder"), source.metadata.get("version")),
         )
 
 
@@ -132,7 +132,7 @@ class WuerstchenCLIPLoader(Node):
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
         source, name = open_from(clip_name, CLIP_LOADER)
-        part = source.part(name)
+        part = source.lazy_part(name)
         part = replace(part, name=_PART_BY_WIDTH.get(part.params.width, name))
         return io.NodeOutput(clip.load_clip(part, source.metadata))
 
@@ -155,7 +155,7 @@ class WuerstchenVAELoader(Node):
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
         source, name = open_from(vae_name, VAE_LOADER)
-        part = source.part(name)
+        part = source.lazy_part(name)
         if name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))
         return io.NodeOutput(vae.load_image_encoder(part, source.metadata.get("version")))

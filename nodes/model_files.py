@@ -112,7 +112,7 @@ def open_from(name: str, loader: Loader, version: str = "auto") -> tuple[Source,
 
 def read_from(name: str, loader: Loader, version: str = "auto") -> Part:
     source, part = open_from(name, loader, version)
-    return source.part(part)
+    return source.lazy_part(part)
 
 
 def is_v1(source: Source) -> bool:

@@ -84,7 +84,7 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
         partial(_Tokenizer, dict(metadata or {}), clip_name=name, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=partial(_text_model, params)),
     )
-    # build_part reports missing and unexpected weights, and copies nothing.
+    # build_part reports missing and unexpected weights.
     state_dict = {f"text_model.{key}": x for key, x in text_to_transformers(build_part(part).state_dict()).items()}
     # Untrained and unused; without it ComfyUI would warn of a missing weight.
     state_dict["text_projection.weight"] = torch.eye(params.width)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.adapters import Fit, comfyui_dora_scale, fit, keys_of
+from ...wuerstchen_core.checkpoints.lazy import load_state
 from ...wuerstchen_core.checkpoints.lora_files import (
     NETWORK_PREFIX,
     Lora,
@@ -164,5 +165,5 @@ def write_converted(path: Path, state: Mapping[str, Tensor], folder: Path) -> Pa
 
 def _holds(path: Path, state: Mapping[str, Tensor]) -> bool:
     """True if a file holds exactly these tensors."""
-    found = next(iter(read_weight_file(path).states.values()))
+    found = load_state(next(iter(read_weight_file(path).states.values())))
     return found.keys() == state.keys() and all(torch.equal(x, state[key]) for key, x in found.items())

@@ -161,7 +161,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     Weights are stored in `weight_dtype` (None: ComfyUI's choice); ComfyUI chooses the dtype of the computation.
     """
     management = comfy.model_management
-    # build_part reports missing and misshapen weights, and copies nothing.
+    # build_part reports missing and misshapen weights.
     state_dict = split_attention(build_part(part).state_dict())
     config = StageConfig(part.name, part.params)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -181,8 +181,8 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
     if not dynamic:  # layers that ComfyUI builds without weights would keep the file's dtype
-        state_dict = {key: x.to(dtype) for key, x in state_dict.items()}
-    model.diffusion_model.load_state_dict(state_dict, strict=False, assign=dynamic)
+        state_dict = {key: x.to(offload_device, dtype) for key, x in state_dict.items()}
+    model.diffusion_model.load_state_dict(state_dict, strict=False, assign=True)
     model.diffusion_model.requires_grad_(False)
     model.trained = part.trained
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, "wuerstchen", _patch_bare_parameters)

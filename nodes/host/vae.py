@@ -116,7 +116,7 @@ class SemanticVAE(WuerstchenVAE):
 def load_stage_a(part: Part) -> WuerstchenVAE:
     """Returns Stage A as a VAE between images and latents in codebook units."""
     network = build_part(part)
-    codebook = part.state_dict["vquantizer.codebook.weight"].float()
+    codebook = network.state_dict()["vquantizer.codebook.weight"].float()
     # bf16 on devices that compute in it: half the memory, 59 dB PSNR against fp32 (docs/memory.md).
     vae = WuerstchenVAE(network, latent_channels=4, ratio=4, dtypes=[torch.bfloat16, torch.float32])
     vae.codebook = codebook  # before rounding: tokens stand for exactly these values

@@ -94,9 +94,11 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
     tensors = {"embeddings.token_embedding.weight": torch.zeros(9, 64)}
     tensors |= {f"encoder.layers.0.self_attn.{name}_proj.bias": torch.zeros(64) for name in "qkv"}
     save_file(tensors, tmp_path / "model.safetensors")
-    tower = open_source(tmp_path / "model.safetensors", headers_only=True).networks["prior_text_encoder"].state
+    tower = open_source(tmp_path / "model.safetensors").networks["prior_text_encoder"].tensors
     assert tower["transformer.resblocks.0.attn.in_proj_bias"].shape == (192,)
-    assert all(x.is_meta for x in tower.values())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        tower["transformer.resblocks.0.attn.in_proj_bias"].load()
 
 
 def test_bundle(tmp_path: Path) -> None:

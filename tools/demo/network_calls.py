@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wuerstchen_core.checkpoints import Part, read_part
 from wuerstchen_core.checkpoints.components import COMPONENTS
+from wuerstchen_core.checkpoints.lazy import load_state
 from wuerstchen_core.checkpoints.source import to_ours
 from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.demo.artwork import draw_all
@@ -78,7 +79,7 @@ def golden_image_encoders() -> Iterator[NetworkCall]:
 
 
 def _golden(file: str) -> dict[str, Tensor]:
-    return read_weight_file(GOLDEN / f"{file}.safetensors").states[""]
+    return load_state(read_weight_file(GOLDEN / f"{file}.safetensors").states[""])
 
 
 def hashed(key: str, shape: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,8 @@ from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .components import TEXT_ENCODER, TOWERS, Part, component
 from .key_maps import split_attention
-from .open import read_part
+from .lazy import LazyTensor
+from .open import open_part
 from .verify import check_weights
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -36,48 +37,51 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     check_weights(part)
     with torch.device("meta"):
         network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
-    weights, quantised = part.state_dict, frozenset[str]()
+    weights = part.state_dict
     if dtype == torch.int8:
         use_int8(network)
         weights = weights if part.name in TOWERS else split_attention(weights)
         dtype = companion_dtype(torch.device(device))
-        quantised = frozenset(f"{name}.weight" for name, _ in int8_layers(network))  # from their own dtype
-    state = {
-        key: x.to(device, dtype if x.is_floating_point() and key not in quantised else None)
-        for key, x in weights.items()
-    }
-    network.load_state_dict(state, assign=True)
+    quantised = {f"{name}.weight": layer for name, layer in int8_layers(network)}
+    state = {}
+    for key, lazy in weights.items():
+        x = LazyTensor.of(lazy).load()
+        if key in quantised:  # from its own dtype, while it is the only one in memory
+            quantised[key].load_state_dict({"weight": x.to(device)}, strict=False, assign=True)
+        else:
+            state[key] = x.to(device, dtype if x.is_floating_point() else None)
+    network.load_state_dict(state, strict=not quantised, assign=True)
     return network.eval()
 
 
 def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None, version: str = "auto") -> Prior:
     """Loads Stage C from a source (see `read_part`); `version` is its release if nothing else shows it."""
-    return cast(Prior, build_part(read_part(source, "prior", version), device=device, dtype=dtype))
+    return cast(Prior, build_part(open_part(source, "prior", version), device=device, dtype=dtype))
 
 
 def load_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """Loads v2's Stage B from a source (see `read_part`)."""
-    return cast(Decoder, build_part(read_part(source, "decoder"), device=device, dtype=dtype))
+    return cast(Decoder, build_part(open_part(source, "decoder"), device=device, dtype=dtype))
 
 
 def load_token_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> TokenDecoder:
     """Loads v1's Stage B from a source (see `read_part`)."""
-    return cast(TokenDecoder, build_part(read_part(source, "token_decoder"), device=device, dtype=dtype))
+    return cast(TokenDecoder, build_part(open_part(source, "token_decoder"), device=device, dtype=dtype))
 
 
 def load_vqgan(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> VQGAN:
     """Loads Stage A from a source (see `read_part`)."""
-    return cast(VQGAN, build_part(read_part(source, "vqgan"), device=device, dtype=dtype))
+    return cast(VQGAN, build_part(open_part(source, "vqgan"), device=device, dtype=dtype))
 
 
 def load_image_encoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ImageEncoder:
     """Loads the semantic compressor from a source (see `read_part`)."""
-    return cast(ImageEncoder, build_part(read_part(source, "image_encoder"), device=device, dtype=dtype))
+    return cast(ImageEncoder, build_part(open_part(source, "image_encoder"), device=device, dtype=dtype))
 
 
 def load_text_encoder(
     source: Path, *, which: Literal["prior", "decoder"] = "prior", device: Any = "cpu", dtype: torch.dtype | None = None
 ) -> TextEncoder:
     """Loads a stage's text tower from a source (see `read_part`); a lone tower serves as either."""
-    part = read_part(source, f"{which}_{TEXT_ENCODER}")
+    part = open_part(source, f"{which}_{TEXT_ENCODER}")
     return cast(TextEncoder, build_part(part, device=device, dtype=dtype))

@@ -45,7 +45,7 @@ def is_scaled(keys: Iterable[str]) -> bool:
     return any(key.endswith(_SCALES) for key in keys)
 
 
-def with_header_configs(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def with_header_configs(path: Path, state: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns a file's tensors with the configurations of quantised layers in its header as `X.comfy_quant`.
 
     Raises ValueError that names the file at `path` if the header is damaged.
@@ -137,7 +137,7 @@ def _check_scale(key: str, scale: Tensor | LazyTensor, shape: tuple[int, ...]) -
     if not (count == 1 or per_row) or not scale.dtype.is_floating_point:
         raise ValueError(f"the scale of {key} is {list(found)} for {list(shape)}, expected one number, or one per row")
     lazy = LazyTensor.of(scale)
-    if not lazy.is_meta and not lazy.load().float().isfinite().all():
+    if not lazy.load().float().isfinite().all():
         raise ValueError(f"the scale of {key} is not finite: download the file again")
     return (count, *(1 for _ in shape[1:])) if count > 1 else ()
 

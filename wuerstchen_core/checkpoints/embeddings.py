@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.text import listed
 from .components import Loader, State, tower_name
+from .lazy import load_state
 from .weight_files import is_safetensors, read_torch, read_weight_file
 
 ENDINGS = (".safetensors", ".pt", ".bin")  # in ComfyUI's order
@@ -138,7 +139,7 @@ def _joined(embeddings: Mapping[str, Embedding]) -> Embedding:
 def _read_state(path: Path) -> State:
     """Returns a file's tensors; those of AUTOMATIC1111's format under one key."""
     if is_safetensors(path):
-        return read_weight_file(path).states[""]
+        return load_state(read_weight_file(path).states[""])
     content = read_torch(path)
     content = content if isinstance(content, dict) else {}
     if isinstance(params := content.get(_PARAM), Mapping | torch.nn.ParameterDict):

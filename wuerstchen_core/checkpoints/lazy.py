@@ -12,23 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype of a tensor, and the function that computes it. `load()` computes it anew each time.
+    """Shape and dtype of a tensor, and the function that reads or computes it, which `load()` calls each time.
 
-    `is_meta` is True if there is no data. `stored` is the dtype in the source file, before any conversion, and
-    `quantised` what the file stores of a weight in 8 bits.
+    `stored` is the dtype in the source file, before any conversion, and `quantised` what the file stores of a weight in
+    8 bits.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    is_meta: bool = False
     stored: torch.dtype | None = None
     quantised: Quantised | None = None
 
     @classmethod
     def of(cls, x: Tensor | LazyTensor) -> LazyTensor:
         """Returns a tensor as a LazyTensor; a LazyTensor is returned unchanged."""
-        return x if isinstance(x, LazyTensor) else cls(tuple(x.shape), x.dtype, lambda: x, x.is_meta, x.dtype)
+        return x if isinstance(x, LazyTensor) else cls(tuple(x.shape), x.dtype, lambda: x, x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +51,11 @@ def lazy_state(state: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor
     return {key: LazyTensor.of(x) for key, x in state.items()}
 
 
+def load_state(state: Mapping[str, Tensor | LazyTensor]) -> dict[str, Tensor]:
+    """Returns a state dict with each LazyTensor loaded."""
+    return {key: LazyTensor.of(x).load() for key, x in state.items()}
+
+
 def apply(function: Callable[..., Tensor], *inputs: Any, shape: Sequence[int], dtype: torch.dtype) -> Any:
     """Returns `function(*inputs)`; with lazy inputs a LazyTensor of the given shape and dtype that calls it later.
 
@@ -59,8 +63,13 @@ def apply(function: Callable[..., Tensor], *inputs: Any, shape: Sequence[int], d
     """
     if not isinstance(inputs[0], LazyTensor):
         return function(*inputs)
-    is_meta, stored = any(x.is_meta for x in inputs), inputs[0].stored
-    return LazyTensor(tuple(shape), dtype, lambda: function(*(x.load() for x in inputs)), is_meta, stored)
+
+    def compute() -> Tensor:
+        out = function(*(x.load() for x in inputs))
+        is_part = out.untyped_storage().nbytes() > out.nbytes  # which would keep the whole input in memory
+        return out.clone() if is_part else out
+
+    return LazyTensor(tuple(shape), dtype, compute, inputs[0].stored)
 
 
 def apply_to_rows(function: Callable[..., Tensor], *inputs: Any, rows: int) -> Any:

@@ -15,6 +15,7 @@ from ..common.text import listed
 from .adapters import Adapter, Adapters, Fit, is_complete, keys_of, rank_of, tucker
 from .components import State
 from .embeddings import BUNDLED
+from .lazy import load_state
 from .lora_config import DIFFUSERS_CONFIG, KOHYA_ALPHA, PEFT_CONFIG, Config, set_alphas
 from .lora_folders import ENDINGS, STEMS, find_loras
 from .lora_keys import PEFT_PREFIX, family, parse_key, stage_of
@@ -89,7 +90,7 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
 
 def _read_file(path: Path) -> Lora:
     content = read_weight_file(path)
-    state = next(iter(content.states.values()))
+    state = load_state(next(iter(content.states.values())))
     config, note = _peft_config(path, state)
     try:
         lora = lora_from_state(state, content.metadata, config)

@@ -61,5 +61,5 @@ def is_lora(path: Path) -> bool:
         return bool(_named_file(path) or all(map(_has_adapters, _weight_files(path)))) and bool(find_loras(path))
     if path.suffix == ".json":  # the index of a sharded file
         return False
-    content = read_weight_file(path, headers_only=True)
+    content = read_weight_file(path)
     return any(parse_key(key)[0] for state in content.states.values() for key in state)

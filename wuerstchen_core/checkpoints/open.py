@@ -12,12 +12,12 @@ from typing import Any
 
 from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
-from .components import PARTS, TOWERS, Part, State, check_part_name, kind_of, parts_of
+from .components import PARTS, TOWERS, Part, check_part_name, kind_of, parts_of
 from .dequant import with_header_configs
 from .folder_files import component_path, hub_snapshot, no_weights, weights_in
 from .infer_params import CLIP_NAMES
 from .key_maps import LORA, foreign
-from .lazy import lazy_state
+from .lazy import LazyTensor, lazy_state
 from .modelspec import FIELD, stated_fields
 from .release import VERSIONS
 from .source import (
@@ -30,7 +30,7 @@ from .source import (
     merge_metadata,
     no_part,
 )
-from .weight_files import WeightFile, read_file_metadata, read_json, read_weight_file
+from .weight_files import LazyState, WeightFile, read_file_metadata, read_json, read_weight_file
 
 SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
 
@@ -57,13 +57,14 @@ def open_source(
 ) -> Source:
     """Opens "demo", "demo-v1", a file or a folder (with `part`, only this part of it).
 
-    `version` ("v1" or "v2") is the release of a prior that cannot be determined otherwise (see `release`).
+    `version` ("v1" or "v2") is the release of a prior that cannot be determined otherwise (see `release`). With
+    `headers_only`, no file is read whole for its checksum.
     """
     check_choice("version", version, VERSIONS)
     if part is not None:
         check_part_name(part)
     path = source_path(source)
-    opened = _open_folder(path, part, headers_only) if path.is_dir() else _open_file(path, headers_only)
+    opened = _open_folder(path, part) if path.is_dir() else _open_file(path)
     return replace(opened, version=version, headers_only=headers_only)
 
 
@@ -77,15 +78,20 @@ def read_part(source: str | os.PathLike[str], name: str, version: str = "auto") 
     return open_source(source, name, version=version).part(name)
 
 
+def open_part(source: str | os.PathLike[str], name: str, version: str = "auto") -> Part[LazyTensor]:
+    """Returns a part as `read_part`, whose tensors are read when they are loaded."""
+    return open_source(source, name, version=version).lazy_part(name)
+
+
 def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns a bundle's JSON; {} for every other source."""
     path = source_path(source)
     return {} if path.is_dir() else parse_metadata(path, read_file_metadata(path))
 
 
-def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = None) -> Source:
+def _open_file(path: Path, config: dict[str, Any] | None = None) -> Source:
     """Opens a weight file or the index of its shards; `config` is its folder's config.json."""
-    content = _read_shards(path, headers_only) if path.suffix == ".json" else read_weight_file(path, headers_only)
+    content = _read_shards(path) if path.suffix == ".json" else read_weight_file(path)
     metadata = parse_metadata(path, content.metadata)
     if not metadata and (stated := stated_fields(content.metadata)):
         metadata = {FIELD: stated}
@@ -101,10 +107,10 @@ def _open_file(path: Path, headers_only: bool, config: dict[str, Any] | None = N
     return Source(path, BUNDLE, networks, metadata)
 
 
-def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
+def _open_folder(root: Path, part: str | None) -> Source:
     """Opens a folder of a pipeline, of one component, or of bundles; with `part`, only this part of it."""
     if weights_in(root) is not None:
-        return _open_component(root, headers_only)
+        return _open_component(root)
     found = {name: path for name in PARTS if (path := component_path(root, name)) is not None}
     index = root / "model_index.json"
     pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
@@ -118,7 +124,7 @@ def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
         raise no_part(root, part, list(found))
     if part is not None:
         found = {part: found[part]}
-    opened = {path: _open_component(path, headers_only) for path in found.values()}
+    opened = {path: _open_component(path) for path in found.values()}
     for name, path in found.items():
         if name not in opened[path].networks:
             raise no_part(path, name, list(opened[path].networks))
@@ -129,14 +135,14 @@ def _open_folder(root: Path, part: str | None, headers_only: bool) -> Source:
     return Source(root, layout, {name: opened[path].networks[name] for name, path in found.items()}, metadata)
 
 
-def _open_component(path: Path, headers_only: bool) -> Source:
+def _open_component(path: Path) -> Source:
     """Opens a component's folder (weights in one file or several, and config.json), or a single file."""
     if path.is_file():
-        return _open_file(path, headers_only)
+        return _open_file(path)
     file = weights_in(path)
     assert file is not None
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    source = _open_file(file, headers_only, config)
+    source = _open_file(file, config)
     metadata = _card_licence(path) | dict(source.metadata)
     if str(config.get("_class_name", "")).startswith(_PIPELINE_CLASSES):
         metadata.setdefault("version", "v2")
@@ -144,19 +150,19 @@ def _open_component(path: Path, headers_only: bool) -> Source:
     return replace(source, path=path, layout=layout, metadata=metadata)
 
 
-def _read_shards(index: Path, headers_only: bool) -> WeightFile:
+def _read_shards(index: Path) -> WeightFile:
     """Reads the weight files that an index lists as one."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index} lists no weight files: download the whole folder again")
-    state: State = {}
+    state: LazyState = {}
     if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards.values()):
         raise ValueError(f"{index} does not name files beside it: download the whole folder again")
     for shard in sorted(set(shards.values())):
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
-        content = read_weight_file(index.parent / shard, headers_only)
-        state |= with_header_configs(index.parent / shard, content.states.get("", {}), content.metadata)
+        content = read_weight_file(index.parent / shard)
+        state |= lazy_state(with_header_configs(index.parent / shard, content.states.get("", {}), content.metadata))
     return WeightFile({"": state}, {})
 
 
@@ -187,7 +193,7 @@ def _loose_parts(root: Path) -> dict[str, Path]:
     parts: dict[str, Path] = {}
     for file in sorted(path for path in root.iterdir() if path.suffix.lower() in WEIGHT_ENDINGS and path.is_file()):
         try:
-            source = _open_file(file, headers_only=True)
+            source = _open_file(file)
         except ForeignFile:  # another model's, or a LoRA
             continue
         names = list(source.networks)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from ..common.dataclass_config import from_table
 from ..models.prior import PriorParams
-from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, State, kind_of, parts_of
+from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, kind_of, parts_of
 from .dequant import dequantize, is_scaled, with_header_configs
 from .infer_params import TOWER_ADVICE
 from .key_maps import COMFYUI_PREFIX, foreign
-from .lazy import AnyTensor, LazyTensor, lazy_state
+from .lazy import AnyTensor, LazyTensor, lazy_state, load_state
 from .prefixes import Found, choose, find_networks, name_unknown, unwrapped
 from .release import guess_release, only_release, release_of, trained_sides, with_units
 from .verify import check_weights
@@ -58,10 +57,6 @@ class Network:
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
     problem: str = ""  # the reason why the tensors cannot be read
 
-    @cached_property
-    def state(self) -> State:
-        return {key: x.load() for key, x in self.tensors.items()}
-
     def params(self) -> Params:
         """Returns the params of the metadata, or else those inferred from the tensors and config.json."""
         if self.problem:
@@ -90,7 +85,7 @@ class Source:
     """The networks of a file or folder by part name (one text tower may have both names).
 
     `refused` describes state dicts that are not Würstchen's. `version` is the user's choice for a prior whose release
-    is unclear. `headers_only` is True if the source was opened without its weights.
+    is unclear. With `headers_only`, no file is read whole for its checksum.
     """
 
     path: Path
@@ -104,7 +99,7 @@ class Source:
     def part(self, name: str) -> Part[Tensor]:
         """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
         part = self.lazy_part(name)
-        return Part(part.name, part.params, self.networks[name].state, part.path, part.trained)
+        return Part(part.name, part.params, load_state(part.state_dict), part.path, part.trained)
 
     def lazy_part(self, name: str) -> Part[LazyTensor]:
         """Returns the part `name` without computing its tensors. Raises ValueError if it is absent or does not fit."""

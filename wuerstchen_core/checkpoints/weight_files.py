@@ -8,12 +8,12 @@ import re
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from .components import State
 from .file_kinds import is_safetensors, name_kind
+from .lazy import LazyTensor
+from .stored import StoredFile
+
+LazyState: TypeAlias = dict[str, LazyTensor]
 
 # Names of a training save's contents that are no weights.
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|hparams|hyper_parameters|args|rng|config", re.IGNORECASE)
 _DEPTH = 3  # of dictionaries in one another
-# Small tensors that say what others mean.
-_DESCRIBING = re.compile(r"(?:\.rows|comfy_quant|weight_scale|scale_weight)$")
+_ZIP_DATA = re.compile(r".+/data/\d+")  # the bytes of a storage in a PyTorch file
 
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64,
@@ -58,28 +61,28 @@ _DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, 
 class WeightFile:
     """State dicts of a file by the dotted keys that hold them ("" if bare), and a safetensors file's metadata."""
 
-    states: dict[str, State]
+    states: dict[str, LazyState]
     metadata: dict[str, str]
 
 
-def read_weight_file(path: Path, headers_only: bool = False) -> WeightFile:
-    """Reads a file, memory-mapped where possible. With `headers_only`, tensors of a safetensors file have no data.
+def read_weight_file(path: Path) -> WeightFile:
+    """Opens a file, whose tensors are read when they are loaded; then ValueError if the file has changed since.
 
     Raises ValueError if it is not a weight file, is damaged, or holds Python objects that could run code.
     """
     if kind := name_kind(path):
         raise ValueError(f"{path} {kind}")
+    stored = StoredFile.of(path)
     if is_safetensors(path):
-        with _open_safetensors(path) as content:
-            state = {
-                key: _header(content, key) if headers_only and not _DESCRIBING.search(key) else content.get_tensor(key)
-                for key in content.keys()
-            }
-            return WeightFile({"": state}, content.metadata() or {})
+        metadata = read_file_metadata(path)  # checks the header
+        return WeightFile({"": _safetensors_state(stored)}, metadata)
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":
-        return WeightFile(_states(path, read_torch(path)), {})
+        starts: dict[int, int] = {}
+        with stored.reading():
+            content = read_torch(path, starts)
+        return WeightFile(_states(path, content, stored, starts), {})
     raise ValueError(
         f"{path} is not a safetensors or PyTorch file: it may be an incomplete download; download it again"
     )
@@ -89,17 +92,23 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     """Returns a safetensors file's metadata; {} for other files."""
     if not is_safetensors(path):
         return {}
-    with _open_safetensors(path) as content:
-        return content.metadata() or {}
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
+            return file.metadata() or {}
     except SafetensorError as error:
         raise _broken(path, error) from error
+
+
+def _safetensors_state(stored: StoredFile) -> LazyState:
+    """Returns the tensors of a safetensors file with a valid header."""
+    with stored.reading() as file:
+        [length] = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        key: stored.tensor(8 + length + x["data_offsets"][0], tuple(x["shape"]), DTYPES.get(x["dtype"], torch.uint8))
+        for key, x in header.items()
+    }
 
 
 def _broken(path: Path, reason: object) -> ValueError:
@@ -107,22 +116,35 @@ def _broken(path: Path, reason: object) -> ValueError:
     return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
 
 
-def _header(file: Any, key: str) -> Tensor:
-    """Returns a tensor of a safetensors file on the meta device."""
-    tensor = file.get_slice(key)
-    return torch.empty(tensor.get_shape(), dtype=DTYPES.get(tensor.get_dtype(), torch.uint8), device="meta")
+def read_torch(path: Path, starts: dict[int, int] | None = None) -> Any:
+    """Returns the content of a PyTorch file, in memory. Raises ValueError as `read_weight_file`.
 
-
-def read_torch(path: Path) -> Any:
-    """Returns the content of a PyTorch file, memory-mapped where possible. Raises ValueError as `read_weight_file`."""
+    With `starts`, tensors are mapped where possible, and `starts` gets the offset in the file of each mapped storage,
+    by its address.
+    """
     # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
     misnamed = path.name.endswith(".safetensors")
-    mapped = zipfile.is_zipfile(path) and not misnamed  # PyTorch's older format is not a zip and can't be mapped
     allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
     harmless: list[Any] = [Namespace, torch.nn.ParameterDict]  # a trainer's options, old textual inversions
-    try:
+    addresses: set[int] = set()
+
+    def note(storage: Any, location: str) -> Any:
+        addresses.update([storage.data_ptr()] if storage.nbytes() else [])
+        return storage
+
+    def load(**kwargs: Any) -> Any:
         with path.open("rb") as file, allowed(harmless):
-            return torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(file if misnamed else path, weights_only=True, **kwargs)
+
+    try:
+        # PyTorch's older format is not a zip and can't be mapped.
+        if starts is not None and not misnamed and (offsets := _storage_offsets(path)):
+            content = load(map_location=note, mmap=True)
+            shift = min(addresses, default=0) - offsets[0]
+            if {address - shift for address in addresses} == set(offsets):
+                starts.update((address, address - shift) for address in addresses)
+                return content
+        return load(map_location="cpu")
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise ValueError(
@@ -130,13 +152,37 @@ def read_torch(path: Path) -> Any:
                 "use a safetensors file, or a PyTorch file with weights only"
             ) from error
         raise _broken(path, "not a PyTorch file") from error
-    except (*_DAMAGE, struct.error) as error:
+    except (*_DAMAGE, struct.error, zipfile.BadZipFile) as error:
         raise _broken(path, error) from error
 
 
-def _states(path: Path, content: Any) -> dict[str, State]:
-    """Returns the state dicts in a PyTorch file's content."""
-    states = dict(_find_states(content, ""))
+def _storage_offsets(path: Path) -> list[int]:
+    """Returns the offsets of a PyTorch file's storages, in order; [] for its older format, and if it is compressed."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entries = [x for x in archive.infolist() if x.file_size and _ZIP_DATA.fullmatch(x.filename)]
+        if any(x.compress_type != zipfile.ZIP_STORED for x in entries):
+            return []
+        offsets = []
+        for entry in entries:
+            file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
+            offsets.append(entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
+        return sorted(offsets)
+
+
+def _states(path: Path, content: Any, stored: StoredFile, starts: Mapping[int, int]) -> dict[str, LazyState]:
+    """Returns the state dicts in a PyTorch file's content, of which the storages at `starts` are mapped."""
+
+    def unmapped(x: Tensor) -> LazyTensor:
+        is_plain = x.layout == torch.strided and not x.is_quantized
+        start = starts.get(x.untyped_storage().data_ptr()) if is_plain else None
+        if start is None:
+            return LazyTensor.of(x.clone() if starts else x)
+        return stored.tensor(start + int(x.storage_offset()) * x.itemsize, tuple(x.shape), x.dtype, x.stride())
+
+    found = _find_states(content, "")
+    states = {label: {key: unmapped(x) for key, x in state.items()} for label, state in found}
     if not states and isinstance(content, dict) and "shadow_params" in content:
         raise ValueError(
             f"{path} holds averaged weights without their names (shadow_params): use the network's own file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import groupby
@@ -96,7 +97,9 @@ class WuerstchenPipeline(Components):
         target = pick_device(device)
         loaded, metadata = read_sources(source, parts, version)
         check_parts(loaded)
-        chosen = pick_dtype(dtype, target, sum(x.numel() for part in loaded.values() for x in part.state_dict.values()))
+        chosen = pick_dtype(
+            dtype, target, sum(math.prod(x.shape) for part in loaded.values() for x in part.state_dict.values())
+        )
         networks: dict[str, Any] = {}
         for name, part in loaded.items():
             # One text encoder can serve both stages.

@@ -54,9 +54,9 @@ def read_sources(
         if name == TEXT_ENCODER:
             parts |= _text_encoders(one)
         else:
-            parts[name] = one.part(name)
+            parts[name] = one.lazy_part(name)
     if base is not None:
-        parts |= {name: base.part(name) for name in networks if name in PARTS and name not in parts}
+        parts |= {name: base.lazy_part(name) for name in networks if name in PARTS and name not in parts}
     return {name: parts[name] for name in PARTS if name in parts}, _metadata(base, opened)
 
 
@@ -79,7 +79,7 @@ def source_name(source: AnyPath) -> str:
 
 def _text_encoders(source: Source) -> dict[str, Part]:
     """Returns a source's text encoders; a single one serves both stages."""
-    found = {name: source.part(name) for name in TOWERS if name in source.networks}
+    found = {name: source.lazy_part(name) for name in TOWERS if name in source.networks}
     if not found:
         raise no_part(source.path, TEXT_ENCODER, list(source.networks))
     return found

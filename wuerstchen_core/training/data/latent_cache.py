@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
@@ -73,7 +73,7 @@ def read_empty_text(folder: Path) -> Tensor:
     """Returns the text states [77, c] of an empty caption. ValueError if they cannot be read."""
     path = folder / EMPTY_TEXT
     try:
-        return load_file(path)["text"].float()
+        return load(path.read_bytes())["text"].float()
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} cannot be read: remove it and run `train cache` again") from error
 

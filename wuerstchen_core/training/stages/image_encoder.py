@@ -60,7 +60,7 @@ def load_backbone(encoder: ImageEncoder, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"[encoder] backbone: {path} does not exist; name a file of torchvision's weights")
     weights = {
-        key.removeprefix("features."): x
+        key.removeprefix("features."): x.load()
         for state in read_weight_file(path).states.values()
         for key, x in state.items()
         if key.startswith("features.")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import Part, build_part, read_part
+from ...checkpoints import Part, build_part
 from ...checkpoints.components import TEXT_ENCODER, component
-from ...checkpoints.open import SHIPPED, open_source
+from ...checkpoints.lazy import LazyTensor
+from ...checkpoints.open import SHIPPED, open_part, open_source
 from ...checkpoints.source import is_stage_b, merge_licences
 from ...common.dataclass_config import from_table
 from ...inference.stages import first_weight
@@ -50,21 +51,19 @@ def load_or_create(config: Mapping[str, Any], part: str, kind: type[N]) -> N:
         if callable(init_weights := getattr(network, "init_weights", None)):
             init_weights()
         return network
-    loaded = read_part(source, part)
+    loaded = open_part(source, part)
     loaded = replace(loaded, params=from_table(params, asdict(loaded.params) | values, "model"))
-    built = build_part(loaded)
+    built = build_part(loaded, dtype=torch.float32)
     assert isinstance(built, kind)
-    for x in (*built.parameters(), *built.buffers()):  # copies: the file may be mapped into memory
-        x.data = x.data.to(torch.float32 if x.is_floating_point() else None, copy=True)
     return built.train().requires_grad_(True)
 
 
-def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part:
-    """Reads another stage's weights: `part` of its source, by default `INPUTS[stage]`. ValueError if it is missing."""
+def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part[LazyTensor]:
+    """Opens another stage's weights: `part` of its source, by default `INPUTS[stage]`. ValueError if it is missing."""
     source = input_source(config, stage)
     if not source_exists(source):
         raise ValueError(f"{source} is missing: train the {stage} first, or name its file as {stage} under [inputs]")
-    return read_part(source, part or INPUTS[stage])
+    return open_part(source, part or INPUTS[stage])
 
 
 def load_frozen(config: Mapping[str, Any], stage: str, kind: type[N], part: str = "") -> N:
@@ -99,7 +98,8 @@ def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "
     """Returns the sha256 of the weights that compute `name`, a key of `COMPUTED_BY`; "text" of `text_part`."""
     digest = hashlib.sha256()
     weights = read_input(config, COMPUTED_BY[name], text_part if name == "text" else "")
-    for key, x in sorted(weights.state_dict.items()):
+    for key, lazy in sorted(weights.state_dict.items()):
+        x = lazy.load()
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
