@@ -33,13 +33,8 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
 
     Raises ValueError that names the tensors that do not fit (`check_weights`).
     """
-    check_versions()
-    check_weights(part)
-    with torch.device("meta"):
-        network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
-    weights = part.state_dict
+    network, weights = build_outline(part, dtype), part.state_dict
     if dtype == torch.int8:
-        use_int8(network)
         weights = weights if part.name in TOWERS else split_attention(weights)
         dtype = companion_dtype(torch.device(device))
     quantised = {f"{name}.weight": layer for name, layer in int8_layers(network)}
@@ -51,6 +46,17 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
         else:
             state[key] = x.to(device, dtype if x.is_floating_point() else None)
     network.load_state_dict(state, strict=not quantised, assign=True)
+    return network.eval()
+
+
+def build_outline(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
+    """Builds a part's network as `build_part`, but without weights: its tensors are on the meta device."""
+    check_versions()
+    check_weights(part)
+    with torch.device("meta"):
+        network = component(part.name).network(part.params).requires_grad_(False)  # before inference tensors join it
+    if dtype == torch.int8:
+        use_int8(network)
     return network.eval()
 
 

@@ -109,9 +109,13 @@ class LoraStack:
         for part in parts:
             if part in self._originals:
                 self._restore(networks, part)
-            changes = [(lora.parts[part], lora.strength) for lora in self._loras.values() if part in lora.parts]
-            if any(strength for _, strength in changes):
-                self._change(networks, part, changes)
+            if self._changes(part):
+                self._change(networks, part)
+
+    def _changes(self, part: str) -> list[tuple[Adapters, float]]:
+        """Returns the adapters of a part and their strengths; [] if no LoRA changes it."""
+        changes = [(lora.parts[part], lora.strength) for lora in self._loras.values() if part in lora.parts]
+        return changes if any(strength for _, strength in changes) else []
 
     def _restore(self, networks: Networks, part: str) -> None:
         changed, (network, tensors) = networks[part], self._originals.pop(part)
@@ -119,25 +123,37 @@ class LoraStack:
             network.load_state_dict(_like(network.state_dict(), tensors), strict=False, assign=True)
         networks[part] = network
 
-    def _change(self, networks: Networks, part: str, changes: list[tuple[Adapters, float]]) -> None:
+    def _change(self, networks: Networks, part: str) -> None:
         network = networks[part]
         others = [*(x for name, x in networks.items() if name != part), *(x for x, _ in self._originals.values())]
-        is_shared, is_tower = any(other is network for other in others), part in TOWERS
+        is_shared = any(other is network for other in others)
         before = network.state_dict()
-        merged = text_to_transformers(before) if is_tower else before
-        for adapters, strength in changes:
-            merged = merge_lora(merged, adapters, strength)
-        after = text_from_transformers(merged) if is_tower else merged
-        changed = {
-            key: x
-            for key, x in after.items()
-            if x is not before[key] and (x.dtype != before[key].dtype or not torch.equal(x, before[key]))
-        }
+        is_outline = all(x.is_meta for x in before.values())  # its weights are read later, see `apply`
+        changed = {} if is_outline else self._merged(before, part)
         kept = [name for key in changed for name in (key, f"{key}_scale") if name in before]
         self._originals[part] = network, {} if is_shared else {key: before[key] for key in kept}
         if is_shared:
             network = networks[part] = deepcopy(network)
         network.load_state_dict(changed, strict=False, assign=True)
+
+    @torch.no_grad()
+    def apply(self, network: nn.Module, part: str) -> None:
+        """Merges all LoRAs into a network that was just read."""
+        if self._changes(part):
+            network.load_state_dict(self._merged(network.state_dict(), part), strict=False, assign=True)
+
+    def _merged(self, before: State, part: str) -> State:
+        """Returns the tensors of a part that its LoRAs change."""
+        is_tower = part in TOWERS
+        merged = text_to_transformers(before) if is_tower else before
+        for adapters, strength in self._changes(part):
+            merged = merge_lora(merged, adapters, strength)
+        after = text_from_transformers(merged) if is_tower else merged
+        return {
+            key: x
+            for key, x in after.items()
+            if x is not before[key] and (x.dtype != before[key].dtype or not torch.equal(x, before[key]))
+        }
 
 
 def _like(now: State, tensors: State) -> State:

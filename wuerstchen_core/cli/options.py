@@ -18,7 +18,7 @@ from .save import check_output, output_path, save_image
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
 
-MEMORY_HINT = "choose a smaller --width and --height, --dtype bf16, or --device cpu"
+MEMORY_HINT = "choose --low-memory, a smaller --width and --height, --dtype bf16, or --device cpu"
 PART_OPTIONS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "text_encoder")
 VERSION_HELP = "release of the prior, if its file could be of both (default: auto)"
 
@@ -60,6 +60,8 @@ def add_options(
     option("--dtype", default="auto", metavar="NAME", choices=dtypes, help="precision: %(choices)s (default: auto)")
     text = "run Stages C and B with torch.compile; the first image takes a minute longer (slower on a CPU)"
     option("--compile", action="store_true", help=text)
+    text = "read each network when it is used, and release it before the next one is read"
+    option("--low-memory", action="store_true", help=text)
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what the image should not show")
         text = "apply a LoRA to the stage that it fits, with a strength (default: 1); repeatable"
@@ -139,7 +141,7 @@ def load_pipeline(options: argparse.Namespace) -> WuerstchenPipeline:
     """Returns the pipeline that the options select."""
     from ..inference.pipeline import WuerstchenPipeline
 
-    kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile")}
+    kwargs = {name: getattr(options, name) for name in ("device", "dtype", "version", "compile", "low_memory")}
     parts: dict[str, Any] = {name: file for name in PART_OPTIONS if (file := getattr(options, name)) is not None}
     loras: dict[str | PathLike[str], float] = dict(getattr(options, "lora", ()))
     pipeline = WuerstchenPipeline.load(options.model, lora=loras, progress=False, **kwargs, **parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .arguments import check_keywords, named_arguments
+from .low_memory import StoredNetworks
 from .settings import SamplingSettings
 from .sources import AnyPath, source_name
 
@@ -53,6 +55,7 @@ class Components:
     lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
     embeddings: dict[str, Embedding] = field(default_factory=dict, init=False)  # for embedding:NAME in prompts
     files: dict[str, Any] = field(default_factory=dict, init=False)  # their names and fingerprints, for metadata
+    stored: StoredNetworks | None = field(default=None, init=False)  # with `load(low_memory=True)`
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 
@@ -69,6 +72,8 @@ class Components:
     @property
     def device(self) -> torch.device:
         """The device of the networks."""
+        if self.stored is not None:
+            return self.stored.device
         for network in self.networks():
             return first_weight(network).device
         raise ValueError("this model has no network: load at least one component")
@@ -76,12 +81,19 @@ class Components:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the networks except the image encoder, which stays in its own; int8 if linear layers are."""
+        if self.stored is not None:
+            return self.stored.dtype
         networks = sorted(self.networks(), key=lambda network: network is self.image_encoder)
         if any(is_int8(network) for network in networks):
             return torch.int8
         for network in networks:
             return first_weight(network).dtype
         raise ValueError("this model has no network: load at least one component")
+
+    @property
+    def stage_b(self) -> str:
+        """The name of Stage B's network."""
+        return "decoder" if self.token_decoder is None else "token_decoder"
 
     def named_networks(self) -> dict[str, Any]:
         """Returns the networks that are not None, by name."""
@@ -92,7 +104,7 @@ class Components:
         return iter(self.named_networks().values())
 
     def require(self, name: str) -> Any:
-        """Returns a network by name. Raises ValueError if it is None."""
+        """Returns a network by name: with `low_memory`, without its weights. Raises ValueError if it is None."""
         network = getattr(self, name)
         if network is None:
             raise ValueError(
@@ -100,6 +112,19 @@ class Components:
                 "load a complete bundle or folder, or all components from separate files"
             )
         return network
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Any]:
+        """Yields a network by name; with `low_memory` it is read now, and released at the end of the block.
+
+        Raises ValueError if it is None, or if its file has changed.
+        """
+        network = self.require(name)
+        if self.stored is None:
+            yield network
+        else:
+            with self.stored.using(name, self.lora_stack) as network:
+                yield network
 
     def __repr__(self) -> str:
         networks = self.named_networks()
@@ -129,8 +154,11 @@ class Components:
                 device = target
         moved = None if device is None else pick_device(device)
         cast = None if dtype is None else pick_dtype(dtype, moved or self.device, 0)
+        if self.stored is not None:
+            self.stored.device, self.stored.dtype = moved or self.stored.device, cast or self.stored.dtype
         for name, network in self.named_networks().items():
-            network.to(moved)
+            if self.stored is None:
+                network.to(moved)
             if cast is not None and network is not self.image_encoder:
                 set_dtype(network, cast, int8=name not in TOWERS)
         return self
@@ -140,8 +168,11 @@ class Components:
         """Writes all networks and the metadata, as they are now: merged LoRAs are part of the networks.
 
         A name that ends in .safetensors is a bundle, any other a folder with one file per component; `load` reads both.
-        Existing files are overwritten. Raises ValueError for other endings, OSError if writing fails.
+        Existing files are overwritten. Raises ValueError for other endings and with `low_memory`, OSError if writing
+        fails.
         """
+        if self.stored is not None:
+            raise ValueError("save needs all networks in memory: load the model without low_memory, or use convert")
         write_model(to_path(path), self.named_networks(), self.metadata, force=True)
 
 

@@ -22,7 +22,7 @@ from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
 from .components import Components
 from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
-from .prompts import Prompt, average_states, check_request, encode_prompt
+from .prompts import Prompt, average_states, check_request, encode_prompt, encode_prompts
 from .settings import Callback, SamplingOptions, check_count, notify
 from .stages import decode, encode_pixels, sample_decoder, sample_prior
 
@@ -193,14 +193,19 @@ def interpolate(
         return encode_pixels(model, pixels), _decoder_states(model)
 
     first, last = encode_end(a), encode_end(b)
-    images: list[Image.Image] = []
-    for fraction in fractions:
-        if pictures:
-            features = _between(model, first[0], last[0], fraction)
-        else:
-            features = features_of(slerp(first[0], last[0], fraction, TOKEN))
-        text = slerp(first[1], last[1], fraction, TOKEN)
-        images += decode(model, sample_decoder(model, features, text, sampling, negative=uncond[1], **run))
+    if pictures:
+        features = [_between(model, first[0], last[0], fraction) for fraction in fractions]
+    else:
+        with model.using("prior"):
+            features = [features_of(slerp(first[0], last[0], fraction, TOKEN)) for fraction in fractions]
+    texts = [slerp(first[1], last[1], fraction, TOKEN) for fraction in fractions]
+    with model.using(model.stage_b):
+        latents = [
+            sample_decoder(model, x, text, sampling, negative=uncond[1], **run)
+            for x, text in zip(features, texts, strict=True)
+        ]
+    with model.using("vqgan"):
+        images = [image for x in latents for image in decode(model, x)]
     notify(callback, "picture")
     return images
 
@@ -225,7 +230,7 @@ def _edit(
     strength_times(sampling.prior_times(), strength)  # raises ValueError if out of range
     count = to_int("count", count)
     seed = check_request(model, [prompt, negative], count, seed, with_pictures=True)
-    cond, uncond = encode_prompt(model, prompt), encode_prompt(model, negative)
+    cond, uncond, *empty = encode_prompts(model, [prompt, negative, *([] if mask is None else [""])])
     notify(callback, "text")
     prior_text, text = (states.expand(count, -1, -1) for states in cond)
     run: dict[str, Any] = {"seed": seed, "callback": callback}
@@ -236,10 +241,14 @@ def _edit(
         model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, **run
     )
     kept_latents = None
-    if grid is not None:
-        kept_latents = sample_decoder(model, init, _decoder_states(model, count=count), sampling, **run)
-        cells = latent_mask(grid, *kept_latents.shape[-2:])
-    latents = sample_decoder(model, features, text, sampling, negative=uncond[1], init=kept_latents, mask=cells, **run)
+    with model.using(model.stage_b):
+        if grid is not None:
+            [(_, plain)] = empty
+            kept_latents = sample_decoder(model, init, plain.expand(count, -1, -1), sampling, negative=plain, **run)
+            cells = latent_mask(grid, *kept_latents.shape[-2:])
+        latents = sample_decoder(
+            model, features, text, sampling, negative=uncond[1], init=kept_latents, mask=cells, **run
+        )
     images = [image.crop((0, 0, pixels.shape[-1], pixels.shape[-2])) for image in decode(model, latents)]
     notify(callback, "picture")
     if mask is None or cells is None or not composite:

@@ -96,11 +96,10 @@ def check_embeddings(model: Components, texts: Sequence[str]) -> None:
             )
 
 
-def encode_with_embeddings(model: Components, tower: str, text: str) -> Tensor:
+def encode_with_embeddings(encoder: TextEncoder, embeddings: Mapping[str, Embedding], tower: str, text: str) -> Tensor:
     """Returns the states [1, 77 n, c] of a prompt with embeddings by the text encoder of the "prior" or "decoder"."""
-    encoder: TextEncoder = model.require(f"{tower}_text_encoder")
     width, size = encoder.params.width, encoder.params.context_length
-    chunks = _chunks(list(_groups(text, model.embeddings, COMFYUI_CLIPS[tower], width)), size - 2)
+    chunks = _chunks(list(_groups(text, embeddings, COMFYUI_CLIPS[tower], width)), size - 2)
     rows = [[(START, 1.0), *chunk] + [(END, 1.0)] * (size - 1 - len(chunk)) for chunk in chunks]
     ids = torch.tensor([[token if isinstance(token, int) else 0 for token, _ in row] for row in rows])
     ends = (ids == END).int().argmax(dim=1)  # the first one; padding follows

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ..checkpoints import build_part
 from ..checkpoints.lora_merge import Loras
 from ..checkpoints.release import check_parts
 from ..common.devices import pick_device, pick_dtype
@@ -25,6 +25,7 @@ from .compile import can_compile, compile_network
 from .components import Components
 from .editing import EditOptions
 from .embeddings import Embeddings
+from .low_memory import StoredNetworks
 from .methods import image_method
 from .prompts import Prompt
 from .settings import Callback, SamplingOptions, notify
@@ -76,6 +77,7 @@ class WuerstchenPipeline(Components):
         dtype: str | torch.dtype = "auto",
         version: str = "auto",
         compile: bool = False,
+        low_memory: bool = False,
         lora: AnyPath | Sequence[AnyPath] | Loras | None = None,
         progress: bool | None = None,
         **parts: Unpack[PartFiles],
@@ -90,7 +92,8 @@ class WuerstchenPipeline(Components):
         `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
         bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
         LoRA's file or folder, a list, or a mapping from these to strengths, for `load_lora`. `compile` calls the method
-        of that name, `progress` sets the attribute. Raises ValueError if a source cannot be read.
+        of that name, `progress` sets the attribute. With `low_memory`, each network is read when it is used, and
+        released before the next one: the files must stay as they are. Raises ValueError if a source cannot be read.
         """
         known = [name for name in signature(cls.load).parameters if name != "parts"]
         check_keywords("load", parts, [*known, *PartFiles.__annotations__])
@@ -100,14 +103,17 @@ class WuerstchenPipeline(Components):
         chosen = pick_dtype(
             dtype, target, sum(math.prod(x.shape) for part in loaded.values() for x in part.state_dict.values())
         )
+        stored = StoredNetworks(loaded, target, chosen)
         networks: dict[str, Any] = {}
         for name, part in loaded.items():
             # One text encoder can serve both stages.
             twin = next((other for other in networks if loaded[other].state_dict is part.state_dict), None)
-            # The image encoder runs once, for all steps; bf16 costs Stage A only half a level of 255.
-            precision = torch.float32 if name == "image_encoder" else chosen
-            networks[name] = networks[twin] if twin else build_part(part, device=target, dtype=precision)
+            if twin is not None:
+                networks[name] = networks[twin]
+            else:
+                networks[name] = stored.outline(name) if low_memory else stored.build(name)
         pipeline = cls(**networks, metadata=metadata)
+        pipeline.stored = stored if low_memory else None
         if not isinstance(lora, Mapping):
             lora = dict.fromkeys(to_list("lora", () if lora is None else lora, str | PathLike), 1.0)
         for file, strength in lora.items():
@@ -122,9 +128,11 @@ class WuerstchenPipeline(Components):
     def compile(self, **options: Any) -> None:
         """Makes Stages C and B compile with `torch.compile` at their first steps; see `compile_network`.
 
-        `options` are those of `torch.compile`; raises ValueError for unknown ones. Where torch cannot compile, this
-        logs the reason and changes nothing. Meant for GPUs: on a CPU, compiled networks are slower.
+        `options` are those of `torch.compile`; raises ValueError for unknown ones, and with `low_memory`. Where torch
+        cannot compile, this logs the reason and changes nothing. Meant for GPUs: compiled networks are slower on a CPU.
         """
+        if self.stored is not None:
+            raise ValueError("with low_memory, networks would be compiled anew for each picture: leave out one of both")
         if can_compile(self.device, **options):
             for name in stages.DENOISERS:
                 if (network := getattr(self, name)) is not None:
@@ -158,16 +166,24 @@ class WuerstchenPipeline(Components):
         sampling = self.sampling.updated(width=width, height=height, **settings)
         count = to_int("count", count)
         seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)
-        cond = [self.encode_prompt(one) for one in several]
-        uncond = self.encode_prompt(negative)
+        *cond, uncond = prompts.encode_prompts(self, [*several, negative])
         notify(callback, "text")
-        images: list[Image.Image] = []
+        batches: list[tuple[list[Tensor], dict[str, Any]]] = []
+        done = 0
         for _, batch in groupby(cond, lambda states: states[0].shape):  # only texts of one length share a batch
             texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*batch, strict=True)]
-            seeds = seed[len(images) :] if isinstance(seed, Sequence) else seed + len(images)
-            run: dict[str, Any] = {"seed": seeds, "callback": callback}
-            features = self.sample_prior(texts[0], sampling, negative=uncond[0], **run)
-            images += self.decode(self.sample_decoder(features, texts[1], sampling, negative=uncond[1], **run))
+            seeds = seed[done:] if isinstance(seed, Sequence) else seed + done
+            batches.append((texts, {"seed": seeds, "callback": callback}))
+            done += len(texts[0])
+        with self.using("prior"):
+            features = [self.sample_prior(x[0], sampling, negative=uncond[0], **run) for x, run in batches]
+        with self.using(self.stage_b):
+            latents = [
+                self.sample_decoder(y, x[1], sampling, negative=uncond[1], **run)
+                for (x, run), y in zip(batches, features, strict=True)
+            ]
+        with self.using("vqgan"):
+            images = [image for one in latents for image in self.decode(one)]
         notify(callback, "picture")
         return images
 

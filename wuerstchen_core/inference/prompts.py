@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import PARTS_OF
+from ..checkpoints.components import TOWERS
 from ..common.numbers import to_float
 from ..common.values import to_list
 from ..demo.vocabulary import unknown_words_note
@@ -32,12 +33,18 @@ def encode_text(model: Components, prompts: Sequence[str]) -> tuple[Tensor, Tens
 
     n is the number of 75-token pieces of a text. Raises ValueError if it differs between the texts.
     """
-    prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
     if any(map(has_embedding, prompts)):
-        both = [encode_prompt(model, prompt) for prompt in prompts]
+        both = encode_prompts(model, prompts)
         return torch.cat([states for states, _ in both]), torch.cat([states for _, states in both])
-    states: Tensor = prior.encode(prompts)
-    return states, states if decoder is prior else decoder.encode(prompts)
+
+    def encode(tower: str) -> Tensor:
+        with model.using(tower) as encoder:
+            states: Tensor = encoder.encode(prompts)
+        return states
+
+    prior, decoder = (model.require(name) for name in TOWERS)
+    states = encode(TOWERS[0])
+    return states, states if decoder is prior else encode(TOWERS[1])
 
 
 @torch.inference_mode()
@@ -46,9 +53,18 @@ def encode_prompt(model: Components, prompt: Prompt) -> tuple[Tensor, Tensor]:
 
     A mix of prompts has the weighted average of their states. Raises ValueError if their n differs.
     """
-    prior, decoder = model.require("prior_text_encoder"), model.require("decoder_text_encoder")
-    states = average_states(model, "prior", prompt)
-    return states, states if decoder is prior else average_states(model, "decoder", prompt)
+    return encode_prompts(model, [prompt])[0]
+
+
+def encode_prompts(model: Components, prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the text states of prompts as `encode_prompt`, one text encoder after the other."""
+    prior, decoder = (model.require(name) for name in TOWERS)
+    with model.using(TOWERS[0]):
+        states = [average_states(model, "prior", prompt) for prompt in prompts]
+    if decoder is prior:
+        return [(x, x) for x in states]
+    with model.using(TOWERS[1]):
+        return [(x, average_states(model, "decoder", prompt)) for x, prompt in zip(states, prompts, strict=True)]
 
 
 def average_states(model: Components, stage: str, prompt: Prompt) -> Tensor:
@@ -56,11 +72,14 @@ def average_states(model: Components, stage: str, prompt: Prompt) -> Tensor:
 
     `stage` ("prior" or "decoder") is that whose text encoder is used.
     """
-    weights, encoder = _weights(prompt), model.require(f"{stage}_text_encoder")
-    states = [
-        encode_with_embeddings(model, stage, text) if has_embedding(text) else encoder.encode([text])
-        for text in weights
-    ]
+    weights = _weights(prompt)
+    with model.using(f"{stage}_text_encoder") as encoder:
+        states = [
+            encode_with_embeddings(encoder, model.embeddings, stage, text)
+            if has_embedding(text)
+            else encoder.encode([text])
+            for text in weights
+        ]
     if len({x.shape for x in states}) > 1:
         raise ValueError("the prompts of a mix differ in length: use at most 75 tokens (about 50 words) in each")
     total = sum(weights.values())

@@ -16,11 +16,9 @@ from ..common.geometry import decoder_side, prior_side, size_note
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
-from ..models.decoder import Decoder
-from ..models.image_encoder import ImageEncoder, semantic_view
-from ..models.prior import KVCache, Prior, features_from_latents, latents_from_features
+from ..models.image_encoder import semantic_view
+from ..models.prior import KVCache, features_from_latents, latents_from_features
 from ..models.token_decoder import TokenDecoder
-from ..models.vqgan import VQGAN
 from .components import Components, first_weight
 from .images import to_pictures
 from .settings import Callback, SamplingSettings, sampler_progress
@@ -58,37 +56,39 @@ def sample_prior(
     sampling starts from them, noised to `strength` (0 returns them, 1 ignores them), and keeps them where `mask`
     [B, 1, h, w] is 0, or a part of them where it is below 1. Picture i has seed `seed` + i, or `seed[i]`.
     """
-    prior: Prior = model.require("prior")
+    params = model.require("prior").params
     times = strength_times(sampling.prior_times(), strength)
     if init is not None and strength == 0:
         return init
     _warn_of_size(model, sampling)
-    text = text.to(first_weight(prior))
-    scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
-    if scale > 1:
-        if negative is None:
-            negative = model.require("prior_text_encoder").encode([""])
-        uncond = (negative.to(text).expand(len(text), -1, -1),)
-    to_features = partial(features_from_latents, params=prior.params)
-    draw = seeded_noise(seed, len(text))
-    shape = (len(text), prior.params.c_in, prior_side(sampling.height), prior_side(sampling.width))
-    x = noise = draw(torch.empty(shape, device=text.device))
-    init, mask = (None if y is None else y.to(text.device) for y in (init, mask))
-    clean = None if init is None else latents_from_features(init, prior.params)
-    if clean is not None and strength < 1:  # at 1 a hundredth of the picture would remain
-        x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
-    x = sample(
-        guided(in_fp32(prior, KVCache(prior)), cond, uncond, scale),
-        x,
-        times,
-        draw=draw,
-        sampler=sampling.sampler,
-        init=None if mask is None else clean,
-        mask=mask,
-        kept_noise=noise,
-        callback=sampler_progress(callback, "prior", to_features),
-    )
-    return to_features(x) if init is None or mask is None else torch.where(mask > 0, to_features(x), init)
+    if negative is None and sampling.prior_guidance > 1:
+        negative = _encode_empty(model, "prior")
+    with model.using("prior") as prior:
+        text = text.to(first_weight(prior))
+        scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
+        if scale > 1:
+            assert negative is not None
+            uncond = (negative.to(text).expand(len(text), -1, -1),)
+        to_features = partial(features_from_latents, params=params)
+        draw = seeded_noise(seed, len(text))
+        shape = (len(text), params.c_in, prior_side(sampling.height), prior_side(sampling.width))
+        x = noise = draw(torch.empty(shape, device=text.device))
+        init, mask = (None if y is None else y.to(text.device) for y in (init, mask))
+        clean = None if init is None else latents_from_features(init, params)
+        if clean is not None and strength < 1:  # at 1 a hundredth of the picture would remain
+            x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
+        x = sample(
+            guided(in_fp32(prior, KVCache(prior)), cond, uncond, scale),
+            x,
+            times,
+            draw=draw,
+            sampler=sampling.sampler,
+            init=None if mask is None else clean,
+            mask=mask,
+            kept_noise=noise,
+            callback=sampler_progress(callback, "prior", to_features),
+        )
+        return to_features(x) if init is None or mask is None else torch.where(mask > 0, to_features(x), init)
 
 
 @torch.inference_mode()
@@ -109,64 +109,73 @@ def sample_decoder(
     Latents are in codebook units. Guidance leads away from zero features and the text states `negative` (default: those
     of ""). Latents `init` and `mask` [B, 1, H/4, W/4] as in `sample_prior`, seeds too.
     """
-    vqgan: VQGAN = model.require("vqgan")
-    decoder: Decoder | TokenDecoder = model.token_decoder or model.require("decoder")
-    device = first_weight(decoder).device
-    text, features = text.to(first_weight(decoder)), features.to(device)  # features are resized in fp32
-    cond, uncond = (features, text), (features, text)
-    if max(sampling.decoder_scales()) > 1:
-        if negative is None:
-            negative = model.require("decoder_text_encoder").encode([""])
-        uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
-    predict = guided(in_fp32(decoder), cond, uncond)
-    height, width = decoder_side(sampling.height), decoder_side(sampling.width)
-    if isinstance(decoder, TokenDecoder):
-        codebook = vqgan.vquantizer.codebook.weight
-        token_draw = SeededTokenNoise(seed, len(text))
-        tokens = token_draw.tokens(len(codebook), height, width).to(device)
-        tokens = sample_tokens(
-            predict,
-            tokens,
+    if negative is None and max(sampling.decoder_scales()) > 1:
+        negative = _encode_empty(model, "decoder")
+    with model.using(model.stage_b) as decoder:
+        device = first_weight(decoder).device
+        text, features = text.to(first_weight(decoder)), features.to(device)  # features are resized in fp32
+        cond, uncond = (features, text), (features, text)
+        if max(sampling.decoder_scales()) > 1:
+            assert negative is not None
+            uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
+        predict = guided(in_fp32(decoder), cond, uncond)
+        height, width = decoder_side(sampling.height), decoder_side(sampling.width)
+        if isinstance(decoder, TokenDecoder):
+            with model.using("vqgan") as vqgan:
+                codebook = vqgan.vquantizer.codebook.weight
+                token_draw = SeededTokenNoise(seed, len(text))
+                tokens = token_draw.tokens(len(codebook), height, width).to(device)
+                tokens = sample_tokens(
+                    predict,
+                    tokens,
+                    sampling.decoder_times(),
+                    noise=tokens,
+                    draw=token_draw,
+                    codebook=codebook,
+                    scales=sampling.decoder_scales(),
+                    temperatures=sampling.temperatures(),
+                    mode=sampling.token_mode,
+                    init=None if init is None else vqgan.quantize(init).indices,
+                    mask=None if mask is None else mask.squeeze(1).expand(tokens.shape),
+                    callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
+                )
+                return vqgan.indices_to_latents(tokens)
+        scale_factor, draw = model.require("vqgan").params.scale_factor, seeded_noise(seed, len(text))
+        noise = draw(torch.empty((len(text), decoder.params.c_in, height, width), device=device))
+        scales = iter(sampling.decoder_scales())
+        x = sample(
+            lambda x, t: predict(x, t, next(scales)),
+            noise,
             sampling.decoder_times(),
-            noise=tokens,
-            draw=token_draw,
-            codebook=codebook,
-            scales=sampling.decoder_scales(),
-            temperatures=sampling.temperatures(),
-            mode=sampling.token_mode,
-            init=None if init is None else vqgan.quantize(init).indices,
-            mask=None if mask is None else mask.squeeze(1).expand(tokens.shape),
-            callback=sampler_progress(callback, "decoder", vqgan.indices_to_latents),
+            draw=draw,
+            init=None if init is None else init / scale_factor,
+            mask=mask,
+            kept_noise=noise,
+            callback=sampler_progress(callback, "decoder", lambda latents: latents * scale_factor),
         )
-        return vqgan.indices_to_latents(tokens)
-    scale_factor, draw = vqgan.params.scale_factor, seeded_noise(seed, len(text))
-    noise = draw(torch.empty((len(text), decoder.params.c_in, height, width), device=device))
-    scales = iter(sampling.decoder_scales())
-    x = sample(
-        lambda x, t: predict(x, t, next(scales)),
-        noise,
-        sampling.decoder_times(),
-        draw=draw,
-        init=None if init is None else init / scale_factor,
-        mask=mask,
-        kept_noise=noise,
-        callback=sampler_progress(callback, "decoder", lambda latents: latents * scale_factor),
-    )
-    return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)
+        return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)
+
+
+def _encode_empty(model: Components, stage: str) -> Tensor:
+    """Returns the text states [1, 77, c] of "" for the "prior" or "decoder"."""
+    with model.using(f"{stage}_text_encoder") as encoder:
+        states: Tensor = encoder.encode([""])
+    return states
 
 
 @torch.inference_mode()
 def decode(model: Components, latents: Tensor) -> list[Image.Image]:
     """Runs Stage A: latents [B, 4, H/4, W/4] in codebook units to pictures, one at a time to save memory."""
-    vqgan: VQGAN = model.require("vqgan")
-    latents = latents.to(first_weight(vqgan))
-    return [picture for one in latents.split(1) for picture in to_pictures(vqgan.decode(one))]
+    with model.using("vqgan") as vqgan:
+        latents = latents.to(first_weight(vqgan))
+        return [picture for one in latents.split(1) for picture in to_pictures(vqgan.decode(one))]
 
 
 def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
     """Returns the Stage C features [B, 16, h, w] of pixels [B, 3, H, W] in [0, 1]."""
-    encoder: ImageEncoder = model.require("image_encoder")
-    return encoder(semantic_view(pixels.to(first_weight(encoder)))).float()
+    with model.using("image_encoder") as encoder:
+        features: Tensor = encoder(semantic_view(pixels.to(first_weight(encoder)))).float()
+    return features
 
 
 def in_fp32(network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text) -> Callable[..., Tensor]:
