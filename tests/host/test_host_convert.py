@@ -57,9 +57,7 @@ def test_files_in_8_bits_are_dequantised(inside: Inside, folder: Path, dtype: st
 
 @pytest.mark.parametrize("name", ["vqgan", "image_encoder"])
 def test_vaes_saved_by_comfyui_load_back(inside: Inside, folder: Path, name: str) -> None:
-    saved, original = (
-        load_state(open_source(path / f"{name}.safetensors").networks[name].tensors)
-        for path in (folder, folder / "tiny")
-    )
+    sources = [open_source(path / f"{name}.safetensors") for path in (folder, folder / "tiny")]
+    saved, original = (load_state(source.networks[name].tensors) for source in sources)
     assert saved.keys() == original.keys()
     assert all(x.equal(original[key]) for key, x in saved.items())
