@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wuerstchen_core.checkpoints import Part, describe, load_prior, read_part, save_bundle
+from wuerstchen_core.checkpoints.build import build_part
 from wuerstchen_core.checkpoints.components import Params, component
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.lazy import LazyTensor
@@ -141,6 +142,21 @@ def test_a_network_with_int8_layers_is_saved(plain: State, tmp_path: Path, dtype
         assert saved[f"prior.{layer}.weight"].equal(stored)
         assert saved[f"prior.{layer}.weight_scale"].equal(scale)
         assert saved[f"prior.{layer}.comfy_quant"].equal(encoded({"format": "int8_tensorwise"}))
+
+
+@pytest.mark.parametrize("name", ["prior", "token_decoder"])
+def test_int8_networks_load_from_what_they_saved(tmp_path: Path, name: str) -> None:
+    """Also v1's Stage B, which has separate projections in int8 and packed ones in files."""
+    network = NETWORKS[name].perturbed()
+    before, start = tmp_path / "before.safetensors", tmp_path / "start.safetensors"
+    save_bundle(start, {name: network}, {}, dtype=torch.bfloat16)
+    first = build_part(read_part(start, name), dtype=INT8)
+    save_bundle(before, {name: first}, {})
+    part = read_part(before, name)
+    assert part.state_dict.keys() == network.state_dict().keys()
+    again = build_part(part, dtype=INT8).state_dict()
+    for key, x in first.state_dict().items():
+        assert again[key].dtype == x.dtype and again[key].equal(x), key
 
 
 # Sizes

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, check_part_name
+from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, component
 from .dequant import part_state
 from .lazy import LazyTensor, apply_to_rows
 from .modelspec import spec_header
@@ -88,9 +88,9 @@ def save_bundle(
     tensors: dict[str, LazyTensor] = {}
     params: dict[str, Any] = {}
     for name, part in merge_towers(parts).items():
-        check_part_name(name)
+        to_ours = component(name).to_ours
         params[name] = part.params
-        for key, x in _tensors(part).items():
+        for key, x in to_ours(_tensors(part)).items():
             chosen = dtype(name, key, x) if callable(dtype) else dtype
             tensors |= quantize(key if bare else f"{name}.{key}", x, chosen)
     if not tensors:

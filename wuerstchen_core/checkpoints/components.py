@@ -95,6 +95,7 @@ COMPONENTS = {
         infer_params=infer_params.token_decoder_params,
         marks=("byt5_mapper.weight",),
         loader=TOKEN_LOADER,
+        to_ours=key_maps.pack_attention,
         releases=("v1",),
         text_width="byt5_embd",
     ),

@@ -134,7 +134,7 @@ def _check_scale(key: str, scale: Tensor | LazyTensor, shape: tuple[int, ...]) -
     found = tuple(scale.shape)
     count = torch.Size(found).numel()
     per_row = found[:1] == shape[:1] and count == found[0] if shape and found else False
-    if not (count == 1 or per_row) or not scale.dtype.is_floating_point:
+    if not (count == 1 or per_row) or len(found) > max(1, len(shape)) or not scale.dtype.is_floating_point:
         raise ValueError(f"the scale of {key} is {list(found)} for {list(shape)}, expected one number, or one per row")
     lazy = LazyTensor.of(scale)
     if not lazy.load().float().isfinite().all():

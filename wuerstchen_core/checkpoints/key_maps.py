@@ -87,6 +87,16 @@ def split_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     return {rename(key): x for key, x in _unpack(state).items()}
 
 
+def pack_attention(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Maps a TokenDecoder whose projections are separate, as in int8: the inverse of `split_attention`."""
+
+    def rename(key: str) -> str:
+        key = key.replace("attention.to_out.0.", "attention.attn.out_proj.")
+        return re.sub(r"attention\.to_([qkv])\.", r"attention.attn.\1_proj.", key)
+
+    return _pack({rename(key): x for key, x in state.items()})
+
+
 def _unpack(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Splits each packed projection, such as attn.in_proj_weight, into its thirds: attn.q_proj.weight, k and v."""
     out: dict[str, AnyTensor] = {}
@@ -104,7 +114,17 @@ def _third(x: AnyTensor, index: int) -> AnyTensor:
     return apply_to_rows(lambda packed: packed.tensor_split(3)[index], x, rows=(x.shape[0] + 2 - index) // 3)
 
 
-def _pack(parts: list[AnyTensor]) -> AnyTensor:
+def _pack(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Joins the projections attn.q_proj.weight, k and v of each layer, where it has all three."""
+    out = dict(state)
+    for key in state:
+        trio = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
+        if (found := _Q_PROJ.fullmatch(key)) and all(name in state for name in trio):
+            out[f"{found[1]}in_proj_{found[2]}"] = _whole([out.pop(name) for name in trio])
+    return out
+
+
+def _whole(parts: list[AnyTensor]) -> AnyTensor:
     """Concatenates the rows of q, k and v. Raises ValueError if they differ in width or dtype."""
     if len({(tuple(x.shape[1:]), x.dtype) for x in parts}) > 1:
         shapes = ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in parts)
@@ -142,12 +162,7 @@ def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
             for ours, theirs in _TEXT_KEYS:
                 key = key.replace(theirs, ours)
             renamed[key] = x
-    out = dict(renamed)
-    for key in renamed:
-        trio = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
-        if (found := _Q_PROJ.fullmatch(key)) and all(name in renamed for name in trio):
-            out[f"{found[1]}in_proj_{found[2]}"] = _pack([out.pop(name) for name in trio])
-    return out
+    return _pack(renamed)
 
 
 def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
