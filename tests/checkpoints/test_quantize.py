@@ -20,6 +20,7 @@ from wuerstchen_core.checkpoints.build import build_part
 from wuerstchen_core.checkpoints.components import Params, component
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.lazy import LazyTensor
+from wuerstchen_core.checkpoints.open import open_part
 from wuerstchen_core.checkpoints.quant import FP8, INT8, is_matrix, quantize
 from wuerstchen_core.checkpoints.verify import expected_tensors
 from wuerstchen_core.models.decoder import DecoderParams
@@ -149,10 +150,10 @@ def test_int8_networks_load_from_what_they_saved(tmp_path: Path, name: str) -> N
     """Also v1's Stage B, which has separate projections in int8 and packed ones in files."""
     network = NETWORKS[name].perturbed()
     before, start = tmp_path / "before.safetensors", tmp_path / "start.safetensors"
-    save_bundle(start, {name: network}, {}, dtype=torch.bfloat16)
-    first = build_part(read_part(start, name), dtype=INT8)
+    save_bundle(start, {name: network}, {})
+    first = build_part(open_part(start, name), dtype=INT8)
     save_bundle(before, {name: first}, {})
-    part = read_part(before, name)
+    part = open_part(before, name)
     assert part.state_dict.keys() == network.state_dict().keys()
     again = build_part(part, dtype=INT8).state_dict()
     for key, x in first.state_dict().items():

@@ -21,6 +21,7 @@ from .components import TEXT_ENCODER, TOWERS, Part, component
 from .key_maps import split_attention
 from .lazy import LazyTensor
 from .open import open_part
+from .quant import layer_state
 from .verify import check_weights
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -40,10 +41,12 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     quantised = {f"{name}.weight": layer for name, layer in int8_layers(network)}
     state = {}
     for key, lazy in weights.items():
-        x = LazyTensor.of(lazy).load()
+        lazy = LazyTensor.of(lazy)
         if key in quantised:  # from its own dtype, while it is the only one in memory
-            quantised[key].load_state_dict({"weight": x.to(device)}, strict=False, assign=True)
+            tensors = {name: x.to(device) for name, x in layer_state(lazy).items()}
+            quantised[key].load_state_dict(tensors, strict=False, assign=True)
         else:
+            x = lazy.load()
             state[key] = x.to(device, dtype if x.is_floating_point() else None)
     network.load_state_dict(state, strict=not quantised, assign=True)
     return network.eval()

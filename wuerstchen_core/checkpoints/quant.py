@@ -62,6 +62,17 @@ def quantize(key: str, tensor: Tensor | LazyTensor, dtype: torch.dtype | None) -
     return {key: LazyTensor(x.shape, dtype, lambda: _cast(key, x.load(), dtype))}
 
 
+def layer_state(x: LazyTensor) -> dict[str, Tensor]:
+    """Returns the weight for a layer in int8: with its scales, if it is stored in int8 as the layer holds it.
+
+    That is a scale for each row, and not rotated.
+    """
+    stored = x.quantised
+    if stored is None or stored.config != {"format": "int8_tensorwise"} or stored.scale.shape != (x.shape[0], 1):
+        return {"weight": x.load()}
+    return {"weight": stored.numbers.load(), SCALE: stored.scale.load().float()}
+
+
 def _entries(key: str, weight: Quantised) -> dict[str, LazyTensor]:
     """Returns the three tensors of a quantised weight."""
     stem, text = key.removesuffix("weight"), json.dumps(weight.config).encode()
