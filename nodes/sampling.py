@@ -14,7 +14,7 @@ from .host.models import DecoderModel, PriorModel
 from .host.notices import notify
 from .host.sampling import sample_stage, sampler_object, stage_sigmas
 from .latents import STAGE_B, STAGE_C, check_latent, tagged
-from .schema import Node, cfg_input, denoise_input, schema, seed_input, steps_input, title
+from .schema import Node, cfg_input, denoise_input, reuse_input, schema, seed_input, steps_input, title
 
 
 def _schedule_input() -> io.Combo.Input:
@@ -122,6 +122,7 @@ class WuerstchenDecoderSample(Node):
                 seed_input(),
                 io.Conditioning.Input("negative", optional=True),
                 denoise_input(),
+                reuse_input(),
             ],
             outputs=[io.Latent.Output("stage_b_out")],
         )
@@ -137,6 +138,7 @@ class WuerstchenDecoderSample(Node):
         seed: int,
         negative: Any = None,
         denoise: float = 1.0,
+        reuse: int = SamplingSettings.decoder_reuse,
     ) -> io.NodeOutput:
         node = title("WuerstchenDecoderSample")
         _check_model(model, DecoderModel, node, "decoder")
@@ -144,7 +146,8 @@ class WuerstchenDecoderSample(Node):
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning if cfg is not 1: connect one, or set cfg to 1")
         times = strength_times(linear_times(steps), denoise)
-        samples = sample_stage(model, positive, positive if negative is None else negative, stage_b, times, cfg, seed)
+        negative = positive if negative is None else negative
+        samples = sample_stage(model, positive, negative, stage_b, times, cfg, seed, reuse=reuse)
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
 
 

@@ -11,7 +11,7 @@ from ..wuerstchen_core.diffusion.token_sampler import MODES
 from ..wuerstchen_core.inference.settings import V1
 from .host.token_sampling import sample_token_stage
 from .latents import STAGE_B, check_latent, tagged
-from .schema import Node, denoise_input, schema, seed_input, steps_input, title
+from .schema import Node, denoise_input, reuse_input, schema, seed_input, steps_input, title
 from .vae import check_stage_a
 
 NODE = title("WuerstchenTokenDecoderSample")
@@ -44,6 +44,7 @@ class WuerstchenTokenDecoderSample(Node):
                 seed_input(),
                 io.Conditioning.Input("negative", optional=True),
                 denoise_input(),
+                reuse_input(),
             ],
             outputs=[io.Latent.Output("stage_b_out")],
         )
@@ -64,6 +65,7 @@ class WuerstchenTokenDecoderSample(Node):
         seed: int,
         negative: Any = None,
         denoise: float = 1.0,
+        reuse: int = V1.decoder_reuse,
     ) -> io.NodeOutput:
         check_latent(stage_b, STAGE_B, NODE, denoise)
         check_stage_a(vae, NODE)
@@ -76,6 +78,7 @@ class WuerstchenTokenDecoderSample(Node):
             decoder_guidance_end=cfg_end or None,
             temperature=(temperature, temperature_end),
             token_mode=mode,
+            decoder_reuse=reuse,
         )
         samples = sample_token_stage(token_decoder, vae, positive, negative, stage_b, sampling, seed, denoise)
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))

@@ -13,7 +13,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..wuerstchen_core.common.text import listed
-from ..wuerstchen_core.inference.settings import LARGEST_SEED
+from ..wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
 
 # Names and tooltips by node id, in the form of the translations beside them.
 TEXTS = json.loads((Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -110,3 +110,7 @@ def cfg_input(default: float) -> io.Float.Input:
 
 def denoise_input() -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True)
+
+
+def reuse_input() -> io.Int.Input:
+    return io.Int.Input("reuse", default=SamplingSettings.decoder_reuse, min=1, max=100, optional=True)

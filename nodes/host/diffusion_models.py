@@ -17,10 +17,12 @@ from ...wuerstchen_core.kernels.dispatch import HasWeights
 from ...wuerstchen_core.kernels.linear import linear, uses_onednn
 from ...wuerstchen_core.models.attention import Attention, KeysValues
 from ...wuerstchen_core.models.decoder import Decoder
+from ...wuerstchen_core.models.feature_reuse import DeepFeatures
 from ...wuerstchen_core.models.layers import GlobalResponseNorm
 from ...wuerstchen_core.models.prior import KVCache, Prior
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
 from ...wuerstchen_core.models.unet import Block
+from .feature_reuse import deep_features
 from .network_patches import NamesMissing, PatchableAttnBlock, Patches, resized
 
 
@@ -262,10 +264,22 @@ class HostStageB(HostNetwork):
             f"{listed(attended, most=100)}"
         )
 
-    def predict(
-        self, x: Tensor, timestep: Tensor, context: Tensor, stable_cascade_prior: Tensor | None = None, **_: Any
+    def _run(
+        self, x: Tensor, timestep: Tensor, context: Tensor, control: Any, transformer_options: Any, **conds: Any
     ) -> Tensor:
-        return super(HostNetwork, self).forward(x, timestep, stable_cascade_prior, context)
+        deep = deep_features(transformer_options, x)
+        return super()._run(x, timestep, context, control, transformer_options, deep=deep, **conds)
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        stable_cascade_prior: Tensor | None = None,
+        deep: DeepFeatures | None = None,
+        **_: Any,
+    ) -> Tensor:
+        return super(HostNetwork, self).forward(x, timestep, stable_cascade_prior, context, deep=deep)
 
     def join(self, block: Block, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         if self.patches.options is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...wuerstchen_core.diffusion.samplers import NoiseSource, sample, seeded_noise
 from ...wuerstchen_core.diffusion.schedule import expand
 from ...wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
+from .feature_reuse import reusing
 from .model_sampling import WuerstchenSampling
 
 
@@ -95,11 +96,12 @@ def sample_stage(
     cfg: float,
     seed: int,
     sampler: str = SamplingSettings.sampler,
+    reuse: int = 1,
 ) -> Tensor:
     """Samples latents [B, c, h, w] with a MODEL along times [N + 1]; the same seed gives the core's result.
 
     Times that start below 1 start from the noised latents; at 1 from noise alone, except where a mask keeps the image.
-    If they start at 0, the latents are returned as they are.
+    If they start at 0, the latents are returned as they are. `reuse`: one in so many steps of Stage B is full.
     """
     samples = latent["samples"]
     if not times[0]:
@@ -107,16 +109,18 @@ def sample_stage(
     draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # set by ComfyUI's batch nodes
     noise = draw(samples)
     start = noise if times[0] == 1 else None
-    return comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        comfy.samplers.KSAMPLER(partial(sample_core, draw=draw, start=start, sampler=sampler)),
-        stage_sigmas(model, times),
-        positive,
-        negative,
-        samples,
-        noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(times) - 1),
-        seed=seed,
-    )
+    sigmas = stage_sigmas(model, times)
+    with reusing(model, reuse, sigmas) as model:
+        return comfy.sample.sample_custom(
+            model,
+            noise,
+            cfg,
+            comfy.samplers.KSAMPLER(partial(sample_core, draw=draw, start=start, sampler=sampler)),
+            sigmas,
+            positive,
+            negative,
+            samples,
+            noise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(times) - 1),
+            seed=seed,
+        )

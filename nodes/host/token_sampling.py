@@ -14,8 +14,10 @@ from ...wuerstchen_core.diffusion.samplers import guided
 from ...wuerstchen_core.diffusion.schedule import strength_times
 from ...wuerstchen_core.diffusion.token_sampler import SeededTokenNoise, renoise, sample_tokens
 from ...wuerstchen_core.inference.settings import SamplingSettings
+from ...wuerstchen_core.models.feature_reuse import FeatureReuse
 from ...wuerstchen_core.models.layers import nearest_codes
 from .conditioning import token_cond
+from .feature_reuse import REUSE
 from .latents import STAGE_B, check_shape
 from .masks import grid_mask
 
@@ -64,10 +66,13 @@ def sample_token_stage(
     dtype = model.get_dtype_inference()
     conds = [tuple(x.to(device, dtype) for x in states) for states in (cond, uncond)]
     codebook, samples = codebook.to(device), samples.to(device)
+    reuse = FeatureReuse(sampling.decoder_reuse, times.tolist()) if sampling.decoder_reuse > 1 else None
 
     def network(tokens: Tensor, t: Tensor, prior: Tensor, text: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return model.diffusion_model(tokens, t, text, stable_cascade_prior=prior).float()
+        # `guided` passes the same tensors in each step.
+        options = None if reuse is None else {REUSE: reuse, "uuids": [id(text)], "sigmas": t}
+        return model.diffusion_model(tokens, t, text, stable_cascade_prior=prior, transformer_options=options).float()
 
     def decode(tokens: Tensor) -> Tensor:
         return embedding(tokens, codebook).movedim(-1, 1).contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .conditioning import check_options, fit_areas
 from .diffusion_models import HostPrior
+from .feature_reuse import stop_reuse, unused_reuse
 from .notices import notify
 from .patch_notices import result_notices, setup_notices
 from .sampler_warnings import sampler_notices
@@ -35,14 +36,18 @@ def _outer_sample(
     model = guider.model_patcher.model
     network = model.diffusion_model
     check_options(model.stage, chain.from_iterable(guider.conds.values()))
-    for text in chain(sampler_notices(model, sampler, sigmas, noise.shape), setup_notices(guider, sigmas, noise.shape)):
+    for text in chain(
+        sampler_notices(model, sampler, sigmas, noise.shape),
+        setup_notices(guider, sigmas, noise.shape),
+        stop_reuse(guider),
+    ):
         notify(text)
     fit_areas(guider, noise)
     hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds)  # these patch it between steps
     network.patches.clear()
     with network.caching_keys_values() if isinstance(network, HostPrior) and not hooked else nullcontext():
         out = run(noise, latent, sampler, sigmas, *args, **kwargs)
-    for text in result_notices(guider):
+    for text in chain(result_notices(guider), unused_reuse(guider, sigmas)):
         notify(text)
     return out
 

@@ -30,7 +30,7 @@ BLUE = "a small blue apple"
 LINES: list[Any] = [
     {"prompt": PROMPT},
     {"prompt": BLUE, "count": 3, "seed": 7},
-    {"prompt": PROMPT, "width": 64, "prior_steps": 2, "negative": "blue"},
+    {"prompt": PROMPT, "width": 64, "prior_steps": 2, "negative": "blue", "decoder_steps": 3, "decoder_reuse": 2},
     {"prompt": BLUE, "decoder_guidance": 1.5},
     {"prompt": PROMPT, "height": 128, "width": 64},
     {"prompt": BLUE},
@@ -112,6 +112,7 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     assert [metadata[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
     assert len({one["seed"] for one in metadata.values()}) == len(NAMES)
     single = ("--negative", "blue", "--width", "64", "--prior-steps", "2", "--seed", str(metadata["000003"]["seed"]))
+    single += ("--decoder-steps", "3", "--reuse", "2")
     options = ("--model", bundle, "--sampler", "ddim", "--device", "cpu", "--output", tmp_path / "single.png")
     assert run("generate", PROMPT, *single, *options) == 0
     with Image.open(tmp_path / "single.png") as alone, Image.open(out / "000003.png") as image:
@@ -247,6 +248,7 @@ BAD = [
     ({"prompt": PROMPT, "prior_guidance": 10**400}, "prior_guidance"),
     ({"prompt": PROMPT, "schedule": "fast", "prior_steps": 9}, "6 steps, not 9"),
     ({"prompt": PROMPT, "token_mode": "argmax"}, "token"),
+    ({"prompt": PROMPT, "decoder_reuse": 0}, "decoder_reuse 0"),
     ('{"prompt": "\\ud800"}', "surrogate pair"),
     ({"prompt": PROMPT, "seed": json.loads("[" * 900 + "]" * 900)}, "recursion"),
 ]

@@ -25,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {  # differences from SETTINGS
     "guidance to 1": {"cfg": 4.0, "cfg_end": 1.0},
     "no guidance": {"cfg": 1.0},
     "cold": {"temperature": 0.2, "temperature_end": 0.1},
+    "reuse": {"reuse": 2, "steps": 5},
 }
 SEED, BATCH = 7, 2
 RENOISED = 0.4
@@ -97,6 +98,7 @@ class Sampler:
             decoder_guidance_end=settings["cfg_end"] or None,
             temperature=(settings["temperature"], settings["temperature_end"]),
             token_mode=settings["mode"],
+            decoder_reuse=settings.get("reuse", 1),
         )
         text = self.text.expand(BATCH, -1, -1)
         return self.core.sample_decoder(self.features, text, sampling, negative=self.empty, seed=seed, **edit)

@@ -14,7 +14,7 @@ NODES = {
     "WuerstchenEmptyLatents": ("width height batch_size", "stage_c:LATENT stage_b:LATENT"),
     "WuerstchenPriorSample": ("model positive negative stage_c schedule steps cfg seed denoise", "stage_c:LATENT"),
     "WuerstchenDecoderConditioning": ("conditioning stage_c", "conditioning:CONDITIONING"),
-    "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative denoise", "stage_b:LATENT"),
+    "WuerstchenDecoderSample": ("model positive stage_b steps cfg seed negative denoise reuse", "stage_b:LATENT"),
     "WuerstchenVAEDecode": ("vae stage_b", "image:IMAGE"),
     "WuerstchenScheduler": ("model schedule steps", "sigmas:SIGMAS"),
     "WuerstchenSampler": ("sampler_name", "sampler:SAMPLER"),
@@ -31,7 +31,8 @@ NODES = {
     "WuerstchenConditioningInterpolate": ("first second factor", "conditioning:CONDITIONING"),
     "WuerstchenTokenDecoderLoader": ("model_name weight_dtype", "token decoder:WUERSTCHEN_TOKEN_DECODER"),
     "WuerstchenTokenDecoderSample": (
-        "token_decoder positive stage_b vae steps cfg cfg_end temperature temperature_end mode seed negative denoise",
+        "token_decoder positive stage_b vae steps cfg cfg_end temperature temperature_end mode seed negative denoise "
+        "reuse",
         "stage_b:LATENT",
     ),
 }

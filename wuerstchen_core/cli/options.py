@@ -88,6 +88,8 @@ def add_options(
     option("--decoder-steps", **number, help="steps of Stage B")
     option("--decoder-guidance", **scale, help="guidance scale of Stage B; 1: no guidance")
     option("--decoder-guidance-end", **scale, help="guidance scale of Stage B at its last step, reached linearly")
+    text = "compute one in N steps of Stage B in full, the others with its deep features; 1: all in full (default: 1)"
+    option("--reuse", dest="decoder_reuse", **number, help=text)
     text = "v1 only: sampling temperatures of Stage B at its first and last step"
     option("--temperature", type=float, nargs=2, metavar=("FIRST", "LAST"), help=text)
     modes = Choices("..diffusion.token_sampler", "MODES")

@@ -67,13 +67,13 @@ NODES = {
     ),
     "WuerstchenDecoderSample": _node(
         "model:MODEL, positive:CONDITIONING, stage_b:LATENT, negative:CONDITIONING",
-        "steps:INT, cfg:FLOAT, seed:INT, denoise:FLOAT",
+        "steps:INT, cfg:FLOAT, seed:INT, denoise:FLOAT, reuse:INT",
         "stage_b:LATENT",
     ),
     "WuerstchenTokenDecoderSample": _node(
         "token_decoder:WUERSTCHEN_TOKEN_DECODER, positive:CONDITIONING, stage_b:LATENT, vae:VAE, negative:CONDITIONING",
         "steps:INT, cfg:FLOAT, cfg_end:FLOAT, temperature:FLOAT, temperature_end:FLOAT, mode:COMBO, seed:INT, "
-        "denoise:FLOAT",
+        "denoise:FLOAT, reuse:INT",
         "stage_b:LATENT",
     ),
     "WuerstchenVAEDecode": _node("vae:VAE, stage_b:LATENT", "", "image:IMAGE"),

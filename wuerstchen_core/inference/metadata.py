@@ -78,6 +78,7 @@ def parameters(record: Mapping[str, Any]) -> str:
         "Denoising strength": record.get("strength"),
         "Decoder steps": record["decoder_steps"],
         "Decoder CFG scale": record["decoder_guidance"],
+        "Decoder reuse": record.get("decoder_reuse"),
     }
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
     negative = f"Negative prompt: {record['negative']}\n" if record.get("negative") else ""

@@ -40,10 +40,10 @@ class WuerstchenPipeline(Components):
 
     Create it with `load`, or from networks: `WuerstchenPipeline(prior=..., decoder=..., ..., metadata=...)`. Methods
     take pictures as paths or PIL images, and return lists of PIL images. `settings` are the keyword arguments schedule,
-    sampler, prior_steps, prior_guidance, decoder_steps, decoder_guidance, decoder_guidance_end and, for v1, temperature
-    and token_mode (see `SamplingSettings`); the model's defaults apply to those that are absent or None.
-    `callback(stage, done, steps, denoised)` is called after each step. `progress` draws a bar with tqdm, if that is
-    installed: True, False, or None for interactive use only; the attribute `progress` is the default of all calls.
+    sampler, prior_steps, prior_guidance, decoder_steps, decoder_guidance, decoder_guidance_end, decoder_reuse and, for
+    v1, temperature and token_mode (see `SamplingSettings`); the model's defaults apply to those that are absent or
+    None. `callback(stage, done, steps, denoised)` is called after each step. `progress` draws a bar with tqdm, if that
+    is installed: True, False, or None for interactive use only; the attribute `progress` is the default of all calls.
     Invalid arguments raise ValueError before any computation.
     """
 

@@ -74,6 +74,8 @@ class _Reader:
             "decoder_guidance": scale,
             "sampler": SCHEDULES[schedule].sampler,
         }
+        if (reuse := self.value(decoder.get("reuse", 1))) > 1:
+            record["decoder_reuse"] = reuse
         if v1:
             record["temperature"] = [self.value(decoder[x]) for x in ("temperature", "temperature_end")]
             record["token_mode"] = self.value(decoder["mode"])

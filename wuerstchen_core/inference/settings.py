@@ -32,6 +32,7 @@ class SamplingOptions(TypedDict, total=False):
     decoder_steps: int | None
     decoder_guidance: float | None
     decoder_guidance_end: float | None
+    decoder_reuse: int | None
     temperature: tuple[float, float] | None
     token_mode: str | None
 
@@ -52,9 +53,10 @@ class SamplingSettings:
     temperature: tuple[float, float] = (1.0, 0.6)  # at the first and the last step; below 1 prefers likely tokens
     token_mode: str = "multinomial"  # how tokens are chosen: one of MODES
     sampler: str = Schedule.sampler  # of Stage C: a key of SAMPLERS
+    decoder_reuse: int = 1  # one in so many steps of Stage B is full; the others reuse its deep levels. 1: all are full
 
     def __post_init__(self) -> None:
-        for name in ("width", "height", "prior_steps", "decoder_steps"):
+        for name in ("width", "height", "prior_steps", "decoder_steps", "decoder_reuse"):
             object.__setattr__(self, name, to_int(name, getattr(self, name)))
         for name in ("prior_guidance", "decoder_guidance", "decoder_guidance_end"):
             if getattr(self, name) is not None:
@@ -69,6 +71,8 @@ class SamplingSettings:
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("token mode", self.token_mode, MODES)
         self.decoder_times()
+        if self.decoder_reuse < 1:
+            raise ValueError(f"decoder_reuse {self.decoder_reuse} cannot be used: give 2 or more, or 1 for no reuse")
         temperature = plain(self.temperature)
         pair = isinstance(temperature, tuple | list) and len(temperature) == 2
         if not pair or min(values := tuple(to_float("temperature", value) for value in temperature)) <= 0:
@@ -118,7 +122,9 @@ class SamplingSettings:
         return {name: x for name, x in asdict(self).items() if x is not None and name not in self._unused()}
 
     def _unused(self) -> tuple[str, ...]:
-        return ("tokens",) if self.tokens else ("tokens", *TOKEN_SETTINGS)
+        """Returns the settings that metadata leave out; reuse is off unless a call asks for it, whatever the model."""
+        without = ("tokens",) if self.decoder_reuse > 1 else ("tokens", "decoder_reuse")
+        return without if self.tokens else (*without, *TOKEN_SETTINGS)
 
     def prior_times(self) -> Tensor:
         """Returns the times of Stage C, [prior_steps + 1]."""

@@ -16,6 +16,7 @@ from ..common.geometry import decoder_side, prior_side, size_note
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
+from ..models.feature_reuse import FeatureReuse
 from ..models.image_encoder import semantic_view
 from ..models.prior import KVCache, features_from_latents, latents_from_features
 from ..models.token_decoder import TokenDecoder
@@ -118,7 +119,9 @@ def sample_decoder(
         if max(sampling.decoder_scales()) > 1:
             assert negative is not None
             uncond = (torch.zeros_like(features), negative.to(text).expand(len(text), -1, -1))
-        predict = guided(in_fp32(decoder), cond, uncond)
+        times = sampling.decoder_times()
+        reuse = FeatureReuse(sampling.decoder_reuse, times.tolist()) if sampling.decoder_reuse > 1 else None
+        predict = guided(in_fp32(decoder, reuse=reuse), cond, uncond)
         height, width = decoder_side(sampling.height), decoder_side(sampling.width)
         if isinstance(decoder, TokenDecoder):
             with model.using("vqgan") as vqgan:
@@ -128,7 +131,7 @@ def sample_decoder(
                 tokens = sample_tokens(
                     predict,
                     tokens,
-                    sampling.decoder_times(),
+                    times,
                     noise=tokens,
                     draw=token_draw,
                     codebook=codebook,
@@ -146,7 +149,7 @@ def sample_decoder(
         x = sample(
             lambda x, t: predict(x, t, next(scales)),
             noise,
-            sampling.decoder_times(),
+            times,
             draw=draw,
             init=None if init is None else init / scale_factor,
             mask=mask,
@@ -178,15 +181,19 @@ def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
     return features
 
 
-def in_fp32(network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text) -> Callable[..., Tensor]:
+def in_fp32(
+    network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text, reuse: FeatureReuse | None = None
+) -> Callable[..., Tensor]:
     """Returns a denoiser for samplers in fp32: inputs are cast to the network's dtype, its output to fp32.
 
-    `read` is applied to the text states, its last argument.
+    `read` is applied to the text states, its last argument. With `reuse`, a U-Net keeps its deep features for each
+    conditioning; its tensors must then live as long as the denoiser.
     """
     dtype = first_weight(network).dtype
 
     def model(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         *others, text = cond
-        return network(x.to(dtype) if x.is_floating_point() else x, t, *others, read(text)).float()
+        deep = {} if reuse is None else {"deep": reuse.call(float(t[0]), (id(text), x.shape))}
+        return network(x.to(dtype) if x.is_floating_point() else x, t, *others, read(text), **deep).float()
 
     return model

@@ -10,6 +10,7 @@ from ..checkpoints.components import TOWERS
 from ..diffusion.schedule import SCHEDULES
 from .comfyui_nodes import SHIPPED, SHIPPED_LORAS, Prompt
 from .embeddings import has_embedding
+from .settings import SamplingSettings
 
 V1_LABELS = {  # the loaders' names of parts of a v1 bundle
     "prior": "prior",
@@ -32,7 +33,7 @@ LOADERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # node, its widget with
     "image_encoder": ("WuerstchenVAELoader", "vae_name", {}),
 }
 MAX_SEED = 2**53 - 1  # of the canvas, whose numbers are JavaScript's
-MAX_STEPS, MAX_CFG = 1000, 30.0  # of the nodes
+MAX_STEPS, MAX_CFG, MAX_REUSE = 1000, 30.0, 100  # of the nodes
 # The canvas reads these as choices, comments and escapes, and some cannot be escaped.
 SPECIAL = re.compile(r"[{}\\]|//|/\*")
 
@@ -172,8 +173,8 @@ def _add_decoder(
     inputs = {"model": source["decoder"], "positive": [cond, 0], "stage_b": [latents, 1]}
     if scale > 1:
         inputs["negative"] = [negative, 1]
-    steps = _steps(record["decoder_steps"])
-    return graph.add("WuerstchenDecoderSample", **inputs, steps=steps, cfg=scale, seed=seed, denoise=1.0)
+    steps, reuse = _steps(record["decoder_steps"]), _reuse(record)
+    return graph.add("WuerstchenDecoderSample", **inputs, steps=steps, cfg=scale, seed=seed, denoise=1.0, reuse=reuse)
 
 
 def _add_token_decoder(
@@ -201,6 +202,7 @@ def _add_token_decoder(
         mode=record["token_mode"],
         seed=seed,
         denoise=1.0,
+        reuse=_reuse(record),
     )
 
 
@@ -208,6 +210,13 @@ def _steps(steps: int) -> int:
     if steps > MAX_STEPS:
         raise NoGraph
     return steps
+
+
+def _reuse(record: Mapping[str, Any]) -> int:
+    reuse: int = record.get("decoder_reuse", SamplingSettings.decoder_reuse)
+    if reuse > MAX_REUSE:
+        raise NoGraph
+    return reuse
 
 
 def _scale(guidance: float) -> float:

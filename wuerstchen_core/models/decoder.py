@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.mlp import MappedLatents
+from .feature_reuse import DeepFeatures
 from .layers import EPS, channels_last, timestep_embedding
 from .operations import Operations
 from .unet import UNet, UNetParams
@@ -62,7 +63,13 @@ class Decoder(UNet):
         self.init_unet((*filter(None, self.effnet_mappers), self.clip_mapper))
 
     def forward_ab(
-        self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, text_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        prior_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns maps a and b in fp32, which give the noise (latents - a) / b; shapes as in `forward`."""
         p = self.params
@@ -78,17 +85,23 @@ class Decoder(UNet):
 
         time = timestep_embedding(t, p.c_r).to(text.dtype)
         text = F.layer_norm(self.clip_mapper(text), (p.c_cond,), eps=EPS)
-        a, b = self.run(latents, time, text, inject, text_mask).float().chunk(2, dim=1)
+        a, b = self.run(latents, time, text, inject, text_mask, deep).float().chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def forward(
-        self, latents: Tensor, t: Tensor, prior_latents: Tensor, text: Tensor, text_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        prior_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """Returns the noise in latents [B, 4, H, W] at times t [B] in [0, 1].
 
         It depends on prior_latents [B, 16, h, w] and text [B, 77 n, clip_embd], which is padding where `text_mask`
-        [B, 77 n] is False. H and W must be multiples of `params.multiple`.
+        [B, 77 n] is False. H and W must be multiples of `params.multiple`. `deep` as in `UNet.run`.
         """
         self.check_size(latents)
-        a, b = self.forward_ab(latents, t, prior_latents, text, text_mask)
+        a, b = self.forward_ab(latents, t, prior_latents, text, text_mask, deep)
         return ((latents.float() - a) / b).to(latents.dtype).contiguous()

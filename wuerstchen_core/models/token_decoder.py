@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .feature_reuse import DeepFeatures
 from .layers import EPS, ChannelNorm, timestep_embedding
 from .operations import Operations
 from .unet import UNet, UNetParams
@@ -74,13 +75,14 @@ class TokenDecoder(UNet):
         text: Tensor,
         positions: Tensor | None = None,
         text_mask: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """Returns logits [B, num_labels, H, W] of the clean tokens.
 
         They depend on tokens [B, H, W] noised to times t [B] in [0, 1], prior_latents [B, 16, h, w] and text
         [B, 77 n, byt5_embd], which is padding where `text_mask` [B, 77 n] is False. H and W must be multiples of
         `params.multiple`. With `positions` [B, n], indices into the H W tokens of each image, only their logits are
-        returned: [B, num_labels, n, 1].
+        returned: [B, num_labels, n, 1]. `deep` as in `UNet.run`.
         """
         p = self.params
         self.check_size(tokens)
@@ -90,7 +92,7 @@ class TokenDecoder(UNet):
         cond = self.condition(prior_latents, text)
         if text_mask is not None:
             text_mask = F.pad(text_mask, (cond.shape[1] - text.shape[1], 0), value=True)
-        x = self.run(x, time, cond, mask=text_mask)
+        x = self.run(x, time, cond, mask=text_mask, deep=deep)
         if positions is not None:
             x = x.flatten(2).gather(2, positions[:, None].expand(-1, p.c_out, -1))[..., None]
         return self.out_mapper(x).contiguous()

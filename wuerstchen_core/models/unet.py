@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.mlp import MappedLatents
 from .attention import AttnBlock
+from .feature_reuse import DeepFeatures
 from .init import init_blocks, xavier_init
 from .layers import ChannelNorm, EarlySkipResBlock, FeedForwardBlock, ResBlock, TimestepBlock, channels_last
 from .operations import from_namespace
@@ -155,19 +156,30 @@ class UNet(nn.Module):
         return x, x
 
     def run(
-        self, x: Tensor, time: Tensor, cond: Tensor, inject: Inject | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor,
+        inject: Inject | None = None,
+        mask: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """Maps x [B, c_in, H, W] to [B, c_out, H, W], given time embeddings [B, c_r] and conditioning [B, M, c_cond].
 
         `inject` returns what joins all convolutions of a level, numbered down and up again. `mask` [B, M] is False
-        where the conditioning is padding.
+        where the conditioning is padding. `deep` replaces all levels below the finest, if it has features; otherwise
+        this stores them in it.
         """
         x = self.embedding[0](x)
         x = self.embedding[2](self.embedding[1](channels_last(x)))  # [B, c_hidden[0], H / patch_size, W / patch_size]
         x, _ = self.finish(EMBEDDING, x)
         levels = (*self.down_blocks, *self.up_blocks)
         skips: list[Tensor] = []
+        reused = None if deep is None else deep.features
         for block in self.blocks:
+            if reused is not None and 0 < block.level < len(levels) - 1:
+                x = reused
+                continue
             skip = None
             if block.takes_skip:
                 x, skip = self.join(block, x, skips.pop())
@@ -184,4 +196,6 @@ class UNet(nn.Module):
             x, saved = self.finish(block, x)
             if block.saves_skip:
                 skips.append(saved)
+            if deep is not None and block.level == len(levels) - 2:
+                deep.features = x
         return self.clf(x)
