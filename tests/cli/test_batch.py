@@ -262,7 +262,7 @@ def test_invalid_lines_are_reported_and_skipped(
     assert run(*command(bundle, prompts, out, "--json")) == 2
     out_text, last = capsys.readouterr()
     report, named = json.loads(out_text), caplog.messages
-    assert (report["generated"], report["existing"]) == (2, 0) and set(files(out)) == file_names(["000001", "000018"])
+    assert (report["generated"], report["existing"]) == (2, 0) and set(files(out)) == file_names(["000001", "000019"])
     assert len(named) == len(BAD) == len(report["skipped"])
     for number, (line, (_, reason)) in enumerate(zip(named, BAD, strict=True), 3):
         assert line.startswith(f"{prompts}: line {number} ") and reason in line and len(line) < 500
