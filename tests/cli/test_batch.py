@@ -267,7 +267,7 @@ def test_invalid_lines_are_reported_and_skipped(
     for number, (line, (_, reason)) in enumerate(zip(named, BAD, strict=True), 3):
         assert line.startswith(f"{prompts}: line {number} ") and reason in line and len(line) < 500
         assert reason in report["skipped"][str(number)]
-    assert str(prompts) in last and "lines 3, 4, 5 and 12 more" in last and last.count("\n") == 1
+    assert str(prompts) in last and "lines 3, 4, 5 and 13 more" in last and last.count("\n") == 1
 
 
 def test_unknown_words_are_reported_once_for_all_lines(
