@@ -17,7 +17,7 @@ from wuerstchen_core.demo.vocabulary import caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
 from .. import DOCS, markdown_table
-from . import steps_trials
+from . import reuse_trials, steps_trials
 from .evaluate import evaluate, held_out_scenes
 from .judge import wilson_interval
 
@@ -74,6 +74,8 @@ def page(results: Mapping[str, Any]) -> str:
         hard=" and ".join(f'"{prompt}"' for prompt in steps_trials.HARD),
         hard_count=len(steps_trials.HARD) * steps_trials.HARD_SEEDS,
         hard_trials=_hard(results["hard"]),
+        reuse=reuse_trials.table(results["reuse"]),
+        reuse_count=results["reuse"]["count"],
     )
     return text + "".join(_stage(results, stage) for stage in steps_trials.COUNTS)
 
@@ -165,6 +167,9 @@ def main() -> None:
             [scene for scene in held_out_scenes({}) if caption(scene) in steps_trials.HARD] * steps_trials.HARD_SEEDS
         )
         results["hard"] = [study.measure(*trial) for trial in steps_trials.HARD_TRIALS]
+        steps_trials.write_results(results)
+    if "reuse" not in results:
+        results["reuse"] = reuse_trials.measure(steps_trials.study_scenes(steps_trials.WHOLE_EVERY))
         steps_trials.write_results(results)
     for name, changes in steps_trials.WHOLE.items():
         if name not in results["whole"]:

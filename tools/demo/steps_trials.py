@@ -140,10 +140,10 @@ def detail(image: np.ndarray) -> float:
     return float(np.abs(4 * grey[1:-1, 1:-1] - around).mean())
 
 
-def study_scenes() -> list[Scene]:
-    """Returns the held-out scenes of the trials."""
+def study_scenes(every: int = EVERY) -> list[Scene]:
+    """Returns the held-out scenes of the trials, all sizes of every n-th pair."""
     scenes = held_out_scenes(read_metadata("demo"))
-    return [scene for index, scene in enumerate(scenes) if index // len(SIZES) % EVERY == 0]
+    return [scene for index, scene in enumerate(scenes) if index // len(SIZES) % every == 0]
 
 
 def trials() -> Iterator[Trial]:
