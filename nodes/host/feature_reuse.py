@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,10 +65,10 @@ def stop_reuse(guider: Any) -> Iterator[str]:
         yield f"reuse has no effect, because {reason}: set it to 1, or remove that node"
 
 
-def unused_reuse(guider: Any, sigmas: Sequence[float]) -> Iterator[str]:
-    """Yields the notice of a run in which no call could reuse features."""
+def unused_reuse(guider: Any, sigmas: Tensor) -> Iterator[str]:
+    """Yields the notice of a run along sigmas [N + 1] in which no call could reuse features."""
     reuse = guider.model_options.get("transformer_options", {}).get(REUSE)
-    if reuse is not None and not reuse.reused and len(sigmas) > 3:
+    if reuse is not None and not reuse.reused and len(sigmas) > 4:
         yield (
             "reuse had no effect, because another node patches Stage B, compiles it, or runs it several times a step: "
             "set it to 1, or remove that node"

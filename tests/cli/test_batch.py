@@ -30,7 +30,7 @@ BLUE = "a small blue apple"
 LINES: list[Any] = [
     {"prompt": PROMPT},
     {"prompt": BLUE, "count": 3, "seed": 7},
-    {"prompt": PROMPT, "width": 64, "prior_steps": 2, "negative": "blue", "decoder_steps": 3, "decoder_reuse": 2},
+    {"prompt": PROMPT, "width": 64, "prior_steps": 2, "negative": "blue", "decoder_steps": 4, "decoder_reuse": 2},
     {"prompt": BLUE, "decoder_guidance": 1.5},
     {"prompt": PROMPT, "height": 128, "width": 64},
     {"prompt": BLUE},
@@ -112,7 +112,7 @@ def test_each_line_gives_the_images_of_generate(bundle: Path, prompts: Path, tmp
     assert [metadata[name]["seed"] for name in NAMES[1:4]] == [7, 8, 9]
     assert len({one["seed"] for one in metadata.values()}) == len(NAMES)
     single = ("--negative", "blue", "--width", "64", "--prior-steps", "2", "--seed", str(metadata["000003"]["seed"]))
-    single += ("--decoder-steps", "3", "--reuse", "2")
+    single += ("--decoder-steps", "4", "--reuse", "2")
     options = ("--model", bundle, "--sampler", "ddim", "--device", "cpu", "--output", tmp_path / "single.png")
     assert run("generate", PROMPT, *single, *options) == 0
     with Image.open(tmp_path / "single.png") as alone, Image.open(out / "000003.png") as image:

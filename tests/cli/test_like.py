@@ -53,7 +53,7 @@ def record(path: str | Path) -> dict[str, Any]:
     [
         (), ("--seed", "7", "--negative", "blue"), ("--schedule", "fast", "--dtype", "bf16"),
         ("--prior-steps", "2", "--prior-guidance", "3.3", "--width", "64", "--decoder-guidance-end", "2"),
-        ("--decoder-steps", "3", "--reuse", "2"),
+        ("--decoder-steps", "4", "--reuse", "2"),
         ("--sampler", "dpmpp_2m", "--decoder-guidance", "1.5"),
     ],
     ids=str,

@@ -94,10 +94,10 @@ def test_both_conditions_keep_their_own_features(pipe: WuerstchenPipeline) -> No
 
 
 def test_guidance_that_ends_changes_the_batch(pipe: WuerstchenPipeline) -> None:
-    """From step 2 on, the scale is 1 and only the conditional rows run, which have no features yet."""
+    """From step 1 on, the scale is 1 and only the conditional rows run, which have no features yet."""
     with counting(pipe) as count:
-        stage_b(pipe, decoder_guidance=1.5, decoder_guidance_end=0.0, decoder_reuse=100)
-        assert count() == (2 * 4 + 3 * 2, 4 + 2 + 2)
+        stage_b(pipe, decoder_guidance=1.2, decoder_guidance_end=0.0, decoder_reuse=2)
+        assert count() == (4 + 4 * 2, 4 + 3 * 2)
 
 
 def test_edits_reuse(pipe: WuerstchenPipeline) -> None:

@@ -25,7 +25,7 @@ def reused(reuse: FeatureReuse, time: float, key: str = "a") -> bool:
 @pytest.mark.parametrize(("steps", "interval"), [*product((1, 2, 3, 4, 12, 20, 1000), (1, 2, 3, 5, 100))])
 def test_full_steps_are_evenly_spread_with_both_ends(steps: int, interval: int) -> None:
     full = full_steps(steps, interval)
-    assert full[0] == 0 and full[-1] == steps - 1 and len(full) == min(steps, max(-(-steps // interval), 2))
+    assert full[0] == 0 and full[-1] == steps - 1 and len(full) == min(steps, max(-(-steps // interval), 3))
     gaps = [b - a for a, b in zip(full, full[1:], strict=False)]
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
 

@@ -16,7 +16,7 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("tqdm", reason="measuring needs tqdm")
 
 from tools import DOCS  # noqa: E402
-from tools.demo import evaluate, steps, steps_trials  # noqa: E402
+from tools.demo import evaluate, reuse_trials, steps, steps_trials  # noqa: E402
 
 RESULTS = steps_trials.read_results()
 
@@ -54,6 +54,15 @@ def test_the_shipped_model_was_measured_and_needs_no_more_steps() -> None:
     assert [steps.key(row) for row in RESULTS["hard"]] == steps_trials.HARD_TRIALS and hard[-1] >= hard[0]
     held = evaluate.held_out_scenes(read_metadata("demo"))
     assert original["thing"]["count"] == original["compressed"]["count"] >= len(held) // steps_trials.WHOLE_EVERY
+
+
+def test_reuse_beats_fewer_steps() -> None:
+    """Half of 12 steps reuse: less time than 8 full steps, all things that 12 full steps get right, and near them."""
+    found = {(row["steps"], row["reuse"]): row for row in RESULTS["reuse"]["rows"]}
+    assert [*found] == reuse_trials.TRIALS and RESULTS["reuse"]["count"] >= 100
+    full, reused, fewer = found[12, 1], found[12, 2], found[8, 1]
+    assert reused["thing"] == full["thing"] and reused["time"] < fewer["time"] and reused["psnr"][0] > 49.2
+    assert reused["psnr"][1] > fewer["psnr"][0] + 9
 
 
 def test_a_worse_trial_is_not_as_good() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 class DeepFeatures:
     """The output of the levels below the finest, for one call of a U-Net: reused if set, otherwise stored by the call.
 
-    They change little from step to step, and take five sixths of a step's products at v2's widths.
+    They change little from step to step, and take nine tenths of a step's time at v2's widths.
     """
 
     step: int
@@ -21,11 +21,12 @@ class DeepFeatures:
 
 
 def full_steps(steps: int, interval: int) -> list[int]:
-    """Returns the steps that compute all levels: one in `interval`, evenly spread, with the first and the last.
+    """Returns the steps that compute all levels: one in `interval` and at least three, with the first and the last.
 
-    The last step matters most: with it, 12 steps of which 6 are full give 52 dB instead of 50 dB on the shipped model.
+    They are evenly spread. The last step matters most: with it, 12 steps of which 6 are full are 52 dB instead of 50 dB
+    from 12 full ones on the shipped model. 4 steps of which 3 are full are 52 dB from 4 full ones, and with 2 46 dB.
     """
-    count = min(steps, max(-(-steps // interval), 2))
+    count = min(steps, max(-(-steps // interval), 3))
     return [-(-i * (steps - 1) // max(count - 1, 1)) for i in range(count)]
 
 
