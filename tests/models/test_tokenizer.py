@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.text_encoder import TextEncoder, tokenize, tokenize_whole
-from wuerstchen_core.models.tokenizer import END, START, _piece_ids, encode
+from wuerstchen_core.models.tokenizer import END, START, VOCABULARY, _piece_ids, _tables, encode
 from wuerstchen_core.training.data.caption_tokens import CaptionTokenizer
 from wuerstchen_core.training.stages.networks import encode_text
 
@@ -39,6 +42,20 @@ def test_pieces_have_the_ids_of_open_clip() -> None:
     for piece in (*random_words, "a" * 200, "haha" * 50, "<start_of_text", *map(chr, range(33, 2000))):
         symbols = "".join(table.byte_encoder[byte] for byte in piece.encode())
         assert _piece_ids(piece) == tuple(table.encoder[token] for token in table.bpe(symbols).split(" ")), piece
+
+
+def test_the_vocabulary_is_read_from_a_zip_without_importing_open_clip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected, (folder,) = _tables(), find_spec("open_clip").submodule_search_locations
+    with ZipFile(tmp_path / "packages.zip", "w") as file:
+        file.writestr("open_clip/__init__.py", "raise AssertionError('open_clip was imported')")
+        file.write(Path(folder) / VOCABULARY, f"open_clip/{VOCABULARY}")
+    monkeypatch.syspath_prepend(tmp_path / "packages.zip")
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    assert find_spec("open_clip").origin.startswith(str(tmp_path))
+    _tables.cache_clear()
+    assert _tables() == expected
 
 
 def test_texts_stay_as_they_are_written() -> None:

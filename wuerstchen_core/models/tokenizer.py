@@ -17,7 +17,7 @@ from typing import Any
 START, END = 49406, 49407  # <|startoftext|>, <|endoftext|>, which is also the padding
 
 _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_MERGES = "bpe_simple_vocab_16e6.txt.gz"  # open_clip's file; its first line is a heading
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # open_clip's file; its first line is a heading
 _END_OF_WORD = "</w>"
 
 
@@ -85,7 +85,7 @@ def _tables() -> tuple[dict[str, int], dict[str, int]]:
     spec: Any = find_spec("open_clip")  # importing it would take seconds
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
-    file = BytesIO(spec.loader.get_data(str(Path(spec.origin).with_name(_MERGES))))
+    file = BytesIO(spec.loader.get_data(str(Path(spec.origin).with_name(VOCABULARY))))
     symbols = list(_byte_symbols().values())
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         merges = [line.rstrip("\n") for line in islice(lines, 1, START - 2 * len(symbols) + 1)]
