@@ -60,7 +60,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
     command = (
         "--width 64 --height 128 --schedule linear --sampler ddim --prior-steps 5 --prior-guidance 3.5 "
         "--decoder-steps 4 --decoder-guidance 1.5 --decoder-guidance-end 2 --temperature 1 0.5 --token-mode argmax "
-        "--seed 3 --negative fog --dtype bf16 --device cpu"
+        "--reuse 2 --seed 3 --negative fog --dtype bf16 --device cpu"
     )
     bundle = write_tiny_bundle(here / "v1.safetensors", release="v1")  # v2 has no token options
     assert run("generate", PROMPT, "--model", bundle, *command.split()) == 0
@@ -69,6 +69,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
         "prompt": PROMPT, "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear",
         "prior_steps": 5, "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5,
         "decoder_guidance_end": 2.0, "temperature": (1.0, 0.5), "token_mode": "argmax", "sampler": "ddim",
+        "decoder_reuse": 2,
     }  # fmt: skip
 
 
