@@ -19,6 +19,6 @@ def no_progress(text: str, done: int, total: int) -> None:
     """Shows nothing."""
 
 
-def fixed_memory(side: str, setting: Setting, threads: int, compiles: bool) -> tuple[int, float, float]:
-    """Returns fixed bytes and seconds of loading and of a cold start."""
-    return {"ours": (30_000_000, 2.0, 3.0), "peer": (60_000_000, 2.0, 6.0)}[side]
+def fixed_memory(side: str, setting: Setting, threads: int) -> int:
+    """Returns fixed bytes."""
+    return {"ours": 30_000_000, "peer": 60_000_000}[side]

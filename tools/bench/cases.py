@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wuerstchen_core.common.devices import DTYPES
+from wuerstchen_core.common.devices import DTYPES, NETWORK_DTYPES, companion_dtype, native_bf16
 from wuerstchen_core.common.geometry import check_size, decoder_side, prior_side
+from wuerstchen_core.kernels.int8 import has_int8
 
 from .weights import ModelSizes
 
@@ -54,6 +55,8 @@ class Case:
     size: int  # pixels per side
     batch: int
     dtype: str
+    compute: str  # dtype of all but int8 layers, and of the peer: that of `dtype` unless it is int8
+    compiled: bool = False
 
     @property
     def benchmark(self) -> Benchmark:
@@ -61,7 +64,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.stage} {self.size}² x{self.batch} {self.dtype}"
+        return f"{self.stage} {self.size}² x{self.batch} {self.dtype}{' compiled' if self.compiled else ''}"
 
     @property
     def rows(self) -> int:
@@ -69,9 +72,9 @@ class Case:
         return 2 * self.batch if self.stage == "prior" else self.batch
 
     @property
-    def weight_dtype(self) -> str:
-        """Mixed-precision training keeps fp32 weights."""
-        return "fp32" if self.benchmark.trains else self.dtype
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the random weights: mixed-precision training keeps them in fp32, int8 quantises them."""
+        return torch.float32 if self.benchmark.trains else DTYPES[self.compute]
 
 
 def stage_names(names: Sequence[str]) -> list[str]:
@@ -81,18 +84,38 @@ def stage_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,))))
 
 
-def all_cases(stages: Sequence[str], sizes: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
-    """Returns every combination, ordered so that each network is loaded once. Raises ValueError for an invalid one."""
+def fast_dtypes(device: torch.device) -> list[str]:
+    """Returns the dtypes in which a device is fast: bf16 if it is native, else fp32 (fp16 on GPUs), and int8."""
+    wide = "bf16" if native_bf16(device) else "fp32" if device.type == "cpu" else "fp16"
+    return [wide, *(["int8"] if device.type == "cuda" or (device.type == "cpu" and has_int8()) else [])]
+
+
+def all_cases(
+    stages: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    device: torch.device,
+    compiled: Sequence[bool] = (False,),
+) -> list[Case]:
+    """Returns every combination, ordered so that each network is made once. Raises ValueError for an invalid one."""
     for size in sizes:
         check_size(size, size)
     if min(batches) < 1:
         raise ValueError(f"--batch {min(batches)} is too small: use at least 1")
-    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise ValueError(f"unknown dtype {unknown[0]!r}: choose from {', '.join(DTYPES)}")
-    if "fp16" in dtypes and any(BENCHMARKS[stage].trains for stage in stages):
-        raise ValueError("training runs in bf16 (mixed precision) or fp32: remove fp16 from --dtypes")
-    combinations = product(dtypes, stages, sorted(batches), sorted(sizes))
-    return [Case(stage, size, batch, dtype) for dtype, stage, batch, size in combinations]
+    if unknown := [dtype for dtype in dtypes if dtype not in NETWORK_DTYPES]:
+        raise ValueError(f"unknown dtype {unknown[0]!r}: choose from {', '.join(NETWORK_DTYPES)}")
+    if {"fp16", "int8"} & set(dtypes) and any(BENCHMARKS[stage].trains for stage in stages):
+        raise ValueError("training runs in bf16 (mixed precision) or fp32: remove fp16 and int8 from --dtypes")
+    companion = next(name for name, dtype in DTYPES.items() if dtype == companion_dtype(device))
+    computes = {dtype: companion if dtype == "int8" else dtype for dtype in dtypes}
+    return [
+        Case(stage, size, batch, dtype, compute, is_compiled)
+        for is_compiled, compute, stage, batch, size, dtype in product(
+            compiled, dict.fromkeys(computes.values()), stages, sorted(batches), sorted(sizes), dtypes
+        )
+        if computes[dtype] == compute
+    ]
 
 
 def inputs(case: Case, sizes: ModelSizes, device: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -115,7 +138,7 @@ def network_inputs(case: Case, sizes: ModelSizes, device: Any, dtype: torch.dtyp
     """Returns (x, t, ...) for one call of Prior or Decoder; both sides take this order. dtype: see `inputs`."""
     randn = _randn(case, device, dtype)
     rows, prior, latent = case.rows, prior_side(case.size), decoder_side(case.size)
-    t = torch.full((rows,), 0.5, device=device, dtype=dtype or DTYPES[case.dtype])
+    t = torch.full((rows,), 0.5, device=device, dtype=dtype or DTYPES[case.compute])
     if case.benchmark.parts[0] == "prior":
         return randn(rows, sizes.prior.c_in, prior, prior), t, randn(rows, TOKENS, sizes.prior.c_cond)
     features = randn(rows, sizes.decoder.effnet_embd, prior, prior)
@@ -124,4 +147,4 @@ def network_inputs(case: Case, sizes: ModelSizes, device: Any, dtype: torch.dtyp
 
 def _randn(case: Case, device: Any, dtype: torch.dtype | None) -> Any:
     generator = torch.Generator().manual_seed(SEED)
-    return lambda *shape: torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).to(device, dtype)
+    return lambda *shape: torch.randn(shape, generator=generator).to(DTYPES[case.compute]).to(device, dtype)

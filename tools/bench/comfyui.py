@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .. import ROOT
 from .report import aligned
 from .run import BenchConfig, Progress
-from .weights import random_weights
 
 PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "../python_embeded/python.exe")
 STAGES = ("prior", "decoder")
@@ -27,13 +27,11 @@ def measure(comfyui: Path, config: BenchConfig, progress: Progress) -> list[dict
     if not stages:
         raise ValueError(f"ComfyUI samples Stages C and B only: combine --comfyui with --stages {','.join(STAGES)}")
     python = next((path for name in PYTHONS if (path := comfyui / name).exists()), Path(sys.executable))
-    files = [(part, dtype) for dtype in config.dtypes for part in (*stages, "vqgan")]
-    with random_weights(files, config.networks, progress) as folder:
-        progress("ComfyUI's samplers", 0, 1)
-        job = {name: getattr(config, name) for name in ("sizes", "batch", "dtypes", "repeat", "device", "threads")}
-        arguments = [str(comfyui.absolute()), json.dumps({**job, "stages": stages, "folder": str(folder)})]
-        command = [str(python.absolute()), "-m", "tools.comfyui.measure_speed", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    progress("ComfyUI's samplers", 0, 1)
+    job = {name: getattr(config, name) for name in ("sizes", "batch", "dtypes", "repeat", "device", "threads")}
+    job |= {"stages": stages, "networks": asdict(config.networks)}
+    command = [str(python.absolute()), "-m", "tools.comfyui.measure_speed", str(comfyui.absolute()), json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(f"{comfyui} could not be measured: {last[-MAX_MESSAGE:]}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+import json
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from wuerstchen_core.checkpoints.diffusers_layout import CLASSES
+from wuerstchen_core.checkpoints.diffusers_layout import CLASSES, config_text
+from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
 from wuerstchen_core.diffusion.schedule import linear_times
 
 from .cases import PRIOR_GUIDANCE, SEED, Case
 from .measure import Callback, Side
+from .weights import ModelSizes
 
 PACKAGE = "diffusers.pipelines.deprecated.wuerstchen"
 DRAW_NOISE = (
@@ -38,10 +40,17 @@ def network_class(part: str) -> Any:
     return getattr(importlib.import_module(PACKAGE), CLASSES[part])
 
 
+def build_network(part: str, sizes: ModelSizes, state: dict[str, Tensor], **options: Any) -> Any:
+    """Returns diffusers' network with these tensors as its weights; `options` change its configuration."""
+    with torch.device("meta"):
+        network = network_class(part).from_config(json.loads(config_text(part, sizes.of(part))) | options)
+    network.load_state_dict({vqgan_key_to_diffusers(key): x for key, x in state.items()}, assign=True)
+    return network
+
+
 class DiffusersBaseline(Side):
-    def load(self, part: str, path: Path) -> Any:
-        network = network_class(part).from_pretrained(path.parent, torch_dtype=self.setting.dtype)
-        return network.to(self.setting.device).eval().requires_grad_(False)
+    def load(self, part: str, state: dict[str, Tensor]) -> Any:
+        return build_network(part, self.setting.sizes, state).eval().requires_grad_(False)
 
     def compile(self) -> None:
         for part, network in self.networks.items():

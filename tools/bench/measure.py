@@ -22,10 +22,12 @@ from wuerstchen_core.common.devices import DTYPES
 from wuerstchen_core.inference.images import to_pixels
 
 from .cases import PICTURE, Case, inputs, network_inputs
-from .weights import ModelSizes, weight_file
+from .weights import ModelSizes, random_state
 
 Clock = Callable[[], float]  # seconds
 Callback = Callable[..., Any]  # called after each step
+States = Mapping[str, dict[str, Tensor]]  # weights by part
+PRODUCTS = re.compile(r"avx2|avx512_(f|bf16|fp16|vnni)$|avx_vnni|amx|sve|bf16|i8mm|dotprod")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROCESS, CPU = Path("/proc/self"), Path("/proc/cpuinfo")
 
@@ -35,7 +37,6 @@ class Setting:
     """The networks of one case and how they compute."""
 
     case: Case
-    folder: Path  # of the weights
     sizes: ModelSizes
     device: str
     steps: tuple[int, int]  # of a whole picture: Stage C, Stage B
@@ -43,20 +44,28 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.compute or DTYPES[self.case.dtype]
+        return self.compute or DTYPES[self.case.compute]
+
+    def states(self) -> States:
+        """Returns the weights of the networks, on their device."""
+        dtype = self.compute or self.case.weight_dtype
+        return {part: random_state(part, self.sizes, dtype, self.device) for part in self.case.benchmark.parts}
 
 
 class Side:
-    """One implementation, with the networks of a case loaded."""
+    """One implementation, with the networks of a case. Both sides may have the same tensors as weights."""
 
-    def __init__(self, setting: Setting):
-        self.setting, case = setting, setting.case
-        files = {part: weight_file(setting.folder, part, case.weight_dtype) for part in case.benchmark.parts}
-        self.networks: dict[str, Any] = {part: self.load(part, file) for part, file in files.items()}
+    def __init__(self, setting: Setting, states: States):
+        self.setting = setting
+        self.networks: dict[str, Any] = {part: self.load(part, state) for part, state in states.items()}
+
+    def num_bytes(self) -> int:
+        """Returns the bytes of the weights."""
+        return sum(x.nbytes for network in self.networks.values() for x in network.state_dict().values())
 
     @abstractmethod
-    def load(self, part: str, path: Path) -> Any:
-        """Returns a network in the setting's dtype, on its device."""
+    def load(self, part: str, state: dict[str, Tensor]) -> Any:
+        """Returns a network with these weights."""
 
     @abstractmethod
     def compile(self) -> None: ...
@@ -106,7 +115,7 @@ class Side:
         return self.images(case, data | {"features": features}, decoder_steps)
 
 
-def side_class(side: str, case: Case) -> Callable[[Setting], Any]:
+def side_class(side: str, case: Case) -> Callable[[Setting, States], Any]:
     """Imports and returns the class for "ours" or "peer"."""
     if side == "peer":
         from .diffusers_baseline import DiffusersBaseline, import_packages
@@ -166,13 +175,20 @@ def reset_peak(device: Any) -> None:
         (PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
+def capabilities() -> dict[str, Any]:
+    """Returns the processor's instruction sets, as torch names them; {} where it does not."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
+
+
 def describe_machine(device: Any, threads: int) -> dict[str, Any]:
-    """Returns the device, processor, threads and package versions of a run."""
+    """Returns the device, processor, its instruction sets for products, threads and package versions of a run."""
     kind = torch.device(device).type
     models = re.findall(r"model name\s*: (.+)", CPU.read_text("utf-8", errors="replace") if CPU.exists() else "")
     return {
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "processor": (models or [platform.processor()])[0],
+        "instructions": [name for name, found in capabilities().items() if found and PRODUCTS.match(name)],
         "threads": threads or torch.get_num_threads(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)},
     }

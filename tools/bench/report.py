@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,7 @@ class Measured:
     """One side of a row, in seconds and bytes; None where nothing was measured."""
 
     seconds: list[float]  # of each round
-    memory: int | None = None  # peak above the process before loading
-    load: float | None = None  # from files in the system's cache to usable networks
-    cold: float | None = None  # from the file to the end of the first round
+    memory: int | None = None  # peak above the process without networks
 
     @property
     def median(self) -> float:
@@ -75,12 +74,20 @@ class Report:
         """Returns the machine, a Markdown table and the notes."""
         machine = self.machine
         packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-        head = f"{machine['processor']}, {machine['device']}, {machine['threads']} threads; {packages}"
+        head = f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['device']}, "
+        head += f"{machine['threads']} threads; {packages}"
         return "\n".join([head, "", table(self.rows), "", *self.notes])
+
+    def page(self) -> str:
+        """Returns the text and all numbers as one page of Markdown."""
+        numbers = json.dumps(self.as_dict(), indent=1)
+        return f"# Würstchen's benchmark\n\n{self.text().rstrip()}\n\n```json\n{numbers}\n```\n"
 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table without the columns in which nothing was measured."""
+    if not rows:
+        return "nothing was measured"
     columns = [[title, "---", *map(cell, rows)] for title, cell in COLUMNS.items()]
     return aligned(list(zip(*(column for column in columns if set(column[2:]) != {EMPTY}), strict=True)))
 
@@ -108,6 +115,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "pixels": lambda row: f"{row.case.size}²",
     "batch": lambda row: str(row.case.batch),
     "dtype": lambda row: row.case.dtype,
+    "compiled": lambda row: "yes" if row.case.compiled else EMPTY,
     "ours s": _side("ours", "median", "{:.3g}"),
     "±": _side("ours", "spread", "{:.0%}"),
     "peer s": _side("peer", "median", "{:.3g}"),
@@ -118,8 +126,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "ours GB": _side("ours", "memory", "{:.2f}", 1e9),
     "peer GB": _side("peer", "memory", "{:.2f}", 1e9),
     "memory ratio": _cell("{:.2f}x", lambda row: row.memory_ratio),
-    "load s": _side("ours", "load", "{:.2f}"),
-    "peer load s": _side("peer", "load", "{:.2f}"),
-    "cold s": _side("ours", "cold", "{:.2f}"),
-    "peer cold s": _side("peer", "cold", "{:.2f}"),
 }

@@ -1,30 +1,21 @@
-"""Memory and loading time of one side, measured in a process that does nothing else."""
+"""Memory of one side, measured in a process that does nothing else."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
 
-from wuerstchen_core.inference.compile import can_compile
-
-from .measure import Setting, clock_of, memory_in_use, reset_peak, side_class
-
-Result = tuple[int | None, float, float]
+from .measure import Setting, memory_in_use, reset_peak, side_class
 
 
-def measure_in_subprocess(side: str, setting: Setting, threads: int, compiles: bool) -> Result:
-    """Returns bytes of peak memory, and seconds of loading and up to the end of the first round.
-
-    Both times start at the weight files, which the system has cached. Raises ValueError if the process dies.
-    """
+def measure_in_subprocess(side: str, setting: Setting, threads: int) -> int | None:
+    """Returns bytes of peak memory. Raises ValueError if the process dies."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_measure, side, setting, threads, compiles).result()
+            return pool.submit(_measure, side, setting, threads).result()
         except BrokenProcessPool:
             raise ValueError(
                 f"the process that measured {side} ({setting.case.label}) died, probably for lack of memory: choose "
@@ -32,23 +23,18 @@ def measure_in_subprocess(side: str, setting: Setting, threads: int, compiles: b
             ) from None
 
 
-def _measure(side: str, setting: Setting, threads: int, compiles: bool) -> Result:
+def _measure(side: str, setting: Setting, threads: int) -> int | None:
     case, device = setting.case, setting.device
     load_side = side_class(side, case)  # before the measurement: imports are not measured,
     if threads:
         torch.set_num_threads(threads)
-    torch.zeros(1, device=device)  # nor is the device's context,
-    if compiles:  # nor the compiler's import; the empty cache makes it compile everything
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=setting.folder)
-        can_compile(device)
-    clock, before = clock_of(device), memory_in_use(device)
-    begin = clock()
+    torch.zeros(1, device=device)  # nor is the device's context
+    before = memory_in_use(device)
     with torch.inference_mode(not case.benchmark.trains):
-        network = load_side(setting)
-        ends = [clock() - begin]
-        reset_peak(device)
-        if compiles:
+        network = load_side(setting, setting.states())
+        if case.compiled:
             network.compile()
-        network.run(case, 1 + int(case.benchmark.steps), lambda *_: ends.append(clock() - begin))
+        reset_peak(device)
+        network.run(case, 1 + int(case.benchmark.steps), lambda *_: None)
     peak = memory_in_use(device, peak=True)
-    return None if before is None or peak is None else peak - before, ends[0], ends[1]
+    return None if before is None or peak is None else peak - before

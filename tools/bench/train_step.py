@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wuerstchen_core.checkpoints import Part, build_part
 from wuerstchen_core.training.optim import build_optimizers
-from wuerstchen_core.training.stages.networks import load_or_create
 
 from .cases import Case, network_inputs
-from .diffusers_baseline import network_class
-from .measure import Callback, Setting, Side
+from .diffusers_baseline import build_network
+from .measure import Callback, Setting, Side, States
 from .weights import ModelSizes
 
 DROPOUT = 0.1  # the original's and diffusers'
@@ -28,14 +27,15 @@ class WuerstchenTrainStep(Side):
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, setting: Setting, states: States):
+        copies = {part: {key: x.clone() for key, x in state.items()} for part, state in states.items()}
+        super().__init__(setting, copies)
         [network] = self.networks.values()
         self.network: nn.Module = network.to(setting.device).train().requires_grad_(True)
         self.optimizer = self.build_optimizer()
 
-    def load(self, part: str, path: Path) -> Any:
-        return load_or_create({"start": str(path), "model": {"dropout": DROPOUT}}, part, nn.Module)
+    def load(self, part: str, state: dict[str, Tensor]) -> Any:
+        return build_part(Part(part, replace(self.setting.sizes.of(part), dropout=DROPOUT), state))
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizers(self.network, torch.device(self.setting.device))["adamw"]
@@ -69,11 +69,8 @@ class WuerstchenTrainStep(Side):
 class DiffusersTrainStep(WuerstchenTrainStep):
     """The same with diffusers' network, and the optimizer of its training script: AdamW with torch's defaults."""
 
-    def load(self, part: str, path: Path) -> Any:
-        network: nn.Module = network_class(part).from_pretrained(path.parent, dropout=DROPOUT)
-        for p in network.parameters():
-            p.data = p.data.clone()  # from_pretrained maps the file
-        return network
+    def load(self, part: str, state: dict[str, Tensor]) -> Any:
+        return build_network(part, self.setting.sizes, state, dropout=DROPOUT)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.network.parameters())

@@ -1,24 +1,16 @@
-"""Full-size networks with seeded random weights, written as files in diffusers' layout, which both sides load."""
+"""Seeded random weights of full-size networks, in memory."""
 
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wuerstchen_core.checkpoints.components import COMPONENTS, Params
-from wuerstchen_core.checkpoints.diffusers_layout import FILE, config_text
-from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
-from wuerstchen_core.common.devices import DTYPES
 from wuerstchen_core.models.decoder import DecoderParams
 from wuerstchen_core.models.prior import PriorParams
 from wuerstchen_core.models.vqgan import VQGANParams
@@ -37,54 +29,23 @@ class ModelSizes:
         return params
 
 
-@contextmanager
-def random_weights(
-    files: Iterable[tuple[str, str]], sizes: ModelSizes, progress: Callable[[str, int, int], None]
-) -> Iterator[Path]:
-    """Writes the weights of each (part, dtype) to a temporary folder. Raises ValueError if the disk is too small."""
-    files = list(dict.fromkeys(files))
-    needed, temporary = sum(num_bytes(part, sizes, dtype) for part, dtype in files), tempfile.gettempdir()
-    free = shutil.disk_usage(temporary).free
-    if needed > free:
-        raise ValueError(
-            f"{temporary} has {free / 1e9:.1f} GB free and the random weights take {needed / 1e9:.1f} GB: "
-            "set TMPDIR to a larger disk, or measure fewer stages or dtypes at a time"
-        )
-    with tempfile.TemporaryDirectory(prefix="wuerstchen-bench-") as name:
-        folder = Path(name)
-        # Every tensor is a slice of one pool: drawing a billion numbers would take longer than measuring.
-        largest = max(x.numel() for part, _ in files for x in _shapes(part, sizes).values())
-        pool = torch.randn(2 * largest + 1, generator=torch.Generator().manual_seed(0))
-        for i, (part, dtype) in enumerate(files):
-            progress(f"weights of the {part} in {dtype}", i, len(files))
-            _write(weight_file(folder, part, dtype), part, sizes, pool.to(DTYPES[dtype]))
-        del pool
-        yield folder
-
-
-def weight_file(folder: Path, part: str, dtype: str) -> Path:
-    return folder / dtype / part / FILE
-
-
-def num_bytes(part: str, sizes: ModelSizes, dtype: str) -> int:
-    return sum(x.numel() for x in _shapes(part, sizes).values()) * DTYPES[dtype].itemsize
+def random_state(part: str, sizes: ModelSizes, dtype: torch.dtype, device: Any = "cpu") -> dict[str, Tensor]:
+    """Returns the weights of one network, the same at each call. They are never written to a file."""
+    shapes = _shapes(part, sizes)
+    # Every tensor is a slice of one pool: drawing a billion numbers would take longer than measuring.
+    largest = max(x.numel() for x in shapes.values())
+    pool = torch.randn(2 * largest + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    state, offset = {}, 0
+    for key, x in shapes.items():
+        state[key] = _random_tensor(key, x, pool, offset).to(device)
+        offset += x.numel()
+    return state
 
 
 @lru_cache
 def _shapes(part: str, sizes: ModelSizes) -> dict[str, Tensor]:
     with torch.device("meta"):
         return dict(COMPONENTS[part].network(sizes.of(part)).state_dict())
-
-
-def _write(path: Path, part: str, sizes: ModelSizes, pool: Tensor) -> None:
-    """Writes the weights of one network in the pool's dtype, with the config.json that diffusers reads."""
-    path.parent.mkdir(parents=True)
-    tensors, offset = {}, 0
-    for key, x in _shapes(part, sizes).items():
-        tensors[vqgan_key_to_diffusers(key)] = _random_tensor(key, x, pool, offset)
-        offset += x.numel()
-    save_file(tensors, path, metadata={"format": "pt"})
-    (path.parent / "config.json").write_text(config_text(part, sizes.of(part)), encoding="utf-8")
 
 
 def _random_tensor(key: str, like: Tensor, pool: Tensor, offset: int) -> Tensor:

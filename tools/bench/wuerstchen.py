@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from wuerstchen_core import checkpoints
+from wuerstchen_core.checkpoints import Part, build_part
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.inference.settings import SamplingSettings
 
 from .cases import PRIOR_GUIDANCE, SEED, Case
-from .measure import Callback, Setting, Side
+from .measure import Callback, Setting, Side, States
 
 
 class Wuerstchen(Side):
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, setting: Setting, states: States):
+        super().__init__(setting, states)
         self.pipeline = WuerstchenPipeline(**self.networks)
 
-    def load(self, part: str, path: Path) -> Any:
-        return getattr(checkpoints, f"load_{part}")(path, device=self.setting.device, dtype=self.setting.dtype)
+    def load(self, part: str, state: dict[str, Tensor]) -> Any:
+        setting = self.setting
+        dtype = torch.int8 if setting.case.dtype == "int8" else setting.dtype
+        return build_part(Part(part, setting.sizes.of(part), state), device=setting.device, dtype=dtype)
 
     def compile(self) -> None:
         self.pipeline.compile()

@@ -11,7 +11,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,20 +28,20 @@ class Networks:
 
     def __init__(self, job: dict[str, Any], name: str, dtype: str):
         from pack.nodes.host import models
-        from pack.tools.bench.cases import BENCHMARKS, Case
+        from pack.tools.bench.cases import Case
         from pack.tools.bench.measure import Setting
-        from pack.tools.bench.weights import ModelSizes, weight_file
+        from pack.tools.bench.weights import ModelSizes, random_state
         from pack.tools.bench.wuerstchen import Wuerstchen
-        from pack.wuerstchen_core.checkpoints import read_part
+        from pack.wuerstchen_core.checkpoints import Part
+        from pack.wuerstchen_core.common.dataclass_config import from_table
         from pack.wuerstchen_core.common.devices import DTYPES
 
-        folder, self.device = Path(job["folder"]), job["device"]
-        parts = {part: read_part(weight_file(folder, part, dtype), part) for part in BENCHMARKS[name].parts}
-        self.sizes = ModelSizes(**{part: read.params for part, read in parts.items()})
-        self.model = models.load_model(parts[name], DTYPES[dtype])
+        self.device, self.sizes = job["device"], from_table(ModelSizes, job["networks"], "networks")
+        state = random_state(name, self.sizes, DTYPES[dtype])
+        self.model = models.load_model(Part(name, self.sizes.of(name), state), DTYPES[dtype])
         self.dtype = self.model.model.get_dtype_inference()  # ComfyUI's choice, which the others follow
-        case = Case(name, 0, 1, dtype)
-        self.core = Wuerstchen(Setting(case, folder, self.sizes, self.device, (STEPS, STEPS), self.dtype))
+        setting = Setting(Case(name, 0, 1, dtype, dtype), self.sizes, self.device, (STEPS, STEPS), self.dtype)
+        self.core = Wuerstchen(setting, setting.states())
         self.cascade = cascade(name, self.sizes, self.device, self.dtype)
 
     def runs(self, case: Any) -> dict[str, Run]:
@@ -136,7 +135,7 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
     for dtype, name in product(job["dtypes"], job["stages"]):
         networks = Networks(job, name, dtype)
         for size, batch in product(job["sizes"], job["batch"]):
-            seconds = alternate(networks.runs(Case(name, size, batch, dtype)), job["repeat"], 1, clock)
+            seconds = alternate(networks.runs(Case(name, size, batch, dtype, dtype)), job["repeat"], 1, clock)
             ways = {way: {"median": statistics.median(times), "seconds": times} for way, times in seconds.items()}
             row = {"stage": name, "size": size, "batch": batch, "dtype": dtype}
             rows.append({**row, "comfyui_dtype": str(networks.dtype).removeprefix("torch."), "ways": ways})
