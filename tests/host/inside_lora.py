@@ -160,6 +160,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.nodes.host import lora, models
     from pack.nodes.host.clip import load_clip
     from pack.wuerstchen_core.checkpoints import read_part
+    from pack.wuerstchen_core.checkpoints.open import open_part
 
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
@@ -253,7 +254,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     no_stage = SimpleNamespace(model=torch.nn.Identity())
     facts["another model"] = error_of(lora.apply_lora, no_stage, None, loras / "diffusers.safetensors", 1.0, 1.0)
     facts["text alone"] = error_of(lora.apply_lora, prior, None, loras / "text.safetensors", 1.0, 1.0)
-    trained, facts["training"] = training({name: read_part(bundle, name) for name in ("prior", "decoder")})
+    trained, facts["training"] = training({name: open_part(bundle, name) for name in ("prior", "decoder")})
     return tensors | trained, facts
 
 

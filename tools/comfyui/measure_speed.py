@@ -33,10 +33,13 @@ class Networks:
         from pack.tools.bench.weights import ModelSizes, random_state
         from pack.tools.bench.wuerstchen import Wuerstchen
         from pack.wuerstchen_core.checkpoints import Part
+        from pack.wuerstchen_core.checkpoints.components import COMPONENTS
         from pack.wuerstchen_core.common.dataclass_config import from_table
         from pack.wuerstchen_core.common.devices import DTYPES
 
-        self.device, self.sizes = job["device"], from_table(ModelSizes, job["networks"], "networks")
+        self.device = job["device"]
+        tables = job["networks"].items()
+        self.sizes = ModelSizes(**{part: from_table(COMPONENTS[part].params, x, part) for part, x in tables})
         state = random_state(name, self.sizes, DTYPES[dtype])
         self.model = models.load_model(Part(name, self.sizes.of(name), state), DTYPES[dtype])
         self.dtype = self.model.model.get_dtype_inference()  # ComfyUI's choice, which the others follow
