@@ -17,7 +17,7 @@ from ..models.prior import Prior
 from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
-from .components import TEXT_ENCODER, TOWERS, Part, component
+from .components import TEXT_ENCODER, Part, component, kind_of
 from .key_maps import split_attention
 from .lazy import LazyTensor
 from .open import open_part
@@ -36,7 +36,7 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = N
     """
     network, weights = build_outline(part, dtype), part.state_dict
     if dtype == torch.int8:
-        weights = weights if part.name in TOWERS else split_attention(weights)
+        weights = weights if kind_of(part.name) == TEXT_ENCODER else split_attention(weights)
         dtype = companion_dtype(torch.device(device))
     quantised = {f"{name}.weight": layer for name, layer in int8_layers(network)}
     state = {}

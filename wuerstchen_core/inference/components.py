@@ -156,11 +156,11 @@ class Components:
         cast = None if dtype is None else pick_dtype(dtype, moved or self.device, 0)
         if self.stored is not None:
             self.stored.device, self.stored.dtype = moved or self.stored.device, cast or self.stored.dtype
-        for name, network in self.named_networks().items():
+        for network in self.networks():
             if self.stored is None:
                 network.to(moved)
             if cast is not None and network is not self.image_encoder:
-                set_dtype(network, cast, int8=name not in TOWERS)
+                set_dtype(network, cast)
         return self
 
     @named_arguments

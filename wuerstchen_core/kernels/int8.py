@@ -8,7 +8,7 @@ scale per call is as exact as one per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ def has_int8() -> bool:
     """
     if _PREPACK is None or _PRODUCT is None or not torch.backends.mkldnn.is_available():
         return False
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()  # AVX512
     return bool(vnni or any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
 
@@ -150,8 +150,8 @@ class PackedWeight:
         gelu: bool = False,
         factor: float = 1.0,
     ) -> Tensor:
-        """Returns x times the weight times `factor`, plus `bias` (default: its own), then GELU if `gelu`, in `dtype`."""
-        post = ("gelu", [], "none") if gelu else ("none", [], "")
+        """Returns x times the weight times `factor`, plus `bias` (default: its own); GELU if `gelu`; in `dtype`."""
+        post: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
         bias = self.bias if bias is None else bias
         out: Tensor = _PRODUCT(  # type: ignore[misc]
             x.values, x.scale * factor, x.zero, self._packed, self._scale, self._zeros, bias, 1.0, 0, dtype, *post
@@ -159,7 +159,7 @@ class PackedWeight:
         return out
 
     def joined(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Merges a 1x1 convolution [c_others, c, 1, 1] into the other columns; returns a weight [c, c_out] and a bias."""
+        """Merges a 1x1 convolution [c_others, c, 1, 1] into the other columns; returns a weight [c, c_out], a bias."""
         key = weight, bias, *(None if x.is_inference() else x._version for x in (weight, bias))
         if self._joined is None or any(one is not two for one, two in zip(self._joined[0], key, strict=True)):
             others = self._others.float() * self._scale[:, None]
@@ -173,28 +173,38 @@ def int8_linear(layer: Any, x: Tensor) -> Tensor:
     """Returns an Int8Linear of x [..., c_in]: by oneDNN on a CPU, by tensor cores on a GPU, else with plain weights."""
     rows = x.reshape(-1, x.shape[-1])
     if multiplies_int8(x) and (quantized := quantize(rows)) is not None:
-        return layer.packed().product(quantized, x.dtype).view(*x.shape[:-1], -1)
-    if (
-        x.device.type == "cuda"
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and fits_tensor_cores(layer.weight)
-    ):
-        out = product_by_rows(rows, layer.plain_weight(), layer.weight_scale)
-        return (out if layer.bias is None else out + layer.bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return linear(x, *layer.weights(x))
+        out = layer.packed().product(quantized, x.dtype)
+    elif _fits_tensor_cores(x, layer.weight):
+        product = _kitchen_product() or product_by_rows
+        out = product(rows, layer.weight, layer.weight_scale, layer.bias, x.dtype)
+    else:
+        return linear(x, *layer.weights(x))
+    return out.view(*x.shape[:-1], -1)
 
 
-def fits_tensor_cores(weight: Tensor) -> bool:
-    """True if `product_by_rows` can multiply a weight [c_out, c_in] on a GPU."""
-    return all(side % 16 == 0 for side in weight.shape)
+def _fits_tensor_cores(x: Tensor, weight: Tensor) -> bool:
+    """True if an Nvidia or AMD GPU multiplies x with a weight [c_out, c_in] in int8."""
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cuda" and not needs_grad and all(side % 16 == 0 for side in weight.shape)
 
 
-def product_by_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Returns x [N, c_in] times an int8 weight [c_out, c_in] times its scales [c_out, 1], in fp32.
+@cache
+def _kitchen_product() -> Callable[..., Tensor] | None:
+    """Returns the product of ComfyUI's kernels, if they are installed; it has the arguments of `product_by_rows`."""
+    try:
+        from comfy_kitchen import int8_linear as product
+    except ImportError:
+        return None
+    return product
+
+
+def product_by_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns x [N, c_in] times an int8 weight [c_out, c_in] times its scales [c_out, 1], plus the bias, in `dtype`.
 
     Each row of x has its own symmetric scale, since a GPU's product takes no zero point.
     """
     steps = x.float().abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
     values = (x / steps).round_().to(torch.int8)
     padded = F.pad(values, (0, 0, 0, max(0, _FEWEST_ROWS - len(x))))
-    return torch._int_mm(padded, weight.t())[: len(x)] * steps * scale.t()
+    out = torch._int_mm(padded, weight.t())[: len(x)] * steps * scale.t()
+    return (out if bias is None else out + bias.float()).to(dtype)

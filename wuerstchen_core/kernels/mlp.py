@@ -43,8 +43,8 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
     plain_input = is_plain(first) and (injected is None or is_plain(injected.mapper))
     if plain_input and inference_on_cpu(x) and not layers.training:
         in_int8 = hasattr(first, "packed") and hasattr(last, "packed") and multiplies_int8(x)
-        if in_int8 and (out := _int8_mlp(modules, x, injected)) is not None:
-            return out
+        if in_int8 and (result := _int8_mlp(modules, x, injected)) is not None:
+            return result
         if len(x) and x.shape[1] * x.shape[2] >= MIN_POSITIONS:
             return _chunked_mlp(modules, x, injected)
     if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() and supports_rate(dropout.p)):

@@ -59,7 +59,7 @@ class Int8Linear(Linear):
         return weight, None if self.bias is None else self.bias.to(x.dtype)
 
     def packed(self, columns: int | None = None) -> PackedWeight:
-        """Returns the weight in the form that kernels multiply; `columns` (default: all) of it are in oneDNN's order."""
+        """Returns the weight as kernels multiply it, with the first `columns` (default: all) in oneDNN's order."""
         columns = self.in_features if columns is None else columns
         with _LOCK:
             if self._packed is None or self._packed.columns != columns:
@@ -128,11 +128,10 @@ def use_int8(network: nn.Module) -> None:
                 setattr(parent, name, Int8Linear.of(layer))
 
 
-def set_dtype(network: nn.Module, dtype: torch.dtype, *, int8: bool = True) -> None:
-    """Converts a network to a dtype; with torch.int8, its linear layers if `int8` and the rest to `companion_dtype`."""
+def set_dtype(network: nn.Module, dtype: torch.dtype) -> None:
+    """Converts a network to a dtype; with torch.int8, its linear layers, and the rest to `companion_dtype`."""
     if dtype == torch.int8:
-        if int8:
-            use_int8(network)
+        use_int8(network)
         dtype = companion_dtype(next(network.parameters()).device)
     else:
         for parent in list(network.modules()):
