@@ -168,7 +168,7 @@ def test_progress_bars_on_a_terminal(
         ("--model cut.safetensors", "cut.safetensors"),
         ("--model empty", "empty"),
         ("--device abacus", "'abacus'"),
-        ("--dtype int8", "'int8'"),
+        ("--dtype int4", "'int4'"),
         ("--seed -1", "seed -1"),
         ("--seed x", "'x'"),
         ("--count 0", "count"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.lora_forms import FORMS, attention_of_prior, attention_of_tower, random_factors
@@ -41,8 +42,8 @@ def files(bundle: Path) -> dict[str, Path]:
     return paths
 
 
-def load(bundle: Path, **options: Any) -> WuerstchenPipeline:
-    return WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **options)
+def load(bundle: Path, dtype: str = "fp32", **options: Any) -> WuerstchenPipeline:
+    return WuerstchenPipeline.load(bundle, device="cpu", dtype=dtype, **options)
 
 
 def weights(pipe: WuerstchenPipeline) -> dict[str, Tensor]:
@@ -58,8 +59,9 @@ def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     return {key.partition(".")[0] for key, x in one.items() if not torch.equal(x, other[key])}
 
 
-def test_taking_off_restores_every_bit(bundle: Path, files: dict[str, Path]) -> None:
-    pipe = load(bundle)
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_taking_off_restores_every_bit(bundle: Path, files: dict[str, Path], dtype: str) -> None:
+    pipe = load(bundle, dtype)
     before, towers = weights(pipe), (pipe.prior_text_encoder, pipe.decoder_text_encoder)
     pipe.load_lora(files["both"], 0.7)
     one = weights(pipe)
@@ -77,19 +79,21 @@ def test_taking_off_restores_every_bit(bundle: Path, files: dict[str, Path]) -> 
     assert (pipe.prior_text_encoder, pipe.decoder_text_encoder) == towers  # one network, encoded once
 
 
-def test_a_changed_strength_equals_loading_with_it(bundle: Path, files: dict[str, Path]) -> None:
-    pipe = load(bundle, lora={files["both"]: 2.0, files["prior"]: 1.0})
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_changed_strength_equals_loading_with_it(bundle: Path, files: dict[str, Path], dtype: str) -> None:
+    pipe = load(bundle, dtype, lora={files["both"]: 2.0, files["prior"]: 1.0})
     pipe.set_lora_strength("both", 0.25)
-    assert not changed(weights(pipe), weights(load(bundle, lora={files["both"]: 0.25, files["prior"]: 1.0})))
+    assert not changed(weights(pipe), weights(load(bundle, dtype, lora={files["both"]: 0.25, files["prior"]: 1.0})))
     pipe.set_lora_strength("prior", 0)
-    assert not changed(weights(pipe), weights(load(bundle, lora={files["both"]: 0.25})))
+    assert not changed(weights(pipe), weights(load(bundle, dtype, lora={files["both"]: 0.25})))
     pipe.set_lora_strength("prior", 1)
     pipe.unload_lora("both")
-    assert not changed(weights(pipe), weights(load(bundle, lora=files["prior"])))
+    assert not changed(weights(pipe), weights(load(bundle, dtype, lora=files["prior"])))
 
 
-def test_pictures_are_those_without_it_again(bundle: Path, files: dict[str, Path]) -> None:
-    pipe = load(bundle)
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_pictures_are_those_without_it_again(bundle: Path, files: dict[str, Path], dtype: str) -> None:
+    pipe = load(bundle, dtype)
     [before] = pipe.generate("a red apple", seed=1)
     pipe.load_lora(files["both"], 4.0)
     [during] = pipe.generate("a red apple", seed=1)
@@ -142,3 +146,24 @@ def test_a_model_that_was_cast_meanwhile(bundle: Path, files: dict[str, Path]) -
     assert pipe.dtype == torch.bfloat16 and changed(weights(pipe), weights(plain)) == {"prior", "prior_text_encoder"}
     pipe.unload_lora("both")
     assert not changed(weights(pipe), weights(plain))
+
+
+@pytest.mark.parametrize(("first", "then"), [("fp32", "int8"), ("int8", "fp32"), ("int8", "bf16")])
+def test_a_model_that_became_int8_meanwhile(first: str, then: str, bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle, first, lora={files["both"]: 4.0})
+    expected = load(bundle, first).to(then).generate("a red apple", seed=1)[0]
+    pipe.to(then)
+    with_lora = np.asarray(pipe.generate("a red apple", seed=1)[0], int)
+    pipe.unload_lora("both")
+    without = np.asarray(pipe.generate("a red apple", seed=1)[0], int)
+    assert np.abs(without - np.asarray(expected, int)).max() <= 1 < 3 < np.abs(with_lora - without).max()
+
+
+def test_a_lora_changes_int8_weights_as_it_changes_exact_ones(bundle: Path, files: dict[str, Path]) -> None:
+    """The changed weights are quantised once, from the sum."""
+    pipe, exact = load(bundle, "int8", lora=files["both"]), load(bundle, lora=files["both"])
+    name = "blocks.2.attention.to_q"
+    found = pipe.require("prior").get_submodule(name).weights(torch.empty(()))[0]
+    wanted = exact.require("prior").get_parameter(f"{name}.weight")
+    change = wanted - load(bundle).require("prior").get_parameter(f"{name}.weight")
+    assert (found - wanted).norm() < 0.02 * wanted.norm() < change.norm()

@@ -77,7 +77,7 @@ def test_a_model_converted_later_equals_one_loaded_so(fresh: WuerstchenPipeline,
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("abacus",), {}), ((torch.int8,), {}), (("fp8",), {}), ((3.5,), {}), ((None, "cuda:99"), {}),
+        (("abacus",), {}), ((torch.int16,), {}), (("fp8",), {}), ((3.5,), {}), ((None, "cuda:99"), {}),
         ((), {"dtype": "int4"}), ((), {"device": "tpu"}), ((), {"torch_dtype": "fp16"}),
     ],
     ids=str,
