@@ -26,6 +26,7 @@ from wuerstchen_core.checkpoints import build_part, demo_path
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.dequant import dequantize
 from wuerstchen_core.checkpoints.quant import FP8, quantize
+from wuerstchen_core.common.devices import companion_dtype
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
 from .. import DOCS, markdown_table
@@ -45,6 +46,7 @@ KINDS = {
     "fp16": (torch.float16, torch.float16),
     "fp8 weights, bf16 math": (FP8, torch.bfloat16),
     "fp8 weights, fp32 math": (FP8, torch.float32),
+    "int8": (torch.float32, torch.int8),
 }
 # The model, the dtype of its file, and that of the computation, by row of the table.
 GENERATED = {
@@ -53,9 +55,12 @@ GENERATED = {
     "fp16": ("demo", "fp16", "fp16"),
     "fp8 in Stages B and C and the text encoder": ("demo", "fp8,vqgan=keep,image_encoder=keep", "fp32"),
     "fp8 everywhere": ("demo", "fp8", "fp32"),
+    "int8": ("demo", "keep", "int8"),
+    "int8 from an int8 file": ("demo", "int8", "int8"),
     "v1, fp8, as shipped": ("demo-v1", "keep", "fp32"),
     "v1, bf16": ("demo-v1", "bf16", "bf16"),
     "v1, fp16": ("demo-v1", "fp16", "fp16"),
+    "v1, int8": ("demo-v1", "keep", "int8"),
 }
 SHIPPED = {"shipped": "demo", "shipped v1": "demo-v1"}
 
@@ -76,6 +81,8 @@ def _rounded(key: str, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _run(call: NetworkCall, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     network = build_part(replace(call.part, state_dict=dict(state)), dtype=dtype)
+    if dtype == torch.int8:
+        dtype = companion_dtype(torch.device("cpu"))
     inputs = [
         x if i in call.fp32_inputs or not x.is_floating_point() else x.to(dtype) for i, x in enumerate(call.inputs)
     ]
