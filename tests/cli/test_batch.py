@@ -250,7 +250,7 @@ BAD = [
     ({"prompt": PROMPT, "token_mode": "argmax"}, "token"),
     ({"prompt": PROMPT, "decoder_reuse": 0}, "decoder_reuse 0"),
     ('{"prompt": "\\ud800"}', "surrogate pair"),
-    (f'{{"prompt": "a", "seed": {"[" * 20_000}{"]" * 20_000}}}', "recursion"),
+    (f'{{"prompt": "a", "seed": {"[" * 20_000}{"]" * 20_000}}}', "JSON"),
 ]
 
 
