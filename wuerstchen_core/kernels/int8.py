@@ -67,11 +67,6 @@ def _range(low: float, high: float) -> tuple[float, int]:
     return scale, round(-low / scale)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Casts numbers from 0 to 255; in two steps torch takes a fifth of the time of one."""
-    return x.to(torch.int16).to(torch.uint8)
-
-
 def quantize(x: Tensor) -> Quantized | None:
     """Quantises x [N, c]; returns None if it holds NaN or infinity."""
     low, high = (float(bound) for bound in x.aminmax())
@@ -80,6 +75,7 @@ def quantize(x: Tensor) -> Quantized | None:
     scale, zero = _range(low, high)
     values, rounded = torch.empty(x.shape, dtype=torch.uint8), torch.tensor(zero + 0.5)
     for part, out in zip(x.split(_ROWS), values.split(_ROWS), strict=True):
+        # By way of int16, torch casts to uint8 in a fifth of the time.
         out.copy_(torch.add(rounded, part.float(), alpha=1 / scale).to(torch.int16))
     return Quantized(values, scale, zero)
 

@@ -113,19 +113,22 @@ def is_int8(network: nn.Module) -> bool:
     return any(True for _ in int8_layers(network))
 
 
+def _children(network: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Returns all modules below a network with their parents and their names there, so that they can be replaced."""
+    return [(parent, name, child) for parent in network.modules() for name, child in parent.named_children()]
+
+
 def use_int8(network: nn.Module) -> None:
     """Replaces the linear layers of a network by layers in int8, on the meta device too.
 
     The small products of time embeddings stay as they are. Packed projections become separate ones.
     """
-    for parent in list(network.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, PackedAttention):
-                setattr(parent, name, _split(layer))
-    for parent in list(network.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is Linear and not isinstance(parent, TimestepBlock):
-                setattr(parent, name, Int8Linear.of(layer))
+    for parent, name, layer in _children(network):
+        if isinstance(layer, PackedAttention):
+            setattr(parent, name, _split(layer))
+    for parent, name, layer in _children(network):
+        if type(layer) is Linear and not isinstance(parent, TimestepBlock):
+            setattr(parent, name, Int8Linear.of(layer))
 
 
 def set_dtype(network: nn.Module, dtype: torch.dtype) -> None:
@@ -134,10 +137,9 @@ def set_dtype(network: nn.Module, dtype: torch.dtype) -> None:
         use_int8(network)
         dtype = companion_dtype(next(network.parameters()).device)
     else:
-        for parent in list(network.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, Int8Linear):
-                    setattr(parent, name, layer.restored(dtype))
+        for parent, name, layer in _children(network):
+            if isinstance(layer, Int8Linear):
+                setattr(parent, name, layer.restored(dtype))
     network.to(dtype)
 
 
