@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
 
+from ..common.dataclass_config import option
+
 PREFIX = "modelspec."
 HASH = f"{PREFIX}hash_sha256"  # of the tensors' bytes; the writer fills it in
 FIELD = "modelspec"  # of a model's metadata: what its author stated
@@ -20,11 +22,11 @@ _TEXTS = ("title", "author", "description", "tags", "resolution")
 class Statement:
     """The `[modelspec]` table of a training configuration."""
 
-    title: str = ""
-    author: str = ""
-    description: str = ""
-    tags: tuple[str, ...] = ()
-    trigger_words: tuple[str, ...] = ()
+    title: str = option("", "name of the model")
+    author: str = option("", "who made it")
+    description: str = option("", "about the model")
+    tags: tuple[str, ...] = option((), "words to search by")
+    trigger_words: tuple[str, ...] = option((), "words of a prompt that the model was trained to react to")
 
     def fields(self) -> dict[str, Any]:
         """Returns the fields that are not empty."""

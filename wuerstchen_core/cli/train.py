@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,18 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
     text = f"{', '.join(STAGES)}; or {CACHE}, which encodes a dataset for later training runs"
     parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=text)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="training configuration")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="training configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
+    parser.add_argument("--keys", action="store_true", help="list the configuration's keys, with defaults and meanings")
+    parser.add_argument("--json", action="store_true", help="with --keys: print a JSON schema, for editors")
 
 
 def _run(options: argparse.Namespace) -> None:
     check_versions(OLDEST_FOR_TRAINING)
+    if options.keys:
+        return _print_keys(options)
+    if options.config is None:
+        raise ValueError("--config FILE.toml is missing: name the training configuration")
     from ..training.data.build_cache import make_cache
     from ..training.run import run
 
@@ -33,3 +41,12 @@ def _run(options: argparse.Namespace) -> None:
         make_cache(options.config, options.set)
     else:
         run(options.stage, options.config, options.set)
+
+
+def _print_keys(options: argparse.Namespace) -> None:
+    from ..training.keys import list_keys, schema_of
+
+    if options.stage not in STAGES:
+        raise ValueError(f"--keys lists the keys of a stage, not of {options.stage}: choose {', '.join(STAGES)}")
+    listing = json.dumps(schema_of(options.stage), indent=2) if options.json else list_keys(options.stage)
+    sys.stdout.write(listing.rstrip() + "\n")

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .text import nearest
+
 T = TypeVar("T")
+MEANING = "meaning"  # of a field's metadata
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 _ITEMS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "strings"}
@@ -53,6 +56,11 @@ Count = Annotated[int, Range(least=1)]
 CountOrZero = Annotated[int, Range(least=0)]
 
 
+def option(default: Any = dataclasses.MISSING, meaning: str = "") -> Any:
+    """Returns a dataclass field with a one-line description, without a default if it is required."""
+    return dataclasses.field(default=default, metadata={MEANING: meaning})
+
+
 def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     """Returns a dataclass with the values of a table; lists become tuples.
 
@@ -62,7 +70,8 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where} must be a table of keys, got {table!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(table) - set(fields)):
-        raise ValueError(f"[{where}] has no key {', '.join(unknown)}: it takes {', '.join(fields)}")
+        names = ", ".join(f"{name}{nearest(name, fields)}" for name in unknown)
+        raise ValueError(f"[{where}] has no key {names}: it takes {', '.join(fields)}")
     missing = [
         name
         for name, field in fields.items()

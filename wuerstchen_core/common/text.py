@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 from collections.abc import Iterable, Sequence
 
 MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
@@ -36,8 +37,14 @@ def decode_text(raw: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a note for messages that names the known name most like an unknown one; "" if none is like it."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
     """Raises ValueError, listing the known names, unless `name` is one of them."""
     known = list(known)
     if name not in known:
-        raise ValueError(f"{kind} {name!r} is unknown: choose {', '.join(known)}")
+        raise ValueError(f"{kind} {name!r} is unknown{nearest(name, known)}: choose {', '.join(known)}")

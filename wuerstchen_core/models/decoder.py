@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from ..kernels.mlp import MappedLatents
 from .feature_reuse import DeepFeatures
 from .layers import EPS, channels_last, timestep_embedding
@@ -20,21 +21,23 @@ from .unet import UNet, UNetParams
 class DecoderParams(UNetParams):
     """Sizes of a Decoder; the defaults are v2's."""
 
-    c_in: int = 4
-    c_out: int = 4
-    c_r: int = 64
-    patch_size: int = 2
-    c_cond: int = 1024
-    c_hidden: tuple[int, ...] = (320, 640, 1280, 1280)
-    nhead: tuple[int, ...] = (-1, 10, 20, 20)
-    blocks: tuple[int, ...] = (4, 4, 14, 4)
-    level_config: tuple[str, ...] = ("CT", "CTA", "CTA", "CTA")
-    inject_effnet: tuple[bool, ...] = (False, True, True, True)
-    effnet_embd: int = 16
-    clip_embd: int = 1024
-    kernel_size: int = 3
-    self_attn: bool = True
-    dropout: float = 0.0  # the original trains with 0.1
+    c_in: int = option(4, "channels of the input")
+    c_out: int = option(4, "channels of the output")
+    c_r: int = option(64, "channels of the time embedding")
+    patch_size: int = option(2, "side in latent pixels of the finest level's tokens")
+    c_cond: int = option(1024, "channels of the conditioning")
+    c_hidden: tuple[int, ...] = option((320, 640, 1280, 1280), "channels of each level")
+    nhead: tuple[int, ...] = option((-1, 10, 20, 20), "attention heads of each level; -1: none")
+    blocks: tuple[int, ...] = option((4, 4, 14, 4), "repetitions of each level's blocks")
+    level_config: tuple[str, ...] = option(
+        ("CT", "CTA", "CTA", "CTA"), "blocks of each level: C convolution, T time, A attention"
+    )
+    inject_effnet: tuple[bool, ...] = option((False, True, True, True), "levels that take image features")
+    effnet_embd: int = option(16, "channels of the image features")
+    clip_embd: int = option(1024, "width of the text states")
+    kernel_size: int = option(3, "side of the convolutions' kernels")
+    self_attn: bool = option(True, "tokens attend to each other too")
+    dropout: float = option(0.0, "dropout (the original trains with 0.1)")
 
 
 def resize_prior_latents(latents: Tensor, size: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from ..common.geometry import prior_side
 
 FUSED, MB = "fused", "mb"
@@ -40,9 +41,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ImageEncoderParams:
     """Stage table and widths; the defaults are v2's (v1: EFFICIENTNET_V2_L)."""
 
-    stages: tuple[EfficientNetStage, ...] = EFFICIENTNET_V2_S
-    last_channel: int = 1280
-    c_latent: int = 16
+    stages: tuple[EfficientNetStage, ...] = option(
+        EFFICIENTNET_V2_S, "kind, expansion, kernel, stride, channels in and out, and layers of each stage"
+    )
+    last_channel: int = option(1280, "channels of the last convolution")
+    c_latent: int = option(16, "channels of the features")
 
 
 class ConvNorm(nn.Sequential):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from .attention import AttnBlock, KeysValues
 from .init import init_blocks, xavier_init
 from .layers import ChannelNorm, ResBlock, TimestepBlock, channels_last, timestep_embedding
@@ -19,15 +20,15 @@ from .operations import Operations, from_namespace
 class PriorParams:
     """Sizes of a Prior; the defaults are v2's."""
 
-    c_in: int = 16
-    c: int = 1536
-    c_cond: int = 1280  # width of the text states: CLIP-bigG in v2, 1024 (CLIP-H) in v1
-    c_r: int = 64
-    depth: int = 32
-    nhead: int = 24
-    feature_scale: float = 42.0  # latents are (features + shift) / scale; 1 and 0 in v1; not in the state dict
-    feature_shift: float = 1.0
-    dropout: float = 0.0  # the original trains with 0.1
+    c_in: int = option(16, "channels of the latents")
+    c: int = option(1536, "channels")
+    c_cond: int = option(1280, "width of the text states: CLIP-bigG in v2, 1024 (CLIP-H) in v1")
+    c_r: int = option(64, "channels of the time embedding")
+    depth: int = option(32, "blocks")
+    nhead: int = option(24, "attention heads")
+    feature_scale: float = option(42.0, "latents are (features + shift) / scale; v1: 1; not in the state dict")
+    feature_shift: float = option(1.0, "v1: 0")
+    dropout: float = option(0.0, "dropout (the original trains with 0.1)")
 
 
 # The fields in which v1's prior differs.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from .attention import PackedProjections
 from .operations import Operations, from_namespace
 from .tokenizer import END, START, encode
@@ -19,12 +20,12 @@ from .tokenizer import END, START, encode
 class TextEncoderParams:
     """Sizes of a text tower."""
 
-    width: int
-    heads: int
-    layers: int
-    vocab_size: int = 49408
-    context_length: int = 77
-    mlp_ratio: float = 4.0
+    width: int = option(meaning="width of the states")
+    heads: int = option(meaning="attention heads")
+    layers: int = option(meaning="transformer blocks")
+    vocab_size: int = option(49408, "number of tokens")
+    context_length: int = option(77, "tokens in a text")
+    mlp_ratio: float = option(4.0, "width of the MLPs, as a multiple of the states'")
 
 
 CLIP_H = TextEncoderParams(width=1024, heads=16, layers=24)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from .feature_reuse import DeepFeatures
 from .layers import EPS, ChannelNorm, timestep_embedding
 from .operations import Operations
@@ -20,21 +21,23 @@ from .unet import UNet, UNetParams
 class TokenDecoderParams(UNetParams):
     """Sizes of a TokenDecoder; the defaults are v1's."""
 
-    c_in: int = 256
-    c_out: int = 256
-    num_labels: int = 8192  # codes of Stage A
-    c_r: int = 64
-    patch_size: int = 2
-    c_cond: int = 1024
-    c_hidden: tuple[int, ...] = (640, 1280, 1280)
-    nhead: tuple[int, ...] = (-1, 16, 16)
-    blocks: tuple[int, ...] = (4, 12, 4)
-    level_config: tuple[str, ...] = ("CT", "CTA", "CTA")
-    effnet_embd: int = 16
-    byt5_embd: int = 1024  # width of CLIP-H's text states; the original's name is from an earlier ByT5
-    kernel_size: int = 3
-    self_attn: bool = True
-    dropout: float = 0.0  # the original trains with 0.1
+    c_in: int = option(256, "channels of the input")
+    c_out: int = option(256, "channels of the output")
+    num_labels: int = option(8192, "codes of Stage A")
+    c_r: int = option(64, "channels of the time embedding")
+    patch_size: int = option(2, "side in latent pixels of the finest level's tokens")
+    c_cond: int = option(1024, "channels of the conditioning")
+    c_hidden: tuple[int, ...] = option((640, 1280, 1280), "channels of each level")
+    nhead: tuple[int, ...] = option((-1, 16, 16), "attention heads of each level; -1: none")
+    blocks: tuple[int, ...] = option((4, 12, 4), "repetitions of each level's blocks")
+    level_config: tuple[str, ...] = option(
+        ("CT", "CTA", "CTA"), "blocks of each level: C convolution, T time, A attention"
+    )
+    effnet_embd: int = option(16, "channels of the image features")
+    byt5_embd: int = option(1024, "width of the text states (of CLIP-H; the name is from an earlier ByT5)")
+    kernel_size: int = option(3, "side of the convolutions' kernels")
+    self_attn: bool = option(True, "tokens attend to each other too")
+    dropout: float = option(0.0, "dropout (the original trains with 0.1)")
 
 
 class TokenDecoder(UNet):

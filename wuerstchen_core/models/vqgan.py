@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dataclass_config import option
 from ..kernels.dispatch import accelerated_by
 from ..kernels.vqgan import decode_in_bands, folded_block
 from .init import xavier_init
@@ -20,12 +21,12 @@ from .operations import Operations
 class VQGANParams:
     """Sizes of a VQGAN; the defaults are the released model's."""
 
-    levels: int = 2
-    bottleneck_blocks: int = 12
-    c_hidden: int = 384
-    c_latent: int = 4
-    codebook_size: int = 8192
-    scale_factor: float = 0.3764  # Stage B works on latents divided by this
+    levels: int = option(2, "number of levels, each halving the side")
+    bottleneck_blocks: int = option(12, "blocks at the coarsest level")
+    c_hidden: int = option(384, "channels of the coarsest level")
+    c_latent: int = option(4, "channels of the latents")
+    codebook_size: int = option(8192, "number of codes")
+    scale_factor: float = option(0.3764, "Stage B works on latents divided by this")
 
 
 class Quantized(NamedTuple):

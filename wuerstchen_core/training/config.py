@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, OneOf, Positive, Range
-from ..common.text import decode_text
+from ..common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, OneOf, Positive, Range, option
+from ..common.text import decode_text, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +19,8 @@ else:
 LARGEST_SEED = 2**32 - 1  # the loop derives a seed below 2**64 from it for each batch
 Beta = Annotated[float, Range(least=0, below=1)]
 COMMON = ("run", "inputs", "data", "cache", "train", "modelspec")  # keys and tables of every stage
+RUN = option(meaning="folder of the model; each stage has a subfolder there")
+START = option("", "initial weights, in any format that `inspect` reads; default: train from scratch")
 INPUTS = {  # the keys of [inputs]: stages, and the part of a bundle that each trains
     "vqgan": "vqgan",
     "encoder": "image_encoder",
@@ -33,36 +35,41 @@ INPUTS = {  # the keys of [inputs]: stages, and the part of a bundle that each t
 class LoopConfig:
     """The `[train]` table."""
 
-    steps: Count
-    batch: Count  # samples in one forward pass of a process
-    lr: Positive
-    accumulate: Count = 1  # forward passes of a process per step
-    checkpointing: bool = False  # recompute activations in the backward pass
-    muon_lr: NotNegative = 0.0  # above 0, Muon trains the matrices of the blocks at this rate, and AdamW the rest
-    warmup: CountOrZero = 100  # steps of linear warmup
-    decay: Fraction = 0.3  # fraction of the steps, at the end, over which the rate falls linearly to zero
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: NotNegative = 0.01
-    clip: Positive = 1.0  # largest gradient norm
-    ema: Fraction = 0.995  # decay of the average per step
-    precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = ""  # mixed precision; "": accelerate's setting
-    seed: Annotated[int, Range(least=0, most=LARGEST_SEED)] = 0
-    bad_share: Fraction = 0.05  # fraction of steps that may be skipped because their loss is not finite
-    keep: Count = 2  # number of checkpoints
-    trackers: tuple[str, ...] = ()  # accelerate's names of them, such as tensorboard and wandb
-    log_every: Count = 20  # steps from one row of the log to the next
-    save_every: Count = 250  # from one checkpoint to the next
-    sheet_every: Count = 500  # from one sample grid to the next
+    steps: Count = option(meaning="optimizer steps")
+    batch: Count = option(meaning="samples in one forward pass of a process")
+    lr: Positive = option(meaning="learning rate of AdamW, the largest of its course")
+    accumulate: Count = option(1, "forward passes of a process per step")
+    checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    muon_lr: NotNegative = option(
+        0.0, "above 0, Muon trains the matrices of the blocks at this rate, and AdamW the rest"
+    )
+    warmup: CountOrZero = option(100, "steps of linear warmup")
+    decay: Fraction = option(0.3, "fraction of the steps, at the end, over which the rate falls linearly to zero")
+    betas: tuple[Beta, Beta] = option((0.9, 0.999), "decay rates of AdamW's moments")
+    weight_decay: NotNegative = option(0.01, "AdamW's and Muon's weight decay")
+    clip: Positive = option(1.0, "largest gradient norm")
+    ema: Fraction = option(0.995, "decay of the average per step")
+    precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = option(
+        "", "mixed precision: no, bf16 or fp16; empty: accelerate's setting"
+    )
+    seed: Annotated[int, Range(least=0, most=LARGEST_SEED)] = option(0, "seed of all random numbers")
+    bad_share: Fraction = option(0.05, "fraction of steps that may be skipped because their loss is not finite")
+    keep: Count = option(2, "number of checkpoints to keep")
+    trackers: tuple[str, ...] = option((), "accelerate's names of them, such as tensorboard and wandb")
+    log_every: Count = option(20, "steps from one row of the log to the next")
+    save_every: Count = option(250, "steps from one checkpoint to the next")
+    sheet_every: Count = option(500, "steps from one sample grid to the next")
 
 
-def check_tables(config: Mapping[str, Any], of_stage: tuple[str, ...]) -> None:
+def check_tables(config: Mapping[str, Any], of_stage: Collection[str]) -> None:
     """Raises ValueError for unknown and mistyped tables, a missing run folder and a missing network.
 
     `of_stage` are the stage's own keys and tables; if "model" is one of them, `[model]` or `start` is required.
     """
     known = (*COMMON, *of_stage)
     if unknown := sorted(set(config) - set(known)):
-        raise ValueError(f"unknown keys or tables {', '.join(unknown)}: this stage takes {', '.join(known)}")
+        names = ", ".join(f"{name}{nearest(name, known)}" for name in unknown)
+        raise ValueError(f"unknown keys or tables {names}: this stage takes {', '.join(known)}")
     for name, value in config.items():
         kind, expected = (str, "a string") if name in ("run", "start") else (Mapping, "a table of keys")
         if not isinstance(value, kind):

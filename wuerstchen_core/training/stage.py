@@ -21,7 +21,8 @@ class Stage(ABC, Generic[N]):
 
     name: str  # for the command, the run's subfolder and the file of weights
     part: str  # the part of a bundle that is saved: the submodule of `net` with this name, else `net` itself
-    tables: tuple[str, ...]  # keys and tables of the configuration that only some stages have
+    # Keys and tables of the configuration that only some stages have: their types, or the field of a key.
+    tables: Mapping[str, Any]
     net: N
     dataset: ImageDataset
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls

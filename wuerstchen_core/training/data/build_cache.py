@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
-from ...common.dataclass_config import Count, OneOf, from_table
+from ...common.dataclass_config import Count, OneOf, from_table, option
 from ...common.devices import DTYPES
 from ...inference.images import to_pictures
 from ...models.image_encoder import ImageEncoder
@@ -58,12 +58,14 @@ ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CAC
 class CacheConfig:
     """The `[cache]` table."""
 
-    output: str  # folder
-    what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = CACHEABLE
-    dtype: Annotated[str, OneOf(DTYPES)] = "bf16"  # of the cached tensors
-    pictures: bool = False  # also write the cropped images
-    shard: Count = 500  # images in a shard
-    batch: Count = 8  # images in a forward pass
+    output: str = option(meaning="folder to write to")
+    what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = option(
+        CACHEABLE, "what to compute: Stage A's latents, image features, text states"
+    )
+    dtype: Annotated[str, OneOf(DTYPES)] = option("bf16", "precision of the cached tensors")
+    pictures: bool = option(False, "also write the cropped images")
+    shard: Count = option(500, "images in a shard")
+    batch: Count = option(8, "images in a forward pass")
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table
+from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
 from ...demo import vocabulary
 from ...demo.artwork import CANVAS, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
@@ -28,13 +28,16 @@ MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on s
 class DemoDataConfig:
     """The `[data]` table of a run on the demo's scenes; smaller values give short trials."""
 
-    canvas: int = CANVAS  # pixels, a multiple of 64
-    things: Annotated[int, Range(least=1, most=len(THINGS))] = TRAINED_THINGS  # only the first ones
-    layouts: Annotated[tuple[str, ...], OneOf(LAYOUTS)] = SIMPLE
-    shapes: Annotated[tuple[str, ...], OneOf(SHAPES)] = ("square",)
-    most: CountOrZero = 0  # scenes of each layout and shape, sampled from all; 0: MAX_SIMPLE and MAX_OTHER
-    # Only scenes on this background, but with captions that name random ones: for a LoRA to learn the background.
-    background: Annotated[str, OneOf(("", *COLOURS))] = ""
+    canvas: int = option(CANVAS, "side of a square in pixels, a multiple of 64")
+    things: Annotated[int, Range(least=1, most=len(THINGS))] = option(TRAINED_THINGS, "use only the first ones")
+    layouts: Annotated[tuple[str, ...], OneOf(LAYOUTS)] = option(SIMPLE, "kinds of scenes")
+    shapes: Annotated[tuple[str, ...], OneOf(SHAPES)] = option(("square",), "aspect ratios")
+    most: CountOrZero = option(
+        0, "scenes of each layout and shape, sampled from all; 0: 1000 and, with several things or off squares, 400"
+    )
+    background: Annotated[str, OneOf(("", *COLOURS))] = option(
+        "", "only scenes on this background, with captions that name random ones"
+    )
 
     def __post_init__(self) -> None:
         if self.canvas < 64 or self.canvas % 64:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range
+from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range, option
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes, nearest_buckets
 from .caption_tokens import CUT, WHOLE
@@ -26,27 +26,30 @@ Probability = Annotated[float | None, Range(least=0, most=1)]
 class ImageDataConfig:
     """The `[data]` table of a run on image files.
 
-    The filters, at the end, are off by default; their comments give the original's values. An image without a score
+    The filters, at the end, are off by default; their meanings end with the original's values. An image without a score
     fails that score's filter, as in the original. Sizes are the files' own; the original took them from LAION's table.
     """
 
-    # Folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands.
-    source: str | tuple[str, ...]
-    size: int = 1024  # side of a square in pixels; no bucket has more pixels than that square
-    ratio: AtLeastOne = 1.0  # largest aspect ratio of the buckets; 1: squares only, as in the original
-    multiple: int = 128  # of which all sides are multiples, in pixels: 64, or better 128
-    buckets: tuple[Size, ...] = ()  # instead of the three keys above
-    enlarge: AtLeastOne = 1.0  # largest upscaling factor; smaller images are rejected
-    crop: Annotated[str, OneOf(("centre", "random"))] = "centre"  # random in the original
-    long_captions: Annotated[str, OneOf((WHOLE, CUT))] = WHOLE  # what is done with captions of more than 75 tokens
-    workers: CountOrZero = 4  # reading processes; 0: the training process reads
-    bad_share: Fraction = 0.05  # fraction of images, and of shards, that may be unreadable before the run stops
-    allow_pipe: bool = False  # allow `pipe:` sources to run their command
-    min_side: Side = None  # pixels of the shorter side: 512
-    max_side: Side = None  # pixels of the longer side: 4096
-    max_watermark: Probability = None  # probability of a watermark (pwatermark): 0.5
-    min_aesthetic: float | None = None  # aesthetic score, 1 to 10 (AESTHETIC_SCORE, aesthetic): 5.0
-    max_unsafe: Probability = None  # probability of being unsafe (punsafe): 0.99
+    source: str | tuple[str, ...] = option(
+        meaning="folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands"
+    )
+    size: int = option(1024, "side of a square in pixels; no bucket has more pixels than that square")
+    ratio: AtLeastOne = option(1.0, "largest aspect ratio of the buckets; 1: squares only, as in the original")
+    multiple: int = option(128, "of which all sides are multiples, in pixels: 64, or better 128")
+    buckets: tuple[Size, ...] = option((), "[width, height] of each bucket, instead of size, ratio and multiple")
+    enlarge: AtLeastOne = option(1.0, "largest upscaling factor; smaller images are rejected")
+    crop: Annotated[str, OneOf(("centre", "random"))] = option("centre", "centre or random (as in the original)")
+    long_captions: Annotated[str, OneOf((WHOLE, CUT))] = option(
+        WHOLE, "captions of more than 75 tokens: whole, in pieces of 75, or cut after the first 75"
+    )
+    workers: CountOrZero = option(4, "reading processes; 0: the training process reads")
+    bad_share: Fraction = option(0.05, "fraction of images, and of shards, that may be unreadable before the run stops")
+    allow_pipe: bool = option(False, "allow `pipe:` sources to run their command")
+    min_side: Side = option(None, "least pixels of the shorter side (the original: 512)")
+    max_side: Side = option(None, "most pixels of the longer side (4096)")
+    max_watermark: Probability = option(None, "largest probability of a watermark, pwatermark (0.5)")
+    min_aesthetic: float | None = option(None, "least aesthetic score, 1 to 10: AESTHETIC_SCORE, aesthetic (5.0)")
+    max_unsafe: Probability = option(None, "largest probability of being unsafe, punsafe (0.99)")
 
     def __post_init__(self) -> None:
         if not self.source or not all([self.source] if isinstance(self.source, str) else self.source):

@@ -12,9 +12,10 @@ from torch import Tensor
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
-from ...models.decoder import Decoder
+from ...models.decoder import Decoder, DecoderParams
 from ...models.prior import PriorParams
 from ...models.vqgan import VQGAN
+from ..config import START
 from ..data.caption_tokens import Tokens
 from ..rng import StepRandom
 from ..stage import N
@@ -56,6 +57,7 @@ class DecoderStage(StageB[Decoder]):
     """v2's Stage B. No script was published: features are corrupted as in v1, the loss is weighted as for Stage C."""
 
     name = part = "decoder"
+    tables = {"start": START, "model": DecoderParams, "noise": DecoderNoiseConfig}
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")

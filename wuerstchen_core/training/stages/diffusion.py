@@ -30,7 +30,6 @@ class DiffusionStage(Stage[N]):
     A subclass sets `net` and `noise`, then calls `super().__init__`, then sets `latents`.
     """
 
-    tables: tuple[str, ...] = ("start", "model", "noise")
     noise: TimesConfig
     latents: Callable[[Any], Tensor]  # maps a batch of `dataset` to latents
     text_part = "prior_text_encoder"  # the part to load from a source with two text encoders

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.weight_files import read_weight_file
-from ...common.dataclass_config import Positive, from_table
+from ...common.dataclass_config import Positive, from_table, option
 from ...diffusion.schedule import expand
-from ...models.image_encoder import ImageEncoder, semantic_view
+from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ...models.prior import PriorParams, latents_from_features
+from ..config import START
 from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
@@ -32,12 +33,16 @@ from .networks import load_or_create
 class EncoderConfig:
     """The `[encoder]` table."""
 
-    noise: float = 0.3  # largest standard deviation of the noise added to the latents, whose own is 1
-    widths: tuple[int, ...] = (256, 192, 128)  # of the regression decoder, coarse to fine
-    patch: int = 4  # side in pixels of the regression decoder's last tokens
-    feature_scale: Positive = PriorParams.feature_scale  # of a new encoder, equal to the prior's
-    feature_shift: float = PriorParams.feature_shift  # (v1: scale 1, shift 0)
-    backbone: str = ""  # file of torchvision's EfficientNet to start from; the original's was trained on ImageNet
+    noise: float = option(0.3, "largest standard deviation of the noise added to the latents, whose own is 1")
+    widths: tuple[int, ...] = option((256, 192, 128), "of the regression decoder, coarse to fine")
+    patch: int = option(4, "side in pixels of the regression decoder's last tokens")
+    feature_scale: Positive = option(PriorParams.feature_scale, "of a new encoder, equal to the prior's")
+    feature_shift: float = option(
+        PriorParams.feature_shift, "of a new encoder, equal to the prior's (v1: scale 1, shift 0)"
+    )
+    backbone: str = option(
+        "", "file of torchvision's EfficientNet to start from; the original's was trained on ImageNet"
+    )
 
 
 def regression_decoder(c_latent: int, widths: tuple[int, ...], patch: int) -> nn.Sequential:
@@ -98,7 +103,7 @@ class EncoderStage(Stage[Compressor]):
     """Reconstructs whole images after 42.67x compression."""
 
     name, part = "encoder", "image_encoder"
-    tables = ("start", "model", "encoder")
+    tables = {"start": START, "model": ImageEncoderParams, "encoder": EncoderConfig}
 
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(EncoderConfig, config.get("encoder", {}), "encoder")

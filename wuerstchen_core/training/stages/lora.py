@@ -16,12 +16,13 @@ from ...checkpoints.lora_files import NETWORK_PREFIX
 from ...checkpoints.modelspec import FIELD, spec_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
-from ...common.dataclass_config import Count, NotNegative, Range, from_table
+from ...common.dataclass_config import Count, NotNegative, Range, from_table, option
 from ...models.operations import Operations
 from ...models.prior import Prior
 from ...models.text_encoder import SelfAttention, TextEncoder
 from ..data.caption_tokens import pad_states
 from ..rng import StepRandom
+from .losses import NoiseConfig
 from .networks import input_source, load_frozen
 from .prior import TEXT_ENCODER, PriorStage
 
@@ -32,11 +33,15 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # which diffusers' `load_lo
 class AdapterConfig:
     """The `[lora]` table."""
 
-    rank: Count = 4
-    alpha: NotNegative = 0.0  # the change is scaled by alpha / rank; 0: alpha is the rank
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # last components of the paths of adapted layers
-    text_targets: tuple[str, ...] = ()  # the same for the text encoder, with transformers' names: q_proj, fc1, ...
-    dropout: Annotated[float, Range(least=0, below=1)] = 0.0  # of the adapters' inputs
+    rank: Count = option(4, "rank of the changes")
+    alpha: NotNegative = option(0.0, "the change is scaled by alpha / rank; 0: alpha is the rank")
+    targets: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), "last components of the paths of adapted layers"
+    )
+    text_targets: tuple[str, ...] = option(
+        (), "the same for the text encoder, with transformers' names: q_proj, fc1, ..."
+    )
+    dropout: Annotated[float, Range(least=0, below=1)] = option(0.0, "dropout of the adapters' inputs")
 
 
 def lora_path(path: str) -> str:
@@ -143,7 +148,7 @@ class LoraStage(PriorStage):
     """Adapters of a prior, and of its text encoder, trained with the prior's loss."""
 
     name, part = "lora", ""
-    tables = ("noise", "lora")
+    tables = {"noise": NoiseConfig, "lora": AdapterConfig}
 
     def build(self, config: Mapping[str, Any]) -> Prior:
         """Returns the prior of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""

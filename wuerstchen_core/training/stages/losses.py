@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Positive, Range
+from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Positive, Range, option
 from ...diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
 from ...models.layers import TIME_SCALE, TimestepBlock, time_frequencies
 from ...models.prior import PriorParams, features_from_latents, latents_from_features
@@ -32,11 +32,13 @@ class TimesConfig:
     are noise to a training of a few thousand steps.
     """
 
-    stratified: bool = False  # spread the times of a batch evenly
-    focus: Positive = 1.0
-    regression: int = 0
-    slow_times: bool = False
-    text_drop: Fraction = 0.05  # fraction of captions replaced by ""; the original empties as many whole batches
+    stratified: bool = option(False, "spread the times of a batch evenly")
+    focus: Positive = option(1.0, "above 1, more times near pure noise: 1 - (1 - t)**focus instead of t")
+    regression: int = option(0, "first steps, all at one time with almost pure noise")
+    slow_times: bool = option(False, "do not train the time mappers' fast frequencies")
+    text_drop: Fraction = option(
+        0.05, 'fraction of captions replaced by ""; the original empties as many whole batches'
+    )
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,18 @@ class NoiseConfig(TimesConfig):
     `x0`, the product of both, is the squared error of the image itself; unlike `v`, it is small near t = 0.
     """
 
-    weight: Annotated[str, OneOf(("p2", "v", "x0"))] = "p2"
-    cap: float = 40.0
+    weight: Annotated[str, OneOf(("p2", "v", "x0"))] = option(
+        "p2", "weight of the squared error: p2 as in the original, v or x0"
+    )
+    cap: float = option(40.0, "largest weight of v and x0, before the factor of x0")
 
 
 @dataclass(frozen=True)
 class FeatureCorruption(TimesConfig):
     """The keys of `[noise]` for Stage B's features; the defaults are the original's."""
 
-    drop: Fraction = 0.05  # fraction of features set to 0
-    noised: Fraction = 0.3  # fraction of the others that gets noise
+    drop: Fraction = option(0.05, "fraction of features set to 0")
+    noised: Fraction = option(0.3, "fraction of the others that gets noise")
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class DecoderNoiseConfig(FeatureCorruption, NoiseConfig):
 class TokenNoiseConfig(FeatureCorruption):
     """The `[noise]` table of v1's Stage B."""
 
-    smoothing: Annotated[float, Range(least=0, below=1)] = 0.1  # of the labels
-    places: CountOrZero = 0  # random tokens of an image in the loss; 0: all, as in the original
+    smoothing: Annotated[float, Range(least=0, below=1)] = option(0.1, "label smoothing")
+    places: CountOrZero = option(0, "random tokens of an image in the loss; 0: all, as in the original")
 
 
 def draw_times(config: TimesConfig, step: int, rng: StepRandom) -> Tensor:

@@ -17,10 +17,10 @@ from ...common.dataclass_config import from_table
 from ...common.geometry import nearest_legal
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
-from ...models.prior import Prior, latents_from_features
+from ...models.prior import Prior, PriorParams, latents_from_features
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
-from ..config import INPUTS
+from ..config import INPUTS, START
 from ..data.caption_tokens import Tokens
 from .diffusion import DiffusionStage
 from .losses import NoiseConfig
@@ -36,6 +36,7 @@ class PriorStage(DiffusionStage[Prior]):
     """Stage C as in the original, except that the features may be cached."""
 
     name = part = "prior"
+    tables: Mapping[str, Any] = {"start": START, "model": PriorParams, "noise": NoiseConfig}
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.dataclass_config import from_table
+from ...common.dataclass_config import from_table, option
 from ...common.geometry import prior_side
 from ...models.image_encoder import ImageEncoder
 from ...models.prior import latents_from_features
-from ...models.text_encoder import TextEncoder
+from ...models.text_encoder import TextEncoder, TextEncoderParams
+from ..config import START
 from ..data.caption_tokens import CaptionTokenizer, Tokens
 from ..data.dataset import ImageDataset, InMemoryDataset
 from ..data.files import open_dataset
@@ -29,7 +30,7 @@ from .networks import encode_features, load_frozen, load_or_create, read_input
 class TextConfig:
     """The `[text]` table."""
 
-    joint: int = 128  # width of the joint space of texts and images
+    joint: int = option(128, "width of the joint space of texts and images")
 
 
 class Contrast(nn.Module):
@@ -61,7 +62,7 @@ class TextStage(Stage[Contrast]):
     """Matches captions with the images that they describe."""
 
     name, part = "text", "text_encoder"
-    tables = ("start", "model", "text")
+    tables = {"start": START, "model": TextEncoderParams, "text": TextConfig}
     fsdp_conflict = "the temperature of text"
 
     def __init__(self, config: Mapping[str, Any]):

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import NotNegative, from_table
+from ...common.dataclass_config import NotNegative, from_table, option
 from ...diffusion.token_sampler import renoise
 from ...inference.settings import SamplingSettings
 from ...models.prior import V1, PriorParams
-from ...models.token_decoder import TokenDecoder
+from ...models.token_decoder import TokenDecoder, TokenDecoderParams
+from ..config import START
 from ..data.caption_tokens import Tokens
 from ..rng import StepRandom
 from .decoder import StageB
@@ -34,7 +35,7 @@ class CodesConfig:
     training is long enough to learn each of them.
     """
 
-    width: NotNegative = 0.0
+    width: NotNegative = option(0.0, "codes nearer than this start with similar weights; 0: all independent")
 
 
 def code_features(codebook: Tensor, count: int, width: float) -> Tensor:
@@ -48,7 +49,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
     """v1's Stage B as in the original, except that its image encoder was trained before."""
 
     name, part = "token-decoder", "token_decoder"
-    tables = (*StageB.tables, "codes")
+    tables = {"start": START, "model": TokenDecoderParams, "noise": TokenNoiseConfig, "codes": CodesConfig}
     units = PriorParams(feature_scale=V1["feature_scale"], feature_shift=V1["feature_shift"])
     noise: TokenNoiseConfig
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.dataclass_config import Count, CountOrZero, Fraction, from_table
-from ...models.vqgan import VQGAN
+from ...common.dataclass_config import Count, CountOrZero, Fraction, from_table, option
+from ...models.vqgan import VQGAN, VQGANParams
+from ..config import START
 from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
@@ -29,10 +30,10 @@ from .networks import load_or_create
 class VQGANConfig:
     """The `[vqgan]` table."""
 
-    crop: int = 96  # pixels
-    margin: CountOrZero = 24  # pixels at the border that crops avoid
-    quantized: Fraction = 0.5  # fraction of a batch that is decoded from codes
-    quantize_from: Count = 200  # steps without the codebook, which is then initialised with latents
+    crop: int = option(96, "side of the random crops in pixels")
+    margin: CountOrZero = option(24, "pixels at the border that crops avoid")
+    quantized: Fraction = option(0.5, "fraction of a batch that is decoded from codes")
+    quantize_from: Count = option(200, "steps without the codebook, which is then initialised with latents")
 
 
 class Autoencoder(nn.Module):
@@ -73,7 +74,7 @@ class VQGANStage(Stage[Autoencoder]):
     """Reconstructs random crops."""
 
     name = part = "vqgan"
-    tables = ("start", "model", "vqgan")
+    tables = {"start": START, "model": VQGANParams, "vqgan": VQGANConfig}
     unused_weights = True  # the codebook, until it is used
     fsdp_conflict = "the codebook of vqgan"
 
