@@ -9,9 +9,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from ..common.command_line import PACKAGE, program
 from ..common.text import one_line
 from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights
@@ -20,7 +20,6 @@ from .console import flushed_stdout, prepare_streams
 MODULES = (generate, edit, weights, download, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
 INSTALL_HINT = "`pip install wuerstchen` or, in the pack's folder, `pip install -r requirements.txt`"
-PACKAGE = __package__.partition(".")[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,8 +77,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
 
 
 def _parser() -> argparse.ArgumentParser:
-    name = "wuerstchen" if Path(sys.argv[0]).stem == "wuerstchen" else f"python -m {PACKAGE}"
-    parser = Parser(prog=name, description="Würstchen: text to image in three stages.")
+    parser = Parser(prog=program(), description="Würstchen: text to image in three stages.")
     parser.set_defaults(install_hint=INSTALL_HINT, memory_hint="close other programs")
     parser.add_argument("--version", nargs=0, action=Version, help="print the versions of this and of its packages")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

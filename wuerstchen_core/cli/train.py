@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..common.command_line import command
 from ..common.versions import OLDEST_FOR_TRAINING, check_versions
+from .options import Choices
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
-CACHE = "cache"
+CACHE, NEW = "cache", "new"
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
@@ -20,18 +22,35 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's commands."""
     parser = commands.add_parser("train", help="train one stage")
     parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
-    text = f"{', '.join(STAGES)}; or {CACHE}, which encodes a dataset for later training runs"
-    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE), help=text)
+    text = (
+        f"{', '.join(STAGES)}; {CACHE}, which encodes a dataset for later training runs; or {NEW}, which writes a "
+        "configuration into the folder PATH"
+    )
+    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW), help=text)
+    parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"folder to write to, for {NEW}")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="training configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
     parser.add_argument("--keys", action="store_true", help="list the configuration's keys, with defaults and meanings")
     parser.add_argument("--json", action="store_true", help="with --keys: print a JSON schema, for editors")
+    option = parser.add_argument_group(NEW, f"What `train {NEW} PATH` writes.").add_argument
+    recipes = Choices("..training.new", "RECIPES")
+    option("--recipe", choices=recipes, default="lora", help="what to train: %(choices)s (default: lora)")
+    text = 'base model: files, folders or "demo" that together have its parts (default: demo)'
+    option("--model", nargs="+", default=["demo"], metavar="SOURCE", help=text)
+    option("--pictures", type=Path, metavar="FOLDER", help="pictures to train on (default: PATH/pictures)")
+    option(
+        "--size", type=int, metavar="PIXELS", help="side of the pictures, a multiple of 64 (default: the model's own)"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
     check_versions(OLDEST_FOR_TRAINING)
     if options.keys:
         return _print_keys(options)
+    if options.stage == NEW:
+        return _write_new(options)
+    if options.path is not None:
+        raise ValueError(f"{options.path} is one argument too many: only {NEW} takes a PATH")
     if options.config is None:
         raise ValueError("--config FILE.toml is missing: name the training configuration")
     from ..training.data.build_cache import make_cache
@@ -50,3 +69,15 @@ def _print_keys(options: argparse.Namespace) -> None:
         raise ValueError(f"--keys lists the keys of a stage, not of {options.stage}: choose {', '.join(STAGES)}")
     listing = json.dumps(schema_of(options.stage), indent=2) if options.json else list_keys(options.stage)
     sys.stdout.write(listing.rstrip() + "\n")
+
+
+def _write_new(options: argparse.Namespace) -> None:
+    from ..training.new import train_arguments, write_new
+
+    if options.path is None:
+        raise ValueError(f"PATH is missing: name the folder that `train {NEW}` writes to")
+    paths = write_new(options.path, options.recipe, options.model, options.pictures, options.size)
+    pictures = options.pictures or options.path / "pictures"
+    sys.stdout.write("".join(f"wrote {path}\n" for path in paths))
+    sys.stdout.write(f"put pictures and their captions into {pictures}, then run:\n")
+    sys.stdout.write("".join(f"  {command(train_arguments(path))}\n" for path in paths))

@@ -1,0 +1,87 @@
+"""`train new`: the configurations that it writes run as they stand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers.picture_folders import examples, write_folder
+from helpers.tiny_model import write_tiny_bundle
+from helpers.tiny_stages import read_log
+
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.training import keys
+from wuerstchen_core.training.config import read_config
+from wuerstchen_core.training.new import RECIPES, STAGES, write_new
+
+SHORT = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "data.workers=0")
+
+
+def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path) -> list[list[str]]:
+    """Runs `train new` and returns the arguments of the commands that it prints."""
+    assert main(["train", "new", str(folder), *map(str, arguments)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[3:] for line in lines if line.startswith("  ")]
+
+
+@pytest.mark.parametrize("recipe", ["lora", "finetune", "resolution"])
+def test_it_trains_as_printed_once_the_pictures_exist(
+    recipe: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my style"
+    [command] = new(capsys, folder, "--recipe", recipe, "--model", bundle)
+    write_folder(folder / "pictures", examples(range(3), 256, 256))
+    stage = "lora" if recipe == "lora" else "prior"
+    assert command == ["train", stage, "--config", str(folder / f"{stage}.toml")]
+    config = read_config(folder / f"{stage}.toml", [])
+    assert config["data"]["size"] == (192 if recipe == "resolution" else 128)  # the bundle's is 128
+    assert main([*command, *SHORT]) == 0
+    assert read_log(folder / stage)[-1]["step"] == 2 and (folder / stage / f"{stage}.safetensors").is_file()
+    assert list((folder / stage).glob("sheet*.png"))
+
+
+def test_a_model_from_nothing_trains_stage_after_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = write_folder(tmp_path / "pictures", examples(range(3), 128, 128))
+    commands = new(capsys, tmp_path / "new", "--recipe", "scratch", "--pictures", pictures, "--size", "128")
+    assert [command[1] for command in commands] == [*STAGES]
+    for command in commands:
+        assert main([*command, *SHORT]) == 0
+        assert (tmp_path / "new" / command[1] / f"{command[1]}.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_its_tables_have_known_keys(recipe: str, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    for path in write_new(tmp_path, recipe, ["demo"], None, None):
+        jsonschema.validate(read_config(path, []), keys.schema_of(path.stem))
+
+
+def test_parts_come_from_several_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_tiny_bundle(tmp_path / "one.safetensors", without=("image_encoder", "vqgan"))
+    other = write_tiny_bundle(tmp_path / "other.safetensors", without=("prior",))
+    new(capsys, tmp_path / "new", "--model", one, other)
+    expected = dict.fromkeys(("prior", "text", "decoder"), str(one)) | dict.fromkeys(("encoder", "vqgan"), str(other))
+    assert read_config(tmp_path / "new" / "lora.toml", [])["inputs"] == expected
+    assert main(["train", "new", str(tmp_path / "x"), "--model", str(one)]) == 2
+    assert "image encoder" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_released_sizes_get_their_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wuerstchen_core.training.new.LARGE", 1)
+    [path] = write_new(tmp_path, "lora", ["demo"], None, 1024)
+    config = read_config(path, [])
+    assert config["train"]["precision"] == "bf16" and config["noise"]["weight"] == "p2"
+    assert config["data"]["ratio"] == 2.0 and config["data"]["multiple"] == 128
+
+
+def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new(capsys, tmp_path)
+    before = (tmp_path / "lora.toml").read_text("utf-8")
+    assert main(["train", "new", str(tmp_path), "--size", "512"]) == 2
+    assert "lora.toml" in capsys.readouterr().err and (tmp_path / "lora.toml").read_text("utf-8") == before
+
+
+def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "new"]) == 2 and "PATH" in capsys.readouterr().err
+    assert main(["train", "prior", "x.toml"]) == 2 and "x.toml" in capsys.readouterr().err
