@@ -26,6 +26,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """Returns the step of the newest checkpoint in a folder, 0 if there is none."""
+    return max((int(path.stem.split("-")[1]) for path in checkpoints(folder)), default=0)
+
+
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:
     """Writes a checkpoint, then removes all but the newest `keep`. OSError names the file if the disk is full."""
     path = folder / f"checkpoint-{step:08d}.pt"

@@ -7,7 +7,6 @@ import math
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..checkpoints.modelspec import FIELD
-from ..common.atomic import remove_drafts, replace_file
-from .checkpoint import append_row, read_checkpoint, truncate_log, write_checkpoint
+from ..common.atomic import remove_drafts
+from .checkpoint import append_row, newest_step, read_checkpoint, truncate_log, write_checkpoint
 from .config import LoopConfig
 from .ema import EMA, meta_copy
+from .monitor import Monitor
 from .optim import build_optimizers, recompute_blocks
 from .rng import StepRandom
-from .sample_grid import sample_grid
 from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
 from .stages.networks import base_metadata
@@ -100,11 +99,16 @@ class _Run:
         self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
         self.ema = EMA(self.unwrapped, config.ema)
+        self.monitor = Monitor(stage, config, folder, self.accelerator)
         self.losses: list[Tensor] = []  # since the last row of the log
         self.skipped = self.skipped_in_row = 0  # steps without a finite loss
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
+        if self.monitor.compares and newest_step(self.folder) < config.steps:
+            _, net = self._averaged()
+            if self.main:
+                self.monitor.base = self.monitor.generate(net)
         start, seconds, data = self._resume()
         if start >= config.steps:
             log.info("%s is at step %d already: raise [train] steps, or choose another run folder", self.folder, start)
@@ -118,6 +122,10 @@ class _Run:
         if config.trackers:
             options = {"tensorboard": {"purge_step": start + 1}}  # drops rows after the checkpoint to resume from
             self.accelerator.init_trackers(self.stage.name, init_kwargs=options)
+        if self.main:
+            self.monitor.missing(self.stage.dataset.missing_previews())
+        if start == 0 and self.monitor.due(0):
+            self._save(0, file, sample=True, checkpoint=False)
         self.net.train()
         progress = tqdm(
             range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
@@ -127,13 +135,10 @@ class _Run:
         for step in progress:
             self._step(step)
             done = step + 1
-            log_due, save_due, sample_due = (
-                done == config.steps or done % every == 0
-                for every in (config.log_every, config.save_every, config.sheet_every)
-            )
+            log_due, save_due = (done == config.steps or done % x == 0 for x in (config.log_every, config.save_every))
             if log_due:
                 self._log(done, round(time.monotonic() - began, 1), progress)
-            if sample_due or save_due:
+            if (sample_due := self.monitor.due(done)) or save_due:
                 self._save(done, file, sample_due, save_due)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -201,11 +206,11 @@ class _Run:
             append_row(self.folder, row)
 
     def _save(self, done: int, file: Path, sample: bool, checkpoint: bool) -> None:
-        """Writes a sample grid, or the weights and a checkpoint, or both. The checkpoint comes last.
+        """Writes sample grids, or the weights and a checkpoint, or both. The checkpoint comes last.
 
         So if this is interrupted, the resumed run repeats the step and writes all files.
         """
-        ema = gather(self.ema.values, self.main)
+        ema, net = self._averaged()
         if checkpoint:
             weights = gather(self.unwrapped.state_dict(), self.main)
             states = gather({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}, self.main)
@@ -215,14 +220,8 @@ class _Run:
             data = {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
             losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
         if self.main:
-            self.ema_net.load_state_dict(ema, assign=True)
-            net = self.ema_net.to(self.accelerator.device)
-            if sample and (images := self.stage.dataset.preview_images()) is not None:
-                with torch.no_grad():
-                    rows = self.stage.samples(net, images)
-                if rows is not None:
-                    grid = sample_grid(rows)
-                    replace_file(self.folder / f"sheet-{done:06d}.png", partial(grid.save, format="PNG"))
+            if sample:
+                self.monitor.write(done, net)
             if checkpoint:
                 self.stage.save(file, net, {**self.metadata, "training": {"step": done}})
                 part, network = self.stage.part, getattr(net, self.stage.part, net)
@@ -233,6 +232,14 @@ class _Run:
                 contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
+
+    def _averaged(self) -> tuple[dict[str, Tensor], nn.Module]:
+        """Returns the averaged weights and, in the main process, the network with them. All processes call this."""
+        ema = gather(self.ema.values, self.main)
+        if self.main:
+            self.ema_net.load_state_dict(ema, assign=True)
+            self.ema_net.to(self.accelerator.device)
+        return ema, self.ema_net
 
     def _resume(self) -> tuple[int, float, dict[str, Any]]:
         """Loads the newest checkpoint, if any, and removes later rows of the log.

@@ -11,6 +11,7 @@ from ..checkpoints.modelspec import Statement
 from ..common.dataclass_config import from_table
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
+from .samples import SampleConfig
 from .stage import Stage
 from .stages.decoder import DecoderStage
 from .stages.image_encoder import EncoderStage
@@ -39,6 +40,7 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     size = config.get("data", {}).get("size")
     resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
     trainer.stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
+    trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
     if "start" in config:
         trainer.bases = [config["start"]]
     return train(trainer, loop_config, Path(config["run"]) / stage)

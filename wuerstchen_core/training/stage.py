@@ -10,8 +10,10 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
+from ..inference.pipeline import WuerstchenPipeline
 from .data.dataset import ImageDataset, InMemoryDataset
 from .rng import StepRandom
+from .samples import SampleConfig
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -28,6 +30,7 @@ class Stage(ABC, Generic[N]):
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
     bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
     stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
+    sample = SampleConfig()  # the [sample] table
     unused_weights = False  # True if some weights get no gradient in some steps
     fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights
 
@@ -40,8 +43,16 @@ class Stage(ABC, Generic[N]):
         """Returns the mean loss of a batch (scalar). `net` is `self.net`, perhaps wrapped by accelerate."""
 
     @abstractmethod
-    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
-        """Returns images [B, 3, H, W] in [0, 1] and the results of `net` (the EMA); None if a network is missing."""
+    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
+        """Returns images [B, 3, H, W] in [0, 1] and the results of `net` (the EMA)."""
+
+    def missing_for_samples(self) -> str:
+        """Returns what `samples` and `pipeline` need and do not find, as in "decoder under [inputs]"; "" if nothing."""
+        return ""
+
+    def pipeline(self, net: N) -> WuerstchenPipeline:
+        """Returns a pipeline of `net` and the other networks, for stages with a table [sample]."""
+        raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
         """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""

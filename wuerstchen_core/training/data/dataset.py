@@ -81,6 +81,10 @@ class ImageDataset(ABC):
     def preview_images(self) -> InMemoryDataset | None:
         """Returns images for sample grids, held out from training if possible; None if there are none."""
 
+    def missing_previews(self) -> str:
+        """Returns which images `preview_images` would need, "" if it returns some."""
+        return ""
+
 
 class InMemoryDataset(ImageDataset):
     """Images [N, 3, H, W] uint8 of one size in memory; the handle of a batch is their indices [B]."""

@@ -86,7 +86,10 @@ class DemoDataset(InMemoryDataset):
         return vocabulary.caption(scene, words)
 
     def preview_images(self) -> InMemoryDataset | None:
-        return self._held_out if len(self._held_out) else None
+        return None if self.missing_previews() else self._held_out
+
+    def missing_previews(self) -> str:
+        return "" if len(self._held_out) else "held-out drawings: add layouts or things under [data]"
 
     @cached_property
     def _held_out(self) -> DemoDataset:
@@ -123,3 +126,6 @@ class MultiShapeDemoDataset(ImageDataset):
 
     def preview_images(self) -> InMemoryDataset | None:
         return self.datasets[0].preview_images()
+
+    def missing_previews(self) -> str:
+        return self.datasets[0].missing_previews()

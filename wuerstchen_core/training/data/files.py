@@ -123,7 +123,7 @@ class FileDataset(ImageDataset):
     def preview_images(self) -> InMemoryDataset | None:
         """Returns the first images of the fullest bucket, which are trained on too; None for streams and for a cache
         without images."""
-        if not isinstance(self._loader, IndexedLoader) or (self.cache and not self.cache.manifest.pictures):
+        if not isinstance(self._loader, IndexedLoader) or self.missing_previews():
             return None
         config, members = replace(self.config, crop="centre"), self._loader.order.members
         reader = replace(self._loader, config=config, captions=self._captions, images=True, cached=())
@@ -131,6 +131,13 @@ class FileDataset(ImageDataset):
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
         images, texts, _ = zip(*islice(filter(None, examples), PREVIEWS), strict=True)
         return InMemoryDataset(torch.stack(images), list(texts))
+
+    def missing_previews(self) -> str:
+        if not isinstance(self._loader, IndexedLoader):
+            return "a folder or shards on this machine as [data] source, not a stream"
+        if self.cache and not self.cache.manifest.pictures:
+            return "the pictures in the cache: make it with pictures = true under [cache]"
+        return ""
 
 
 def _unpad(states: Tensor, mask: Tensor | None) -> list[Tensor]:

@@ -78,8 +78,8 @@ class DiffusionStage(Stage[N]):
         return diffuse(latents, t, noise), noise
 
     @abstractmethod
-    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor | None:
-        """Returns samples [B, 3, H, W] for images and captions of equally many chunks; None if a network is missing."""
+    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
+        """Returns samples [B, 3, H, W] for images and captions of equally many chunks."""
 
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         picked = self.dataset.sample_batch(rng)
@@ -93,7 +93,7 @@ class DiffusionStage(Stage[N]):
         latents, noise, t, *cond = batch
         return noise_loss(self.noise, net(latents, t, *cond), noise, t)
 
-    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor] | None:
+    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
         picked = validation.evenly_spaced(24)
         images, prompts = validation.images(picked), validation.captions(picked, StepRandom(0, 0, len(picked)))
         height, width = images.shape[-2:]
@@ -105,7 +105,5 @@ class DiffusionStage(Stage[N]):
         for count in chunks.unique():
             indices = (chunks == count).nonzero().flatten()
             results = self.reconstruct(net, images[indices], [tokens[i] for i in indices.tolist()], sampling)
-            if results is None:
-                return None
             samples[indices] = results.to(samples)
         return [images, samples]

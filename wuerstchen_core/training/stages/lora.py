@@ -22,6 +22,7 @@ from ...models.prior import Prior
 from ...models.text_encoder import SelfAttention, TextEncoder
 from ..data.caption_tokens import pad_states
 from ..rng import StepRandom
+from ..samples import SampleConfig
 from .losses import NoiseConfig
 from .networks import input_source, load_frozen
 from .prior import TEXT_ENCODER, PriorStage
@@ -148,7 +149,7 @@ class LoraStage(PriorStage):
     """Adapters of a prior, and of its text encoder, trained with the prior's loss."""
 
     name, part = "lora", ""
-    tables = {"noise": NoiseConfig, "lora": AdapterConfig}
+    tables = {"noise": NoiseConfig, "lora": AdapterConfig, "sample": SampleConfig}
 
     def build(self, config: Mapping[str, Any]) -> Prior:
         """Returns the prior of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""

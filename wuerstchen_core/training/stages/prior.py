@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.components import text_width
+from ...checkpoints.components import TOWERS, text_width
 from ...checkpoints.open import open_source
 from ...checkpoints.release import release_of_model
 from ...common.dataclass_config import from_table
@@ -22,11 +21,10 @@ from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS, START
 from ..data.caption_tokens import Tokens
+from ..samples import SampleConfig
 from .diffusion import DiffusionStage
 from .losses import NoiseConfig
-from .networks import encode_features, encode_text, input_source, load_frozen, load_or_create, source_exists
-
-log = logging.getLogger(__name__)
+from .networks import encode_features, encode_text, input_source, load_frozen, load_or_create, read_input, source_exists
 
 DECODERS = {"v1": "token-decoder", "v2": "decoder"}  # the stage that trains Stage B, by release
 TEXT_ENCODER = "text_encoder"  # the submodule of a prior that is trained together with its text encoder
@@ -36,7 +34,9 @@ class PriorStage(DiffusionStage[Prior]):
     """Stage C as in the original, except that the features may be cached."""
 
     name = part = "prior"
-    tables: Mapping[str, Any] = {"start": START, "model": PriorParams, "noise": NoiseConfig}
+    tables: Mapping[str, Any] = {
+        "start": START, "model": PriorParams, "noise": NoiseConfig, "sample": SampleConfig,
+    }  # fmt: skip
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(NoiseConfig, config.get("noise", {}), "noise")
@@ -53,29 +53,40 @@ class PriorStage(DiffusionStage[Prior]):
         width, height = map(nearest_legal, self.dataset.size)
         return {"width": width, "height": height}
 
-    def reconstruct(
-        self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
-    ) -> Tensor | None:
-        """Generates images from the captions; None if Stage A, Stage B or its text encoder is missing."""
-        stage, part = DECODERS[release_of_model([net.params])], "decoder_text_encoder"
-        source = input_source(self.config, stage)
+    def missing_for_samples(self) -> str:
+        stage = self.decoder_stage
         if missing := [name for name in (stage, "vqgan") if not source_exists(input_source(self.config, name))]:
-            log.info("no samples: they need %s under [inputs]", " and ".join(missing))
-            return None
+            return f"{' and '.join(missing)} under [inputs]"
+        source, text = input_source(self.config, stage), read_input(self.config, "text", self.text_part)
+        if text_width(read_input(self.config, stage).params) != text.params.width:
+            if TOWERS[1] not in open_source(source, headers_only=True).networks:
+                return f"the text encoder of the {stage}, which {source} lacks"
+        return ""
+
+    def pipeline(self, net: Prior) -> WuerstchenPipeline:
+        stage, device = self.decoder_stage, next(net.parameters()).device
         decoder: Any = load_frozen(self.config, stage, nn.Module)
         if text_width(decoder.params) == self.text_encoder.params.width:
             decoder_text_encoder = self.text_encoder  # not the one that a LoRA trains
-        elif part in open_source(source, headers_only=True).networks:
-            decoder_text_encoder = load_frozen(self.config, stage, TextEncoder, part)
         else:
-            log.info("no samples: %s has no text encoder for its decoder", source)
-            return None
-        device, vqgan = next(net.parameters()).device, load_frozen(self.config, "vqgan", VQGAN)
-        text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder)
-        for network in (decoder, decoder_text_encoder, vqgan, text_encoder):
-            network.to(device)
-        networks: dict[str, Any] = {INPUTS[stage]: decoder}
-        pipeline = WuerstchenPipeline(prior=net, vqgan=vqgan, prior_text_encoder=text_encoder, **networks)
-        prior_latents = pipeline.sample_prior(torch.stack(encode_text(text_encoder, tokens)), sampling)
-        text = torch.stack(encode_text(decoder_text_encoder, tokens))
-        return vqgan.decode(pipeline.sample_decoder(prior_latents, text, sampling))
+            decoder_text_encoder = load_frozen(self.config, stage, TextEncoder, TOWERS[1])
+        networks: dict[str, Any] = {
+            INPUTS[stage]: decoder,
+            TOWERS[0]: getattr(net, TEXT_ENCODER, self.text_encoder),
+            TOWERS[1]: decoder_text_encoder,
+            "vqgan": load_frozen(self.config, "vqgan", VQGAN),
+        }
+        return WuerstchenPipeline(prior=net, **{name: network.to(device) for name, network in networks.items()})
+
+    @property
+    def decoder_stage(self) -> str:
+        """The stage that trains the Stage B for this prior."""
+        return DECODERS[release_of_model([self.net.params])]
+
+    def reconstruct(self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
+        """Generates images from the captions."""
+        pipeline = self.pipeline(net)
+        prior_text, decoder_text = (torch.stack(encode_text(pipeline.require(name), tokens)) for name in TOWERS)
+        latents = pipeline.sample_decoder(pipeline.sample_prior(prior_text, sampling), decoder_text, sampling)
+        decoded: Tensor = pipeline.require("vqgan").decode(latents)
+        return decoded

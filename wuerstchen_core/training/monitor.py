@@ -1,0 +1,87 @@
+"""Shows how far a run is: sample grids in its folder and in its trackers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from ..common.atomic import replace_file
+from ..common.geometry import nearest_legal
+from .config import LoopConfig
+from .sample_grid import prompt_grid, sample_grid
+from .samples import generate_samples
+from .stage import Stage
+from .stages.networks import base_metadata
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Writes what is due after a step, in the main process."""
+
+    def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path, accelerator: Accelerator):
+        self.stage, self.config, self.folder, self.accelerator = stage, config, folder, accelerator
+        self.base: Sequence[Image.Image] = ()  # samples of the model that training starts from
+        self._warned: set[str] = set()
+
+    @property
+    def compares(self) -> bool:
+        """True if sample grids show the model that training starts from too: `base` is to be set before training."""
+        return bool(self.stage.sample.prompts and self.stage.bases)
+
+    def due(self, done: int) -> bool:
+        """True if `write` has something to write after `done` steps."""
+        return self._sheet_due(done) or self._samples_due(done)
+
+    def write(self, done: int, net: nn.Module) -> None:
+        """Writes what is due. `net` has the averaged weights."""
+        if self._sheet_due(done) and not self.missing(self.stage.dataset.missing_previews()):
+            if (images := self.stage.dataset.preview_images()) is not None:
+                with torch.no_grad():
+                    rows = self.stage.samples(net, images)
+                self._write_grid("sheet", done, sample_grid(rows))
+        if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
+            groups = {f"step {done}": images, **({"base model": self.base} if self.base else {})}
+            self._write_grid("samples", done, prompt_grid(self.stage.sample.prompts, self.stage.sample.seeds, groups))
+
+    def generate(self, net: nn.Module) -> Sequence[Image.Image]:
+        """Returns images of the prompts in [sample], none if networks are missing."""
+        if self.missing():
+            return ()
+        width, height = map(nearest_legal, self.stage.dataset.size)
+        metadata = base_metadata(self.stage.bases, "prior")
+        return generate_samples(self.stage.pipeline(net), self.stage.sample, metadata, (width, height))
+
+    def missing(self, images: str = "") -> bool:
+        """True if networks for sample grids are missing, or `images`; warns of each once in a run."""
+        needs = [need for need in (self.stage.missing_for_samples(), images) if need]
+        for need in needs:
+            if need not in self._warned:
+                self._warned.add(need)
+                log.warning("%s: there are no sample grids, which need %s", self.stage.name, need)
+        return bool(needs)
+
+    def _sheet_due(self, done: int) -> bool:
+        return done > 0 and self._due(done, self.config.sheet_every)
+
+    def _samples_due(self, done: int) -> bool:
+        return bool(self.stage.sample.prompts) and self._due(done, self.stage.sample.every or self.config.sheet_every)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.config.steps or done % every == 0
+
+    def _write_grid(self, kind: str, done: int, grid: Image.Image) -> None:
+        replace_file(self.folder / f"{kind}-{done:06d}.png", partial(grid.save, format="PNG"))
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({kind: np.asarray(grid)[None]}, step=done, **layout)
