@@ -55,7 +55,7 @@ class LineStage(Stage[Line]):
         self.stop, self.nan_at, self.width, self.losses = stop, nan_at, width, 0
         self.train_modes: list[bool] = []
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         return (rng.normal(self.width),)
 
     def loss(self, net: Line, *batch: Any) -> Tensor:

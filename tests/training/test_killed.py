@@ -91,8 +91,8 @@ class PicturesStage(LineStage):
         source = {"source": str(folder), "buckets": [[64, 64], [128, 64]], "workers": 2}
         self.dataset = FileDataset(source)
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        return (self.dataset.images(self.dataset.sample_batch(rng)).mean(dim=(2, 3)) + rng.normal(3),)
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
+        return (self.dataset.images(picked).mean(dim=(2, 3)) + rng.normal(3),)
 
 
 def train_on_pictures(folder: Path) -> None:

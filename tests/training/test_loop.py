@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,6 +257,10 @@ def test_tensorboard_gets_the_log_of_a_resumed_run(tmp_path: Path, whole: Path) 
     for name in ("loss", "lr"):
         shown_values = [(event.step, event.value) for event in seen.Scalars(name)]
         assert shown_values == [(row["step"], pytest.approx(row[name])) for row in rows]
+    shown_grids = seen.Images("sheet")
+    assert [event.step for event in shown_grids] == [4, 8]
+    with Image.open(BytesIO(shown_grids[1].encoded_image_string)) as grid:
+        assert grid.size == Image.open(tmp_path / "sheet-000008.png").size and grid.getpixel((0, 0)) == (1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,16 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def truncate_log(folder: Path, last_step: int) -> float:
-    """Removes an incomplete last line and rows after a step; returns the seconds in the last row that remains, or 0."""
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of the log, without an incomplete last one."""
     path = folder / LOG
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    replace_file(path, lambda draft: draft.write_text("".join(lines), encoding="utf-8"))
-    return json.loads(lines[-1])["seconds"] if lines else 0.0
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def truncate_log(folder: Path, last_step: int) -> float:
+    """Removes an incomplete last line and rows after a step; returns the seconds in the last row of losses, or 0."""
+    rows = [row for row in read_log(folder) if row["step"] <= last_step]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    replace_file(folder / LOG, lambda draft: draft.write_text(text, encoding="utf-8"))
+    return max((row.get("seconds", 0.0) for row in rows), default=0.0)

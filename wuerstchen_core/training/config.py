@@ -18,7 +18,7 @@ else:
 
 LARGEST_SEED = 2**32 - 1  # the loop derives a seed below 2**64 from it for each batch
 Beta = Annotated[float, Range(least=0, below=1)]
-COMMON = ("run", "inputs", "data", "cache", "train", "modelspec")  # keys and tables of every stage
+COMMON = ("run", "inputs", "data", "validation", "cache", "train", "modelspec")  # keys and tables of every stage
 RUN = option(meaning="folder of the model; each stage has a subfolder there")
 START = option("", "initial weights, in any format that `inspect` reads; default: train from scratch")
 INPUTS = {  # the keys of [inputs]: stages, and the part of a bundle that each trains

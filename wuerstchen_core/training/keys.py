@@ -13,6 +13,7 @@ from .config import INPUTS, RUN, LoopConfig
 from .data.build_cache import CacheConfig
 from .data.demo import DemoDataConfig
 from .data.filters import ImageDataConfig
+from .data.held_out import ValidationConfig
 from .run import STAGES
 
 COMMENT_COLUMN = 40
@@ -20,6 +21,7 @@ SCHEMA = "http://json-schema.org/draft-07/schema#"  # the version that editors' 
 COMMON: dict[str, Any] = {  # the tables of every stage
     "data": ImageDataConfig,
     "train": LoopConfig,
+    "validation": ValidationConfig,
     "cache": CacheConfig,
     "modelspec": Statement,
 }
@@ -35,7 +37,7 @@ def list_keys(stage: str) -> str:
         if name not in top:
             parts.append(f"[{name}]\n{_table(kind)}")
     demo = "\n".join(f"# {line.removeprefix('# ')}" for line in _table(DemoDataConfig).splitlines())
-    parts.insert(-3, f"# [data] without a source: the demo's drawings\n{demo}")
+    parts.insert(-4, f"# [data] without a source: the demo's drawings\n{demo}")
     return "\n\n".join(parts) + "\n"
 
 

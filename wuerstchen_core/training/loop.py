@@ -257,7 +257,7 @@ class _Run:
         seconds = 0.0
         if self.main:
             remove_drafts(self.folder)
-            seconds = truncate_log(self.folder, step)
+            seconds = truncate_log(self.folder, step if contents else -1)
         self.accelerator.wait_for_everyone()
         return step, seconds, contents["data"] if contents else {}
 

@@ -1,4 +1,4 @@
-"""Shows how far a run is: sample grids in its folder and in its trackers."""
+"""Shows how far a run is: sample grids and validation losses in its folder and in its trackers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch import nn
 
 from ..common.atomic import replace_file
 from ..common.geometry import nearest_legal
+from .checkpoint import append_row, read_log
 from .config import LoopConfig
 from .sample_grid import prompt_grid, sample_grid
 from .samples import generate_samples
 from .stage import Stage
 from .stages.networks import base_metadata
+from .validation import rise, validation_loss
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,12 @@ class Monitor:
 
     def due(self, done: int) -> bool:
         """True if `write` has something to write after `done` steps."""
-        return self._sheet_due(done) or self._samples_due(done)
+        return self._sheet_due(done) or self._samples_due(done) or self._validation_due(done)
 
     def write(self, done: int, net: nn.Module) -> None:
         """Writes what is due. `net` has the averaged weights."""
+        if self._validation_due(done):
+            self._validate(done, net)
         if self._sheet_due(done) and not self.missing(self.stage.dataset.missing_previews()):
             if (images := self.stage.dataset.preview_images()) is not None:
                 with torch.no_grad():
@@ -75,6 +79,18 @@ class Monitor:
 
     def _samples_due(self, done: int) -> bool:
         return bool(self.stage.sample.prompts) and self._due(done, self.stage.sample.every or self.config.sheet_every)
+
+    def _validation_due(self, done: int) -> bool:
+        dataset = self.stage.dataset
+        return dataset.held_out > 0 and self._due(done, dataset.validation.every)
+
+    def _validate(self, done: int, net: nn.Module) -> None:
+        """Logs the validation loss, and a warning if it rises."""
+        loss = validation_loss(self.stage, net, self.accelerator.autocast)
+        append_row(self.folder, {"step": done, "validation": loss})
+        self.accelerator.log({"validation": loss}, step=done)
+        if warning := rise([(row["step"], row["validation"]) for row in read_log(self.folder) if "validation" in row]):
+            log.warning("%s: %s", self.stage.name, warning)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.config.steps or done % every == 0

@@ -16,6 +16,7 @@ from .rng import StepRandom
 from .samples import SampleConfig
 
 N = TypeVar("N", bound=nn.Module)
+LATE = 10**9  # a step after all that a stage does only at first
 
 
 class Stage(ABC, Generic[N]):
@@ -34,13 +35,26 @@ class Stage(ABC, Generic[N]):
     unused_weights = False  # True if some weights get no gradient in some steps
     fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights
 
-    @abstractmethod
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        """Returns the samples of `rng`, which must be the only source of randomness: then runs resume exactly."""
+        """Returns the samples of `rng` of a step's batch."""
+        return self.prepare(self.dataset.sample_batch(rng), step, rng)
+
+    @abstractmethod
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
+        """Returns the arguments of `loss` for a batch of the dataset.
+
+        `rng` must be the only source of randomness: then runs resume exactly.
+        """
 
     @abstractmethod
     def loss(self, net: N, *batch: Any) -> Tensor:
         """Returns the mean loss of a batch (scalar). `net` is `self.net`, perhaps wrapped by accelerate."""
+
+    def validation_loss(self, net: N, picked: Any, rng: StepRandom) -> Tensor:
+        """Returns the mean loss of held-out images. It should depend on no setting that two runs may compare."""
+        device = next(net.parameters()).device
+        batch = [x.to(device) if isinstance(x, Tensor) else x for x in self.prepare(picked, LATE, rng)]
+        return self.loss(net, *batch)
 
     @abstractmethod
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:

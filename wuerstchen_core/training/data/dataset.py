@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..rng import StepRandom
 from .caption_tokens import CaptionTokenizer, Tokens, pad_states
+from .held_out import NO_VALIDATION
 
 CHUNK = 32  # images in one forward pass of a frozen network
 
@@ -35,6 +36,8 @@ class ImageDataset(ABC):
     position = 0  # to resume from after the last batch
     fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
     tokenizer = CaptionTokenizer()
+    validation = NO_VALIDATION
+    held_out = 0  # number of examples that are held out for validation
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
@@ -48,6 +51,10 @@ class ImageDataset(ABC):
     @abstractmethod
     def sample_batch(self, rng: StepRandom) -> Any:
         """Returns the handle of the next batch."""
+
+    def held_out_batches(self, size: int) -> Iterator[tuple[int, Any, int]]:
+        """Yields the held-out examples: the number of a batch's first one, its handle and its size, at most `size`."""
+        return iter(())
 
     @abstractmethod
     def captions(self, batch: Any, rng: StepRandom, drop: float = 0.0) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
@@ -21,8 +21,9 @@ from .caption_tokens import CUT, CaptionTokenizer, Tokens, pad_states
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .filters import ImageDataConfig
+from .held_out import NO_VALIDATION, ValidationConfig
 from .latent_cache import read_empty_text
-from .loading import Batch, IndexedLoader, ReadResult
+from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import configured_cache, open_loader
 from .streams import STREAM
 
@@ -34,9 +35,13 @@ PREVIEWS = 24  # images for sample grids
 class FileDataset(ImageDataset):
     """Images from the sources of a `[data]` table; tensors are computed batch by batch, or read from a cache."""
 
-    def __init__(self, data: Mapping[str, Any], captions: bool = True, fingerprint_of: Callable[[str], str] = str):
+    def __init__(
+        self, data: Mapping[str, Any], captions: bool = True, fingerprint_of: Callable[[str], str] = str,
+        validation: ValidationConfig = NO_VALIDATION,
+    ):  # fmt: skip
         """`captions`: False if captions are not needed. `fingerprint_of` maps "latents", "features" or "text" to the
         fingerprint of this run's network that computes them."""
+        self.validation = validation
         self.config, self._captions = from_table(ImageDataConfig, data, "data"), captions
         self.side = min(min(size) for size in self.config.sizes)
         self.size = most_square(self.config.sizes)
@@ -63,7 +68,10 @@ class FileDataset(ImageDataset):
         self._loader = open_loader(
             self.config, batch=batch, seed=seed, cache=cache, rank=rank, world=world, images=images,
             captions=self._captions and "text" not in self._cached, cached=tuple(sorted(self._cached)),
+            validation=self.validation,
         )  # fmt: skip
+        if isinstance(self._loader, IndexedLoader):
+            self.held_out = sum(map(len, self._loader.held_out))
         self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")
@@ -75,6 +83,17 @@ class FileDataset(ImageDataset):
         batch = next(self._batches)
         self.position = batch.next
         return batch
+
+    def held_out_batches(self, size: int) -> Iterator[tuple[int, Batch, int]]:
+        reader, first = replace(self._loader, config=replace(self.config, crop="centre")), 0
+        assert isinstance(reader, IndexedLoader)
+        for bucket, members in enumerate(reader.held_out):
+            for start in range(0, len(members), size):
+                indices = members[start : start + size].tolist()
+                examples = [reader.read_example(ReadResult(), index, bucket) for index in indices]
+                if readable := [example for example in examples if example is not None]:
+                    yield first, collate(readable), len(readable)
+                first += len(indices)
 
     def captions(self, batch: Batch, rng: StepRandom, drop: float = 0.0) -> list[str]:
         return ["" if empty else text for empty, text in zip(rng.uniform() < drop, batch.captions, strict=True)]
@@ -152,7 +171,11 @@ def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: st
     `captions`: False if the stage needs none. `text_part`: the bundle's part with the text encoder that reads them.
     """
     data = config.get("data", {})
+    validation = from_table(ValidationConfig, config.get("validation", {}), "validation")
     if isinstance(data, Mapping) and "source" in data:
-        return FileDataset(data, captions, cache(partial(weights_fingerprint, config, text_part=text_part)))
+        fingerprint_of = cache(partial(weights_fingerprint, config, text_part=text_part))
+        return FileDataset(data, captions, fingerprint_of, validation)
+    if validation.fraction:
+        raise ValueError("[validation] needs pictures to hold out: name them as source under [data], or remove it")
     several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)

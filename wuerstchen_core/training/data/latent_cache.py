@@ -24,7 +24,7 @@ from .buckets import Size
 from .caption_tokens import CUT
 from .left_out import LeftOut
 from .shards import NONE, SHARD_FIELDS, Members, Record, ShardSource
-from .sidecars import parse_json_table, read_table
+from .sidecars import parse_json_table, read_captions, read_table
 from .source import SCORE_KEYS, image_record, read_at, read_bytes
 
 CACHEABLE = ("latents", "features", "text")  # Stage A latents, Stage C features, the caption's text states
@@ -82,6 +82,7 @@ def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping
     """Returns the files of an example by suffix; `record` is its row of `ImageSource.records`."""
     scores = {key: float(record[name]) for key, name in SCORE_KEYS.items() if not math.isnan(record[name])}
     table = {"width": int(record["width"]), "height": int(record["height"]), "cropped": cropped, **scores}
+    table |= {"line": int(record["line"])} if record["line"] else {}
     files = {"txt": caption.encode(), "json": json.dumps(table).encode()}
     return files | {f"{name}.safetensors": save({name: x}) for name, x in tensors.items()}
 
@@ -89,8 +90,11 @@ def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping
 class CacheSource(ShardSource):
     """The examples of a cache's shards, in the order of the shards and of their members."""
 
-    index_version = 4
+    index_version = 5
     fields = CACHE_FIELDS
+
+    def caption(self, index: int) -> str:
+        return read_captions(self._read(index, "caption"), {}, self.names[index])[0]
 
     def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {}
@@ -114,10 +118,11 @@ class CacheSource(ShardSource):
         table = read_table(read_at(file, *members["json"]), name)
         try:
             width, height, *cropped = map(int, (table["width"], table["height"], *table["cropped"]))
+            line = int(table.get("line", 0))  # caches of earlier versions lack it
             wide, high = cropped
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"the .json of {name} has no valid size: remove its shard and run `train cache` again"
             ) from None
-        own = (*image_record((width, height), table, name), *members.get("png", NONE), *members["txt"], False)
+        own = (*image_record((width, height), table, name, line), *members.get("png", NONE), *members["txt"], False)
         yield (*own, wide, high, *(number for member in tensors for number in member))

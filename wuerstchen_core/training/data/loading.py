@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from numpy.lib.recfunctions import drop_fields
 from torch import Tensor
@@ -86,6 +87,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
 
     source: ImageSource
     order: EpochOrder
+    held_out: Sequence[np.ndarray] = ()  # the images of each bucket that are for validation, which `order` lacks
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         budget = ErrorBudget("images", self.config.bad_share)

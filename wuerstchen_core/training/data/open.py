@@ -16,6 +16,7 @@ from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
 from .folder import FolderSource, find_files, is_image
+from .held_out import NO_VALIDATION, ValidationConfig, hold_out
 from .latent_cache import MANIFEST, Cache, CacheSource, read_manifest
 from .left_out import kind_of
 from .loading import BatchLoader, IndexedLoader
@@ -31,6 +32,7 @@ STREAMS = ("http:", "https:", "pipe:")
 def open_loader(
     config: ImageDataConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
     captions: bool = True, images: bool = True, cached: tuple[str, ...] = (),
+    validation: ValidationConfig = NO_VALIDATION,
 ) -> BatchLoader:  # fmt: skip
     """Opens the sources of a table and returns a loader of batches of `batch` images in process `rank` of `world`.
 
@@ -42,13 +44,19 @@ def open_loader(
     names = config.names
     if any(name.startswith(STREAMS) for name in names):
         _check_streams(names, config.allow_pipe)
+        if validation.fraction:
+            raise ValueError(
+                "[validation] cannot hold out pictures of a stream: download its shards, or remove the table"
+            )
         return StreamLoader(urls=names, batch=batch, seed=seed, **options)
     source = _open_source(config, cache)
     ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
     if isinstance(source, ShardSource):
         ErrorBudget("shards", config.bad_share).add(len(source.paths), source.bad_shards)
     source.left_out.log()
-    return IndexedLoader(source=source, order=_order(source, config, batch * world, seed, captions), **options)
+    members, held_out = _members(source, config, batch * world, captions, validation)
+    order = EpochOrder(members, batch * world, seed)
+    return IndexedLoader(source=source, order=order, held_out=held_out, **options)
 
 
 def configured_cache(config: ImageDataConfig) -> Cache | None:
@@ -117,8 +125,12 @@ def _check_streams(names: Sequence[str], allow_pipe: bool) -> None:
     import_module("webdataset")  # fails here, not in a worker, if the package is missing
 
 
-def _order(source: ImageSource, config: ImageDataConfig, batch: int, seed: int, captions: bool) -> EpochOrder:
-    """Returns the order of the images that pass the filters, and logs their number. ValueError if there are none.
+def _members(
+    source: ImageSource, config: ImageDataConfig, batch: int, captions: bool, validation: ValidationConfig
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the images of each bucket that pass the filters, and those of them that are held out for validation.
+
+    Logs their number. ValueError if none is left.
 
     Unless `captions` are needed, an image with several is one example.
     """
@@ -127,6 +139,8 @@ def _order(source: ImageSource, config: ImageDataConfig, batch: int, seed: int, 
         reasons = np.where(source.records["line"] > 0, "further captions", reasons)
     elif several := np.count_nonzero(source.records["line"] == 1):
         log.info("%d images have several captions, each of which is an example", several)
+    held_out = hold_out(validation, source.records, buckets, reasons == "")
+    reasons = np.where(held_out, "held out for validation", reasons)
     counts = Counter(reasons.tolist())
     if not len(source):
         raise ValueError("[data] source contains no readable image")
@@ -135,9 +149,12 @@ def _order(source: ImageSource, config: ImageDataConfig, batch: int, seed: int, 
             f"none of {len(source)} readable images can be used: {rejected(counts)}; choose other filters, a smaller "
             "size or a larger enlarge under [data]"
         )
-    members = [np.flatnonzero((reasons == "") & (buckets == bucket)) for bucket in range(len(config.sizes))]
+    members, held = (
+        [np.flatnonzero(chosen & (buckets == bucket)) for bucket in range(len(config.sizes))]
+        for chosen in (reasons == "", held_out)
+    )
     log.info("%d images, rejected %s", used, rejected(counts))
     for (width, height), part in zip(config.sizes, members, strict=True):
         note = ", fewer than a batch, so they repeat within it" if 0 < len(part) < batch else ""
         log.info("bucket %dx%d: %d%s", width, height, len(part), note)
-    return EpochOrder(members, batch, seed)
+    return members, held

@@ -57,6 +57,7 @@ class DecoderStage(StageB[Decoder]):
     """v2's Stage B. No script was published: features are corrupted as in v1, the loss is weighted as for Stage C."""
 
     name = part = "decoder"
+    validation_noise = DecoderNoiseConfig(stratified=True, text_drop=0.0, weight="v", drop=0.0, noised=0.0)
     tables = {"start": START, "model": DecoderParams, "noise": DecoderNoiseConfig}
 
     def __init__(self, config: Mapping[str, Any]):

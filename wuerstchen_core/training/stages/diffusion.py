@@ -32,6 +32,7 @@ class DiffusionStage(Stage[N]):
 
     noise: TimesConfig
     latents: Callable[[Any], Tensor]  # maps a batch of `dataset` to latents
+    validation_noise: TimesConfig = NoiseConfig(stratified=True, text_drop=0.0, weight="v")
     text_part = "prior_text_encoder"  # the part to load from a source with two text encoders
     # The attribute with the network that computes each input of `net`.
     inputs: Mapping[str, str] = {"features": "encoder", "text": "text_encoder"}
@@ -81,8 +82,7 @@ class DiffusionStage(Stage[N]):
     def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Returns samples [B, 3, H, W] for images and captions of equally many chunks."""
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        picked = self.dataset.sample_batch(rng)
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         text, mask = self.text(picked, rng, self.noise.text_drop)
         conditioning = self.conditioning(picked, rng)
         t = draw_times(self.noise, step, rng)
@@ -92,6 +92,14 @@ class DiffusionStage(Stage[N]):
         assert isinstance(self.noise, NoiseConfig)
         latents, noise, t, *cond = batch
         return noise_loss(self.noise, net(latents, t, *cond), noise, t)
+
+    def validation_loss(self, net: N, picked: Any, rng: StepRandom) -> Tensor:
+        """Returns the loss at evenly spread times, whatever the table [noise] is; no caption or feature is dropped."""
+        configured, self.noise = self.noise, self.validation_noise
+        try:
+            return super().validation_loss(net, picked, rng)
+        finally:
+            self.noise = configured
 
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
         picked = validation.evenly_spaced(24)

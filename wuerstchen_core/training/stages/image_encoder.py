@@ -115,8 +115,8 @@ class EncoderStage(Stage[Compressor]):
         self.net = Compressor(encoder, self.options, pretrained="start" in config)
         self.dataset = open_dataset(config, captions=False)
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        images = self.dataset.images(self.dataset.sample_batch(rng))
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
+        images = self.dataset.images(picked)
         height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
         noise = rng.normal(self.net.image_encoder.params.c_latent, height, width)
         return images, noise * expand(rng.uniform() * self.options.noise, noise)

@@ -85,8 +85,7 @@ class TextStage(Stage[Contrast]):
         """Returns a function of batches to their features in the prior's space."""
         return dataset.map_images("features", lambda x: encode_features(self.encoder, x), latents_from_features)
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
-        picked = self.dataset.sample_batch(rng)
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         features = self.features(picked)
         features += 0.3 * rng.normal(*features.shape[1:])
         return (*_join(self.tokenizer(self.dataset.captions(picked, rng))), features)

@@ -87,9 +87,9 @@ class VQGANStage(Stage[Autoencoder]):
         if not 0 < crop <= largest:
             raise ValueError(f"[vqgan] crop must be from 1 to {largest} pixels, which the margin leaves, got {crop}")
 
-    def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
+    def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         crop, margin = self.options.crop, self.options.margin
-        images = self.dataset.images(self.dataset.sample_batch(rng))
+        images = self.dataset.images(picked)
         room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
         corners = margin + (rng.uniform(2) * (room + 1)).long()
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
