@@ -98,6 +98,17 @@ def test_x0_is_the_squared_error_of_the_image() -> None:
     assert loss.item() == pytest.approx((guess_x0 - x0).square().mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_the_images_squared_error_weighted_by_the_limited_snr(gamma: float) -> None:
+    """The definition in arXiv 2303.09556: an image's squared error weighted by min(SNR, gamma)."""
+    t = torch.tensor([0.02, 0.2, 0.5, 0.8], dtype=torch.float64)
+    snr = alpha_bar(t) / (1 - alpha_bar(t))
+    of_image = noise_weight(NoiseConfig(weight="x0", cap=math.inf), t)  # the same error in terms of the noise
+    config = NoiseConfig(weight="min_snr", min_snr_gamma=gamma)
+    torch.testing.assert_close(noise_weight(config, t), snr.clamp(max=gamma) * of_image)
+    assert (snr > gamma).any() and (snr < gamma).any()
+
+
 def test_the_noise_loss_weights_each_sample_by_its_time() -> None:
     t = torch.tensor([0.2, 0.9])
     noise = torch.zeros(2, 1, 2, 2)

@@ -96,6 +96,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is Ellipsis else arguments
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
+    if hint is Any:
+        return True
     if isinstance(value, bool):  # a bool is an int in Python
         return origin is bool
     return isinstance(value, (int, float) if origin is float else origin)
@@ -113,8 +117,12 @@ def _describe(hint: Any, names: Mapping[type, str]) -> str:
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
         return f"{'lists' if names is _ITEMS else 'a list'} of {count}{_describe(arguments[0], _ITEMS)}"
+    if origin is dict:
+        return "a table of keys" if arguments[1] is Any else f"a table of {_describe(arguments[1], _ITEMS)}"
     return names[hint]
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_tuple(item) for key, item in value.items()}
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

@@ -48,4 +48,6 @@ def _schema(hint: Any) -> dict[str, Any]:
             return {"type": "array", "items": _schema(arguments[0])}
         items = [_schema(kind) for kind in arguments]
         return {"type": "array", "items": items, "minItems": len(items), "maxItems": len(items)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": {} if arguments[1] is Any else _schema(arguments[1])}
     return {"type": _TYPES[hint]}

@@ -54,8 +54,8 @@ def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> d
         raise
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} is damaged, or comes from a run with another [model] or muon_lr: restore these, delete the file "
-            "to resume from the previous checkpoint, or choose another run folder"
+            f"{path} is damaged, or comes from a run with another [model], optimizer or muon_lr: restore these, delete "
+            "the file to resume from the previous checkpoint, or choose another run folder"
         ) from error
     log.info("resuming from step %d of %s", contents["step"], path)
     return contents

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,12 @@ else:
     import tomli as tomllib
 
 LARGEST_SEED = 2**32 - 1  # the loop derives a seed below 2**64 from it for each batch
+ADAMW = "torch.optim.AdamW"
+FALLS: dict[str, Callable[[float], float]] = {  # the rate's factor, by the remaining fraction of its fall
+    "constant": lambda remaining: 1.0,
+    "linear": lambda remaining: remaining,
+    "cosine": lambda remaining: (1 - math.cos(math.pi * remaining)) / 2,  # arXiv 1608.03983
+}
 Beta = Annotated[float, Range(least=0, below=1)]
 COMMON = ("run", "inputs", "data", "validation", "cache", "train", "modelspec")  # keys and tables of every stage
 RUN = option(meaning="folder of the model; each stage has a subfolder there")
@@ -37,16 +44,21 @@ class LoopConfig:
 
     steps: Count = option(meaning="optimizer steps")
     batch: Count = option(meaning="samples in one forward pass of a process")
-    lr: Positive = option(meaning="learning rate of AdamW, the largest of its course")
+    lr: Positive = option(meaning="learning rate of the optimizer, the largest of its course")
     accumulate: Count = option(1, "forward passes of a process per step")
     checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    optimizer: str = option(ADAMW, "import path of a torch optimizer, such as bitsandbytes.optim.AdamW8bit")
+    optimizer_args: dict[str, Any] | None = option(None, "table of its arguments, such as {d_coef = 2.0}")
     muon_lr: NotNegative = option(
-        0.0, "above 0, Muon trains the matrices of the blocks at this rate, and AdamW the rest"
+        0.0, "above 0, Muon trains the matrices of the blocks at this rate, and the optimizer the rest"
     )
     warmup: CountOrZero = option(100, "steps of linear warmup")
-    decay: Fraction = option(0.3, "fraction of the steps, at the end, over which the rate falls linearly to zero")
-    betas: tuple[Beta, Beta] = option((0.9, 0.999), "decay rates of AdamW's moments")
-    weight_decay: NotNegative = option(0.01, "AdamW's and Muon's weight decay")
+    lr_schedule: Annotated[str, OneOf(tuple(FALLS))] = option(
+        "linear", "fall of the rate to zero at the end: linear, cosine, or constant for none"
+    )
+    decay: Fraction = option(0.3, "fraction of the steps, at the end, over which the rate falls; 1: all of them")
+    betas: tuple[Beta, Beta] = option((0.9, 0.999), "decay rates of AdamW's moments; others have optimizer_args")
+    weight_decay: NotNegative = option(0.01, "weight decay of the optimizer, if it has one, and of Muon")
     clip: Positive = option(1.0, "largest gradient norm")
     ema: Fraction = option(0.995, "decay of the average per step")
     precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = option(

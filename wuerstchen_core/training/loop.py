@@ -22,10 +22,10 @@ from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..checkpoints.modelspec import FIELD
 from ..common.atomic import remove_drafts
 from .checkpoint import append_row, newest_step, read_checkpoint, truncate_log, write_checkpoint
-from .config import LoopConfig
+from .config import FALLS, LoopConfig
 from .ema import EMA, meta_copy
 from .monitor import Monitor
-from .optim import build_optimizers, recompute_blocks
+from .optim import build_optimizers, group_settings, recompute_blocks, set_group
 from .rng import StepRandom
 from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
@@ -38,9 +38,10 @@ TIMEOUT = timedelta(hours=2)  # how long other processes wait for the main proce
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """Returns the learning rate at a step as a fraction of `lr`: warmup, constant, linear decay at the end."""
+    """Returns the learning rate at a step as a fraction of `lr`: warmup, constant, `lr_schedule` at the end."""
     decay_steps = max(1.0, config.steps * config.decay)
-    return min(1.0, (step + 1) / max(1, config.warmup), max(0.0, (config.steps - step) / decay_steps))
+    remaining = min(1.0, max(0.0, (config.steps - step) / decay_steps))
+    return min((step + 1) / max(1, config.warmup), FALLS[config.lr_schedule](remaining))
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
@@ -94,9 +95,12 @@ class _Run:
         self.ema_net = meta_copy(stage.net)
         if config.checkpointing:
             recompute_blocks(stage.net)
-        optimizers = build_optimizers(stage.net, self.accelerator.device, config.muon_lr)
+        optimizers = build_optimizers(
+            stage.net, self.accelerator.device, config.muon_lr, config.optimizer, config.optimizer_args
+        )
         self.net, *prepared = self.accelerator.prepare(stage.net, *optimizers.values())
         self.optimizers = dict(zip(optimizers, prepared, strict=True))
+        self.settings = {name: group_settings(config, name) for name in optimizers}
         self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
         self.ema = EMA(self.unwrapped, config.ema)
         self.monitor = Monitor(stage, config, folder, self.accelerator)
@@ -149,10 +153,8 @@ class _Run:
         processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch
         fraction = learning_rate(config, step)
         for name, optimizer in self.optimizers.items():  # at every step, since a checkpoint restores its own settings
-            settings: dict[str, Any] = {"lr": fraction * (config.muon_lr if name == "muon" else config.lr)}
-            settings |= {"weight_decay": config.weight_decay} | ({"betas": config.betas} if name == "adamw" else {})
             for group in optimizer.param_groups:
-                group.update(settings)
+                set_group(group, self.settings[name], fraction * self.settings[name]["lr"])
         losses, buffers = [], [(x, x.clone()) for x in self.unwrapped.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank
@@ -198,7 +200,7 @@ class _Run:
             return
         mean: Tensor = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
         self.losses.clear()
-        loss, rate = mean.item(), self.optimizers["adamw"].param_groups[0]["lr"]
+        loss, rate = mean.item(), float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=done)
         if self.main:

@@ -50,12 +50,15 @@ class NoiseConfig(TimesConfig):
     `v`, min(1 / alpha_bar, cap), is v-prediction's loss up to the cap (arXiv 2202.00512, appendix D); a small model
     learns the content of images several times faster with it.
     `x0`, the product of both, is the squared error of the image itself; unlike `v`, it is small near t = 0.
+    `min_snr`, min(1, gamma / SNR) with SNR = alpha_bar / (1 - alpha_bar), gives all times with an SNR up to gamma the
+    same weight (arXiv 2303.09556, equation 4 for predicted noise).
     """
 
-    weight: Annotated[str, OneOf(("p2", "v", "x0"))] = option(
-        "p2", "weight of the squared error: p2 as in the original, v or x0"
+    weight: Annotated[str, OneOf(("p2", "v", "x0", "min_snr"))] = option(
+        "p2", "weight of the squared error: p2 as in the original, v, x0 or min_snr"
     )
     cap: float = option(40.0, "largest weight of v and x0, before the factor of x0")
+    min_snr_gamma: Positive = option(5.0, "gamma of min_snr")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
     """Returns the weight of the squared noise error at times t."""
     if config.weight == "p2":
         return p2_weight(t)
+    if config.weight == "min_snr":
+        return (config.min_snr_gamma * (1 / alpha_bar(t) - 1)).clamp(max=1)
     v_weight = (1 / alpha_bar(t)).clamp(max=config.cap)
     return v_weight * p2_weight(t) if config.weight == "x0" else v_weight
 
