@@ -24,8 +24,8 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
-from wuerstchen_core.training.run import STAGES as CLASSES
 from wuerstchen_core.training.run import run
+from wuerstchen_core.training.tables import STAGES as CLASSES
 
 PART = {  # the part of a bundle that a stage trains, if their names differ
     "encoder": "image_encoder",

@@ -21,7 +21,7 @@ from wuerstchen_core.training import config as config_module
 from wuerstchen_core.training import keys
 from wuerstchen_core.training.config import LoopConfig, check_tables
 from wuerstchen_core.training.data.demo import DemoDataConfig
-from wuerstchen_core.training.run import STAGES
+from wuerstchen_core.training.tables import COMMON, STAGES, tables_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,10 +32,6 @@ else:
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["train", *arguments]) == 0
     return capsys.readouterr().out
-
-
-def tables_of(stage: str) -> dict[str, Any]:
-    return {**STAGES[stage].tables, **keys.COMMON}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -60,7 +56,7 @@ def test_every_key_has_a_meaning() -> None:
         f for kind in kinds for f in ([kind] if isinstance(kind, dataclasses.Field) else dataclasses.fields(kind))
     ]
     assert [field.name for field in fields if not field.metadata.get(MEANING)] == []
-    assert {"run", "inputs", *keys.COMMON} == set(config_module.COMMON)
+    assert {"inputs", *COMMON} == set(config_module.COMMON)
 
 
 def errors(schema: dict[str, Any], value: Any) -> Iterator[str]:

@@ -275,7 +275,7 @@ def test_unsupported_settings_are_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], facts: str
 ) -> None:
     if "precision" in change:  # accelerate creates a scaler on GPUs only
-        monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(scaler=object()))
+        monkeypatch.setattr(loop, "Accelerator", lambda **_: SimpleNamespace(scaler=object(), num_processes=1))
     with pytest.raises(ValueError, match=facts):
         train(LineStage(), replace(CONFIG, **change), tmp_path)
     assert not list(tmp_path.glob("*.pt"))

@@ -32,10 +32,10 @@ from wuerstchen_core.cli.main import main
 from wuerstchen_core.training.checkpoint import checkpoints
 from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.rng import StepRandom
-from wuerstchen_core.training.run import STAGES as CLASSES
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.sample_grid import sample_grid
 from wuerstchen_core.training.stages.token_decoder import code_features
+from wuerstchen_core.training.tables import STAGES as CLASSES
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 

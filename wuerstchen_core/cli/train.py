@@ -13,7 +13,7 @@ from ..common.versions import OLDEST_FOR_TRAINING, check_versions
 from .options import Choices
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
-CACHE, NEW = "cache", "new"
+CACHE, NEW, EXPORT = "cache", "new", "export"
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
@@ -23,11 +23,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("train", help="train one stage")
     parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
     text = (
-        f"{', '.join(STAGES)}; {CACHE}, which encodes a dataset for later training runs; or {NEW}, which writes a "
-        "configuration into the folder PATH"
+        f"{', '.join(STAGES)}; {CACHE}, which encodes a dataset for later training runs; {NEW}, which writes a "
+        f"configuration into the folder PATH; or {EXPORT}, which writes the weights of the checkpoint PATH"
     )
-    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW), help=text)
-    parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"folder to write to, for {NEW}")
+    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW, EXPORT), help=text)
+    parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"for {NEW} and {EXPORT}")
+    text = f"file to write to, for {EXPORT} (default: beside the checkpoint)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=text)
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="training configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
     parser.add_argument("--keys", action="store_true", help="list the configuration's keys, with defaults and meanings")
@@ -49,8 +51,10 @@ def _run(options: argparse.Namespace) -> None:
         return _print_keys(options)
     if options.stage == NEW:
         return _write_new(options)
+    if options.stage == EXPORT:
+        return _export(options)
     if options.path is not None:
-        raise ValueError(f"{options.path} is one argument too many: only {NEW} takes a PATH")
+        raise ValueError(f"{options.path} is one argument too many: only {NEW} and {EXPORT} take a PATH")
     if options.config is None:
         raise ValueError("--config FILE.toml is missing: name the training configuration")
     from ..training.data.build_cache import make_cache
@@ -81,3 +85,11 @@ def _write_new(options: argparse.Namespace) -> None:
     sys.stdout.write("".join(f"wrote {path}\n" for path in paths))
     sys.stdout.write(f"put pictures and their captions into {pictures}, then run:\n")
     sys.stdout.write("".join(f"  {command(train_arguments(path))}\n" for path in paths))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ..training.export import export
+
+    if options.path is None:
+        raise ValueError(f"PATH is missing: name the checkpoint that `train {EXPORT}` reads")
+    sys.stdout.write(f"{export(options.path, options.output)}\n")

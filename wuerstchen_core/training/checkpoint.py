@@ -31,6 +31,11 @@ def newest_step(folder: Path) -> int:
     return max((int(path.stem.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
+def weights_name(stage: str, step: int) -> str:
+    """Returns the name of the file with a stage's weights at a step."""
+    return f"{stage}-{step:06d}.safetensors"
+
+
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:
     """Writes a checkpoint, then removes all but the newest `keep`. OSError names the file if the disk is full."""
     path = folder / f"checkpoint-{step:08d}.pt"
@@ -47,6 +52,13 @@ def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> d
     path = next(iter(checkpoints(folder)), None)
     if path is None:
         return None
+    contents = load_checkpoint(path, load)
+    log.info("resuming from step %d of %s", contents["step"], path)
+    return contents
+
+
+def load_checkpoint(path: Path, load: Callable[[dict[str, Any]], object] = lambda contents: None) -> dict[str, Any]:
+    """Passes a checkpoint to `load` and returns it. ValueError if it is damaged or does not fit."""
     try:
         contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         load(contents)
@@ -57,7 +69,6 @@ def read_checkpoint(folder: Path, load: Callable[[dict[str, Any]], object]) -> d
             f"{path} is damaged, or comes from a run with another [model], optimizer or muon_lr: restore these, delete "
             "the file to resume from the previous checkpoint, or choose another run folder"
         ) from error
-    log.info("resuming from step %d of %s", contents["step"], path)
     return contents
 
 

@@ -67,6 +67,9 @@ class LoopConfig:
     seed: Annotated[int, Range(least=0, most=LARGEST_SEED)] = option(0, "seed of all random numbers")
     bad_share: Fraction = option(0.05, "fraction of steps that may be skipped because their loss is not finite")
     keep: Count = option(2, "number of checkpoints to keep")
+    keep_every: CountOrZero = option(
+        0, "steps from one file of weights that is kept, such as lora-000500.safetensors, to the next; 0: none"
+    )
     trackers: tuple[str, ...] = option((), "accelerate's names of them, such as tensorboard and wandb")
     log_every: Count = option(20, "steps from one row of the log to the next")
     save_every: Count = option(250, "steps from one checkpoint to the next")

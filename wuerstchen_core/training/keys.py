@@ -5,50 +5,40 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..checkpoints.modelspec import Statement
 from ..common.dataclass_config import MEANING
 from ..common.json_schema import option_schema, table_schema
 from ..common.toml import toml_key, toml_value
-from .config import INPUTS, RUN, LoopConfig
-from .data.build_cache import CacheConfig
+from .config import INPUTS
 from .data.demo import DemoDataConfig
 from .data.filters import ImageDataConfig
-from .data.held_out import ValidationConfig
-from .run import STAGES
+from .tables import tables_of
 
 COMMENT_COLUMN = 40
 SCHEMA = "http://json-schema.org/draft-07/schema#"  # the version that editors' TOML extensions read
-COMMON: dict[str, Any] = {  # the tables of every stage
-    "data": ImageDataConfig,
-    "train": LoopConfig,
-    "validation": ValidationConfig,
-    "cache": CacheConfig,
-    "modelspec": Statement,
-}
 
 
 def list_keys(stage: str) -> str:
     """Returns a TOML file with all keys of a stage, their defaults and meanings; required ones are comments."""
-    tables = {"run": RUN, **STAGES[stage].tables}
+    tables = tables_of(stage)
     top = {key: x for key, x in tables.items() if isinstance(x, dataclasses.Field)}
     parts = ["\n".join(_line(key, field) for key, field in top.items())]
     parts += ["[inputs]\n" + "\n".join(_note(f"# {key} =", text) for key, text in _inputs().items())]
-    for name, kind in {**tables, **COMMON}.items():
+    for name, kind in tables.items():
         if name not in top:
             parts.append(f"[{name}]\n{_table(kind)}")
-    demo = "\n".join(f"# {line.removeprefix('# ')}" for line in _table(DemoDataConfig).splitlines())
-    parts.insert(-4, f"# [data] without a source: the demo's drawings\n{demo}")
+        if name == "data":
+            demo = "\n".join(f"# {line.removeprefix('# ')}" for line in _table(DemoDataConfig).splitlines())
+            parts.append(f"# [data] without a source: the demo's drawings\n{demo}")
     return "\n\n".join(parts) + "\n"
 
 
 def schema_of(stage: str) -> dict[str, Any]:
     """Returns the JSON schema of a stage's configuration."""
-    tables = {"run": RUN, **STAGES[stage].tables}
     properties: dict[str, Any] = {
         name: option_schema(kind, str)
         if isinstance(kind, dataclasses.Field)
         else table_schema(kind, all_required=name != "model")  # with `start`, sizes may be missing
-        for name, kind in {**tables, **COMMON}.items()
+        for name, kind in tables_of(stage).items()
     }
     properties["data"] = {"anyOf": [table_schema(ImageDataConfig), table_schema(DemoDataConfig)]}
     inputs = {name: {"type": "string", "description": text} for name, text in _inputs().items()}

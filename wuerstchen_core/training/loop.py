@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
-from ..checkpoints.modelspec import FIELD
 from ..common.atomic import remove_drafts
-from .checkpoint import append_row, newest_step, read_checkpoint, truncate_log, write_checkpoint
+from .checkpoint import append_row, newest_step, read_checkpoint, truncate_log, weights_name, write_checkpoint
 from .config import FALLS, LoopConfig
 from .ema import EMA, meta_copy
 from .monitor import Monitor
 from .optim import build_optimizers, group_settings, recompute_blocks, set_group
+from .processes import check_processes, configure
 from .rng import StepRandom
 from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
-from .stages.networks import base_metadata
+from .stages.networks import weights_metadata
 
 log = logging.getLogger(__name__)
 
@@ -53,32 +53,12 @@ def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
     return _Run(stage, config, folder).train()
 
 
-def configure(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -> None:
-    """Sets up FSDP. Raises ValueError for settings of accelerate that the loop does not support."""
-    if accelerator.scaler is not None and config.muon_lr:
-        raise ValueError("[train] muon_lr does not work with fp16, whose gradients are scaled: set precision to bf16")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ValueError("FSDP version 1 is not supported: set fsdp_version to 2 in accelerate's configuration")
-        if stage.fsdp_conflict:
-            raise ValueError(f"{stage.fsdp_conflict} cannot be trained by FSDP, which shards weights: use DDP")
-    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    if missing := [name for name in config.trackers if name not in available]:
-        raise ValueError(f"[train] trackers: {', '.join(missing)} cannot be imported: install or remove it")
-    if (batches := accelerator.gradient_accumulation_steps) != 1:
-        raise ValueError(f"accelerate accumulates {batches} batches: configure 1 there and [train] accumulate instead")
-    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
-        # accelerate's default rebuilds a network from its state dict alone, and loses the base weights of a LoRA.
-        plugin.cpu_ram_efficient_loading = False
-
-
 class _Run:
     """One process of a training run."""
 
     def __init__(self, stage: Stage[Any], config: LoopConfig, folder: Path):
         self.stage, self.config, self.folder = stage, config, folder
-        self.metadata = base_metadata(stage.bases, stage.part, stage.sampling())
-        self.metadata |= {FIELD: dict(stage.stated)} if stage.stated else {}
+        self.metadata = weights_metadata(stage)
         AcceleratorState._reset_state()  # an earlier run in this process may have set another precision
         self.accelerator = Accelerator(
             mixed_precision=config.precision or None,
@@ -89,6 +69,7 @@ class _Run:
                 InitProcessGroupKwargs(timeout=TIMEOUT),
             ],
         )
+        check_processes(self.accelerator)
         configure(self.accelerator, config, stage)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +110,7 @@ class _Run:
         if self.main:
             self.monitor.missing(self.stage.dataset.missing_previews())
         if start == 0 and self.monitor.due(0):
-            self._save(0, file, sample=True, checkpoint=False)
+            self._save(0, file, sample=True)
         self.net.train()
         progress = tqdm(
             range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
@@ -140,10 +121,11 @@ class _Run:
             self._step(step)
             done = step + 1
             log_due, save_due = (done == config.steps or done % x == 0 for x in (config.log_every, config.save_every))
+            keep_due = config.keep_every > 0 and done % config.keep_every == 0
             if log_due:
                 self._log(done, round(time.monotonic() - began, 1), progress)
-            if (sample_due := self.monitor.due(done)) or save_due:
-                self._save(done, file, sample_due, save_due)
+            if (sample_due := self.monitor.due(done)) or save_due or keep_due:
+                self._save(done, file, sample_due, save_due, keep_due)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return file
@@ -207,8 +189,8 @@ class _Run:
             row = {"step": done, "loss": loss, "lr": rate, "seconds": seconds, "skipped": self.skipped}
             append_row(self.folder, row)
 
-    def _save(self, done: int, file: Path, sample: bool, checkpoint: bool) -> None:
-        """Writes sample grids, or the weights and a checkpoint, or both. The checkpoint comes last.
+    def _save(self, done: int, file: Path, sample: bool, checkpoint: bool = False, keep: bool = False) -> None:
+        """Writes sample grids, weights that are kept, or the weights and a checkpoint. The checkpoint comes last.
 
         So if this is interrupted, the resumed run repeats the step and writes all files.
         """
@@ -224,8 +206,10 @@ class _Run:
         if self.main:
             if sample:
                 self.monitor.write(done, net)
+            kept = [self.folder / weights_name(self.stage.name, done)] if keep else []
+            for path in [*kept, *([file] if checkpoint else [])]:
+                self.stage.save(path, net, {**self.metadata, "training": {"step": done}})
             if checkpoint:
-                self.stage.save(file, net, {**self.metadata, "training": {"step": done}})
                 part, network = self.stage.part, getattr(net, self.stage.part, net)
                 if done == self.config.steps and is_in_diffusers(part, network):
                     save_component(self.folder / "diffusers" / part, part, network, self.metadata)

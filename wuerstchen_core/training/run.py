@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +12,45 @@ import torch
 
 from ..checkpoints.modelspec import Statement
 from ..common.dataclass_config import from_table
+from ..common.lock import folder_lock
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
+from .processes import choose_precision, is_main_process
+from .run_folder import record_start
 from .samples import SampleConfig
 from .stage import Stage
-from .stages.decoder import DecoderStage
-from .stages.image_encoder import EncoderStage
-from .stages.lora import LoraStage
-from .stages.prior import PriorStage
-from .stages.text_encoder import TextStage
-from .stages.token_decoder import TokenDecoderStage
-from .stages.vqgan import VQGANStage
-
-STAGES: dict[str, Any] = {  # classes by name; each is constructed with a configuration
-    kind.name: kind
-    for kind in (VQGANStage, EncoderStage, TextStage, DecoderStage, TokenDecoderStage, PriorStage, LoraStage)
-}
+from .tables import STAGES, resolve
 
 
 def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     """Trains a stage, or resumes its training, and returns the file of its weights.
 
-    The stages of a model share the folder `run` of the configuration; each has a subfolder of its name there.
+    The stages of a model share the folder `run` of the configuration; each has a subfolder of its name there, which
+    this process locks. ValueError if another process trains there.
     """
     config = read_config(config_path, overrides)
     check_tables(config, STAGES[stage].tables)
     loop_config = from_table(LoopConfig, config.get("train", {}), "train")
-    torch.manual_seed(loop_config.seed)  # for the initial weights
+    loop_config = replace(loop_config, precision=choose_precision(loop_config.precision))
+    trainer = build_stage(stage, config)
+    folder, main = Path(config["run"]) / stage, is_main_process()
+    with folder_lock(folder) if main else nullcontext():
+        if main:
+            resolved = resolve(stage, {**config, "train": asdict(loop_config)})
+            if "model" in STAGES[stage].tables:
+                resolved["model"] = asdict(getattr(trainer.net, trainer.part, trainer.net).params)
+            record_start(folder, resolved, trainer)
+        return train(trainer, loop_config, folder)
+
+
+def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
+    """Returns the stage of a configuration, with a network that is loaded or randomly initialised."""
+    torch.manual_seed(config.get("train", {}).get("seed", 0))  # for the initial weights
     trainer: Stage[Any] = STAGES[stage](config)
     size = config.get("data", {}).get("size")
     resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
     trainer.stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
     trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
-    if "start" in config:
+    if config.get("start"):
         trainer.bases = [config["start"]]
-    return train(trainer, loop_config, Path(config["run"]) / stage)
+    return trainer

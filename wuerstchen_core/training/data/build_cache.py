@@ -16,7 +16,7 @@ from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -26,19 +26,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
-from ...common.dataclass_config import Count, OneOf, from_table, option
+from ...common.dataclass_config import from_table
 from ...common.devices import DTYPES
 from ...inference.images import to_pictures
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import check_tables, read_config
-from ..run import STAGES
+from ..processes import check_processes
 from ..stages import networks
+from ..tables import STAGES
 from .caption_tokens import CUT, CaptionTokenizer
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
-from .latent_cache import CACHEABLE, EMPTY_TEXT, MANIFEST, CacheManifest, example_files, read_manifest
+from .latent_cache import EMPTY_TEXT, MANIFEST, CacheConfig, CacheManifest, example_files, read_manifest
 from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import configured_cache, open_loader
 from .shards import add_member
@@ -52,20 +53,6 @@ ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CAC
     "features": (ImageEncoder, networks.encode_features),
     "text": (TextEncoder, networks.encode_text),  # of tokens
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """The `[cache]` table."""
-
-    output: str = option(meaning="folder to write to")
-    what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = option(
-        CACHEABLE, "what to compute: Stage A's latents, image features, text states"
-    )
-    dtype: Annotated[str, OneOf(DTYPES)] = option("bf16", "precision of the cached tensors")
-    pictures: bool = option(False, "also write the cropped images")
-    shard: Count = option(500, "images in a shard")
-    batch: Count = option(8, "images in a forward pass")
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:
@@ -90,6 +77,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
     accelerator, folder = Accelerator(), Path(options.output)
+    check_processes(accelerator)
     encoders = {}
     for name in options.what:
         kind, encode = ENCODERS[name]

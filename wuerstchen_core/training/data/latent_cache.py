@@ -12,14 +12,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...common.dataclass_config import from_table
+from ...common.dataclass_config import Count, OneOf, from_table, option
+from ...common.devices import DTYPES
 from .buckets import Size
 from .caption_tokens import CUT
 from .left_out import LeftOut
@@ -36,6 +37,20 @@ CACHE_FIELDS = [
     *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"),
     *((field, "i8") for name in CACHEABLE for field in (name, f"{name}_size")),
 ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The `[cache]` table."""
+
+    output: str = option(meaning="folder to write to")
+    what: Annotated[tuple[str, ...], OneOf(CACHEABLE)] = option(
+        CACHEABLE, "what to compute: Stage A's latents, image features, text states"
+    )
+    dtype: Annotated[str, OneOf(DTYPES)] = option("bf16", "precision of the cached tensors")
+    pictures: bool = option(False, "also write the cropped images")
+    shard: Count = option(500, "images in a shard")
+    batch: Count = option(8, "images in a forward pass")
 
 
 @dataclass(frozen=True, kw_only=True)

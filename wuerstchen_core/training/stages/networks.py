@@ -14,6 +14,7 @@ from torch import Tensor
 from ...checkpoints import Part, build_part
 from ...checkpoints.components import TEXT_ENCODER, component
 from ...checkpoints.lazy import LazyTensor
+from ...checkpoints.modelspec import FIELD
 from ...checkpoints.open import SHIPPED, open_part, open_source
 from ...checkpoints.source import is_stage_b, merge_licences
 from ...common.dataclass_config import from_table
@@ -23,7 +24,7 @@ from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS
 from ..data.caption_tokens import Tokens
-from ..stage import N
+from ..stage import N, Stage
 
 SAMPLED = ("prior", "decoder", "token_decoder")  # parts with settings of sampling
 # What can be cached, and the stage whose network computes it.
@@ -92,6 +93,12 @@ def base_metadata(
         **({"sampling": settings} if settings else {}),
         **({"vocabulary": words} if words else {}),
     }
+
+
+def weights_metadata(stage: Stage[Any]) -> dict[str, Any]:
+    """Returns the metadata of a stage's weights, from their bases and from what the configuration states."""
+    stated = {FIELD: dict(stage.stated)} if stage.stated else {}
+    return base_metadata(stage.bases, stage.part, stage.sampling()) | stated
 
 
 def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "") -> str:

@@ -1,0 +1,71 @@
+"""The lock on a folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wuerstchen_core.common.lock import LOCK, folder_lock
+
+ROOT = Path(__file__).parents[2]
+# Locks a folder, says so, and waits; with "fork", its child process inherits its files and outlives it.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from wuerstchen_core.common.lock import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        os.close(1)
+        time.sleep(30)
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(30)
+"""
+
+
+def hold(folder: Path, mode: str = "") -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), mode], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_another_process_is_named_until_it_is_dead(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=rf"{tmp_path.name}.* {process.pid} ") as error, folder_lock(tmp_path):
+            pass
+        assert "\n" not in str(error.value)
+    finally:
+        process.kill()
+        process.communicate()
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text("utf-8"))["pid"] == os.getpid()
+
+
+@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] == "spawn", reason="needs fork")
+def test_a_child_that_outlives_a_killed_process_has_no_lock(tmp_path: Path) -> None:
+    process = hold(tmp_path, "fork")
+    process.kill()
+    process.communicate()
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_a_process_does_not_lock_twice(tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "new"):
+        for _ in range(2):  # a refused attempt leaves the lock
+            with pytest.raises(ValueError, match=str(os.getpid())), folder_lock(tmp_path / "new"):
+                pass
+        with folder_lock(tmp_path / "other"):
+            pass
+    with folder_lock(tmp_path / "new"):
+        pass

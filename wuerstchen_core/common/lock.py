@@ -1,0 +1,75 @@
+"""A lock on a folder, for one process that writes to it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LOCK = ".lock"
+_BYTE = 1 << 30  # the locked byte, beyond the text: Windows lets nobody read what is locked
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+_own: set[Path] = set()  # folders that this process has locked, which the system would let it lock again
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Locks a folder, which it creates, while a `with` block runs. ValueError names the process that has locked it.
+
+    The operating system releases the lock when the process ends, however it ends. Where the file system has no locks,
+    nothing is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved, path = folder.resolve(), folder / LOCK
+    holder = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
+    if resolved in _own:  # not read from the file: closing it would release the lock
+        raise _in_use(folder, holder)
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise _in_use(folder, _read(file)) from None
+        file.write(json.dumps(holder).encode())
+        file.truncate()
+        file.flush()
+        _own.add(resolved)
+        try:
+            yield
+        finally:
+            _own.discard(resolved)
+
+
+def _lock(file: BinaryIO) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        file.seek(0)
+    else:
+        import fcntl
+
+        # Unlike flock's, this lock does not pass to the processes that read the training data.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _BYTE)
+
+
+def _read(file: BinaryIO) -> dict[str, Any]:
+    file.seek(0)
+    with suppress(ValueError):  # it is just being written
+        return dict(json.loads(file.read()))
+    return {}
+
+
+def _in_use(folder: Path, holder: Mapping[str, Any]) -> ValueError:
+    pid, host, command = (holder.get(key, "unknown") for key in ("pid", "host", "command"))
+    return ValueError(
+        f"{folder} is in use by process {pid} on {host} ({command}): wait until it has ended, stop it, or choose "
+        "another folder"
+    )
