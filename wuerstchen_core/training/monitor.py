@@ -18,6 +18,7 @@ from ..common.atomic import replace_file
 from ..common.geometry import nearest_legal
 from .checkpoint import append_row, read_log
 from .config import LoopConfig
+from .page import write_page
 from .sample_grid import prompt_grid, sample_grid
 from .samples import generate_samples
 from .stage import Stage
@@ -45,7 +46,7 @@ class Monitor:
         return self._sheet_due(done) or self._samples_due(done) or self._validation_due(done)
 
     def write(self, done: int, net: nn.Module) -> None:
-        """Writes what is due. `net` has the averaged weights."""
+        """Writes what is due, and the run's page. `net` has the averaged weights."""
         if self._validation_due(done):
             self._validate(done, net)
         if self._sheet_due(done) and not self.missing(self.stage.dataset.missing_previews()):
@@ -56,6 +57,7 @@ class Monitor:
         if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
             groups = {f"step {done}": images, **({"base model": self.base} if self.base else {})}
             self._write_grid("samples", done, prompt_grid(self.stage.sample.prompts, self.stage.sample.seeds, groups))
+        write_page(self.folder, self.stage.name, done, self.config.steps)
 
     def generate(self, net: nn.Module) -> Sequence[Image.Image]:
         """Returns images of the prompts in [sample], none if networks are missing."""

@@ -1,0 +1,59 @@
+"""The page of a run: an HTML file in its folder with losses, sample grids and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..common.atomic import replace_file
+from .chart import draw_chart, smooth
+from .checkpoint import read_log
+from .run_folder import CONFIG, read_starts
+
+PAGE = "run.html"
+TEMPLATE = Path(__file__).parent / "templates" / PAGE
+GRIDS = {  # the first parts of their files' names, and what they show
+    "samples": "Images of the prompts",
+    "sheet": "Training images and results",
+}
+
+
+def write_page(folder: Path, name: str, done: int, steps: int) -> None:
+    """Writes the page of a run of `name` in its folder, after `done` of its `steps`; it needs no network."""
+    from jinja2 import Environment, StrictUndefined
+
+    rows = read_log(folder)
+    training, validation = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "validation"))
+    logged = [row for row in rows if "seconds" in row]
+    facts: dict[str, Any] = {"Step": f"{done} of {steps}"}
+    if logged:
+        seconds = round(logged[-1]["seconds"])
+        facts["Time"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        facts["Training loss"] = f"{smooth(training)[-1][1]:.4f}"
+        facts["Skipped steps"] = logged[-1]["skipped"]
+    if validation:
+        best, lowest = min(validation, key=lambda row: row[1])
+        facts["Validation loss"] = f"{validation[-1][1]:.4f} (lowest: {lowest:.4f} at step {best})"
+    text = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text("utf-8")
+    )
+    page = text.render(
+        name=name,
+        folder=folder.resolve().name,
+        facts=facts,
+        chart=draw_chart({"training": training, "mean": smooth(training), "validation": validation}),
+        grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind)))],
+        weights=sorted(path.name for path in folder.glob("*.safetensors")),
+        starts=read_starts(folder),
+        configuration=config.read_text("utf-8") if (config := folder / CONFIG).is_file() else "",
+    )
+    replace_file(folder / PAGE, lambda draft: draft.write_text(page, encoding="utf-8"))
+
+
+def _grids(folder: Path, kind: str) -> Iterator[tuple[int, str]]:
+    """Yields step and file of each grid of a kind."""
+    for path in sorted(folder.glob(f"{kind}-*.png")):
+        step = path.stem.removeprefix(f"{kind}-")
+        if step.isdecimal():
+            yield int(step), path.name
