@@ -15,6 +15,8 @@ from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.cli.main import main
+from wuerstchen_core.training.compare import compare
 from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.run import run
@@ -23,6 +25,7 @@ from wuerstchen_core.training.sample_grid import GAP, LARGEST, LINE, MARGIN, PAP
 PROMPTS, SEEDS, SIDE = ["a red apple", "blue"], [3, 5], 64
 TABLE = [
     f"sample.prompts={PROMPTS}", f"sample.seeds={SEEDS}", "sample.every=1", "train.steps=2", "train.save_every=1",
+    "train.keep_every=1",
     f"sample.width={SIDE}", f"sample.height={SIDE}",
 ]  # fmt: skip
 TOP, BLOCK = MARGIN + 2 * LINE, 2 * SIDE  # of the first line of text; width of the images of one model
@@ -50,7 +53,7 @@ def blocks(path: Path) -> list[np.ndarray]:
     lines = [TOP + LINE, TOP + LINE + SIDE + GAP + LINE]
     return [
         np.concatenate([pixels[top : top + SIDE, left : left + BLOCK] for top in lines])
-        for left in (MARGIN, MARGIN + BLOCK + GAP)
+        for left in range(MARGIN, pixels.shape[1], BLOCK + GAP)
     ]
 
 
@@ -84,6 +87,27 @@ def test_the_base_model_samples_with_its_own_settings(config: Path, bundle: Path
     ]
     expected = np.concatenate([np.concatenate(images[i : i + 2], 1) for i in (0, 2)])
     assert np.array_equal(blocks(folder / "samples-000001.png")[1], expected)
+    base, first, second, final = blocks(compare(folder, []))
+    assert np.array_equal(base, expected) and np.array_equal(second, final)
+    assert np.array_equal(first, blocks(folder / "samples-000001.png")[0])
+
+
+def test_kept_weights_are_compared(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "compare", str(trained), "--output", str(tmp_path / "grid.png")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "grid.png")
+    base, first, second, final = blocks(tmp_path / "grid.png")
+    after, before = blocks(trained / "samples-000002.png")
+    assert np.array_equal(base, before) and np.array_equal(second, final) and not np.array_equal(first, base)
+    rounding, change = (np.abs(second.astype(int) - other).mean() for other in (after, base))
+    assert 10 * rounding < change  # LoRAs are merged here, and beside the weights in training
+
+
+@pytest.mark.parametrize(
+    ("folder", "change"), [(".", []), ("lora", ["sample.prompts=[]"]), ("lora", ["inputs.vqgan=no"])]
+)
+def test_a_comparison_that_is_impossible_is_refused(trained: Path, folder: str, change: list[str]) -> None:
+    with pytest.raises(ValueError, match="config.toml|sample.prompts|vqgan"):
+        compare(trained.parent / folder, change)
 
 
 def test_missing_networks_are_reported_once(config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

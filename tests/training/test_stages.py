@@ -54,8 +54,8 @@ def trained(run_folder: Path, stage: str) -> Path:
 def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) -> None:
     folder = trained(run_folder, stage)
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint-00000002.pt", "checkpoint-00000004.pt", "log.jsonl", "run.html", f"{stage}.safetensors",
-        "sheet-000004.png",
+        ".lock", "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "run.html",
+        f"{stage}.safetensors", "sheet-000004.png", "starts.jsonl",
         *(["diffusers"] if stage in DIFFUSERS else []),
     }  # fmt: skip
     rows = read_log(folder)

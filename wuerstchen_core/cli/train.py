@@ -13,7 +13,7 @@ from ..common.versions import OLDEST_FOR_TRAINING, check_versions
 from .options import Choices
 
 STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora")
-CACHE, NEW, EXPORT = "cache", "new", "export"
+CACHE, NEW, EXPORT, COMPARE = "cache", "new", "export", "compare"
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
@@ -24,11 +24,12 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
     text = (
         f"{', '.join(STAGES)}; {CACHE}, which encodes a dataset for later training runs; {NEW}, which writes a "
-        f"configuration into the folder PATH; or {EXPORT}, which writes the weights of the checkpoint PATH"
+        f"configuration into the folder PATH; {EXPORT}, which writes the weights of the checkpoint PATH; or {COMPARE}, "
+        "which writes a grid with images of all weights in the folder PATH, such as runs/mine/lora"
     )
-    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW, EXPORT), help=text)
-    parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"for {NEW} and {EXPORT}")
-    text = f"file to write to, for {EXPORT} (default: beside the checkpoint)"
+    parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW, EXPORT, COMPARE), help=text)
+    parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"for {NEW}, {EXPORT} and {COMPARE}")
+    text = f"file to write to, for {EXPORT} and {COMPARE} (default: beside the checkpoint, in the folder)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=text)
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="training configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
@@ -53,8 +54,10 @@ def _run(options: argparse.Namespace) -> None:
         return _write_new(options)
     if options.stage == EXPORT:
         return _export(options)
+    if options.stage == COMPARE:
+        return _compare(options)
     if options.path is not None:
-        raise ValueError(f"{options.path} is one argument too many: only {NEW} and {EXPORT} take a PATH")
+        raise ValueError(f"{options.path} is one argument too many: only {NEW}, {EXPORT} and {COMPARE} take a PATH")
     if options.config is None:
         raise ValueError("--config FILE.toml is missing: name the training configuration")
     from ..training.data.build_cache import make_cache
@@ -93,3 +96,11 @@ def _export(options: argparse.Namespace) -> None:
     if options.path is None:
         raise ValueError(f"PATH is missing: name the checkpoint that `train {EXPORT}` reads")
     sys.stdout.write(f"{export(options.path, options.output)}\n")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from ..training.compare import compare
+
+    if options.path is None:
+        raise ValueError(f"PATH is missing: name the folder whose weights `train {COMPARE}` compares")
+    sys.stdout.write(f"{compare(options.path, options.set, options.output)}\n")

@@ -204,8 +204,6 @@ class _Run:
             data = {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
             losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
         if self.main:
-            if sample:
-                self.monitor.write(done, net)
             kept = [self.folder / weights_name(self.stage.name, done)] if keep else []
             for path in [*kept, *([file] if checkpoint else [])]:
                 self.stage.save(path, net, {**self.metadata, "training": {"step": done}})
@@ -213,6 +211,9 @@ class _Run:
                 part, network = self.stage.part, getattr(net, self.stage.part, net)
                 if done == self.config.steps and is_in_diffusers(part, network):
                     save_component(self.folder / "diffusers" / part, part, network, self.metadata)
+            if sample:
+                self.monitor.write(done, net)
+            if checkpoint:
                 contents = {"step": done, "skipped": self.skipped, "lost": self.skipped_in_row, "losses": losses}
                 contents |= {"data": data, "net": weights, "average": ema, "optimizers": states}
                 contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}

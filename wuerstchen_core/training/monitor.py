@@ -16,6 +16,7 @@ from torch import nn
 
 from ..common.atomic import replace_file
 from ..common.geometry import nearest_legal
+from ..inference.pipeline import WuerstchenPipeline
 from .checkpoint import append_row, read_log
 from .config import LoopConfig
 from .page import write_page
@@ -63,9 +64,7 @@ class Monitor:
         """Returns images of the prompts in [sample], none if networks are missing."""
         if self.missing():
             return ()
-        width, height = map(nearest_legal, self.stage.dataset.size)
-        metadata = base_metadata(self.stage.bases, "prior")
-        return generate_samples(self.stage.pipeline(net), self.stage.sample, metadata, (width, height))
+        return stage_samples(self.stage, self.stage.pipeline(net))
 
     def missing(self, images: str = "") -> bool:
         """True if networks for sample grids are missing, or `images`; warns of each once in a run."""
@@ -103,3 +102,9 @@ class Monitor:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({kind: np.asarray(grid)[None]}, step=done, **layout)
+
+
+def stage_samples(stage: Stage[Any], pipeline: WuerstchenPipeline) -> list[Image.Image]:
+    """Returns images of the prompts in [sample], with the settings of the model that the stage trains."""
+    width, height = map(nearest_legal, stage.dataset.size)
+    return generate_samples(pipeline, stage.sample, base_metadata(stage.bases, "prior"), (width, height))

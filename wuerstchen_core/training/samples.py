@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,11 +40,11 @@ class SampleConfig:
 
 def generate_samples(
     pipeline: WuerstchenPipeline, config: SampleConfig, metadata: Mapping[str, Any], size: tuple[int, int]
-) -> Sequence[Image.Image]:
+) -> list[Image.Image]:
     """Returns an image of each prompt and seed. `metadata` are the model's, `size` is the default size in pixels."""
     sampling = SamplingSettings.from_metadata(metadata, pipeline.version).updated(width=size[0], height=size[1])
     pipeline.sampling = sampling.updated(**{name: getattr(config, name) or None for name in SETTINGS})
-    images = []
+    images: list[Image.Image] = []
     for prompt in config.prompts:  # one at a time, since training needs the memory
         seeds = list(config.seeds)
         images += pipeline.generate(prompt, negative=config.negative, seed=seeds, count=len(seeds), progress=False)

@@ -68,6 +68,14 @@ class Stage(ABC, Generic[N]):
         """Returns a pipeline of `net` and the other networks, for stages with a table [sample]."""
         raise NotImplementedError
 
+    def base_pipeline(self) -> WuerstchenPipeline:
+        """Returns a pipeline of the model that training starts from, for `use_weights`."""
+        return self.pipeline(self.net.eval())
+
+    def use_weights(self, pipeline: WuerstchenPipeline, path: Path) -> None:
+        """Puts the weights of a file that `save` wrote into a pipeline that `base_pipeline` returned."""
+        raise NotImplementedError
+
     def sampling(self) -> dict[str, Any]:
         """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""
         return {}

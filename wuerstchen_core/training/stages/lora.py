@@ -17,6 +17,7 @@ from ...checkpoints.modelspec import FIELD, spec_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, NotNegative, Range, from_table, option
+from ...inference.pipeline import WuerstchenPipeline
 from ...models.operations import Operations
 from ...models.prior import Prior
 from ...models.text_encoder import SelfAttention, TextEncoder
@@ -180,6 +181,13 @@ class LoraStage(PriorStage):
 
     def sampling(self) -> dict[str, Any]:
         return {}  # those of the prior that it is applied to
+
+    def base_pipeline(self) -> WuerstchenPipeline:
+        return self.pipeline(load_frozen(self.config, "prior", Prior).to(next(self.net.parameters()).device))
+
+    def use_weights(self, pipeline: WuerstchenPipeline, path: Path) -> None:
+        pipeline.unload_lora()
+        pipeline.load_lora(path)
 
     def save(self, path: Path, net: Prior, metadata: Mapping[str, Any]) -> None:
         write_lora(path, net, self.adapters, metadata)

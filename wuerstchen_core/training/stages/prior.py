@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints import build_part
 from ...checkpoints.components import TOWERS, text_width
-from ...checkpoints.open import open_source
+from ...checkpoints.open import open_part, open_source
 from ...checkpoints.release import release_of_model
 from ...common.dataclass_config import from_table
 from ...common.geometry import nearest_legal
@@ -77,6 +79,11 @@ class PriorStage(DiffusionStage[Prior]):
             "vqgan": load_frozen(self.config, "vqgan", VQGAN),
         }
         return WuerstchenPipeline(prior=net, **{name: network.to(device) for name, network in networks.items()})
+
+    def use_weights(self, pipeline: WuerstchenPipeline, path: Path) -> None:
+        network = build_part(open_part(path, self.part), dtype=torch.float32)
+        assert isinstance(network, Prior)
+        pipeline.prior = network.to(pipeline.device)
 
     @property
     def decoder_stage(self) -> str:

@@ -1,0 +1,52 @@
+"""`train compare`: one grid with images of all weights that a run has kept, to choose by."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from ..common.atomic import replace_file
+from ..common.devices import pick_device
+from .config import read_config
+from .monitor import stage_samples
+from .run import build_stage
+from .run_folder import CONFIG
+from .sample_grid import prompt_grid
+from .tables import STAGES
+
+GRID = "compare.png"
+STAGES_WITH_SAMPLES = tuple(name for name, kind in STAGES.items() if "sample" in kind.tables)
+
+
+def compare(folder: Path, overrides: list[str], output: Path | None = None) -> Path:
+    """Writes a grid of the prompts in [sample] with the base model and each weight file of a run; returns its path.
+
+    `folder` is that of a stage, such as runs/mine/lora; the grid is by default in it. ValueError if there are no
+    prompts or weights, or networks that images need are missing.
+    """
+    name = folder.resolve().name
+    if name not in STAGES_WITH_SAMPLES or not (folder / CONFIG).is_file():
+        stages = " or ".join(STAGES_WITH_SAMPLES)
+        raise ValueError(f"{folder} is not the folder of a run of {stages}, which has a {CONFIG}: give such a folder")
+    stage = build_stage(name, read_config(folder / CONFIG, overrides))
+    if not stage.sample.prompts:
+        raise ValueError("there are no prompts: add --set 'sample.prompts=[\"...\"]'")
+    if missing := stage.missing_for_samples():
+        raise ValueError(f"images need {missing}: add it with --set")
+    if not (files := kept_weights(folder, name)):
+        raise ValueError(f"{folder} has no weights yet: train first")
+    stage.net.to(pick_device("auto"))
+    pipeline = stage.base_pipeline()
+    groups = {"base model": stage_samples(stage, pipeline)} if stage.bases else {}
+    for file in files:
+        stage.use_weights(pipeline, file)
+        groups[file.stem] = stage_samples(stage, pipeline)
+    grid, path = prompt_grid(stage.sample.prompts, stage.sample.seeds, groups), output or folder / GRID
+    replace_file(path, partial(grid.save, format="PNG"))
+    return path
+
+
+def kept_weights(folder: Path, name: str) -> list[Path]:
+    """Returns the weight files of a stage in its folder: NAME-000500.safetensors and so on, then NAME.safetensors."""
+    kept = [path for path in folder.glob(f"{name}-*.safetensors") if path.stem.removeprefix(f"{name}-").isdecimal()]
+    return [*sorted(kept), *folder.glob(f"{name}.safetensors")]
