@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers.networks import TEXT
 from wuerstchen_core.models.text_encoder import tokenize
-from wuerstchen_core.training.stages.lora import AdapterConfig
+from wuerstchen_core.training.stages.adapters import AdapterConfig
 
 INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
 RANK, ALPHA = 2, 5.0

@@ -173,6 +173,7 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     runs = RUNS | {f"form/{file.stem}": ((file.stem, 1.0, 1.0),) for file in loras.glob("form *")}
     runs["text biases"] = (("text biases/adapter_model", 1.0, 0.5),)
     runs |= {x.name: ((f"{x.name}/adapter_model", 1.0, 0.0),) for x in loras.glob("peft *")}
+    runs |= {x.stem: ((x.stem, 1.0, 1.0),) for x in loras.glob("kind *")}
     for name, steps in {"untouched": (), **runs}.items():
         model, text, start = prior, clip, len(log.lines)
         for file, *strengths in steps:
@@ -200,6 +201,12 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors |= {f"{kind}/{name}/{key}": x for key, x in weights.items()}
             if name == "norms":  # GRN's parameters are in no layer of ComfyUI's
                 tensors[f"{name}/noise"], _ = outputs(*ours, inputs)
+
+    for file in loras.glob("kind *"):
+        name, start = f"{file.stem} in stock", len(log.lines)
+        stock = comfy.sd.load_lora_for_models(prior, clip, load_file(file), 1.0, 1.0)
+        tensors[f"{name}/noise"], tensors[f"{name}/states"] = outputs(*stock, inputs)
+        facts[name] = log.lines[start:]
 
     # A trained file in the functions of ComfyUI's LoraLoader and CreateHookLora.
     state, start = load_file(loras / "trained.safetensors"), len(log.lines)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,10 @@ from wuerstchen_core.checkpoints.key_maps import text_to_transformers
 from wuerstchen_core.checkpoints.lora_files import lora_from_state
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, tokenize
-from wuerstchen_core.training.stages.lora import TEXT_ENCODER, AdapterConfig, attach, attach_text_encoder, write_lora
+from wuerstchen_core.training.stages.adapters import AdapterConfig, Layer, attach
+from wuerstchen_core.training.stages.diffusion import TEXT_ENCODER
+from wuerstchen_core.training.stages.lora_output import write_lora
+from wuerstchen_core.training.stages.text_tower import attach_text_encoder
 
 LOADER, BUNDLE, PRIOR, TEXT_ENCODE = (
     "WuerstchenLoraLoader",
@@ -52,6 +57,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "whole lokr": ("LoKrConfig", {"alpha": 3, "r": 40}),
 }
 TRAINED = AdapterConfig(RANK, ALPHA, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"))
+KINDS = ("dora", "loha", "lokr")
 
 
 def sdxl() -> dict[str, Tensor]:
@@ -103,7 +109,9 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     states["golden"] = {f"prior.{key}": x for key, x in Golden("prior_lora_diffusers").under("prior.").items()}
     for name, state in states.items():
         save_file(state, folder / f"{name}.safetensors")
-    write_lora(folder / "trained.safetensors", trained(golden_bundle), TRAINED, {"training": {"step": 1}})
+    write_lora(folder / "trained.safetensors", *trained(golden_bundle), {"training": {"step": 1}})
+    for kind in KINDS:
+        write_lora(folder / f"kind {kind}.safetensors", *of_kind(golden_bundle, kind), {})
     biases = {f"base_model.model.encoder.layers.0.self_attn.{x}_proj.base_layer.bias" for x in ("q", "k", "v", "out")}
     (folder / "text biases").mkdir()
     save_file({key: torch.full((64,), 0.25) for key in biases}, folder / "text biases" / "adapter_model.safetensors")
@@ -116,18 +124,29 @@ def inside(install: Install, golden_bundle: Path, tmp_path_factory: pytest.TempP
     return run_inside(install, "inside_lora.py", folder / "inputs", golden_bundle, folder)
 
 
-def trained(bundle: Path) -> Prior:
-    """Returns the core's prior and its text encoder with adapters of peft on both."""
+def trained(bundle: Path) -> tuple[Any, AdapterConfig, Mapping[str, Layer]]:
+    """Returns the core's prior and its text encoder with adapters of peft on both, and what `write_lora` needs."""
     prior, words = load_prior(bundle), re.compile(r"^encoder\.layers\.(\d+)\.self_attn\.")
     attach_text_encoder(prior, load_text_encoder(bundle))
-    attach(prior, TRAINED)
+    layers = attach(prior, TRAINED)
     changed = NETWORK | {
         words.sub(rf"{TEXT_ENCODER}.transformer.resblocks.\1.attn.", path): x for path, x in TEXT.items()
     }
     for name, half in (("B", 0), ("A", 1)):
         factors = {f"{path}.lora_{name}.default.weight": both[half] for path, both in changed.items()}
         prior.load_state_dict(prior.state_dict() | factors)
-    return prior.eval().requires_grad_(False)
+    return prior.eval().requires_grad_(False), TRAINED, layers
+
+
+def of_kind(bundle: Path, kind: str) -> tuple[Any, AdapterConfig, Mapping[str, Layer]]:
+    """Returns `trained` with other adapters, of random values."""
+    prior, config = load_prior(bundle), replace(TRAINED, kind=kind, rank_pattern={"to_q": 2})
+    attach_text_encoder(prior, load_text_encoder(bundle))
+    torch.manual_seed(6)
+    layers = attach(prior, config)
+    values = {key: x + 0.1 * torch.randn(x.shape) for key, x in prior.state_dict().items()}
+    prior.load_state_dict(values)
+    return prior.eval().requires_grad_(False), config, layers
 
 
 def by_peft(bundle: Path, name: str) -> Any:
@@ -193,14 +212,31 @@ def test_the_golden_lora_gives_diffusers_numbers(inside: Inside) -> None:
 def test_trained_loras_have_the_effect_of_peft(inside: Inside, golden_bundle: Path) -> None:
     tensors, facts = inside
     golden = Golden("prior_small")
-    expected = trained(golden_bundle)(golden["in/x"], golden["in/r_tmix"], golden["in/c"])
+    prior, *_ = trained(golden_bundle)
+    expected = prior(golden["in/x"], golden["in/r_tmix"], golden["in/c"])
     assert facts["trained"] == [False, False, []]
     assert_near(tensors["trained/noise"], expected, TOLERANCE)
     assert (expected - tensors["untouched/noise"]).abs().max() > 0.01
-    expected = trained(golden_bundle).get_submodule(TEXT_ENCODER)(*tokenize(["a red apple"]))
+    expected = prior.get_submodule(TEXT_ENCODER)(*tokenize(["a red apple"]))
     assert_near(tensors["trained/states"], expected, TOLERANCE)
     assert_near(expected, states(golden_bundle, (TEXT, 1.0)), TOLERANCE)
     assert (expected - tensors["untouched/states"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_adapters_of_every_kind_have_the_effect_of_peft(kind: str, inside: Inside, golden_bundle: Path) -> None:
+    """ComfyUI's own formula for DoRA is another one, so only the pack's loader applies that exactly."""
+    (tensors, facts), golden, (prior, *_) = inside, Golden("prior_small"), of_kind(golden_bundle, kind)
+    expected = {
+        "noise": prior(golden["in/x"], golden["in/r_tmix"], golden["in/c"]),
+        "states": prior.get_submodule(TEXT_ENCODER)(*tokenize(["a red apple"])),
+    }
+    assert facts[f"kind {kind}"] == [False, False, []] and facts[f"kind {kind} in stock"] == []
+    for name, value in expected.items():
+        assert_near(tensors[f"kind {kind}/{name}"], value, TOLERANCE)
+        if kind != "dora":
+            assert_near(tensors[f"kind {kind} in stock/{name}"], value, TOLERANCE)
+        assert (value - tensors[f"untouched/{name}"]).abs().max() > 0.01
 
 
 def test_comfyuis_own_nodes_apply_trained_loras_fully(inside: Inside) -> None:

@@ -14,7 +14,8 @@ from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, TRAINED_THIN
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage
+from wuerstchen_core.training.stages.adapters import AdapterConfig
+from wuerstchen_core.training.stages.lora import LoraStage
 from wuerstchen_core.training.stages.prior import PriorStage
 
 NUMBERS = {

@@ -22,8 +22,8 @@ from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.decoder import DecoderStage
-from wuerstchen_core.training.stages.lora import attach_text_encoder
 from wuerstchen_core.training.stages.prior import PriorStage
+from wuerstchen_core.training.stages.text_tower import attach_text_encoder
 
 CAPTIONS = ("a red apple", "a red apple " * 40, "blue " * 75, "small " * 76)  # 1, 2, 1 and 2 chunks
 CONFIG = """

@@ -30,9 +30,11 @@ from wuerstchen_core.training.data.demo import DemoDataConfig, DemoDataset
 from wuerstchen_core.training.ema import meta_copy
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.lora import AdapterConfig, LoraStage, attach, attach_text_encoder
+from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
+from wuerstchen_core.training.stages.lora import LoraStage
 from wuerstchen_core.training.stages.losses import NoiseConfig
 from wuerstchen_core.training.stages.networks import base_metadata
+from wuerstchen_core.training.stages.text_tower import attach_text_encoder
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("peft", reason="LoRAs are trained with peft")

@@ -20,7 +20,8 @@ from wuerstchen_core.checkpoints.key_maps import text_to_transformers
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.lora import attach, attach_text_encoder
+from wuerstchen_core.training.stages.adapters import attach
+from wuerstchen_core.training.stages.text_tower import attach_text_encoder
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 pytest.importorskip("peft", reason="LoRAs are trained with peft")

@@ -25,8 +25,8 @@ from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.run import run
+from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
-from wuerstchen_core.training.stages.lora import AdapterConfig, attach
 from wuerstchen_core.training.tables import STAGES
 
 RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}

@@ -43,7 +43,7 @@ def build_optimizers(
     fused = {"fused": device.type in ("cpu", "cuda") or None} if optimizer == ADAMW else {}  # None: torch decides
     try:
         optimizers: dict[str, torch.optim.Optimizer] = {
-            kind.__name__.lower(): kind(others, **fused | (arguments or {}))
+            kind.__name__.lower(): kind(others, **{**fused, **(arguments or {})})
         }
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"[train] optimizer_args do not fit {optimizer}: {one_line(error):.200}") from error

@@ -15,7 +15,7 @@ from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
 from .stages.decoder import DecoderStage
 from .stages.image_encoder import EncoderStage
-from .stages.lora import LoraStage
+from .stages.lora import DecoderLoraStage, LoraStage
 from .stages.prior import PriorStage
 from .stages.text_encoder import TextStage
 from .stages.token_decoder import TokenDecoderStage
@@ -23,7 +23,16 @@ from .stages.vqgan import VQGANStage
 
 STAGES: dict[str, Any] = {  # classes by name; each is constructed with a configuration
     kind.name: kind
-    for kind in (VQGANStage, EncoderStage, TextStage, DecoderStage, TokenDecoderStage, PriorStage, LoraStage)
+    for kind in (
+        VQGANStage,
+        EncoderStage,
+        TextStage,
+        DecoderStage,
+        TokenDecoderStage,
+        PriorStage,
+        LoraStage,
+        DecoderLoraStage,
+    )  # fmt: skip
 }
 COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [inputs]
     "run": RUN,

@@ -19,7 +19,7 @@ from ..config import START
 from ..data.caption_tokens import Tokens
 from ..rng import StepRandom
 from ..stage import N
-from .diffusion import DiffusionStage
+from .diffusion import TEXT_ENCODER, DiffusionStage
 from .losses import DecoderNoiseConfig, FeatureCorruption, corrupt_features
 from .networks import encode_features, encode_latents, encode_text, load_frozen, load_or_create
 
@@ -45,10 +45,11 @@ class StageB(DiffusionStage[N]):
 
     def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Returns the images after 42.67x compression."""
-        networks: dict[str, Any] = {self.part: net}
+        networks: dict[str, Any] = {self.network: net}
         device = next(net.parameters()).device
         encoder, vqgan = self.encoder.to(device), self.vqgan.to(device)
-        text = torch.stack(encode_text(self.text_encoder.to(device), tokens))
+        text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder).to(device)
+        text = torch.stack(encode_text(text_encoder, tokens))
         pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
         return vqgan.decode(pipeline.sample_decoder(encode_features(encoder, images), text, sampling))
 
@@ -56,12 +57,16 @@ class StageB(DiffusionStage[N]):
 class DecoderStage(StageB[Decoder]):
     """v2's Stage B. No script was published: features are corrupted as in v1, the loss is weighted as for Stage C."""
 
-    name = part = "decoder"
+    name = part = network = "decoder"
     validation_noise = DecoderNoiseConfig(stratified=True, text_drop=0.0, weight="v", drop=0.0, noised=0.0)
     tables = {"start": START, "model": DecoderParams, "noise": DecoderNoiseConfig}
 
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(DecoderNoiseConfig, config.get("noise", {}), "noise")
-        self.net = load_or_create(config, "decoder", Decoder)
+        self.net = self.build(config)
         super().__init__(config)
         self.latents = self.dataset.map_images("latents", lambda images: encode_latents(self.vqgan, images))
+
+    def build(self, config: Mapping[str, Any]) -> Decoder:
+        """Returns the network to train."""
+        return load_or_create(config, "decoder", Decoder)

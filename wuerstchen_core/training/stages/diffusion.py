@@ -23,6 +23,8 @@ from ..stage import N, Stage
 from .losses import NoiseConfig, TimesConfig, draw_times, freeze_fast_times, noise_loss
 from .networks import encode_text, load_frozen, read_input
 
+TEXT_ENCODER = "text_encoder"  # the submodule of a network that is trained together with its text encoder
+
 
 class DiffusionStage(Stage[N]):
     """Predicts the noise in `latents` from noised latents, conditioning and text.
@@ -31,6 +33,7 @@ class DiffusionStage(Stage[N]):
     """
 
     noise: TimesConfig
+    network: str  # the part of a bundle that `net` is
     latents: Callable[[Any], Tensor]  # maps a batch of `dataset` to latents
     validation_noise: TimesConfig = NoiseConfig(stratified=True, text_drop=0.0, weight="v")
     text_part = "prior_text_encoder"  # the part to load from a source with two text encoders

@@ -24,18 +24,17 @@ from ...models.vqgan import VQGAN
 from ..config import INPUTS, START
 from ..data.caption_tokens import Tokens
 from ..samples import SampleConfig
-from .diffusion import DiffusionStage
+from .diffusion import TEXT_ENCODER, DiffusionStage
 from .losses import NoiseConfig
 from .networks import encode_features, encode_text, input_source, load_frozen, load_or_create, read_input, source_exists
 
 DECODERS = {"v1": "token-decoder", "v2": "decoder"}  # the stage that trains Stage B, by release
-TEXT_ENCODER = "text_encoder"  # the submodule of a prior that is trained together with its text encoder
 
 
 class PriorStage(DiffusionStage[Prior]):
     """Stage C as in the original, except that the features may be cached."""
 
-    name = part = "prior"
+    name = part = network = "prior"
     tables: Mapping[str, Any] = {
         "start": START, "model": PriorParams, "noise": NoiseConfig, "sample": SampleConfig,
     }  # fmt: skip

@@ -48,7 +48,7 @@ def code_features(codebook: Tensor, count: int, width: float) -> Tensor:
 class TokenDecoderStage(StageB[TokenDecoder]):
     """v1's Stage B as in the original, except that its image encoder was trained before."""
 
-    name, part = "token-decoder", "token_decoder"
+    name, part, network = "token-decoder", "token_decoder", "token_decoder"
     validation_noise = TokenNoiseConfig(stratified=True, text_drop=0.0, drop=0.0, noised=0.0)
     tables = {"start": START, "model": TokenDecoderParams, "noise": TokenNoiseConfig, "codes": CodesConfig}
     units = PriorParams(feature_scale=V1["feature_scale"], feature_shift=V1["feature_shift"])
