@@ -56,8 +56,9 @@ def write_lora(
     layers: Mapping[str, Layer],
     metadata: Mapping[str, Any],
     part: str = "prior",
+    for_others: bool = True,
 ) -> None:
-    """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read, and others beside them.
+    """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read, and beside them `for_others`.
 
     These are a file for diffusers' pipeline of a prior (LoRA and DoRA), or else a folder for peft, without the text
     encoder. The tensors include alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
@@ -78,6 +79,8 @@ def write_lora(
             state[f"{name}.{_COMFYUI.get(key, key)}"] = x[:, None] if key == "lora_magnitude_vector" else x
             renamed[f"{name.replace(NETWORK_PREFIX, 'prior.')}.{_DIFFUSERS.get(key, key)}"] = x
     write_tensors(path, state, header)
+    if not for_others:
+        return
     if part == "prior" and config.kind in LINEAR:
         write_tensors(path.with_name(DIFFUSERS_FILE), renamed, header)
     else:
