@@ -51,9 +51,9 @@ class Monitor:
         if self._validation_due(done):
             self._validate(done, net)
         if self._sheet_due(done) and not self.missing(self.stage.dataset.missing_previews()):
-            if (images := self.stage.dataset.preview_images()) is not None:
+            if (previews := self.stage.dataset.preview_images()) is not None:
                 with torch.no_grad():
-                    rows = self.stage.samples(net, images)
+                    rows = self.stage.samples(net, previews)
                 self._write_grid("sheet", done, sample_grid(rows))
         if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
             groups = {f"step {done}": images, **({"base model": self.base} if self.base else {})}

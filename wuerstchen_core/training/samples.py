@@ -44,8 +44,9 @@ def generate_samples(
     """Returns an image of each prompt and seed. `metadata` are the model's, `size` is the default size in pixels."""
     sampling = SamplingSettings.from_metadata(metadata, pipeline.version).updated(width=size[0], height=size[1])
     pipeline.sampling = sampling.updated(**{name: getattr(config, name) or None for name in SETTINGS})
+    pipeline.progress = False
     images: list[Image.Image] = []
     for prompt in config.prompts:  # one at a time, since training needs the memory
         seeds = list(config.seeds)
-        images += pipeline.generate(prompt, negative=config.negative, seed=seeds, count=len(seeds), progress=False)
+        images += pipeline.generate(prompt, negative=config.negative, seed=seeds, count=len(seeds))
     return images
