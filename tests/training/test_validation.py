@@ -90,12 +90,12 @@ def test_the_loss_depends_on_neither_batches_nor_training_settings(
     if name == "token-decoder":
         bundle = write_tiny_bundle(tmp_path / "v1.safetensors", release="v1")
     monkeypatch.setattr(validation, "DRAWS", 6)
-    stages = ("encoder", "text", "prior", "vqgan")
+    stages = ("encoder", "text", "decoder", "prior", "vqgan")
     config: dict[str, Any] = {
         "run": str(tmp_path), "inputs": dict.fromkeys(stages, str(bundle)),
         "data": {"source": str(folder), **DATA}, "validation": {"fraction": 0.25},
     }  # fmt: skip
-    config |= {} if name == "lora" else {"start": str(bundle)}
+    config |= {"start": str(bundle)} if "start" in STAGES[name].tables else {}
     config |= {"vqgan": {"crop": 16, "margin": 8}} if name == "vqgan" else {}
     losses = []
     for noise in ({}, {"text_drop": 1.0, "focus": 3.0}):
