@@ -147,6 +147,21 @@ def test_shapes_dropped_captions_and_half_precision(cached_config: Path) -> None
     assert after == pytest.approx(before, rel=0.02) and after != before
 
 
+def test_a_cache_has_the_same_held_out_images(config: Path, tmp_path: Path) -> None:
+    """A picture is held out with all its captions, from two buckets."""
+    captions = {f"{number:03d}.txt": b"one\ntwo" for number in range(0, 24, 2)}
+    root = write_folder(tmp_path / "several", {**examples(SQUARES), **examples(WIDE, 128, 64), **captions})
+    overrides = [*TWO_BUCKETS, "validation.fraction=0.3", "noise.text_drop=0.0", f"data.source='{root}'"]
+    make_cache(config, overrides)
+
+    def validation(*changes: str) -> list[float]:
+        folder = run("prior", config, [*overrides, *changes, f"run='{tmp_path / str(len(changes))}'"]).parent
+        return [row["validation"] for row in read_log(folder) if "validation" in row]
+
+    before = validation()
+    assert validation(on_cache(config)) == pytest.approx(before, rel=1e-5) and len(before) == 2
+
+
 def test_tokens_follow_from_latents(tmp_path: Path, folder: Path) -> None:
     config = write_config(
         tmp_path / "config.toml", write_tiny_bundle(tmp_path / "v1.safetensors", release="v1"), folder

@@ -36,7 +36,8 @@ def open_loader(
 ) -> BatchLoader:  # fmt: skip
     """Opens the sources of a table and returns a loader of batches of `batch` images in process `rank` of `world`.
 
-    `cache` is the folder for the indexes of shards, `cached` names the tensors to read from a cache of latents.
+    `cache` is the folder for the indexes of shards, `cached` names the tensors to read from a cache of latents. An
+    image with several captions is several examples, unless neither these nor their cached states are needed.
     ValueError if a source cannot be read or all its images are rejected.
     """
     options: dict[str, Any] = {"config": config, "captions": captions, "images": images, "cached": cached}
@@ -54,7 +55,7 @@ def open_loader(
     if isinstance(source, ShardSource):
         ErrorBudget("shards", config.bad_share).add(len(source.paths), source.bad_shards)
     source.left_out.log()
-    members, held_out = _members(source, config, batch * world, captions, validation)
+    members, held_out = _members(source, config, batch * world, captions or "text" in cached, validation)
     order = EpochOrder(members, batch * world, seed)
     return IndexedLoader(source=source, order=order, held_out=held_out, **options)
 
