@@ -50,6 +50,9 @@ def trained(run_folder: Path, stage: str) -> Path:
     return (run_folder if stage in STAGES else run_folder / "v1") / stage
 
 
+FROZEN_STAGE_A = ("decoder", "prior", "token-decoder")
+
+
 @pytest.mark.parametrize("stage", ALL)
 def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) -> None:
     folder = trained(run_folder, stage)
@@ -57,6 +60,7 @@ def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) ->
         ".lock", "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "run.html",
         f"{stage}.safetensors", "sheet-000004.png", "starts.jsonl",
         *(["diffusers"] if stage in DIFFUSERS else []),
+        *(["reconstruction.png"] if stage in FROZEN_STAGE_A else []),
     }  # fmt: skip
     rows = read_log(folder)
     assert [row["step"] for row in rows] == [2, 4]

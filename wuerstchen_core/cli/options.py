@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
 
 MEMORY_HINT = "choose --low-memory, a smaller --width and --height, --dtype bf16, or --device cpu"
-PART_OPTIONS = ("prior", "decoder", "token_decoder", "vqgan", "image_encoder", "text_encoder")
+PART_OPTIONS = (
+    "prior",
+    "decoder",
+    "token_decoder",
+    "vqgan",
+    "image_encoder",
+    "text_encoder",
+    "prior_text_encoder",
+    "decoder_text_encoder",
+)
 VERSION_HELP = "release of the prior, if its file could be of both (default: auto)"
 
 

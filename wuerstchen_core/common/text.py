@@ -37,9 +37,9 @@ def decode_text(raw: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Returns a note for messages that names the known name most like an unknown one; "" if none is like it."""
-    found = difflib.get_close_matches(name, known, n=1)
+    found = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 

@@ -36,6 +36,12 @@ def weights_name(stage: str, step: int) -> str:
     return f"{stage}-{step:06d}.safetensors"
 
 
+def kept_weights(folder: Path, name: str) -> list[Path]:
+    """Returns the weight files of a stage in its folder: NAME-000500.safetensors and so on, then NAME.safetensors."""
+    kept = [path for path in folder.glob(f"{name}-*.safetensors") if path.stem.removeprefix(f"{name}-").isdecimal()]
+    return [*sorted(kept), *folder.glob(f"{name}.safetensors")]
+
+
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:
     """Writes a checkpoint, then removes all but the newest `keep`. OSError names the file if the disk is full."""
     path = folder / f"checkpoint-{step:08d}.pt"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.atomic import replace_file
 from ..common.devices import pick_device
+from .checkpoint import kept_weights
 from .config import read_config
 from .monitor import stage_samples
 from .run import build_stage
@@ -44,9 +45,3 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     grid, path = prompt_grid(stage.sample.prompts, stage.sample.seeds, groups), output or folder / GRID
     replace_file(path, partial(grid.save, format="PNG"))
     return path
-
-
-def kept_weights(folder: Path, name: str) -> list[Path]:
-    """Returns the weight files of a stage in its folder: NAME-000500.safetensors and so on, then NAME.safetensors."""
-    kept = [path for path in folder.glob(f"{name}-*.safetensors") if path.stem.removeprefix(f"{name}-").isdecimal()]
-    return [*sorted(kept), *folder.glob(f"{name}.safetensors")]

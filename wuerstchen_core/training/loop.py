@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..common.atomic import remove_drafts
@@ -26,6 +27,9 @@ from .ema import EMA, meta_copy
 from .monitor import Monitor
 from .optim import build_optimizers, group_settings, recompute_blocks, set_group
 from .processes import check_processes, configure
+from .progress import left_out
+from .reconstruction import check_reconstruction
+from .report import StepTimes, report_start
 from .rng import StepRandom
 from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
@@ -109,9 +113,22 @@ class _Run:
             self.accelerator.init_trackers(self.stage.name, init_kwargs=options)
         if self.main:
             self.monitor.missing(self.stage.dataset.missing_previews())
+        if self.main and start < config.steps:
+            report_start(self.stage, config, start, self.accelerator.num_processes)
+            if not start:
+                check_reconstruction(self.stage, self.unwrapped, self.folder)
         if start == 0 and self.monitor.due(0):
             self._save(0, file, sample=True)
         self.net.train()
+        with logging_redirect_tqdm() if self.main else nullcontext():  # log lines go above the bar
+            self._steps(start, seconds, file)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return file
+
+    def _steps(self, start: int, seconds: float, file: Path) -> None:
+        """Trains from step `start` to the end, after `seconds` of training."""
+        config, times = self.config, StepTimes(start, self.config.steps, self.accelerator.device)
         progress = tqdm(
             range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
             disable=not self.main,
@@ -120,15 +137,15 @@ class _Run:
         for step in progress:
             self._step(step)
             done = step + 1
+            if self.main:
+                times.done(done)
             log_due, save_due = (done == config.steps or done % x == 0 for x in (config.log_every, config.save_every))
             keep_due = config.keep_every > 0 and done % config.keep_every == 0
             if log_due:
                 self._log(done, round(time.monotonic() - began, 1), progress)
             if (sample_due := self.monitor.due(done)) or save_due or keep_due:
-                self._save(done, file, sample_due, save_due, keep_due)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        return file
+                with left_out(progress, times):
+                    self._save(done, file, sample_due, save_due, keep_due)
 
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator

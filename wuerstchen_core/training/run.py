@@ -16,6 +16,7 @@ from ..common.lock import folder_lock
 from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .processes import choose_precision, is_main_process
+from .report import report_end
 from .run_folder import record_start
 from .samples import SampleConfig
 from .stage import Stage
@@ -40,7 +41,10 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
             if "model" in STAGES[stage].tables:
                 resolved["model"] = asdict(getattr(trainer.net, trainer.part, trainer.net).params)
             record_start(folder, resolved, trainer)
-        return train(trainer, loop_config, folder)
+        file = train(trainer, loop_config, folder)
+        if main:
+            report_end(trainer, config, file)
+        return file
 
 
 def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:

@@ -76,6 +76,13 @@ class Stage(ABC, Generic[N]):
         """Puts the weights of a file that `save` wrote into a pipeline that `base_pipeline` returned."""
         raise NotImplementedError
 
+    def reconstructions(self, net: N, images: Tensor) -> dict[str, Tensor]:
+        """Returns images [B, 3, H, W] in [0, 1] after Stage A, and after Stages B and A, by name: what is available.
+
+        They are those of frozen networks only; `net` has their device.
+        """
+        return {}
+
     def sampling(self) -> dict[str, Any]:
         """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""
         return {}

@@ -42,7 +42,7 @@ COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [input
     "cache": CacheConfig,
     "modelspec": Statement,
 }
-OPTIONAL = ("cache", "modelspec")  # tables without an effect if they are missing
+KEPT = ("model", "cache")  # tables that `resolve` leaves as they are: of the network, and not of training
 
 
 def tables_of(stage: str) -> dict[str, Any]:
@@ -51,10 +51,10 @@ def tables_of(stage: str) -> dict[str, Any]:
 
 
 def resolve(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a configuration with all defaults but those of `[model]`. ValueError for invalid tables."""
+    """Returns a configuration with all defaults but those of `[model]` and `[cache]`. ValueError for invalid tables."""
     resolved: dict[str, Any] = dict(config)
     for name, kind in tables_of(stage).items():
-        if isinstance(kind, Field) or name == "model" or (name in OPTIONAL and name not in config):
+        if isinstance(kind, Field) or name in KEPT:
             continue
         table = config.get(name, {})
         if name == "data" and "source" not in table:

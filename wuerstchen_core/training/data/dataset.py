@@ -33,6 +33,7 @@ class ImageDataset(ABC):
     side: int  # shortest side of any image, in pixels
     square: bool  # True if all images are squares of that side
     size: tuple[int, int]  # width and height in pixels of the images that are nearest to squares
+    examples = 0  # pairs of image and caption to train on; 0 if it is unknown, as for streams
     position = 0  # to resume from after the last batch
     fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
     tokenizer = CaptionTokenizer()
@@ -100,6 +101,7 @@ class InMemoryDataset(ImageDataset):
         self.pixels, self.texts = pixels, texts
         self.side, self.square = min(pixels.shape[-2:]), pixels.shape[-1] == pixels.shape[-2]
         self.size = pixels.shape[-1], pixels.shape[-2]
+        self.examples = len(pixels)
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -108,6 +108,7 @@ class MultiShapeDemoDataset(ImageDataset):
         self.datasets = [DemoDataset(data, shape=shape) for shape in from_table(DemoDataConfig, data, "data").shapes]
         self.side = min(dataset.side for dataset in self.datasets)
         self.size = most_square(dataset.size for dataset in self.datasets)
+        self.examples = sum(dataset.examples for dataset in self.datasets)
 
     def sample_batch(self, rng: StepRandom) -> tuple[int, Tensor]:
         ends = list(accumulate(map(len, self.datasets)))

@@ -72,6 +72,7 @@ class FileDataset(ImageDataset):
         )  # fmt: skip
         if isinstance(self._loader, IndexedLoader):
             self.held_out = sum(map(len, self._loader.held_out))
+            self.examples = sum(map(len, self._loader.order.members))
         self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")
@@ -148,7 +149,10 @@ class FileDataset(ImageDataset):
         reader = replace(self._loader, config=config, captions=self._captions, images=True, cached=())
         bucket = max(range(len(members)), key=lambda i: len(members[i]))
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
-        images, texts, _ = zip(*islice(filter(None, examples), PREVIEWS), strict=True)
+        readable = list(islice(filter(None, examples), PREVIEWS))
+        if not readable:  # then reading batches will say why
+            return None
+        images, texts, _ = zip(*readable, strict=True)
         return InMemoryDataset(torch.stack(images), list(texts))
 
     def missing_previews(self) -> str:

@@ -17,6 +17,7 @@ from ...models.prior import PriorParams
 from ...models.vqgan import VQGAN
 from ..config import START
 from ..data.caption_tokens import Tokens
+from ..reconstruction import STAGE_A
 from ..rng import StepRandom
 from ..stage import N
 from .diffusion import TEXT_ENCODER, DiffusionStage
@@ -42,6 +43,11 @@ class StageB(DiffusionStage[N]):
 
     def conditioning(self, picked: Any, rng: StepRandom) -> tuple[Tensor, ...]:
         return (corrupt_features(self.noise, self.features(picked), rng, self.units),)
+
+    def reconstructions(self, net: N, images: Tensor) -> dict[str, Tensor]:
+        device = next(net.parameters()).device
+        vqgan = self.vqgan.to(device)
+        return {STAGE_A: vqgan.decode(vqgan.encode(images.to(device)))}
 
     def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Returns the images after 42.67x compression."""

@@ -23,6 +23,7 @@ from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
 from ..config import INPUTS, START
 from ..data.caption_tokens import Tokens
+from ..reconstruction import STAGE_A, STAGE_B
 from ..samples import SampleConfig
 from .diffusion import TEXT_ENCODER, DiffusionStage
 from .losses import NoiseConfig
@@ -83,6 +84,18 @@ class PriorStage(DiffusionStage[Prior]):
         network = build_part(open_part(path, self.part), dtype=torch.float32)
         assert isinstance(network, Prior)
         pipeline.prior = network.to(pipeline.device)
+
+    def reconstructions(self, net: Prior, images: Tensor) -> dict[str, Tensor]:
+        if self.missing_for_samples():
+            return {}
+        pipeline = self.pipeline(net)
+        vqgan, tower = pipeline.require("vqgan"), pipeline.require(TOWERS[1])
+        images = images.to(pipeline.device)
+        height, width = images.shape[-2:]
+        text = torch.stack(encode_text(tower, self.dataset.tokenizer.uncounted([""] * len(images))))
+        features = encode_features(self.encoder.to(pipeline.device), images)
+        latents = pipeline.sample_decoder(features, text, pipeline.sampling.updated(width=width, height=height))
+        return {STAGE_A: vqgan.decode(vqgan.encode(images)), STAGE_B: vqgan.decode(latents)}
 
     @property
     def decoder_stage(self) -> str:
