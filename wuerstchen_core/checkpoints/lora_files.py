@@ -201,7 +201,7 @@ def converted_metadata(path: Path, state: State) -> dict[str, str]:
     stage = next((name for module in modules if (name := stage_of(module))), None)
     if stage and not has_spec(metadata):
         stated = {"title": metadata.get("ss_output_name"), **stated_fields(metadata)}
-        metadata = spec_header([stage], {FIELD: stated}, "v2", is_lora=True) | metadata
+        metadata = spec_header([stage], {FIELD: stated}, "v2", kind="lora") | metadata
     return metadata
 
 

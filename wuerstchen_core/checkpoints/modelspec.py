@@ -34,9 +34,12 @@ class Statement:
 
 
 def spec_header(
-    parts: Collection[str], metadata: Mapping[str, Any], release: str | None, is_lora: bool = False
+    parts: Collection[str], metadata: Mapping[str, Any], release: str | None, kind: str = ""
 ) -> dict[str, str]:
-    """Returns the header fields of a file with these parts, or of a LoRA of them; only the date is not reproducible."""
+    """Returns the header fields of a file with these parts, or of a `kind` "lora" or "textual-inversion" for them.
+
+    Only the date is not reproducible.
+    """
     stated, sampling = dict(metadata.get(FIELD, {})), metadata.get("sampling")
     size = [sampling.get(side) for side in ("width", "height")] if isinstance(sampling, Mapping) else []
     name = next((name for part, name in _DENOISERS.items() if part in parts), next(iter(parts)).replace("_", "-"))
@@ -45,9 +48,9 @@ def spec_header(
     words = list(stated.get("trigger_words", ()))
     fields = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{family}-{name}{'/lora' if is_lora else ''}",
+        "architecture": f"{family}-{name}{f'/{kind}' if kind else ''}",
         "implementation": "https://github.com/huggingface/diffusers",  # whose names the keys are
-        "title": stated.get("title") or f"{title}{' LoRA' if is_lora else ''}",
+        "title": stated.get("title") or f"{title}{' LoRA' if kind == 'lora' else ''}",
         "date": date.today().isoformat(),
         "hash_sha256": "-",
         "license": metadata.get("licence"),

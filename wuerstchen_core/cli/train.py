@@ -12,7 +12,10 @@ from ..common.command_line import command
 from ..common.versions import OLDEST_FOR_TRAINING, check_versions
 from .options import Choices
 
-STAGES = ("text", "encoder", "vqgan", "decoder", "token-decoder", "prior", "lora", "decoder-lora")
+STAGES = (
+    "text", "encoder", "vqgan", "decoder", "token-decoder", "prior",
+    "lora", "decoder-lora", "embedding", "decoder-embedding",
+)  # fmt: skip
 CACHE, NEW, EXPORT, COMPARE = "cache", "new", "export", "compare"
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"

@@ -99,7 +99,7 @@ def check_embeddings(model: Components, texts: Sequence[str]) -> None:
 def encode_with_embeddings(encoder: TextEncoder, embeddings: Mapping[str, Embedding], tower: str, text: str) -> Tensor:
     """Returns the states [1, 77 n, c] of a prompt with embeddings by the text encoder of the "prior" or "decoder"."""
     width, size = encoder.params.width, encoder.params.context_length
-    chunks = _chunks(list(_groups(text, embeddings, COMFYUI_CLIPS[tower], width)), size - 2)
+    chunks = token_chunks(text, embeddings, COMFYUI_CLIPS[tower], width, size)
     rows = [[(START, 1.0), *chunk] + [(END, 1.0)] * (size - 1 - len(chunk)) for chunk in chunks]
     ids = torch.tensor([[token if isinstance(token, int) else 0 for token, _ in row] for row in rows])
     ends = (ids == END).int().argmax(dim=1)  # the first one; padding follows
@@ -116,6 +116,16 @@ def encode_with_embeddings(encoder: TextEncoder, embeddings: Mapping[str, Embedd
         empty = encoder.encode([""])
         states = torch.where(weights == 1, states, empty + (states - empty) * weights)
     return states.flatten(0, 1)[None]
+
+
+def token_chunks(
+    text: str, embeddings: Mapping[str, Embedding], clip: str, width: int, context_length: int = 77
+) -> list[Group]:
+    """Returns the tokens of a prompt with embeddings, in chunks without start and end, and their weights.
+
+    `clip` and `width` choose the vectors of embeddings.
+    """
+    return _chunks(list(_groups(text, embeddings, clip, width)), context_length - 2)
 
 
 def _groups(text: str, embeddings: Mapping[str, Embedding], clip: str, width: int) -> Iterator[Group]:

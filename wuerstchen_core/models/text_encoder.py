@@ -137,7 +137,7 @@ class TextEncoder(nn.Module):
 
 def tokenize(prompts: Sequence[str], context_length: int = 77) -> tuple[Tensor, Tensor]:
     """Returns token ids [B, 77] of prompts, truncated or padded with <|endoftext|>, and the mask (False: padding)."""
-    return _pad([encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
+    return pad_tokens([encode(prompt)[: context_length - 2] for prompt in prompts], context_length)
 
 
 def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tensor]:
@@ -146,10 +146,10 @@ def tokenize_whole(prompt: str, context_length: int = 77) -> tuple[Tensor, Tenso
     Like ComfyUI, it splits after 75 tokens even inside a word.
     """
     tokens, size = encode(prompt), context_length - 2
-    return _pad([tokens[i : i + size] for i in range(0, max(len(tokens), 1), size)], context_length)
+    return pad_tokens([tokens[i : i + size] for i in range(0, max(len(tokens), 1), size)], context_length)
 
 
-def _pad(texts: Sequence[Sequence[int]], context_length: int) -> tuple[Tensor, Tensor]:
+def pad_tokens(texts: Sequence[Sequence[int]], context_length: int = 77) -> tuple[Tensor, Tensor]:
     """Returns ids and mask [n, L]; as in ComfyUI, the mask ends at the first END, even at one in the text."""
     rows = [[START, *tokens] + [END] * (context_length - 1 - len(tokens)) for tokens in texts]
     ids, ends = torch.tensor(rows), torch.tensor([row.index(END) for row in rows])

@@ -31,9 +31,9 @@ def newest_step(folder: Path) -> int:
     return max((int(path.stem.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
-def weights_name(stage: str, step: int) -> str:
-    """Returns the name of the file with a stage's weights at a step."""
-    return f"{stage}-{step:06d}.safetensors"
+def weights_name(stem: str, step: int) -> str:
+    """Returns the name of the file with the weights at a step of a stage whose files have this stem."""
+    return f"{stem}-{step:06d}.safetensors"
 
 
 def kept_weights(folder: Path, name: str) -> list[Path]:

@@ -34,7 +34,7 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError("there are no prompts: add --set 'sample.prompts=[\"...\"]'")
     if missing := stage.missing_for_samples():
         raise ValueError(f"images need {missing}: add it with --set")
-    if not (files := kept_weights(folder, name)):
+    if not (files := kept_weights(folder, stage.stem)):
         raise ValueError(f"{folder} has no weights yet: train first")
     stage.net.to(pick_device("auto"))
     pipeline = stage.base_pipeline()

@@ -27,6 +27,6 @@ def export(checkpoint: Path, output: Path | None = None) -> Path:
     contents, net = load_checkpoint(checkpoint), meta_copy(stage.net)
     net.load_state_dict(contents["average"], assign=True)
     step = contents["step"]
-    file = output or checkpoint.parent / weights_name(folder.name, step)
+    file = output or checkpoint.parent / weights_name(stage.stem, step)
     stage.save(file, net, {**weights_metadata(stage), "training": {"step": step}})
     return file

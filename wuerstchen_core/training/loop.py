@@ -93,7 +93,7 @@ class _Run:
         self.skipped = self.skipped_in_row = 0  # steps without a finite loss
 
     def train(self) -> Path:
-        config, file = self.config, self.folder / f"{self.stage.name}.safetensors"
+        config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"
         if self.monitor.compares and newest_step(self.folder) < config.steps:
             _, net = self._averaged()
             if self.main:
@@ -221,7 +221,7 @@ class _Run:
             data = {"position": furthest, "fingerprint": self.stage.dataset.fingerprint}
             losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
         if self.main:
-            kept = [self.folder / weights_name(self.stage.name, done)] if keep else []
+            kept = [self.folder / weights_name(self.stage.stem, done)] if keep else []
             for path in [*kept, *([file] if checkpoint else [])]:
                 self.stage.save(path, net, {**self.metadata, "training": {"step": done}})
             if checkpoint:

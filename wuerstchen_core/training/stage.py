@@ -39,6 +39,11 @@ class Stage(ABC, Generic[N]):
         """Returns the samples of `rng` of a step's batch."""
         return self.prepare(self.dataset.sample_batch(rng), step, rng)
 
+    @property
+    def stem(self) -> str:
+        """The name of the file of weights, without its ending."""
+        return self.name
+
     @abstractmethod
     def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         """Returns the arguments of `loss` for a batch of the dataset.

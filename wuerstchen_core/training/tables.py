@@ -14,6 +14,7 @@ from .data.filters import ImageDataConfig
 from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
 from .stages.decoder import DecoderStage
+from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
 from .stages.lora import DecoderLoraStage, LoraStage
 from .stages.prior import PriorStage
@@ -32,7 +33,9 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         PriorStage,
         LoraStage,
         DecoderLoraStage,
-    )  # fmt: skip
+        EmbeddingStage,
+        DecoderEmbeddingStage,
+    )
 }
 COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [inputs]
     "run": RUN,

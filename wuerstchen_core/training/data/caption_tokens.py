@@ -27,7 +27,7 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> list[Tokens]:
         """Returns the tokens of each caption, n = 1 if captions are cut, and counts the long ones."""
-        tokens = [tokenize_whole(caption) for caption in captions]
+        tokens = [self.tokens(caption) for caption in captions]
         before, self.long = self.long, self.long + sum(len(ids) > 1 for ids, _ in tokens)
         if self.long and (not before or int(math.log10(self.long)) > int(math.log10(before))):
             log.info("%s", self.note())
@@ -35,7 +35,11 @@ class CaptionTokenizer:
 
     def uncounted(self, captions: Sequence[str]) -> list[Tokens]:
         """Returns the tokens of each caption without counting them."""
-        return self._shortened([tokenize_whole(caption) for caption in captions])
+        return self._shortened([self.tokens(caption) for caption in captions])
+
+    def tokens(self, caption: str) -> Tokens:
+        """Returns the tokens of a caption of any length."""
+        return tokenize_whole(caption)
 
     def note(self) -> str:
         """Returns how many captions were longer than a chunk, and what is done with them."""

@@ -49,7 +49,7 @@ class AdapterStage(TextTowerStage[N]):
         return {}  # those of the model that it is applied to
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
-        is_newest = path.stem == self.name  # not of a step that is kept or exported
+        is_newest = path.stem == self.stem  # not of a step that is kept or exported
         write_lora(path, net, self.adapters, self.layers, metadata, self.network, for_others=is_newest)
 
 

@@ -69,7 +69,7 @@ def write_lora(
         for at, one in adapter_tensors(net).items()
     }
     header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items() if name != FIELD}
-    header |= {"format": "pt", **spec_header([part], metadata, release_of(net.params), is_lora=True)}
+    header |= {"format": "pt", **spec_header([part], metadata, release_of(net.params), kind="lora")}
     state, renamed = {}, {}
     for at, one in tensors.items():
         name = layers[at].name

@@ -105,7 +105,12 @@ class PriorStage(DiffusionStage[Prior]):
     def reconstruct(self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Generates images from the captions."""
         pipeline = self.pipeline(net)
-        prior_text, decoder_text = (torch.stack(encode_text(pipeline.require(name), tokens)) for name in TOWERS)
+        prior_text, decoder_text = self.text_states(pipeline, tokens)
         latents = pipeline.sample_decoder(pipeline.sample_prior(prior_text, sampling), decoder_text, sampling)
         decoded: Tensor = pipeline.require("vqgan").decode(latents)
         return decoded
+
+    def text_states(self, pipeline: WuerstchenPipeline, tokens: list[Tokens]) -> tuple[Tensor, Tensor]:
+        """Returns the states [B, 77 n, c] of captions of equally many chunks, for Stage C and for Stage B."""
+        prior, decoder = (torch.stack(encode_text(pipeline.require(name), tokens)) for name in TOWERS)
+        return prior, decoder
