@@ -22,6 +22,7 @@ from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.models.text_encoder import tokenize_whole
 from wuerstchen_core.models.tokenizer import encode
 from wuerstchen_core.training.config import read_config
+from wuerstchen_core.training.report import generate_arguments
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.embedding import (
@@ -157,12 +158,18 @@ def test_both_text_encoders_in_one_file(trained: Path, config: Path, tmp_path: P
     assert not torch.equal(prior, decoder)
 
 
+def test_the_command_that_uses_it(trained: Path, config: Path, tmp_path: Path) -> None:
+    stage = EmbeddingStage(table := read_config(config, [f"run='{tmp_path}'"]))
+    arguments = generate_arguments(stage, table, trained, "a red apple")
+    assert arguments[:2] == ["generate", "embedding:my-fox"] and arguments[-2:] == ["--embedding", str(trained)]
+
+
 def test_images_of_prompts_while_it_trains(config: Path, tmp_path: Path) -> None:
     sample = "sample={prompts=['embedding:my-fox'], width=64, height=64, prior_steps=1, decoder_steps=1}"
     changes = ["train.steps=1", "train.sheet_every=1", "train.lr=1.0", sample]
     folder = run("embedding", config, [f"run='{tmp_path}'", *changes]).parent
     assert {path.name for path in folder.glob("*.png")} >= {
-        "samples-000000.png", "samples-000001.png", "sheet-000001.png",
+        "samples-000000.png", "samples-000001.png", "sheet-000001.png", "my-fox.png",
     }  # fmt: skip
 
 

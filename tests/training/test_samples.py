@@ -63,6 +63,8 @@ def test_grids_show_the_step_and_the_base_model(trained: Path) -> None:
     assert np.array_equal(before, base)
     assert len({base[y : y + SIDE, x : x + SIDE].tobytes() for y in (0, SIDE) for x in (0, SIDE)}) == 4
     after, still = blocks(trained / "samples-000002.png")
+    with Image.open(trained / "lora.png") as preview:  # the first image, which the grid may show smaller
+        assert np.array_equal(np.asarray(preview), after[: preview.height, : preview.width])
     assert np.array_equal(base, still) and not np.array_equal(after, base)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..common.atomic import replace_file
 from ..common.geometry import nearest_legal
+from ..inference.images import to_pictures
 from ..inference.pipeline import WuerstchenPipeline
 from .checkpoint import append_row, read_log
 from .config import LoopConfig
@@ -55,9 +56,11 @@ class Monitor:
                 with torch.no_grad():
                     rows = self.stage.samples(net, previews)
                 self._write_grid("sheet", done, sample_grid(rows))
+                self._write_preview(to_pictures(rows[-1][:1])[0])
         if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
             groups = {f"step {done}": images, **({"base model": self.base} if self.base else {})}
             self._write_grid("samples", done, prompt_grid(self.stage.sample.prompts, self.stage.sample.seeds, groups))
+            self._write_preview(images[0])
         write_page(self.folder, self.stage.name, done, self.config.steps)
 
     def generate(self, net: nn.Module) -> Sequence[Image.Image]:
@@ -102,6 +105,10 @@ class Monitor:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({kind: np.asarray(grid)[None]}, step=done, **layout)
+
+    def _write_preview(self, image: Image.Image) -> None:
+        if self.stage.has_preview:
+            replace_file(self.folder / f"{self.stage.stem}.png", partial(image.save, format="PNG"))
 
 
 def stage_samples(stage: Stage[Any], pipeline: WuerstchenPipeline) -> list[Image.Image]:

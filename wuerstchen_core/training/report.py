@@ -15,6 +15,7 @@ import torch
 from ..checkpoints.components import TOWERS
 from ..checkpoints.open import open_source
 from ..common.command_line import command
+from ..inference.embeddings import MARK
 from .checkpoint import kept_weights
 from .config import INPUTS, LoopConfig
 from .rng import StepRandom
@@ -92,7 +93,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None:
     """Logs the files with weights, and the command that generates an image with them."""
-    log.info("wrote %s", ", ".join(map(str, kept_weights(file.parent, stage.name))))
+    log.info("wrote %s", ", ".join(map(str, kept_weights(file.parent, stage.stem))))
     if arguments := generate_arguments(stage, config, file, first_caption(stage)):
         log.info("generate with it: %s", command(arguments))
 
@@ -107,7 +108,7 @@ def first_caption(stage: Stage[Any]) -> str:
 def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path, prompt: str) -> list[str]:
     """Returns arguments of the command line that generate with a trained network; [] if it needs unknown networks."""
     own = INPUTS.get(stage.name)
-    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name))
+    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
     if decoder not in ("decoder", "token-decoder"):
         return []
     needed = {"prior": "prior", INPUTS[decoder]: decoder, "vqgan": "vqgan", TOWERS[0]: "text", TOWERS[1]: decoder}
@@ -123,6 +124,8 @@ def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path,
         del parts[TOWERS[1]]
     arguments += ["--model", model]
     arguments += [x for part, source in parts.items() for x in (f"--{part.replace('_', '-')}", source)]
+    if "embedding" in stage.tables:
+        return ["generate", f"{MARK}{stage.stem}", *arguments[2:], "--embedding", str(file)]
     return arguments if own else [*arguments, "--lora", str(file)]
 
 

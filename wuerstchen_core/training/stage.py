@@ -31,6 +31,7 @@ class Stage(ABC, Generic[N]):
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
     bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
     stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
+    has_preview = False  # True if a picture beside the weights shows them, as in ComfyUI's model library
     sample = SampleConfig()  # the [sample] table
     unused_weights = False  # True if some weights get no gradient in some steps
     fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights

@@ -97,6 +97,7 @@ class EmbeddingTraining(TextTowerStage[N]):
     """Vectors of a new word in a network's text encoder, trained with the network's loss; all else is frozen."""
 
     part = ""
+    has_preview = True
     fsdp_conflict = "[embedding]"
 
     def __init__(self, config: Mapping[str, Any]):

@@ -28,6 +28,7 @@ class AdapterStage(TextTowerStage[N]):
     """Adapters of a network, and of its text encoder, trained with the network's loss."""
 
     part = ""
+    has_preview = True
 
     def build(self, config: Mapping[str, Any]) -> N:
         """Returns the network of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""
