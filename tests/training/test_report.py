@@ -63,7 +63,7 @@ def test_the_printed_command_generates_with_the_weights(
 
 
 def test_the_command_of_a_lora_of_stage_b(bundle: Path, tmp_path: Path) -> None:
-    stage: Any = SimpleNamespace(name="decoder-lora", network="decoder")
+    stage: Any = SimpleNamespace(name="decoder-lora", network="decoder", tables={})
     config = {"run": str(tmp_path), "inputs": dict.fromkeys(("decoder", "vqgan", "text", "encoder"), str(bundle))}
     file = tmp_path / "decoder-lora.safetensors"
     command = report.generate_arguments(stage, config, file, "x")
@@ -81,11 +81,13 @@ def test_the_command_joins_parts_of_several_files(tmp_path: Path, caplog: pytest
 
 def test_stages_of_one_run_generate_together(run_folder: Path, tmp_path: Path) -> None:
     file = run_folder / "prior" / "prior.safetensors"
-    stage: Any = SimpleNamespace(name="prior", decoder_stage="decoder")
+    stage: Any = SimpleNamespace(name="prior", decoder_stage="decoder", tables={})
     command = report.generate_arguments(stage, {"run": str(run_folder)}, file, "x")
     assert str(run_folder / "decoder" / "decoder.safetensors") in command and pixels(command, tmp_path / "a.png")
     for name in ("vqgan", "encoder", "text"):
-        assert report.generate_arguments(SimpleNamespace(name=name), {"run": str(run_folder)}, file, "x") == []  # type: ignore[arg-type]
+        assert (
+            report.generate_arguments(SimpleNamespace(name=name, tables={}), {"run": str(run_folder)}, file, "x") == []
+        )  # type: ignore[arg-type]
     assert report.generate_arguments(stage, {"run": str(tmp_path)}, file, "x") == []
 
 
@@ -98,7 +100,7 @@ def test_a_run_says_what_it_will_do(tmp_path: Path, bundle: Path, caplog: pytest
     assert "3 images" in text and "bucket 128x128: 3" in text and "memory: " in text
     assert "a step: " not in text  # too few steps
     before = text[: text.index("wrote ")]
-    assert "Stage A of the base model show" in before and (tmp_path / "mine" / "lora" / FILE).is_file()
+    assert "Stage A of the base model: " in before and (tmp_path / "mine" / "lora" / FILE).is_file()
 
 
 def test_the_memory_of_weights_gradients_optimizer_and_average() -> None:
@@ -124,14 +126,15 @@ def test_the_time_of_a_step_leaves_out_what_is_between(
 
 def test_the_bar_leaves_out_saves() -> None:
     times = StepTimes(0, 100, torch.device("cpu"))
-    bar = tqdm(range(4), file=io.StringIO(), mininterval=0, miniters=1)
+    bar = tqdm(total=4, file=io.StringIO(), mininterval=0.1)
     began = time.time()
-    for _ in bar:
+    for _ in range(4):
         time.sleep(0.01)
+        bar.update()
         with left_out(bar, times):
             time.sleep(0.3)
-    assert time.time() - began > 1.2 and 0.04 <= bar.format_dict["elapsed"] < 0.6
-    with left_out(tqdm(range(1), disable=True), times):
+    assert time.time() - began > 1.2 and 0.04 <= bar.format_dict["elapsed"] < 0.6 and bar.n == 4
+    with left_out(tqdm(total=1, disable=True), times):
         pass
 
 
@@ -183,3 +186,11 @@ def test_the_demo_shows_its_own_drawings_alone(tmp_path: Path, caplog: pytest.Lo
         caplog.clear()
         check_reconstruction(stage, stage.net, tmp_path)
         assert any("cannot show" in text for text in caplog.messages) == warned
+
+
+def test_flat_pictures_are_no_reason_to_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stage: Any = Blurred(torch.full((2, 3, 64, 64), 0.4), a=4, b=16)
+    noisy = stage.reconstructions
+    stage.reconstructions = lambda net, images: {name: x + 0.04 for name, x in noisy(net, images).items()}  # 28 dB
+    check_reconstruction(stage, None, tmp_path)
+    assert not caplog.records

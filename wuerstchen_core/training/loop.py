@@ -129,13 +129,12 @@ class _Run:
     def _steps(self, start: int, seconds: float, file: Path) -> None:
         """Trains from step `start` to the end, after `seconds` of training."""
         config, times = self.config, StepTimes(start, self.config.steps, self.accelerator.device)
-        progress = tqdm(
-            range(start, config.steps), initial=start, total=config.steps, desc=self.stage.name, mininterval=2,
-            disable=not self.main,
-        )  # fmt: skip
+        options: dict[str, Any] = {"initial": start, "total": config.steps, "disable": not self.main}
         began = time.monotonic() - seconds
-        for step in progress:
+        progress = tqdm(desc=self.stage.name, mininterval=2, **options)
+        for step in range(start, config.steps):
             self._step(step)
+            progress.update()
             done = step + 1
             if self.main:
                 times.done(done)
@@ -146,6 +145,7 @@ class _Run:
             if (sample_due := self.monitor.due(done)) or save_due or keep_due:
                 with left_out(progress, times):
                     self._save(done, file, sample_due, save_due, keep_due)
+        progress.close()
 
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator

@@ -13,7 +13,10 @@ from .report import StepTimes
 
 @contextmanager
 def left_out(bar: tqdm[int], times: StepTimes) -> Iterator[None]:
-    """Leaves the time in a `with` block out of the rate and the remaining time of a bar and of a run."""
+    """Leaves the time in a `with` block out of the rate and the remaining time of a bar and of a run.
+
+    The bar must be moved by `update`: as an iterator, it keeps times of its own.
+    """
     began = time.monotonic()
     yield
     seconds = time.monotonic() - began

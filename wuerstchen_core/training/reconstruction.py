@@ -24,6 +24,7 @@ FILE = "reconstruction.png"
 # 19.2 dB; with Stage B 28.2 and 14.2 dB, the thumbnails 21.2 and 16.3 dB.
 STAGE_A, STAGE_B = "Stage A", "Stages A and B"
 THUMBNAILS = {STAGE_A: 8, STAGE_B: 32}
+ENOUGH = {STAGE_A: 25.0, STAGE_B: 20.0}  # dB; of pictures with few details, thumbnails keep even more
 ADVICE = {
     STAGE_A: "train Stage A on such pictures (`train vqgan`) first, or choose another base model",
     STAGE_B: "train Stage B on such pictures (`train decoder`) first, or choose another base model",
@@ -58,8 +59,8 @@ def check_reconstruction(stage: Stage[Any], net: Any, folder: Path) -> None:
     replace_file(folder / FILE, partial(sample_grid([images, *rows.values()]).save, format="PNG"))
     for name, reconstructed in rows.items():
         quality, least = psnr(images, reconstructed), psnr(images, thumbnails(images, THUMBNAILS[name]))
-        log.info("%s of the base model show these pictures with %.1f dB (%s)", name, quality, folder / FILE)
-        if quality < least:
+        log.info("%s of the base model: %.1f dB on these pictures (%s)", name, quality, folder / FILE)
+        if quality < min(least, ENOUGH[name]):
             log.warning(
                 "%s of the base model cannot show these pictures, so this training cannot either: they keep less "
                 "than a thumbnail of 1/%d of the side, which has %.1f dB (see %s): %s",
