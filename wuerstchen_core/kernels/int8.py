@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import inference_on_cpu
+from .dispatch import HasWeights, inference_on_cpu
 from .linear import linear
 
 # The operators that inductor calls. They are private to torch: where they are missing, weights are restored instead.
@@ -165,16 +165,25 @@ class PackedWeight:
         return self._joined[1], self._joined[2]
 
 
+def packed_linear(layer: HasWeights, x: Tensor) -> Tensor | None:
+    """Returns a layer of x [..., c_in] computed by oneDNN; None if the layer, x or the processor is not suited."""
+    if not multiplies_int8(x) or (packed := layer.packed()) is None:
+        return None
+    quantized = quantize(x.reshape(-1, x.shape[-1]))
+    if quantized is None:
+        return None
+    out: Tensor = packed.product(quantized, x.dtype)
+    return out.view(*x.shape[:-1], -1)
+
+
 def int8_linear(layer: Any, x: Tensor) -> Tensor:
     """Returns an Int8Linear of x [..., c_in]: by oneDNN on a CPU, by tensor cores on a GPU, else with plain weights."""
-    rows = x.reshape(-1, x.shape[-1])
-    if multiplies_int8(x) and (quantized := quantize(rows)) is not None:
-        out = layer.packed().product(quantized, x.dtype)
-    elif _fits_tensor_cores(x, layer.weight):
-        product = _kitchen_product() or product_by_rows
-        out = product(rows, layer.weight, layer.weight_scale, layer.bias, x.dtype)
-    else:
+    if (out := packed_linear(layer, x)) is not None:
+        return out
+    if not _fits_tensor_cores(x, layer.weight):
         return linear(x, *layer.weights(x))
+    product = _kitchen_product() or product_by_rows
+    out = product(x.reshape(-1, x.shape[-1]), layer.weight, layer.weight_scale, layer.bias, x.dtype)
     return out.view(*x.shape[:-1], -1)
 
 
