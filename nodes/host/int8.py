@@ -20,12 +20,14 @@ except ImportError:  # ComfyUI 0.3.64
     QUANT_ALGOS, QuantizedTensor = {}, ()
 
 FORMAT = "int8_tensorwise"
+# Without comfy-kitchen, ComfyUI has the format but an empty class.
+SUPPORTED = FORMAT in QUANT_ALGOS and issubclass(QuantizedTensor, Tensor)
 QUANTISATION = (f".{SCALE}", f".{CONFIG}")  # endings of a state dict's keys that are no parameters
 
 
 def check_supported() -> None:
     """Raises ValueError if this ComfyUI has no layers in int8."""
-    if FORMAT not in QUANT_ALGOS:
+    if not SUPPORTED:
         raise ValueError("weight_dtype int8 needs a ComfyUI of 2026: update ComfyUI, or choose another weight_dtype")
 
 
@@ -33,7 +35,7 @@ def keeps_int8(part: Part, device: torch.device) -> bool:
     """True if a part is stored in int8, in which ComfyUI and this device compute fast."""
     stored = (getattr(x, "quantised", None) for x in part.state_dict.values())
     in_int8 = any(x is not None and x.config["format"] == FORMAT for x in stored)
-    return in_int8 and FORMAT in QUANT_ALGOS and (device.type != "cpu" or has_int8())
+    return in_int8 and SUPPORTED and (device.type != "cpu" or has_int8())
 
 
 def quantised(network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _identity(x: Tensor | None) -> tuple[int, int]:
 
 
 def _is_int8(weight: Any) -> bool:
-    return isinstance(weight, QuantizedTensor) and weight._qdata.dtype == torch.int8
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == QUANT_ALGOS[FORMAT]["comfy_tensor_layout"]
 
 
 class Int8Hooks:
