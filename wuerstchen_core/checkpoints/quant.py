@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.devices import WEIGHT_DTYPES
+from ..common.int8 import quantize_rows
 from .convrot import largest_group, rotate
 from .lazy import LazyTensor, Quantised
 
@@ -82,7 +83,7 @@ def int8_entries(key: str, tensor: Tensor | LazyTensor, rotated: bool) -> dict[s
     stored = x.quantised
     if stored is None or not _is_int8_of_rows(stored) or bool(stored.config.get("convrot")) != rotated:
         group = largest_group(x.shape[1]) if rotated else 0
-        numbers, scale = (LazyTensor.of(part) for part in to_int8(key, x.load(), group))
+        numbers, scale = (LazyTensor.of(part) for part in _to_int8(key, x.load(), group))
         stored = Quantised(numbers, scale, _int8_config(group))
     return {name: entry.load() for name, entry in _entries(key, stored).items()}
 
@@ -128,8 +129,8 @@ def _fp8_scale(key: str, x: Tensor) -> float:
 def _int8(key: str, x: LazyTensor) -> Quantised:
     group = largest_group(x.shape[1])
     return Quantised(
-        LazyTensor(x.shape, INT8, lambda: to_int8(key, x.load(), group)[0]),
-        LazyTensor((x.shape[0], 1), torch.float32, lambda: to_int8(key, x.load(), group)[1]),
+        LazyTensor(x.shape, INT8, lambda: _to_int8(key, x.load(), group)[0]),
+        LazyTensor((x.shape[0], 1), torch.float32, lambda: _to_int8(key, x.load(), group)[1]),
         _int8_config(group),
     )
 
@@ -143,7 +144,7 @@ def _is_int8_of_rows(weight: Quantised) -> bool:
     return weight.config["format"] == "int8_tensorwise" and weight.scale.shape == (rows, 1)
 
 
-def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Returns a weight [out, in] in int8, rotated in groups of `group` (0: not), and its scales [out, 1] in fp32.
 
     Raises ValueError that names `key` if a number is not finite.
@@ -151,10 +152,9 @@ def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     out, scales = torch.empty(x.shape, dtype=INT8), torch.empty(x.shape[0], 1)
     for source, target, scale in chunks(x, out, scales):
         rotated = rotate(source.float(), group)
-        largest = rotated.abs().amax(1, keepdim=True)
-        _check_finite(key, float(largest.max()), "int8")
-        scale.copy_(torch.where(largest > 0, largest / 127, 1.0))
-        target.copy_((rotated / scale.to(rotated)).round_())
+        _check_finite(key, float(rotated.abs().max()), "int8")
+        for out_part, part in zip((target, scale), quantize_rows(rotated), strict=True):
+            out_part.copy_(part)
     return out, scales
 
 

@@ -27,13 +27,6 @@ _ROWS = 128  # quantised at a time, which fit the cache
 _FEWEST_ROWS = 32  # of an input on a GPU: `torch._int_mm` takes no less than 17
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a weight [c_out, c_in] in int8 and its scales [c_out, 1] in fp32."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1, keepdim=True).div_(127)
-    return (weight / torch.where(scale > 0, scale, 1)).round_().to(torch.int8), scale
-
-
 @cache
 def has_int8() -> bool:
     """True if the processor has instructions for dot products of int8, and torch has the operators that use them.
