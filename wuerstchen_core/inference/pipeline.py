@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import groupby
@@ -100,9 +99,7 @@ class WuerstchenPipeline(Components):
         target = pick_device(device)
         loaded, metadata = read_sources(source, parts, version)
         check_parts(loaded)
-        chosen = pick_dtype(
-            dtype, target, sum(math.prod(x.shape) for part in loaded.values() for x in part.state_dict.values())
-        )
+        chosen = pick_dtype(dtype, target, sum(part.parameters for part in loaded.values()))
         stored = StoredNetworks(loaded, target, chosen)
         networks: dict[str, Any] = {}
         for name, part in loaded.items():
