@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...wuerstchen_core.checkpoints import Part
 from ...wuerstchen_core.checkpoints.lazy import lazy_state
 from ...wuerstchen_core.checkpoints.quant import CONFIG, SCALE, int8_entries
-from ...wuerstchen_core.kernels.int8 import PackedWeight, has_int8
+from ...wuerstchen_core.common.devices import has_int8
+from ...wuerstchen_core.kernels.int8 import PackedWeight
 from ...wuerstchen_core.models.layers import TimestepBlock
 
 try:

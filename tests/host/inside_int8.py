@@ -127,7 +127,7 @@ def main(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from pack.nodes.loaders import DTYPE_CHOICES
     from pack.wuerstchen_core.checkpoints import demo_path
     from pack.wuerstchen_core.checkpoints.open import open_part
-    from pack.wuerstchen_core.kernels.int8 import has_int8
+    from pack.wuerstchen_core.common.devices import has_int8
 
     part, file = (open_part(source, "prior") for source in (demo_path("demo"), Path(folder) / "prior.safetensors"))
     facts: dict[str, Any] = {"choices": list(DTYPE_CHOICES), "fast": has_int8()}

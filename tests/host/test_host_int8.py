@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tools.comfyui.client import Inside, Install, run_inside
 from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.common.devices import has_int8
 from wuerstchen_core.common.int8 import quantize_rows
-from wuerstchen_core.kernels.int8 import has_int8
 
 MOST = 0.03  # of what the exact model computes
 

@@ -11,6 +11,7 @@ from helpers.golden_data import assert_near
 from helpers.networks import NETWORKS, VQ
 from torch import Tensor
 
+from wuerstchen_core.common.devices import has_int8
 from wuerstchen_core.common.int8 import quantize_rows
 from wuerstchen_core.kernels import int8
 from wuerstchen_core.kernels.dispatch import use_kernels
@@ -18,7 +19,7 @@ from wuerstchen_core.models.int8 import Int8Linear, int8_layers, set_dtype, use_
 from wuerstchen_core.models.operations import Linear
 from wuerstchen_core.models.vqgan import VQGAN
 
-needs_int8 = pytest.mark.skipif(not int8.has_int8(), reason="this processor has no int8 products")
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this processor has no int8 products")
 
 
 def random(*shape: int) -> Tensor:

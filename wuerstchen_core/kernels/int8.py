@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.devices import has_int8
 from .dispatch import HasWeights, inference_on_cpu
 from .linear import linear
 
@@ -25,19 +26,6 @@ _PRODUCT = getattr(torch.ops.onednn, "qlinear_pointwise", None)
 _STEPS = 254  # of 255: a rounded zero point never carries a number beyond 255, which makes clamping unnecessary
 _ROWS = 128  # quantised at a time, which fit the cache
 _FEWEST_ROWS = 32  # of an input on a GPU: `torch._int_mm` takes no less than 17
-
-
-@cache
-def has_int8() -> bool:
-    """True if the processor has instructions for dot products of int8, and torch has the operators that use them.
-
-    Without these instructions oneDNN adds pairs of products in 16 bits, where they overflow.
-    """
-    if _PREPACK is None or _PRODUCT is None or not torch.backends.mkldnn.is_available():
-        return False
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()  # AVX512
-    return bool(vnni or any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
 
 
 def multiplies_int8(x: Tensor) -> bool:
