@@ -233,10 +233,15 @@ def test_auto_dtype(
     )
 
 
-def test_auto_dtype_of_networks(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_dtype_of_networks(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(devices, "LARGE_MODEL", 1)
     monkeypatch.setattr(devices, "prefers_int8", lambda device: device.type == "cpu")
     monkeypatch.setattr(WuerstchenPipeline, "compile", lambda self: None)
-    assert WuerstchenPipeline.load(bundle, device="cpu").dtype == torch.int8
+    chosen = WuerstchenPipeline.load(bundle, device="cpu")
+    assert chosen.dtype == torch.int8
+    chosen.save(tmp_path / "saved.safetensors")
+    assert "saved.safetensors" in caplog.text and "int8" in caplog.text
     compiled = WuerstchenPipeline.load(bundle, device="cpu", compile=True)
     assert compiled.dtype == devices.companion_dtype(torch.device("cpu"))
