@@ -228,7 +228,7 @@ def test_auto_dtype(
     monkeypatch.setattr(devices, "has_int8", lambda: "vnni" in instructions)
     monkeypatch.setattr(devices, "_cpu_has", instructions.__contains__)
     assert pick_dtype("auto", cpu, parameters) == expected
-    assert pick_dtype("auto", cpu, parameters, compiled=True) == (
+    assert pick_dtype("auto", cpu, parameters, allow_int8=False) == (
         devices.companion_dtype(cpu) if expected == torch.int8 else expected
     )
 
@@ -243,5 +243,6 @@ def test_auto_dtype_of_networks(
     assert chosen.dtype == torch.int8
     chosen.save(tmp_path / "saved.safetensors")
     assert "saved.safetensors" in caplog.text and "int8" in caplog.text
-    compiled = WuerstchenPipeline.load(bundle, device="cpu", compile=True)
-    assert compiled.dtype == devices.companion_dtype(torch.device("cpu"))
+    for options in ({"compile": True}, {"source": "demo-v1"}):
+        other = WuerstchenPipeline.load(**{"source": bundle, "device": "cpu", **options})
+        assert other.dtype == devices.companion_dtype(torch.device("cpu"))

@@ -36,7 +36,7 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Mo
     Raises ValueError for an unknown dtype, or that names the tensors that do not fit (`check_weights`).
     """
     if isinstance(dtype, str):
-        dtype = pick_dtype(dtype, torch.device(device), part.parameters)
+        dtype = pick_dtype(dtype, torch.device(device), part.parameters, allow_int8=part.name != "token_decoder")
     network, weights = build_outline(part, dtype), part.state_dict
     if dtype == torch.int8:
         weights = weights if kind_of(part.name) == TEXT_ENCODER else split_attention(weights)

@@ -49,17 +49,17 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def pick_dtype(
-    dtype: str | torch.dtype, device: torch.device, parameters: int, *, compiled: bool = False
+    dtype: str | torch.dtype, device: torch.device, parameters: int, *, allow_int8: bool = True
 ) -> torch.dtype:
     """Returns a dtype; "auto" is the one in which a large model was measured to be fastest, and fp32 for a small model.
 
-    That is int8 on CPUs of `prefers_int8` unless the model is `compiled`, else bf16 if it is native, else fp32. Raises
-    ValueError if the dtype is not one of NETWORK_DTYPES.
+    That is int8 on CPUs of `prefers_int8` if `allow_int8`, else bf16 if it is native, else fp32. Raises ValueError if
+    the dtype is not one of NETWORK_DTYPES.
     """
     if dtype == "auto":
         if parameters < LARGE_MODEL:
             return torch.float32
-        return torch.int8 if prefers_int8(device) and not compiled else companion_dtype(device)
+        return torch.int8 if allow_int8 and prefers_int8(device) else companion_dtype(device)
     chosen = NETWORK_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in NETWORK_DTYPES.values():
         raise ValueError(f"dtype {str(dtype)!r} is unknown: choose auto, {', '.join(NETWORK_DTYPES)}")
