@@ -18,9 +18,9 @@ from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import Node, schema
 
-# By ComfyUI's name for fp8; "default" leaves the choice to ComfyUI. Its layers cannot hold int8 as a plain dtype.
+# By ComfyUI's name for fp8; "default" keeps int8 where it is fast, and else leaves the choice to ComfyUI.
 DTYPE_CHOICES = {"default": None} | {
-    {"fp8": "fp8_e4m3fn"}.get(name, name): dtype for name, dtype in WEIGHT_DTYPES.items() if name != "int8"
+    {"fp8": "fp8_e4m3fn"}.get(name, name): dtype for name, dtype in WEIGHT_DTYPES.items()
 }
 # LoRA and embedding files name a text encoder by its width, whichever stage reads it.
 _PART_BY_WIDTH = dict(zip(CLIP_NAMES, TOWERS, strict=True))

@@ -57,11 +57,12 @@ def inputs(run_folder: Path) -> list[str]:
 
 
 def _process_group(item: pytest.Item) -> str:
-    """Returns the group that shares one process: tests of one server, of `run_folder`, or of one file and ComfyUI."""
+    """Returns the group that shares one process: tests of a ComfyUI's server, of scripts in it, of `run_folder`, or of
+    one file."""
     function = item if isinstance(item, pytest.Function) else None
     if function and "install" in function.fixturenames:
         install = str(function.callspec.params["install"])
-        return install if "server" in function.fixturenames else f"{install} {item.path.name}"
+        return install if "server" in function.fixturenames else f"{install} scripts"
     return "run_folder" if function and "run_folder" in function.fixturenames else item.path.name
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
+from .int8 import QUANTISATION
 from .network_patches import SCALES
 from .notices import notify
 
@@ -31,7 +31,9 @@ class AttentionScales:
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
         state: dict[str, Any] = super().model_state_dict(filter_prefix)  # type: ignore[misc]
-        if not self.listing or filter_prefix is not None:
+        if not self.listing:
+            return {key: x for key, x in state.items() if not key.endswith(QUANTISATION)}
+        if filter_prefix is not None:
             return state
         return state | {name: state[_ATTN.sub(".attention.", name)] for name in self._names()}
 
@@ -61,9 +63,3 @@ class AttentionScales:
             notify(
                 "factors of attention-multiply nodes are not part of a merged or saved model: they act in sampling only"
             )
-
-
-@cache
-def with_attention_scales(kind: Any) -> type:
-    """Returns a class of ComfyUI's patchers whose MODELs accept factors of `attn1` and `attn2`."""
-    return type(kind.__name__, (AttentionScales, kind), {})

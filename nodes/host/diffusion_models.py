@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.kernels.dispatch import HasWeights
+from ...wuerstchen_core.kernels.int8 import packed_linear
 from ...wuerstchen_core.kernels.linear import linear, uses_onednn
 from ...wuerstchen_core.models.attention import Attention, KeysValues
 from ...wuerstchen_core.models.decoder import Decoder
@@ -23,6 +24,7 @@ from ...wuerstchen_core.models.prior import KVCache, Prior
 from ...wuerstchen_core.models.token_decoder import TokenDecoder
 from ...wuerstchen_core.models.unet import Block
 from .feature_reuse import deep_features
+from .int8 import Int8Layer, dequantised
 from .network_patches import NamesMissing, PatchableAttnBlock, Patches, resized
 
 
@@ -79,10 +81,14 @@ def castable(operations: Any) -> Any:
 
         def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             weight, bias = comfy.ops.cast_bias_weight(self, x)
-            return weight, bias
+            return dequantised(weight), bias
 
-    class Linear(Cast, operations.Linear):
+    int8 = (Int8Layer,) if hasattr(operations.Linear, "set_weight") else ()
+
+    class Linear(*int8, Cast, operations.Linear):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
+            if (out := packed_linear(self, x)) is not None:
+                return out
             return linear(x, *self.weights(x)) if uses_onednn(x) else super().forward(x)
 
     class Conv2d(Cast, operations.Conv2d):

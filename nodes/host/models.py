@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, ClassVar
 
 import comfy.model_base
@@ -15,9 +16,11 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.checkpoints.build import build_outline
 from ...wuerstchen_core.checkpoints.key_maps import split_attention
 from ...wuerstchen_core.checkpoints.release import release_of_model
-from .attention_scales import with_attention_scales
+from . import int8
+from .attention_scales import AttentionScales
 from .conditioning import PRIOR_KEY, prior_cond, text_cond
 from .diffusion_models import HostDecoder, HostPrior, HostTokenDecoder
 from .latents import STAGE_B, STAGE_C, DecoderLatents, PriorLatents, check_shape, warn_of_other_size
@@ -155,32 +158,48 @@ def _patch_bare_parameters(patcher: Any, device: Any, *_: Any) -> None:
             patcher.patch_weight_to_device(key, device)
 
 
+@cache
+def _patcher_class(kind: Any) -> type:
+    """Returns a class of ComfyUI's patchers for MODELs that ComfyUI samples."""
+    return type(kind.__name__, (AttentionScales, int8.Int8Hooks, kind), {})
+
+
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
     """Returns a prior or decoder as a MODEL: ComfyUI's patcher around a network built from ComfyUI's layers.
 
-    Weights are stored in `weight_dtype` (None: ComfyUI's choice); ComfyUI chooses the dtype of the computation.
+    Weights are stored in `weight_dtype` (None: int8 if the file is and that is fast, else ComfyUI's choice); ComfyUI
+    chooses the dtype of the computation.
     """
     management = comfy.model_management
-    # build_part reports missing and misshapen weights.
-    state_dict = split_attention(build_part(part).state_dict())
     config = StageConfig(part.name, part.params)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    dtype = weight_dtype or management.unet_dtype(
-        device=load_device,
-        model_params=comfy.utils.calculate_parameters(state_dict),
-        supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(state_dict),
-    )
-    config.set_inference_dtype(
-        dtype, management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
-    )
+    supported = config.supported_inference_dtypes
+    in_int8 = weight_dtype == torch.int8 or (weight_dtype is None and int8.keeps_int8(part, load_device))
+    if in_int8:
+        int8.check_supported()
+        build_outline(part)  # reports missing and misshapen weights
+        config.quant_config = {"mixed_ops": True}
+        state_dict = split_attention(part.state_dict)
+        dtype = cast = management.unet_manual_cast(None, load_device, supported)
+    else:
+        state_dict = split_attention(build_part(part).state_dict())
+        dtype = weight_dtype or management.unet_dtype(
+            device=load_device,
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+        cast = management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, cast)
     model = config.get_model(state_dict, device=offload_device)
     # Newer ComfyUI versions replace this class at their start if the device supports loading on demand.
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
-    if not dynamic:  # layers that ComfyUI builds without weights would keep the file's dtype
+    if in_int8:
+        state_dict = int8.quantised(model.diffusion_model, state_dict, dtype, load_device)
+    elif not dynamic:  # layers that ComfyUI builds without weights would keep the file's dtype
         state_dict = {key: x.to(offload_device, dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=True)
     model.diffusion_model.requires_grad_(False)
@@ -189,7 +208,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     if part.name != "token_decoder":  # ComfyUI's samplers never run that
         add_wrappers(patcher)
         kind: Any = type(patcher)  # not patcher_class, whose constructor may return another class
-        patcher.__class__ = with_attention_scales(kind)
+        patcher.__class__ = _patcher_class(kind)
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -117,6 +117,16 @@ def test_a_bundle_of_some_parts(networks: dict[str, nn.Module], tmp_path: Path) 
         read_part(tmp_path / "prior.safetensors", "vqgan")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("int8", torch.int8), ("fp16", torch.float16), ("auto", torch.float32)]
+)
+def test_a_network_is_loaded_in_a_named_dtype(saved: Path, dtype: str, expected: torch.dtype) -> None:
+    prior = load_prior(saved, dtype=dtype)
+    assert prior.get_parameter("blocks.2.attention.to_q.weight").dtype == expected
+    with pytest.raises(ValueError, match="int4"):
+        load_prior(saved, dtype="int4")
+
+
 def test_bundle_without_metadata_loads_by_its_tensors(networks: dict[str, nn.Module], saved: Path) -> None:
     rewrite(saved, None)
     for name in ("prior", "decoder", "vqgan"):

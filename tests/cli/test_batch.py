@@ -411,7 +411,9 @@ def test_killed_and_started_again(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
-def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> None:
+def test_two_processes_one_of_which_is_killed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """Two processes generate the same images as one. After one is killed, two others add only the missing images."""
     prompts = write(tmp_path / "prompts.jsonl", [*LINES, "bad", *LINES])
     out, alone = tmp_path / "out", tmp_path / "alone"
@@ -420,7 +422,10 @@ def test_two_processes_one_of_which_is_killed(bundle: Path, tmp_path: Path) -> N
         launch(str(Path(__file__).parents[1] / "helpers" / "batch_process.py"), *arguments)
     existing = {path.name: path.stat().st_ino for path in out.glob("*.png")}
     assert {"000002.png"} <= set(existing) and not {"000002-2.png", "000012.png"} & set(existing)
-    launch("-m", "wuerstchen_core", *arguments, by="accelerate")
+    for rank in ("0", "1"):
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", rank), patch.setenv("WORLD_SIZE", "2")
+            assert run(*arguments) == 0
     assert run(*command(bundle, prompts, alone)) == 2
     assert existing.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
     assert set(files(out)) == set(files(alone)) and len(files(out)) == 4 * len(NAMES) + 1

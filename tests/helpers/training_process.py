@@ -1,4 +1,5 @@
-"""Training in several processes: `torchrun training_process.py replicated|sharded FOLDER`."""
+"""Two trainings in several processes: `torchrun training_process.py FOLDER` writes FOLDER/replicated and
+FOLDER/sharded."""
 
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ def sharded(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"replicated": replicated, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]))
+    replicated(Path(sys.argv[1], "replicated"))
+    sharded(Path(sys.argv[1], "sharded"))
     dist.destroy_process_group()
     os._exit(0)  # torch's threads sometimes abort a process at a normal exit

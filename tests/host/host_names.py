@@ -14,7 +14,8 @@ METHODS = {
     "comfy.conds.CONDRegular": "_copy_with process_cond",
     "comfy.latent_formats.LatentFormat": "latent_channels scale_factor process_in process_out latent_rgb_factors",
     "comfy.model_base.BaseModel": "extra_conds memory_required get_dtype",
-    "comfy.model_patcher.ModelPatcher": "add_wrapper_with_key cleanup get_model_object pre_run",
+    "comfy.model_patcher.ModelPatcher": "add_wrapper_with_key cleanup get_model_object "
+    "patch_cached_hook_weights patch_hook_weight_to_device pre_run unpatch_hooks",
     "comfy.model_sampling.StableCascadeSampling": "set_parameters set_sigmas sigma timestep",
     "comfy.patcher_extension.WrapperExecutor": "execute",
     "comfy.sd.CLIP": "encode_from_tokens_scheduled load_sd tokenize",
@@ -28,10 +29,12 @@ VAE = (
     "output_device patcher process_input process_output upscale_ratio vae_dtype working_dtypes"
 ).split()
 
-# What ComfyUI 0.3.64 lacks. The code looks for each with getattr, hasattr or inspect, and works without it.
+# What ComfyUI 0.3.64 lacks. The code looks for each, and works without it.
 OPTIONAL = {
     "comfy.model_patcher.CoreModelPatcher",
     "comfy.model_patcher.ModelPatcher.is_dynamic",
+    "comfy.quant_ops.QUANT_ALGOS",
+    "comfy.quant_ops.QuantizedTensor",
 }
 
 

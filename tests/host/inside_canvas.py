@@ -1,12 +1,11 @@
-"""Run by ComfyUI's Python, `inside_canvas.py COMFYUI`: loads this pack twice, as ComfyUI does, then its shipped model,
-and prints as JSON what that changed in ComfyUI, and which names it lacks. For test_host_canvas.py."""
+"""Run by ComfyUI's Python, `inside_canvas.py COMFYUI OUTPUT`: loads this pack twice, as ComfyUI does, then its shipped
+model, and returns what that changed in ComfyUI, and which names it lacks. For test_host_canvas.py."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import inspect
-import json
 import logging
 import re
 import sys
@@ -16,8 +15,9 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from host_names import VAE, used_names
+from torch import Tensor
 
-from tools.comfyui.in_host import enter
+from tools.comfyui.in_host import write_results
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 PACKAGES = (
@@ -85,7 +85,7 @@ def missing_names() -> list[str]:
     return unread + [name for name in used_names() if not exists(name)]
 
 
-def main() -> dict[str, Any]:
+def main() -> tuple[dict[str, Tensor], dict[str, Any]]:
     import nodes  # ComfyUI's
 
     importlib.import_module("comfy_config.config_parser")  # ComfyUI imports it with the first pack
@@ -105,9 +105,8 @@ def main() -> dict[str, Any]:
     loader.execute(loader.GET_SCHEMA().inputs[0].default)
     facts["changed"] = changes(before, modules)
     facts["missing"] = missing_names()
-    return facts
+    return {}, facts
 
 
 if __name__ == "__main__":
-    enter()
-    sys.stdout.write(json.dumps(main()))
+    write_results(main)

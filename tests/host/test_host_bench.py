@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from helpers.tiny_bench import TINY, no_progress
 
 from tools.bench import comfyui
@@ -9,6 +10,7 @@ from tools.bench.run import BenchConfig
 from tools.comfyui.client import Install
 
 
+@pytest.mark.newest
 def test_each_way_of_sampling_is_timed(install: Install) -> None:
     config = BenchConfig(["prior", "decoder"], [128], dtypes=["fp32"], repeat=2, threads=1, networks=TINY)
     rows = comfyui.measure(install.root, config, no_progress)

@@ -19,7 +19,7 @@ from host_names import OPTIONAL, used_names
 from images import pixels
 from node_list import NODES, list_inputs
 
-from tools.comfyui.client import PACK, REPOSITORY, Install, Server, script_environment
+from tools.comfyui.client import PACK, REPOSITORY, Install, Server, run_inside
 from wuerstchen_core.demo.vocabulary import COLOURS
 
 INPUTS = {node: inputs.split() for node, (inputs, _) in NODES.items()}
@@ -66,11 +66,7 @@ def test_the_node_search_finds_every_node_by_the_packs_words(object_info: dict[s
 @pytest.fixture(scope="module")
 def facts(install: Install, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The changes that loading the pack made in this ComfyUI."""
-    command = [install.python, str(Path(__file__).with_name("inside_canvas.py")), str(install.root)]
-    folder = tmp_path_factory.mktemp("canvas")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=script_environment())
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return run_inside(install, "inside_canvas.py", tmp_path_factory.mktemp("canvas"))[1]
 
 
 def test_loading_twice_registers_the_same_nodes_and_replaces_none(facts: dict[str, Any]) -> None:

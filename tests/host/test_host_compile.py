@@ -10,6 +10,8 @@ from inside_samplers import STAGES
 
 from tools.comfyui.client import Inside, Install, run_inside
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def inside(

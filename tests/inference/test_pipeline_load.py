@@ -207,10 +207,42 @@ def test_bf16_encodes_pictures_in_fp32(bundle: Path, pipe: WuerstchenPipeline) -
     assert 0 < float((features - exact).std() / exact.std()) < 0.2
 
 
+LARGE = 10**9
+
+
 @pytest.mark.parametrize(
-    ("native", "parameters", "expected"),
-    [(True, 10**9, torch.bfloat16), (True, 10**7, torch.float32), (False, 10**9, torch.float32)],
+    ("instructions", "parameters", "expected"),
+    [
+        ({"vnni", "avx512_bf16"}, LARGE, torch.int8),
+        ({"vnni"}, LARGE, torch.int8),
+        ({"vnni", "avx512_bf16", "amx_tile"}, LARGE, torch.bfloat16),
+        ({"avx512_bf16"}, LARGE, torch.bfloat16),
+        (set(), LARGE, torch.float32),
+        ({"vnni", "avx512_bf16"}, 10**7, torch.float32),
+    ],
 )
-def test_auto_dtype(monkeypatch: pytest.MonkeyPatch, native: bool, parameters: int, expected: torch.dtype) -> None:
-    monkeypatch.setattr(devices, "native_bf16", lambda device: native)
-    assert pick_dtype("auto", torch.device("cpu"), parameters) == expected
+def test_auto_dtype(
+    monkeypatch: pytest.MonkeyPatch, instructions: set[str], parameters: int, expected: torch.dtype
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices, "has_int8", lambda: "vnni" in instructions)
+    monkeypatch.setattr(devices, "_cpu_has", instructions.__contains__)
+    assert pick_dtype("auto", cpu, parameters) == expected
+    assert pick_dtype("auto", cpu, parameters, allow_int8=False) == (
+        devices.companion_dtype(cpu) if expected == torch.int8 else expected
+    )
+
+
+def test_auto_dtype_of_networks(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "LARGE_MODEL", 1)
+    monkeypatch.setattr(devices, "prefers_int8", lambda device: device.type == "cpu")
+    monkeypatch.setattr(WuerstchenPipeline, "compile", lambda self: None)
+    chosen = WuerstchenPipeline.load(bundle, device="cpu")
+    assert chosen.dtype == torch.int8
+    chosen.save(tmp_path / "saved.safetensors")
+    assert "saved.safetensors" in caplog.text and "int8" in caplog.text
+    for options in ({"compile": True}, {"source": "demo-v1"}):
+        other = WuerstchenPipeline.load(**{"source": bundle, "device": "cpu", **options})
+        assert other.dtype == devices.companion_dtype(torch.device("cpu"))

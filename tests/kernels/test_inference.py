@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +12,11 @@ from helpers.golden_data import assert_near
 from helpers.networks import NETWORKS, VQ
 from torch import Tensor, nn
 
-from wuerstchen_core.kernels import attention, linear, mlp, vqgan
+from wuerstchen_core.kernels import attention, dispatch, linear, mlp, vqgan
 from wuerstchen_core.kernels.dispatch import is_plain, use_kernels
 from wuerstchen_core.models.layers import ChannelwiseMLP
 from wuerstchen_core.models.operations import Operations
 from wuerstchen_core.models.vqgan import VQGAN
-
-ROOT = Path(__file__).parents[2]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,10 +155,8 @@ def test_a_restored_forward_is_no_change() -> None:
 
 @pytest.mark.parametrize("value", ["off", "", "on"])
 def test_environment_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "from wuerstchen_core.kernels.dispatch import kernels_enabled; print(kernels_enabled())"
     monkeypatch.setenv("WUERSTCHEN_KERNELS", value)
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == str(value != "off")
+    assert runpy.run_path(str(dispatch.__file__))["kernels_enabled"]() == (value != "off")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])

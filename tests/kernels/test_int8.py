@@ -11,13 +11,15 @@ from helpers.golden_data import assert_near
 from helpers.networks import NETWORKS, VQ
 from torch import Tensor
 
+from wuerstchen_core.common.devices import has_int8
+from wuerstchen_core.common.int8 import quantize_rows
 from wuerstchen_core.kernels import int8
 from wuerstchen_core.kernels.dispatch import use_kernels
 from wuerstchen_core.models.int8 import Int8Linear, int8_layers, set_dtype, use_int8
 from wuerstchen_core.models.operations import Linear
 from wuerstchen_core.models.vqgan import VQGAN
 
-needs_int8 = pytest.mark.skipif(not int8.has_int8(), reason="this processor has no int8 products")
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this processor has no int8 products")
 
 
 def random(*shape: int) -> Tensor:
@@ -37,7 +39,7 @@ def layer(c_in: int = 96, c_out: int = 160, bias: bool = True) -> tuple[Linear, 
 
 def test_weights_are_rounded_by_half_a_step_of_their_row() -> None:
     weight = random(5, 64) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [2.0]])
-    numbers, scale = int8.quantize_weight(weight)
+    numbers, scale = quantize_rows(weight)
     assert numbers.dtype == torch.int8 and numbers.abs().amax(1).tolist() == [127, 127, 127, 0, 127]
     assert ((numbers * scale - weight).abs() <= scale / 2 * 1.001).all()
 

@@ -23,8 +23,7 @@ from tools.bench.run import BenchConfig
 from tools.bench.subprocess_worker import measure_in_subprocess
 from tools.bench.train_step import shallower
 from tools.bench.weights import ModelSizes
-from wuerstchen_core.common.devices import native_bf16
-from wuerstchen_core.kernels.int8 import has_int8
+from wuerstchen_core.common.devices import has_int8, native_bf16
 
 CONFIG = BenchConfig(list(BENCHMARKS), [128], dtypes=["fp32"], repeat=1, steps=(2, 1), networks=TINY)
 

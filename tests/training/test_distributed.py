@@ -17,26 +17,31 @@ from wuerstchen_core.training.rng import StepRandom
 SCRIPT = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 
-@pytest.mark.parametrize(
-    ("mode", "muon_lr", "launcher"),
-    [("replicated", PROCESS_CONFIG.muon_lr, "accelerate"), ("sharded", 0.0, "torchrun")],
-)
-def test_two_processes_train_what_one_trains(tmp_path: Path, mode: str, muon_lr: float, launcher: str) -> None:
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two trainings in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(str(SCRIPT), str(folder), by="accelerate")
+    return folder
+
+
+@pytest.mark.parametrize(("mode", "muon_lr"), [("replicated", PROCESS_CONFIG.muon_lr), ("sharded", 0.0)])
+def test_two_processes_train_what_one_trains(tmp_path: Path, launched: Path, mode: str, muon_lr: float) -> None:
     """A batch of 4 in one process equals 2 in each of two: same weights after 20 steps, one log."""
-    train(DeepLineStage(dropout=0.0), replace(PROCESS_CONFIG, batch=4, muon_lr=muon_lr), tmp_path / "one")
-    launch(str(SCRIPT), mode, str(tmp_path / "two"), by=launcher)
-    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    train(DeepLineStage(dropout=0.0), replace(PROCESS_CONFIG, batch=4, muon_lr=muon_lr), tmp_path)
+    folders = (tmp_path, launched / mode)
+    one, two = map(checkpoint, folders)
     assert one["step"] == two["step"] == 20
     for key in ("net", "average"):
         assert one[key].keys() == two[key].keys()
         for name, x in one[key].items():
             if name != "seen":  # a buffer of each process's own samples
                 torch.testing.assert_close(two[key][name], x, rtol=0, atol=2e-6)
-    assert [row["step"] for row in read_log(tmp_path / "two")] == [row["step"] for row in read_log(tmp_path / "one")]
-    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert file_names(tmp_path / "two") == file_names(tmp_path / "one")
-    start, end = (DeepLineStage(dropout=0.0).net.state_dict(), ema_of(tmp_path / "two"))
+    logs = [read_log(folder) for folder in folders]
+    assert [row["step"] for row in logs[1]] == [row["step"] for row in logs[0]]
+    assert [row["loss"] for row in logs[1]] == pytest.approx([row["loss"] for row in logs[0]], rel=1e-4)
+    assert file_names(launched / mode) == file_names(tmp_path)
+    start, end = DeepLineStage(dropout=0.0).net.state_dict(), ema_of(launched / mode)
     assert not torch.allclose(start["layer.weight"], end["layer.weight"], atol=0.1)
 
 

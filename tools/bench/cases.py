@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wuerstchen_core.common.devices import DTYPES, NETWORK_DTYPES, companion_dtype, native_bf16
+from wuerstchen_core.common.devices import DTYPES, NETWORK_DTYPES, companion_dtype, has_int8, native_bf16
 from wuerstchen_core.common.geometry import check_size, decoder_side, prior_side
-from wuerstchen_core.kernels.int8 import has_int8
 
 from .weights import ModelSizes
 

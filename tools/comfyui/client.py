@@ -16,7 +16,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -81,25 +81,30 @@ def installs() -> list[Install]:
 Inside = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and facts from a script inside ComfyUI
 
 
-def script_environment() -> dict[str, str]:
-    """Returns the environment in which a script run by ComfyUI's Python can import `tools`."""
+@cache
+def _script_server(install: Install) -> subprocess.Popen[str]:
+    """Starts the process that runs all scripts in a ComfyUI; it ends with this one."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(
+        [install.python, "-m", "tools.comfyui.script_server", str(install.root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
 
 
 def run_inside(install: Install, script: str, folder: Path, *arguments: str | Path) -> Inside:
     """Runs a script of tests/host with ComfyUI's Python in `folder`, and returns its tensors and facts."""
-    output = folder / "tensors.safetensors"
-    command = [install.python, REPOSITORY / "tests" / "host" / script, install.root, *arguments, output]
-    result = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=2 * RUN_SECONDS,
-        cwd=folder,
-        env=script_environment(),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    output, log = folder / "tensors.safetensors", folder / "log.txt"
+    command = [REPOSITORY / "tests" / "host" / script, install.root, *arguments, output]
+    job = {"command": command, "folder": folder, "log": log, "seconds": 2 * RUN_SECONDS}
+    server = _script_server(install)
+    assert server.stdin is not None and server.stdout is not None
+    print(json.dumps(job, default=str), file=server.stdin, flush=True)
+    code = server.stdout.readline().strip()
+    assert code == "0", log.read_text(encoding="utf-8", errors="replace")[-3000:] if log.is_file() else "no answer"
     with safe_open(output, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, json.loads(file.metadata()["facts"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import nn
 
-from ..common.devices import companion_dtype
+from ..common.devices import companion_dtype, pick_dtype
 from ..common.versions import check_versions
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
@@ -25,15 +25,18 @@ from .quant import layer_state
 from .verify import check_weights
 
 Path: TypeAlias = str | os.PathLike[str]
+Dtype: TypeAlias = torch.dtype | str | None
 
 
-def build_part(part: Part, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """Builds a part's network in evaluation mode without gradients; `dtype` None keeps the file's.
+def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Module:
+    """Builds a part's network in evaluation mode without gradients.
 
-    In int8, linear layers are quantised and the rest has the dtype of `companion_dtype`.
-
-    Raises ValueError that names the tensors that do not fit (`check_weights`).
+    `dtype` is a dtype or a name such as "int8" or "auto" (`pick_dtype`); None keeps the file's. In int8, linear layers
+    are quantised and the rest has the dtype of `companion_dtype`.
+    Raises ValueError for an unknown dtype, or that names the tensors that do not fit (`check_weights`).
     """
+    if isinstance(dtype, str):
+        dtype = pick_dtype(dtype, torch.device(device), part.parameters, allow_int8=part.name != "token_decoder")
     network, weights = build_outline(part, dtype), part.state_dict
     if dtype == torch.int8:
         weights = weights if kind_of(part.name) == TEXT_ENCODER else split_attention(weights)
@@ -63,33 +66,33 @@ def build_outline(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     return network.eval()
 
 
-def load_prior(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None, version: str = "auto") -> Prior:
+def load_prior(source: Path, *, device: Any = "cpu", dtype: Dtype = None, version: str = "auto") -> Prior:
     """Loads Stage C from a source (see `read_part`); `version` is its release if nothing else shows it."""
     return cast(Prior, build_part(open_part(source, "prior", version), device=device, dtype=dtype))
 
 
-def load_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load_decoder(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> Decoder:
     """Loads v2's Stage B from a source (see `read_part`)."""
     return cast(Decoder, build_part(open_part(source, "decoder"), device=device, dtype=dtype))
 
 
-def load_token_decoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> TokenDecoder:
+def load_token_decoder(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> TokenDecoder:
     """Loads v1's Stage B from a source (see `read_part`)."""
     return cast(TokenDecoder, build_part(open_part(source, "token_decoder"), device=device, dtype=dtype))
 
 
-def load_vqgan(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> VQGAN:
+def load_vqgan(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> VQGAN:
     """Loads Stage A from a source (see `read_part`)."""
     return cast(VQGAN, build_part(open_part(source, "vqgan"), device=device, dtype=dtype))
 
 
-def load_image_encoder(source: Path, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ImageEncoder:
+def load_image_encoder(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> ImageEncoder:
     """Loads the semantic compressor from a source (see `read_part`)."""
     return cast(ImageEncoder, build_part(open_part(source, "image_encoder"), device=device, dtype=dtype))
 
 
 def load_text_encoder(
-    source: Path, *, which: Literal["prior", "decoder"] = "prior", device: Any = "cpu", dtype: torch.dtype | None = None
+    source: Path, *, which: Literal["prior", "decoder"] = "prior", device: Any = "cpu", dtype: Dtype = None
 ) -> TextEncoder:
     """Loads a stage's text tower from a source (see `read_part`); a lone tower serves as either."""
     part = open_part(source, f"{which}_{TEXT_ENCODER}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,11 @@ class Part(Generic[AnyTensor]):
     state_dict: dict[str, AnyTensor]
     path: Path | None = None
     trained: tuple[float, float] | None = None  # of a prior: the sides of its training images, see `trained_sides`
+
+    @property
+    def parameters(self) -> int:
+        """The number of values in the tensors."""
+        return sum(math.prod(x.shape) for x in self.state_dict.values())
 
 
 def check_part_name(name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.devices import WEIGHT_DTYPES
+from ..common.int8 import quantize_rows
 from .convrot import largest_group, rotate
 from .lazy import LazyTensor, Quantised
 
@@ -68,9 +69,23 @@ def layer_state(x: LazyTensor) -> dict[str, Tensor]:
     That is a scale for each row, and not rotated.
     """
     stored = x.quantised
-    if stored is None or stored.config != {"format": "int8_tensorwise"} or stored.scale.shape != (x.shape[0], 1):
+    if stored is None or not _is_int8_of_rows(stored) or stored.config.get("convrot"):
         return {"weight": x.load()}
     return {"weight": stored.numbers.load(), SCALE: stored.scale.load().float()}
+
+
+def int8_entries(key: str, tensor: Tensor | LazyTensor, rotated: bool) -> dict[str, Tensor]:
+    """Returns the entries that store a weight [out, in] in int8 with a scale for each row, for layers of ComfyUI.
+
+    Numbers that are stored in this form already are kept.
+    """
+    x = LazyTensor.of(tensor)
+    stored = x.quantised
+    if stored is None or not _is_int8_of_rows(stored) or bool(stored.config.get("convrot")) != rotated:
+        group = largest_group(x.shape[1]) if rotated else 0
+        numbers, scale = (LazyTensor.of(part) for part in _to_int8(key, x.load(), group))
+        stored = Quantised(numbers, scale, _int8_config(group))
+    return {name: entry.load() for name, entry in _entries(key, stored).items()}
 
 
 def _entries(key: str, weight: Quantised) -> dict[str, LazyTensor]:
@@ -113,15 +128,23 @@ def _fp8_scale(key: str, x: Tensor) -> float:
 
 def _int8(key: str, x: LazyTensor) -> Quantised:
     group = largest_group(x.shape[1])
-    config: dict[str, Any] = {"format": "int8_tensorwise"}
     return Quantised(
-        LazyTensor(x.shape, INT8, lambda: to_int8(key, x.load(), group)[0]),
-        LazyTensor((x.shape[0], 1), torch.float32, lambda: to_int8(key, x.load(), group)[1]),
-        config | ({"convrot": True, "convrot_groupsize": group} if group else {}),
+        LazyTensor(x.shape, INT8, lambda: _to_int8(key, x.load(), group)[0]),
+        LazyTensor((x.shape[0], 1), torch.float32, lambda: _to_int8(key, x.load(), group)[1]),
+        _int8_config(group),
     )
 
 
-def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _int8_config(group: int) -> dict[str, Any]:
+    return {"format": "int8_tensorwise"} | ({"convrot": True, "convrot_groupsize": group} if group else {})
+
+
+def _is_int8_of_rows(weight: Quantised) -> bool:
+    rows = weight.numbers.shape[0]
+    return weight.config["format"] == "int8_tensorwise" and weight.scale.shape == (rows, 1)
+
+
+def _to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Returns a weight [out, in] in int8, rotated in groups of `group` (0: not), and its scales [out, 1] in fp32.
 
     Raises ValueError that names `key` if a number is not finite.
@@ -129,10 +152,9 @@ def to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     out, scales = torch.empty(x.shape, dtype=INT8), torch.empty(x.shape[0], 1)
     for source, target, scale in chunks(x, out, scales):
         rotated = rotate(source.float(), group)
-        largest = rotated.abs().amax(1, keepdim=True)
-        _check_finite(key, float(largest.max()), "int8")
-        scale.copy_(torch.where(largest > 0, largest / 127, 1.0))
-        target.copy_((rotated / scale.to(rotated)).round_())
+        _check_finite(key, float(rotated.abs().max()), "int8")
+        for out_part, part in zip((target, scale), quantize_rows(rotated), strict=True):
+            out_part.copy_(part)
     return out, scales
 
 

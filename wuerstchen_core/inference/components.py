@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from .sources import AnyPath, source_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -173,6 +176,8 @@ class Components:
         """
         if self.stored is not None:
             raise ValueError("save needs all networks in memory: load the model without low_memory, or use convert")
+        if self.dtype == torch.int8:
+            logger.warning('%s gets int8 weights: for exact ones, load the model with dtype="fp32" or "bf16"', path)
         write_model(to_path(path), self.named_networks(), self.metadata, force=True)
 
 

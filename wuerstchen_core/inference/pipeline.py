@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import groupby
@@ -89,20 +88,22 @@ class WuerstchenPipeline(Components):
         and so on; `text_encoder` stands for both text encoders. A mapping names one source per component:
         {"prior": FILE, ...}; the metadata is then the prior's, or without a prior the first source's.
 
-        `device` "auto" is the GPU if there is one. `dtype` "auto" is bf16 for large models on processors with native
-        bf16, otherwise fp32. `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a
-        LoRA's file or folder, a list, or a mapping from these to strengths, for `load_lora`. `compile` calls the method
-        of that name, `progress` sets the attribute. With `low_memory`, each network is read when it is used, and
-        released before the next one: the files must stay as they are. Raises ValueError if a source cannot be read.
+        `device` "auto" is the GPU if there is one. `dtype` "auto" is fp32 for small models; for large ones it is int8
+        on CPUs with AVX512-VNNI and without AMX (not for v1, nor with `compile`), else bf16 if it is native, else fp32.
+        `version` ("v1" or "v2") is the release of a prior that could be of either. `lora` is a LoRA's file or folder, a
+        list, or a mapping from these to strengths, for `load_lora`. `compile` calls the method of that name, `progress`
+        sets the attribute. With `low_memory`, each network is read when it is used, and released before the next one:
+        the files must stay as they are. Raises ValueError if a source cannot be read.
         """
         known = [name for name in signature(cls.load).parameters if name != "parts"]
         check_keywords("load", parts, [*known, *PartFiles.__annotations__])
         target = pick_device(device)
         loaded, metadata = read_sources(source, parts, version)
         check_parts(loaded)
-        chosen = pick_dtype(
-            dtype, target, sum(math.prod(x.shape) for part in loaded.values() for x in part.state_dict.values())
-        )
+        parameters = sum(part.parameters for part in loaded.values())
+        # v1's Stage B gets things wrong in int8 (docs/precision.md).
+        allow_int8 = not compile and "token_decoder" not in loaded
+        chosen = pick_dtype(dtype, target, parameters, allow_int8=allow_int8)
         stored = StoredNetworks(loaded, target, chosen)
         networks: dict[str, Any] = {}
         for name, part in loaded.items():

@@ -91,6 +91,10 @@ class HasWeights:
         """Returns weight and bias, ready for use with x (in ComfyUI: patched, cast and on x's device)."""
         return self.weight, self.bias
 
+    def packed(self, columns: int | None = None) -> Any:
+        """Returns a linear layer's weight in int8 with its first `columns` packed (`PackedWeight`), or None."""
+        return None
+
 
 def is_plain(layer: nn.Module) -> bool:
     """True if calling the layer equals computing with its `weights`: not wrapped by an adapter, no hooks."""

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import inference_on_cpu
+from ..common.devices import has_int8
+from .dispatch import HasWeights, inference_on_cpu
 from .linear import linear
 
 # The operators that inductor calls. They are private to torch: where they are missing, weights are restored instead.
@@ -25,26 +26,6 @@ _PRODUCT = getattr(torch.ops.onednn, "qlinear_pointwise", None)
 _STEPS = 254  # of 255: a rounded zero point never carries a number beyond 255, which makes clamping unnecessary
 _ROWS = 128  # quantised at a time, which fit the cache
 _FEWEST_ROWS = 32  # of an input on a GPU: `torch._int_mm` takes no less than 17
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a weight [c_out, c_in] in int8 and its scales [c_out, 1] in fp32."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1, keepdim=True).div_(127)
-    return (weight / torch.where(scale > 0, scale, 1)).round_().to(torch.int8), scale
-
-
-@cache
-def has_int8() -> bool:
-    """True if the processor has instructions for dot products of int8, and torch has the operators that use them.
-
-    Without these instructions oneDNN adds pairs of products in 16 bits, where they overflow.
-    """
-    if _PREPACK is None or _PRODUCT is None or not torch.backends.mkldnn.is_available():
-        return False
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()  # AVX512
-    return bool(vnni or any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")))
 
 
 def multiplies_int8(x: Tensor) -> bool:
@@ -165,16 +146,25 @@ class PackedWeight:
         return self._joined[1], self._joined[2]
 
 
+def packed_linear(layer: HasWeights, x: Tensor) -> Tensor | None:
+    """Returns a layer of x [..., c_in] computed by oneDNN; None if the layer, x or the processor is not suited."""
+    if not multiplies_int8(x) or (packed := layer.packed()) is None:
+        return None
+    quantized = quantize(x.reshape(-1, x.shape[-1]))
+    if quantized is None:
+        return None
+    out: Tensor = packed.product(quantized, x.dtype)
+    return out.view(*x.shape[:-1], -1)
+
+
 def int8_linear(layer: Any, x: Tensor) -> Tensor:
     """Returns an Int8Linear of x [..., c_in]: by oneDNN on a CPU, by tensor cores on a GPU, else with plain weights."""
-    rows = x.reshape(-1, x.shape[-1])
-    if multiplies_int8(x) and (quantized := quantize(rows)) is not None:
-        out = layer.packed().product(quantized, x.dtype)
-    elif _fits_tensor_cores(x, layer.weight):
-        product = _kitchen_product() or product_by_rows
-        out = product(rows, layer.weight, layer.weight_scale, layer.bias, x.dtype)
-    else:
+    if (out := packed_linear(layer, x)) is not None:
+        return out
+    if not _fits_tensor_cores(x, layer.weight):
         return linear(x, *layer.weights(x))
+    product = _kitchen_product() or product_by_rows
+    out = product(x.reshape(-1, x.shape[-1]), layer.weight, layer.weight_scale, layer.bias, x.dtype)
     return out.view(*x.shape[:-1], -1)
 
 

@@ -42,8 +42,7 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
         return None
     plain_input = is_plain(first) and (injected is None or is_plain(injected.mapper))
     if plain_input and inference_on_cpu(x) and not layers.training:
-        in_int8 = hasattr(first, "packed") and hasattr(last, "packed") and multiplies_int8(x)
-        if in_int8 and (result := _int8_mlp(modules, x, injected)) is not None:
+        if multiplies_int8(x) and (result := _int8_mlp(modules, x, injected)) is not None:
             return result
         if len(x) and x.shape[1] * x.shape[2] >= MIN_POSITIONS:
             return _chunked_mlp(modules, x, injected)
@@ -81,13 +80,15 @@ def _chunked_mlp(modules: list[Any], x: Tensor, injected: MappedLatents | None) 
 
 
 def _int8_mlp(modules: list[Any], x: Tensor, injected: MappedLatents | None) -> Tensor | None:
-    """Computes the MLP in int8, in chunks that fit a CPU's cache; returns None if a number is not finite.
+    """Computes the MLP in int8, in chunks that fit a CPU's cache; returns None if a layer or a number is not suited.
 
     At 1024x1024 pixels it takes 0.27 of fp32's time in the prior and 0.37 in Stage B's finest level, or 0.53 and 0.7 of
     native bf16's.
     """
     first, _, norm, _, last = modules
-    packed, like = first.packed(x.shape[-1]), torch.empty(())
+    packed, last_packed, like = first.packed(x.shape[-1]), last.packed(), torch.empty(())
+    if packed is None or last_packed is None:
+        return None
     latents, joined, bias = None, None, None
     if injected is not None:
         mapper: Any = injected.mapper
@@ -110,7 +111,7 @@ def _int8_mlp(modules: list[Any], x: Tensor, injected: MappedLatents | None) -> 
         chunks = scaled.quantize(norm.scale(energy, gamma).flatten(), beta.flatten())
         if chunks is None:
             return None
-        images.append(torch.cat([last.packed().product(chunk, x.dtype) for chunk in chunks]))
+        images.append(torch.cat([last_packed.product(chunk, x.dtype) for chunk in chunks]))
     return torch.stack(images).unflatten(1, x.shape[1:3])
 
 

@@ -32,7 +32,7 @@ class FoldedLinear:
     def __init__(
         self, layer: Any, dtype: torch.dtype, factor: Tensor, bias_factor: Tensor | float, shift: Tensor | float
     ):
-        self._packed = layer.packed() if hasattr(layer, "packed") and multiplies_int8(layer.bias) else None
+        self._packed = layer.packed() if multiplies_int8(layer.bias) else None
         if self._packed is None:
             weight = layer.weights(factor)[0].float()
             self._weight, bias = (weight * factor).to(dtype), layer.bias * bias_factor + shift * weight.sum(dim=1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.devices import companion_dtype
-from ..kernels.int8 import PackedWeight, int8_linear, quantize_weight
+from ..common.int8 import quantize_rows
+from ..kernels.int8 import PackedWeight, int8_linear
 from .attention import Attention, PackedAttention
 from .layers import TimestepBlock
 from .operations import Linear
@@ -95,7 +96,7 @@ class Int8Linear(Linear):
         self.unpack()
         key = f"{prefix}weight"
         if key in state and state[key].is_floating_point():
-            state[key], state[f"{key}_scale"] = quantize_weight(state[key])
+            state[key], state[f"{key}_scale"] = quantize_rows(state[key])
         super()._load_from_state_dict(state, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies
