@@ -16,7 +16,7 @@ OLDEST = {
     "numpy": "1.24",
     "pillow": "9.5",
 }
-OLDEST_FOR_TRAINING = {"torch": "2.5"}  # torch.distributed.tensor
+OLDEST_FOR_TRAINING = {"torch": "2.5", "pillow": "10.1"}  # torch.distributed.tensor, ImageFont.load_default(size)
 
 
 def check_versions(oldest: Mapping[str, str] = OLDEST) -> None:
