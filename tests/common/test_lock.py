@@ -21,7 +21,7 @@ from pathlib import Path
 from wuerstchen_core.common.lock import folder_lock
 with folder_lock(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
-        os.close(1)
+        os.closerange(0, 3)
         time.sleep(30)
         os._exit(0)
     print("locked", flush=True)

@@ -36,6 +36,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in _HELD:
                 raise _in_use(folder, _read(file)) from None
+        file.seek(0)
         file.write(json.dumps(holder).encode())
         file.truncate()
         file.flush()
@@ -52,7 +53,6 @@ def _lock(file: BinaryIO) -> None:
 
         file.seek(_BYTE)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        file.seek(0)
     else:
         import fcntl
 
