@@ -83,6 +83,16 @@ def test_held_out_images_are_never_trained_on(folder: Path, tmp_path: Path) -> N
     assert trained | set(shown) == set(range(COUNT)) and not trained & set(shown)
 
 
+def test_unreadable_held_out_images_are_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pictures", examples(range(2)))
+    dataset = FileDataset({"source": str(root), **DATA}, validation=ValidationConfig(0.5))
+    dataset.start_reading(0, "", batch=1, seed=0, cache=tmp_path, rank=0, world=1)
+    for path in root.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"\[validation\].*\.png"):
+        list(dataset.held_out_batches(2))
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_the_loss_depends_on_neither_batches_nor_training_settings(
     name: str, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
+from ...common.text import listed
 from ..rng import StepRandom
 from ..stages.networks import weights_fingerprint
 from .buckets import most_square
@@ -87,14 +88,18 @@ class FileDataset(ImageDataset):
 
     def held_out_batches(self, size: int) -> Iterator[tuple[int, Batch, int]]:
         reader, first = replace(self._loader, config=replace(self.config, crop="centre")), 0
+        result, found = ReadResult(), 0
         assert isinstance(reader, IndexedLoader)
         for bucket, members in enumerate(reader.held_out):
             for start in range(0, len(members), size):
                 indices = members[start : start + size].tolist()
-                examples = [reader.read_example(ReadResult(), index, bucket) for index in indices]
+                examples = [reader.read_example(result, index, bucket) for index in indices]
                 if readable := [example for example in examples if example is not None]:
                     yield first, collate(readable), len(readable)
-                first += len(indices)
+                first, found = first + len(indices), found + len(readable)
+        if not found:
+            names = listed(list(result.bad))
+            raise ValueError(f"[validation] no held-out picture can be read ({names}): replace them")
 
     def captions(self, batch: Batch, rng: StepRandom, drop: float = 0.0) -> list[str]:
         return ["" if empty else text for empty, text in zip(rng.uniform() < drop, batch.captions, strict=True)]
