@@ -11,8 +11,10 @@ from helpers.tiny_model import write_tiny_bundle
 from helpers.tiny_stages import read_log
 
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training import keys
 from wuerstchen_core.training.config import read_config
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.new import RECIPES, STAGES, write_new
 
 SHORT = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "data.workers=0")
@@ -75,6 +77,14 @@ def test_the_released_sizes_get_their_own_settings(tmp_path: Path, monkeypatch: 
     assert config["data"]["ratio"] == 2.0 and config["data"]["multiple"] == 128
 
 
+@pytest.mark.parametrize("recipe", ["lora", "scratch"])
+def test_sizes_are_multiples_of_64(recipe: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="500x500.* 512x512"):
+        write_new(tmp_path, recipe, ["demo"], None, 500)
+    for path in write_new(tmp_path, recipe, ["demo"], None, 192):
+        from_table(ImageDataConfig, read_config(path, [])["data"], "data")
+
+
 def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new(capsys, tmp_path)
     before = (tmp_path / "lora.toml").read_text("utf-8")
@@ -84,4 +94,6 @@ def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "new"]) == 2 and "PATH" in capsys.readouterr().err
+    assert main(["train", "new", str(tmp_path), "--set", "train.steps=2"]) == 2 and "--set" in capsys.readouterr().err
+    assert main(["train", "prior", "--output", "x"]) == 2 and "--output" in capsys.readouterr().err
     assert main(["train", "prior", "x.toml"]) == 2 and "x.toml" in capsys.readouterr().err

@@ -51,6 +51,10 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     check_versions(OLDEST_FOR_TRAINING)
+    if options.output is not None and options.stage not in (EXPORT, COMPARE):
+        raise ValueError(f"--output is only for {EXPORT} and {COMPARE}: leave it out")
+    if options.set and options.stage in (NEW, EXPORT):
+        raise ValueError(f"--set is not for {options.stage}: leave it out")
     if options.keys:
         return _print_keys(options)
     if options.stage == NEW:

@@ -1,4 +1,4 @@
-"""Writes configurations to start from: of a LoRA, of a fine-tune, and of a whole model from nothing."""
+"""Writes configurations to start from: of a LoRA, of a fine-tune, and of a whole model from scratch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..checkpoints.open import open_source
 from ..checkpoints.source import Source
 from ..common.atomic import replace_file
 from ..common.command_line import command
+from ..common.geometry import check_size, nearest_legal
 from ..common.text import check_choice
 from ..common.toml import toml_value, write_toml
 from .config import INPUTS, read_config
@@ -21,9 +22,9 @@ RECIPES = {  # by name: the stage, and what it is for
     "lora": "a LoRA of a style or thing",
     "finetune": "a fine-tune of Stage C",
     "resolution": "a fine-tune of Stage C for another size",
-    "scratch": "all stages of a small model from nothing",
+    "scratch": "all stages of a small model",
 }
-STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of a model from nothing, in order
+STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of a model from scratch, in order
 LARGE = 1024  # channels of a prior, from which on the settings for the released models fit
 # Settings by stage: first for small priors like the demo's, then for the released ones.
 SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,12 +49,15 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
     """Writes the configurations of a recipe into a folder, and returns their paths in the order of their training.
 
     `models` are sources that together have the parts of the base model; `pictures` defaults to `folder / "pictures"`,
-    `size` (pixels) to the base model's own. ValueError if a file exists or a part is missing.
+    `size` (pixels) to the base model's own. ValueError if a file exists, a part is missing
+    or the size is impossible.
     """
     check_choice("recipe", recipe, RECIPES)
+    if size is not None:
+        check_size(size, size)
     pictures = pictures or folder / "pictures"
     if recipe == "scratch":
-        texts = {stage: _from_nothing(folder, stage, pictures, size or 256) for stage in STAGES}
+        texts = {stage: _from_scratch(folder, stage, pictures, size or 256) for stage in STAGES}
     else:
         stage = "lora" if recipe == "lora" else "prior"
         texts = {stage: _from_template(folder, stage, recipe, [*models], pictures, size)}
@@ -82,9 +86,9 @@ def _from_template(
     inputs = {"prior": start, **found} if stage == "lora" else found
     params: Any = opened[start].lazy_part("prior").params
     scale = int(params.c >= LARGE)
-    size = size or _own_size(opened[start].metadata, 1024 if scale else 256) * (3 if recipe == "resolution" else 2) // 2
-    size = max(64, size // 64 * 64)
-    values = {**SETTINGS[stage][scale], **SCALES[scale], "size": size, "multiple": 64 if size % 128 else 128}
+    own = _own_size(opened[start].metadata, 1024 if scale else 256)
+    size = size or nearest_legal(own * 3 // 2 if recipe == "resolution" else own)
+    values = {**SETTINGS[stage][scale], **SCALES[scale], "size": size, "multiple": _multiple(size)}
     text = Template((FOLDER / f"{stage}.toml").read_text("utf-8"))
     return text.substitute(
         values,
@@ -104,15 +108,20 @@ def _first(opened: Mapping[str, Source], part: str) -> str:
     return next((model for model, source in opened.items() if part in source.networks), "")
 
 
+def _multiple(size: int) -> int:
+    return 64 if size % 128 else 128
+
+
 def _own_size(metadata: Mapping[str, Any], default: int) -> int:
     sampling = metadata.get("sampling", {})
     return int(sampling.get("width", default))
 
 
-def _from_nothing(folder: Path, stage: str, pictures: Path, size: int) -> str:
+def _from_scratch(folder: Path, stage: str, pictures: Path, size: int) -> str:
     """Returns the demo's configuration of a stage, with pictures instead of its drawings."""
     path = DEMO_RECIPES / f"{stage}.toml"
     config = read_config(path, [])
-    config |= {"run": folder.as_posix(), "data": {"source": pictures.as_posix(), "size": size}}
+    data = {"source": pictures.as_posix(), "size": size, "multiple": _multiple(size)}
+    config |= {"run": folder.as_posix(), "data": data}
     about = path.read_text("utf-8").splitlines()[0].replace(" of the demo", "")
     return f"{about}\n# `train {stage} --keys` lists all keys.\n{write_toml(config)}"
