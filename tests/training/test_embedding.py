@@ -137,6 +137,9 @@ def test_captions_get_the_vectors() -> None:
         found, mask = tokenizer.tokens(caption)
         assert found.shape == mask.shape == (1, 77) and mask.sum() == len(ids) + 2
         assert found[0, 1 : len(ids) + 1].tolist() == ids
+    words_only = EmbeddingTokenizer(EmbeddingConfig("cat", "red", 1, token="cat"), 1000, cut=False)
+    assert words_only.prompt("a cat's category").split() == ["a", "embedding:cat", "'s", "category"]
+    assert words_only.prompt("a category") == "embedding:cat a category"
 
 
 def test_both_text_encoders_in_one_file(trained: Path, config: Path, tmp_path: Path) -> None:

@@ -78,15 +78,14 @@ class EmbeddingTokenizer(CaptionTokenizer):
     def __init__(self, config: EmbeddingConfig, vocab_size: int, cut: bool):
         super().__init__(cut)
         self.mark = f"{MARK}{config.name}"
-        self.token = config.token or self.mark
+        self.word = re.compile(rf"(?<!\w){re.escape(config.token or self.mark)}(?!\w)")
         ids = vocab_size + torch.arange(config.vectors)
         self.slots = {config.name: Embedding({SLOTS: ids[:, None].float()})}
 
     def prompt(self, caption: str) -> str:
         """Returns a caption with `embedding:NAME`; "" stays."""
-        if self.token in caption:
-            return caption.replace(self.token, f" {self.mark} ")
-        return f"{self.mark} {caption}" if caption else ""
+        found, count = self.word.subn(f" {self.mark} ", caption)
+        return found if count or not caption else f"{self.mark} {caption}"
 
     def tokens(self, caption: str) -> Tokens:
         chunks = token_chunks(self.prompt(caption), self.slots, SLOTS, width=1)
