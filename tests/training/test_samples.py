@@ -105,10 +105,16 @@ def test_kept_weights_are_compared(trained: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("folder", "change"), [(".", []), ("lora", ["sample.prompts=[]"]), ("lora", ["inputs.vqgan=no"])]
+    ("folder", "change"),
+    [
+        (".", []),
+        ("lora", ["sample.prompts=[]"]),
+        ("lora", ["inputs.vqgan=no"]),
+        ("lora", ["sampel.seeds=[1]"]),
+    ],
 )
 def test_a_comparison_that_is_impossible_is_refused(trained: Path, folder: str, change: list[str]) -> None:
-    with pytest.raises(ValueError, match="config.toml|sample.prompts|vqgan"):
+    with pytest.raises(ValueError, match="config.toml|sample.prompts|vqgan|sampel"):
         compare(trained.parent / folder, change)
 
 

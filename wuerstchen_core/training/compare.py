@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.atomic import replace_file
 from ..common.devices import pick_device
 from .checkpoint import kept_weights
-from .config import read_config
+from .config import check_tables, read_config
 from .monitor import stage_samples
 from .run import build_stage
 from .run_folder import CONFIG
@@ -29,7 +29,9 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     if name not in STAGES_WITH_SAMPLES or not (folder / CONFIG).is_file():
         stages = " or ".join(STAGES_WITH_SAMPLES)
         raise ValueError(f"{folder} is not the folder of a run of {stages}, which has a {CONFIG}: give such a folder")
-    stage = build_stage(name, read_config(folder / CONFIG, overrides))
+    config = read_config(folder / CONFIG, overrides)
+    check_tables(config, STAGES[name].tables)
+    stage = build_stage(name, config)
     if not stage.sample.prompts:
         raise ValueError("there are no prompts: add --set 'sample.prompts=[\"...\"]'")
     if missing := stage.missing_for_samples():
