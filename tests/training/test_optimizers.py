@@ -91,6 +91,13 @@ def test_a_mistake_is_named_in_one_line(name: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+def test_a_library_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_optimizers.py").write_text("raise RuntimeError('no GPU')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="broken_optimizers .*no GPU"):
+        build_optimizers(nn.Linear(2, 2), torch.device("cpu"), 0.0, "broken_optimizers.Adam")
+
+
 def test_arguments_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('[train]\nsteps = 1\nbatch = 1\nlr = 1.0\noptimizer = "torch.optim.Adam"\n', encoding="utf-8")

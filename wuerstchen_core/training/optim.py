@@ -79,7 +79,7 @@ def _optimizer_class(path: str) -> Any:
         raise ValueError(f"{where} must be the import path of a class, such as {ADAMW}")
     try:
         module = import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # libraries for GPUs raise other errors too
         library = path.partition(".")[0]
         reason = "is not installed" if getattr(error, "name", "") == library else f"fails: {one_line(error):.100}"
         raise ValueError(f"{where} cannot be imported: {library} {reason}; install it, or correct the path") from error
