@@ -1,4 +1,4 @@
-"""Shows how far a run is: sample grids and validation losses in its folder and in its trackers."""
+"""Reports the progress of a run: sample grids and validation losses in its folder and in its trackers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids of images that show how far a training is."""
+"""Grids of images that show the progress of a training."""
 
 from __future__ import annotations
 
