@@ -40,7 +40,6 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
     )
     page = text.render(
         name=name,
-        folder=folder.resolve().name,
         facts=facts,
         chart=draw_chart({"training": training, "mean": smooth(training), "validation": validation}),
         grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind)))],
