@@ -19,11 +19,11 @@ from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.lock import folder_lock
 from wuerstchen_core.training import processes
-from wuerstchen_core.training.checkpoint import checkpoints
+from wuerstchen_core.training.checkpoint import checkpoints, newest_step, write_checkpoint
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.processes import accelerate_precision, check_processes, choose_precision
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.run_folder import CONFIG, read_starts
+from wuerstchen_core.training.run_folder import CONFIG, STARTS, read_starts
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,10 @@ def test_a_run_without_a_checkpoint_may_change_all(lora: Any) -> None:
     folder = lora()
     for path in checkpoints(folder):
         path.unlink()
+    with (folder / STARTS).open("a", encoding="utf-8") as file:
+        file.write('{"time": "20')  # a full disk cut this
     lora("lora.rank=4")
-    assert read_config(folder / CONFIG, [])["lora"]["rank"] == 4
+    assert read_config(folder / CONFIG, [])["lora"]["rank"] == 4 and len(read_starts(folder)) == 2
 
 
 def test_a_second_run_in_the_folder_is_refused(lora: Any, tmp_path: Path) -> None:
@@ -138,8 +140,9 @@ def test_the_weights_of_a_checkpoint_are_exported(
 ) -> None:
     folder = lora("train.keep_every=1", "train.save_every=1", steps=3)
     older = folder / "checkpoint-00000002.pt"
-    assert main(["train", "export", str(older), "--output", str(tmp_path / "two.safetensors")]) == 0
-    kept, exported = folder / "lora-000002.safetensors", tmp_path / "two.safetensors"
+    assert main(["train", "export", str(older), "--output", str(tmp_path / "loras" / "lora.safetensors")]) == 0
+    kept, exported = folder / "lora-000002.safetensors", tmp_path / "loras" / "lora.safetensors"
+    assert list(exported.parent.iterdir()) == [exported]
     one, other = read_weight_file(kept), read_weight_file(exported)
     assert one.metadata == other.metadata and one.states[""].keys() == other.states[""].keys()
     assert all(torch.equal(x.load(), other.states[""][key].load()) for key, x in one.states[""].items())
@@ -150,6 +153,14 @@ def test_the_weights_of_a_checkpoint_are_exported(
     for wrong in (tmp_path / "elsewhere.pt", folder / "none.pt"):
         assert main(["train", "export", str(wrong)]) == 2
         assert wrong.name in capsys.readouterr().err
+
+
+def test_copies_of_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    for name in ("checkpoint-00000001.pt", "checkpoint-00000001 (copy).pt", "checkpoint-best.pt"):
+        (tmp_path / name).touch()
+    write_checkpoint(tmp_path, 2, {"step": 2}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000002.pt"] and newest_step(tmp_path) == 2
+    assert len(list(tmp_path.glob("*.pt"))) == 3
 
 
 @pytest.mark.parametrize("started", ["2", "1"])
@@ -185,6 +196,10 @@ def test_the_file_of_accelerate_config_is_read(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # of `accelerate launch`
         assert choose_precision("") == "fp16"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    sagemaker = "compute_environment: AMAZON_SAGEMAKER\nec2_instance_type: x\niam_role_name: x\n"
+    for text in ("distributed_type: MULTI_CPU\n", f"{sagemaker}distributed_type: DATA_PARALLEL\n"):
+        file.write_text(text, encoding="utf-8")
+        assert choose_precision("") == "no"
     file.write_text("mixed_precision: bf16\nunknown_key: 3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"default_config\.yaml"):
         choose_precision("")

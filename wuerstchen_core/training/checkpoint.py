@@ -23,7 +23,8 @@ UNREADABLE = (RuntimeError, ValueError, LookupError, EOFError, TypeError, Attrib
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints in a folder, newest first."""
-    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+    found = [path for path in folder.glob("checkpoint-*.pt") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, reverse=True)
 
 
 def newest_step(folder: Path) -> int:

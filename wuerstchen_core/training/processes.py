@@ -41,10 +41,10 @@ def accelerate_precision() -> str:
         raise ValueError(message) from error
     if settings.use_cpu:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    if WORLD not in os.environ and (settings.num_processes or 1) > 1:
-        count = settings.num_processes
+    count = getattr(settings, "num_processes", 1)  # settings of SageMaker have none
+    if WORLD not in os.environ and count > 1:
         log.info("accelerate is configured for %d processes: start with `accelerate launch` to use them", count)
-    return str(settings.mixed_precision)
+    return str(settings.mixed_precision or "")
 
 
 def choose_precision(configured: str) -> str:

@@ -64,12 +64,12 @@ def record_start(folder: Path, config: Mapping[str, Any], stage: Stage[Any]) -> 
     }
     text = f"# The configuration of this run, with all defaults.\n{write_toml(config)}"
     replace_file(folder / CONFIG, partial(Path.write_text, data=text, encoding="utf-8"))
-    with (folder / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    rows = "".join(f"{json.dumps(start)}\n" for start in [*starts, row])
+    replace_file(folder / STARTS, partial(Path.write_text, data=rows, encoding="utf-8"))
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of starts.jsonl, oldest first."""
+    """Returns the rows of starts.jsonl, oldest first, without an incomplete last one."""
     path = folder / STARTS
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -50,8 +50,8 @@ class AdapterStage(TextTowerStage[N]):
         return {}  # those of the model that it is applied to
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
-        is_newest = path.stem == self.stem  # not of a step that is kept or exported
-        write_lora(path, net, self.adapters, self.layers, metadata, self.network, for_others=is_newest)
+        newest = Path(self.config["run"]) / self.name / f"{self.stem}.safetensors"  # others are kept or exported
+        write_lora(path, net, self.adapters, self.layers, metadata, self.network, for_others=path == newest)
 
 
 class LoraStage(AdapterStage[Prior], PriorStage):
