@@ -40,6 +40,7 @@ def test_a_run_writes_its_page(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(configuration, encoding="utf-8")
     start = {"time": "today", "device": "abacus", "versions": {"torch": "9.9", "peft": None}, "command": "train <b>"}
     (tmp_path / "starts.jsonl").write_text(json.dumps(start) + "\n", encoding="utf-8")
+    (tmp_path / "sheet-000012.png").touch()  # of an earlier run in this folder
     train(LineStage(), CONFIG, tmp_path)
     text = (tmp_path / PAGE).read_text("utf-8")
     page = Elements(text)

@@ -42,7 +42,7 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
         name=name,
         facts=facts,
         chart=draw_chart({"training": training, "mean": smooth(training), "validation": validation}),
-        grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind)))],
+        grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind, done)))],
         weights=sorted(path.name for path in folder.glob("*.safetensors")),
         starts=read_starts(folder),
         configuration=config.read_text("utf-8") if (config := folder / CONFIG).is_file() else "",
@@ -50,9 +50,9 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
     replace_file(folder / PAGE, lambda draft: draft.write_text(page, encoding="utf-8"))
 
 
-def _grids(folder: Path, kind: str) -> Iterator[tuple[int, str]]:
-    """Yields step and file of each grid of a kind."""
+def _grids(folder: Path, kind: str, last: int) -> Iterator[tuple[int, str]]:
+    """Yields step and file of each grid of a kind up to step `last`: later ones are of an earlier run."""
     for path in sorted(folder.glob(f"{kind}-*.png")):
         step = path.stem.removeprefix(f"{kind}-")
-        if step.isdecimal():
+        if step.isdecimal() and int(step) <= last:
             yield int(step), path.name
