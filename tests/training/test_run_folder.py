@@ -99,13 +99,16 @@ def test_a_resumed_run_refuses_another_base(lora: Any, base: Path, tmp_path: Pat
 
 
 def test_a_resumed_run_lists_what_else_differs(lora: Any, caplog: pytest.LogCaptureFixture) -> None:
-    lora()
+    file = lora() / CONFIG
+    text = file.read_text("utf-8")
+    file.write_text(text.replace("rslora = false\n", ""), encoding="utf-8")  # as if that key were new
+    assert file.read_text("utf-8") != text
     with caplog.at_level(logging.INFO, "wuerstchen_core"):
         lora("train.lr=1e-3", "lora.dropout=0.0", steps=4)
     [line] = [record.getMessage() for record in caplog.records if "last start" in record.getMessage()]
     for fact in ("[train] steps (2, now 4)", "[train] lr (0.05, now 0.001)", "[lora] dropout (0.2, now 0.0)"):
         assert fact in line
-    assert "rank" not in line
+    assert "rank" not in line and "rslora" not in line
 
 
 def test_a_run_without_a_checkpoint_may_change_all(lora: Any) -> None:

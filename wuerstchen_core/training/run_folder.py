@@ -24,6 +24,7 @@ from .checkpoint import checkpoints
 from .config import read_config
 from .processes import WORLD
 from .stage import Stage
+from .tables import resolve
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def record_start(folder: Path, config: Mapping[str, Any], stage: Stage[Any]) -> 
     bases = {str(base): fingerprint(base) for base in stage.bases}
     starts = read_starts(folder)
     if checkpoints(folder) and (folder / CONFIG).is_file() and starts:
-        before = read_config(folder / CONFIG, [])
+        before = resolve(stage.name, read_config(folder / CONFIG, []))  # with defaults of keys that are new since
         differences = changes(before, config)
         fixed = {key: x for key, x in differences.items() if _is_fixed(key)}
         if sorted(starts[-1]["bases"].values()) != sorted(bases.values()):
