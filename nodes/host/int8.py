@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
@@ -71,9 +71,7 @@ class Int8Layer:
     bias: Any
     weight_function: list[Any]
     bias_function: list[Any]
-    _packed: PackedWeight | None = None
-    _key: tuple[Any, ...] = ()
-    _sources: tuple[Any, ...] = ()
+    _cache: _Cache | None = None
 
     def set_weight(
         self, weight: Tensor, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
@@ -99,19 +97,28 @@ class Int8Layer:
         if weight._params.convrot or scale.shape != (len(values), 1):
             return None
         columns = values.shape[1] if columns is None else columns
-        key = columns, _identity(values), _identity(self.bias)
-        if self._packed is None or key != self._key or not torch.equal(scale, self._sources[1]):
-            self._packed, self._key = PackedWeight(values, scale, self.bias, columns), key
-            self._sources = values, scale, self.bias  # no others get their addresses meanwhile
-        return self._packed
+        key = columns, values.data_ptr(), 0 if values.is_inference() else values._version
+        vectors = [x for x in (scale, self.bias) if x is not None]
+        cache = self._cache
+        if cache is None or key != cache.key or not all(map(torch.equal, vectors, cache.vectors)):
+            packed = PackedWeight(values, scale, self.bias, columns)
+            cache = self._cache = _Cache(packed, key, [x.clone() for x in vectors], values)
+        return cache.packed
 
     def __getstate__(self) -> dict[str, Any]:  # for copies
-        return {**vars(self), "_packed": None}
+        return {**vars(self), "_cache": None}
 
 
-def _identity(x: Tensor | None) -> tuple[int, int]:
-    """Returns the address and the version of a tensor's numbers."""
-    return (0, 0) if x is None else (x.data_ptr(), 0 if x.is_inference() else x._version)
+class _Cache(NamedTuple):
+    """A packed weight and the numbers that it was made from, which threads must see together.
+
+    Tensors of inference mode do not count their changes, so the scale and the bias are compared.
+    """
+
+    packed: PackedWeight
+    key: tuple[Any, ...]
+    vectors: list[Tensor]
+    values: Tensor  # kept, since another tensor could get its address
 
 
 def _is_int8(weight: Any) -> bool:
