@@ -26,23 +26,38 @@ SUPPORTED = FORMAT in QUANT_ALGOS and issubclass(QuantizedTensor, Tensor)
 QUANTISATION = (f".{SCALE}", f".{CONFIG}")  # endings of a state dict's keys that are no parameters
 
 
-def check_supported() -> None:
-    """Raises ValueError if this ComfyUI has no layers in int8."""
+def check_supported(device: torch.device) -> None:
+    """Raises ValueError if this ComfyUI has no layers in int8, or the device no product for them."""
     if not SUPPORTED:
         raise ValueError("weight_dtype int8 needs a ComfyUI of 2026: update ComfyUI, or choose another weight_dtype")
+    if device.type == "mps":
+        raise ValueError("weight_dtype int8 does not run on Apple's GPUs: choose another weight_dtype")
 
 
 def keeps_int8(part: Part, device: torch.device) -> bool:
     """True if a part is stored in int8, in which ComfyUI and this device compute fast."""
-    stored = (getattr(x, "quantised", None) for x in part.state_dict.values())
-    in_int8 = any(x is not None and x.config["format"] == FORMAT for x in stored)
-    return in_int8 and SUPPORTED and (device.type != "cpu" or has_int8())
+    return SUPPORTED and _is_fast(device) and any(map(_stored_in_int8, part.state_dict.values()))
 
 
-def quantised(network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Returns a state dict in ComfyUI's form, the linear layers in int8 and the rest in `dtype`.
+def _is_fast(device: torch.device) -> bool:
+    """True if a device has instructions for products of int8, and ComfyUI or this pack uses them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 5)  # Turing, or ROCm
+    return device.type == "cpu" and has_int8()
 
-    For GPUs, weights are rotated (ConvRot), as ComfyUI's kernels expect; oneDNN takes them unrotated.
+
+def _stored_in_int8(x: Any) -> bool:
+    stored = getattr(x, "quantised", None)
+    return stored is not None and stored.config["format"] == FORMAT
+
+
+def quantised(
+    network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, device: torch.device, only_stored: bool
+) -> dict[str, Any]:
+    """Returns a state dict in ComfyUI's form: the linear layers in int8 and the rest in `dtype`.
+
+    With `only_stored`, the linear layers in int8 are those that the file has in int8. For GPUs, weights are rotated
+    (ConvRot), as ComfyUI's kernels expect; oneDNN takes them unrotated.
     """
     names = {
         f"{path}.{name}.weight"
@@ -52,7 +67,7 @@ def quantised(network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, d
     }
     state: dict[str, Any] = {}
     for key, x in lazy_state(weights).items():
-        if key in names:
+        if key in names and (_stored_in_int8(x) or not only_stored):
             state |= int8_entries(key, x, rotated=device.type != "cpu")
         else:
             state[key] = x.load().to(dtype)
