@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
@@ -26,23 +26,38 @@ SUPPORTED = FORMAT in QUANT_ALGOS and issubclass(QuantizedTensor, Tensor)
 QUANTISATION = (f".{SCALE}", f".{CONFIG}")  # endings of a state dict's keys that are no parameters
 
 
-def check_supported() -> None:
-    """Raises ValueError if this ComfyUI has no layers in int8."""
+def check_supported(device: torch.device) -> None:
+    """Raises ValueError if this ComfyUI has no layers in int8, or the device no product for them."""
     if not SUPPORTED:
         raise ValueError("weight_dtype int8 needs a ComfyUI of 2026: update ComfyUI, or choose another weight_dtype")
+    if device.type == "mps":
+        raise ValueError("weight_dtype int8 does not run on Apple's GPUs: choose another weight_dtype")
 
 
 def keeps_int8(part: Part, device: torch.device) -> bool:
     """True if a part is stored in int8, in which ComfyUI and this device compute fast."""
-    stored = (getattr(x, "quantised", None) for x in part.state_dict.values())
-    in_int8 = any(x is not None and x.config["format"] == FORMAT for x in stored)
-    return in_int8 and SUPPORTED and (device.type != "cpu" or has_int8())
+    return SUPPORTED and _is_fast(device) and any(map(_stored_in_int8, part.state_dict.values()))
 
 
-def quantised(network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Returns a state dict in ComfyUI's form, the linear layers in int8 and the rest in `dtype`.
+def _is_fast(device: torch.device) -> bool:
+    """True if a device has instructions for products of int8, and ComfyUI or this pack uses them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 5)  # Turing, or ROCm
+    return device.type == "cpu" and has_int8()
 
-    For GPUs, weights are rotated (ConvRot), as ComfyUI's kernels expect; oneDNN takes them unrotated.
+
+def _stored_in_int8(x: Any) -> bool:
+    stored = getattr(x, "quantised", None)
+    return stored is not None and stored.config["format"] == FORMAT
+
+
+def quantised(
+    network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, device: torch.device, only_stored: bool
+) -> dict[str, Any]:
+    """Returns a state dict in ComfyUI's form: the linear layers in int8 and the rest in `dtype`.
+
+    With `only_stored`, the linear layers in int8 are those that the file has in int8. For GPUs, weights are rotated
+    (ConvRot), as ComfyUI's kernels expect; oneDNN takes them unrotated.
     """
     names = {
         f"{path}.{name}.weight"
@@ -52,7 +67,7 @@ def quantised(network: nn.Module, weights: dict[str, Any], dtype: torch.dtype, d
     }
     state: dict[str, Any] = {}
     for key, x in lazy_state(weights).items():
-        if key in names:
+        if key in names and (_stored_in_int8(x) or not only_stored):
             state |= int8_entries(key, x, rotated=device.type != "cpu")
         else:
             state[key] = x.load().to(dtype)
@@ -71,9 +86,7 @@ class Int8Layer:
     bias: Any
     weight_function: list[Any]
     bias_function: list[Any]
-    _packed: PackedWeight | None = None
-    _key: tuple[Any, ...] = ()
-    _sources: tuple[Any, ...] = ()
+    _cache: _Cache | None = None
 
     def set_weight(
         self, weight: Tensor, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
@@ -99,19 +112,28 @@ class Int8Layer:
         if weight._params.convrot or scale.shape != (len(values), 1):
             return None
         columns = values.shape[1] if columns is None else columns
-        key = columns, _identity(values), _identity(self.bias)
-        if self._packed is None or key != self._key or not torch.equal(scale, self._sources[1]):
-            self._packed, self._key = PackedWeight(values, scale, self.bias, columns), key
-            self._sources = values, scale, self.bias  # no others get their addresses meanwhile
-        return self._packed
+        key = columns, values.data_ptr(), 0 if values.is_inference() else values._version
+        vectors = [x for x in (scale, self.bias) if x is not None]
+        cache = self._cache
+        if cache is None or key != cache.key or not all(map(torch.equal, vectors, cache.vectors)):
+            packed = PackedWeight(values, scale, self.bias, columns)
+            cache = self._cache = _Cache(packed, key, [x.clone() for x in vectors], values)
+        return cache.packed
 
     def __getstate__(self) -> dict[str, Any]:  # for copies
-        return {**vars(self), "_packed": None}
+        return {**vars(self), "_cache": None}
 
 
-def _identity(x: Tensor | None) -> tuple[int, int]:
-    """Returns the address and the version of a tensor's numbers."""
-    return (0, 0) if x is None else (x.data_ptr(), 0 if x.is_inference() else x._version)
+class _Cache(NamedTuple):
+    """A packed weight and the numbers that it was made from, which threads must see together.
+
+    Tensors of inference mode do not count their changes, so the scale and the bias are compared.
+    """
+
+    packed: PackedWeight
+    key: tuple[Any, ...]
+    vectors: list[Tensor]
+    values: Tensor  # kept, since another tensor could get its address
 
 
 def _is_int8(weight: Any) -> bool:

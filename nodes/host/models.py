@@ -164,6 +164,12 @@ def _patcher_class(kind: Any) -> type:
     return type(kind.__name__, (AttentionScales, int8.Int8Hooks, kind), {})
 
 
+def _extend_clone(patcher: Any, clone: Any) -> None:
+    """Extends the plain patcher that ComfyUI makes, for hooks, of one that loads on demand."""
+    if not isinstance(clone, AttentionScales):
+        clone.__class__ = _patcher_class(type(clone))
+
+
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
     """Returns a prior or decoder as a MODEL: ComfyUI's patcher around a network built from ComfyUI's layers.
 
@@ -176,7 +182,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     supported = config.supported_inference_dtypes
     in_int8 = weight_dtype == torch.int8 or (weight_dtype is None and int8.keeps_int8(part, load_device))
     if in_int8:
-        int8.check_supported()
+        int8.check_supported(load_device)
         build_outline(part)  # reports missing and misshapen weights
         config.quant_config = {"mixed_ops": True}
         state_dict = split_attention(part.state_dict)
@@ -198,7 +204,8 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
     if in_int8:
-        state_dict = int8.quantised(model.diffusion_model, state_dict, dtype, load_device)
+        only_stored = weight_dtype is None
+        state_dict = int8.quantised(model.diffusion_model, state_dict, dtype, load_device, only_stored)
     elif not dynamic:  # layers that ComfyUI builds without weights would keep the file's dtype
         state_dict = {key: x.to(offload_device, dtype) for key, x in state_dict.items()}
     model.diffusion_model.load_state_dict(state_dict, strict=False, assign=True)
@@ -209,6 +216,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
         add_wrappers(patcher)
         kind: Any = type(patcher)  # not patcher_class, whose constructor may return another class
         patcher.__class__ = _patcher_class(kind)
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "wuerstchen", _extend_clone)
     if hasattr(patcher, "cached_patcher_init"):  # copies models for torch.compile and several GPUs; not in 0.3.64
         patcher.cached_patcher_init = (load_model, (part, weight_dtype))
     return patcher

@@ -75,6 +75,11 @@ def test_quantised_files_are_restored(plain: State, tmp_path: Path, form: str, i
     kind = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8_e5m2"}.get(form, "int8")
     assert info.dtype == f"fp32 and {kind} (scaled)" or info.dtype == f"{kind} (scaled) and fp32"
     load_prior(tmp_path / "file.safetensors")
+    in_int8 = load_prior(tmp_path / "file.safetensors", dtype="int8")
+    for layer in LAYERS:
+        weight, _ = in_int8.get_submodule(layer).weights(torch.zeros(()))
+        largest = expected[f"{layer}.weight"].abs().amax(1, keepdim=True)
+        assert ((weight - expected[f"{layer}.weight"]).abs() <= 0.505 * largest / 127).all()
 
 
 def test_quantised_files_of_comfyuis_modelsave_are_converted(plain: State, tmp_path: Path) -> None:

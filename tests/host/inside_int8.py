@@ -4,10 +4,12 @@ saves and samples with them, and reads FOLDER/prior.safetensors, in int8. For te
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from inside_lora_training import error_of
 from torch import Tensor
 
 from tools.comfyui.in_host import load_pack, seeded, write_results
@@ -64,19 +66,26 @@ class Stage:
         return out
 
 
-def hooked(stage: Stage, mode: str) -> list[Tensor]:
-    """Returns predictions without a hook's LoRA and with it, twice in turns."""
+def hooked(stage: Stage, mode: str, on_demand: bool = False) -> list[Tensor]:
+    """Returns predictions without a hook's LoRA and with it, twice in turns.
+
+    With `on_demand`, by the plain patcher that ComfyUI makes, for hooks, of one that loads on demand (only on GPUs).
+    """
     import comfy.hooks
     import comfy.model_management
 
     hooks, model = comfy.hooks.create_hook_lora(random_lora(stage.network), 1.0, 1.0), stage.patcher.clone()
+    if on_demand:
+        model.is_dynamic = lambda: True
+        model = model.clone(disable_dynamic=True)
+    network = model.model.diffusion_model
     model.hook_mode = getattr(comfy.hooks.EnumHookMode, mode)
     model.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
     comfy.model_management.load_models_gpu([model])
     out = []
     for chosen in (hooks, None, hooks, None):
         model.patch_hooks(chosen)
-        out.append(stage.network(*stage.inputs).clone())
+        out.append(network(*stage.inputs).clone())
     model.detach()
     return out
 
@@ -123,6 +132,7 @@ def quantised(stage: Stage) -> list[str]:
 def main(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     load_pack()
     from comfy_extras.nodes_model_merging import ModelMergeSimple
+    from pack.nodes.host import int8
     from pack.nodes.host.models import load_model
     from pack.nodes.loaders import DTYPE_CHOICES
     from pack.wuerstchen_core.checkpoints import demo_path
@@ -140,14 +150,19 @@ def main(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts["refused"] = str(error)
         return tensors, facts
 
+    facts["apple"] = [int8.keeps_int8(file, torch.device("mps")), error_of(int8.check_supported, torch.device("mps"))]
     facts["int8"], facts["sizes"] = quantised(stage), [stage.patcher.model_size(), exact.patcher.model_size()]
     facts["int8 of the file"] = quantised(Stage(file, None))
+    name = "blocks.0.channelwise.0.weight"
+    partly = replace(file, state_dict={**file.state_dict, name: part.state_dict[name]})
+    facts["int8 of a part"] = quantised(Stage(partly, None))
     facts["packed"] = [counting(stage.noise), counting(stage.noise), counting(lambda: stage.noise(stage.with_lora()))]
     tensors |= {"weight": stage.weight(), "weight with lora": stage.weight(stage.with_lora())}
     tensors |= {f"lora/{key}": x for key, x in random_lora(stage.network).items()}
     tensors |= {"before": stage.noise(), "with lora": stage.noise(stage.with_lora()), "after lora": stage.noise()}
     for mode in ("MaxSpeed", "MinVram"):
         tensors |= {f"{mode}/{i}": x for i, x in enumerate(hooked(stage, mode))}
+        tensors |= {f"{mode}, on demand/{i}": x for i, x in enumerate(hooked(stage, mode, on_demand=True))}
     tensors["after hooks"] = stage.noise()
     tensors |= {"sampled": sampled(stage), "exact sampled": sampled(exact)}
 

@@ -47,6 +47,10 @@ def test_linear_layers_are_in_int8_and_take_a_quarter(inside: Inside, tensors: d
     facts = inside[1]
     assert 40 < len(facts["int8"]) < 60 and not [name for name in facts["int8"] if "mapper_" in name]
     assert facts["int8 of the file"] == (facts["int8"] if has_int8() else [])
+    others = [name for name in facts["int8 of the file"] if name != "blocks.0.channelwise.0"]
+    assert facts["int8 of a part"] == others  # what a file has in more bits stays so
+    kept, message = facts["apple"]
+    assert not kept and "Apple" in message  # torch has no product in int8 for them
     small, exact = facts["sizes"]
     assert small < 0.45 * exact  # the shipped model has large convolutions
     assert 0 < error(tensors["before"], tensors["exact"]) < MOST
@@ -71,7 +75,7 @@ def test_a_patched_weight_equals_patching_before_quantising(tensors: dict[str, T
     assert steps.max() < 1.01 and (steps > 0.01).float().mean() < 1e-3  # ComfyUI adds in another order
 
 
-@pytest.mark.parametrize("mode", ["MaxSpeed", "MinVram"])
+@pytest.mark.parametrize("mode", ["MaxSpeed", "MinVram", "MaxSpeed, on demand", "MinVram, on demand"])
 def test_hooks_switch_weights_and_their_scales(tensors: dict[str, Tensor], mode: str) -> None:
     for i in range(4):
         assert torch.equal(tensors[f"{mode}/{i}"], tensors["before" if i % 2 else "with lora"])

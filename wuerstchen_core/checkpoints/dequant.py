@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .convrot import rotate
 from .lazy import AnyTensor, LazyTensor, Quantised, apply, lazy_state
-from .quant import CONFIG, FORMATS, FP8, INT8, SCALE, chunks
+from .quant import CONFIG, FORMATS, FP8, INT8, SCALE, chunks, convrot_options
 
 HEADER = "_quantization_metadata"
 
@@ -144,8 +144,7 @@ def _check_scale(key: str, scale: Tensor | LazyTensor, shape: tuple[int, ...]) -
 
 def _rotated_group(key: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> int:
     """Returns the size of the groups that ConvRot rotated; 0 if it was not used."""
-    nested = config.get("params")
-    options = {**(nested if isinstance(nested, dict) else {}), **config}
+    options = convrot_options(config)
     if config.get("format") != _NAMES[INT8] or not options.get("convrot"):
         return 0
     group = options.get("convrot_groupsize", 256)

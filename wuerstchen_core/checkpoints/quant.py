@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def layer_state(x: LazyTensor) -> dict[str, Tensor]:
     That is a scale for each row, and not rotated.
     """
     stored = x.quantised
-    if stored is None or not _is_int8_of_rows(stored) or stored.config.get("convrot"):
+    if stored is None or not _is_int8_of_rows(stored, rotated=False):
         return {"weight": x.load()}
     return {"weight": stored.numbers.load(), SCALE: stored.scale.load().float()}
 
@@ -81,11 +82,12 @@ def int8_entries(key: str, tensor: Tensor | LazyTensor, rotated: bool) -> dict[s
     """
     x = LazyTensor.of(tensor)
     stored = x.quantised
-    if stored is None or not _is_int8_of_rows(stored) or bool(stored.config.get("convrot")) != rotated:
+    if stored is None or not _is_int8_of_rows(stored, rotated):
         group = largest_group(x.shape[1]) if rotated else 0
         numbers, scale = (LazyTensor.of(part) for part in _to_int8(key, x.load(), group))
         stored = Quantised(numbers, scale, _int8_config(group))
-    return {name: entry.load() for name, entry in _entries(key, stored).items()}
+    entries = {name: entry.load() for name, entry in _entries(key, stored).items()}
+    return {name: x.float() if x.is_floating_point() else x for name, x in entries.items()}
 
 
 def _entries(key: str, weight: Quantised) -> dict[str, LazyTensor]:
@@ -139,9 +141,17 @@ def _int8_config(group: int) -> dict[str, Any]:
     return {"format": "int8_tensorwise"} | ({"convrot": True, "convrot_groupsize": group} if group else {})
 
 
-def _is_int8_of_rows(weight: Quantised) -> bool:
-    rows = weight.numbers.shape[0]
-    return weight.config["format"] == "int8_tensorwise" and weight.scale.shape == (rows, 1)
+def convrot_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a layer's configuration with the options that some files nest under `params`."""
+    nested = config.get("params")
+    return {**(nested if isinstance(nested, dict) else {}), **config}
+
+
+def _is_int8_of_rows(weight: Quantised, rotated: bool) -> bool:
+    """True if a weight is in int8 with a scale for each row, and rotated or not."""
+    is_rotated = bool(convrot_options(weight.config).get("convrot"))
+    in_rows = weight.config["format"] == "int8_tensorwise" and weight.scale.shape == (weight.numbers.shape[0], 1)
+    return in_rows and is_rotated == rotated
 
 
 def _to_int8(key: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -136,14 +136,20 @@ class PackedWeight:
         return out
 
     def joined(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Merges a 1x1 convolution [c_others, c, 1, 1] into the other columns; returns a weight [c, c_out], a bias."""
-        key = weight, bias, *(None if x.is_inference() else x._version for x in (weight, bias))
-        if self._joined is None or any(one is not two for one, two in zip(self._joined[0], key, strict=True)):
+        """Merges a 1x1 convolution [c_others, c, 1, 1] into the other columns; returns a weight [c, c_out], a bias.
+
+        The result is kept while the numbers stay the same. They are compared, since tensors of inference mode do not
+        count their changes.
+        """
+        sources = [x.float() for x in (weight, bias, self.bias) if x is not None]
+        joined = self._joined
+        if joined is None or not all(map(torch.equal, sources, joined[0])):
             others = self._others.float() * self._scale[:, None]
-            offset = others @ bias.float()
-            weight = weight.float().flatten(1)
-            self._joined = key, (others @ weight).t().contiguous(), offset if self.bias is None else offset + self.bias
-        return self._joined[1], self._joined[2]
+            weight = (others @ sources[0].flatten(1)).t().contiguous()
+            offset = others @ sources[1]
+            offset = offset if self.bias is None else offset + self.bias
+            joined = self._joined = [x.clone() for x in sources], weight, offset
+        return joined[1], joined[2]
 
 
 def packed_linear(layer: HasWeights, x: Tensor) -> Tensor | None:
