@@ -166,8 +166,9 @@ def _patcher_class(kind: Any) -> type:
 
 def _extend_clone(patcher: Any, clone: Any) -> None:
     """Extends the plain patcher that ComfyUI makes, for hooks, of one that loads on demand."""
-    if not isinstance(clone, AttentionScales):
-        clone.__class__ = _patcher_class(type(clone))
+    kind: Any = type(clone)
+    if not issubclass(kind, AttentionScales):
+        clone.__class__ = _patcher_class(kind)
 
 
 def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:

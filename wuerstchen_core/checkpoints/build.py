@@ -22,6 +22,7 @@ from .key_maps import split_attention
 from .lazy import LazyTensor
 from .open import open_part
 from .quant import layer_state
+from .release import release_of_model
 from .verify import check_weights
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -36,7 +37,8 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Mo
     Raises ValueError for an unknown dtype, or that names the tensors that do not fit (`check_weights`).
     """
     if isinstance(dtype, str):
-        dtype = pick_dtype(dtype, torch.device(device), part.parameters, allow_int8=part.name != "token_decoder")
+        allow_int8 = release_of_model([part.params]) != "v1"
+        dtype = pick_dtype(dtype, torch.device(device), part.parameters, allow_int8=allow_int8)
     network, weights = build_outline(part, dtype), part.state_dict
     if dtype == torch.int8:
         weights = weights if kind_of(part.name) == TEXT_ENCODER else split_attention(weights)

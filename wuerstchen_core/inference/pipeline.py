@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.lora_merge import Loras
-from ..checkpoints.release import check_parts
+from ..checkpoints.release import check_parts, release_of_model
 from ..common.devices import pick_device, pick_dtype
 from ..common.numbers import to_int
 from ..common.values import to_list
@@ -101,8 +101,8 @@ class WuerstchenPipeline(Components):
         loaded, metadata = read_sources(source, parts, version)
         check_parts(loaded)
         parameters = sum(part.parameters for part in loaded.values())
-        # v1's Stage B gets things wrong in int8 (docs/precision.md).
-        allow_int8 = not compile and "token_decoder" not in loaded
+        # v1 got a few things wrong in int8 (docs/precision.md).
+        allow_int8 = not compile and release_of_model(part.params for part in loaded.values()) != "v1"
         chosen = pick_dtype(dtype, target, parameters, allow_int8=allow_int8)
         stored = StoredNetworks(loaded, target, chosen)
         networks: dict[str, Any] = {}
