@@ -62,6 +62,12 @@ def spec_header(
     return header | ({"trained_words": json.dumps(words)} if words else {})  # read by ComfyUI
 
 
+def adapter_header(part: str, metadata: Mapping[str, Any], release: str | None, kind: str) -> dict[str, str]:
+    """Returns the header of a file of a `kind` for a part: the metadata, as JSON, and the fields of `spec_header`."""
+    header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items() if name != FIELD}
+    return header | {"format": "pt", **spec_header([part], metadata, release, kind)}
+
+
 def has_spec(header: Mapping[str, str]) -> bool:
     """True if a safetensors header has these fields."""
     return _SPEC in header

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.embeddings import Embedding, read_embedding
 from ...checkpoints.key_maps import COMFYUI_CLIPS
-from ...checkpoints.modelspec import FIELD, spec_header
+from ...checkpoints.modelspec import FIELD, adapter_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
 from ...common.dataclass_config import Count, from_table, option
@@ -154,11 +153,10 @@ class EmbeddingTraining(TextTowerStage[N]):
         return Embedding({**kept, self.clip: net.get_parameter(VECTORS).detach().float().cpu()})
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
-        header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items() if name != FIELD}
         words = {"trigger_words": [f"{MARK}{self.embedding.name}"], "title": self.embedding.name}
         metadata = {**metadata, FIELD: words | metadata.get(FIELD, {})}
         release = release_of(net.params)  # type: ignore[arg-type]
-        header |= {"format": "pt", **spec_header([self.network], metadata, release, kind="textual-inversion")}
+        header = adapter_header(self.network, metadata, release, kind="textual-inversion")
         write_tensors(path, self.trained(net).tensors, header)
 
 
@@ -172,9 +170,6 @@ class EmbeddingStage(EmbeddingTraining[Prior], PriorStage):
         pipeline = super().pipeline(net)
         pipeline.embeddings[self.embedding.name] = self.trained(net)
         return pipeline
-
-    def base_pipeline(self) -> WuerstchenPipeline:
-        return self.pipeline(self.net.eval())
 
     def use_weights(self, pipeline: WuerstchenPipeline, path: Path) -> None:
         pipeline.embeddings[self.embedding.name] = read_embedding(path)

@@ -18,7 +18,7 @@ from ...checkpoints.key_maps import COMFYUI_CLIPS
 from ...checkpoints.lora_config import PEFT_CONFIG
 from ...checkpoints.lora_files import NETWORK_PREFIX, read_lora
 from ...checkpoints.lora_keys import PEFT_PREFIX
-from ...checkpoints.modelspec import FIELD, spec_header
+from ...checkpoints.modelspec import adapter_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
 from ...common.atomic import replace_file
@@ -68,8 +68,7 @@ def write_lora(
         at: {name: x * layers[at].scale if name in _SCALED else x for name, x in one.items()}
         for at, one in adapter_tensors(net).items()
     }
-    header = {name: x if isinstance(x, str) else json.dumps(x) for name, x in metadata.items() if name != FIELD}
-    header |= {"format": "pt", **spec_header([part], metadata, release_of(net.params), kind="lora")}
+    header = adapter_header(part, metadata, release_of(net.params), kind="lora")
     state, renamed = {}, {}
     for at, one in tensors.items():
         name = layers[at].name
