@@ -37,13 +37,14 @@ def train_long(folder: Path) -> None:
 
 
 def stop_halfway(folder: Path) -> None:
-    """Runs the same training, but waits when half of the checkpoint of step 14 is on disk."""
+    """Runs the same training, but waits when half of the checkpoint of step 14 is on disk, and says so in a file."""
     write = torch.save
 
     def halfway(contents: dict[str, Any], path: Path) -> None:
         write(contents, path)
         if contents["step"] == 14:
             os.truncate(path, path.stat().st_size // 2)
+            folder.with_name("halfway").touch()
             time.sleep(WAIT)
 
     torch.save = halfway  # type: ignore[assignment]
@@ -136,14 +137,12 @@ def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> None:
     """Half of the file of step 14 is on disk: the run resumes from step 7 and removes it."""
-    size = (whole / "checkpoint-00000056.pt").stat().st_size
-
-    def half() -> bool:
-        return any(0 < path.stat().st_size < size * 0.6 for path in tmp_path.glob(".checkpoint-00000014.pt.*.part"))
-
-    with killed_process(stop_halfway, tmp_path):
-        wait_for(half)
-    assert half() and "checkpoint-00000014.pt" not in file_names(tmp_path)
-    (tmp_path / ".prior.safetensors.1.part").write_bytes(b"half")  # of another killed process
-    train(LineStage(), LONG, tmp_path)
-    assert_same_training(tmp_path, whole)
+    folder = tmp_path / "run"
+    with killed_process(stop_halfway, folder):
+        wait_for((tmp_path / "halfway").exists)
+    (draft,) = folder.glob(".checkpoint-00000014.pt.*.part")
+    assert 0 < draft.stat().st_size < (whole / "checkpoint-00000056.pt").stat().st_size * 0.6
+    assert "checkpoint-00000014.pt" not in file_names(folder)
+    (folder / ".prior.safetensors.1.part").write_bytes(b"half")  # of another killed process
+    train(LineStage(), LONG, folder)
+    assert_same_training(folder, whole)
