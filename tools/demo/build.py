@@ -133,12 +133,14 @@ def last_step(folder: Path) -> dict[str, Any]:
 
 
 def copy_logs(folders: Mapping[str, Path], target: Path) -> None:
-    """Copies the logs and the last sample grids of trainings to a folder."""
+    """Copies the logs and the left halves of the last sample grids of trainings to a folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name, folder in folders.items():
         shutil.copyfile(folder / "log.jsonl", target / f"{name}.jsonl")
         for grid in sorted(folder.glob("sheet-*.png"))[-1:]:
-            Image.open(grid).convert("RGB").save(target / f"{name}.jpg", quality=85)
+            picture = Image.open(grid).convert("RGB")
+            half = picture.crop((0, 0, picture.width // 2, picture.height))
+            half.save(target / f"{name}.jpg", quality=85, optimize=True)
 
 
 def second_overrides(run: Path, stage: str) -> list[str]:
