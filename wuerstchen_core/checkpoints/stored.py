@@ -7,16 +7,27 @@ process. A copy costs 0.5 s per GB once, and no more resident memory.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .lazy import LazyTensor
+
+CHUNK = 1 << 22  # bytes that are read at once for a checksum
+
+
+class Member(NamedTuple):
+    """The uncompressed bytes of a file in a zip archive."""
+
+    offset: int  # in the archive
+    size: int  # bytes
+    crc: int  # CRC-32
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class StoredFile:
 
     path: Path
     status: tuple[int, int, int]
+    checked: set[Member] = field(default_factory=set)  # members whose checksums were right
 
     @classmethod
     def of(cls, path: Path) -> StoredFile:
@@ -42,8 +54,13 @@ class StoredFile:
             yield file
             self._check(file)
 
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, strides: Any = None) -> LazyTensor:
-        """Returns the tensor whose bytes start at `offset`; `strides` default to those of a contiguous tensor."""
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, strides: Any = None, member: Member | None = None
+    ) -> LazyTensor:
+        """Returns the tensor whose bytes start at `offset`; `strides` default to those of a contiguous tensor.
+
+        The checksum of the `member` that contains it is verified first; ValueError if it is wrong.
+        """
         if strides is None:
             length = torch.Size(shape).numel()
         else:
@@ -53,6 +70,8 @@ class StoredFile:
         def load() -> Tensor:
             flat = torch.empty(length, dtype=dtype, device="cpu")
             with self.reading() as file:
+                if member is not None:
+                    self._check_member(file, member)
                 file.seek(offset)
                 read = file.readinto(flat.view(torch.uint8).numpy()) if length else 0  # type: ignore[attr-defined]
             if read != flat.nbytes:
@@ -60,6 +79,17 @@ class StoredFile:
             return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
 
         return LazyTensor(tuple(shape), dtype, load, dtype)
+
+    def _check_member(self, file: BinaryIO, member: Member) -> None:
+        if member in self.checked:
+            return
+        file.seek(member.offset)
+        crc, left = 0, member.size
+        while left and (data := file.read(min(left, CHUNK))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+        if left or crc != member.crc:
+            raise ValueError(f"{self.path} is damaged (a tensor has another checksum than stated): download it again")
+        self.checked.add(member)
 
     def _check(self, file: BinaryIO) -> None:
         if _status(os.fstat(file.fileno())) != self.status:

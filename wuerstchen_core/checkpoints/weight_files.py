@@ -8,7 +8,8 @@ import re
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from .components import State
 from .file_kinds import is_safetensors, name_kind
 from .lazy import LazyTensor
-from .stored import StoredFile
+from .stored import Member, StoredFile
 
 LazyState: TypeAlias = dict[str, LazyTensor]
 
@@ -79,10 +80,10 @@ def read_weight_file(path: Path) -> WeightFile:
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":
-        starts: dict[int, int] = {}
+        members: dict[int, Member] = {}
         with stored.reading():
-            content = read_torch(path, starts)
-        return WeightFile(_states(path, content, stored, starts), {})
+            content = read_torch(path, members)
+        return WeightFile(_states(path, content, stored, members), {})
     raise ValueError(
         f"{path} is not a safetensors or PyTorch file: it may be an incomplete download; download it again"
     )
@@ -116,20 +117,20 @@ def _broken(path: Path, reason: object) -> ValueError:
     return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
 
 
-def read_torch(path: Path, starts: dict[int, int] | None = None) -> Any:
+def read_torch(path: Path, members: dict[int, Member] | None = None) -> Any:
     """Returns the content of a PyTorch file, in memory. Raises ValueError as `read_weight_file`.
 
-    With `starts`, tensors are mapped where possible, and `starts` gets the offset in the file of each mapped storage,
+    With `members`, tensors are mapped where possible, and `members` gets the part of the file with each mapped storage,
     by its address.
     """
     # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
     misnamed = path.name.endswith(".safetensors")
     allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
     harmless: list[Any] = [Namespace, torch.nn.ParameterDict]  # a trainer's options, old textual inversions
-    addresses: set[int] = set()
+    sizes: dict[int, int] = {}  # of the storages in bytes, by address
 
     def note(storage: Any, location: str) -> Any:
-        addresses.update([storage.data_ptr()] if storage.nbytes() else [])
+        sizes.update({storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {})
         return storage
 
     def load(**kwargs: Any) -> Any:
@@ -138,13 +139,17 @@ def read_torch(path: Path, starts: dict[int, int] | None = None) -> Any:
 
     try:
         # PyTorch's older format is not a zip and can't be mapped.
-        if starts is not None and not misnamed and (offsets := _storage_offsets(path)):
+        if members is not None and not misnamed and (stored := _stored_members(path)):
             content = load(map_location=note, mmap=True)
-            shift = min(addresses, default=0) - offsets[0]
-            if {address - shift for address in addresses} == set(offsets):
-                starts.update((address, address - shift) for address in addresses)
+            shift = min(sizes, default=0) - stored[0].offset
+            found = {address: Member(address - shift, size, 0) for address, size in sizes.items()}
+            if [member[:2] for member in sorted(found.values())] == [member[:2] for member in stored]:
+                members |= zip(sorted(found), stored, strict=True)
                 return content
-        return load(map_location="cpu")
+            sizes.clear()
+        content = load(map_location=note)
+        _check_zip(path, sizes.values())
+        return content
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise ValueError(
@@ -156,30 +161,43 @@ def read_torch(path: Path, starts: dict[int, int] | None = None) -> Any:
         raise _broken(path, error) from error
 
 
-def _storage_offsets(path: Path) -> list[int]:
-    """Returns the offsets of a PyTorch file's storages, in order; [] for its older format, and if it is compressed."""
+def _stored_members(path: Path) -> list[Member]:
+    """Returns the storages of a PyTorch file, in order; [] for its older format, and if any of it is compressed."""
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        entries = [x for x in archive.infolist() if x.file_size and _ZIP_DATA.fullmatch(x.filename)]
+        entries = [x for x in archive.infolist() if x.file_size]
         if any(x.compress_type != zipfile.ZIP_STORED for x in entries):
             return []
-        offsets = []
-        for entry in entries:
+        members = []
+        for entry in filter(lambda x: _ZIP_DATA.fullmatch(x.filename), entries):
             file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
-            offsets.append(entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
-        return sorted(offsets)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            members.append(Member(start, entry.file_size, entry.CRC))
+        return sorted(members)
 
 
-def _states(path: Path, content: Any, stored: StoredFile, starts: Mapping[int, int]) -> dict[str, LazyState]:
-    """Returns the state dicts in a PyTorch file's content, of which the storages at `starts` are mapped."""
+def _check_zip(path: Path, sizes: Iterable[int]) -> None:
+    """Raises BadZipFile if a checksum is wrong or no member has one of the sizes; torch checks neither of them."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} has another checksum than stated")
+        if Counter(sizes) - Counter(x.file_size for x in archive.infolist()):
+            raise zipfile.BadZipFile("a tensor is longer than its data")
+
+
+def _states(path: Path, content: Any, stored: StoredFile, members: Mapping[int, Member]) -> dict[str, LazyState]:
+    """Returns the state dicts in a PyTorch file's content, of which the storages in `members` are mapped."""
 
     def unmapped(x: Tensor) -> LazyTensor:
         is_plain = x.layout == torch.strided and not x.is_quantized
-        start = starts.get(x.untyped_storage().data_ptr()) if is_plain else None
-        if start is None:
-            return LazyTensor.of(x.clone() if starts else x)
-        return stored.tensor(start + int(x.storage_offset()) * x.itemsize, tuple(x.shape), x.dtype, x.stride())
+        member = members.get(x.untyped_storage().data_ptr()) if is_plain else None
+        if member is None:
+            return LazyTensor.of(x.clone() if members else x)
+        start = member.offset + int(x.storage_offset()) * x.itemsize
+        return stored.tensor(start, tuple(x.shape), x.dtype, x.stride(), member)
 
     found = _find_states(content, "")
     states = {label: {key: unmapped(x) for key, x in state.items()} for label, state in found}
