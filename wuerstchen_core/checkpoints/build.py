@@ -18,6 +18,7 @@ from ..models.text_encoder import TextEncoder
 from ..models.token_decoder import TokenDecoder
 from ..models.vqgan import VQGAN
 from .components import TEXT_ENCODER, Part, component, kind_of
+from .damage import names_source
 from .key_maps import split_attention
 from .lazy import LazyTensor
 from .open import open_part
@@ -29,6 +30,7 @@ Path: TypeAlias = str | os.PathLike[str]
 Dtype: TypeAlias = torch.dtype | str | None
 
 
+@names_source
 def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Module:
     """Builds a part's network in evaluation mode without gradients.
 

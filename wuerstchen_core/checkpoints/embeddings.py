@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.text import listed
+from ..common.text import listed, printable
 from .components import Loader, State, tower_name
+from .damage import names_source
 from .lazy import load_state
-from .weight_files import is_safetensors, read_torch, read_weight_file
+from .weight_files import check_plain, is_safetensors, read_torch, read_weight_file
 
 ENDINGS = (".safetensors", ".pt", ".bin")  # in ComfyUI's order
 EMBEDDING_LOADER = Loader("embeddings", "a prompt, as embedding:{name}")
@@ -57,18 +58,20 @@ class EmbeddingInfo:
     usage: str
 
     def lines(self) -> list[str]:
-        """Returns the description as lines of text."""
+        """Returns the description as lines of text, with control characters escaped."""
         towers = {
             key: f"{count} vectors of width {width}, for {tower_name(width)}"
             for key, (count, width) in self.vectors.items()
         }
-        return [
+        out = [
             f"{self.source}: textual inversion embedding",
             *(f"  {key}: {text}" for key, text in towers.items()),
             f"  in ComfyUI: models/{self.folder}; write {self.usage} in a prompt",
         ]
+        return list(map(printable, out))
 
 
+@names_source
 def read_embedding(path: str | os.PathLike[str]) -> Embedding:
     """Reads an embedding file of ComfyUI, AUTOMATIC1111, diffusers or OneTrainer, or those that a LoRA bundles.
 
@@ -144,7 +147,10 @@ def _read_state(path: Path) -> State:
     content = content if isinstance(content, dict) else {}
     if isinstance(params := content.get(_PARAM), Mapping | torch.nn.ParameterDict):
         content = {_PARAM: next(iter(params.values()), None)} if len(params) == 1 else dict(params.items())
-    return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
+    state = {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
+    for key, x in state.items():
+        check_plain(path, key, x)
+    return state
 
 
 def find_embeddings(source: str | os.PathLike[str]) -> dict[str, Path]:

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..common.devices import WEIGHT_DTYPES
+from ..common.text import printable
 from ..models.prior import V1
 from .components import BUNDLE_LOADER, PARTS_OF, TEXT_ENCODER, TOWERS, Loader, Part, component, text_width, tower_name
+from .damage import names_source
 from .lazy import LazyTensor
 from .modelspec import FIELD
 from .open import open_source
@@ -61,7 +63,7 @@ class Description:
     problems: dict[str, str]
 
     def lines(self) -> list[str]:
-        """Returns the description as lines of text."""
+        """Returns the description as lines of text, with control characters escaped."""
         out = [f"{self.source}: {self.kind}, {self.version}"]
         out += [f"  title: {self.title}"] if self.title else []
         out += [f"  trigger words: {self.trigger_words}"] if self.trigger_words else []
@@ -89,9 +91,10 @@ class Description:
             out.append(f"  missing for a complete model: {missing}")
         elif not self.problems:
             out.append("  complete")
-        return out
+        return list(map(printable, out))
 
 
+@names_source
 def describe(source: str | os.PathLike[str]) -> Description:
     """Describes a source without reading its weights. Raises ValueError as `read_part` if nothing in it can be loaded.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common.text import listed
 from .adapters import Adapter, Adapters, Fit, is_complete, keys_of, rank_of, tucker
 from .components import State
+from .damage import names_source
 from .embeddings import BUNDLED
 from .lazy import load_state
 from .lora_config import DIFFUSERS_CONFIG, KOHYA_ALPHA, PEFT_CONFIG, Config, set_alphas
@@ -57,6 +58,7 @@ class Lora:
         return family(self.keys)
 
 
+@names_source
 def read_lora(path: str | os.PathLike[str]) -> Lora:
     """Reads a LoRA from a safetensors or PyTorch file, or from a folder of PEFT or diffusers.
 
@@ -138,6 +140,8 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
         else:
             if not x.float().isfinite().all():
                 raise ValueError(f"{key} has values that are not finite: use a file from before the training diverged")
+            if x.numel() != 1 if tensor == "alpha" else not x.numel() or not x.ndim:
+                raise ValueError(f"{key} is {list(x.shape)}, which cannot be: download the file again")
             adapter.keys.append(key)
             adapter.tensors[tensor] = x
     strength = set_alphas(targets, metadata or {}, config)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..common.text import listed
+from ..common.text import listed, printable
 from .adapters import Adapter, Adapters, rank_of
 from .components import COMPONENTS, Loader
+from .damage import names_source
 from .embeddings import bundled_embeddings
 from .lora_files import ignored, read_lora
 from .lora_folders import find_loras
@@ -58,7 +59,7 @@ class LoraInfo:
     node: str = LORA_LOADER.node
 
     def lines(self) -> list[str]:
-        """Returns the description as lines of text."""
+        """Returns the description as lines of text, with control characters escaped."""
         out = [f"{self.source}: {', '.join(self.formats)}"]
         out += [f"  title: {self.title}"] if self.title else []
         if self.ranks:
@@ -74,9 +75,10 @@ class LoraInfo:
         ]
         out += [f"  not applied: {text}" for text in self.ignored]
         out += [f"  in ComfyUI: models/{self.folder}, {self.node}"] if self.targets else []
-        return out
+        return list(map(printable, out))
 
 
+@names_source
 def describe_lora(source: str | os.PathLike[str]) -> LoraInfo:
     """Describes a LoRA file or folder. Raises ValueError as `read_lora`."""
     path, lora = Path(source), read_lora(source)

@@ -13,6 +13,7 @@ from typing import Any
 from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
 from .components import PARTS, TOWERS, Part, check_part_name, kind_of, parts_of
+from .damage import names_source
 from .dequant import with_header_configs
 from .folder_files import component_path, hub_snapshot, no_weights, weights_in
 from .infer_params import CLIP_NAMES
@@ -52,6 +53,7 @@ def source_path(source: str | os.PathLike[str]) -> Path:
     return hub_snapshot(path)
 
 
+@names_source
 def open_source(
     source: str | os.PathLike[str], part: str | None = None, headers_only: bool = False, version: str = "auto"
 ) -> Source:

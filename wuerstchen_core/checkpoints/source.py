@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..common.dataclass_config import from_table
+from ..common.text import printable
 from ..models.prior import PriorParams
 from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, kind_of, parts_of
 from .dequant import dequantize, is_scaled, with_header_configs
@@ -42,7 +43,8 @@ class ForeignFile(ValueError):
     """Raised for a file that has only weights of other models; `contents` describes them."""
 
     def __init__(self, path: Path, contents: Sequence[str]):
-        super().__init__(f"{path} is not a Würstchen model: it holds {', '.join(contents)}. Choose another file")
+        held = printable(", ".join(contents))
+        super().__init__(f"{path} is not a Würstchen model: it holds {held}. Choose another file")
         self.contents = tuple(contents)
 
 
@@ -75,9 +77,10 @@ class Network:
         stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         heads = {name: stated.pop(name) for name in ("nhead", "heads") if name in stated}
         try:
-            return replace(entry.infer_params(self.tensors, **heads), **stated)
+            inferred = asdict(replace(entry.infer_params(self.tensors, **heads), **stated))
         except (LookupError, ArithmeticError, TypeError) as error:
             raise ValueError("the shapes of the weights contradict one another: download the file again") from error
+        return from_table(entry.params, inferred, f"{self.kind} of config.json")  # which may state anything
 
 
 @dataclass(frozen=True)

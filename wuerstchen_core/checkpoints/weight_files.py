@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..common.text import printable
 from .components import State
 from .file_kinds import is_safetensors, name_kind
 from .lazy import LazyTensor
@@ -170,7 +171,10 @@ def _stored_members(path: Path) -> list[Member]:
         if any(x.compress_type != zipfile.ZIP_STORED for x in entries):
             return []
         members = []
-        for entry in filter(lambda x: _ZIP_DATA.fullmatch(x.filename), entries):
+        for entry in entries:
+            if not _ZIP_DATA.fullmatch(entry.filename):
+                archive.read(entry)  # small; its checksum is verified
+                continue
             file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             members.append(Member(start, entry.file_size, entry.CRC))
@@ -188,19 +192,25 @@ def _check_zip(path: Path, sizes: Iterable[int]) -> None:
             raise zipfile.BadZipFile("a tensor is longer than its data")
 
 
+def check_plain(path: Path, key: str, x: Tensor) -> None:
+    """Raises ValueError for a tensor that does not hold all its numbers: a sparse, quantized or meta tensor."""
+    if x.layout != torch.strided or x.is_quantized or x.is_meta:
+        raise ValueError(f"{path} holds {printable(key)} as no plain tensor of numbers: save it as a dense one")
+
+
 def _states(path: Path, content: Any, stored: StoredFile, members: Mapping[int, Member]) -> dict[str, LazyState]:
     """Returns the state dicts in a PyTorch file's content, of which the storages in `members` are mapped."""
 
-    def unmapped(x: Tensor) -> LazyTensor:
-        is_plain = x.layout == torch.strided and not x.is_quantized
-        member = members.get(x.untyped_storage().data_ptr()) if is_plain else None
+    def unmapped(key: str, x: Tensor) -> LazyTensor:
+        check_plain(path, key, x)
+        member = members.get(x.untyped_storage().data_ptr())
         if member is None:
             return LazyTensor.of(x.clone() if members else x)
         start = member.offset + int(x.storage_offset()) * x.itemsize
         return stored.tensor(start, tuple(x.shape), x.dtype, x.stride(), member)
 
     found = _find_states(content, "")
-    states = {label: {key: unmapped(x) for key, x in state.items()} for label, state in found}
+    states = {label: {key: unmapped(key, x) for key, x in state.items()} for label, state in found}
     if not states and isinstance(content, dict) and "shadow_params" in content:
         raise ValueError(
             f"{path} holds averaged weights without their names (shadow_params): use the network's own file"

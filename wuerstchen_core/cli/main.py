@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
-from ..common.text import one_line
+from ..common.devices import is_out_of_memory
+from ..common.text import one_line, printable
 from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights
 from .console import flushed_stdout, prepare_streams
@@ -54,6 +55,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     with flushed_stdout():
         options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_escape)
     if getattr(options, "command", "") == "train":
         logging.getLogger(PACKAGE).setLevel(logging.INFO)
     try:
@@ -70,7 +73,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     except (ValueError, OSError) as error:
         return _fail(one_line(error) or type(error).__name__)
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(f"not enough memory: {options.memory_hint}")
     return 0
@@ -84,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     for module in MODULES:
         module.add(commands)
     return parser
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escapes control characters in a message: names out of files must not control the terminal."""
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    return True
 
 
 def _fail(message: str, code: int = FAILED) -> int:

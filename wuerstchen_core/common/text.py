@@ -13,13 +13,23 @@ MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def one_line(text: object) -> str:
-    """Returns `str(text)` with each run of white space replaced by one space."""
-    return " ".join(str(text).split())
+    """Returns `str(text)` with each run of white space replaced by one space, and control characters escaped."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """Returns a text with escapes for characters that cannot be printed, such as those that control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else x.encode("unicode_escape", "surrogatepass").decode() for x in text)
 
 
 def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
-    """Returns the first `most` names, each cut to its last `width` characters, and the number of the others."""
-    shown = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names[:most]]
+    """Returns the first `most` names, each cut to its last `width` characters, and the number of the others.
+
+    Control characters are escaped.
+    """
+    shown = [printable(name if len(name) <= width else f"…{name[1 - width :]}") for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -1,0 +1,35 @@
+"""Errors of damaged files: whatever goes wrong while one is read becomes a ValueError that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from ..common.devices import is_out_of_memory
+from ..common.text import one_line
+
+# Raised for contents that nobody foresaw; other errors have a message for the user already.
+_UNFORESEEN = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
+Read = TypeVar("Read", bound=Callable[..., Any])
+
+
+def names_source(read: Read) -> Read:
+    """Returns `read`, a function whose first argument is a source or a Part, with ValueErrors for damaged contents.
+
+    Errors for lack of memory stay as they are.
+    """
+
+    @wraps(read)
+    def checked(source: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return read(source, *args, **kwargs)
+        except _UNFORESEEN as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {one_line(error):.100}"
+            path = getattr(source, "path", None) or source
+            raise ValueError(f"{path} is damaged or has an unknown form ({reason}): download it again") from error
+
+    return checked  # type: ignore[return-value]
