@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.components import tower_name
 from ...wuerstchen_core.common.geometry import prior_side
+from ...wuerstchen_core.common.numbers import check_finite
 from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
@@ -132,6 +133,7 @@ def prior_cond(params: DecoderParams, cond_kwargs: Mapping[str, Any]) -> PriorCo
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
     check_shape(prior.shape, STAGE_C, "Stage B")
+    check_finite("Stage C", prior)
     _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     return PriorCond(prior.to(noise.device), (height, width))
 
@@ -177,6 +179,7 @@ def token_cond(
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros_like(cond[0])
     check_shape(prior.shape, STAGE_C, "Stage B")
+    check_finite("Stage C", prior)
     _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
     prior, text = (comfy.utils.repeat_to_batch_size(x, len(noise)) for x in (prior, text))
     return prior, text

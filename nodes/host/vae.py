@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.release import release_of
+from ...wuerstchen_core.common.numbers import check_finite
 from ...wuerstchen_core.kernels.vqgan import band_height
 from ...wuerstchen_core.models.image_encoder import semantic_view
 
@@ -59,11 +60,11 @@ class WuerstchenVAE(comfy.sd.VAE):
 
     def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_latents(samples_in)
-        return super().decode(samples_in, *args, **kwargs)
+        return check_finite("Stage A", super().decode(samples_in, *args, **kwargs))
 
     def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_latents(samples)
-        return super().decode_tiled(samples, *args, **kwargs)
+        return check_finite("Stage A", super().decode_tiled(samples, *args, **kwargs))
 
     def encode(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_image(pixel_samples)
@@ -77,12 +78,13 @@ class WuerstchenVAE(comfy.sd.VAE):
         return super().encode_tiled(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap, **kwargs)
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raises ValueError unless latents have the shape [B, c, h, w] that the network decodes."""
+        """Raises ValueError unless latents are finite and have the shape [B, c, h, w] that the network decodes."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"Stage A decodes Stage B's latents [batch, {self.latent_channels}, height, width], not "
                 f"{list(latents.shape)}: connect the latents of Würstchen Decoder Sample"
             )
+        check_finite("Stage B", latents)
 
     def check_image(self, images: Tensor) -> None:
         """Raises ValueError unless images have the shape [B, H, W, 1, 3 or 4] and the least size."""

@@ -20,6 +20,7 @@ from wuerstchen_core.checkpoints import PARTS_OF, demo_path, describe, read_meta
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.quant import FP8, is_matrix
+from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 
@@ -299,3 +300,14 @@ def test_a_part_that_cannot_be_written_takes_the_others_along(bundle: Path, tmp_
         convert([tmp_path / "prior.safetensors", tmp_path / "vqgan.safetensors"], target, dtype="fp16")
     assert [path.name for path in target.glob("*")] == ["notes.txt"] * existing
     assert target.exists() == existing
+
+
+@pytest.mark.parametrize("dtype", ["keep", "int8"])
+def test_weights_that_are_not_finite_are_named(bundle: Path, tmp_path: Path, dtype: str) -> None:
+    state = load_file(bundle)
+    key = next(key for key, x in state.items() if key.startswith("prior.") and x.ndim == 2 and x.numel() > 4096)
+    state[key][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors", read_file_metadata(bundle))
+    with pytest.raises(ValueError, match=f"{key.removeprefix('prior.')} of the prior"):
+        convert([tmp_path / "nan.safetensors"], tmp_path / "out.safetensors", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]

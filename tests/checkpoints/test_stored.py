@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.networks import VQ
 
 from tools import ROOT
 from wuerstchen_core.checkpoints import save_bundle
+from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.models.vqgan import VQGAN
 
 SETUP = """
@@ -121,3 +125,49 @@ def test_a_source_that_changes_is_not_converted(folder: Path) -> None:
         assert len(errors) == 4
         for change, message in errors.items():
             assert message and name in message and "\n" not in message, change
+
+
+def rezipped(file: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+    """Writes the members of a PyTorch file again, `change`d."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), change(name, data), compress_type=method)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("size", [-4, 4])
+def test_tensors_of_another_size_than_their_data_are_refused(tmp_path: Path, method: int, size: int) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.weight": torch.ones(5), "b.weight": torch.ones(6), "c.weight": torch.ones(7)}, file)
+    rezipped(file, lambda name, data: data, method)
+    state = read_weight_file(file).states[""]
+    assert [int(x.load().sum()) for x in state.values()] == [5, 6, 7]
+    rezipped(
+        file, lambda name, data: (data + bytes(4))[: len(data) + size] if name.endswith("data/1") else data, method
+    )
+    with pytest.raises(ValueError, match="x.pt"):
+        read_weight_file(file)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("member", ["data/1", "data.pkl"])
+def test_checksums_are_verified(tmp_path: Path, method: int, member: str) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.weight": torch.ones(5), "b.weight": torch.ones(6)}, file)
+    rezipped(file, lambda name, data: data, method)
+    with zipfile.ZipFile(file) as archive:
+        crc = next(x.CRC for x in archive.infolist() if x.filename.endswith(member)).to_bytes(4, "little")
+    content = file.read_bytes()
+    assert crc in content
+    file.write_bytes(content.replace(crc, bytes(x ^ 1 for x in crc)))
+    with pytest.raises(ValueError, match="x.pt"):
+        [x.load() for x in read_weight_file(file).states[""].values()]
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 3).to_sparse(), torch.ones(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_plain_numbers_are_refused(tmp_path: Path, x: torch.Tensor) -> None:
+    torch.save({"a.weight": torch.ones(5), "b.weight": x}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt holds b\.weight"):
+        read_weight_file(tmp_path / "x.pt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wuerstchen_core.common.text import check_choice, listed, one_line
+from wuerstchen_core.common.text import check_choice, listed, one_line, printable
 
 
 def test_one_line() -> None:
@@ -21,3 +21,8 @@ def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
     check_choice("colour", "red", ["red", "blue"])
     with pytest.raises(ValueError, match="'green'.*red, blue"):
         check_choice("colour", "green", ["red", "blue"])
+
+
+def test_control_characters_are_escaped() -> None:
+    assert printable("é\x1b[31m\n\u202e") == "é\\x1b[31m\\n\\u202e"
+    assert listed(["\x1b[2J"]) == "\\x1b[2J" and one_line("a\n\x07") == "a \\x07"

@@ -40,7 +40,7 @@ from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata, read_weight_file
 
-LONGEST = 20  # seconds for one case
+LONGEST = 20  # seconds of processor time for one case
 ODD_NUMBERS = (float("nan"), float("inf"), -float("inf"), 1e38, 0.0)
 DTYPES = (
     torch.float64, torch.float16, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64,
@@ -262,13 +262,13 @@ def _time_limit() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError("it hangs")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class Wrong(Exception):
@@ -413,7 +413,7 @@ def run_case(seed: int) -> str:
         except Wrong as error:
             return f"{name} ({', '.join(done)}): {error}"
         except Exception as error:
-            return f"{name} ({', '.join(done)}): {type(error).__name__} {error:.200}"
+            return f"{name} ({', '.join(done)}): {type(error).__name__} {str(error):.200}"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ..common.devices import DTYPES
 from ..common.text import check_choice
@@ -48,7 +49,8 @@ def convert(
     One LoRA file of any naming becomes one that ComfyUI's own LoRA loaders read, with the same tensors.
     `dtype` is one of `CHOICES` or, by part, such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` is as in
     `open_source`. Only one tensor at a time is held in memory. Returns the files.
-    Raises ValueError if the sources are not one model or a file exists without `force`, and OSError if writing fails.
+    Raises ValueError if the sources are not one model, a weight is not finite or a file exists without `force`, and
+    OSError if writing fails.
     """
     dtypes, path = parse_dtypes(dtype), Path(target)
     if len(sources) == 1 and is_lora(source := source_path(sources[0])):
@@ -59,7 +61,8 @@ def convert(
         return [path]
     opened = _open(sources, version)
     stored = partial(_stored_dtype, dtypes)
-    return write_model(path, _gather(opened), merge_metadata(opened), stored, force=force, progress=progress)
+    parts = {name: _finite(part) for name, part in _gather(opened).items()}
+    return write_model(path, parts, merge_metadata(opened), stored, force=force, progress=progress)
 
 
 def write_model(
@@ -146,6 +149,27 @@ def _gather(opened: Sequence[Source]) -> dict[str, LazyPart]:
         parts |= {name: replace(tower, name=name) for name in _stages_of(tower, parts, several=len(shared) > 1)}
     check_parts(parts)
     return {name: parts[name] for name in PARTS if name in parts}
+
+
+def _finite(part: LazyPart) -> LazyPart:
+    """Returns a part whose tensors raise ValueError when they are loaded if a number in them is not finite."""
+
+    def load(key: str, x: LazyTensor) -> Tensor:
+        out = x.load()
+        if not (out if out.itemsize > 1 else out.float()).isfinite().all():
+            raise ValueError(
+                f"{key} of the {part.name} in {part.path} has numbers that are not finite: use a file from before the "
+                "training diverged, or download it again"
+            )
+        return out
+
+    def checked(key: str, x: LazyTensor) -> LazyTensor:
+        if not x.dtype.is_floating_point:
+            return x
+        stored = x.quantised and replace(x.quantised, numbers=checked(key, x.quantised.numbers))
+        return replace(x, load=partial(load, key, x), quantised=stored)
+
+    return replace(part, state_dict={key: checked(key, x) for key, x in part.state_dict.items()})
 
 
 def _stages_of(tower: LazyPart, parts: Mapping[str, LazyPart], several: bool) -> list[str]:

@@ -1,10 +1,20 @@
-"""Numbers of Python, numpy and torch as plain ints and floats."""
+"""Numbers of Python, numpy and torch as plain ints and floats, and tensors of finite numbers."""
 
 from __future__ import annotations
 
 import math
 import operator
 from typing import Any
+
+
+def check_finite(stage: str, x: Any) -> Any:
+    """Returns a tensor that a stage computed. Raises ValueError, with the `stage`, if a number in it is not finite."""
+    if not x.isfinite().all():
+        raise ValueError(
+            f"{stage} computed numbers that are not finite, which would be black pixels: its weights may be damaged, "
+            "or a LoRA's strength, the guidance, or a dtype of less range than bf16 is too much for it"
+        )
+    return x
 
 
 def plain(value: Any) -> Any:

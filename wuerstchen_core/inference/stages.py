@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.release import trained_sides
 from ..common.geometry import decoder_side, prior_side, size_note
+from ..common.numbers import check_finite
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
@@ -89,7 +90,8 @@ def sample_prior(
             kept_noise=noise,
             callback=sampler_progress(callback, "prior", to_features),
         )
-        return to_features(x) if init is None or mask is None else torch.where(mask > 0, to_features(x), init)
+        features = check_finite("Stage C", to_features(x))
+        return features if init is None or mask is None else torch.where(mask > 0, features, init)
 
 
 @torch.inference_mode()
@@ -156,7 +158,8 @@ def sample_decoder(
             kept_noise=noise,
             callback=sampler_progress(callback, "decoder", lambda latents: latents * scale_factor),
         )
-        return x * scale_factor if init is None or mask is None else torch.where(mask > 0, x * scale_factor, init)
+        latents = check_finite("Stage B", x * scale_factor)
+        return latents if init is None or mask is None else torch.where(mask > 0, latents, init)
 
 
 def _encode_empty(model: Components, stage: str) -> Tensor:
@@ -171,7 +174,9 @@ def decode(model: Components, latents: Tensor) -> list[Image.Image]:
     """Runs Stage A: latents [B, 4, H/4, W/4] in codebook units to pictures, one at a time to save memory."""
     with model.using("vqgan") as vqgan:
         latents = latents.to(first_weight(vqgan))
-        return [picture for one in latents.split(1) for picture in to_pictures(vqgan.decode(one))]
+        return [
+            picture for one in latents.split(1) for picture in to_pictures(check_finite("Stage A", vqgan.decode(one)))
+        ]
 
 
 def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
