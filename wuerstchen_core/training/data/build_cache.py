@@ -22,7 +22,7 @@ import numpy as np
 from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
@@ -151,9 +151,7 @@ class _CacheWriter:
             sum(len(indices) for chunks in part.values() for _, indices in chunks) for part in (shards, missing)
         )
         order = [chunk for chunks in missing.values() for chunk in chunks]
-        results = iter(
-            DataLoader(_ChunkReader(self.loader), None, sampler=order, num_workers=self.loader.config.workers)
-        )
+        results = self.loader.results(_ChunkReader(self.loader), order)
         hidden = not accelerator.is_main_process
         with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=hidden) as progress:
             for path, chunks in missing.items():

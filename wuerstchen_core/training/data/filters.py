@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range, option
+from ...common.dataclass_config import Fraction, OneOf, Range, option
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes, nearest_buckets
 from .caption_tokens import CUT, WHOLE
@@ -42,7 +42,9 @@ class ImageDataConfig:
     long_captions: Annotated[str, OneOf((WHOLE, CUT))] = option(
         WHOLE, "captions of more than 75 tokens: whole, in pieces of 75, or cut after the first 75"
     )
-    workers: CountOrZero = option(4, "reading processes; 0: the training process reads")
+    workers: Annotated[int | None, Range(least=0)] = option(
+        None, "reading processes; 0: the training process reads; default: 4, or for files here fewer on fewer cores"
+    )
     bad_share: Fraction = option(0.05, "fraction of images, and of shards, that may be unreadable before the run stops")
     allow_pipe: bool = option(False, "allow `pipe:` sources to run their command")
     min_side: Side = option(None, "least pixels of the shorter side (the original: 512)")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Thread
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +27,8 @@ from .filters import ImageDataConfig
 from .left_out import LeftOut
 from .source import ImageSource
 
+T = TypeVar("T")
+WORKERS = 4  # by default
 MAX_SUBSTITUTES = 20  # tries to replace an unreadable image
 
 Example = tuple[Tensor, str, dict[str, Tensor]]  # image [3, H, W] uint8 (empty if not needed), caption, cached tensors
@@ -72,10 +78,17 @@ class BatchLoader(ABC):
     def fingerprint(self) -> str:
         """Returns a hash of all that determines the batches; a run resumes exactly only if it has not changed."""
 
-    def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
+    @property
+    def default_workers(self) -> int:
+        """Number of worker processes unless the configuration has one."""
+        return WORKERS
+
+    def results(self, dataset: Dataset[T], order: Iterable[int] | None = None) -> Iterator[T]:
         """Yields the workers' results in order."""
         generator = torch.Generator()  # DataLoader draws an unused seed, by default from torch's global generator
-        yield from DataLoader(dataset, None, sampler=order, num_workers=self.config.workers, generator=generator)
+        workers = self.default_workers if self.config.workers is None else self.config.workers
+        options = {"num_workers": workers, "generator": generator, "worker_init_fn": _end_with_parent}
+        yield from DataLoader(dataset, None, sampler=order, **options)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -89,9 +102,13 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     order: EpochOrder
     held_out: Sequence[np.ndarray] = ()  # the images of each bucket that are for validation, which `order` lacks
 
+    @property
+    def default_workers(self) -> int:
+        return min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
     def batches(self, start: int = 0) -> Iterator[Batch]:
         budget = ErrorBudget("images", self.config.bad_share)
-        for result in self._results(self, itertools.count(start)):
+        for result in self.results(self, itertools.count(start)):
             budget.add(result.read, result.bad)
             if result.batch is None:
                 raise ValueError(f"{len(result.bad)} images in a row cannot be used: {listed(list(result.bad))}")
@@ -136,6 +153,18 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             result.bad[source.names[index]] = str(error)
             return None
         return image, caption, cached
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends this worker process when its parent has ended. torch itself checks that only while the worker is idle."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:

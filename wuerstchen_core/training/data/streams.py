@@ -52,7 +52,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
         left_out = LeftOut()
-        for result in self._results(replace(self, start=start)):
+        for result in self.results(replace(self, start=start)):
             bad_shards = {without_secrets(url): reason for url, reason in result.shards.items() if reason}
             shards.add(len(result.shards), bad_shards)
             images.add(result.read, result.bad)
