@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from typing import Any
 
 
 def toml_value(value: Any) -> str:
-    """Returns a string, number, truth value, list or table as TOML, in one line."""
+    """Returns a string, number, truth value, date, time, list or table as TOML, in one line."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
@@ -17,7 +18,7 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{toml_key(key)} = {toml_value(x)}" for key, x in value.items()) + "}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(toml_value, value))}]"
-    return repr(value)
+    return value.isoformat() if isinstance(value, date | time) else repr(value)
 
 
 def toml_key(name: str) -> str:
