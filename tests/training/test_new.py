@@ -97,3 +97,17 @@ def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["train", "new", str(tmp_path), "--set", "train.steps=2"]) == 2 and "--set" in capsys.readouterr().err
     assert main(["train", "prior", "--output", "x"]) == 2 and "--output" in capsys.readouterr().err
     assert main(["train", "prior", "x.toml"]) == 2 and "x.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("prior --json", "--json"),
+        ("cache --keys", "--keys"),
+        ("prior --keys --recipe lora", "--recipe"),
+        ("export x --config y", "--config"),
+        ("lora --size 512", "--size"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments.split()]) == 2 and option in capsys.readouterr().err
