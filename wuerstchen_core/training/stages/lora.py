@@ -14,7 +14,7 @@ from ...models.decoder import Decoder
 from ...models.prior import Prior
 from ...models.text_encoder import TextEncoder
 from ..samples import SampleConfig
-from ..stage import N
+from ..stage import BASE_TITLE, N
 from .adapters import AdapterConfig, attach
 from .decoder import DecoderStage
 from .lora_output import load_adapters, write_lora
@@ -48,6 +48,10 @@ class AdapterStage(TextTowerStage[N]):
 
     def sampling(self) -> dict[str, Any]:
         return {}  # those of the model that it is applied to
+
+    @property
+    def start_title(self) -> str:
+        return f"{BASE_TITLE} + {Path(self.adapters.start).name}" if self.adapters.start else BASE_TITLE
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         newest = Path(self.config["run"]) / self.name / f"{self.stem}.safetensors"  # others are kept or exported
