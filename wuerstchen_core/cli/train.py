@@ -14,7 +14,7 @@ from .options import Choices
 
 STAGES = (
     "text", "encoder", "vqgan", "decoder", "token-decoder", "prior",
-    "lora", "decoder-lora", "embedding", "decoder-embedding",
+    "lora", "decoder-lora", "token-decoder-lora", "embedding", "decoder-embedding",
 )  # fmt: skip
 CACHE, NEW, EXPORT, COMPARE = "cache", "new", "export", "compare"
 OPTIONS = {  # each option, and what it is for

@@ -16,7 +16,7 @@ from .data.latent_cache import CacheConfig
 from .stages.decoder import DecoderStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
-from .stages.lora import DecoderLoraStage, LoraStage
+from .stages.lora import DecoderLoraStage, LoraStage, TokenDecoderLoraStage
 from .stages.prior import PriorStage
 from .stages.text_encoder import TextStage
 from .stages.token_decoder import TokenDecoderStage
@@ -33,6 +33,7 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         PriorStage,
         LoraStage,
         DecoderLoraStage,
+        TokenDecoderLoraStage,
         EmbeddingStage,
         DecoderEmbeddingStage,
     )

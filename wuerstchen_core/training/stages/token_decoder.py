@@ -57,7 +57,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(TokenNoiseConfig, config.get("noise", {}), "noise")
         codes = from_table(CodesConfig, config.get("codes", {}), "codes")
-        self.net = load_or_create(config, "token_decoder", TokenDecoder)
+        self.net = self.build(config)
         super().__init__(config)
         self.frozen = [*self.frozen, self.vqgan]  # quantizes latents even if these are cached
         codebook = self.vqgan.vquantizer.codebook.weight
@@ -70,6 +70,10 @@ class TokenDecoderStage(StageB[TokenDecoder]):
                 weight.data.copy_(code_features(codebook.detach(), weight.shape[1], codes.width).view(weight.shape))
         to_tokens = partial(encode_tokens, self.vqgan)
         self.latents = self.dataset.map_images("latents", lambda x: encode_latents(self.vqgan, x), to_tokens)
+
+    def build(self, config: Mapping[str, Any]) -> TokenDecoder:
+        """Returns the network to train."""
+        return load_or_create(config, "token_decoder", TokenDecoder)
 
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
         tokens = self.latents(picked)
