@@ -13,6 +13,7 @@ from .data.demo import DemoDataConfig
 from .data.filters import ImageDataConfig
 from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
+from .data.sources import has_pictures
 from .stages.decoder import DecoderStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
@@ -61,7 +62,7 @@ def resolve(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kind, Field) or name in KEPT:
             continue
         table = config.get(name, {})
-        if name == "data" and "source" not in table:
+        if name == "data" and not has_pictures(table):
             kind = DemoDataConfig
         resolved[name] = asdict(from_table(kind, table, name))
     return resolved

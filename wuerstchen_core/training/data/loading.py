@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +26,20 @@ from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .left_out import LeftOut
 from .source import ImageSource
+from .sources import SourceConfig
 
 T = TypeVar("T")
 WORKERS = 4  # by default
 MAX_SUBSTITUTES = 20  # tries to replace an unreadable image
 
-Example = tuple[Tensor, str, dict[str, Tensor]]  # image [3, H, W] uint8 (empty if not needed), caption, cached tensors
+
+class Example(NamedTuple):
+    """An image with its caption."""
+
+    image: Tensor  # [3, H, W] uint8; empty if it is not needed
+    caption: str
+    cached: dict[str, Tensor]  # tensors of a cache by name
+    weight: float = 1.0  # of its loss
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Batch:
     captions: list[str]
     next: int  # the position to start at after this batch
     cached: dict[str, Tensor]  # tensors of a cache, [n, ...] by name
+    weights: Tensor  # [n] of the losses
 
 
 @dataclass
@@ -114,6 +123,10 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
                 raise ValueError(f"{len(result.bad)} images in a row cannot be used: {listed(list(result.bad))}")
             yield result.batch
 
+    def part_of(self, index: int) -> SourceConfig:
+        """Returns the options of an example's source."""
+        return self.config.parts[self.source.origins[index]]
+
     def fingerprint(self) -> str:
         settings = self.config.sizes, self.config.crop == "random", self.order.batch, self.order.seed
         digest = hashlib.sha256(repr(settings).encode())
@@ -121,6 +134,9 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             names = "\n".join(self.source.names[index] for index in members.tolist())
             digest.update(names.encode(errors="surrogatepass"))  # file names that are not UTF-8
             digest.update(drop_fields(self.source.records[members], "line", usemask=False).tobytes())
+        if self.config.sources:
+            counts = [[pool.per_epoch for pool in pools] for pools in self.order.pools]
+            digest.update(repr(counts).encode())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, step: int) -> ReadResult:
@@ -152,7 +168,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None
-        return image, caption, cached
+        return Example(image, caption, cached, self.part_of(index).weight)
 
 
 def _end_with_parent(worker: int) -> None:
@@ -169,10 +185,10 @@ def _end_with_parent(worker: int) -> None:
 
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:
     """Returns the batch of some examples; `following` is its `next`."""
-    images, captions, tensors = zip(*examples, strict=True)
+    images, captions, tensors, weights = zip(*examples, strict=True)
     cached = {}
     for name in tensors[0]:
         cached[name], mask = pad_states([one[name] for one in tensors])  # texts may differ in length
         if mask is not None:
             cached[f"{name}_mask"] = mask
-    return Batch(torch.stack(images), list(captions), following, cached)
+    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights))

@@ -136,7 +136,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             return
         for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
             pixels = self.config.crop_image(image, bucket, self.seed, number, found + line + 1)
-            yield own, ("", int(bucket), (pixels, caption, {}))
+            yield own, ("", int(bucket), Example(pixels, caption, {}))
 
 
 def without_secrets(url: str) -> str:

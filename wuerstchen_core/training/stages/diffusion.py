@@ -90,12 +90,12 @@ class DiffusionStage(Stage[N]):
         text, mask = self.text(picked, rng, self.noise.text_drop)
         conditioning = self.conditioning(picked, rng)
         t = draw_times(self.noise, step, rng)
-        return *self.noised(picked, t, rng), t, *conditioning, text, mask
+        return self.dataset.loss_weights(picked), *self.noised(picked, t, rng), t, *conditioning, text, mask
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         assert isinstance(self.noise, NoiseConfig)
-        latents, noise, t, *cond = batch
-        return noise_loss(self.noise, net(latents, t, *cond), noise, t)
+        weights, latents, noise, t, *cond = batch
+        return noise_loss(self.noise, net(latents, t, *cond), noise, t, weights)
 
     def validation_loss(self, net: N, picked: Any, rng: StepRandom) -> Tensor:
         """Returns the loss at evenly spread times, whatever the table [noise] is; no caption or feature is dropped."""

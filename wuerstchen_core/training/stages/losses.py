@@ -152,6 +152,13 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
     return v_weight * p2_weight(t) if config.weight == "x0" else v_weight
 
 
+def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean squared error (scalar); `weights` [B, 1, 1, 1] are factors of the samples' errors."""
+    if weights is None:
+        return F.mse_loss(predicted, target)
+    return (F.mse_loss(predicted, target, reduction="none") * weights).mean()
+
+
 def noise_error(config: NoiseConfig, predicted: Tensor, noise: Tensor) -> Tensor:
     """Returns the error of each number of the predicted noise."""
     if config.loss == "huber":
@@ -160,9 +167,12 @@ def noise_error(config: NoiseConfig, predicted: Tensor, noise: Tensor) -> Tensor
     return error(predicted, noise, reduction="none")
 
 
-def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Returns the weighted mean error of the predicted noise (scalar)."""
-    per_sample = noise_error(config, predicted.float(), noise).flatten(1).mean(1)
+def noise_loss(
+    config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Returns the weighted mean error of the predicted noise (scalar); `weights` as in `squared_error`."""
+    error = noise_error(config, predicted.float(), noise)
+    per_sample = (error if weights is None else error * weights).flatten(1).mean(1)
     return (per_sample * noise_weight(config, t)).mean()
 
 
@@ -171,9 +181,15 @@ def token_weight(replaced: Tensor, t: Tensor) -> Tensor:
     return 1 - 0.7 * (~replaced).float() * (1 - t[:, None, None])
 
 
-def token_loss(config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replaced: Tensor, t: Tensor) -> Tensor:
-    """Returns the weighted cross entropy (scalar) of logits [B, K, H, W] with clean tokens [B, H, W]."""
+def token_loss(
+    config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replaced: Tensor, t: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Returns the weighted cross entropy (scalar) of logits [B, K, H, W] with clean tokens [B, H, W].
+
+    `weights` [B, 1, 1] are factors of the samples' losses.
+    """
     entropy = F.cross_entropy(logits.float(), tokens, reduction="none", label_smoothing=config.smoothing)
+    entropy = entropy if weights is None else entropy * weights
     weight = token_weight(replaced, t)
     return ((entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
 

@@ -85,8 +85,9 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         return noised, tokens, replaced, indices
 
     def loss(self, net: TokenDecoder, *batch: Any) -> Tensor:
-        noised, tokens, replaced, indices, t, features, text, mask = batch
-        return token_loss(self.noise, net(noised, t, features, text, indices, mask), tokens, replaced, t)
+        weights, noised, tokens, replaced, indices, t, features, text, mask = batch
+        logits = net(noised, t, features, text, indices, mask)
+        return token_loss(self.noise, logits, tokens, replaced, t, None if weights is None else weights[..., 0])
 
     def reconstruct(
         self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
