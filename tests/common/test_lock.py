@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from wuerstchen_core.common import lock
 from wuerstchen_core.common.lock import LOCK, folder_lock
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,20 @@ def hold(folder: Path, mode: str = "") -> subprocess.Popen[str]:
     )
     assert process.stdout is not None and process.stdout.readline() == "locked\n"
     return process
+
+
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(file: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with folder_lock(tmp_path):
+        pass
+    assert not caplog.text
+    monkeypatch.setattr(lock, "_lock", no_locks)
+    with folder_lock(tmp_path):
+        assert str(tmp_path) in caplog.text
 
 
 def test_another_process_is_named_until_it_is_dead(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from helpers.networks import TEXT
 from wuerstchen_core.models.text_encoder import tokenize
 from wuerstchen_core.training.stages.adapters import AdapterConfig
 
-INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
+INPUTS = ("prior", "encoder", "text", "decoder", "token-decoder", "vqgan")
 RANK, ALPHA = 2, 5.0
 CONFIG = f"""
 run = "overridden"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from datetime import date, datetime, time, timezone
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_toml_is_written_as_it_is_read() -> None:
     config = {
         "run": 'C:\\runs "1"\n\x7fü\U0001f600', "steps": 3, "rate": 1e-05, "on": True, "huge": float("inf"),
         "data": {"betas": [0.9, 1.0], "stages": [["fused", 1], []], "a key": "x", "point": {"x": 1}},
+        "day": date(2026, 1, 2), "times": [datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc), time(6, 7)],
         "token-decoder": {"path": ""},
     }  # fmt: skip
     assert tomllib.loads(write_toml(config)) == config

@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers.picture_folders import examples, write_folder
 from helpers.recording_trainer import CONFIG, LineStage, assert_same_training, file_names
+from torch.utils.data import Dataset
 
 from wuerstchen_core.training.checkpoint import LOG
 from wuerstchen_core.training.data.files import FileDataset
+from wuerstchen_core.training.data.loading import BatchLoader
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.rng import StepRandom
 
@@ -127,6 +131,30 @@ def test_killed_while_workers_read_images(tmp_path: Path) -> None:
     for name in ("killed", "whole"):
         train_on_pictures(tmp_path / name)
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+class SlowImages(Dataset[int]):
+    """Images that take longer to read than any test; each worker that reads one leaves a file named by its id."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, index: int) -> int:
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(2 * WAIT)
+        return index
+
+
+def read_slowly(folder: Path) -> None:
+    loader: Any = SimpleNamespace(config=SimpleNamespace(workers=2))
+    list(BatchLoader.results(loader, SlowImages(folder), range(9)))
+
+
+def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
+    with killed_process(read_slowly, tmp_path):
+        wait_for(lambda: len(file_names(tmp_path)) == 2)
+    workers = [psutil.Process(int(name)) for name in file_names(tmp_path) if psutil.pid_exists(int(name))]
+    wait_for(lambda: not any(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in workers))
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ import torch
 from helpers.golden_data import assert_near
 from helpers.lora_training import TOKENS, write_config
 from helpers.networks import DECODER, NETWORKS, TEXT
+from helpers.tiny_model import write_tiny_bundle
 from helpers.tiny_stages import assert_equal_states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.lora_merge import LoraStack
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.models.attention import split_projections
 from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
@@ -41,13 +43,23 @@ KINDS = {
     "loha": replace(BASE, kind="loha", rank_pattern={"to_q": 4}),
     "lokr": replace(BASE, kind="lokr", init="lycoris", rank_pattern={"to_q": 4}),
     "lokr of whole factors": replace(BASE, kind="lokr", rank=40, alpha=40.0, factor=4),
+    "convolutions": replace(BASE, alpha=0.5, targets=("to_q", "projection", "out.1")),
+    "dora of convolutions": replace(BASE, alpha=0.5, kind="dora", targets=("to_q", "projection", "out.1")),
+    "loha of convolutions": replace(BASE, kind="loha", targets=("depthwise", "projection")),
 }
-PARTS = {"prior": tuple(KINDS), "decoder": ("patterns", "dora", "lokr")}
+STRIDED = replace(BASE, kind="dora", targets=("to_q", "embedding.1", "down_blocks.1.0.1"))  # also a convolution of 2x2
+ALL_KINDS = {**KINDS, "strided": STRIDED, "lokr of 3x3": replace(BASE, kind="lokr", targets=("to_q", "depthwise"))}
+PARTS = {
+    "prior": tuple(KINDS),
+    "decoder": ("patterns", "dora", "lokr", "strided", "lokr of 3x3"),
+    "token_decoder": ("lora", "strided"),
+}
+TOWERS = {"prior": "prior_text_encoder", "decoder": "decoder_text_encoder", "token_decoder": "decoder_text_encoder"}
 Outputs = tuple[Tensor, Tensor]
 
 
 def networks(part: str) -> dict[str, Any]:
-    """Returns a prior or decoder and its text encoder by part."""
+    """Returns a network and its text encoder by part."""
     return deepcopy(_networks(part))
 
 
@@ -56,18 +68,19 @@ def _networks(part: str) -> dict[str, Any]:
     torch.manual_seed(1)
     tower = TextEncoder(TEXT if part == "prior" else replace(TEXT, width=DECODER.clip_embd))
     tower.init_weights()
-    return {part: NETWORKS[part].perturbed(), f"{part}_text_encoder": tower.eval()}
+    return {part: NETWORKS[part].perturbed(), TOWERS[part]: tower.eval()}
 
 
 @torch.no_grad()
 def outputs(part: str, found: Mapping[str, nn.Module]) -> Outputs:
-    return found[part](*NETWORKS[part].inputs()), found[f"{part}_text_encoder"](*TOKENS)
+    return found[part](*NETWORKS[part].inputs()), found[TOWERS[part]](*TOKENS)
 
 
 def adapted(part: str, config: AdapterConfig) -> tuple[nn.Module, Any]:
     """Returns a network and its text encoder with adapters of this configuration, and their layers."""
     found = networks(part)
-    attach_text_encoder(found[part], found[f"{part}_text_encoder"])
+    split_projections(found[part])
+    attach_text_encoder(found[part], found[TOWERS[part]])
     return found[part], attach(found[part], config)
 
 
@@ -85,15 +98,15 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The part, the kind, the file and the outputs before saving."""
     part, kind = request.param
     file = tmp_path_factory.mktemp("kind") / "lora.safetensors"
-    net, layers = trained(part, KINDS[kind])
-    write_lora(file, net, KINDS[kind], layers, {"training": {"step": 3}}, part)
-    return part, kind, file, outputs(part, {part: net, f"{part}_text_encoder": net.get_submodule("text_encoder")})
+    net, layers = trained(part, ALL_KINDS[kind])
+    write_lora(file, net, ALL_KINDS[kind], layers, {"training": {"step": 3}}, part)
+    return part, kind, file, outputs(part, {part: net, TOWERS[part]: net.get_submodule("text_encoder")})
 
 
 def test_new_adapters_have_no_effect(saved: tuple[str, str, Path, Outputs]) -> None:
     part, kind, _, trained_outputs = saved
-    net, _ = adapted(part, KINDS[kind])
-    found = outputs(part, {part: net, f"{part}_text_encoder": net.get_submodule("text_encoder")})
+    net, _ = adapted(part, ALL_KINDS[kind])
+    found = outputs(part, {part: net, TOWERS[part]: net.get_submodule("text_encoder")})
     plain = outputs(part, networks(part))
     for one, base, after in zip(found, plain, trained_outputs, strict=True):
         assert_near(one, base, 1e-5)
@@ -107,13 +120,15 @@ def test_our_loader_gives_the_same_outputs(saved: tuple[str, str, Path, Outputs]
     for one, other in zip(outputs(part, found), expected, strict=True):
         assert_near(one, other, 2e-5)
     with safe_open(file, "pt") as header:
-        assert header.metadata()["modelspec.architecture"] == f"wuerstchen-v2-{part}/lora"
+        release = "v1-decoder" if part == "token_decoder" else f"v2-{part}"
+        assert header.metadata()["modelspec.architecture"] == f"wuerstchen-{release}/lora"
 
 
 def test_peft_gives_the_same_output(saved: tuple[str, str, Path, Outputs]) -> None:
     part, kind, file, (expected, _) = saved
     folder = file.with_name("peft")
-    assert folder.exists() == (part == "decoder" or KINDS[kind].kind in ("loha", "lokr"))
+    others = part == "decoder" or (part == "prior" and ALL_KINDS[kind].kind in ("loha", "lokr"))
+    assert folder.exists() == others
     if folder.exists():
         model = peft.PeftModel.from_pretrained(networks(part)[part], folder).eval()
         with torch.no_grad():
@@ -139,10 +154,10 @@ def test_diffusers_gives_the_same_output(saved: tuple[str, str, Path, Outputs]) 
 def test_training_goes_on_from_a_file(saved: tuple[str, str, Path, Outputs]) -> None:
     """The factors may differ, since alpha is in the file's tensors; the outputs do not."""
     part, kind, file, expected = saved
-    config = KINDS[kind] if part == "decoder" else replace(KINDS[kind], alpha=5.0)
+    config = replace(ALL_KINDS[kind], alpha=5.0) if part == "prior" else ALL_KINDS[kind]
     net, layers = adapted(part, config)
     load_adapters(net, replace(config, start=str(file)), layers)
-    found = outputs(part, {part: net, f"{part}_text_encoder": net.get_submodule("text_encoder")})
+    found = outputs(part, {part: net, TOWERS[part]: net.get_submodule("text_encoder")})
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, 2e-5)
 
@@ -219,13 +234,15 @@ def test_a_mistake_is_named(name: str) -> None:
         from_table(AdapterConfig, table, "lora")
 
 
-@pytest.mark.parametrize("stage", ["lora", "decoder-lora"])
+@pytest.mark.parametrize("stage", ["lora", "decoder-lora", "token-decoder-lora"])
 def test_a_run_goes_on_from_the_file_of_another(stage: str, bundle: Path, tmp_path: Path) -> None:
     """Its first steps at a tiny rate change almost nothing; without `start` the file would be without effect."""
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+    if stage == "token-decoder-lora":
+        bundle = write_tiny_bundle(tmp_path / "v1.safetensors", release="v1")
     config = write_config(tmp_path, bundle)
     changes = ["lora.kind='lokr'", "lora.dropout=0.0", "train.steps=2", "train.sheet_every=2"]
-    if stage == "decoder-lora":
+    if stage != "lora":
         changes += ["lora.text_targets=['q_proj']"]
     first = run(stage, config, [f"run='{tmp_path / 'one'}'", *changes])
     rate = ["train.lr=1e-9", "train.weight_decay=0.0", f"lora.start='{first}'"]
@@ -234,8 +251,8 @@ def test_a_run_goes_on_from_the_file_of_another(stage: str, bundle: Path, tmp_pa
     assert one.keys() == two.keys() and (first.parent / "sheet-000002.png").exists()
     assert all(torch.allclose(x, two[key], atol=1e-6) for key, x in one.items())
     base, changed = (WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32", **x) for x in ({}, {"lora": second}))
-    part = "prior" if stage == "lora" else "decoder"
-    for name in (part, f"{part}_text_encoder"):
+    part = "prior" if stage == "lora" else stage.removesuffix("-lora").replace("-", "_")
+    for name in (part, TOWERS[part]):
         before, after = (getattr(x, name).state_dict() for x in (base, changed))
         assert any(not torch.equal(x, after[key]) for key, x in before.items())
     other = "decoder_text_encoder" if part == "prior" else "prior_text_encoder"
@@ -248,6 +265,7 @@ def test_a_run_goes_on_from_the_file_of_another(stage: str, bundle: Path, tmp_pa
         ({"rank_pattern": {"to_k": 2}}, "rank_pattern: no target matches 'to_k'"),
         ({"alpha_pattern": {"to_q(": 2.0}}, r"alpha_pattern .*invalid .*'to_q\('"),
         ({"init": "orthogonal", "rank": 3}, "peft .*even"),
+        ({"targets": ("depthwise",), "rank": 64}, ".*depthwise.*loha"),
     ],
 )
 def test_a_pattern_or_rank_that_does_not_fit_is_named(change: dict[str, Any], facts: str) -> None:

@@ -19,6 +19,7 @@ from wuerstchen_core.training.stages.losses import (
     TokenNoiseConfig,
     contrastive_loss,
     corrupt_features,
+    draw_noise,
     draw_times,
     freeze_fast_times,
     noise_loss,
@@ -201,3 +202,49 @@ def test_the_contrastive_loss_against_a_double_loop() -> None:
 def test_per_sample_and_shared_numbers_differ() -> None:
     for step in range(50):
         assert not torch.isclose(StepRandom(0, step, 1).uniform(), StepRandom(0, step, 1).uniform(1)[:, 0]).any()
+
+
+def test_debiased_weights_the_noise_by_the_root_of_its_ratio_to_the_signal() -> None:
+    """arXiv 2310.08442: the geometric mean of the error of the image and that of the noise."""
+    t = torch.tensor([0.02, 0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
+    of_image, of_noise = (noise_weight(NoiseConfig(weight=x, cap=math.inf), t) for x in ("x0", "none"))
+    torch.testing.assert_close(noise_weight(NoiseConfig(weight="debiased"), t), (of_image * of_noise).sqrt())
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("mse", (0.04 + 9) / 2), ("l1", 1.6), ("huber", (0.02 + 1.375) / 2)])
+def test_huber_is_squared_for_small_errors_and_linear_for_large_ones(loss: str, expected: float) -> None:
+    error = torch.tensor([[0.2, -3.0]])
+    config = NoiseConfig(loss=loss, weight="none", huber_delta=0.5)  # 0.5 (3 - 0.25) = 1.375
+    loss_value = noise_loss(config, error, torch.zeros(1, 2), torch.tensor([0.5]))
+    assert loss_value.item() == pytest.approx(expected)
+
+
+def test_the_offset_is_predicted_and_the_perturbation_is_not() -> None:
+    config, shape = NoiseConfig(offset=3.0, perturbation=0.5), (4, 8, 8)
+    added, predicted = draw_noise(config, shape, StepRandom(0, 0, 64))
+    assert torch.equal(added, draw_noise(config, shape, StepRandom(0, 0, 64))[0])
+    plain, same = draw_noise(NoiseConfig(), shape, StepRandom(0, 0, 64))
+    assert plain is same
+    offset, perturbation = predicted - plain, (added - predicted) / 0.5
+    torch.testing.assert_close(offset, offset[..., :1, :1].expand_as(offset), rtol=0, atol=1e-5)
+    assert offset[..., 0, 0].std().item() == pytest.approx(3, rel=0.2)
+    assert perturbation.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_logit_normal_times_have_their_median_and_width() -> None:
+    config = NoiseConfig(distribution="logit_normal", logit_mean=0.7, logit_std=0.5, stratified=True)
+    logits = draw_times(config, 0, StepRandom(0, 0, DRAWS)).double().logit()
+    assert logits.mean().item() == pytest.approx(0.7, abs=1e-3) and logits.std().item() == pytest.approx(0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("distribution", ["original", "uniform", "logit_normal"])
+def test_times_are_scaled_to_their_range(distribution: str) -> None:
+    whole, part = (
+        draw_times(NoiseConfig(distribution=distribution, focus=2.0, time_range=x), 0, StepRandom(0, 0, DRAWS))
+        for x in ((0.0, 1.0), (0.25, 0.75))
+    )
+    torch.testing.assert_close(part, 0.25 + whole / 2)
+    assert 0.25 <= part.min() < 0.3 and 0.7 < part.max() <= 0.75
+    assert whole.eq(1).float().mean().item() == pytest.approx(0.075 if distribution == "original" else 0, abs=0.01)
+    with pytest.raises(ValueError, match="time_range"):
+        NoiseConfig(time_range=(0.5, 0.5))

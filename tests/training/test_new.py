@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.networks import DECODER, NETWORKS, TEXT
 from helpers.picture_folders import examples, write_folder
-from helpers.tiny_model import write_tiny_bundle
+from helpers.tiny_model import METADATA, tiny_parts, write_tiny_bundle
 from helpers.tiny_stages import read_log
 
+from wuerstchen_core.checkpoints import save_bundle
+from wuerstchen_core.checkpoints.embeddings import read_embedding
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training import keys
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
@@ -27,20 +33,49 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
     return [shlex.split(line)[3:] for line in lines if line.startswith("  ")]
 
 
-@pytest.mark.parametrize("recipe", ["lora", "finetune", "resolution"])
+@pytest.mark.parametrize(
+    ("recipe", "stage", "release"),
+    [
+        ("lora", "lora", "v2"),
+        ("finetune", "prior", "v2"),
+        ("resolution", "prior", "v2"),
+        ("embedding", "embedding", "v2"),
+        ("decoder-lora", "decoder-lora", "v2"),
+        ("decoder-lora", "token-decoder-lora", "v1"),
+    ],
+)
 def test_it_trains_as_printed_once_the_pictures_exist(
-    recipe: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, stage: str, release: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "my style"
-    [command] = new(capsys, folder, "--recipe", recipe, "--model", bundle)
+    model = bundle if release == "v2" else write_tiny_bundle(tmp_path / "v1.safetensors", release="v1")
+    [command] = new(capsys, folder, "--recipe", recipe, "--model", model)
     write_folder(folder / "pictures", examples(range(3), 256, 256))
-    stage = "lora" if recipe == "lora" else "prior"
     assert command == ["train", stage, "--config", str(folder / f"{stage}.toml")]
     config = read_config(folder / f"{stage}.toml", [])
     assert config["data"]["size"] == (192 if recipe == "resolution" else 128)  # the bundle's is 128
     assert main([*command, *SHORT]) == 0
-    assert read_log(folder / stage)[-1]["step"] == 2 and (folder / stage / f"{stage}.safetensors").is_file()
+    name = "my-style" if recipe == "embedding" else stage
+    assert read_log(folder / stage)[-1]["step"] == 2 and (folder / stage / f"{name}.safetensors").is_file()
     assert list((folder / stage).glob("sheet*.png"))
+
+
+def test_a_word_for_two_text_encoders_is_trained_in_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = tiny_parts()
+    torch.manual_seed(1)
+    parts["decoder_text_encoder"] = TextEncoder(replace(TEXT, width=DECODER.clip_embd))
+    parts["decoder"] = NETWORKS["decoder"].perturbed()
+    files = [tmp_path / f"{name}.safetensors" for name in ("decoder", "prior")]
+    stages = ("decoder", "vqgan", "decoder_text_encoder"), ("prior", "image_encoder", "prior_text_encoder")
+    for file, names in zip(files, stages, strict=True):
+        save_bundle(file, {name: parts[name] for name in names}, METADATA)
+    pictures = write_folder(tmp_path / "pictures", examples(range(3), 128, 128))
+    commands = new(capsys, tmp_path / "fox", "--recipe", "embedding", "--model", *files, "--pictures", pictures)
+    assert [command[1] for command in commands] == ["embedding", "decoder-embedding"]
+    for command in commands:
+        assert main([*command, *SHORT]) == 0
+    vectors = read_embedding(tmp_path / "fox" / "decoder-embedding" / "fox.safetensors").tensors
+    assert {name: x.shape[1] for name, x in vectors.items()} == {"clip_g": TEXT.width, "clip_h": DECODER.clip_embd}
 
 
 def test_a_model_from_nothing_trains_stage_after_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,3 +132,17 @@ def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["train", "new", str(tmp_path), "--set", "train.steps=2"]) == 2 and "--set" in capsys.readouterr().err
     assert main(["train", "prior", "--output", "x"]) == 2 and "--output" in capsys.readouterr().err
     assert main(["train", "prior", "x.toml"]) == 2 and "x.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("prior --json", "--json"),
+        ("cache --keys", "--keys"),
+        ("prior --keys --recipe lora", "--recipe"),
+        ("export x --config y", "--config"),
+        ("lora --size 512", "--size"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments.split()]) == 2 and option in capsys.readouterr().err

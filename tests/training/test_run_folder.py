@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.lock import folder_lock
 from wuerstchen_core.training import processes
+from wuerstchen_core.training import run as training_run
 from wuerstchen_core.training.checkpoint import checkpoints, newest_step, write_checkpoint
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.processes import accelerate_precision, check_processes, choose_precision
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.run_folder import CONFIG, STARTS, read_starts
+from wuerstchen_core.training.run_folder import CONFIG, STARTS, changes, describe, read_starts
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +123,19 @@ def test_a_run_without_a_checkpoint_may_change_all(lora: Any) -> None:
     assert read_config(folder / CONFIG, [])["lora"]["rank"] == 4 and len(read_starts(folder)) == 2
 
 
-def test_a_second_run_in_the_folder_is_refused(lora: Any, tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "lora"), pytest.raises(ValueError, match=rf"lora .*process {os.getpid()} "):
-        lora()
+def test_a_second_run_in_the_folder_is_refused_at_once(
+    lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "build_stage", lambda *_: pytest.fail("it loaded networks"))
+        with folder_lock(tmp_path / "lora"), pytest.raises(ValueError, match=rf"lora .*process {os.getpid()} "):
+            lora()
     lora()
+
+
+def test_dates_in_configurations_are_compared() -> None:
+    one, other = ({"train": {"optimizer_args": {"since": date(2026, 1, day)}}} for day in (2, 3))
+    assert not changes(one, one) and "2026-01-03" in describe(changes(one, other))
 
 
 def test_weights_of_several_steps_are_kept(lora: Any) -> None:

@@ -17,9 +17,10 @@ from PIL import Image
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.training.compare import compare
+from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.loop import train
-from wuerstchen_core.training.run import run
+from wuerstchen_core.training.run import build_stage, run
 from wuerstchen_core.training.sample_grid import GAP, LARGEST, LINE, MARGIN, PAPER, prompt_grid
 
 PROMPTS, SEEDS, SIDE = ["a red apple", "blue"], [3, 5], 64
@@ -95,6 +96,7 @@ def test_the_base_model_samples_with_its_own_settings(config: Path, bundle: Path
 
 
 def test_kept_weights_are_compared(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (trained / "lora-000007.safetensors").write_bytes(b"of an earlier run")
     assert main(["train", "compare", str(trained), "--output", str(tmp_path / "grid.png")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "grid.png")
     base, first, second, final = blocks(tmp_path / "grid.png")
@@ -102,6 +104,13 @@ def test_kept_weights_are_compared(trained: Path, tmp_path: Path, capsys: pytest
     assert np.array_equal(base, before) and np.array_equal(second, final) and not np.array_equal(first, base)
     rounding, change = (np.abs(second.astype(int) - other).mean() for other in (after, base))
     assert 10 * rounding < change  # LoRAs are merged here, and beside the weights in training
+
+
+def test_a_lora_that_goes_on_is_named_in_the_title_of_its_start(trained: Path) -> None:
+    config = read_config(trained / "config.toml", [])
+    assert build_stage("lora", config).start_title == "base model"
+    config["lora"]["start"] = str(trained / "lora-000001.safetensors")
+    assert "lora-000001.safetensors" in build_stage("lora", config).start_title
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..common.values import to_path
 from .adapters import Adapters, Fit, fit, keys_of, merge_lora
 from .components import TEXT_ENCODER, TOWERS, State
 from .fingerprint import fingerprint
-from .key_maps import COMFYUI_CLIPS, split_attention, text_from_transformers, text_to_transformers
+from .key_maps import COMFYUI_CLIPS, pack_attention, split_attention, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
 from .lora_folders import STEMS
 
@@ -144,11 +144,11 @@ class LoraStack:
 
     def _merged(self, before: State, part: str) -> State:
         """Returns the tensors of a part that its LoRAs change."""
-        is_tower = part in TOWERS
-        merged = text_to_transformers(before) if is_tower else before
+        merged = _with_separate_projections(part, before)
+        pack = text_from_transformers if part in TOWERS else dict if merged.keys() == before.keys() else pack_attention
         for adapters, strength in self._changes(part):
             merged = merge_lora(merged, adapters, strength)
-        after = text_from_transformers(merged) if is_tower else merged
+        after = pack(merged)
         return {
             key: x
             for key, x in after.items()
@@ -189,15 +189,22 @@ def _stage_name(parts: Mapping[str, Adapters]) -> str:
 def _stage_of(networks: Mapping[str, nn.Module | None], lora: Lora) -> str:
     """Returns the stage that most adapters of a LoRA fit: the prior if none fits."""
     counts = {
-        name: len(fit(lora.network, _shapes(network.state_dict())).fitting)
+        name: len(fit(lora.network, _shapes(name, network.state_dict())).fitting)
         for name in ("prior", "decoder", "token_decoder")
         if (network := networks.get(name)) is not None
     }
     return max(counts, key=lambda name: counts[name]) if any(counts.values()) else "prior"
 
 
-def _shapes(state: State) -> dict[str, torch.Size]:
-    return {key: x.shape for key, x in state.items()}
+def _with_separate_projections(part: str, state: State) -> State:
+    """Returns a part's tensors under the names that LoRA files use."""
+    if part in TOWERS:
+        return text_to_transformers(state)
+    return split_attention(state) if part == "token_decoder" else state
+
+
+def _shapes(part: str, state: State) -> dict[str, torch.Size]:
+    return {key: x.shape for key, x in _with_separate_projections(part, state).items()}
 
 
 def _fit(networks: Networks, part: str, adapters: Adapters, name: str, lora: Lora) -> Fit:
@@ -206,8 +213,7 @@ def _fit(networks: Networks, part: str, adapters: Adapters, name: str, lora: Lor
     title = part.replace("_", " ")
     if network is None:
         raise ValueError(f"{name} changes the {title}, which this model lacks: load a complete model")
-    state = network.state_dict()
-    found = fit(adapters, _shapes(text_to_transformers(state) if part in TOWERS else state))
+    found = fit(adapters, _shapes(part, network.state_dict()))
     if not found.fitting:
         keys = keys_of(adapters)
         reason = found.example or f"such as {listed(keys, most=1, width=100)}"

@@ -14,9 +14,18 @@ from .options import Choices
 
 STAGES = (
     "text", "encoder", "vqgan", "decoder", "token-decoder", "prior",
-    "lora", "decoder-lora", "embedding", "decoder-embedding",
+    "lora", "decoder-lora", "token-decoder-lora", "embedding", "decoder-embedding",
 )  # fmt: skip
 CACHE, NEW, EXPORT, COMPARE = "cache", "new", "export", "compare"
+OPTIONS = {  # each option, and what it is for
+    "path": (NEW, EXPORT, COMPARE),
+    "output": (EXPORT, COMPARE),
+    "config": (*STAGES, CACHE),
+    "set": (*STAGES, CACHE, COMPARE),
+    "keys": STAGES,
+    "json": STAGES,
+    **dict.fromkeys(("recipe", "model", "pictures", "size"), (NEW,)),
+}
 INSTALL_HINT = '`pip install "wuerstchen[train]"` or, in the pack\'s folder, `pip install -r requirements-train.txt`'
 MEMORY_HINT = "choose a smaller batch, such as --set train.batch=8, or cache.batch=2 for a cache"
 
@@ -40,9 +49,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="with --keys: print a JSON schema, for editors")
     option = parser.add_argument_group(NEW, f"What `train {NEW} PATH` writes.").add_argument
     recipes = Choices("..training.new", "RECIPES")
-    option("--recipe", choices=recipes, default="lora", help="what to train: %(choices)s (default: lora)")
+    option("--recipe", choices=recipes, help="what to train: %(choices)s (default: lora)")
     text = 'base model: files, folders or "demo" that together have its parts (default: demo)'
-    option("--model", nargs="+", default=["demo"], metavar="SOURCE", help=text)
+    option("--model", nargs="+", metavar="SOURCE", help=text)
     option("--pictures", type=Path, metavar="FOLDER", help="pictures to train on (default: PATH/pictures)")
     option(
         "--size", type=int, metavar="PIXELS", help="side of the pictures, a multiple of 64 (default: the model's own)"
@@ -51,10 +60,7 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     check_versions(OLDEST_FOR_TRAINING)
-    if options.output is not None and options.stage not in (EXPORT, COMPARE):
-        raise ValueError(f"--output is only for {EXPORT} and {COMPARE}: leave it out")
-    if options.set and options.stage in (NEW, EXPORT):
-        raise ValueError(f"--set is not for {options.stage}: leave it out")
+    _check_options(options)
     if options.keys:
         return _print_keys(options)
     if options.stage == NEW:
@@ -63,8 +69,6 @@ def _run(options: argparse.Namespace) -> None:
         return _export(options)
     if options.stage == COMPARE:
         return _compare(options)
-    if options.path is not None:
-        raise ValueError(f"{options.path} is one argument too many: only {NEW}, {EXPORT} and {COMPARE} take a PATH")
     if options.config is None:
         raise ValueError("--config FILE.toml is missing: name the training configuration")
     from ..training.data.build_cache import make_cache
@@ -76,11 +80,19 @@ def _run(options: argparse.Namespace) -> None:
         run(options.stage, options.config, options.set)
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option that has no effect on what is to be done."""
+    for name, stages in OPTIONS.items():
+        if (value := getattr(options, name)) not in (None, False, []) and options.stage not in stages:
+            label = value if name == "path" else f"--{name}"
+            raise ValueError(f"{label} is not for `train {options.stage}`, but for {', '.join(stages)}: leave it out")
+    if options.json and not options.keys:
+        raise ValueError("--json is for --keys: add that, or leave it out")
+
+
 def _print_keys(options: argparse.Namespace) -> None:
     from ..training.keys import list_keys, schema_of
 
-    if options.stage not in STAGES:
-        raise ValueError(f"--keys lists the keys of a stage, not of {options.stage}: choose {', '.join(STAGES)}")
     listing = json.dumps(schema_of(options.stage), indent=2) if options.json else list_keys(options.stage)
     sys.stdout.write(listing.rstrip() + "\n")
 
@@ -90,7 +102,7 @@ def _write_new(options: argparse.Namespace) -> None:
 
     if options.path is None:
         raise ValueError(f"PATH is missing: name the folder that `train {NEW}` writes to")
-    paths = write_new(options.path, options.recipe, options.model, options.pictures, options.size)
+    paths = write_new(options.path, options.recipe or "lora", options.model or ["demo"], options.pictures, options.size)
     pictures = options.pictures or options.path / "pictures"
     sys.stdout.write("".join(f"wrote {path}\n" for path in paths))
     sys.stdout.write(f"put pictures and their captions into {pictures}, then run:\n")

@@ -62,7 +62,7 @@ def option(default: Any = dataclasses.MISSING, meaning: str = "") -> Any:
 
 
 def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Returns a dataclass with the values of a table; lists become tuples.
+    """Returns a dataclass with the values of a table; lists become tuples, and their tables other dataclasses.
 
     ValueError names the table (`where`) and its unknown, missing and invalid keys.
     """
@@ -82,9 +82,18 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(kind, include_extras=True)
     values = {key: _as_tuple(value) for key, value in table.items()}
     for key, value in values.items():
-        if not _fits(value, hints[key]):
+        if item := item_dataclass(hints[key]):
+            rows = value if isinstance(value, tuple) else (value,)
+            values[key] = tuple(from_table(item, row, f"{where}.{key}") for row in rows)
+        elif not _fits(value, hints[key]):
             raise ValueError(f"[{where}] {key} must be {_describe(hints[key], _TYPES)}, got {table[key]!r}")
     return kind(**values)
+
+
+def item_dataclass(hint: Any) -> Any:
+    """Returns the dataclass of `tuple[dataclass, ...]`, the type of an array of tables; None for other types."""
+    item = get_args(hint)[0] if get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) else None
 
 
 def _fits(value: Any, hint: Any) -> bool:

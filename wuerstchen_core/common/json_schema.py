@@ -34,6 +34,8 @@ def option_schema(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 def _schema(hint: Any) -> dict[str, Any]:
     origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return table_schema(hint)
     if origin is Annotated:
         schema, limits = _schema(arguments[0]), arguments[1]
         if isinstance(limits, OneOf):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import platform
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _BYTE = 1 << 30  # the locked byte, beyond the text: Windows lets nobody read what is locked
@@ -23,7 +26,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Locks a folder, which it creates, while a `with` block runs. ValueError names the process that has locked it.
 
     The operating system releases the lock when the process ends, however it ends. Where the file system has no locks,
-    nothing is locked.
+    nothing is locked, and the log says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     resolved, path = folder.resolve(), folder / LOCK
@@ -36,6 +39,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in _HELD:
                 raise _in_use(folder, _read(file)) from None
+            reason = error.strerror or error
+            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", folder, reason)
         file.seek(0)
         file.write(json.dumps(holder).encode())
         file.truncate()

@@ -92,6 +92,24 @@ class PackedAttention(MultiHeadAttention):
     def out(self, x: Tensor) -> Tensor:
         return self.attn.out_proj(x)
 
+    def split(self) -> Attention:
+        """Returns the same attention with separate projections, frozen."""
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        with torch.device("meta"):
+            out = Attention(weight.shape[1], self.nhead, self.dropout, dtype=weight.dtype)
+        for layer, part, offset in zip((out.to_q, out.to_k, out.to_v), weight.chunk(3), bias.chunk(3), strict=True):
+            layer.load_state_dict({"weight": part, "bias": offset}, assign=True)
+        out.to_out[0] = self.attn.out_proj
+        return out.requires_grad_(False).train(self.training)
+
+
+def split_projections(network: nn.Module) -> None:
+    """Replaces the attention of a network with packed projections by `Attention`, on the meta device too."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PackedAttention):
+                setattr(module, name, child.split())
+
 
 class AttnBlock(nn.Module):
     """Joint self- and cross-attention: image tokens attend to [image tokens, conditioning tokens]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..common.devices import companion_dtype
 from ..common.int8 import quantize_rows
 from ..kernels.int8 import PackedWeight, int8_linear
-from .attention import Attention, PackedAttention
+from .attention import split_projections
 from .layers import TimestepBlock
 from .operations import Linear
 
@@ -124,9 +124,7 @@ def use_int8(network: nn.Module) -> None:
 
     The small products of time embeddings stay as they are. Packed projections become separate ones.
     """
-    for parent, name, layer in _children(network):
-        if isinstance(layer, PackedAttention):
-            setattr(parent, name, _split(layer))
+    split_projections(network)
     for parent, name, layer in _children(network):
         if type(layer) is Linear and not isinstance(parent, TimestepBlock):
             setattr(parent, name, Int8Linear.of(layer))
@@ -142,14 +140,3 @@ def set_dtype(network: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(layer, Int8Linear):
                 setattr(parent, name, layer.restored(dtype))
     network.to(dtype)
-
-
-def _split(packed: PackedAttention) -> Attention:
-    """Returns an attention whose projections are separate layers."""
-    weight, bias = packed.attn.in_proj_weight, packed.attn.in_proj_bias
-    with torch.device("meta"):
-        out = Attention(weight.shape[1], packed.nhead, packed.dropout, dtype=weight.dtype)
-    for layer, part, offset in zip((out.to_q, out.to_k, out.to_v), weight.chunk(3), bias.chunk(3), strict=True):
-        layer.load_state_dict({"weight": part, "bias": offset}, assign=True)
-    out.to_out[0] = packed.attn.out_proj
-    return out.requires_grad_(False).train(packed.training)

@@ -45,12 +45,16 @@ class Codebook(nn.Module):
         super().__init__()
         self.codebook = operations.Embedding(size, c_latent, **factory)
 
-    def forward(self, x: Tensor) -> Quantized:
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Quantized:
+        """Quantises x [B, c, h, w]; `weights` [B, 1, 1, 1] are factors of the samples' losses."""
         vectors = x.permute(0, 2, 3, 1)
         indices = nearest_codes(vectors.flatten(0, 2).detach(), self.codebook.weight.detach()).view(vectors.shape[:3])
         codes = self.codebook(indices).permute(0, 3, 1, 2)
-        codebook_loss = F.mse_loss(codes, x.detach())
-        commit_loss = F.mse_loss(x, codes.detach())
+        if weights is None:
+            codebook_loss, commit_loss = F.mse_loss(codes, x.detach()), F.mse_loss(x, codes.detach())
+        else:
+            codebook_loss = (weights * (codes - x.detach()) ** 2).mean()
+            commit_loss = (weights * (x - codes.detach()) ** 2).mean()
         return Quantized(x + (codes - x).detach(), indices, codebook_loss, commit_loss)
 
 
@@ -129,9 +133,9 @@ class VQGAN(nn.Module):
             raise ValueError(f"the image has {width}x{height} pixels: its sides must be multiples of {multiple}")
         return self.down_blocks(channels_last(self.in_block(images))).contiguous()
 
-    def quantize(self, latents: Tensor) -> Quantized:
-        """Replaces latents [B, 4, h, w] in codebook units by the nearest codes."""
-        return self.vquantizer(latents)
+    def quantize(self, latents: Tensor, weights: Tensor | None = None) -> Quantized:
+        """Replaces latents [B, 4, h, w] in codebook units by the nearest codes; `weights` as in `Codebook`."""
+        return self.vquantizer(latents, weights)
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
         """Looks up the codes [B, 4, h, w] of indices [B, h, w]."""

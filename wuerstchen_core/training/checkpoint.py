@@ -18,6 +18,7 @@ from ..common.text import one_line
 log = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
+KEPT = "weights"  # the key of its rows about files of weights that are kept
 UNREADABLE = (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
@@ -37,10 +38,18 @@ def weights_name(stem: str, step: int) -> str:
     return f"{stem}-{step:06d}.safetensors"
 
 
-def kept_weights(folder: Path, name: str) -> list[Path]:
-    """Returns the weight files of a stage in its folder: NAME-000500.safetensors and so on, then NAME.safetensors."""
-    kept = [path for path in folder.glob(f"{name}-*.safetensors") if path.stem.removeprefix(f"{name}-").isdecimal()]
-    return [*sorted(kept), *folder.glob(f"{name}.safetensors")]
+def record_weights(path: Path, step: int) -> None:
+    """Adds the file with the weights at a step, which is kept, to the log in its folder."""
+    append_row(path.parent, {"step": step, KEPT: path.name})
+
+
+def kept_weights(folder: Path, stem: str) -> list[Path]:
+    """Returns a run's weight files: STEM-000500.safetensors and so on, then STEM.safetensors.
+
+    They are those in the log: the folder may have more, of an earlier run.
+    """
+    names = {row[KEPT] for row in read_log(folder) if KEPT in row}
+    return [path for path in map(folder.joinpath, [*sorted(names), f"{stem}.safetensors"]) if path.is_file()]
 
 
 def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: int) -> None:

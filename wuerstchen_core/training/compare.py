@@ -13,6 +13,7 @@ from .monitor import stage_samples
 from .run import build_stage
 from .run_folder import CONFIG
 from .sample_grid import prompt_grid
+from .stage import BASE_TITLE
 from .tables import STAGES
 
 GRID = "compare.png"
@@ -40,7 +41,7 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError(f"{folder} has no weights yet: train first")
     stage.net.to(pick_device("auto"))
     pipeline = stage.base_pipeline()
-    groups = {"base model": stage_samples(stage, pipeline)} if stage.bases else {}
+    groups = {BASE_TITLE: stage_samples(stage, pipeline)} if stage.bases else {}
     for file in files:
         stage.use_weights(pipeline, file)
         groups[file.stem] = stage_samples(stage, pipeline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import load_checkpoint, weights_name
+from .checkpoint import load_checkpoint, record_weights, weights_name
 from .config import read_config
 from .ema import meta_copy
 from .run import build_stage
@@ -29,4 +29,6 @@ def export(checkpoint: Path, output: Path | None = None) -> Path:
     step = contents["step"]
     file = output or checkpoint.parent / weights_name(stage.stem, step)
     stage.save(file, net, {**weights_metadata(stage), "training": {"step": step}})
+    if output is None:
+        record_weights(file, step)
     return file

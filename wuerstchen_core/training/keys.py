@@ -11,6 +11,7 @@ from ..common.toml import toml_key, toml_value
 from .config import INPUTS
 from .data.demo import DemoDataConfig
 from .data.filters import ImageDataConfig
+from .data.sources import SourceConfig
 from .tables import tables_of
 
 COMMENT_COLUMN = 40
@@ -27,8 +28,8 @@ def list_keys(stage: str) -> str:
         if name not in top:
             parts.append(f"[{name}]\n{_table(kind)}")
         if name == "data":
-            demo = "\n".join(f"# {line.removeprefix('# ')}" for line in _table(DemoDataConfig).splitlines())
-            parts.append(f"# [data] without a source: the demo's drawings\n{demo}")
+            parts.append(_comment("[[data.sources]], with keys that [data] has for all sources", SourceConfig))
+            parts.append(_comment("[data] without a source: the demo's drawings", DemoDataConfig))
     return "\n\n".join(parts) + "\n"
 
 
@@ -40,7 +41,8 @@ def schema_of(stage: str) -> dict[str, Any]:
         else table_schema(kind, all_required=name != "model")  # with `start`, sizes may be missing
         for name, kind in tables_of(stage).items()
     }
-    properties["data"] = {"anyOf": [table_schema(ImageDataConfig), table_schema(DemoDataConfig)]}
+    named = {"anyOf": [{"required": ["source"]}, {"required": ["sources"]}]}
+    properties["data"] = {"anyOf": [table_schema(ImageDataConfig) | named, table_schema(DemoDataConfig)]}
     inputs = {name: {"type": "string", "description": text} for name, text in _inputs().items()}
     properties["inputs"] = {"type": "object", "additionalProperties": False, "properties": inputs}
     schema = {"$schema": SCHEMA, "title": f"Würstchen: training of {stage}", "type": "object"}
@@ -53,6 +55,11 @@ def _inputs() -> dict[str, str]:
 
 def _table(kind: Any) -> str:
     return "\n".join(_line(field.name, field) for field in dataclasses.fields(kind))
+
+
+def _comment(title: str, kind: Any) -> str:
+    lines = (f"# {line.removeprefix('# ')}" for line in _table(kind).splitlines())
+    return "\n".join([f"# {title}", *lines])
 
 
 def _line(name: str, field: dataclasses.Field[Any]) -> str:

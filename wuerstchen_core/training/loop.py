@@ -21,7 +21,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
 from ..common.atomic import remove_drafts
-from .checkpoint import append_row, newest_step, read_checkpoint, truncate_log, weights_name, write_checkpoint
+from .checkpoint import (
+    append_row,
+    newest_step,
+    read_checkpoint,
+    record_weights,
+    truncate_log,
+    weights_name,
+    write_checkpoint,
+)
 from .config import FALLS, LoopConfig
 from .ema import EMA, meta_copy
 from .monitor import Monitor
@@ -224,6 +232,8 @@ class _Run:
             kept = [self.folder / weights_name(self.stage.stem, done)] if keep else []
             for path in [*kept, *([file] if checkpoint else [])]:
                 self.stage.save(path, net, {**self.metadata, "training": {"step": done}})
+            for path in kept:
+                record_weights(path, done)
             if checkpoint:
                 part, network = self.stage.part, getattr(net, self.stage.part, net)
                 if done == self.config.steps and is_in_diffusers(part, network):

@@ -58,7 +58,7 @@ class Monitor:
                 self._write_grid("sheet", done, sample_grid(rows))
                 self._write_preview(to_pictures(rows[-1][:1])[0])
         if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
-            groups = {f"step {done}": images, **({"base model": self.base} if self.base else {})}
+            groups = {f"step {done}": images, **({self.stage.start_title: self.base} if self.base else {})}
             self._write_grid("samples", done, prompt_grid(self.stage.sample.prompts, self.stage.sample.seeds, groups))
             self._write_preview(images[0])
         write_page(self.folder, self.stage.name, done, self.config.steps)

@@ -1,7 +1,8 @@
-"""Writes configurations to start from: of a LoRA, of a fine-tune, and of a whole model from scratch."""
+"""Writes configurations to start from: of LoRAs, embeddings and fine-tunes, and of a whole model from scratch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from string import Template
 from typing import Any
 
 from .. import demo
+from ..checkpoints.components import TOWERS, text_width
 from ..checkpoints.open import open_source
 from ..checkpoints.source import Source
 from ..common.atomic import replace_file
@@ -18,20 +20,33 @@ from ..common.text import check_choice
 from ..common.toml import toml_value, write_toml
 from .config import INPUTS, read_config
 
-RECIPES = {  # by name: the stage, and what it is for
+RECIPES = {  # by name, what it is for
     "lora": "a LoRA of a style or thing",
+    "embedding": "a new word for a style or thing, by textual inversion",
     "finetune": "a fine-tune of Stage C",
     "resolution": "a fine-tune of Stage C for another size",
+    "decoder-lora": "a LoRA of Stage B, for pictures unlike those that it can show",
     "scratch": "all stages of a small model",
 }
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of a model from scratch, in order
-LARGE = 1024  # channels of a prior, from which on the settings for the released models fit
-# Settings by stage: first for small priors like the demo's, then for the released ones.
-SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+LARGE = 1024  # channels, from which on the settings for the released models fit
+# First for small networks like the demo's, then for the released ones.
+Settings = tuple[dict[str, Any], dict[str, Any]]
+EMBEDDING: Settings = (
+    {"steps": 300, "batch": 12, "accumulate": 1, "lr": "2e-2"},
+    {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "5e-3"},
+)
+SETTINGS: Mapping[str, Settings] = {
     "lora": (
         {"steps": 600, "batch": 12, "accumulate": 1, "lr": "1.5e-3", "rank": 8},
         {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "1e-4", "rank": 16},
     ),
+    "decoder-lora": (
+        {"steps": 600, "batch": 8, "accumulate": 1, "lr": "2e-3", "rank": 16},
+        {"steps": 2000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 16},
+    ),
+    "embedding": EMBEDDING,
+    "decoder-embedding": EMBEDDING,
     "prior": (
         {"steps": 1500, "batch": 16, "accumulate": 1, "lr": "3e-4"},
         {"steps": 10_000, "batch": 4, "accumulate": 16, "lr": "1e-5"},
@@ -41,6 +56,13 @@ SCALES = (
     {"weight": "v", "precision": "", "checkpointing": "false"},
     {"weight": "p2", "precision": "bf16", "checkpointing": "true"},
 )
+PURPOSES = {  # of the templates that serve several stages
+    "lora": "a LoRA of a style or thing, from a folder of a dozen to a few thousand pictures",
+    "decoder-lora": "a LoRA of Stage B, which makes it show pictures like those of a folder better",
+    "embedding": "a new word for a style or thing, from a folder of a few to a few dozen pictures",
+    "decoder-embedding": "the same word for the text encoder of Stage B. Train embedding.toml first",
+}
+TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", "channelwise.0", "channelwise.4"]\n'  # of Stage B
 FOLDER = Path(__file__).parent / "templates"
 DEMO_RECIPES = Path(demo.__file__).parent / "recipe"
 
@@ -59,8 +81,9 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
     if recipe == "scratch":
         texts = {stage: _from_scratch(folder, stage, pictures, size or 256) for stage in STAGES}
     else:
-        stage = "lora" if recipe == "lora" else "prior"
-        texts = {stage: _from_template(folder, stage, recipe, [*models], pictures, size)}
+        opened = {model: open_source(model, headers_only=True) for model in models}
+        stages = _stages(recipe, opened)
+        texts = {stage: _from_template(folder, stage, recipe, opened, pictures, size) for stage in stages}
     paths = {folder / f"{stage}.toml": text for stage, text in texts.items()}
     if existing := [str(path) for path in paths if path.exists()]:
         raise ValueError(f"{existing[0]} exists: remove it, or choose another folder")
@@ -74,38 +97,75 @@ def train_arguments(path: Path) -> list[str]:
     return ["train", path.stem, "--config", str(path)]
 
 
+def _stages(recipe: str, opened: Mapping[str, Source]) -> tuple[str, ...]:
+    """Returns the stages that a recipe trains, for the parts of the base model."""
+    if recipe in ("finetune", "resolution"):
+        return ("prior",)
+    prior, decoder, tokens = (_params(opened, part) for part in ("prior", "decoder", "token_decoder"))
+    if recipe == "decoder-lora" and decoder is None and tokens is not None:
+        return ("token-decoder-lora",)
+    if recipe == "embedding" and prior and decoder and text_width(prior) != text_width(decoder):
+        return ("embedding", "decoder-embedding")
+    return (recipe,)
+
+
+def _params(opened: Mapping[str, Source], part: str) -> Any:
+    """Returns the params of a part of the base model; None without it."""
+    return next((one.lazy_part(part).params for one in opened.values() if part in one.networks), None)
+
+
 def _from_template(
-    folder: Path, stage: str, recipe: str, models: list[str], pictures: Path, size: int | None
-) -> str:  # fmt: skip
-    opened = {model: open_source(model, headers_only=True) for model in models}
-    found = {name: model for name, part in INPUTS.items() if (model := _first(opened, part))}
-    if missing := [name for name in ("prior", "encoder", "text") if name not in found]:
-        parts = ", ".join(INPUTS[name].replace("_", " ") for name in missing)
-        raise ValueError(f"{', '.join(models)} has no {parts}: name more files or folders after --model")
-    start = found.pop("prior")
-    inputs = {"prior": start, **found} if stage == "lora" else found
-    params: Any = opened[start].lazy_part("prior").params
-    scale = int(params.c >= LARGE)
+    folder: Path, stage: str, recipe: str, opened: Mapping[str, Source], pictures: Path, size: int | None
+) -> str:
+    base = "prior" if "decoder" not in stage else "token-decoder" if "token" in stage else "decoder"
+    params = _params(opened, INPUTS[base])
+    parts = {**INPUTS, "text": TOWERS[base != "prior"]}
+    found = {name: model for name, part in parts.items() if (model := _first(opened, part, params))}
+    needed = (base, "encoder", "text") if base == "prior" else (base, "vqgan", "encoder", "text")
+    if missing := [name for name in needed if name not in found]:
+        lacking = ", ".join(parts[name].replace("_", " ") for name in missing)
+        raise ValueError(f"{', '.join(opened)} has no {lacking}: name more files or folders after --model")
+    start = found[base]
+    inputs = {name: model for name, model in found.items() if stage != name}
+    scale = int((params.c if base == "prior" else max(params.c_hidden)) >= LARGE)
     own = _own_size(opened[start].metadata, 1024 if scale else 256)
     size = size or nearest_legal(own * 3 // 2 if recipe == "resolution" else own)
-    values = {**SETTINGS[stage][scale], **SCALES[scale], "size": size, "multiple": _multiple(size)}
-    text = Template((FOLDER / f"{stage}.toml").read_text("utf-8"))
+    kind, title = stage.removeprefix("token-"), folder.resolve().name
+    values: dict[str, Any] = {**SETTINGS[kind][scale], **SCALES[scale], "size": size, "multiple": _multiple(size)}
+    name = re.sub(r"[^\w.-]+", "-", title)
+    first = (folder / "embedding" / f"{name}.safetensors").as_posix()
+    blocks = {
+        "weight": "" if base == "token-decoder" else f'weight = "{values["weight"]}"\n',
+        "targets": TARGETS if kind == "decoder-lora" else "",
+        "go_on": f"start = {toml_value(first)}\n" if kind == "decoder-embedding" else "",
+        "sample": (FOLDER / "sample.toml").read_text("utf-8") if base == "prior" else "",
+    }
+    text = Template((FOLDER / f"{kind.removeprefix('decoder-')}.toml").read_text("utf-8"))
     return text.substitute(
-        values,
-        title=folder.resolve().name,
-        quoted_title=toml_value(folder.resolve().name),
-        purpose=f" for {size}x{size} pixels" if recipe == "resolution" else "",
+        values | blocks,
+        stage=stage,
+        title=title,
+        quoted_title=toml_value(title),
+        purpose=f" for {size}x{size} pixels" if recipe == "resolution" else PURPOSES.get(kind, ""),
         command=command(train_arguments(folder / f"{stage}.toml")),
         run=toml_value(folder.as_posix()),
         start=toml_value(start),
         inputs="\n".join(f"{name} = {toml_value(model)}" for name, model in inputs.items()),
         pictures=toml_value(pictures.as_posix()),
         ratio=2.0 if size >= 512 else 1.0,
+        name=toml_value(name),
     )
 
 
-def _first(opened: Mapping[str, Source], part: str) -> str:
-    return next((model for model, source in opened.items() if part in source.networks), "")
+def _first(opened: Mapping[str, Source], part: str, params: Any) -> str:
+    """Returns the source of a part; of a text encoder, of one that has the width that a network with `params` reads."""
+
+    def fits(source: Source) -> bool:
+        if part not in source.networks:
+            return False
+        return part not in TOWERS or params is None or source.lazy_part(part).params.width == text_width(params)
+
+    return next((model for model, source in opened.items() if fits(source)), "")
 
 
 def _multiple(size: int) -> int:

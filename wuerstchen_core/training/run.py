@@ -33,9 +33,9 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     check_tables(config, STAGES[stage].tables)
     loop_config = from_table(LoopConfig, config.get("train", {}), "train")
     loop_config = replace(loop_config, precision=choose_precision(loop_config.precision))
-    trainer = build_stage(stage, config)
     folder, main = Path(config["run"]) / stage, is_main_process()
     with folder_lock(folder) if main else nullcontext():
+        trainer = build_stage(stage, config)
         if main:
             resolved = resolve(stage, {**config, "train": asdict(loop_config)})
             if "model" in STAGES[stage].tables:

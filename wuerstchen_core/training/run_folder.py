@@ -88,11 +88,11 @@ def describe(differences: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of all tables by "[table] key", with lists as JSON has them."""
+    """Returns the values of all tables by "[table] key", with lists and dates as JSON has them."""
     tables = {name: x for name, x in config.items() if isinstance(x, Mapping)}
     flat = {name: x for name, x in config.items() if name not in tables}
     flat |= {f"[{name}] {key}": x for name, table in tables.items() for key, x in table.items() if x is not None}
-    return {key: json.loads(json.dumps(x)) for key, x in flat.items()}
+    return {key: json.loads(json.dumps(x, default=str)) for key, x in flat.items()}
 
 
 def _is_fixed(key: str) -> bool:

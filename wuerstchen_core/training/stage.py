@@ -16,6 +16,7 @@ from .rng import StepRandom
 from .samples import SampleConfig
 
 N = TypeVar("N", bound=nn.Module)
+BASE_TITLE = "base model"  # in grids, of what `base_pipeline` generates
 LATE = 10**9  # a step after all that a stage does only at first
 
 
@@ -77,6 +78,11 @@ class Stage(ABC, Generic[N]):
     def base_pipeline(self) -> WuerstchenPipeline:
         """Returns a pipeline of the model that training starts from, for `use_weights`."""
         return self.pipeline(self.net.eval())
+
+    @property
+    def start_title(self) -> str:
+        """The name of the model at step 0."""
+        return BASE_TITLE
 
     def use_weights(self, pipeline: WuerstchenPipeline, path: Path) -> None:
         """Puts the weights of a file that `save` wrote into a pipeline that `base_pipeline` returned."""

@@ -13,10 +13,11 @@ from .data.demo import DemoDataConfig
 from .data.filters import ImageDataConfig
 from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
+from .data.sources import has_pictures
 from .stages.decoder import DecoderStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
-from .stages.lora import DecoderLoraStage, LoraStage
+from .stages.lora import DecoderLoraStage, LoraStage, TokenDecoderLoraStage
 from .stages.prior import PriorStage
 from .stages.text_encoder import TextStage
 from .stages.token_decoder import TokenDecoderStage
@@ -33,6 +34,7 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         PriorStage,
         LoraStage,
         DecoderLoraStage,
+        TokenDecoderLoraStage,
         EmbeddingStage,
         DecoderEmbeddingStage,
     )
@@ -60,7 +62,7 @@ def resolve(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kind, Field) or name in KEPT:
             continue
         table = config.get(name, {})
-        if name == "data" and "source" not in table:
+        if name == "data" and not has_pictures(table):
             kind = DemoDataConfig
         resolved[name] = asdict(from_table(kind, table, name))
     return resolved

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers.picture_folders import examples, picture, shard, write_folder
 from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.training.data import loading
 from wuerstchen_core.training.data.error_budget import ErrorBudget
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.loading import Batch, BatchLoader
@@ -83,6 +85,17 @@ def test_workers_do_not_change_the_batches(folder: Path) -> None:
         assert torch.equal(batch.images, other.images)
         assert (batch.captions, batch.next) == (other.captions, other.next)
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random numbers are untouched
+
+
+def test_there_are_no_more_workers_by_default_than_cores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(loading, "DataLoader", lambda *_, num_workers, **options: started.append(num_workers) or [])
+    for workers, cores in ((None, 2), (None, 9), (3, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        loader = opened(folder)
+        loader.config = replace(loader.config, workers=workers)
+        list(loader.batches())
+    assert started == [2, loading.WORKERS, 3]
 
 
 def test_two_processes_see_what_one_sees(folder: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...common.atomic import replace_file
@@ -43,6 +43,7 @@ from .latent_cache import EMPTY_TEXT, MANIFEST, CacheConfig, CacheManifest, exam
 from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import configured_cache, open_loader
 from .shards import add_member
+from .sources import has_pictures
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     tables = {table: None for kind in STAGES.values() for table in kind.tables}
     check_tables({"model": {}, **config}, tuple(tables))  # accepts the file of any stage; its [model] is not used
     options = from_table(CacheConfig, config.get("cache", {}), "cache")
-    if "source" not in config.get("data", {}):
+    if not has_pictures(config.get("data", {})):
         raise ValueError("[data] source is missing: name the images to cache (the demo's scenes need no cache)")
     data = from_table(ImageDataConfig, config["data"], "data")
     if configured_cache(data) is not None:
@@ -151,9 +152,7 @@ class _CacheWriter:
             sum(len(indices) for chunks in part.values() for _, indices in chunks) for part in (shards, missing)
         )
         order = [chunk for chunks in missing.values() for chunk in chunks]
-        results = iter(
-            DataLoader(_ChunkReader(self.loader), None, sampler=order, num_workers=self.loader.config.workers)
-        )
+        results = self.loader.results(_ChunkReader(self.loader), order)
         hidden = not accelerator.is_main_process
         with tqdm(total=total, initial=total - to_do, desc="cache", mininterval=2, disable=hidden) as progress:
             for path, chunks in missing.items():

@@ -38,6 +38,7 @@ class ImageDataset(ABC):
     fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
     tokenizer = CaptionTokenizer()
     validation = NO_VALIDATION
+    weighted = False  # True if the losses of some images have other weights than 1
     held_out = 0  # number of examples that are held out for validation
 
     def start_reading(
@@ -64,6 +65,10 @@ class ImageDataset(ABC):
     @abstractmethod
     def images(self, batch: Any) -> Tensor:
         """Returns the images [B, 3, H, W] in [0, 1]."""
+
+    def loss_weights(self, batch: Any) -> Tensor | None:
+        """Returns factors [B, 1, 1, 1] of the losses of a batch's images; None unless the dataset is `weighted`."""
+        return None
 
     def must_compute(self, name: str) -> bool:
         """True unless a cache contains `name`: "latents", "features" or "text"."""

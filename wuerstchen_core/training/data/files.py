@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
@@ -26,6 +25,7 @@ from .held_out import NO_VALIDATION, ValidationConfig
 from .latent_cache import read_empty_text
 from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import configured_cache, open_loader
+from .sources import has_pictures
 from .streams import STREAM
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class FileDataset(ImageDataset):
         self.side = min(min(size) for size in self.config.sizes)
         self.size = most_square(self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
+        self.weighted = any(part.weight != 1 for part in self.config.parts)
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
         self.tokenizer = CaptionTokenizer(self.config.long_captions == CUT)
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
@@ -73,7 +74,7 @@ class FileDataset(ImageDataset):
         )  # fmt: skip
         if isinstance(self._loader, IndexedLoader):
             self.held_out = sum(map(len, self._loader.held_out))
-            self.examples = sum(map(len, self._loader.order.members))
+            self.examples = self._loader.order.images
         self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")
@@ -95,7 +96,8 @@ class FileDataset(ImageDataset):
                 indices = members[start : start + size].tolist()
                 examples = [reader.read_example(result, index, bucket) for index in indices]
                 if readable := [example for example in examples if example is not None]:
-                    yield first, collate(readable), len(readable)
+                    batch = collate([example._replace(weight=1.0) for example in readable])  # comparable losses
+                    yield first, batch, len(readable)
                 first, found = first + len(indices), found + len(readable)
         if not found:
             names = listed(list(result.bad))
@@ -106,6 +108,9 @@ class FileDataset(ImageDataset):
 
     def images(self, batch: Batch) -> Tensor:
         return batch.images.float() / 255
+
+    def loss_weights(self, batch: Batch) -> Tensor | None:
+        return batch.weights[:, None, None, None] if self.weighted else None
 
     def must_compute(self, name: str) -> bool:
         """True unless the cache has these tensors. ValueError if they were computed by another network."""
@@ -157,8 +162,8 @@ class FileDataset(ImageDataset):
         readable = list(islice(filter(None, examples), PREVIEWS))
         if not readable:  # then reading batches will say why
             return None
-        images, texts, _ = zip(*readable, strict=True)
-        return InMemoryDataset(torch.stack(images), list(texts))
+        batch = collate(readable)
+        return InMemoryDataset(batch.images, batch.captions)
 
     def missing_previews(self) -> str:
         if not isinstance(self._loader, IndexedLoader):
@@ -181,7 +186,7 @@ def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: st
     """
     data = config.get("data", {})
     validation = from_table(ValidationConfig, config.get("validation", {}), "validation")
-    if isinstance(data, Mapping) and "source" in data:
+    if has_pictures(data):
         fingerprint_of = cache(partial(weights_fingerprint, config, text_part=text_part))
         return FileDataset(data, captions, fingerprint_of, validation)
     if validation.fraction:

@@ -12,10 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range, option
+from ...common.dataclass_config import Fraction, OneOf, Range, option
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes, nearest_buckets
 from .caption_tokens import CUT, WHOLE
+from .sources import SourceConfig, SourceOptions
 
 AtLeastOne = Annotated[float, Range(least=1)]
 Side = Annotated[int | None, Range(least=1)]
@@ -23,7 +24,7 @@ Probability = Annotated[float | None, Range(least=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig:
+class ImageDataConfig(SourceOptions):
     """The `[data]` table of a run on image files.
 
     The filters, at the end, are off by default; their meanings end with the original's values. An image without a score
@@ -31,7 +32,10 @@ class ImageDataConfig:
     """
 
     source: str | tuple[str, ...] = option(
-        meaning="folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands"
+        "", "folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands"
+    )
+    sources: tuple[SourceConfig, ...] = option(
+        (), "instead of source: an array of tables, for sources with repeats and weights of their own"
     )
     size: int = option(1024, "side of a square in pixels; no bucket has more pixels than that square")
     ratio: AtLeastOne = option(1.0, "largest aspect ratio of the buckets; 1: squares only, as in the original")
@@ -42,7 +46,9 @@ class ImageDataConfig:
     long_captions: Annotated[str, OneOf((WHOLE, CUT))] = option(
         WHOLE, "captions of more than 75 tokens: whole, in pieces of 75, or cut after the first 75"
     )
-    workers: CountOrZero = option(4, "reading processes; 0: the training process reads")
+    workers: Annotated[int | None, Range(least=0)] = option(
+        None, "reading processes; 0: the training process reads; default: 4, or for files here fewer on fewer cores"
+    )
     bad_share: Fraction = option(0.05, "fraction of images, and of shards, that may be unreadable before the run stops")
     allow_pipe: bool = option(False, "allow `pipe:` sources to run their command")
     min_side: Side = option(None, "least pixels of the shorter side (the original: 512)")
@@ -52,8 +58,11 @@ class ImageDataConfig:
     max_unsafe: Probability = option(None, "largest probability of being unsafe, punsafe (0.99)")
 
     def __post_init__(self) -> None:
-        if not self.source or not all([self.source] if isinstance(self.source, str) else self.source):
-            raise ValueError("[data] source is empty: give a folder of images, or shards")
+        for part in self.parts:
+            if not part.source or not all([part.source] if isinstance(part.source, str) else part.source):
+                raise ValueError("[data] source is empty: give a folder of images, or shards")
+        if all(part.regularisation for part in self.parts):
+            raise ValueError("[[data.sources]] are all regularisation sets: add the source to learn from")
         if self.multiple < 64 or self.multiple % 64:
             raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
         if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
@@ -61,18 +70,17 @@ class ImageDataConfig:
         for width, height in self.buckets:
             check_size(width, height)
 
+    @cached_property
+    def parts(self) -> tuple[SourceConfig, ...]:
+        """The sources with the options of each; `source` is one. A cache as `source` is of all `sources`."""
+        parts = self.sources or (SourceConfig(source=self.source),)
+        return tuple(part.with_defaults(self) for part in parts)
+
     @property
     def names(self) -> list[str]:
         """The sources, with {000..127} and {a,b} expanded."""
-        names = [self.source] if isinstance(self.source, str) else list(self.source)
-        if not any("{" in name for name in names):
-            return names
-        from braceexpand import braceexpand
-
-        try:  # unescaped, so that Windows paths stay intact
-            return [expanded for name in names for expanded in braceexpand(name, escape=False)]
-        except ValueError as error:
-            raise ValueError(f"[data] source {names[0]} has an unclosed brace: close it") from error
+        parts = [SourceConfig(source=self.source)] if self.source else self.parts
+        return [name for part in parts for name in part.names]
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Thread
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +26,20 @@ from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .left_out import LeftOut
 from .source import ImageSource
+from .sources import SourceConfig
 
+T = TypeVar("T")
+WORKERS = 4  # by default
 MAX_SUBSTITUTES = 20  # tries to replace an unreadable image
 
-Example = tuple[Tensor, str, dict[str, Tensor]]  # image [3, H, W] uint8 (empty if not needed), caption, cached tensors
+
+class Example(NamedTuple):
+    """An image with its caption."""
+
+    image: Tensor  # [3, H, W] uint8; empty if it is not needed
+    caption: str
+    cached: dict[str, Tensor]  # tensors of a cache by name
+    weight: float = 1.0  # of its loss
 
 
 @dataclass
@@ -36,6 +50,7 @@ class Batch:
     captions: list[str]
     next: int  # the position to start at after this batch
     cached: dict[str, Tensor]  # tensors of a cache, [n, ...] by name
+    weights: Tensor  # [n] of the losses
 
 
 @dataclass
@@ -72,10 +87,17 @@ class BatchLoader(ABC):
     def fingerprint(self) -> str:
         """Returns a hash of all that determines the batches; a run resumes exactly only if it has not changed."""
 
-    def _results(self, dataset: Dataset[ReadResult], order: Iterator[int] | None = None) -> Iterator[ReadResult]:
+    @property
+    def default_workers(self) -> int:
+        """Number of worker processes unless the configuration has one."""
+        return WORKERS
+
+    def results(self, dataset: Dataset[T], order: Iterable[int] | None = None) -> Iterator[T]:
         """Yields the workers' results in order."""
         generator = torch.Generator()  # DataLoader draws an unused seed, by default from torch's global generator
-        yield from DataLoader(dataset, None, sampler=order, num_workers=self.config.workers, generator=generator)
+        workers = self.default_workers if self.config.workers is None else self.config.workers
+        options = {"num_workers": workers, "generator": generator, "worker_init_fn": _end_with_parent}
+        yield from DataLoader(dataset, None, sampler=order, **options)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -89,13 +111,21 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     order: EpochOrder
     held_out: Sequence[np.ndarray] = ()  # the images of each bucket that are for validation, which `order` lacks
 
+    @property
+    def default_workers(self) -> int:
+        return min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
     def batches(self, start: int = 0) -> Iterator[Batch]:
         budget = ErrorBudget("images", self.config.bad_share)
-        for result in self._results(self, itertools.count(start)):
+        for result in self.results(self, itertools.count(start)):
             budget.add(result.read, result.bad)
             if result.batch is None:
                 raise ValueError(f"{len(result.bad)} images in a row cannot be used: {listed(list(result.bad))}")
             yield result.batch
+
+    def part_of(self, index: int) -> SourceConfig:
+        """Returns the options of an example's source."""
+        return self.config.parts[self.source.origins[index]]
 
     def fingerprint(self) -> str:
         settings = self.config.sizes, self.config.crop == "random", self.order.batch, self.order.seed
@@ -104,6 +134,9 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             names = "\n".join(self.source.names[index] for index in members.tolist())
             digest.update(names.encode(errors="surrogatepass"))  # file names that are not UTF-8
             digest.update(drop_fields(self.source.records[members], "line", usemask=False).tobytes())
+        if self.config.sources:
+            counts = [[pool.per_epoch for pool in pools] for pools in self.order.pools]
+            digest.update(repr(counts).encode())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, step: int) -> ReadResult:
@@ -135,15 +168,27 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None
-        return image, caption, cached
+        return Example(image, caption, cached, self.part_of(index).weight)
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends this worker process when its parent has ended. torch itself checks that only while the worker is idle."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:
     """Returns the batch of some examples; `following` is its `next`."""
-    images, captions, tensors = zip(*examples, strict=True)
+    images, captions, tensors, weights = zip(*examples, strict=True)
     cached = {}
     for name in tensors[0]:
         cached[name], mask = pad_states([one[name] for one in tensors])  # texts may differ in length
         if mask is not None:
             cached[f"{name}_mask"] = mask
-    return Batch(torch.stack(images), list(captions), following, cached)
+    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...common.text import listed
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
@@ -22,6 +23,7 @@ from .left_out import kind_of
 from .loading import BatchLoader, IndexedLoader
 from .shards import ShardSource
 from .source import ImageSource
+from .sources import JoinedSource
 from .streams import StreamLoader
 
 log = logging.getLogger(__name__)
@@ -44,44 +46,74 @@ def open_loader(
     options |= {"rank": rank, "world": world}
     names = config.names
     if any(name.startswith(STREAMS) for name in names):
+        if config.sources:
+            raise ValueError("[[data.sources]] names a stream: name streams alone, as source under [data]")
         _check_streams(names, config.allow_pipe)
         if validation.fraction:
             raise ValueError(
                 "[validation] cannot hold out pictures of a stream: download its shards, or remove the table"
             )
         return StreamLoader(urls=names, batch=batch, seed=seed, **options)
-    source = _open_source(config, cache)
+    source = _open_sources(config, cache)
     ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
-    if isinstance(source, ShardSource):
-        ErrorBudget("shards", config.bad_share).add(len(source.paths), source.bad_shards)
+    shards = ErrorBudget("shards", config.bad_share)
+    for part in source.sources if isinstance(source, JoinedSource) else [source]:
+        if isinstance(part, ShardSource):
+            shards.add(len(part.paths), part.bad_shards)
     source.left_out.log()
     members, held_out = _members(source, config, batch * world, captions or "text" in cached, validation)
-    order = EpochOrder(members, batch * world, seed)
+    repeats = _repeats(source, config, members) if config.sources else None
+    order = EpochOrder(members, batch * world, seed, repeats)
     return IndexedLoader(source=source, order=order, held_out=held_out, **options)
 
 
 def configured_cache(config: ImageDataConfig) -> Cache | None:
-    """Returns the cache that is the source of a table, None for other sources.
+    """Returns the cache that is the `source` of a table, None for other sources.
 
-    ValueError if the table names other images too, or random crops.
+    ValueError if the table names other images too, caches several sources or random crops.
     """
-    if any(name.startswith(STREAMS) for name in config.names):
+    for part in config.parts if not config.source else ():
+        if find_cache(part.names):
+            raise ValueError(
+                f"[[data.sources]] names the cache {part.names[0]}: make one cache of all sources, and name it as "
+                "source under [data]"
+            )
+    if (found := find_cache(config.names)) is None:
+        if config.source and config.sources:
+            raise ValueError("[data] has source and sources: move the source into a table [[data.sources]]")
         return None
-    folders = {path if path.is_dir() else path.parent for path in map(Path, config.names)}
+    if config.crop != "centre":
+        raise ValueError(f'[data] crop = "{config.crop}" is impossible: a cache contains centre crops')
+    return Cache(found, read_manifest(found))
+
+
+def find_cache(names: Sequence[str]) -> Path | None:
+    """Returns the folder of a cache whose shards are the source, None for other sources.
+
+    ValueError if other images are named too.
+    """
+    if any(name.startswith(STREAMS) for name in names):
+        return None
+    folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
     # A cache.json alone can be the caption of a cache.png: a cache has shards too.
     caches = [folder for folder in folders if (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))]
     if not caches:
         return None
     if len(folders) > 1:
         raise ValueError("[data] source names a cache and other images: give the shards of one cache alone")
-    if config.crop != "centre":
-        raise ValueError(f'[data] crop = "{config.crop}" is impossible: a cache contains centre crops')
-    return Cache(caches[0], read_manifest(caches[0]))
+    return caches[0]
 
 
-def _open_source(config: ImageDataConfig, cache: Path) -> ImageSource:
+def _open_sources(config: ImageDataConfig, cache: Path) -> ImageSource:
+    """Opens the sources of a table as one source."""
+    if config.source or not config.sources:
+        return _open_source(config.names, cache)
+    names = [listed(part.names, 1) for part in config.parts]
+    return JoinedSource([_open_source(part.names, cache) for part in config.parts], names)
+
+
+def _open_source(names: Sequence[str], cache: Path) -> ImageSource:
     """Opens folders of images, or .tar files and folders of them, as one source."""
-    names = config.names
     for name in names:
         if "://" in name:
             raise ValueError(f"[data] source {name} is not supported: use an http(s):// address or a pipe: command")
@@ -96,7 +128,7 @@ def _open_source(config: ImageDataConfig, cache: Path) -> ImageSource:
     files = [path for part in shards for path in part]
     if wrong := next((path for path in files if not _is_shard(path)), None):
         raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
-    if configured_cache(config):
+    if find_cache(names):
         return CacheSource(files, cache)
     source = ShardSource(files, cache)
     for folder in filter(Path.is_dir, paths):
@@ -140,7 +172,8 @@ def _members(
         reasons = np.where(source.records["line"] > 0, "further captions", reasons)
     elif several := np.count_nonzero(source.records["line"] == 1):
         log.info("%d images have several captions, each of which is an example", several)
-    held_out = hold_out(validation, source.records, buckets, reasons == "")
+    own = ~np.array([part.regularisation for part in config.parts])[source.origins]
+    held_out = hold_out(validation, source.records, buckets, (reasons == "") & own)
     reasons = np.where(held_out, "held out for validation", reasons)
     counts = Counter(reasons.tolist())
     if not len(source):
@@ -159,3 +192,24 @@ def _members(
         note = ", fewer than a batch, so they repeat within it" if 0 < len(part) < batch else ""
         log.info("bucket %dx%d: %d%s", width, height, len(part), note)
     return members, held
+
+
+def _repeats(source: ImageSource, config: ImageDataConfig, members: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns how often an epoch has each image of each bucket, and logs it for each source.
+
+    ValueError if a source has no image that can be used.
+    """
+    counts = np.bincount(source.origins[np.concatenate(members)], minlength=len(config.parts))
+    if empty := [part.names[0] for part, count in zip(config.parts, counts.tolist(), strict=True) if not count]:
+        raise ValueError(
+            f"[[data.sources]] {', '.join(empty)} has no image that can be used: remove it, or see the log"
+        )
+    regular = np.array([part.regularisation for part in config.parts])
+    repeats = np.array([part.repeats for part in config.parts])
+    repeats[regular] = (repeats * counts)[~regular].sum() / max(1, counts[regular].sum())
+    for part, count, own in zip(config.parts, counts.tolist(), repeats.tolist(), strict=True):
+        kind = "regularisation set " if part.regularisation else ""
+        log.info(
+            "%s%s: %d images, %.4g times in an epoch, weight %g", kind, listed(part.names, 1), count, own, part.weight
+        )
+    return [repeats[source.origins[part]] for part in members]

@@ -67,6 +67,11 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def origins(self) -> np.ndarray:
+        """The number [N] of the `[data]` table's source that each example is from."""
+        return np.zeros(len(self), dtype=np.int64)
+
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """Returns the image in RGB."""

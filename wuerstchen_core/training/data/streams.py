@@ -52,7 +52,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         unread, position = set(self.urls), start
         reasons: Counter[str] = Counter()
         left_out = LeftOut()
-        for result in self._results(replace(self, start=start)):
+        for result in self.results(replace(self, start=start)):
             bad_shards = {without_secrets(url): reason for url, reason in result.shards.items() if reason}
             shards.add(len(result.shards), bad_shards)
             images.add(result.read, result.bad)
@@ -136,7 +136,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             return
         for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
             pixels = self.config.crop_image(image, bucket, self.seed, number, found + line + 1)
-            yield own, ("", int(bucket), (pixels, caption, {}))
+            yield own, ("", int(bucket), Example(pixels, caption, {}))
 
 
 def without_secrets(url: str) -> str:

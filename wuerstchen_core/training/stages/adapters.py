@@ -17,6 +17,7 @@ from .diffusion import TEXT_ENCODER
 from .text_tower import train_only
 
 LINEAR = ("lora", "dora")  # the kinds of peft's LoraConfig
+ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,27 @@ def lora_path(path: str) -> str:
 
 
 def target_layers(net: nn.Module, config: AdapterConfig) -> dict[str, Layer]:
-    """Returns the layers to adapt by path. ValueError if a target matches no linear layer, or a pattern no target."""
+    """Returns the layers to adapt by path.
+
+    ValueError if a target matches no linear layer or convolution, or a pattern no target, or for grouped convolutions,
+    whose change is no product of two factors.
+    """
     if not config.targets and not config.text_targets:
         raise ValueError("[lora] targets and text_targets are empty: name layers, such as to_q")
-    names = {path: lora_path(path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+    names = {path: lora_path(path) for path, layer in net.named_modules() if isinstance(layer, ADAPTABLE)}
     found: list[str] = []
     for key, prefix, example in (("targets", NETWORK_PREFIX, "to_q"), ("text_targets", f"{TEXT_ENCODER}.", "q_proj")):
         for target in getattr(config, key):
             paths = [path for path, x in names.items() if x.startswith(prefix) and x.endswith(f".{target}")]
             if not paths:
-                raise ValueError(f"[lora] {key}: no linear layer is called {target!r}; an example is {example}")
+                raise ValueError(
+                    f"[lora] {key}: no linear layer or convolution is called {target!r}; an example is {example}"
+                )
             found += paths
     chosen = {path: names[path] for path in found}
+    if grouped := [path for path in chosen if getattr(net.get_submodule(path), "groups", 1) > 1]:
+        if config.kind in LINEAR:
+            raise ValueError(f'[lora] {grouped[0]} is a depthwise convolution: set kind to "loha" or "lokr" for it')
     ranks, alphas = (_matches(key, getattr(config, key) or {}, chosen) for key in ("rank_pattern", "alpha_pattern"))
     layers = {}
     for path, name in chosen.items():

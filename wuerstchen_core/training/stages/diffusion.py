@@ -20,7 +20,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import N, Stage
-from .losses import NoiseConfig, TimesConfig, draw_times, freeze_fast_times, noise_loss
+from .losses import NoiseConfig, TimesConfig, draw_noise, draw_times, freeze_fast_times, noise_loss
 from .networks import encode_text, load_frozen, read_input
 
 TEXT_ENCODER = "text_encoder"  # the submodule of a network that is trained together with its text encoder
@@ -77,9 +77,10 @@ class DiffusionStage(Stage[N]):
 
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
         """Returns the network's noisy input at times t [B], then the tensors that the loss compares its output with."""
+        assert isinstance(self.noise, NoiseConfig)
         latents = self.latents(picked)
-        noise = rng.normal(*latents.shape[1:])
-        return diffuse(latents, t, noise), noise
+        added, predicted = draw_noise(self.noise, latents.shape[1:], rng)
+        return diffuse(latents, t, added), predicted
 
     @abstractmethod
     def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
@@ -89,12 +90,12 @@ class DiffusionStage(Stage[N]):
         text, mask = self.text(picked, rng, self.noise.text_drop)
         conditioning = self.conditioning(picked, rng)
         t = draw_times(self.noise, step, rng)
-        return *self.noised(picked, t, rng), t, *conditioning, text, mask
+        return self.dataset.loss_weights(picked), *self.noised(picked, t, rng), t, *conditioning, text, mask
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         assert isinstance(self.noise, NoiseConfig)
-        latents, noise, t, *cond = batch
-        return noise_loss(self.noise, net(latents, t, *cond), noise, t)
+        weights, latents, noise, t, *cond = batch
+        return noise_loss(self.noise, net(latents, t, *cond), noise, t, weights)
 
     def validation_loss(self, net: N, picked: Any, rng: StepRandom) -> Tensor:
         """Returns the loss at evenly spread times, whatever the table [noise] is; no caption or feature is dropped."""

@@ -26,6 +26,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
+from .losses import squared_error
 from .networks import load_or_create
 
 
@@ -119,13 +120,13 @@ class EncoderStage(Stage[Compressor]):
         images = self.dataset.images(picked)
         height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
         noise = rng.normal(self.net.image_encoder.params.c_latent, height, width)
-        return images, noise * expand(rng.uniform() * self.options.noise, noise)
+        return self.dataset.loss_weights(picked), images, noise * expand(rng.uniform() * self.options.noise, noise)
 
     def loss(self, net: Compressor, *batch: Any) -> Tensor:
-        images, noise = batch
+        weights, images, noise = batch
         out = net(images, noise).float()
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
-        return F.mse_loss(out, target)
+        return squared_error(out, target, weights)
 
     def samples(self, net: Compressor, validation: InMemoryDataset) -> list[Tensor]:
         images = validation.images(validation.evenly_spaced(24)).to(next(net.parameters()).device)

@@ -10,18 +10,21 @@ from torch import nn
 
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
+from ...models.attention import split_projections
 from ...models.decoder import Decoder
 from ...models.prior import Prior
 from ...models.text_encoder import TextEncoder
+from ...models.token_decoder import TokenDecoder
 from ..samples import SampleConfig
-from ..stage import N
+from ..stage import BASE_TITLE, N
 from .adapters import AdapterConfig, attach
 from .decoder import DecoderStage
 from .lora_output import load_adapters, write_lora
-from .losses import DecoderNoiseConfig, NoiseConfig
+from .losses import DecoderNoiseConfig, NoiseConfig, TokenNoiseConfig
 from .networks import input_source, load_frozen
 from .prior import PriorStage
 from .text_tower import TextTowerStage, attach_text_encoder
+from .token_decoder import TokenDecoderStage
 
 
 class AdapterStage(TextTowerStage[N]):
@@ -35,8 +38,10 @@ class AdapterStage(TextTowerStage[N]):
         if self.noise.slow_times:
             raise ValueError("[noise] slow_times is not for a LoRA, which trains no time mappers: remove it")
         self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
-        self.bases = [input_source(config, self.network)]
-        net: N = load_frozen(config, self.network, nn.Module)  # type: ignore[assignment]
+        stage = self.network.replace("_", "-")
+        self.bases = [input_source(config, stage)]
+        net: N = load_frozen(config, stage, nn.Module)  # type: ignore[assignment]
+        split_projections(net)
         if self.adapters.text_targets:
             self.inputs = {name: x for name, x in self.inputs.items() if name != "text"}
             self.bases.append(input_source(config, "text"))
@@ -48,6 +53,10 @@ class AdapterStage(TextTowerStage[N]):
 
     def sampling(self) -> dict[str, Any]:
         return {}  # those of the model that it is applied to
+
+    @property
+    def start_title(self) -> str:
+        return f"{BASE_TITLE} + {Path(self.adapters.start).name}" if self.adapters.start else BASE_TITLE
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         newest = Path(self.config["run"]) / self.name / f"{self.stem}.safetensors"  # others are kept or exported
@@ -73,3 +82,10 @@ class DecoderLoraStage(AdapterStage[Decoder], DecoderStage):
 
     name = "decoder-lora"
     tables = {"noise": DecoderNoiseConfig, "lora": AdapterConfig}
+
+
+class TokenDecoderLoraStage(AdapterStage[TokenDecoder], TokenDecoderStage):
+    """Adapters of v1's Stage B."""
+
+    name = "token-decoder-lora"
+    tables = {"noise": TokenNoiseConfig, "lora": AdapterConfig}

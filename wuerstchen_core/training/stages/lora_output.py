@@ -61,8 +61,8 @@ def write_lora(
     """Writes the adapters of `attach` with the names that ComfyUI's LoRA loaders read, and beside them `for_others`.
 
     These are a file for diffusers' pipeline of a prior (LoRA and DoRA), or else a folder for peft, without the text
-    encoder. The tensors include alpha / rank, since not every reader supports alpha (diffusers' `load_lora_adapter`
-    does not) and all take a missing alpha for the rank.
+    encoder; there is none of v1's Stage B, which no other program has. The tensors include alpha / rank, since not
+    every reader supports alpha (diffusers' `load_lora_adapter` does not) and all take a missing alpha for the rank.
     """
     tensors = {
         at: {name: x * layers[at].scale if name in _SCALED else x for name, x in one.items()}
@@ -75,10 +75,11 @@ def write_lora(
         if part != "prior":
             name = name.replace(TEXT, f"text_encoders.{COMFYUI_CLIPS['decoder']}.transformer.text_model.")
         for key, x in one.items():
-            state[f"{name}.{_COMFYUI.get(key, key)}"] = x[:, None] if key == "lora_magnitude_vector" else x
+            is_norm = key == "lora_magnitude_vector"  # [out], of a convolution [1, out, 1, 1]
+            state[f"{name}.{_COMFYUI.get(key, key)}"] = x.view(-1, *[1] * max(1, x.ndim - 1)) if is_norm else x
             renamed[f"{name.replace(NETWORK_PREFIX, 'prior.')}.{_DIFFUSERS.get(key, key)}"] = x
     write_tensors(path, state, header)
-    if not for_others:
+    if not for_others or part == "token_decoder":
         return
     if part == "prior" and config.kind in LINEAR:
         write_tensors(path.with_name(DIFFUSERS_FILE), renamed, header)
@@ -142,7 +143,8 @@ def _load(tensors: dict[str, Tensor], adapter: Adapter, config: AdapterConfig, l
     scale = (1.0 if alpha is None or rank is None else float(alpha) / rank) / layer.scale
     for name, x in tensors.items():
         value = values[_READ.get(name, name)]
-        value = value.flatten() if name == "lora_magnitude_vector" and value.shape[-1] == 1 else value
+        if name == "lora_magnitude_vector" and len(value) == x.numel():
+            value = value.view(x.shape)
         if value.shape != x.shape:
             shapes = " and not ".join("x".join(map(str, one.shape)) for one in (value, x))
             ranks = f" (rank {rank}; here it is {layer.rank})" if rank is not None and rank != layer.rank else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Positive, Range, option
+from ...common.dataclass_config import CountOrZero, Fraction, NotNegative, OneOf, Positive, Range, option
 from ...diffusion.schedule import alpha_bar, diffuse, expand, p2_weight, training_times
 from ...models.layers import TIME_SCALE, TimestepBlock, time_frequencies
 from ...models.prior import PriorParams, features_from_latents, latents_from_features
@@ -30,8 +31,18 @@ class TimesConfig:
     6100 steps of all times.)
     `slow_times` does not train the inputs of the time mappers that oscillate more than 16 times from t = 0 to 1: they
     are noise to a training of a few thousand steps.
+    `distribution`: `original`, even, with 7.5 % of the times exactly 1; `uniform`, without these; or `logit_normal`, of
+    which `logit_mean` and `logit_std` move and widen the peak (arXiv 2403.03206, section 3.1).
     """
 
+    distribution: Annotated[str, OneOf(("original", "uniform", "logit_normal"))] = option(
+        "original", "of the times: original, even with 7.5 % at pure noise; uniform; or logit_normal"
+    )
+    logit_mean: float = option(0.0, "logit_normal: 0 for a peak at t = 0.5, above 0 nearer to pure noise")
+    logit_std: Positive = option(1.0, "logit_normal: width of the peak")
+    time_range: tuple[Fraction, Fraction] = option(
+        (0.0, 1.0), "least and largest time, to which the distribution is scaled"
+    )
     stratified: bool = option(False, "spread the times of a batch evenly")
     focus: Positive = option(1.0, "above 1, more times near pure noise: 1 - (1 - t)**focus instead of t")
     regression: int = option(0, "first steps, all at one time with almost pure noise")
@@ -39,6 +50,11 @@ class TimesConfig:
     text_drop: Fraction = option(
         0.05, 'fraction of captions replaced by ""; the original empties as many whole batches'
     )
+
+    def __post_init__(self) -> None:
+        low, high = self.time_range
+        if low >= high:
+            raise ValueError(f"[noise] time_range must be the least and the largest time, got {list(self.time_range)}")
 
 
 @dataclass(frozen=True)
@@ -52,13 +68,21 @@ class NoiseConfig(TimesConfig):
     `x0`, the product of both, is the squared error of the image itself; unlike `v`, it is small near t = 0.
     `min_snr`, min(1, gamma / SNR) with SNR = alpha_bar / (1 - alpha_bar), gives all times with an SNR up to gamma the
     same weight (arXiv 2303.09556, equation 4 for predicted noise).
+    `debiased`, 1 / sqrt(SNR): arXiv 2310.08442. `none`: 1, as in diffusers' script.
+    `loss`: `huber` is half the squared error up to `huber_delta`, and linear beyond it.
+    `offset` adds noise that is constant in each channel, which the network predicts too
+    (www.crosslabs.org/blog/diffusion-with-offset-noise). `perturbation`, only to its input (arXiv 2301.11706).
     """
 
-    weight: Annotated[str, OneOf(("p2", "v", "x0", "min_snr"))] = option(
-        "p2", "weight of the squared error: p2 as in the original, v, x0 or min_snr"
+    weight: Annotated[str, OneOf(("p2", "v", "x0", "min_snr", "debiased", "none"))] = option(
+        "p2", "weight of the error: p2 as in the original, v, x0, min_snr, debiased or none"
     )
     cap: float = option(40.0, "largest weight of v and x0, before the factor of x0")
     min_snr_gamma: Positive = option(5.0, "gamma of min_snr")
+    loss: Annotated[str, OneOf(("mse", "l1", "huber"))] = option("mse", "error: mse, l1 or huber")
+    huber_delta: Positive = option(1.0, "error from which on huber is linear")
+    offset: NotNegative = option(0.0, "scale of further noise that is constant in each channel, such as 0.05")
+    perturbation: NotNegative = option(0.0, "scale of further noise in the network's input, such as 0.1")
 
 
 @dataclass(frozen=True)
@@ -83,11 +107,26 @@ class TokenNoiseConfig(FeatureCorruption):
 
 
 def draw_times(config: TimesConfig, step: int, rng: StepRandom) -> Tensor:
-    """Returns training times [n] of a step. After the regression, 7.5 % are exactly 1 whatever the focus."""
+    """Returns training times [n] of a step. After the regression, 7.5 % of `original` are exactly 1 for every focus."""
     if step < config.regression:
         return torch.full((len(rng),), REGRESSION_TIME)
     uniform = rng.strata() if config.stratified else rng.uniform()
-    return 1 - (1 - training_times(uniform)) ** config.focus
+    if config.distribution == "original":
+        t = training_times(uniform)
+    elif config.distribution == "uniform":
+        t = 1 - uniform
+    else:
+        t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(uniform))
+    low, high = config.time_range
+    return low + (high - low) * (1 - (1 - t) ** config.focus)
+
+
+def draw_noise(config: NoiseConfig, shape: Sequence[int], rng: StepRandom) -> tuple[Tensor, Tensor]:
+    """Returns the noise [n, c, h, w] to add to latents of `shape` [c, h, w], and the noise to predict."""
+    noise = rng.normal(*shape)
+    if config.offset:
+        noise = noise + config.offset * rng.normal(shape[0], 1, 1)
+    return (noise + config.perturbation * rng.normal(*shape) if config.perturbation else noise), noise
 
 
 def freeze_fast_times(net: nn.Module) -> None:
@@ -100,18 +139,40 @@ def freeze_fast_times(net: nn.Module) -> None:
 
 
 def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
-    """Returns the weight of the squared noise error at times t."""
+    """Returns the weight of the noise error at times t."""
+    if config.weight == "none":
+        return torch.ones_like(t)
     if config.weight == "p2":
         return p2_weight(t)
     if config.weight == "min_snr":
         return (config.min_snr_gamma * (1 / alpha_bar(t) - 1)).clamp(max=1)
+    if config.weight == "debiased":
+        return (1 / alpha_bar(t) - 1).sqrt()
     v_weight = (1 / alpha_bar(t)).clamp(max=config.cap)
     return v_weight * p2_weight(t) if config.weight == "x0" else v_weight
 
 
-def noise_loss(config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Returns the weighted mean squared error of the predicted noise (scalar)."""
-    per_sample = F.mse_loss(predicted.float(), noise, reduction="none").flatten(1).mean(1)
+def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean squared error (scalar); `weights` [B, 1, 1, 1] are factors of the samples' errors."""
+    if weights is None:
+        return F.mse_loss(predicted, target)
+    return (F.mse_loss(predicted, target, reduction="none") * weights).mean()
+
+
+def noise_error(config: NoiseConfig, predicted: Tensor, noise: Tensor) -> Tensor:
+    """Returns the error of each number of the predicted noise."""
+    if config.loss == "huber":
+        return F.huber_loss(predicted, noise, reduction="none", delta=config.huber_delta)
+    error = F.l1_loss if config.loss == "l1" else F.mse_loss
+    return error(predicted, noise, reduction="none")
+
+
+def noise_loss(
+    config: NoiseConfig, predicted: Tensor, noise: Tensor, t: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Returns the weighted mean error of the predicted noise (scalar); `weights` as in `squared_error`."""
+    error = noise_error(config, predicted.float(), noise)
+    per_sample = (error if weights is None else error * weights).flatten(1).mean(1)
     return (per_sample * noise_weight(config, t)).mean()
 
 
@@ -120,9 +181,15 @@ def token_weight(replaced: Tensor, t: Tensor) -> Tensor:
     return 1 - 0.7 * (~replaced).float() * (1 - t[:, None, None])
 
 
-def token_loss(config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replaced: Tensor, t: Tensor) -> Tensor:
-    """Returns the weighted cross entropy (scalar) of logits [B, K, H, W] with clean tokens [B, H, W]."""
+def token_loss(
+    config: TokenNoiseConfig, logits: Tensor, tokens: Tensor, replaced: Tensor, t: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Returns the weighted cross entropy (scalar) of logits [B, K, H, W] with clean tokens [B, H, W].
+
+    `weights` [B, 1, 1] are factors of the samples' losses.
+    """
     entropy = F.cross_entropy(logits.float(), tokens, reduction="none", label_smoothing=config.smoothing)
+    entropy = entropy if weights is None else entropy * weights
     weight = token_weight(replaced, t)
     return ((entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
 

@@ -68,6 +68,8 @@ class TextStage(Stage[Contrast]):
     def __init__(self, config: Mapping[str, Any]):
         options = from_table(TextConfig, config.get("text", {}), "text")
         self.config, self.dataset = config, open_dataset(config)
+        if self.dataset.weighted:
+            raise ValueError("[[data.sources]] weight is not for text, whose loss compares whole batches: remove it")
         self.tokenizer = CaptionTokenizer(cut=True)  # one vector describes a caption
         self.frozen = [self.encoder] if self.dataset.must_compute("features") else []
         self.features = self._features(self.dataset)

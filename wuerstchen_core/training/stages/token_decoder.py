@@ -57,7 +57,7 @@ class TokenDecoderStage(StageB[TokenDecoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.noise = from_table(TokenNoiseConfig, config.get("noise", {}), "noise")
         codes = from_table(CodesConfig, config.get("codes", {}), "codes")
-        self.net = load_or_create(config, "token_decoder", TokenDecoder)
+        self.net = self.build(config)
         super().__init__(config)
         self.frozen = [*self.frozen, self.vqgan]  # quantizes latents even if these are cached
         codebook = self.vqgan.vquantizer.codebook.weight
@@ -71,6 +71,10 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         to_tokens = partial(encode_tokens, self.vqgan)
         self.latents = self.dataset.map_images("latents", lambda x: encode_latents(self.vqgan, x), to_tokens)
 
+    def build(self, config: Mapping[str, Any]) -> TokenDecoder:
+        """Returns the network to train."""
+        return load_or_create(config, "token_decoder", TokenDecoder)
+
     def noised(self, picked: Any, t: Tensor, rng: StepRandom) -> tuple[Tensor, ...]:
         tokens = self.latents(picked)
         shape, count = tokens.shape[1:], tokens[0].numel()
@@ -81,8 +85,9 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         return noised, tokens, replaced, indices
 
     def loss(self, net: TokenDecoder, *batch: Any) -> Tensor:
-        noised, tokens, replaced, indices, t, features, text, mask = batch
-        return token_loss(self.noise, net(noised, t, features, text, indices, mask), tokens, replaced, t)
+        weights, noised, tokens, replaced, indices, t, features, text, mask = batch
+        logits = net(noised, t, features, text, indices, mask)
+        return token_loss(self.noise, logits, tokens, replaced, t, None if weights is None else weights[..., 0])
 
     def reconstruct(
         self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.dataclass_config import Count, CountOrZero, Fraction, from_table, option
@@ -23,6 +22,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
+from .losses import squared_error
 from .networks import load_or_create
 
 
@@ -47,17 +47,22 @@ class Autoencoder(nn.Module):
             scale.data.fill_(vqgan.params.scale_factor)
             scale.requires_grad_(False)
 
-    def forward(self, images: Tensor, quantized: int | None, init_codebook: bool) -> Tensor:
-        """Returns the loss of images [B, 3, H, W], of which `quantized` are decoded from codes (None: no codebook)."""
+    def forward(
+        self, images: Tensor, quantized: int | None, init_codebook: bool, weights: Tensor | None = None
+    ) -> Tensor:
+        """Returns the loss of images [B, 3, H, W], of which `quantized` are decoded from codes (None: no codebook).
+
+        `weights` [B, 1, 1, 1] are factors of the images' losses.
+        """
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
             self.init_codebook(latents.detach())
         if quantized is not None:
-            codes = self.vqgan.quantize(latents)
+            codes = self.vqgan.quantize(latents, weights)
             loss = codes.codebook_loss + 0.25 * codes.commit_loss
             latents = torch.cat([codes.latents[:quantized], latents[quantized:]])
-        return loss + F.mse_loss(self.vqgan.decode(latents), images)
+        return loss + squared_error(self.vqgan.decode(latents), images, weights)
 
     @torch.no_grad()
     def init_codebook(self, latents: Tensor) -> None:
@@ -93,13 +98,13 @@ class VQGANStage(Stage[Autoencoder]):
         room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
         corners = margin + (rng.uniform(2) * (room + 1)).long()
         crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
-        return torch.stack(crops), step + 1
+        return self.dataset.loss_weights(picked), torch.stack(crops), step + 1
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
-        images, step = batch
+        weights, images, step = batch
         start = self.options.quantize_from
         quantized = int(len(images) * self.options.quantized) if self.pretrained or step > start else None
-        return net(images, quantized, init_codebook=not self.pretrained and step == start)
+        return net(images, quantized, init_codebook=not self.pretrained and step == start, weights=weights)
 
     def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
         """Returns images, and their reconstructions without and with quantizing."""

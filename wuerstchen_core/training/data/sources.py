@@ -1,0 +1,109 @@
+"""The sources of a `[data]` table: its own `source`, or an array of tables `[[data.sources]]`, joined to one.
+
+A key of `SourceOptions` is in `[data]`, for all sources, and in each of `[[data.sources]]`, for that source alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...common.dataclass_config import NotNegative, Positive, option
+from .left_out import LeftOut
+from .source import RECORD_FIELDS, ImageSource
+
+JOINED_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # the digest is of the source's whole record
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Keys of `[data]` and of each of `[[data.sources]]`; None there: that of `[data]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(SourceOptions):
+    """A table of `[[data.sources]]`."""
+
+    source: str | tuple[str, ...] = option(meaning="as [data] source, but no streams and caches")
+    repeats: Positive = option(
+        1.0, "how often an epoch has each picture; below 1, it has that fraction of the pictures"
+    )
+    weight: NotNegative = option(1.0, "factor of the loss of its pictures")
+    regularisation: bool = option(
+        False, "a regularisation set: repeats are chosen so that an epoch has as many of its pictures as of all others"
+    )
+
+    def __post_init__(self) -> None:
+        if self.regularisation and self.repeats != 1:
+            raise ValueError("[[data.sources]] has repeats of a regularisation set, which are computed: remove one")
+
+    @property
+    def names(self) -> list[str]:
+        """The folders and files, with {000..127} and {a,b} expanded."""
+        names = [self.source] if isinstance(self.source, str) else list(self.source)
+        if not any("{" in name for name in names):
+            return names
+        from braceexpand import braceexpand
+
+        try:  # unescaped, so that Windows paths stay intact
+            return [expanded for name in names for expanded in braceexpand(name, escape=False)]
+        except ValueError as error:
+            raise ValueError(f"[data] source {names[0]} has an unclosed brace: close it") from error
+
+    def with_defaults(self, data: SourceOptions) -> SourceConfig:
+        """Returns this table with the options of `[data]` in place of those that it lacks."""
+        names = [field.name for field in fields(SourceOptions) if getattr(self, field.name) is None]
+        return replace(self, **{name: getattr(data, name) for name in names})
+
+
+def has_pictures(data: Any) -> bool:
+    """True if a `[data]` table names sources; otherwise it is of the demo's drawings."""
+    return isinstance(data, Mapping) and ("source" in data or "sources" in data)
+
+
+class JoinedSource(ImageSource):
+    """The examples of several sources, one source after another."""
+
+    def __init__(self, sources: Sequence[ImageSource], names: Sequence[str]):
+        """`names` are those of the sources, for the log."""
+        self.sources, self.left_out = list(sources), LeftOut()
+        self.names, self.bad = [], {}
+        for source, name in zip(sources, names, strict=True):
+            self.names += [f"{name}: {own}" for own in source.names]
+            self.bad |= {f"{name}: {own}": reason for own, reason in source.bad.items()}
+            self.left_out.take(source.left_out, f"{name}: ")
+        self.records = np.concatenate([_joined_records(source.records) for source in sources])
+        self._starts = np.cumsum([0, *map(len, sources)])
+
+    @cached_property
+    def origins(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.sources)), np.diff(self._starts))
+
+    def image(self, index: int) -> Image.Image:
+        source, own = self._locate(index)
+        return source.image(own)
+
+    def caption(self, index: int) -> str:
+        source, own = self._locate(index)
+        return source.caption(own)
+
+    def _locate(self, index: int) -> tuple[ImageSource, int]:
+        """Returns the source of an example, and its index there."""
+        number = int(self.origins[index])
+        return self.sources[number], index - int(self._starts[number])
+
+
+def _joined_records(records: np.ndarray) -> np.ndarray:
+    """Returns records [N] of JOINED_FIELDS."""
+    out = np.empty(len(records), dtype=JOINED_FIELDS)
+    for name, _ in RECORD_FIELDS:
+        out[name] = records[name]
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in records)
+    out["digest"] = np.frombuffer(b"".join(digests), dtype="<u8")
+    return out
