@@ -115,9 +115,14 @@ def test_only_the_file_named_by_output_is_overwritten(
     assert capsys.readouterr().out.split() == ["a-red-apple-on-blue.png", "a-red-apple-on-blue-2.png"]
     (here / "mine.png").write_bytes(b"old")
     assert run(*command, "--output", "mine.png") == 0
+    (here / "mine-1.png").write_bytes(b"old")
+    capsys.readouterr()
+    assert run(*command, "--output", "mine.png", "--count", "2") == 0
+    assert capsys.readouterr().out.split() == ["mine-2.png", "mine-3.png"]
+    assert (here / "mine-1.png").read_bytes() == b"old"
     assert Image.open(here / "mine.png").size == (128, 64)
     assert sorted(path.name for path in here.iterdir()) == [
-        "a-red-apple-on-blue-2.png", "a-red-apple-on-blue.png", "mine.png",
+        "a-red-apple-on-blue-2.png", "a-red-apple-on-blue.png", "mine-1.png", "mine-2.png", "mine-3.png", "mine.png",
     ]  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from wuerstchen_core.common.atomic import remove_drafts, replace_file
+from wuerstchen_core.common.atomic import create_file, remove_drafts, replace_file
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -48,3 +51,37 @@ def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_drafts(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["c.txt", "mine.part"]
+
+
+def test_a_new_file_never_replaces_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [tmp_path / f"{i}.txt" for i in range(4)]
+    names[0].write_text("old", "utf-8")
+    assert create_file(names, lambda draft: draft.write_text("a", "utf-8")) == names[1]
+
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr("os.link", no_links)
+    assert create_file(names, lambda draft: draft.write_text("b", "utf-8")) == names[2]
+    assert [path.read_text("utf-8") for path in names[:3]] == ["old", "a", "b"]
+    assert sorted(tmp_path.iterdir()) == names[:3]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes cannot be looked up")
+def test_drafts_of_dead_processes_are_removed_by_the_next_write(tmp_path: Path) -> None:
+    def write(draft: Path) -> None:
+        draft.touch()
+        drafts.append(draft)
+
+    drafts: list[Path] = []
+    replace_file(tmp_path / "first" / "a.txt", write)
+    own = f"-{os.getpid()}-"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for pid in (process.pid, os.getpid()):
+        (tmp_path / drafts[0].name.replace(own, f"-{pid}-")).touch()
+    (tmp_path / ".b.txt.other-1-2.part").touch()  # of another machine
+    replace_file(tmp_path / "a.txt", write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([
+        drafts[0].name, ".b.txt.other-1-2.part", "a.txt", "first",
+    ])  # fmt: skip

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
@@ -61,7 +64,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         logging.getLogger(PACKAGE).setLevel(logging.INFO)
     try:
         check_versions()
-        with flushed_stdout():
+        with flushed_stdout(), _ended_by_signal():
             options.run(options)
     except KeyboardInterrupt:
         return _fail("interrupted; no file is half-written", INTERRUPTED)
@@ -87,6 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     for module in MODULES:
         module.add(commands)
     return parser
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Makes SIGTERM end the process as an error does, which removes drafts, not at once."""
+
+    def end(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _escape(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .progress import StepBar
-from .save import check_output, output_path, save_image
+from .save import check_output, save_output
 
 if TYPE_CHECKING:
     from ..inference.pipeline import WuerstchenPipeline
@@ -145,8 +145,8 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
         with StepBar(f"image {i + 1} of {count}: " if count > 1 else "") as callback:
             images = method(seed=seed, callback=callback, **arguments, **changes)
         for image in images:
-            path = output_path(options.output, title, len(saved) if count * len(images) > 1 else None)
-            save_image(image, path, options.metadata)
+            number = len(saved) if count * len(images) > 1 else None
+            path = save_output(image, options.output, title, number, options.metadata)
             saved.append({"path": str(path), "seed": seed, "seconds": callback.seconds})
             if not options.json:
                 sys.stdout.write(f"{path}\n")

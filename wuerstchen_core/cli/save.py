@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.atomic import replace_file
+from ..common.atomic import create_file, replace_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,21 +33,31 @@ def check_output(output: Path | None) -> None:
         raise ValueError(f"{output} has no supported image format: choose one of {', '.join(FORMATS)}")
 
 
-def output_path(output: Path | None, title: str, number: int | None) -> Path:
-    """Returns the path of an image; `number` is its index if a run has more than one.
+def save_output(image: Image.Image, output: Path | None, title: str, number: int | None, metadata: bool) -> Path:
+    """Writes an image and returns its path; `number` is its index if a run has more than one.
 
-    Only a file named by `output` is overwritten. Default names get a number if the file exists.
+    Only a file named by `output` is overwritten. Other names get the next number that is free, and no two processes
+    the same.
     """
-    if output is not None and not output.is_dir():
-        return output if number is None else output.with_stem(f"{output.stem}-{number + 1}")
-    folder, stem = output or Path(), slug(title)
-    names = (f"{stem}{f'-{i}' if i > 1 else ''}.png" for i in itertools.count(1))
-    return next(folder / name for name in names if not (folder / name).exists())
+    if output is None or output.is_dir():
+        folder, stem = output or Path(), slug(title)
+        names = (folder / f"{stem}{f'-{i}' if i > 1 else ''}.png" for i in itertools.count(1))
+    elif number is None:
+        save_image(image, output, metadata)
+        return output
+    else:
+        names = (output.with_stem(f"{output.stem}-{i}") for i in itertools.count(number + 1))
+    ending = ".png" if output is None or output.is_dir() else output.suffix
+    return create_file(names, _writer(image, ending, metadata))
 
 
 def save_image(image: Image.Image, path: Path, metadata: bool = True) -> None:
     """Writes an image atomically, with the texts that say how it was made unless `metadata` is False."""
+    replace_file(path, _writer(image, path.suffix, metadata))
+
+
+def _writer(image: Image.Image, ending: str, metadata: bool) -> Callable[[Path], None]:
+    """Returns a function that writes an image to a path in the format of an ending."""
     if not metadata:
         image.info.clear()
-    kind = FORMATS[path.suffix.lower()]
-    replace_file(path, lambda draft: image.save(draft, format=kind, quality=95))
+    return lambda path: image.save(path, format=FORMATS[ending.lower()], quality=95)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection
-from contextlib import suppress
+import platform
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
 # Looked up by name: no system has all of them.
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # tells apart the processes of machines that share a disk
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 
 
@@ -19,18 +23,75 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Creates the folder. On any error it removes the draft and leaves `path` unchanged. OSError names path and reason.
     """
-    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
+    with _draft(path) as draft:
+        write(draft)
+        _sync(draft)
+        os.replace(draft, path)
+
+
+def create_file(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
+    """Writes a file as `replace_file` under the first of `paths`, all in one folder, that does not exist; returns it.
+
+    Never replaces a file, also not one that another process creates meanwhile.
+    """
+    candidates = iter(paths)
+    path = next(candidates)
+    with _draft(path) as draft:
+        write(draft)
+        _sync(draft)
+        while True:
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                path = next(candidates)
+            except OSError:  # a file system without links
+                with suppress(FileExistsError):
+                    path.open("x").close()
+                    os.replace(draft, path)
+                    return path
+                path = next(candidates)
+            else:
+                return path
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Yields the path of a draft, and removes it afterwards."""
+    draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        _remove_left_drafts(path.parent)
+        yield draft
     except OSError as error:
         raise OSError(f"{path} was not written: {reason(error)}") from error
     finally:
         with suppress(OSError):  # if the folder itself is missing or locked
             draft.unlink()
+
+
+@cache
+def _remove_left_drafts(folder: Path) -> None:
+    """Removes the drafts in a folder that killed processes of this machine left; once, for a folder has many files."""
+    for draft in folder.glob(f".*.{_HOST}-*-*.part"):
+        pid = draft.name.split("-")[-2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            draft.unlink(missing_ok=True)
+
+
+def _sync(draft: Path) -> None:
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _is_running(pid: int) -> bool:
+    """True if there is a process of this number; on Windows, which would end it instead, always."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
