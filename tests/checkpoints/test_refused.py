@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import describe, load_prior, load_vqgan, read_metadata, read_part
 from wuerstchen_core.checkpoints.key_maps import LORA
+from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.source import ForeignFile
 from wuerstchen_core.models.prior import Prior
@@ -194,3 +196,19 @@ def test_stable_cascade_is_named_whatever_saved_it(
     torch.save(wrap(make()), tmp_path / "model.pt")
     with pytest.raises(ForeignFile, match=r"model\.pt.*Stable Cascade"):
         open_source(tmp_path / "model.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "it.safetensors")
+    for read in (describe, read_lora, load_prior):
+        with pytest.raises(ValueError, match="it.safetensors"):
+            read(tmp_path / "it.safetensors")
+
+
+def test_deeply_nested_metadata_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "it.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"wuerstchen": "[" * 100_000})
+    for read in (describe, read_metadata):
+        with pytest.raises(ValueError, match="it.safetensors"):
+            read(file)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..common.text import parse_json
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, State, component
 from .dequant import part_state
 from .lazy import LazyTensor, apply_to_rows
@@ -37,7 +38,7 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         return {}
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = parse_json(metadata[METADATA_KEY])
     except ValueError:
         content = None
     if not isinstance(content, dict):

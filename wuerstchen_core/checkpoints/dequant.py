@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.text import parse_json
 from .convrot import rotate
 from .lazy import AnyTensor, LazyTensor, Quantised, apply, lazy_state
 from .quant import CONFIG, FORMATS, FP8, INT8, SCALE, chunks, convrot_options
@@ -53,9 +54,9 @@ def with_header_configs(path: Path, state: Mapping[str, LazyTensor], metadata: M
     if HEADER not in metadata:
         return dict(state)
     try:
-        layers = json.loads(metadata[HEADER])["layers"]
+        layers = parse_json(metadata[HEADER])["layers"]
         texts = {f"{layer}.{CONFIG}": json.dumps(config).encode() for layer, config in layers.items()}
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{HEADER} in the header of {path} is damaged: download the file again") from error
     return {**state, **{key: torch.frombuffer(bytearray(text), dtype=torch.uint8) for key, text in texts.items()}}
 
@@ -162,7 +163,7 @@ def _config(state: Mapping[str, Tensor | LazyTensor], start: str) -> dict[str, A
     if stored is None:
         return {}
     try:
-        config = json.loads(LazyTensor.of(stored).load().numpy().tobytes())
+        config = parse_json(LazyTensor.of(stored).load().numpy().tobytes())
     except (ValueError, TypeError, RuntimeError):
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("format"), str):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+
+from ..common.text import parse_json
 
 LARGEST_HEADER = 100_000_000  # of a safetensors file, by that format's rules
 
@@ -108,7 +109,7 @@ def _name_text(path: Path, start: bytes) -> str | None:
 def _error_in(path: Path) -> str:
     """Returns the error message of a JSON text in brackets; "" if it has none."""
     with suppress(ValueError, OSError):
-        content = json.loads(path.read_bytes()) if path.stat().st_size < 1 << 20 else {}
+        content = parse_json(path.read_bytes()) if path.stat().st_size < 1 << 20 else {}
         message = content.get("error") or content.get("message") if isinstance(content, dict) else None
         message = message.get("message") if isinstance(message, dict) else message
         if isinstance(message, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.text import parse_json
 from .adapters import Adapters, rank_of
 from .lora_keys import PEFT_PREFIX, split_key
 
@@ -120,7 +120,7 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any, source: st
 def _diffusers_configs(metadata: Mapping[str, str]) -> Mapping[str, Config]:
     """Returns the configurations by component ("prior", ...), or of a single network under ""; {} if there is none."""
     try:
-        fields = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
+        fields = parse_json(metadata.get(DIFFUSERS_CONFIG, "{}"))
     except ValueError:  # not written by diffusers
         return {}
     configs: dict[str, dict[str, Any]] = {}
@@ -133,7 +133,7 @@ def _diffusers_configs(metadata: Mapping[str, str]) -> Mapping[str, Config]:
 def _kohya_alpha(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
     """Returns the alpha that a header of Kohya or LyCORIS states for an adapter; None if it states none."""
     try:
-        arguments = json.loads(metadata.get("ss_network_args") or "{}")
+        arguments = parse_json(metadata.get("ss_network_args") or "{}")
         is_spatial = any(x.ndim == 4 and x.shape[-1] > 1 for x in tensors.values())
         alpha = float((is_spatial and arguments.get("conv_alpha")) or metadata[KOHYA_ALPHA])
         return alpha if alpha and math.isfinite(alpha) else None

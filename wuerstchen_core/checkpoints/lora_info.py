@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..common.text import listed, printable
+from ..common.text import listed, parse_json, printable
 from .adapters import Adapter, Adapters, rank_of
 from .components import COMPONENTS, Loader
 from .damage import names_source
@@ -116,11 +115,11 @@ def trigger_words(metadata: Mapping[str, str]) -> str:
     if phrase := metadata.get("modelspec.trigger_phrase"):
         return phrase
     try:
-        tags = json.loads(metadata.get("ss_tag_frequency") or "{}")
+        tags = parse_json(metadata.get("ss_tag_frequency") or "{}")
         counts = Counter({tag: 0 for folder in tags.values() for tag in folder})
         for folder in tags.values():
             counts.update({tag: int(count) for tag, count in folder.items()})
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         return ""
     words = [tag.strip() for tag, _ in counts.most_common()]
     return f"{listed(words, _MOST_WORDS)} (its most frequent tags)" if words else ""

@@ -85,6 +85,7 @@ def open_part(source: str | os.PathLike[str], name: str, version: str = "auto") 
     return open_source(source, name, version=version).lazy_part(name)
 
 
+@names_source
 def read_metadata(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns a bundle's JSON; {} for every other source."""
     path = source_path(source)

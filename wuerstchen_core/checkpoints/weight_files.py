@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -20,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.text import printable
+from ..common.files import check_file
+from ..common.text import parse_json, printable
 from .components import State
 from .file_kinds import is_safetensors, name_kind
 from .lazy import LazyTensor
@@ -72,6 +72,7 @@ def read_weight_file(path: Path) -> WeightFile:
 
     Raises ValueError if it is not a weight file, is damaged, or holds Python objects that could run code.
     """
+    check_file(path)
     if kind := name_kind(path):
         raise ValueError(f"{path} {kind}")
     stored = StoredFile.of(path)
@@ -92,6 +93,7 @@ def read_weight_file(path: Path) -> WeightFile:
 
 def read_file_metadata(path: Path) -> dict[str, str]:
     """Returns a safetensors file's metadata; {} for other files."""
+    check_file(path)
     if not is_safetensors(path):
         return {}
     try:
@@ -105,7 +107,7 @@ def _safetensors_state(stored: StoredFile) -> LazyState:
     """Returns the tensors of a safetensors file with a valid header."""
     with stored.reading() as file:
         [length] = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     header.pop("__metadata__", None)
     return {
         key: stored.tensor(8 + length + x["data_offsets"][0], tuple(x["shape"]), DTYPES.get(x["dtype"], torch.uint8))
@@ -238,7 +240,7 @@ def _find_states(content: Any, label: str) -> Iterator[tuple[str, State]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file with one object. Raises ValueError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise _broken(path, error) from error
     if not isinstance(content, dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "utf-32",
@@ -45,6 +47,14 @@ def decode_text(raw: bytes, name: str) -> str:
         return raw.decode(marked or "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8: save it as UTF-8") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text. ValueError if it is damaged or too deeply nested."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

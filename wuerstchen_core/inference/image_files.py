@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import warnings
@@ -16,10 +17,14 @@ from typing import IO, BinaryIO
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from ..common.files import check_file
+
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # packages that add formats to Pillow
-NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # data, video and drawings
-# Formats whose header gives the size of the loaded image; of the others some turn or scale it.
-SIZE_IN_HEADER = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+# Pillow's names of the formats that are read, if it or a plugin has them. The decoders of others are hardly tested.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JXL")
+# Formats whose header gives the size of the loaded image; plugins may turn it in others.
+SIZE_IN_HEADER = set(FORMATS) - {"JXL"}
+LARGEST_PICTURE = 100_000_000  # pixels; reading one takes 18 bytes for each
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +46,7 @@ class UnsupportedPicture(ValueError):
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes, such as ".png", of the image formats that the installed Pillow and its plugins read."""
+    """Returns the suffixes, such as ".png", of the FORMATS that the installed Pillow and its plugins read."""
     Image.init()
     for name in PLUGINS:
         try:
@@ -49,18 +54,29 @@ def image_suffixes() -> frozenset[str]:
         except (ImportError, OSError):  # not installed, or without its library
             continue
         getattr(plugin, "register_heif_opener", lambda: None)()
-    readable = (Image.OPEN.keys() | {"MPO"}) - NO_PIXELS  # MPO is opened as JPEG
+    readable = {*_readable(), "MPO"}  # opened as JPEG
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
+
+
+def _readable() -> list[str]:
+    """Returns the FORMATS that can be opened."""
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 @contextmanager
 def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image.Image]:
-    """Opens a picture's file with Pillow. Errors inside the block become a ValueError that names the file."""
+    """Opens a picture's file with Pillow. Errors inside the block become a ValueError that names the file.
+
+    JPEG files of more than LARGEST_PICTURE pixels are scaled down while they are decoded; others are refused.
+    """
     image_suffixes()  # loads the plugins
+    if isinstance(picture, str | PathLike):
+        check_file(picture)
     try:
         with warnings.catch_warnings():  # Pillow warns above 89 million pixels and raises above twice as many
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(picture) as file:
+            with Image.open(picture, formats=_readable()) as file:
+                _limit_size(file, name)
                 yield file
     except FileNotFoundError:
         raise ValueError(f"{name} does not exist: check the path") from None
@@ -69,10 +85,23 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
         raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
     except (UnidentifiedImageError, IsADirectoryError):
         raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
-    except UnsupportedPicture:
+    except (UnsupportedPicture, MemoryError):
         raise
-    except (OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error) as error:  # of broken pixels or EXIF
+    except Exception as error:  # of broken pixels or EXIF; each decoder has its own
         raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
+
+
+def _limit_size(file: Image.Image, name: str) -> None:
+    width, height = file.size
+    if width * height <= LARGEST_PICTURE:
+        return
+    scale = (LARGEST_PICTURE / width / height) ** 0.5
+    file.draft(file.mode, (math.ceil(width * scale / 2), math.ceil(height * scale / 2)))  # chooses 1/2, 1/4 or 1/8
+    if file.width * file.height > LARGEST_PICTURE:
+        raise UnsupportedPicture(
+            f"{name} has {width * height // 1_000_000} million pixels, more than {LARGEST_PICTURE // 1_000_000}: scale "
+            "it down first"
+        )
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -106,7 +135,7 @@ def _orientation(file: Image.Image) -> int:
     if isinstance(file, ImageFile.ImageFile) and file.format == "PNG" and file.tile and file.fp is not None:
         position = file.fp.tell()
         try:
-            header = Image.open(_without_pixels(file.fp))
+            header = Image.open(_without_pixels(file.fp), formats=["PNG"])
         finally:
             file.fp.seek(position)
     found = _exif_orientation(header)
