@@ -212,3 +212,13 @@ def test_deeply_nested_metadata_are_refused(tmp_path: Path) -> None:
     for read in (describe, read_metadata):
         with pytest.raises(ValueError, match="it.safetensors"):
             read(file)
+
+
+def test_old_versions_of_torch_read_safetensors_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = random_state(VQGAN(VQ))
+    torch.save(state, tmp_path / "it.pt")
+    save_file(state, tmp_path / "it.safetensors")
+    monkeypatch.setattr("wuerstchen_core.common.versions._version", {"torch": "2.5.1+cu124"}.get)
+    load_vqgan(tmp_path / "it.safetensors")
+    with pytest.raises(ValueError, match=r"it\.pt .*2\.5\.1"):
+        load_vqgan(tmp_path / "it.pt")

@@ -15,7 +15,8 @@ from ..common.text import listed, printable
 from .components import Loader, State, tower_name
 from .damage import names_source
 from .lazy import load_state
-from .weight_files import check_plain, is_safetensors, read_torch, read_weight_file
+from .torch_files import read_torch
+from .weight_files import check_plain, is_safetensors, read_weight_file
 
 ENDINGS = (".safetensors", ".pt", ".bin")  # in ComfyUI's order
 EMBEDDING_LOADER = Loader("embeddings", "a prompt, as embedding:{name}")

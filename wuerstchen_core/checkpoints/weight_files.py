@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import struct
-import zipfile
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, TypeAlias
 
 import torch
@@ -25,13 +19,13 @@ from .components import State
 from .file_kinds import is_safetensors, name_kind
 from .lazy import LazyTensor
 from .stored import Member, StoredFile
+from .torch_files import broken, read_torch
 
 LazyState: TypeAlias = dict[str, LazyTensor]
 
 # Names of a training save's contents that are no weights.
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|hparams|hyper_parameters|args|rng|config", re.IGNORECASE)
 _DEPTH = 3  # of dictionaries in one another
-_ZIP_DATA = re.compile(r".+/data/\d+")  # the bytes of a storage in a PyTorch file
 
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64,
@@ -54,9 +48,6 @@ DTYPES |= {
     for name, dtype in (("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"), ("F8_E8M0", "float8_e8m0fnu"))
     if hasattr(torch, dtype)
 }
-
-# Raised by torch.load for damaged files besides UnpicklingError; found by cutting files and changing bytes.
-_DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def read_file_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
 
 
 def _safetensors_state(stored: StoredFile) -> LazyState:
@@ -113,85 +104,6 @@ def _safetensors_state(stored: StoredFile) -> LazyState:
         key: stored.tensor(8 + length + x["data_offsets"][0], tuple(x["shape"]), DTYPES.get(x["dtype"], torch.uint8))
         for key, x in header.items()
     }
-
-
-def _broken(path: Path, reason: object) -> ValueError:
-    text = shorten((str(reason) or type(reason).__name__).splitlines()[0], 80)
-    return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
-
-
-def read_torch(path: Path, members: dict[int, Member] | None = None) -> Any:
-    """Returns the content of a PyTorch file, in memory. Raises ValueError as `read_weight_file`.
-
-    With `members`, tensors are mapped where possible, and `members` gets the part of the file with each mapped storage,
-    by its address.
-    """
-    # Newer versions of torch choose the format by this ending, whatever the file holds, so hide the name from them.
-    misnamed = path.name.endswith(".safetensors")
-    allowed: Any = getattr(torch.serialization, "safe_globals", nullcontext)  # since torch 2.5
-    harmless: list[Any] = [Namespace, torch.nn.ParameterDict]  # a trainer's options, old textual inversions
-    sizes: dict[int, int] = {}  # of the storages in bytes, by address
-
-    def note(storage: Any, location: str) -> Any:
-        sizes.update({storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {})
-        return storage
-
-    def load(**kwargs: Any) -> Any:
-        with path.open("rb") as file, allowed(harmless):
-            return torch.load(file if misnamed else path, weights_only=True, **kwargs)
-
-    try:
-        # PyTorch's older format is not a zip and can't be mapped.
-        if members is not None and not misnamed and (stored := _stored_members(path)):
-            content = load(map_location=note, mmap=True)
-            shift = min(sizes, default=0) - stored[0].offset
-            found = {address: Member(address - shift, size, 0) for address, size in sizes.items()}
-            if [member[:2] for member in sorted(found.values())] == [member[:2] for member in stored]:
-                members |= zip(sorted(found), stored, strict=True)
-                return content
-            sizes.clear()
-        content = load(map_location=note)
-        _check_zip(path, sizes.values())
-        return content
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(
-                f"{path} was not opened because it holds Python objects, which can run any code: "
-                "use a safetensors file, or a PyTorch file with weights only"
-            ) from error
-        raise _broken(path, "not a PyTorch file") from error
-    except (*_DAMAGE, struct.error, zipfile.BadZipFile) as error:
-        raise _broken(path, error) from error
-
-
-def _stored_members(path: Path) -> list[Member]:
-    """Returns the storages of a PyTorch file, in order; [] for its older format, and if any of it is compressed."""
-    if not zipfile.is_zipfile(path):
-        return []
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        entries = [x for x in archive.infolist() if x.file_size]
-        if any(x.compress_type != zipfile.ZIP_STORED for x in entries):
-            return []
-        members = []
-        for entry in entries:
-            if not _ZIP_DATA.fullmatch(entry.filename):
-                archive.read(entry)  # small; its checksum is verified
-                continue
-            file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
-            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            members.append(Member(start, entry.file_size, entry.CRC))
-        return sorted(members)
-
-
-def _check_zip(path: Path, sizes: Iterable[int]) -> None:
-    """Raises BadZipFile if a checksum is wrong or no member has one of the sizes; torch checks neither of them."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{damaged} has another checksum than stated")
-        if Counter(sizes) - Counter(x.file_size for x in archive.infolist()):
-            raise zipfile.BadZipFile("a tensor is longer than its data")
 
 
 def check_plain(path: Path, key: str, x: Tensor) -> None:
@@ -242,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
     if not isinstance(content, dict):
-        raise _broken(path, "not a JSON object")
+        raise broken(path, "not a JSON object")
     return content

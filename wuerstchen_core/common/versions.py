@@ -18,6 +18,8 @@ OLDEST = {
 }
 OLDEST_FOR_TRAINING = {"torch": "2.5", "pillow": "10.1"}  # torch.distributed.tensor, ImageFont.load_default(size)
 
+OLDEST_FOR_PICKLES = {"torch": "2.6"}  # whose weights_only keeps a file from running code (CVE-2025-32434)
+
 
 def check_versions(oldest: Mapping[str, str] = OLDEST) -> None:
     """Raises ValueError if an installed package is older than in `oldest`. Does not import the packages."""
