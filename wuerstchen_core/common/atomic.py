@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,6 +33,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # if the folder itself is missing or locked
             draft.unlink()
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to a file, which takes no space, or a copy if the file system has no such link."""
+    draft = target.with_name(f".{target.name}.{uuid4().hex[:12]}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), draft)
+    except OSError:
+        replace_file(target, partial(shutil.copyfile, source))
+    else:
+        os.replace(draft, target)
+        draft.unlink(missing_ok=True)  # it stays if `target` was a link to the same file
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
