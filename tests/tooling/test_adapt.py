@@ -49,7 +49,7 @@ def test_twelve_images_have_captions_and_the_other_scenes_are_judged(tmp_path: P
 
 
 def test_the_configurations_are_valid() -> None:
-    larger, new = (read_config(adapt.RECIPE / f"{name}.toml", []) for name in ("resolution", "new_thing"))
+    larger, new = (read_config(path, []) for path in (adapt.RECIPE / "resolution.toml", adapt.THING_CONFIG))
     check_tables(larger, PriorStage.tables)
     check_tables(new, LoraStage.tables)
     assert from_table(DemoDataConfig, larger["data"], "data").canvas == adapt.LARGER

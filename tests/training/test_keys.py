@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.recipes import SHIPPED, command_of
 
-from tools.demo.build import RECIPE
-from wuerstchen_core import training
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import MEANING, from_table
 from wuerstchen_core.common.toml import write_toml
@@ -66,18 +65,10 @@ def errors(schema: dict[str, Any], value: Any) -> Iterator[str]:
         yield error.json_path
 
 
-SHIPPED = [*sorted(RECIPE.glob("*.toml")), *sorted((Path(training.__file__).parent / "recipes").glob("*.toml"))]
-
-
-def stage_of(recipe: Path) -> str:
-    name = recipe.stem.removeprefix("v1_").removeprefix("v2_").removesuffix("_again").removesuffix("_v1")
-    return {"new_thing": "lora", "resolution": "prior"}.get(name, name.replace("_", "-"))
-
-
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_fit_the_schema(recipe: Path) -> None:
     config = tomllib.loads(recipe.read_text("utf-8"))
-    assert list(errors(keys.schema_of(stage_of(recipe)), config)) == []
+    assert list(errors(keys.schema_of(command_of(recipe)[1]), config)) == []
 
 
 @pytest.mark.parametrize(

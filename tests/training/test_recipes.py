@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.picture_folders import examples, shard, table
+from helpers.recipes import ROOT, SHIPPED, command_of
 from helpers.tiny_stages import TABLES, read_log
 from torch import nn
 
-from wuerstchen_core import training
+from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
@@ -24,12 +25,11 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.tables import STAGES
 
-RECIPES = {path.stem: path for path in (Path(training.__file__).parent / "recipes").glob("*.toml")}
+RECIPES = {path.stem: path for path in SHIPPED if path.parent.name == "recipes"}  # at the released sizes
 # Class, params and the parameter count of the published network (encoders without ImageNet's classes).
 SIZES: Mapping[str, tuple[Any, Any, int]] = {
     "vqgan": (VQGAN, VQGANParams, 18_406_894),
@@ -44,8 +44,18 @@ SMALL = (("fused", 1, 3, 2, 8, 8, 1),)  # stages of an encoder
 SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
 
 
+DEMO = [path for path in SHIPPED if path.parent.name == "recipe"]
+
+
 def stage_of(recipe: str) -> str:
-    return recipe.removeprefix("v1_").removeprefix("v2_").replace("_", "-")
+    return command_of(RECIPES[recipe])[1]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_its_comment_names_its_command(path: Path) -> None:
+    command = command_of(path)
+    assert command[0] == "train" and command[1] in STAGES and command[2:3] == ["--config"]
+    assert (ROOT.parent / command[3]).samefile(path)
 
 
 def test_there_is_a_recipe_for_each_stage() -> None:
@@ -139,7 +149,9 @@ def test_an_encoder_starts_from_torchvisions_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_it_takes_two_steps_in_a_tiny_size(recipe: str, run_folder: Path, inputs: list[str], tmp_path: Path) -> None:
+def test_it_takes_two_steps_in_a_tiny_size(
+    recipe: str, run_folder: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = examples(range(8))
     scores = {f"{number:03d}.json": SCORES for number in range(8)}
     (tmp_path / "a.tar").write_bytes(shard(dict(sorted({**files, **scores}.items()))))
@@ -158,5 +170,27 @@ def test_it_takes_two_steps_in_a_tiny_size(recipe: str, run_folder: Path, inputs
     if recipe == "v2_prior":
         values["start"] = str(run_folder / "prior" / "prior.safetensors")
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    file = run(stage, RECIPES[recipe], [*inputs, *overrides])
-    assert file.exists() and [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]
+    monkeypatch.chdir(ROOT.parent)
+    assert main([*command_of(RECIPES[recipe]), *(f"--set={x}" for x in [*inputs, *overrides])]) == 0
+    assert (tmp_path / stage / f"{stage}.safetensors").exists()
+    assert [row["step"] for row in read_log(tmp_path / stage)] == [1, 2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", DEMO, ids=lambda path: path.stem)
+def test_a_recipe_of_the_demo_takes_two_steps_on_few_drawings(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped networks take the place of those that recipes before it train."""
+    pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+    config, command = read_config(path, []), command_of(path)
+    small: dict[str, Any] = {"run": str(tmp_path), "data.things": 3, "data.most": 3, "train.steps": 2, "train.batch": 2}
+    if path.stem != "vqgan":  # which crops
+        small["data.canvas"] = 64
+    if not {"demo", "demo-v1"} & {*config.get("inputs", {}).values()}:
+        small |= {f"inputs.{name}": "demo" for name in ("vqgan", "encoder", "text", "decoder", "prior")}
+    if config.get("start", "demo") != "demo":
+        small["start"] = "demo"
+    monkeypatch.chdir(ROOT.parent)
+    assert main([*command, *(f"--set={key}={json.dumps(value)}" for key, value in small.items())]) == 0
+    assert (tmp_path / command[1] / f"{command[1]}.safetensors").exists()

@@ -31,6 +31,7 @@ from .judge import Judge
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("adapting.md.template")
+THING_CONFIG = Path(__file__).with_name("new_thing.toml")
 NEW_THING = THINGS[-1]  # no shipped model was trained on it
 LARGER = 384  # pixels
 JUDGED = 48  # held-out images at the new resolution, and of known things with the LoRA
@@ -51,10 +52,10 @@ def measure(pipe: WuerstchenPipeline, scenes: Sequence[Scene], size: int = CANVA
     return rate(map(bool, right_things(judge_images(Judge(size), scenes, images)))), images[:COLUMNS]
 
 
-def train(stage: str, file: str, overrides: list[str]) -> tuple[Path, int]:
+def train(stage: str, config: Path, overrides: list[str]) -> tuple[Path, int]:
     """Runs a training; returns its weights and the core-seconds it took."""
     start = time.process_time()
-    return run(stage, RECIPE / file, overrides), round(time.process_time() - start)
+    return run(stage, config, overrides), round(time.process_time() - start)
 
 
 def adapt_resolution(folder: Path) -> Comparison:
@@ -62,7 +63,7 @@ def adapt_resolution(folder: Path) -> Comparison:
     pipe = WuerstchenPipeline.load("demo")
     scenes = subset(held_out_scenes(pipe.metadata), JUDGED)
     before, first = measure(pipe, scenes, LARGER)
-    weights, seconds = train("prior", "resolution.toml", [f"run='{folder}'"])
+    weights, seconds = train("prior", RECIPE / "resolution.toml", [f"run='{folder}'"])
     pipe.prior = load_prior(weights)
     after, second = measure(pipe, scenes, LARGER)
     return {"before": before, "after": after, "seconds": seconds}, [first, second]
@@ -90,7 +91,7 @@ def adapt_thing(folder: Path) -> Comparison:
     known = subset(held_out_scenes(pipe.metadata), JUDGED)
     (before, first), (known_before, _) = measure(pipe, scenes), measure(pipe, known)
     source = json.dumps(str(folder / "pictures"))
-    lora, seconds = train("lora", "new_thing.toml", [f"run='{folder}'", f"data.source={source}"])
+    lora, seconds = train("lora", THING_CONFIG, [f"run='{folder}'", f"data.source={source}"])
     pipe = WuerstchenPipeline.load("demo", lora=lora)
     (after, second), (known_after, _) = measure(pipe, scenes), measure(pipe, known)
     numbers = {"before": before, "after": after, "known_before": known_before, "known_after": known_after}

@@ -74,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments, "build_v1", __doc__, "runs/demo-v1", demo_path("demo-v1"))
     if not options.assemble_only:
         copy_from_v2(options.run, demo_path())
-        for stage, file in STAGES.items():
-            run(stage, RECIPE / file, [f"run='{options.run}'"])
+        files = {stage: options.run / stage / f"{stage}.safetensors" for stage in (*REUSED, *STAGES)}
+        inputs = [f"inputs.{stage}='{file}'" for stage, file in files.items()]
+        for stage, config in STAGES.items():
+            run(stage, RECIPE / config, [f"run='{options.run}'", *inputs])
     assemble(options.run, options.output, demo_path())
     if options.output == demo_path("demo-v1"):
         copy_logs({stage: options.run / stage for stage in STAGES}, LOGS / "v1")

@@ -1,4 +1,4 @@
-"""Converts weights from any layout into one bundle, or into one file per part, and LoRA files for ComfyUI."""
+"""Converts weights into one bundle, one file per part or a diffusers pipeline, and LoRA files for ComfyUI."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..common.devices import DTYPES
 from ..common.text import check_choice
 from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
+from .diffusers_pipeline import INDEX, write_pipeline
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
 from .lora_files import convert_lora
@@ -29,6 +30,7 @@ from .source import Source, merge_metadata
 
 CHOICES = {"keep": None, **DTYPES, "fp8": FP8, "int8": INT8}
 ENDING = ".safetensors"
+COMFYUI, DIFFUSERS = LAYOUTS = ("comfyui", "diffusers")
 
 Report: TypeAlias = Callable[[Path, int, int], None]  # called with the file, the bytes written and the total
 AnyPath: TypeAlias = str | os.PathLike[str]
@@ -41,10 +43,13 @@ def convert(
     *,
     dtype: str = "keep",
     version: str = "auto",
+    to: str = COMFYUI,
     force: bool = False,
     progress: Report | None = None,
 ) -> list[Path]:
     """Writes all parts of `sources` as one bundle if `target` ends in .safetensors, else as one file each in a folder.
+
+    With `to="diffusers"` it writes the folder of a diffusers pipeline instead (`write_pipeline`).
 
     One LoRA file of any naming becomes one that ComfyUI's own LoRA loaders read, with the same tensors.
     `dtype` is one of `CHOICES` or, by part, such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` is as in
@@ -52,14 +57,17 @@ def convert(
     Raises ValueError if the sources are not one model, a weight is not finite or a file exists without `force`, and
     OSError if writing fails.
     """
+    check_choice("layout", to, LAYOUTS)
     dtypes, path = parse_dtypes(dtype), Path(target)
-    if len(sources) == 1 and is_lora(source := source_path(sources[0])):
+    if to == COMFYUI and len(sources) == 1 and is_lora(source := source_path(sources[0])):
         if path.suffix != ENDING or dtype != "keep":
             raise ValueError(f"{source} is a LoRA: convert it to a file that ends in {ENDING}, without a dtype")
         _check_target(path, force)
         convert_lora(source, path)
         return [path]
     opened = _open(sources, version)
+    if to == DIFFUSERS:
+        return _write_diffusers(path, _gather(opened), merge_metadata(opened), dtypes, force, progress)
     stored = partial(_stored_dtype, dtypes)
     parts = {name: _finite(part) for name, part in _gather(opened).items()}
     return write_model(path, parts, merge_metadata(opened), stored, force=force, progress=progress)
@@ -98,6 +106,28 @@ def write_model(
     return list(files)
 
 
+def _write_diffusers(
+    folder: Path,
+    parts: Mapping[str, AnyPart],
+    metadata: Mapping[str, Any],
+    dtypes: Mapping[str, str],
+    force: bool,
+    progress: Report | None,
+) -> list[Path]:
+    """Writes the folder of a diffusers pipeline, and removes it if that fails. Returns the files of weights."""
+    if folder.suffix == ENDING or folder.is_file():
+        raise ValueError(f"{folder} is no folder: name one for diffusers' pipeline")
+    if wrong := [name for name in dtypes.values() if name in ("fp8", "int8")]:
+        raise ValueError(f"diffusers reads no {wrong[0]}: choose keep, {', '.join(DTYPES)}")
+    _check_target(folder / INDEX, force)
+    with ExitStack() as undo:
+        if not folder.exists():
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        written = write_pipeline(folder, parts, metadata, lambda name: CHOICES[_dtype_of(dtypes, name)], progress)
+        undo.pop_all()
+    return written
+
+
 def _check_target(file: Path, force: bool) -> None:
     if file.is_dir():
         raise ValueError(f"{file} is a folder: choose another name")
@@ -117,9 +147,14 @@ def parse_dtypes(text: str) -> dict[str, str]:
     return found
 
 
+def _dtype_of(dtypes: Mapping[str, str], name: str) -> str:
+    """Returns the name of the dtype for a part."""
+    return dtypes.get(name) or dtypes.get(kind_of(name)) or dtypes[""]
+
+
 def _stored_dtype(dtypes: Mapping[str, str], name: str, key: str, x: LazyTensor) -> torch.dtype | None:
     """Returns the dtype to store a tensor in; None for its own."""
-    chosen = dtypes.get(name) or dtypes.get(kind_of(name)) or dtypes[""]
+    chosen = _dtype_of(dtypes, name)
     if chosen == "keep" and x.quantised is None and x.stored in (FP8, INT8):  # it was dequantized for reading
         return x.stored
     return CHOICES[chosen]

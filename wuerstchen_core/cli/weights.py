@@ -45,6 +45,8 @@ def add(commands: Any) -> None:
     option(
         "--dtype", default="keep", help="keep, fp32, fp16, bf16, fp8 or int8; per part: int8,vqgan=fp32 (default: keep)"
     )
+    text = "comfyui: a bundle, or a file per part; diffusers: a folder for its pipelines (default: comfyui)"
+    option("--to", default="comfyui", choices=("comfyui", "diffusers"), help=text)
     option("--version", default="auto", choices=("auto", "v1", "v2"), help=VERSION_HELP)
     option("--force", action="store_true", help="overwrite existing files")
 
@@ -104,6 +106,7 @@ def _convert(options: argparse.Namespace) -> None:
             options.target,
             dtype=options.dtype,
             version=options.version,
+            to=options.to,
             force=options.force,
             progress=lambda path, done, total: bar.show(f"{path.name} ", done, total, f"{total / 1e9:.2f} GB"),
         )

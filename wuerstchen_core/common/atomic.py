@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -57,7 +58,7 @@ def create_file(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
 @contextmanager
 def _draft(path: Path) -> Iterator[Path]:
     """Yields the path of a draft, and removes it afterwards."""
-    draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    draft = _draft_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_drafts(path.parent)
@@ -67,6 +68,10 @@ def _draft(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # if the folder itself is missing or locked
             draft.unlink()
+
+
+def _draft_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
 
 
 @cache
@@ -92,6 +97,19 @@ def _is_running(pid: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to a file, which takes no space, or a copy if the file system has no such link."""
+    draft = _draft_path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), draft)
+    except OSError:
+        replace_file(target, partial(shutil.copyfile, source))
+    else:
+        os.replace(draft, target)
+        draft.unlink(missing_ok=True)  # it stays if `target` was a link to the same file
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:

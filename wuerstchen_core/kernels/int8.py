@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.devices import has_int8
 from .dispatch import HasWeights, inference_on_cpu
-from .linear import linear
+from .linear import linear, refuse_second_order
 
 # The operators that inductor calls. They are private to torch: where they are missing, weights are restored instead.
 _PREPACK = getattr(torch.ops.onednn, "qlinear_prepack", None)
@@ -172,6 +172,29 @@ def int8_linear(layer: Any, x: Tensor) -> Tensor:
     product = _kitchen_product() or product_by_rows
     out = product(x.reshape(-1, x.shape[-1]), layer.weight, layer.weight_scale, layer.bias, x.dtype)
     return out.view(*x.shape[:-1], -1)
+
+
+def frozen_linear(layer: Any, x: Tensor) -> Tensor:
+    """Returns an Int8Linear of x [..., c_in] with gradients of x, which need no copy of the restored weight."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    out: Tensor = _FrozenLinear.apply(x, layer)
+    return out
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer whose weight is restored from int8 in each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return linear(x, *layer.weights(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_second_order()
+        weight, _ = ctx.layer.weights(grad)
+        return linear(grad, weight.t(), None), None
 
 
 def _fits_tensor_cores(x: Tensor, weight: Tensor) -> bool:

@@ -48,13 +48,13 @@ def mlp(layers: nn.Sequential, x: Tensor, injected: MappedLatents | None = None)
             return _chunked_mlp(modules, x, injected)
     if not (torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() and supports_rate(dropout.p)):
         return None
-    if injected is not None and plain_input and training_on_cpu(x):
+    if injected is not None and plain_input and first.weight.dtype != torch.int8 and training_on_cpu(x):
         with torch.autocast("cpu", enabled=False):  # the product of two weights is small
             x, weight, bias = _join(x, injected, *first.weights(x))
         h = linear(x, weight, bias)
     else:
         h = first(x if injected is None else injected.append_to(x))
-    if h.dtype == torch.float16 or not training_on_cpu(h):
+    if h.dtype == torch.float16 or last.weight.dtype == torch.int8 or not training_on_cpu(h):
         return last(dropout(norm(gelu(h))))
     rate = dropout.p if dropout.training else 0
     out: Tensor = _MLPTail.apply(norm, Dropout(rate), h, *norm.weights(h), *last.weights(h))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common.devices import companion_dtype
 from ..common.int8 import quantize_rows
-from ..kernels.int8 import PackedWeight, int8_linear
+from ..kernels.int8 import PackedWeight, frozen_linear, int8_linear
 from .attention import split_projections
 from .layers import TimestepBlock
 from .operations import Linear
@@ -22,6 +22,7 @@ _LOCK = Lock()  # threads may share a network
 class Int8Linear(Linear):
     """`Linear` with a weight [c_out, c_in] in int8 times `weight_scale` [c_out, 1].
 
+    In training mode its product is exact and has gradients; a new layer is in evaluation mode.
     On a CPU the weight is packed at the first call and its plain form is let go: `weight` is on the meta device until
     the layer is saved, loaded, moved or copied. Loading a floating-point weight quantises it.
     """
@@ -36,6 +37,7 @@ class Int8Linear(Linear):
         self.register_buffer("weight_scale", torch.empty(c_out, 1, device=device))
         self.bias = nn.Parameter(torch.empty(c_out, device=device, dtype=dtype), requires_grad=False) if bias else None
         self._packed: PackedWeight | None = None
+        self.eval()
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Int8Linear:
@@ -79,7 +81,8 @@ class Int8Linear(Linear):
             self.weight, self._packed = nn.Parameter(self.plain_weight(), requires_grad=False), None
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(self, x)
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.training)
+        return frozen_linear(self, x) if trains else int8_linear(self, x)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self.unpack()

@@ -79,6 +79,12 @@ def _byte_symbols() -> dict[int, str]:
     return dict(zip([*visible, *hidden], [*map(chr, visible), *map(chr, range(256, 256 + len(hidden)))], strict=True))
 
 
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Returns the id of each token, and the merges, such as "a b", in order, for transformers' CLIPTokenizer."""
+    ranks, ids = _tables()
+    return {**ids, "<|startoftext|>": START, "<|endoftext|>": END}, list(ranks)
+
+
 @cache
 def _tables() -> tuple[dict[str, int], dict[str, int]]:
     """Returns the rank of each merge, such as "a b", and the id of each token."""

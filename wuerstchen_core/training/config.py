@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 LARGEST_SEED = 2**32 - 1  # the loop derives a seed below 2**64 from it for each batch
+FROZEN = ("fp32", "bf16", "fp16", "int8")
 ADAMW = "torch.optim.AdamW"
 FALLS: dict[str, Callable[[float], float]] = {  # the rate's factor, by the remaining fraction of its fall
     "constant": lambda remaining: 1.0,
@@ -63,6 +64,9 @@ class LoopConfig:
     ema: Fraction = option(0.995, "decay of the average per step")
     precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = option(
         "", "mixed precision: no, bf16 or fp16; empty: accelerate's setting"
+    )
+    frozen: Annotated[str, OneOf(FROZEN)] = option(
+        "fp32", "stored precision of large frozen networks, to save memory: fp32, bf16, fp16 or int8"
     )
     seed: Annotated[int, Range(least=0, most=LARGEST_SEED)] = option(0, "seed of all random numbers")
     bad_share: Fraction = option(0.05, "fraction of steps that may be skipped because their loss is not finite")

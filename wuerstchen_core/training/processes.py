@@ -69,6 +69,13 @@ def configure(accelerator: Accelerator, config: LoopConfig, stage: Stage[Any]) -
     """Sets up FSDP. Raises ValueError for settings of accelerate that the loop does not support."""
     if accelerator.scaler is not None and config.muon_lr:
         raise ValueError("[train] muon_lr does not work with fp16, whose gradients are scaled: set precision to bf16")
+    if config.frozen != LoopConfig.frozen:
+        if not stage.has_large_frozen:
+            raise ValueError(
+                f"[train] frozen has no effect on {stage.name}, whose frozen networks are small: remove it"
+            )
+        if config.frozen != "int8" and accelerator.mixed_precision == "no":
+            raise ValueError(f'[train] frozen = "{config.frozen}" needs mixed precision: set precision to bf16 or fp16')
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ValueError("FSDP version 1 is not supported: set fsdp_version to 2 in accelerate's configuration")

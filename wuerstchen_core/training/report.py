@@ -34,20 +34,21 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     bases = ", ".join(map(str, stage.bases)) or "none: from random weights"
     trained = sum(p.numel() for p in stage.net.parameters() if p.requires_grad)
     networks = {id(network): network for network in (stage.net, *stage.frozen)}.values()
-    total = sum(p.numel() for network in networks for p in network.parameters())
+    parameters = [p for network in networks for p in network.parameters()]
+    total = sum(p.numel() for p in parameters)
     batch = config.batch * config.accumulate * processes
     log.info("base model: %s", bases)
     log.info("trains %.4g M of %.4g M parameters", trained / 1e6, total / 1e6)
     steps = config.steps - start
     epochs = f", {steps * batch / examples:.3g} epochs of {examples}" if (examples := stage.dataset.examples) else ""
     log.info("%d steps of %d pictures%s", steps, batch, epochs)
-    fixed = fixed_bytes(total, trained) / 1e9
+    fixed = fixed_bytes(sum(p.numel() * p.element_size() for p in parameters), trained) / 1e9
     log.info("memory: %.3g GB for weights, gradients, optimizer and average, and more for activations", fixed)
 
 
-def fixed_bytes(total: int, trained: int) -> int:
-    """Returns the bytes in fp32 that a run needs besides activations, with AdamW."""
-    return FP32 * (total + FIXED_COPIES * trained)
+def fixed_bytes(weights: int, trained: int) -> int:
+    """Returns the bytes that a run needs besides activations, of all weights and with AdamW for the trained ones."""
+    return weights + FP32 * FIXED_COPIES * trained
 
 
 class StepTimes:

@@ -96,7 +96,9 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_fixed(key: str) -> bool:
-    return key == "[train] precision" or (key.startswith("[lora] ") and not key.endswith(f" {DROPOUT}"))
+    return key in ("[train] precision", "[train] frozen") or (
+        key.startswith("[lora] ") and not key.endswith(f" {DROPOUT}")
+    )
 
 
 def _shown(value: Any) -> str:

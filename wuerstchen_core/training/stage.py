@@ -30,6 +30,7 @@ class Stage(ABC, Generic[N]):
     net: N
     dataset: ImageDataset
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
+    has_large_frozen = False  # True if [train] frozen applies to some frozen networks
     bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
     stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
     has_preview = False  # True if a picture beside the weights shows them, as in ComfyUI's model library

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wuerstchen_core.checkpoints import read_part, save_bundle
 from wuerstchen_core.checkpoints.components import TOWERS
+from wuerstchen_core.common.toml import toml_value
 from wuerstchen_core.models.image_encoder import ImageEncoder
 from wuerstchen_core.training.config import INPUTS
 from wuerstchen_core.training.data import build_cache as caching
@@ -160,6 +161,25 @@ def test_a_cache_has_the_same_held_out_images(config: Path, tmp_path: Path) -> N
 
     before = validation()
     assert validation(on_cache(config)) == pytest.approx(before, rel=1e-5) and len(before) == 2
+
+
+def test_a_cache_of_several_sources_has_their_repeats_and_weights(config: Path, folder: Path, tmp_path: Path) -> None:
+    """These may differ from those when the cache was made; the sources themselves may not."""
+    other = write_folder(tmp_path / "other", examples(range(30, 35)))
+
+    def sources(*names: Path, **values: Any) -> str:
+        rows = [f"{{source = '{name.as_posix()}'}}" for name in names[:-1]]
+        rows.append(toml_value({"source": names[-1].as_posix(), **values}))
+        return f"data.sources=[{', '.join(rows)}]"
+
+    plain = [*TWO_BUCKETS, "noise.text_drop=0.0", "train.steps=6"]
+    weighted = [*plain, sources(folder, other, repeats=2, weight=0.5)]
+    before = losses("prior", config, *weighted, "data.source=")
+    make_cache(config, [*plain, sources(folder, other, regularisation=True), "data.source="])
+    assert losses("prior", config, *weighted, on_cache(config)) == pytest.approx(before, rel=1e-5)
+    for wrong in ([], [sources(other, folder)]):
+        with pytest.raises(ValueError, match="other"):
+            losses("prior", config, *plain, *wrong, on_cache(config))
 
 
 def test_tokens_follow_from_latents(tmp_path: Path, folder: Path) -> None:

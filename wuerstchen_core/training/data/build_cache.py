@@ -11,7 +11,7 @@ import json
 import logging
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from itertools import islice
@@ -41,7 +41,7 @@ from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .latent_cache import EMPTY_TEXT, MANIFEST, CacheConfig, CacheManifest, example_files, read_manifest
 from .loading import Batch, IndexedLoader, ReadResult, collate
-from .open import configured_cache, open_loader
+from .open import configured_cache, open_loader, source_names
 from .shards import add_member
 from .sources import has_pictures
 
@@ -74,6 +74,8 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         raise ValueError(f"[cache] output {options.output!r} is empty or the source's folder: name a new folder")
     if data.crop != "centre":
         raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it to cache centre crops')
+    # Of several sources, what training may change does not matter.
+    data = replace(data, sources=tuple(replace(x, repeats=1.0, weight=1.0, regularisation=False) for x in data.sources))
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
@@ -90,6 +92,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         long_captions=data.long_captions,
         data=loader.fingerprint(),
         count=sum(map(len, loader.order.members)),
+        sources=source_names(data),
     )
     tokenizer = CaptionTokenizer(data.long_captions == CUT)
     budget = ErrorBudget("images", data.bad_share)
@@ -193,7 +196,9 @@ class _CacheWriter:
                 raise ValueError(f"{name} are not finite in {dtype}: choose another [cache] dtype")
         for i, (index, picture) in enumerate(zip(indices, to_pictures(images), strict=True)):
             own = {name: x[i] for name, x in tensors.items()}
-            files = example_files(batch.captions[i], self.loader.source.records[index], picture.size, own)
+            source = self.loader.source
+            record, origin = source.records[index], int(source.origins[index])
+            files = example_files(batch.captions[i], record, origin, picture.size, own)
             if self.options.pictures:
                 picture.save(file := BytesIO(), "PNG")
                 files["png"] = file.getvalue()

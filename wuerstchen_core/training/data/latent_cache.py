@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
 
@@ -32,9 +33,9 @@ CACHEABLE = ("latents", "features", "text")  # Stage A latents, Stage C features
 MANIFEST = "cache.json"
 EMPTY_TEXT = "no-words.safetensors"  # the text states of a dropped caption
 
-# The cropped size in pixels, and the offset and size in bytes of each tensor.
+# The cropped size in pixels, the number of the source, and the offset and size in bytes of each tensor.
 CACHE_FIELDS = [
-    *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"),
+    *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"), ("origin", "i4"),
     *((field, "i8") for name in CACHEABLE for field in (name, f"{name}_size")),
 ]  # fmt: skip
 
@@ -64,6 +65,7 @@ class CacheManifest:
     count: int  # images, unreadable ones included
     shard: int  # images in a shard
     long_captions: str = CUT  # or WHOLE; caches of earlier versions are cut
+    sources: tuple[str, ...] = ()  # of [[data.sources]], if there are any
 
     @property
     def shards(self) -> int:
@@ -93,11 +95,14 @@ def read_empty_text(folder: Path) -> Tensor:
         raise ValueError(f"{path} cannot be read: remove it and run `train cache` again") from error
 
 
-def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Returns the files of an example by suffix; `record` is its row of `ImageSource.records`."""
+def example_files(
+    caption: str, record: np.void, origin: int, cropped: Size, tensors: Mapping[str, Tensor]
+) -> dict[str, bytes]:
+    """Returns the files of an example by suffix; `record` is its row of `ImageSource.records`, `origin` its source."""
     scores = {key: float(record[name]) for key, name in SCORE_KEYS.items() if not math.isnan(record[name])}
     table = {"width": int(record["width"]), "height": int(record["height"]), "cropped": cropped, **scores}
     table |= {"line": int(record["line"])} if record["line"] else {}
+    table |= {"source": origin} if origin else {}
     files = {"txt": caption.encode(), "json": json.dumps(table).encode()}
     return files | {f"{name}.safetensors": save({name: x}) for name, x in tensors.items()}
 
@@ -105,8 +110,12 @@ def example_files(caption: str, record: np.void, cropped: Size, tensors: Mapping
 class CacheSource(ShardSource):
     """The examples of a cache's shards, in the order of the shards and of their members."""
 
-    index_version = 5
+    index_version = 6
     fields = CACHE_FIELDS
+
+    @cached_property
+    def origins(self) -> np.ndarray:
+        return self.records["origin"]
 
     def caption(self, index: int) -> str:
         return read_captions(self._read(index, "caption"), {}, self.names[index])[0]
@@ -133,11 +142,11 @@ class CacheSource(ShardSource):
         table = read_table(read_at(file, *members["json"]), name)
         try:
             width, height, *cropped = map(int, (table["width"], table["height"], *table["cropped"]))
-            line = int(table.get("line", 0))  # caches of earlier versions lack it
+            line, origin = int(table.get("line", 0)), int(table.get("source", 0))
             wide, high = cropped
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"the .json of {name} has no valid size: remove its shard and run `train cache` again"
             ) from None
         own = (*image_record((width, height), table, name, line), *members.get("png", NONE), *members["txt"], False)
-        yield (*own, wide, high, *(number for member in tensors for number in member))
+        yield (*own, wide, high, origin, *(number for member in tensors for number in member))

@@ -84,7 +84,18 @@ def configured_cache(config: ImageDataConfig) -> Cache | None:
         return None
     if config.crop != "centre":
         raise ValueError(f'[data] crop = "{config.crop}" is impossible: a cache contains centre crops')
-    return Cache(found, read_manifest(found))
+    cache = Cache(found, read_manifest(found))
+    if (now := source_names(config)) != cache.manifest.sources:
+        raise ValueError(
+            f"{found} is a cache of [[data.sources]] {', '.join(cache.manifest.sources) or 'none'}, and [data] has "
+            f"{', '.join(now) or 'none'}: name the same ones in this order, or make a new cache"
+        )
+    return cache
+
+
+def source_names(config: ImageDataConfig) -> tuple[str, ...]:
+    """Returns a name of each of `[[data.sources]]`."""
+    return tuple(listed(part.names, 1, 200) for part in config.parts if config.sources)
 
 
 def find_cache(names: Sequence[str]) -> Path | None:

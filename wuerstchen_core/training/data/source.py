@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,7 +68,7 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property
     def origins(self) -> np.ndarray:
         """The number [N] of the `[data]` table's source that each example is from."""
         return np.zeros(len(self), dtype=np.int64)

@@ -159,5 +159,8 @@ def attach(net: nn.Module, config: AdapterConfig) -> dict[str, Layer]:
         inject_adapter_in_model(peft_config(config, layers), net.requires_grad_(False))
     except (ValueError, TypeError) as error:
         raise ValueError(f"[lora] peft cannot make these adapters: {one_line(error):.200}") from error
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # peft gives them the dtype of their layers
     train_only(net)
     return layers

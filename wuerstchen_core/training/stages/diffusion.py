@@ -33,6 +33,7 @@ class DiffusionStage(Stage[N]):
     """
 
     noise: TimesConfig
+    has_large_frozen = True
     network: str  # the part of a bundle that `net` is
     latents: Callable[[Any], Tensor]  # maps a batch of `dataset` to latents
     validation_noise: TimesConfig = NoiseConfig(stratified=True, text_drop=0.0, weight="v")

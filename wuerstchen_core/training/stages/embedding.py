@@ -21,6 +21,7 @@ from ...common.dataclass_config import Count, from_table, option
 from ...inference.embeddings import MARK, token_chunks
 from ...inference.pipeline import WuerstchenPipeline
 from ...models.decoder import Decoder
+from ...models.int8 import use_int8
 from ...models.prior import Prior
 from ...models.text_encoder import TextEncoder, pad_tokens
 from ...models.tokenizer import END, encode
@@ -30,7 +31,7 @@ from ..stage import N
 from .decoder import DecoderStage
 from .diffusion import TEXT_ENCODER
 from .losses import DecoderNoiseConfig, NoiseConfig
-from .networks import encode_text, input_source, load_frozen
+from .networks import encode_text, frozen_dtype, input_source, load_frozen
 from .prior import PriorStage
 from .text_tower import TextTowerStage, attach_text_encoder, train_only
 
@@ -68,7 +69,7 @@ class TokenVectors(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         slots = ids - len(self.weight)
         known = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)
-        return torch.where(slots[..., None] >= 0, F.embedding(slots.clamp(min=0), self.vectors), known)
+        return torch.where(slots[..., None] >= 0, F.embedding(slots.clamp(min=0), self.vectors).to(known), known)
 
 
 class EmbeddingTokenizer(CaptionTokenizer):
@@ -119,6 +120,8 @@ class EmbeddingTraining(TextTowerStage[N]):
         vectors = self.first_vectors(tower.token_embedding)
         tower.token_embedding = TokenVectors(tower.token_embedding, vectors)
         attach_text_encoder(net, tower)
+        if frozen_dtype(config) == torch.int8:
+            use_int8(net)  # the text encoder's projections, which are separate now
         net.requires_grad_(False).get_parameter(VECTORS).requires_grad_(True)
         train_only(net)
         return net
@@ -141,7 +144,7 @@ class EmbeddingTraining(TextTowerStage[N]):
         if not config.init.strip():
             raise ValueError(f"[embedding] start: {config.start} has no vectors of width {width}: set init too")
         ids = torch.tensor(encode(config.init))
-        return tokens.weight.detach()[ids[torch.arange(config.vectors) % len(ids)]].clone()
+        return tokens.weight.detach()[ids[torch.arange(config.vectors) % len(ids)]].float()
 
     def sampling(self) -> dict[str, Any]:
         return {}  # those of the model that it is for

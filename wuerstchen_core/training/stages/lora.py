@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...models.attention import split_projections
 from ...models.decoder import Decoder
+from ...models.int8 import use_int8
 from ...models.prior import Prior
 from ...models.text_encoder import TextEncoder
 from ...models.token_decoder import TokenDecoder
@@ -21,7 +23,7 @@ from .adapters import AdapterConfig, attach
 from .decoder import DecoderStage
 from .lora_output import load_adapters, write_lora
 from .losses import DecoderNoiseConfig, NoiseConfig, TokenNoiseConfig
-from .networks import input_source, load_frozen
+from .networks import frozen_dtype, input_source, load_frozen
 from .prior import PriorStage
 from .text_tower import TextTowerStage, attach_text_encoder
 from .token_decoder import TokenDecoderStage
@@ -38,6 +40,8 @@ class AdapterStage(TextTowerStage[N]):
         if self.noise.slow_times:
             raise ValueError("[noise] slow_times is not for a LoRA, which trains no time mappers: remove it")
         self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
+        if self.adapters.kind == "dora" and frozen_dtype(config) == torch.int8:
+            raise ValueError('[lora] kind = "dora" does not work with [train] frozen = "int8": set it to "bf16"')
         stage = self.network.replace("_", "-")
         self.bases = [input_source(config, stage)]
         net: N = load_frozen(config, stage, nn.Module)  # type: ignore[assignment]
@@ -46,6 +50,10 @@ class AdapterStage(TextTowerStage[N]):
             self.inputs = {name: x for name, x in self.inputs.items() if name != "text"}
             self.bases.append(input_source(config, "text"))
             attach_text_encoder(net, load_frozen(config, "text", TextEncoder, self.text_part))
+        if (dtype := frozen_dtype(config)) != torch.float32:
+            self.fsdp_conflict = "[train] frozen"
+        if dtype == torch.int8:
+            use_int8(net)  # the text encoder's projections, which are separate now
         self.layers = attach(net, self.adapters)
         if self.adapters.start:
             load_adapters(net, self.adapters, self.layers)

@@ -18,11 +18,13 @@ from ...checkpoints.modelspec import FIELD
 from ...checkpoints.open import SHIPPED, open_part, open_source
 from ...checkpoints.source import is_stage_b, merge_licences
 from ...common.dataclass_config import from_table
+from ...common.devices import NETWORK_DTYPES
 from ...inference.stages import first_weight
 from ...models.image_encoder import ImageEncoder, semantic_view
+from ...models.int8 import use_int8
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
-from ..config import INPUTS
+from ..config import INPUTS, LoopConfig
 from ..data.caption_tokens import Tokens
 from ..stage import N, Stage
 
@@ -68,10 +70,21 @@ def read_input(config: Mapping[str, Any], stage: str, part: str = "") -> Part[La
 
 
 def load_frozen(config: Mapping[str, Any], stage: str, kind: type[N], part: str = "") -> N:
-    """Loads the network of another stage in fp32. Arguments and errors as for `read_input`."""
-    network = build_part(read_input(config, stage, part), dtype=torch.float32)
+    """Loads the network of another stage. Arguments and errors as for `read_input`.
+
+    Stage A and the image encoder, which compute what is trained on, are in fp32, others in the precision of `frozen`.
+    """
+    dtype = torch.float32 if kind in (VQGAN, ImageEncoder) else frozen_dtype(config)
+    network = build_part(read_input(config, stage, part), dtype=torch.float32 if dtype == torch.int8 else dtype)
     assert isinstance(network, kind)
+    if dtype == torch.int8:
+        use_int8(network)
     return network
+
+
+def frozen_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Returns the dtype of `frozen` under `[train]`; int8 is that of linear layers only."""
+    return NETWORK_DTYPES[config.get("train", {}).get("frozen", LoopConfig.frozen)]
 
 
 def base_metadata(
