@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from typing import BinaryIO
 from wuerstchen_core.common.lock import folder_lock
 with folder_lock(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
@@ -85,3 +87,23 @@ def test_a_process_does_not_lock_twice(tmp_path: Path) -> None:
             pass
     with folder_lock(tmp_path / "new"):
         pass
+
+
+def test_the_lock_leaves_nothing_and_ranks_share_a_folder(tmp_path: Path) -> None:
+    with folder_lock(tmp_path), folder_lock(tmp_path, 1):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_was_removed_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a process that ends between the opening and the locking of its file."""
+    files = []
+
+    def removed_first(file: BinaryIO) -> None:
+        files.append(file)
+        if len(files) == 1:
+            (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(lock, "_lock", removed_first)
+    with folder_lock(tmp_path):
+        assert len(files) == 2 and files[0].closed and (tmp_path / LOCK).exists()

@@ -87,7 +87,7 @@ def test_a_meta_copy_shares_the_base_weights_only() -> None:
 
 def test_a_run_stores_only_the_adapters(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
-        ".lock", "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "lora.png",
+        "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "lora.png",
         "lora.safetensors", "pytorch_lora_weights.safetensors", "reconstruction.png", "run.html",
         "sheet-000004.png", "starts.jsonl",
     }  # fmt: skip

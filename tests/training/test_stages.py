@@ -57,7 +57,7 @@ FROZEN_STAGE_A = ("decoder", "prior", "token-decoder")
 def test_a_stage_writes_weights_log_and_samples(run_folder: Path, stage: str) -> None:
     folder = trained(run_folder, stage)
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "run.html",
+        "checkpoint-00000002.pt", "checkpoint-00000004.pt", "config.toml", "log.jsonl", "run.html",
         f"{stage}.safetensors", "sheet-000004.png", "starts.jsonl",
         *(["diffusers"] if stage in DIFFUSERS else []),
         *(["reconstruction.png"] if stage in FROZEN_STAGE_A else []),

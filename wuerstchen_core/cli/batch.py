@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..common.lock import folder_lock
 from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
 from ..inference.records import provenance
@@ -59,6 +60,11 @@ def run(options: argparse.Namespace) -> None:
     if not options.prompts.exists():
         raise ValueError(f"{options.prompts} does not exist: give a file with a prompt or a JSON object per line")
     create_folder(options.output, options.shards)
+    with folder_lock(options.output, rank):
+        _run(options, rank, world, local_rank)
+
+
+def _run(options: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
     options.device = process_device(options.device, local_rank)
     if (options.batch or 1) > 1:
         options.memory_hint = "choose a smaller --batch"

@@ -18,29 +18,23 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 _BYTE = 1 << 30  # the locked byte, beyond the text: Windows lets nobody read what is locked
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
-_own: set[Path] = set()  # folders that this process has locked, which the system would let it lock again
+_own: set[Path] = set()  # files that this process has locked, which the system would let it lock again
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """Locks a folder, which it creates, while a `with` block runs. ValueError names the process that has locked it.
 
-    The operating system releases the lock when the process ends, however it ends. Where the file system has no locks,
-    nothing is locked, and the log says so.
+    Processes of one run that write to one folder lock it with different ranks. The operating system releases the lock
+    when the process ends, however it ends. Where the file system has no locks, nothing is locked, and the log says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    resolved, path = folder.resolve(), folder / LOCK
+    path = folder / (f"{LOCK}-{rank}" if rank else LOCK)
+    resolved = path.resolve()
     holder = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
     if resolved in _own:  # not read from the file: closing it would release the lock
         raise _in_use(folder, holder)
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
-        try:
-            _lock(file)
-        except OSError as error:
-            if error.errno in _HELD:
-                raise _in_use(folder, _read(file)) from None
-            reason = error.strerror or error
-            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", folder, reason)
+    with _opened(folder, path) as file:
         file.seek(0)
         file.write(json.dumps(holder).encode())
         file.truncate()
@@ -50,6 +44,26 @@ def folder_lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             _own.discard(resolved)
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+
+
+def _opened(folder: Path, path: Path) -> BinaryIO:
+    """Returns a file, open and locked. ValueError names the process that has locked it."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+")
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno in _HELD:
+                with file:
+                    raise _in_use(folder, _read(file)) from None
+            reason = error.strerror or error
+            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", folder, reason)
+        with suppress(FileNotFoundError):
+            if os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that had locked it has removed it meanwhile
 
 
 def _lock(file: BinaryIO) -> None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ...common.atomic import replace_file
 from ...common.dataclass_config import from_table
 from ...common.devices import DTYPES
+from ...common.lock import folder_lock
 from ...inference.images import to_pictures
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
@@ -97,10 +98,11 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     tokenizer = CaptionTokenizer(data.long_captions == CUT)
     budget = ErrorBudget("images", data.bad_share)
     writer = _CacheWriter(folder, options, manifest, loader, encoders, tokenizer, budget)
-    if accelerator.is_main_process:
-        writer.prepare()
-    accelerator.wait_for_everyone()
-    writer.write_shards(accelerator)
+    with folder_lock(folder, accelerator.process_index):
+        if accelerator.is_main_process:
+            writer.prepare()
+        accelerator.wait_for_everyone()
+        writer.write_shards(accelerator)
     return folder
 
 
