@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from fuzz.weights import run_case
 
 FIRST = 100_000  # number of the first case; `python -m fuzz.weights --cases 1 --seed NUMBER` runs one alone
 
 
-def wrong(cases: range) -> dict[int, str]:
-    outcomes = {seed: run_case(seed) for seed in cases}
+def wrong(cases: range, run: Callable[[int], str] = run_case) -> dict[int, str]:
+    """Runs cases and returns those that are wrong."""
+    outcomes = {seed: run(seed) for seed in cases}
     assert {"accepted", "refused"} <= set(outcomes.values())
     return {seed: text for seed, text in outcomes.items() if text not in ("accepted", "refused", "skipped")}
 

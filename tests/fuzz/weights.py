@@ -88,8 +88,8 @@ def _pickle(folder: Path, content: Any) -> Path:
 SUBJECTS = _subjects()
 
 
-# What is done to the bytes of a file.
-def _bytes(rng: random.Random, data: bytearray) -> bytearray:
+def damaged_bytes(rng: random.Random, data: bytearray) -> bytearray:
+    """Returns the bytes of a file with one change."""
     head = min(len(data), 4096) if rng.random() < 0.7 else len(data)
     at, length = rng.randrange(head), rng.choice((1, 2, 8, 100))
     match rng.randrange(8):
@@ -246,7 +246,7 @@ def damage(rng: random.Random, source: Path, folder: Path) -> str:
         _content(rng, rng.choice(states), folder, plain=False)
         torch.save(content, path)
         return "content"
-    path.write_bytes(_bytes(rng, bytearray(path.read_bytes())))
+    path.write_bytes(damaged_bytes(rng, bytearray(path.read_bytes())))
     return f"bytes of {path.name}"
 
 
@@ -258,7 +258,9 @@ def _dictionaries(content: Any) -> Iterator[dict[Any, Any]]:
 
 
 @contextmanager
-def _time_limit() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError in the block if it takes too long."""
+
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError("it hangs")
 
@@ -408,7 +410,7 @@ def run_case(seed: int) -> str:
         except Exception:  # a second damage that does not apply, or that the format cannot hold
             return "skipped"
         try:
-            with _time_limit():
+            with time_limit():
                 return "accepted" if judge(SUBJECTS[name], copy, folder) else "refused"
         except Wrong as error:
             return f"{name} ({', '.join(done)}): {error}"
@@ -416,8 +418,9 @@ def run_case(seed: int) -> str:
             return f"{name} ({', '.join(done)}): {type(error).__name__} {str(error):.200}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(description: str | None, run_case: Callable[[int], str]) -> None:
+    """Runs the cases that the command line names, and prints those that are wrong and the counts."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case; with --cases 1 it runs alone")
     options = parser.parse_args()
@@ -434,4 +437,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, run_case)
