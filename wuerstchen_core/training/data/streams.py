@@ -213,8 +213,8 @@ def _open_url(url: str) -> Any:
 
 def _reason(error: Exception, url: str) -> str:
     """Returns why a shard cannot be read, without what messages of storage libraries may contain: signed addresses."""
-    if status := re.search(r"exit \d+", str(error)):  # of curl, or of a pipe's command
-        return status[0]
+    if match := re.search(r"exit \d+", str(error)):  # of curl, or of a pipe's command
+        return match[0]
     if url.partition(":")[0] in (*CURL, PIPE) or isinstance(error, tarfile.TarError):
         return one_line(error.args[0] if error.args else error)[:80]
     status = getattr(getattr(error, "response", None), "status_code", "")
