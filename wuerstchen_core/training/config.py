@@ -61,7 +61,7 @@ class LoopConfig:
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "decay rates of AdamW's moments; others have optimizer_args")
     weight_decay: NotNegative = option(0.01, "weight decay of the optimizer, if it has one, and of Muon")
     clip: Positive = option(1.0, "largest gradient norm")
-    ema: Fraction = option(0.995, "decay of the average per step")
+    ema: Fraction = option(0.995, "decay of the average of the weights per step; 0: no average, which saves its memory")
     precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = option(
         "", "mixed precision: no, bf16 or fp16; empty: accelerate's setting"
     )

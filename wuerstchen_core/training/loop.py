@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .config import FALLS, LoopConfig
-from .ema import EMA, meta_copy
+from .ema import EMA, CurrentWeights, averages, meta_copy
 from .monitor import Monitor
 from .optim import build_optimizers, group_settings, recompute_blocks, set_group
 from .processes import check_processes, configure
@@ -95,10 +96,17 @@ class _Run:
         self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.settings = {name: group_settings(config, name) for name in optimizers}
         self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
-        self.ema = EMA(self.unwrapped, config.ema)
+        self.ema = self._average(optimizers.values())
         self.monitor = Monitor(stage, config, folder, self.accelerator)
         self.losses: list[Tensor] = []  # since the last row of the log
         self.skipped = self.skipped_in_row = 0  # steps without a finite loss
+
+    def _average(self, optimizers: Iterable[torch.optim.Optimizer]) -> EMA | CurrentWeights:
+        if not self.config.ema:
+            return CurrentWeights(self.unwrapped, optimizers)
+        if any(averages(type(optimizer)) for optimizer in optimizers):
+            raise ValueError(f"[train] optimizer {self.config.optimizer} averages the weights itself: set ema to 0")
+        return EMA(self.unwrapped, self.config.ema)
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"

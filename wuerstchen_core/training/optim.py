@@ -88,8 +88,8 @@ def _optimizer_class(path: str) -> Any:
         known = [key for key, x in vars(module).items() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
         raise ValueError(f"{where} is not a torch optimizer{nearest(name, known)}: name one such as {ADAMW}")
     closure = inspect.signature(kind.step).parameters.get("closure")
-    if hasattr(kind, "eval") or (closure and closure.default is inspect.Parameter.empty):
-        raise ValueError(f"{where} needs calls that this training does not make (a closure, or eval): choose another")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{where} needs a closure, which this training does not have: choose another")
     return kind
 
 
