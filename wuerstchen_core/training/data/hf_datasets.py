@@ -136,7 +136,8 @@ def is_dataset(names: Sequence[str]) -> bool:
 
 
 def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    single = all((path / name).is_file() for name in ("dataset_info.json", "state.json"))
+    return single or (path / "dataset_dict.json").is_file()
 
 
 def _parquet_files(path: Path) -> list[Path]:
