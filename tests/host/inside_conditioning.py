@@ -46,6 +46,7 @@ WITH_EMBEDDINGS = {
     "at the end": f"{'a ' * 73} embedding:own apple",
     "many": "a embedding:own " * 30,
     "long vectors": f"{'a ' * 70} embedding:eleven apple (red:1.2)",
+    "trained": "a embedding:my-fox apple",
 }
 X = {"prior": (2, 16, 6, 9), "decoder": (2, 4, 48, 64)}  # Stage B: 192 x 256 pixels
 PRIORS = (2, 16, 5, 6)
@@ -161,10 +162,9 @@ def main(bundle: str, embeddings: str, literal: str) -> tuple[dict[str, Tensor],
         facts[f"ids/{stage}"] = [
             token_ids(clip, text) for text in json.loads(Path(literal).read_text(encoding="utf-8"))
         ]
-    for states, stage in zip(
-        WuerstchenTextEncode.execute(*clips.values(), TEXTS["weighted"]).args, STAGES, strict=True
-    ):
-        tensors[f"both/{stage}"] = states[0][0]
+    for name, text in (("weighted", TEXTS["weighted"]), ("trained", WITH_EMBEDDINGS["trained"])):
+        for states, stage in zip(WuerstchenTextEncode.execute(*clips.values(), text).args, STAGES, strict=True):
+            tensors[f"both/{name}/{stage}"] = states[0][0]
 
     priors = seeded(*PRIORS)
     stage_c = {"samples": priors}

@@ -12,6 +12,7 @@ import torch
 from bundles import TINY
 from conditioning_walk import DIFFERENT, NOTICE, OWN_ERROR, REFUSED
 from errors import check_error
+from helpers.picture_folders import examples, write_folder
 from helpers.texts import texts
 from inside_conditioning import LONG, PRIORS, STAGES, THIN, WITH_EMBEDDINGS, A, T
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from wuerstchen_core.diffusion.masks import latent_mask
 from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.models.decoder import resize_prior_latents
 from wuerstchen_core.models.text_encoder import END, START, TextEncoder, tokenize_whole
+from wuerstchen_core.training.stages.embedding import VECTORS, DecoderEmbeddingStage, EmbeddingStage
 
 Box = tuple[int, int, int, int]  # height, width, top, left
 
@@ -53,10 +55,26 @@ def inside(install: Install, models: Path, checkpoints: Path, tmp_path_factory: 
     webui = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors(32)}, "name": "webui", "step": 5}
     torch.save(webui, models / "embeddings" / "webui.pt")
     torch.save({"<cat>": vectors(32)[0]}, models / "embeddings" / "learned_embeds.bin")
+    write_trained_embedding(models / "embeddings" / "my-fox.safetensors", checkpoints / TINY)
     folder = tmp_path_factory.mktemp("inside")
     (folder / "texts.json").write_text(json.dumps(texts()), encoding="utf-8")
     arguments = checkpoints / TINY, models / "embeddings", folder / "texts.json"
     return run_inside(install, "inside_conditioning.py", folder, *arguments)
+
+
+def write_trained_embedding(path: Path, bundle: Path) -> None:
+    """Writes an embedding for both text encoders as the two trainings of it do, with random vectors."""
+    pictures = write_folder(path.parent.parent / "pictures", examples(range(2), 64, 64))
+    table: dict[str, object] = {"name": path.stem, "init": "red apple", "vectors": 3}
+    config = {
+        "run": str(path.parent), "data": {"source": str(pictures), "size": 64, "multiple": 64},
+        "inputs": dict.fromkeys(("prior", "decoder", "encoder", "text", "vqgan"), str(bundle)),
+    }  # fmt: skip
+    for kind in (EmbeddingStage, DecoderEmbeddingStage):
+        stage = kind(config | {"embedding": table})
+        stage.net.get_parameter(VECTORS).data += vectors(stage.net.get_parameter(VECTORS).shape[1])
+        stage.save(path, stage.net, {})
+        table["start"] = str(path)
 
 
 # text
@@ -111,7 +129,8 @@ def test_word_weights_scale_the_change_from_the_empty_text(
     found, tower = inside[0], towers[stage]
     weighted = states(tower, "a ", ("red", 1.3), " apple, ", ("small", 1.21))
     assert_close(found[f"weighted/{stage}"], weighted)
-    assert torch.equal(found[f"both/{stage}"], found[f"weighted/{stage}"])  # our node and CLIPTextEncode
+    for name in ("weighted", "trained"):  # our node and CLIPTextEncode
+        assert torch.equal(found[f"both/{name}/{stage}"], found[f"{name}/{stage}"])
     assert_close(found[f"weight of 1/{stage}"], states(tower, "a red apple"))
     assert (weighted - states(tower, "a red apple, small")).abs().max() > 0.1
 

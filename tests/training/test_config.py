@@ -107,7 +107,7 @@ MISTAKES = {  # an override, and what the error names
     "noise.weight=p3": r"\[noise\] weight .*p2, v, x0.*'p3'",
     "inputs.effnet=x": r"\[inputs\] .*encoder.*effnet",
     "data.canvas=100": r"\[data\] canvas .*64.*100",
-    "data.things=130": r"\[data\] things .*129.*130",
+    "data.things=132": r"\[data\] things .*131.*132",
     'data={"things"=1, "layouts"=["pair"]}': r"\[data\] .*square",
     "run=3": r"run .* 3$",
     "inputs.text=3": r"\[inputs\] .*text = 3$",

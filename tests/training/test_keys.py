@@ -65,6 +65,17 @@ def errors(schema: dict[str, Any], value: Any) -> Iterator[str]:
         yield error.json_path
 
 
+def test_the_schema_knows_the_tables_of_sources() -> None:
+    config: dict[str, Any] = {"run": "x", "train": {"steps": 1, "batch": 1, "lr": 1.0}}
+    row = {"source": "a", "repeats": 2, "regularisation": False, "caption_column": "text"}
+    schema = keys.schema_of("prior")
+    assert list(errors(schema, {**config, "data": {"sources": [{"source": ["a", "b"]}, row]}})) == []
+    for wrong in ({**row, "repeats": 0}, {"repeats": 2}, {**row, "repeat": 2}):
+        assert list(errors(schema, {**config, "data": {"sources": [wrong]}}))
+    assert list(errors(schema, {**config, "data": {"size": 64}}))
+    assert all(f"# {name} =" in keys.list_keys("prior") for name in ("repeats", "weight", "regularisation", "split"))
+
+
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_fit_the_schema(recipe: Path) -> None:
     config = tomllib.loads(recipe.read_text("utf-8"))

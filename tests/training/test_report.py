@@ -104,7 +104,8 @@ def test_a_run_says_what_it_will_do(tmp_path: Path, bundle: Path, caplog: pytest
 
 
 def test_the_memory_of_weights_gradients_optimizer_and_average() -> None:
-    assert fixed_bytes(4000, 1000) == 20 * 1000 and fixed_bytes(1000, 0) == 1000  # in fp32; in int8 without training
+    assert fixed_bytes(4000, 1000, True) == 20 * 1000 and fixed_bytes(4000, 1000, False) == 16 * 1000
+    assert fixed_bytes(1000, 0, True) == 1000  # in int8, without training
 
 
 def test_the_time_of_a_step_leaves_out_what_is_between(

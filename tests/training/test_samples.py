@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -16,12 +17,13 @@ from PIL import Image
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.training.captions import font_for
 from wuerstchen_core.training.compare import compare
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.loop import train
 from wuerstchen_core.training.run import build_stage, run
-from wuerstchen_core.training.sample_grid import GAP, LARGEST, LINE, MARGIN, PAPER, prompt_grid
+from wuerstchen_core.training.sample_grid import GAP, LARGEST, LINE, MARGIN, PAPER, prompt_grid, write_grid
 
 PROMPTS, SEEDS, SIDE = ["a red apple", "blue"], [3, 5], 64
 TABLE = [
@@ -150,6 +152,23 @@ def test_missing_images_are_reported_once(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_negative_seed_is_refused(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[sample\] seeds"):
         run("lora", config, [f"run='{tmp_path}'", "sample.seeds=[-1]"])
+
+
+def test_a_prompt_in_letters_of_no_font_is_numbered(tmp_path: Path) -> None:
+    image, strange = Image.new("RGB", (200, 100), "red"), "\ue123\ue124"
+    grid, numbered = (prompt_grid(["a fox", text], [1], {"one": [image] * 2}) for text in (strange, "prompt 2"))
+    assert np.array_equal(grid, numbered) and not np.array_equal(grid, prompt_grid(["", ""], [1], {"one": [image] * 2}))
+    write_grid(tmp_path / "grid.png", grid, ["a fox", strange])
+    with Image.open(tmp_path / "grid.png") as file:
+        assert json.loads(file.info["prompts"]) == ["a fox", strange]
+
+
+@pytest.mark.parametrize(("text", "other"), [("größe", "grotze"), ("лиса", "сила"), ("狐", "猫"), ("여우", "고양")])
+def test_a_caption_has_the_letters_of_its_script(text: str, other: str) -> None:
+    font = font_for(text + other)
+    if font is None:
+        pytest.skip("no font of this script is installed")
+    assert {len({bytes(font.getmask(letter)) for letter in set(text + other)})} == {len(set(text + other))}
 
 
 def test_large_images_are_scaled_and_long_prompts_wrapped() -> None:

@@ -169,7 +169,7 @@ class Server:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> Any:
-        return json.loads(self._read(path))
+        return json.loads(self.read(path))
 
     def post(self, path: str, content: Any = None) -> bytes:
         request = urllib.request.Request(
@@ -216,7 +216,7 @@ class Server:
         if outcome.status == "execution_success":
             outputs = (await asyncio.to_thread(self._history, job))["outputs"]
             images = [image for node in outputs.values() for image in node.get("images", [])]
-            outcome.pictures = [Image.open(io.BytesIO(self._read(f"/view?{urlencode(image)}"))) for image in images]
+            outcome.pictures = [Image.open(io.BytesIO(self.read(f"/view?{urlencode(image)}"))) for image in images]
         return outcome
 
     def _history(self, job: str) -> Any:
@@ -225,7 +225,7 @@ class Server:
             time.sleep(0.05)
         return history[job]
 
-    def _read(self, path: str) -> bytes:
+    def read(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://{self.address}{path}", timeout=30) as response:
             return response.read()
 

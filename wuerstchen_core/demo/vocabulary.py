@@ -44,8 +44,8 @@ _NAMES = (
     "spider", "dolphin", "whale", "bat", "chick", "wolf", "bus", "ambulance", "scooter", "flying saucer", "teapot",
     "drum", "trumpet", "violin", "bell", "balloon", "kite", "scissors", "camera", "telephone", "hat", "shirt",
     "diamond", "anchor", "candle", "trophy", "cloud", "fire", "snowflake", "tulip", "rose", "leaf", "fir", "ghost",
-    # not in the shipped models: `tools.demo.adapt` adds it by a LoRA
-    "potato",
+    # not in the shipped models: `tools.demo.adapt` adds each by a LoRA
+    "potato", "tent", "otter",
 )  # fmt: skip
 _SYNONYMS = {
     "red apple": ("apple",), "watermelon": ("slice of watermelon", "watermelon slice"), "eggplant": ("aubergine",),
@@ -94,7 +94,7 @@ class Thing:
 
 
 THINGS = tuple(Thing(name, _ICONS.get(name, name.replace(" ", "-")), _SYNONYMS.get(name, ())) for name in _NAMES)
-TRAINED_THINGS = len(THINGS) - 1  # all but the potato
+TRAINED_THINGS = _NAMES.index("potato")
 
 COLOURS = {  # of the background, in RGB
     "red": (196, 32, 52),

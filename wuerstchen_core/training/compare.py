@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-from ..common.atomic import replace_file
 from ..common.devices import pick_device
 from .checkpoint import kept_weights
 from .config import check_tables, read_config
 from .monitor import stage_samples
 from .run import build_stage
 from .run_folder import CONFIG
-from .sample_grid import prompt_grid
+from .sample_grid import prompt_grid, write_grid
 from .stage import BASE_TITLE
 from .tables import STAGES
 
@@ -46,5 +44,5 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         stage.use_weights(pipeline, file)
         groups[file.stem] = stage_samples(stage, pipeline)
     grid, path = prompt_grid(stage.sample.prompts, stage.sample.seeds, groups), output or folder / GRID
-    replace_file(path, partial(grid.save, format="PNG"))
+    write_grid(path, grid, stage.sample.prompts)
     return path

@@ -58,10 +58,16 @@ class LoopConfig:
         "linear", "fall of the rate to zero at the end: linear, cosine, or constant for none"
     )
     decay: Fraction = option(0.3, "fraction of the steps, at the end, over which the rate falls; 1: all of them")
+    lr_cycles: Count = option(1, "number of falls in that time, each from the full rate (arXiv 1608.03983)")
+    lr_least: Fraction = option(0.0, "rate at the end of a fall, as a fraction of lr")
+    lr_factors: dict[str, NotNegative] | None = option(
+        None,
+        "factors of the rate of weights with a pattern in their names: {lora_B = 16.0, text_encoder = 0.1}; 0 freezes",
+    )
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "decay rates of AdamW's moments; others have optimizer_args")
     weight_decay: NotNegative = option(0.01, "weight decay of the optimizer, if it has one, and of Muon")
     clip: Positive = option(1.0, "largest gradient norm")
-    ema: Fraction = option(0.995, "decay of the average per step")
+    ema: Fraction = option(0.995, "decay of the average of the weights per step; 0: no average, which saves its memory")
     precision: Annotated[str, OneOf(("", "no", "bf16", "fp16"))] = option(
         "", "mixed precision: no, bf16 or fp16; empty: accelerate's setting"
     )
@@ -78,6 +84,10 @@ class LoopConfig:
     log_every: Count = option(20, "steps from one row of the log to the next")
     save_every: Count = option(250, "steps from one checkpoint to the next")
     sheet_every: Count = option(500, "steps from one sample grid to the next")
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule == "constant" and (self.lr_cycles > 1 or self.lr_least):
+            raise ValueError('[train] lr_cycles and lr_least have no effect on lr_schedule = "constant": remove them')
 
 
 def check_tables(config: Mapping[str, Any], of_stage: Collection[str]) -> None:

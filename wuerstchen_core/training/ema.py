@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,46 @@ class EMA:
         """Loads unsharded values. KeyError or RuntimeError if they belong to another network."""
         for key, x in self.values.items():
             x.copy_(shard_like(values[key], x))
+
+
+class CurrentWeights:
+    """Takes the place of `EMA` and stores nothing: its values are the weights, or the optimizer's own average of them.
+
+    Schedule-free optimizers (arXiv 2405.15682) have such an average, which their `eval` puts in place of the weights.
+    """
+
+    def __init__(self, net: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
+        self._net, self._averaging = net, [x for x in optimizers if averages(type(x))]
+        for optimizer in self._averaging:
+            optimizer.train()
+
+    @property
+    @torch.no_grad()
+    def values(self) -> dict[str, Tensor]:
+        """The weights, which share memory with the network, or copies of the average."""
+        weights: dict[str, Tensor] = self._net.state_dict()
+        if not self._averaging:
+            return weights
+        trained = {key: x.clone() for key, x in weights.items()}
+        for optimizer in self._averaging:
+            optimizer.eval()
+        average = {key: x.clone() for key, x in weights.items()}
+        for optimizer in self._averaging:
+            optimizer.train()
+        for key, x in weights.items():
+            x.copy_(trained[key])  # which `train` restores up to rounding
+        return average
+
+    def update(self, net: nn.Module, first: bool) -> None:
+        """Does nothing."""
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Does nothing: the values follow from the weights and the optimizers."""
+
+
+def averages(optimizer: type) -> bool:
+    """True if a class of optimizers keeps an average of the weights."""
+    return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
 
 
 def meta_copy(net: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +31,13 @@ from .checkpoint import (
     weights_name,
     write_checkpoint,
 )
-from .config import FALLS, LoopConfig
-from .ema import EMA, meta_copy
+from .config import LoopConfig
+from .ema import EMA, CurrentWeights, averages, meta_copy
 from .monitor import Monitor
 from .optim import build_optimizers, group_settings, recompute_blocks, set_group
 from .processes import check_processes, configure
 from .progress import left_out
+from .rates import FACTOR, learning_rate, set_factors
 from .reconstruction import check_reconstruction
 from .report import StepTimes, report_start
 from .rng import StepRandom
@@ -47,13 +49,6 @@ log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 10  # skipped steps that are allowed whatever bad_share is; as many in a row stop the run
 TIMEOUT = timedelta(hours=2)  # how long other processes wait for the main process, which generates samples and writes
-
-
-def learning_rate(config: LoopConfig, step: int) -> float:
-    """Returns the learning rate at a step as a fraction of `lr`: warmup, constant, `lr_schedule` at the end."""
-    decay_steps = max(1.0, config.steps * config.decay)
-    remaining = min(1.0, max(0.0, (config.steps - step) / decay_steps))
-    return min((step + 1) / max(1, config.warmup), FALLS[config.lr_schedule](remaining))
 
 
 def train(stage: Stage[Any], config: LoopConfig, folder: Path) -> Path:
@@ -86,19 +81,27 @@ class _Run:
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
         self.ema_net = meta_copy(stage.net)
+        factors = set_factors(stage.net, config.lr_factors or {})
         if config.checkpointing:
             recompute_blocks(stage.net)
         optimizers = build_optimizers(
-            stage.net, self.accelerator.device, config.muon_lr, config.optimizer, config.optimizer_args
+            stage.net, self.accelerator.device, config.muon_lr, config.optimizer, config.optimizer_args, factors
         )
         self.net, *prepared = self.accelerator.prepare(stage.net, *optimizers.values())
         self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.settings = {name: group_settings(config, name) for name in optimizers}
         self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
-        self.ema = EMA(self.unwrapped, config.ema)
+        self.ema = self._average(optimizers.values())
         self.monitor = Monitor(stage, config, folder, self.accelerator)
         self.losses: list[Tensor] = []  # since the last row of the log
         self.skipped = self.skipped_in_row = 0  # steps without a finite loss
+
+    def _average(self, optimizers: Iterable[torch.optim.Optimizer]) -> EMA | CurrentWeights:
+        if not self.config.ema:
+            return CurrentWeights(self.unwrapped, optimizers)
+        if any(averages(type(optimizer)) for optimizer in optimizers):
+            raise ValueError(f"[train] optimizer {self.config.optimizer} averages the weights itself: set ema to 0")
+        return EMA(self.unwrapped, self.config.ema)
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"
@@ -161,7 +164,7 @@ class _Run:
         fraction = learning_rate(config, step)
         for name, optimizer in self.optimizers.items():  # at every step, since a checkpoint restores its own settings
             for group in optimizer.param_groups:
-                set_group(group, self.settings[name], fraction * self.settings[name]["lr"])
+                set_group(group, self.settings[name], fraction * self.settings[name]["lr"] * group.get(FACTOR, 1.0))
         losses, buffers = [], [(x, x.clone()) for x in self.unwrapped.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank

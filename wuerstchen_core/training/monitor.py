@@ -21,7 +21,7 @@ from ..inference.pipeline import WuerstchenPipeline
 from .checkpoint import append_row, read_log
 from .config import LoopConfig
 from .page import write_page
-from .sample_grid import prompt_grid, sample_grid
+from .sample_grid import prompt_grid, sample_grid, write_grid
 from .samples import generate_samples
 from .stage import Stage
 from .stages.networks import base_metadata
@@ -59,7 +59,8 @@ class Monitor:
                 self._write_preview(to_pictures(rows[-1][:1])[0])
         if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
             groups = {f"step {done}": images, **({self.stage.start_title: self.base} if self.base else {})}
-            self._write_grid("samples", done, prompt_grid(self.stage.sample.prompts, self.stage.sample.seeds, groups))
+            prompts, seeds = self.stage.sample.prompts, self.stage.sample.seeds
+            self._write_grid("samples", done, prompt_grid(prompts, seeds, groups), prompts)
             self._write_preview(images[0])
         write_page(self.folder, self.stage.name, done, self.config.steps)
 
@@ -99,8 +100,8 @@ class Monitor:
     def _due(self, done: int, every: int) -> bool:
         return done == self.config.steps or done % every == 0
 
-    def _write_grid(self, kind: str, done: int, grid: Image.Image) -> None:
-        replace_file(self.folder / f"{kind}-{done:06d}.png", partial(grid.save, format="PNG"))
+    def _write_grid(self, kind: str, done: int, grid: Image.Image, prompts: Sequence[str] = ()) -> None:
+        write_grid(self.folder / f"{kind}-{done:06d}.png", grid, prompts)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

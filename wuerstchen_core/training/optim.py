@@ -17,6 +17,7 @@ from ..models.attention import AttnBlock
 from ..models.layers import FeedForwardBlock, ResBlock
 from ..models.text_encoder import TextEncoder
 from .config import ADAMW, LoopConfig
+from .rates import parameter_groups
 
 
 def build_optimizers(
@@ -25,17 +26,19 @@ def build_optimizers(
     muon_lr: float = 0.0,
     optimizer: str = ADAMW,
     arguments: Mapping[str, Any] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, torch.optim.Optimizer]:
     """Returns the optimizer of an import path, and Muon for the matrices of the blocks if `muon_lr` is set.
 
     They are named by their classes, in lower case (Muon: kellerjordan.github.io/posts/muon). `device` is where the
     weights will be. AdamW is fused where torch has that: on a CPU it takes a tenth of the time (0.5 instead of 5.8 ns
-    per weight on one core), which saves 5 s per step of a full-size prior. ValueError if the optimizer cannot be
+    per weight on one core), which saves 5 s per step of a full-size prior. `factors` are those of
+    `set_factors`. ValueError if the optimizer cannot be
     imported or its arguments do not fit.
     """
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in trained.items() if muon_lr and "blocks." in name and p.ndim == 2}
-    others = [p for name, p in trained.items() if name not in matrices]
+    others = {name: p for name, p in trained.items() if name not in matrices}
     if not others:
         raise ValueError("[train] muon_lr leaves no weights for AdamW: remove it")
     kind = _optimizer_class(optimizer)
@@ -43,14 +46,15 @@ def build_optimizers(
     fused = {"fused": device.type in ("cpu", "cuda") or None} if optimizer == ADAMW else {}  # None: torch decides
     try:
         optimizers: dict[str, torch.optim.Optimizer] = {
-            kind.__name__.lower(): kind(others, **{**fused, **(arguments or {})})
+            kind.__name__.lower(): kind(parameter_groups(others, factors or {}), **{**fused, **(arguments or {})})
         }
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"[train] optimizer_args do not fit {optimizer}: {one_line(error):.200}") from error
     if matrices:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"torch {torch.__version__} has no Muon: update torch, or remove [train] muon_lr")
-        optimizers["muon"] = torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw")
+        groups = parameter_groups(matrices, factors or {})
+        optimizers["muon"] = torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
     return optimizers
 
 
@@ -88,8 +92,8 @@ def _optimizer_class(path: str) -> Any:
         known = [key for key, x in vars(module).items() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
         raise ValueError(f"{where} is not a torch optimizer{nearest(name, known)}: name one such as {ADAMW}")
     closure = inspect.signature(kind.step).parameters.get("closure")
-    if hasattr(kind, "eval") or (closure and closure.default is inspect.Parameter.empty):
-        raise ValueError(f"{where} needs calls that this training does not make (a closure, or eval): choose another")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{where} needs a closure, which this training does not have: choose another")
     return kind
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..common.atomic import replace_file
 from .chart import draw_chart, smooth
 from .checkpoint import read_log
+from .config import read_config
 from .run_folder import CONFIG, read_starts
 
 PAGE = "run.html"
@@ -38,6 +39,7 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
     text = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text("utf-8")
     )
+    config = folder / CONFIG
     page = text.render(
         name=name,
         facts=facts,
@@ -45,7 +47,8 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
         grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind, done)))],
         weights=sorted(path.name for path in folder.glob("*.safetensors")),
         starts=read_starts(folder),
-        configuration=config.read_text("utf-8") if (config := folder / CONFIG).is_file() else "",
+        prompts=read_config(config, []).get("sample", {}).get("prompts", []) if config.is_file() else [],
+        configuration=config.read_text("utf-8") if config.is_file() else "",
     )
     replace_file(folder / PAGE, lambda draft: draft.write_text(page, encoding="utf-8"))
 

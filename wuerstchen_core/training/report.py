@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FIRST, MEASURED = 1, 5  # steps before the first one whose time is measured, and steps that are
 FP32 = 4  # bytes
-FIXED_COPIES = 4  # of a trained weight: its gradient, AdamW's two moments and the average
+FIXED_COPIES = 3  # of a trained weight: its gradient and AdamW's two moments
 
 
 def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: int) -> None:
@@ -42,13 +42,14 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     steps = config.steps - start
     epochs = f", {steps * batch / examples:.3g} epochs of {examples}" if (examples := stage.dataset.examples) else ""
     log.info("%d steps of %d pictures%s", steps, batch, epochs)
-    fixed = fixed_bytes(sum(p.numel() * p.element_size() for p in parameters), trained) / 1e9
-    log.info("memory: %.3g GB for weights, gradients, optimizer and average, and more for activations", fixed)
+    fixed = fixed_bytes(sum(p.numel() * p.element_size() for p in parameters), trained, config.ema > 0) / 1e9
+    kinds = "weights, gradients, optimizer and average" if config.ema else "weights, gradients and optimizer"
+    log.info("memory: %.3g GB for %s, and more for activations", fixed, kinds)
 
 
-def fixed_bytes(weights: int, trained: int) -> int:
-    """Returns the bytes that a run needs besides activations, of all weights and with AdamW for the trained ones."""
-    return weights + FP32 * FIXED_COPIES * trained
+def fixed_bytes(weights: int, trained: int, average: bool) -> int:
+    """Returns the bytes that a run needs besides activations: of all weights, and for AdamW of the trained ones."""
+    return weights + FP32 * (FIXED_COPIES + average) * trained
 
 
 class StepTimes:

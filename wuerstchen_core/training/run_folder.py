@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, STARTS = "config.toml", "starts.jsonl"
 PACKAGES = ("torch", "accelerate", "peft", "safetensors", "numpy", "pillow")
+FIXED = ("[train] precision", "[train] frozen", "[train] lr_factors")
 DROPOUT = "dropout"  # the key of [lora] that may change
 
 
@@ -96,9 +97,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_fixed(key: str) -> bool:
-    return key in ("[train] precision", "[train] frozen") or (
-        key.startswith("[lora] ") and not key.endswith(f" {DROPOUT}")
-    )
+    return key in FIXED or (key.startswith("[lora] ") and not key.endswith(f" {DROPOUT}"))
 
 
 def _shown(value: Any) -> str:

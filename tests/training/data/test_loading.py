@@ -259,7 +259,7 @@ def test_shards_by_pattern_by_list_and_by_folder(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("none", "none does not exist"),
-        ("s3://bucket/a.tar", "s3://bucket/a.tar .*pipe:"),
+        ("nothing://bucket/a.tar", "nothing"),
         ("empty", "no readable image"),
         ("a.tgz", "a.tgz .*uncompressed"),
         ("{a,b", "{a,b .*brace"),

@@ -12,18 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.picture_folders import examples, shard, write_folder
+from helpers.tiny_model import write_tiny_bundle
 from torch import Tensor
 
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.common.toml import write_toml
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
-from wuerstchen_core.training.config import read_config
+from wuerstchen_core.training.config import INPUTS, read_config
 from wuerstchen_core.training.data.epoch_order import EpochOrder
 from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.held_out import ValidationConfig
 from wuerstchen_core.training.data.loading import IndexedLoader
 from wuerstchen_core.training.data.open import open_loader
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.run import build_stage
 from wuerstchen_core.training.stages.losses import NoiseConfig, TokenNoiseConfig, noise_loss, squared_error, token_loss
 from wuerstchen_core.training.stages.vqgan import Autoencoder
 
@@ -149,3 +152,23 @@ def test_weights_are_factors_of_the_losses_of_their_samples() -> None:
     each = torch.tensor([losses(slice(i, i + 1), None) for i in range(3)])
     assert torch.allclose(torch.tensor(losses(slice(None), w)), (each * weights[:, None]).mean(0), rtol=1e-4)
     assert losses(slice(None), None)[0] == F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "encoder", "text", "decoder", "token-decoder", "prior"])
+def test_the_weight_reaches_every_stage(stage: str, root: Path, bundle: Path, tmp_path: Path) -> None:
+    """The loss of pictures of weight 0 is 0. Adapters and embeddings have the losses of their networks' stages."""
+    model = str(write_tiny_bundle(tmp_path / "v1.safetensors", release="v1") if stage == "token-decoder" else bundle)
+    config: dict[str, Any] = {"run": str(tmp_path), "start": model, "inputs": dict.fromkeys(INPUTS, model)}
+    config |= {"vqgan": {"crop": 32, "margin": 8}} if stage == "vqgan" else {}
+    losses = []
+    for weight in (1.0, 0.0):
+        own = {"source": str(root / "base"), "weight": weight}
+        data = {"sources": [own], "size": 64, "multiple": 64, "workers": 0}
+        if stage == "text" and weight != 1:
+            with pytest.raises(ValueError, match="weight"):
+                build_stage(stage, {**config, "data": data})
+            return
+        built = build_stage(stage, {**config, "data": data})
+        built.dataset.start_reading(0, "", batch=4, seed=0, cache=tmp_path, rank=0, world=1)
+        losses.append(built.loss(built.net, *built.batch(0, StepRandom(0, 0, 4))).item())
+    assert losses[1] == 0 < losses[0]

@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from helpers.picture_folders import examples, picture, shard, table
 
@@ -189,3 +190,34 @@ def test_missing_software_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_secrets_in_an_address_are_not_logged() -> None:
     assert without_secrets("https://me:word@host:8/a/1.tar?key=5") == "https://host:8/a/1.tar"
     assert without_secrets("pipe:cat 1.tar") == "pipe:cat 1.tar"
+
+
+def test_streams_by_fsspec(shards: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    try:
+        for source in (f"memory://bucket/{{0..{SHARDS - 1}}}.tar", f"{shards.as_uri()}/{{0..{SHARDS - 1}}}.tar"):
+            assert read(opened(source), 12) == read(opened(local(shards)), 12)
+            assert opened(source).fingerprint() == opened(local(shards)).fingerprint()
+    finally:
+        memory.rm("/bucket", recursive=True)
+    parts = opened(f"{shards.as_uri()}/{{0..{SHARDS - 1}}}.tar", batch=2, workers=2)
+    assert len({number for numbers in read(parts, 2 * SHARDS) for number in numbers}) == 4 * SHARDS
+
+
+class Locked(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    protocol = "locked"
+
+    def _open(self, *_: Any, **__: Any) -> Any:
+        raise PermissionError("https://store/0.tar?signature=secret is forbidden")
+
+
+def test_errors_of_fsspec_have_no_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    fsspec.register_implementation("locked", Locked, clobber=True)
+    with pytest.raises(ValueError, match=r"locked://store/\d+\.tar") as raised:
+        read(opened("locked://key:secret@store/{0..30}.tar?token=secret"), 1)
+    assert "secret" not in caplog.text + str(raised.value) and "PermissionError" in caplog.text
+    for source in ("nothing://store/0.tar", ["locked://store/0.tar", "/0.tar"]):
+        with pytest.raises(ValueError, match="source"):
+            opened(source)

@@ -32,7 +32,9 @@ class ImageDataConfig(SourceOptions):
     """
 
     source: str | tuple[str, ...] = option(
-        "", "folders of images, or shards: .tar files, folders of them, http(s):// addresses; {000..127} expands"
+        "",
+        "folders of images; shards (.tar files, folders of them, or streams: https://, hf://, s3:// and others); "
+        "Parquet files, a folder of save_to_disk, or datasets:NAME of the Hugging Face Hub; {000..127} expands",
     )
     sources: tuple[SourceConfig, ...] = option(
         (), "instead of source: an array of tables, for sources with repeats and weights of their own"

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -99,7 +99,12 @@ class FolderSource(ImageSource):
         except ValueError:  # reported when the caption is needed
             captions = [""]
         try:
-            own = _records(path, name, sidecars.read_table(name), captions)
+            table = sidecars.read_table(name)
+            with path.open("rb") as file:
+                own = example_records(file, name, table, captions)
+        except OSError as error:
+            self.bad[name] = f"{name} cannot be read: {error.strerror}"
+            return
         except ValueError as error:
             self.bad[name] = str(error)
             return
@@ -185,15 +190,13 @@ def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Map
     return Sidecars(text, table, rows)
 
 
-def _records(path: Path, name: str, table: Mapping[str, Any], captions: Sequence[str]) -> list[tuple[float, ...]]:
-    """Returns the records of an image, one for each caption."""
-    try:
-        with path.open("rb") as file:
-            pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
-            # Two samples, since the end of a BMP can be a plain border.
-            samples = b"".join(read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE)))
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+def example_records(
+    file: BinaryIO, name: str, table: Mapping[str, Any], captions: Sequence[str]
+) -> list[tuple[float, ...]]:
+    """Returns the records of FOLDER_FIELDS of an image, one for each caption, from its open file."""
+    pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
+    # Two samples, since the end of a BMP can be a plain border.
+    samples = b"".join(read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE)))
     digests = (hashlib.blake2b(f"{size} {text}".encode() + samples, digest_size=8).digest() for text in captions)
     return [
         (*image_record(pixels, table, name, line), int.from_bytes(digest, "little"))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -92,11 +92,11 @@ class BatchLoader(ABC):
         """Number of worker processes unless the configuration has one."""
         return WORKERS
 
-    def results(self, dataset: Dataset[T], order: Iterable[int] | None = None) -> Iterator[T]:
+    def results(self, dataset: Dataset[T], order: Iterable[Any] | None = None) -> Iterator[T]:
         """Yields the workers' results in order."""
         generator = torch.Generator()  # DataLoader draws an unused seed, by default from torch's global generator
         workers = self.default_workers if self.config.workers is None else self.config.workers
-        options = {"num_workers": workers, "generator": generator, "worker_init_fn": _end_with_parent}
+        options: dict[str, Any] = {"num_workers": workers, "generator": generator, "worker_init_fn": _end_with_parent}
         yield from DataLoader(dataset, None, sampler=order, **options)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,17 @@ from ...common.text import listed
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
-from .folder import FolderSource, find_files, is_image
 from .held_out import NO_VALIDATION, ValidationConfig, hold_out
-from .latent_cache import MANIFEST, Cache, CacheSource, read_manifest
-from .left_out import kind_of
+from .hf_datasets import check_no_dataset
+from .latent_cache import Cache, read_manifest
 from .loading import BatchLoader, IndexedLoader
+from .open_source import find_cache, open_sources
 from .shards import ShardSource
 from .source import ImageSource
 from .sources import JoinedSource
-from .streams import StreamLoader
+from .streams import StreamLoader, check_streams, is_stream
 
 log = logging.getLogger(__name__)
-
-STREAMS = ("http:", "https:", "pipe:")
 
 
 def open_loader(
@@ -45,16 +41,17 @@ def open_loader(
     options: dict[str, Any] = {"config": config, "captions": captions, "images": images, "cached": cached}
     options |= {"rank": rank, "world": world}
     names = config.names
-    if any(name.startswith(STREAMS) for name in names):
+    if any(map(is_stream, names)):
         if config.sources:
             raise ValueError("[[data.sources]] names a stream: name streams alone, as source under [data]")
-        _check_streams(names, config.allow_pipe)
+        check_streams(names, config.allow_pipe)
+        check_no_dataset(config.parts[0])
         if validation.fraction:
             raise ValueError(
                 "[validation] cannot hold out pictures of a stream: download its shards, or remove the table"
             )
         return StreamLoader(urls=names, batch=batch, seed=seed, **options)
-    source = _open_sources(config, cache)
+    source = open_sources(config, cache, captions)
     ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
     shards = ErrorBudget("shards", config.bad_share)
     for part in source.sources if isinstance(source, JoinedSource) else [source]:
@@ -96,77 +93,6 @@ def configured_cache(config: ImageDataConfig) -> Cache | None:
 def source_names(config: ImageDataConfig) -> tuple[str, ...]:
     """Returns a name of each of `[[data.sources]]`."""
     return tuple(listed(part.names, 1, 200) for part in config.parts if config.sources)
-
-
-def find_cache(names: Sequence[str]) -> Path | None:
-    """Returns the folder of a cache whose shards are the source, None for other sources.
-
-    ValueError if other images are named too.
-    """
-    if any(name.startswith(STREAMS) for name in names):
-        return None
-    folders = {path if path.is_dir() else path.parent for path in map(Path, names)}
-    # A cache.json alone can be the caption of a cache.png: a cache has shards too.
-    caches = [folder for folder in folders if (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))]
-    if not caches:
-        return None
-    if len(folders) > 1:
-        raise ValueError("[data] source names a cache and other images: give the shards of one cache alone")
-    return caches[0]
-
-
-def _open_sources(config: ImageDataConfig, cache: Path) -> ImageSource:
-    """Opens the sources of a table as one source."""
-    if config.source or not config.sources:
-        return _open_source(config.names, cache)
-    names = [listed(part.names, 1) for part in config.parts]
-    return JoinedSource([_open_source(part.names, cache) for part in config.parts], names)
-
-
-def _open_source(names: Sequence[str], cache: Path) -> ImageSource:
-    """Opens folders of images, or .tar files and folders of them, as one source."""
-    for name in names:
-        if "://" in name:
-            raise ValueError(f"[data] source {name} is not supported: use an http(s):// address or a pipe: command")
-        if not Path(name).exists():
-            raise ValueError(f"[data] source {name} does not exist: give a folder of images, or shards")
-    paths = [Path(name) for name in names]
-    shards = [sorted(filter(_is_shard, path.iterdir())) if path.is_dir() else [path] for path in paths]
-    if not any(shards):
-        return FolderSource(paths)
-    if not all(shards):
-        raise ValueError("[data] source names both shards and folders of images: give one kind")
-    files = [path for part in shards for path in part]
-    if wrong := next((path for path in files if not _is_shard(path)), None):
-        raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
-    if find_cache(names):
-        return CacheSource(files, cache)
-    source = ShardSource(files, cache)
-    for folder in filter(Path.is_dir, paths):
-        for path in find_files(folder, source.left_out):
-            if is_image(path):
-                raise ValueError(f"[data] source {folder} contains both shards and images: give a folder of one kind")
-            if path not in files:
-                source.left_out.add(kind_of("".join(path.suffixes[-2:])), path.relative_to(folder).as_posix())
-    return source
-
-
-def _is_shard(path: Path) -> bool:
-    return path.suffix.lower() == ".tar"
-
-
-def _check_streams(names: Sequence[str], allow_pipe: bool) -> None:
-    """Raises ValueError unless all names are streams, and may and can be read."""
-    if not all(name.startswith(STREAMS) for name in names):
-        raise ValueError("[data] source names both streams and files: download the shards, or remove the files")
-    pipes = [name for name in names if name.startswith("pipe:")]
-    if pipes and not allow_pipe:
-        raise ValueError(
-            f"[data] source {pipes[0]} runs a command on this machine: if you trust it, set allow_pipe = true in [data]"
-        )
-    if len(pipes) < len(names) and shutil.which("curl") is None:
-        raise ValueError("[data] source has shards from the web, which need curl: install it")
-    import_module("webdataset")  # fails here, not in a worker, if the package is missing
 
 
 def _members(

@@ -25,6 +25,13 @@ JOINED_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # the digest is of the sourc
 class SourceOptions:
     """Keys of `[data]` and of each of `[[data.sources]]`; None there: that of `[data]`."""
 
+    split: str | None = option(None, "of a Hugging Face dataset; default: train, or the only one")
+    subset: str | None = option(None, "of a dataset on the Hugging Face Hub that has several")
+    image_column: str | None = option(None, "of a Hugging Face dataset; default: its only one with images")
+    caption_column: str | None = option(
+        None, "of a Hugging Face dataset, with texts or lists of texts; default: caption, text, prompt or captions"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(SourceOptions):

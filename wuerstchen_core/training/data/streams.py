@@ -1,17 +1,23 @@
-"""Streams: shards from the web or from a command's output, which `webdataset` reads from front to back."""
+"""Streams: shards from the web, from stores that fsspec knows or from a command's output, read from front to back."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import re
+import shutil
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from io import BytesIO
+from typing import Any
 from urllib.parse import urlsplit
 
+import fsspec
 import numpy as np
+from fsspec.registry import get_filesystem_class
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.text import listed, one_line
@@ -28,6 +34,8 @@ from .tars import open_stream, read_members
 
 log = logging.getLogger(__name__)
 
+PIPE = "pipe"
+CURL = ("http", "https")  # schemes of addresses that are read through curl
 STREAM = "stream"  # the fingerprint of every stream, since its contents are unknown
 
 
@@ -139,6 +147,31 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             yield own, ("", int(bucket), Example(pixels, caption, {}))
 
 
+def is_stream(name: str) -> bool:
+    """True if a source is an address or a command."""
+    return name.startswith("pipe:") or "://" in name
+
+
+def check_streams(names: Sequence[str], allow_pipe: bool) -> None:
+    """Raises ValueError unless all names are streams, and may and can be read."""
+    if not all(map(is_stream, names)):
+        raise ValueError("[data] source names both streams and files: download the shards, or remove the files")
+    schemes = {name.partition(":")[0]: name for name in names}
+    if "pipe" in schemes and not allow_pipe:
+        raise ValueError(
+            f"[data] source {schemes['pipe']} runs a command on this machine: if you trust it, set allow_pipe = true "
+            "in [data]"
+        )
+    if schemes.keys() & set(CURL) and shutil.which("curl") is None:
+        raise ValueError("[data] source has shards from the web, which need curl: install it")
+    for scheme in schemes.keys() - {*CURL, PIPE}:
+        try:
+            get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:  # with the package to install
+            raise ValueError(f"[data] source {scheme}:// cannot be read by fsspec: {one_line(error)}") from None
+    import_module("webdataset")  # fails here, not in a worker, if the package is missing
+
+
 def without_secrets(url: str) -> str:
     """Returns a shard's name for messages: its address without user, password and query."""
     parts = urlsplit(url)
@@ -147,11 +180,9 @@ def without_secrets(url: str) -> str:
 
 def _read_groups(url: str, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields the neighbouring members of each key by suffix; appends an error that ends the shard to `problems`."""
-    from webdataset.gopen import gopen
-
     key, members, last = "", dict[str, bytes](), 0
     try:
-        file = open_stream(gopen(url))
+        file = open_stream(_open_url(url))
         for archive, member in read_members(file, left_out):
             own, suffix = split_name(member.name)
             if members and (own, archive) != (key, last):
@@ -166,8 +197,25 @@ def _read_groups(url: str, problems: list[str], left_out: LeftOut) -> Iterator[t
                 raise ValueError("unexpected end of data")
             members[suffix] = data
     except Exception as error:  # webdataset's and tarfile's, in many classes
-        status = re.search(r"exit \d+", str(error))  # of curl, or of a pipe's command
-        reason = status[0] if status else one_line(error.args[0] if error.args else error)[:80]
-        problems.append(f"{without_secrets(url)} cannot be read to its end: {reason}")
+        problems.append(f"{without_secrets(url)} cannot be read to its end: {_reason(error, url)}")
     if members:
         yield key, members
+
+
+def _open_url(url: str) -> Any:
+    """Opens a shard: by webdataset if it is from the web or a command, else by fsspec."""
+    if url.partition(":")[0] in (*CURL, PIPE):
+        from webdataset.gopen import gopen
+
+        return gopen(url)
+    return fsspec.open(url, "rb").open()
+
+
+def _reason(error: Exception, url: str) -> str:
+    """Returns why a shard cannot be read, without what messages of storage libraries may contain: signed addresses."""
+    if match := re.search(r"exit \d+", str(error)):  # of curl, or of a pipe's command
+        return match[0]
+    if url.partition(":")[0] in (*CURL, PIPE) or isinstance(error, tarfile.TarError):
+        return one_line(error.args[0] if error.args else error)[:80]
+    status = getattr(getattr(error, "response", None), "status_code", "")
+    return f"{type(error).__name__} {status}".rstrip()

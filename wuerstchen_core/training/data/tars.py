@@ -66,8 +66,11 @@ class FilePart(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = min(len(buffer), self._size - self._position)
+        if size <= 0:
+            return 0
         self._file.seek(self._offset + self._position)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        data = self._file.read(size)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
