@@ -1,4 +1,4 @@
-"""Runs random command lines: `PYTHONPATH=.. python -m fuzz.commands --cases 100 --seed 0`, in tests/.
+"""Runs random command lines: `PYTHONPATH=.. python -m fuzz.commands --cases 100`, in tests/.
 
 A case is wrong if anything is raised, if an error is not one printable line, if a file that the command does not name
 as its output changes, if a draft is left behind, or if it takes too long.

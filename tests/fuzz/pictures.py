@@ -1,4 +1,4 @@
-"""Damages pictures at random and reads them: `python -m fuzz.pictures --cases 1000 --seed 0`, in tests/.
+"""Damages pictures at random and reads them: `PYTHONPATH=.. python -m fuzz.pictures --cases 1000`, in tests/.
 
 A case is wrong if anything but a one-line ValueError that names the file is raised, if the size in the header is not
 that of the picture, or if it takes too long.

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{message}; `{self.prog} --help` lists the options\n")
+        self.exit(FAILED, f"{printable(message)}; `{self.prog} --help` lists the options\n")
 
 
 class Version(argparse.Action):
