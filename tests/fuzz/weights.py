@@ -1,4 +1,4 @@
-"""Damages weight files at random and judges what reads them: `PYTHONPATH=.. python -m fuzz.weights --cases 1000`, in tests/.
+"""Damages weight files at random and judges what reads them: `PYTHONPATH=.. python -m fuzz.weights` in tests/.
 
 A case is wrong if anything but a one-line ValueError or OSError is raised, if `inspect`, `convert` and the loaders do
 not agree, if other tensors are loaded than a plain reader finds, if code in a file runs, if something is left behind,
