@@ -24,13 +24,14 @@ from .stages.networks import input_source, source_exists
 
 log = logging.getLogger(__name__)
 
+CAPTIONS = 2  # examples in the log
 FIRST, MEASURED = 1, 5  # steps before the first one whose time is measured, and steps that are
 FP32 = 4  # bytes
 FIXED_COPIES = 3  # of a trained weight: its gradient and AdamW's two moments
 
 
 def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: int) -> None:
-    """Logs the base model, parameters, steps, epochs and the memory before activations."""
+    """Logs the base model, some captions, parameters, steps, epochs and the memory before activations."""
     bases = ", ".join(map(str, stage.bases)) or "none: from random weights"
     trained = sum(p.numel() for p in stage.net.parameters() if p.requires_grad)
     networks = {id(network): network for network in (stage.net, *stage.frozen)}.values()
@@ -38,6 +39,8 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     total = sum(p.numel() for p in parameters)
     batch = config.batch * config.accumulate * processes
     log.info("base model: %s", bases)
+    for name, caption in stage.dataset.first_captions(CAPTIONS):
+        log.info("caption of %s, as it is read: %s", name, caption)
     log.info("trains %.4g M of %.4g M parameters", trained / 1e6, total / 1e6)
     steps = config.steps - start
     epochs = f", {steps * batch / examples:.3g} epochs of {examples}" if (examples := stage.dataset.examples) else ""

@@ -53,7 +53,10 @@ def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
     trainer: Stage[Any] = STAGES[stage](config)
     size = config.get("data", {}).get("size")
     resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
-    trainer.stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
+    stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
+    if words := dict.fromkeys([*trainer.dataset.trigger_words, *stated.get("trigger_words", ())]):
+        stated["trigger_words"] = list(words)
+    trainer.stated = stated
     trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
     if config.get("start"):
         trainer.bases = [config["start"]]
