@@ -97,10 +97,14 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None:
-    """Logs the files with weights, and the command that generates an image with them."""
+    """Logs the files with weights, the command that generates an image with them, and their folder in ComfyUI."""
     log.info("wrote %s", ", ".join(map(str, kept_weights(file.parent, stage.stem))))
     if arguments := generate_arguments(stage, config, file, first_caption(stage)):
         log.info("generate with it: %s", command(arguments))
+    if stage.comfyui_folder:
+        preview = file.with_suffix(".png")
+        files = f"{file} and {preview.name}" if preview.exists() else str(file)
+        log.info("for ComfyUI, copy %s to its folder models/%s", files, stage.comfyui_folder)
 
 
 def first_caption(stage: Stage[Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
+from ..checkpoints.components import component
 from ..inference.pipeline import WuerstchenPipeline
 from .data.dataset import ImageDataset, InMemoryDataset
 from .rng import StepRandom
@@ -41,6 +42,11 @@ class Stage(ABC, Generic[N]):
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         """Returns the samples of `rng` of a step's batch."""
         return self.prepare(self.dataset.sample_batch(rng), step, rng)
+
+    @property
+    def comfyui_folder(self) -> str:
+        """The folder below ComfyUI's `models` from which a node loads the weights; "" if none does."""
+        return component(self.part).loader.folder
 
     @property
     def stem(self) -> str:

@@ -102,6 +102,7 @@ class EmbeddingTraining(TextTowerStage[N]):
     """Vectors of a new word in a network's text encoder, trained with the network's loss; all else is frozen."""
 
     part = ""
+    comfyui_folder = "embeddings"
     has_preview = True
     fsdp_conflict = "[embedding]"
 

@@ -33,6 +33,7 @@ class AdapterStage(TextTowerStage[N]):
     """Adapters of a network, and of its text encoder, trained with the network's loss."""
 
     part = ""
+    comfyui_folder = "loras"
     has_preview = True
 
     def build(self, config: Mapping[str, Any]) -> N:
@@ -96,4 +97,5 @@ class TokenDecoderLoraStage(AdapterStage[TokenDecoder], TokenDecoderStage):
     """Adapters of v1's Stage B."""
 
     name = "token-decoder-lora"
+    comfyui_folder = ""
     tables = {"noise": TokenNoiseConfig, "lora": AdapterConfig}
