@@ -116,13 +116,8 @@ def first_caption(stage: Stage[Any]) -> str:
 
 def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path, prompt: str) -> list[str]:
     """Returns arguments of the command line that generate with a trained network; [] if it needs unknown networks."""
-    own = INPUTS.get(stage.name)
-    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
-    if decoder not in ("decoder", "token-decoder"):
-        return []
-    needed = {"prior": "prior", INPUTS[decoder]: decoder, "vqgan": "vqgan", TOWERS[0]: "text", TOWERS[1]: decoder}
-    sources = {part: _source_of(config, part, name) for part, name in needed.items() if part != own}
-    if not all(sources.values()):
+    own, sources = INPUTS.get(stage.name), other_sources(stage, config)
+    if not all(sources.values()) or not sources:
         return []
     arguments = ["generate", prompt]
     model = Counter(sources.values()).most_common(1)[0][0]
@@ -136,6 +131,19 @@ def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path,
     if "embedding" in stage.tables:
         return ["generate", f"{MARK}{stage.stem}", *arguments[2:], "--embedding", str(file)]
     return arguments if own else [*arguments, "--lora", str(file)]
+
+
+def other_sources(stage: Stage[Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the sources of the parts that generate images with the one that a stage trains, "" for unknown ones.
+
+    {} if the stage trains no part that generates images from text.
+    """
+    own = INPUTS.get(stage.name)
+    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
+    if decoder not in ("decoder", "token-decoder"):
+        return {}
+    needed = {"prior": "prior", INPUTS[decoder]: decoder, "vqgan": "vqgan", TOWERS[0]: "text", TOWERS[1]: decoder}
+    return {part: _source_of(config, part, name) for part, name in needed.items() if part != own}
 
 
 def _source_of(config: Mapping[str, Any], part: str, stage: str) -> str:

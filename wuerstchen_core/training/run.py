@@ -17,7 +17,7 @@ from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .processes import choose_precision, is_main_process
 from .report import report_end
-from .run_folder import record_start
+from .run_folder import CONFIG, record_start
 from .samples import SampleConfig
 from .stage import Stage
 from .tables import STAGES, resolve
@@ -45,6 +45,21 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
         if main:
             report_end(trainer, config, file)
         return file
+
+
+def open_run(folder: Path, overrides: list[str]) -> tuple[Stage[Any], dict[str, Any]]:
+    """Returns the stage of a run and its configuration from its folder, such as runs/mine/lora.
+
+    ValueError if it is no such folder.
+    """
+    name = folder.resolve().name
+    if name not in STAGES or not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a run, such as runs/mine/lora, which has a {CONFIG}: give that"
+        )
+    config = read_config(folder / CONFIG, overrides)
+    check_tables(config, STAGES[name].tables)
+    return build_stage(name, config), config
 
 
 def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
