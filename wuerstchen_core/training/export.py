@@ -20,6 +20,7 @@ from .ema import meta_copy
 from .monitor import stage_samples
 from .report import other_sources
 from .run import open_run
+from .run_folder import CONFIG
 from .stage import Stage
 from .stages.networks import weights_metadata
 
@@ -39,6 +40,8 @@ def export(checkpoint: Path, overrides: list[str], output: Path | None = None) -
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint} is not a file: name a checkpoint, such as run/lora/checkpoint-00000500.pt")
+    if not (checkpoint.parent / CONFIG).is_file():
+        raise ValueError(f"{checkpoint} is not in the folder of a run, which has a {CONFIG}: leave it there")
     stage, _ = open_run(checkpoint.parent, overrides)
     contents, net = load_checkpoint(checkpoint), meta_copy(stage.net)
     net.load_state_dict(contents["average"], assign=True)
