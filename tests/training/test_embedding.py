@@ -137,6 +137,10 @@ def test_captions_get_the_vectors() -> None:
         found, mask = tokenizer.tokens(caption)
         assert found.shape == mask.shape == (1, 77) and mask.sum() == len(ids) + 2
         assert found[0, 1 : len(ids) + 1].tolist() == ids
+    for caption in ("a embedding:cat", "embedding: red", "a (red:inf)", "(embedding:cat:2)"):
+        found, mask = tokenizer.tokens(caption)
+        plain = encode(caption) if "inf" in caption else encode(caption.strip("()").removesuffix(":2"))
+        assert found[0, 1 : mask.sum() - 1].tolist() == [1000, 1001, *plain]
     words_only = EmbeddingTokenizer(EmbeddingConfig("cat", "red", 1, token="cat"), 1000, cut=False)
     assert words_only.prompt("a cat's category").split() == ["a", "embedding:cat", "'s", "category"]
     assert words_only.prompt("a category") == "embedding:cat a category"

@@ -48,15 +48,16 @@ def pixels(command: list[str], output: Path) -> bytes:
     return Image.open(output).tobytes()
 
 
-@pytest.mark.parametrize("recipe", ["lora", "finetune"])
+@pytest.mark.parametrize(("recipe", "comfyui"), [("lora", "models/loras"), ("finetune", "models/diffusion_models")])
 def test_the_printed_command_generates_with_the_weights(
-    recipe: str, tmp_path: Path, bundle: Path, caplog: pytest.LogCaptureFixture
+    recipe: str, comfyui: str, tmp_path: Path, bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "wuerstchen_core"):
         file = trained(tmp_path / "my style", recipe, [bundle], "train.lr=0.5", "train.ema=0.0")
     command = generate_command(caplog)
     assert command[:2] == ["generate", "picture 0"] and str(file) in command
     assert any(text.startswith(f"wrote {file}") for text in caplog.messages)
+    assert any(str(file) in text and comfyui in text for text in caplog.messages)
     base = ["generate", "picture 0", "--model", str(bundle), "--width", "128", "--height", "128"]
     sized = [*command, "--width", "128", "--height", "128"]
     assert pixels(sized, tmp_path / "a.png") != pixels(base, tmp_path / "b.png")

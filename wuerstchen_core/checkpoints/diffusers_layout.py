@@ -86,15 +86,15 @@ def save_component(
     Floating-point tensors are stored in `dtype` (None: unchanged). A file that has them already, under the same names,
     is linked. Each file appears complete, or not at all.
     """
+    params: Any = part.params
     tensors = _tensors(name, part, dtype)
     file = folder / (TEXT_FILE if kind_of(name) == TEXT_ENCODER else FILE)
     if (source := _equal_file(part, tensors)) is not None:
         link_file(source, file)
     else:
-        release = release_of(part.params)
         header = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers needs the first
-        write_tensors(file, tensors, header | spec_header([name], metadata, release), progress)
-    content = config_text(name, part.params)
+        write_tensors(file, tensors, header | spec_header([name], metadata, release_of(params)), progress)
+    content = config_text(name, params)
     replace_file(folder / CONFIG, partial(Path.write_text, data=content, encoding="utf-8"))
     return file
 

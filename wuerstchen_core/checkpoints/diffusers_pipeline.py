@@ -19,7 +19,7 @@ from .diffusers_layout import CLASSES, CONFIG, TEXT_CLASS, TEXT_FILE, is_in_diff
 
 log = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
+INDEX, WHOLE = "model_index.json", "WuerstchenCombinedPipeline"
 # The modules of the networks in diffusers 0.38 and later, whose packages do not export all that loading them needs.
 MODULES = {
     part: f"diffusers.pipelines.deprecated.wuerstchen.modeling_{name}"
@@ -28,7 +28,7 @@ MODULES = {
 PRIOR = {"prior": "prior", "text_encoder": TOWERS[0]}  # folders of WuerstchenPriorPipeline, and their parts
 DECODER = {"decoder": "decoder", "vqgan": "vqgan", "text_encoder": TOWERS[1]}  # of WuerstchenDecoderPipeline
 PIPELINES = {  # the first one whose networks are there is written
-    "WuerstchenCombinedPipeline": {**{f"prior_{name}": part for name, part in PRIOR.items()}, **DECODER},
+    WHOLE: {**{f"prior_{name}": part for name, part in PRIOR.items()}, **DECODER},
     "WuerstchenPriorPipeline": PRIOR,
     "WuerstchenDecoderPipeline": DECODER,
 }
@@ -79,7 +79,7 @@ def write_pipeline(
         else:
             written[stored] = save_component(folder / name, part, parts[part], metadata, stored[1], report)
         index[name] = [MODULES[part], CLASSES[part]] if part in MODULES else ["transformers", TEXT_CLASS]
-    for prefix in ("prior_", "")[kind != "WuerstchenCombinedPipeline" :]:
+    for prefix in ("prior_", "")[kind != WHOLE :]:
         _write_tokenizer(folder / f"{prefix}tokenizer")
         _write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", SCHEDULER)
         index[f"{prefix}tokenizer"] = ["transformers", TOKENIZER["tokenizer_class"]]

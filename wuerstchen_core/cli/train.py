@@ -21,7 +21,8 @@ OPTIONS = {  # each option, and what it is for
     "path": (NEW, EXPORT, COMPARE),
     "output": (EXPORT, COMPARE),
     "config": (*STAGES, CACHE),
-    "set": (*STAGES, CACHE, COMPARE),
+    "set": (*STAGES, CACHE, EXPORT, COMPARE),
+    **dict.fromkeys(("step", "push", "private"), (EXPORT,)),
     "keys": STAGES,
     "json": STAGES,
     **dict.fromkeys(("recipe", "model", "pictures", "size"), (NEW,)),
@@ -36,17 +37,24 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run, install_hint=INSTALL_HINT, memory_hint=MEMORY_HINT)
     text = (
         f"{', '.join(STAGES)}; {CACHE}, which encodes a dataset for later training runs; {NEW}, which writes a "
-        f"configuration into the folder PATH; {EXPORT}, which writes the weights of the checkpoint PATH; or {COMPARE}, "
-        "which writes a grid with images of all weights in the folder PATH, such as runs/mine/lora"
+        f"configuration into the folder PATH; {EXPORT}, which writes the weights of the checkpoint PATH, or a folder "
+        "with the weights of the run PATH, such as runs/mine/lora, and a model card for others; "
+        f"or {COMPARE}, which writes a grid with images of all weights of the run PATH"
     )
     parser.add_argument("stage", metavar="STAGE", choices=(*STAGES, CACHE, NEW, EXPORT, COMPARE), help=text)
     parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"for {NEW}, {EXPORT} and {COMPARE}")
-    text = f"file to write to, for {EXPORT} and {COMPARE} (default: beside the checkpoint, in the folder)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=text)
+    text = (
+        f"file or folder to write to, for {EXPORT} and {COMPARE} (default: beside the checkpoint, in the run's folder)"
+    )
+    parser.add_argument("--output", type=Path, metavar="PATH", help=text)
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="training configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value; repeatable")
     parser.add_argument("--keys", action="store_true", help="list the configuration's keys, with defaults and meanings")
     parser.add_argument("--json", action="store_true", help="with --keys: print a JSON schema, for editors")
+    option = parser.add_argument_group(EXPORT, f"What `train {EXPORT} PATH` does for a run.").add_argument
+    option("--step", type=int, metavar="N", help="step of the weights (default: the newest)")
+    option("--push", metavar="NAME", help="upload the folder to NAME or OWNER/NAME on the Hugging Face hub")
+    option("--private", action="store_true", help="with --push: a new model is private")
     option = parser.add_argument_group(NEW, f"What `train {NEW} PATH` writes.").add_argument
     recipes = Choices("..training.new", "RECIPES")
     option("--recipe", choices=recipes, help="what to train: %(choices)s (default: lora)")
@@ -88,6 +96,8 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{label} is not for `train {options.stage}`, but for {', '.join(stages)}: leave it out")
     if options.json and not options.keys:
         raise ValueError("--json is for --keys: add that, or leave it out")
+    if options.private and not options.push:
+        raise ValueError("--private is for --push: add that, or leave it out")
 
 
 def _print_keys(options: argparse.Namespace) -> None:
@@ -110,11 +120,22 @@ def _write_new(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ..training.export import export
+    from ..training.export import export, export_run
+    from ..training.hub import check_push, push_to_hub
 
     if options.path is None:
-        raise ValueError(f"PATH is missing: name the checkpoint that `train {EXPORT}` reads")
-    sys.stdout.write(f"{export(options.path, options.output)}\n")
+        raise ValueError(f"PATH is missing: name a run, such as runs/mine/lora, or a checkpoint for `train {EXPORT}`")
+    if not options.path.is_dir():
+        if options.step is not None or options.push:
+            raise ValueError(f"--step and --push are for the folder of a run, not for {options.path}: give its folder")
+        sys.stdout.write(f"{export(options.path, options.set, options.output)}\n")
+        return
+    if options.push:
+        check_push(options.push)
+    folder = export_run(options.path, options.set, options.output, options.step, options.push or "")
+    sys.stdout.write(f"{folder}\n")
+    if options.push:
+        sys.stdout.write(f"{push_to_hub(folder, options.push, options.private)}\n")
 
 
 def _compare(options: argparse.Namespace) -> None:

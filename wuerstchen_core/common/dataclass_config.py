@@ -70,8 +70,9 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where} must be a table of keys, got {table!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(table) - set(fields)):
-        names = ", ".join(f"{name}{nearest(name, fields)}" for name in unknown)
-        raise ValueError(f"[{where}] has no key {names}: it takes {', '.join(fields)}")
+        like = {name: nearest(name, fields) for name in unknown}
+        known = "" if all(like.values()) else f": it takes {', '.join(fields)}"
+        raise ValueError(f"[{where}] has no key {', '.join(f'{name}{x}' for name, x in like.items())}{known}")
     missing = [
         name
         for name, field in fields.items()

@@ -54,11 +54,37 @@ def open_mask(mask: Picture) -> Mask:
     Errors as in `open_picture`.
     """
     image = _read(mask, "")
-    if image.mode == "RGBA":
-        alpha = image.getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            return Mask(ImageOps.invert(alpha), "alpha")
+    if (alpha := _opacity(image)) is not None:
+        return Mask(ImageOps.invert(alpha), "alpha")
     return Mask(image.convert("L"), "luminance")
+
+
+def open_grey(picture: Picture | BinaryIO, name: str = "") -> Image.Image:
+    """Returns a picture, or the one in a file, as 8-bit grey. Raises ValueError as `open_picture`, and if it has
+    transparent pixels."""
+    image = _read(picture, name)
+    if _opacity(image) is not None:
+        raise ValueError(f"{name or picture} is a mask and has transparent pixels: save it in grey, without them")
+    return image.convert("L")
+
+
+def open_opacity(picture: Picture | BinaryIO, name: str = "") -> Image.Image | None:
+    """Returns the opacity of a picture, or of the one in a file, as 8-bit grey; None if no pixel is transparent.
+
+    Errors as in `open_picture`.
+    """
+    return _opacity(_read(picture, name))
+
+
+def has_alpha(picture: str | PathLike[str] | BinaryIO, name: str = "") -> bool:
+    """True if a picture's header allows for transparent pixels. Raises ValueError if it cannot be read."""
+    with opened(picture, name or str(picture)) as file:
+        return file.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in file.info
+
+
+def _opacity(image: Image.Image) -> Image.Image | None:
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    return None if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
 
 def check_mask(mask: Image.Image) -> None:

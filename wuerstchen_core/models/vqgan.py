@@ -46,7 +46,7 @@ class Codebook(nn.Module):
         self.codebook = operations.Embedding(size, c_latent, **factory)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Quantized:
-        """Quantises x [B, c, h, w]; `weights` [B, 1, 1, 1] are factors of the samples' losses."""
+        """Quantises x [B, c, h, w]; `weights` [B, 1, h, w] are factors of the latents' losses."""
         vectors = x.permute(0, 2, 3, 1)
         indices = nearest_codes(vectors.flatten(0, 2).detach(), self.codebook.weight.detach()).view(vectors.shape[:3])
         codes = self.codebook(indices).permute(0, 3, 1, 2)

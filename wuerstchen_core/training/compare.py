@@ -6,10 +6,8 @@ from pathlib import Path
 
 from ..common.devices import pick_device
 from .checkpoint import kept_weights
-from .config import check_tables, read_config
 from .monitor import stage_samples
-from .run import build_stage
-from .run_folder import CONFIG
+from .run import open_run
 from .sample_grid import prompt_grid, write_grid
 from .stage import BASE_TITLE
 from .tables import STAGES
@@ -25,12 +23,12 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     prompts or weights, or networks that images need are missing.
     """
     name = folder.resolve().name
-    if name not in STAGES_WITH_SAMPLES or not (folder / CONFIG).is_file():
-        stages = " or ".join(STAGES_WITH_SAMPLES)
-        raise ValueError(f"{folder} is not the folder of a run of {stages}, which has a {CONFIG}: give such a folder")
-    config = read_config(folder / CONFIG, overrides)
-    check_tables(config, STAGES[name].tables)
-    stage = build_stage(name, config)
+    if name in STAGES and name not in STAGES_WITH_SAMPLES:
+        stages = ", ".join(STAGES_WITH_SAMPLES)
+        raise ValueError(
+            f"{folder} has weights that cannot generate from prompts: give the folder of a run of {stages}"
+        )
+    stage, _ = open_run(folder, overrides)
     if not stage.sample.prompts:
         raise ValueError("there are no prompts: add --set 'sample.prompts=[\"...\"]'")
     if missing := stage.missing_for_samples():

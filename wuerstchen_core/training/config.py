@@ -26,7 +26,7 @@ FALLS: dict[str, Callable[[float], float]] = {  # the rate's factor, by the rema
     "cosine": lambda remaining: (1 - math.cos(math.pi * remaining)) / 2,  # arXiv 1608.03983
 }
 Beta = Annotated[float, Range(least=0, below=1)]
-COMMON = ("run", "inputs", "data", "validation", "cache", "train", "modelspec")  # keys and tables of every stage
+COMMON = ("run", "inputs", "data", "validation", "cache", "train", "modelspec", "hub")  # keys and tables of every stage
 RUN = option(meaning="folder of the model; each stage has a subfolder there")
 START = option("", "initial weights, in any format that `inspect` reads; default: train from scratch")
 INPUTS = {  # the keys of [inputs]: stages, and the part of a bundle that each trains

@@ -1,29 +1,48 @@
-"""Writes the weights of a checkpoint."""
+"""Writes the weights of a checkpoint, or a folder with weights for others and a model card."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import load_checkpoint, record_weights, weights_name
-from .config import read_config
+from ..checkpoints.components import TOWERS
+from ..checkpoints.diffusers_layout import is_in_diffusers
+from ..checkpoints.diffusers_pipeline import write_pipeline
+from ..checkpoints.open import open_part
+from ..common.devices import pick_device
+from .card import write_card
+from .checkpoint import load_checkpoint, newest_step, record_weights, weights_name
+from .config import INPUTS
 from .ema import meta_copy
-from .run import build_stage
+from .monitor import stage_samples
+from .report import other_sources
+from .run import open_run
 from .run_folder import CONFIG
+from .stage import Stage
 from .stages.networks import weights_metadata
-from .tables import STAGES
+
+log = logging.getLogger(__name__)
+
+FOLDER = "export"
+PIPELINE_PARTS = {  # of a pipeline without the other stage, by the part that is trained
+    "prior": (TOWERS[0],),
+    "decoder": ("vqgan", TOWERS[1]),
+}
 
 
-def export(checkpoint: Path, output: Path | None = None) -> Path:
+def export(checkpoint: Path, overrides: list[str], output: Path | None = None) -> Path:
     """Writes the averaged weights of a checkpoint as training does, and returns their file.
 
     It is by default beside the checkpoint, such as lora-000500.safetensors. ValueError if it is in no run's folder.
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint} is not a file: name a checkpoint, such as run/lora/checkpoint-00000500.pt")
-    folder = checkpoint.resolve().parent
-    if folder.name not in STAGES or not (folder / CONFIG).is_file():
+    if not (checkpoint.parent / CONFIG).is_file():
         raise ValueError(f"{checkpoint} is not in the folder of a run, which has a {CONFIG}: leave it there")
-    stage = build_stage(folder.name, read_config(folder / CONFIG, []))
+    stage, _ = open_run(checkpoint.parent, overrides)
     contents, net = load_checkpoint(checkpoint), meta_copy(stage.net)
     net.load_state_dict(contents["average"], assign=True)
     step = contents["step"]
@@ -32,3 +51,70 @@ def export(checkpoint: Path, output: Path | None = None) -> Path:
     if output is None:
         record_weights(file, step)
     return file
+
+
+def export_run(
+    folder: Path, overrides: list[str], output: Path | None = None, step: int | None = None, name: str = ""
+) -> Path:
+    """Writes a folder with a run's weights as others load them, images of its prompts and a model card; returns it.
+
+    It is by default `FOLDER` in the run's. For v2's Stages B and C it is a diffusers pipeline with the other networks
+    of the configuration, for others the files that training writes. `step` is that of weights that are kept or have a
+    checkpoint (default: the newest), `name` the model's on the hub. ValueError if there are no such weights.
+    """
+    stage, config = open_run(folder, overrides)
+    file = folder / (f"{stage.stem}.safetensors" if step is None else weights_name(stage.stem, step))
+    if step is not None and not file.is_file():
+        file = export(folder / f"checkpoint-{step:08d}.pt", overrides)
+    if not file.is_file():
+        raise ValueError(f"{folder} has no weights yet: train first")
+    step, output = newest_step(folder) if step is None else step, output or folder / FOLDER
+    metadata = {**weights_metadata(stage), "training": {"step": step}}
+    images = _generate(stage, file)
+    if parts := _pipeline(stage, config, file):
+        write_pipeline(output, parts, metadata)
+    else:
+        stage.publish(file, output, metadata)
+    write_card(output, name or output.resolve().name, stage, config, folder, step, images)
+    _log_size(output)
+    return output
+
+
+def _generate(stage: Stage[Any], file: Path) -> list[Any]:
+    """Returns images of the prompts in [sample], none if there are no prompts or networks are missing."""
+    if "sample" not in stage.tables:
+        return []
+    if not stage.sample.prompts:
+        log.info("there are no prompts for images on the model card: add --set 'sample.prompts=[\"...\"]'")
+        return []
+    if missing := stage.missing_for_samples():
+        log.warning("there are no images on the model card, which need %s: add it with --set", missing)
+        return []
+    stage.net.to(pick_device("auto"))
+    pipeline = stage.base_pipeline()
+    stage.use_weights(pipeline, file)
+    return stage_samples(stage, pipeline)
+
+
+def _pipeline(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Returns the parts of a diffusers pipeline with a trained network; {} if there is no such pipeline."""
+    own = INPUTS.get(stage.name, "")
+    if own not in PIPELINE_PARTS:
+        return {}
+    sources = other_sources(stage, config)
+    known = {part: open_part(source, part) for part, source in sources.items() if source}
+    parts = {own: open_part(file, own), **known}
+    if not all(sources.values()) or not all(is_in_diffusers(part, x) for part, x in parts.items()):
+        parts = {part: parts[part] for part in (own, *PIPELINE_PARTS[own]) if part in parts}
+    complete = len(parts) > len(PIPELINE_PARTS[own])
+    return parts if complete and all(is_in_diffusers(part, x) for part, x in parts.items()) else {}
+
+
+def _log_size(folder: Path) -> None:
+    """Logs the size of a folder, and what of it is hard-linked to files outside."""
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    here = Counter(file.st_ino for file in files)
+    sizes = {file.st_ino: file.st_size for file in files}
+    linked = sum({file.st_ino: file.st_size for file in files if file.st_nlink > here[file.st_ino]}.values())
+    total = sum(sizes.values())
+    log.info("%s: %.4g MB, %.4g MB of them hard links to other files", folder, total / 1e6, linked / 1e6)

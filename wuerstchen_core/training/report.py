@@ -24,13 +24,14 @@ from .stages.networks import input_source, source_exists
 
 log = logging.getLogger(__name__)
 
+CAPTIONS = 2  # examples in the log
 FIRST, MEASURED = 1, 5  # steps before the first one whose time is measured, and steps that are
 FP32 = 4  # bytes
 FIXED_COPIES = 3  # of a trained weight: its gradient and AdamW's two moments
 
 
 def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: int) -> None:
-    """Logs the base model, parameters, steps, epochs and the memory before activations."""
+    """Logs the base model, some captions, parameters, steps, epochs and the memory before activations."""
     bases = ", ".join(map(str, stage.bases)) or "none: from random weights"
     trained = sum(p.numel() for p in stage.net.parameters() if p.requires_grad)
     networks = {id(network): network for network in (stage.net, *stage.frozen)}.values()
@@ -38,6 +39,8 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     total = sum(p.numel() for p in parameters)
     batch = config.batch * config.accumulate * processes
     log.info("base model: %s", bases)
+    for name, caption in stage.dataset.first_captions(CAPTIONS):
+        log.info("caption of %s, as it is read: %s", name, caption)
     log.info("trains %.4g M of %.4g M parameters", trained / 1e6, total / 1e6)
     steps = config.steps - start
     epochs = f", {steps * batch / examples:.3g} epochs of {examples}" if (examples := stage.dataset.examples) else ""
@@ -94,10 +97,14 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None:
-    """Logs the files with weights, and the command that generates an image with them."""
+    """Logs the files with weights, the command that generates an image with them, and their folder in ComfyUI."""
     log.info("wrote %s", ", ".join(map(str, kept_weights(file.parent, stage.stem))))
     if arguments := generate_arguments(stage, config, file, first_caption(stage)):
         log.info("generate with it: %s", command(arguments))
+    if stage.comfyui_folder:
+        preview = file.with_suffix(".png")
+        files = f"{file} and {preview.name}" if preview.exists() else str(file)
+        log.info("for ComfyUI, copy %s to its folder models/%s", files, stage.comfyui_folder)
 
 
 def first_caption(stage: Stage[Any]) -> str:
@@ -109,13 +116,8 @@ def first_caption(stage: Stage[Any]) -> str:
 
 def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path, prompt: str) -> list[str]:
     """Returns arguments of the command line that generate with a trained network; [] if it needs unknown networks."""
-    own = INPUTS.get(stage.name)
-    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
-    if decoder not in ("decoder", "token-decoder"):
-        return []
-    needed = {"prior": "prior", INPUTS[decoder]: decoder, "vqgan": "vqgan", TOWERS[0]: "text", TOWERS[1]: decoder}
-    sources = {part: _source_of(config, part, name) for part, name in needed.items() if part != own}
-    if not all(sources.values()):
+    own, sources = INPUTS.get(stage.name), other_sources(stage, config)
+    if not all(sources.values()) or not sources:
         return []
     arguments = ["generate", prompt]
     model = Counter(sources.values()).most_common(1)[0][0]
@@ -129,6 +131,19 @@ def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path,
     if "embedding" in stage.tables:
         return ["generate", f"{MARK}{stage.stem}", *arguments[2:], "--embedding", str(file)]
     return arguments if own else [*arguments, "--lora", str(file)]
+
+
+def other_sources(stage: Stage[Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the sources of the parts that generate images with the one that a stage trains, "" for unknown ones.
+
+    {} if the stage trains no part that generates images from text.
+    """
+    own = INPUTS.get(stage.name)
+    decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
+    if decoder not in ("decoder", "token-decoder"):
+        return {}
+    needed = {"prior": "prior", INPUTS[decoder]: decoder, "vqgan": "vqgan", TOWERS[0]: "text", TOWERS[1]: decoder}
+    return {part: _source_of(config, part, name) for part, name in needed.items() if part != own}
 
 
 def _source_of(config: Mapping[str, Any], part: str, stage: str) -> str:

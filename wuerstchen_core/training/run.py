@@ -17,7 +17,7 @@ from .config import LoopConfig, check_tables, read_config
 from .loop import train
 from .processes import choose_precision, is_main_process
 from .report import report_end
-from .run_folder import record_start
+from .run_folder import CONFIG, record_start
 from .samples import SampleConfig
 from .stage import Stage
 from .tables import STAGES, resolve
@@ -47,13 +47,31 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
         return file
 
 
+def open_run(folder: Path, overrides: list[str]) -> tuple[Stage[Any], dict[str, Any]]:
+    """Returns the stage of a run and its configuration from its folder, such as runs/mine/lora.
+
+    ValueError if it is no such folder.
+    """
+    name = folder.resolve().name
+    if name not in STAGES or not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a run, such as runs/mine/lora, which has a {CONFIG}: give that"
+        )
+    config = read_config(folder / CONFIG, overrides)
+    check_tables(config, STAGES[name].tables)
+    return build_stage(name, config), config
+
+
 def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
     """Returns the stage of a configuration, with a network that is loaded or randomly initialised."""
     torch.manual_seed(config.get("train", {}).get("seed", 0))  # for the initial weights
     trainer: Stage[Any] = STAGES[stage](config)
     size = config.get("data", {}).get("size")
     resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
-    trainer.stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
+    stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
+    if words := dict.fromkeys([*trainer.dataset.trigger_words, *stated.get("trigger_words", ())]):
+        stated["trigger_words"] = list(words)
+    trainer.stated = stated
     trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
     if config.get("start"):
         trainer.bases = [config["start"]]

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ..checkpoints import save_bundle
+from ..checkpoints.components import component
+from ..common.atomic import link_file
 from ..inference.pipeline import WuerstchenPipeline
 from .data.dataset import ImageDataset, InMemoryDataset
 from .rng import StepRandom
@@ -41,6 +43,11 @@ class Stage(ABC, Generic[N]):
     def batch(self, step: int, rng: StepRandom) -> tuple[Any, ...]:
         """Returns the samples of `rng` of a step's batch."""
         return self.prepare(self.dataset.sample_batch(rng), step, rng)
+
+    @property
+    def comfyui_folder(self) -> str:
+        """The folder below ComfyUI's `models` from which a node loads the weights; "" if none does."""
+        return component(self.part).loader.folder
 
     @property
     def stem(self) -> str:
@@ -99,6 +106,10 @@ class Stage(ABC, Generic[N]):
     def sampling(self) -> dict[str, Any]:
         """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""
         return {}
+
+    def publish(self, file: Path, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Writes the weights of a file that `save` wrote, and what else others load them from, to a folder."""
+        link_file(file, folder / f"{self.stem}.safetensors")
 
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         """Writes the weights of `net` (the EMA)."""

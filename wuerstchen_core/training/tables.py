@@ -14,6 +14,7 @@ from .data.filters import ImageDataConfig
 from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
 from .data.sources import has_pictures
+from .hub import HubConfig
 from .stages.decoder import DecoderStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
@@ -46,6 +47,7 @@ COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [input
     "validation": ValidationConfig,
     "cache": CacheConfig,
     "modelspec": Statement,
+    "hub": HubConfig,
 }
 KEPT = ("model", "cache")  # tables that `resolve` leaves as they are: of the network, and not of training
 

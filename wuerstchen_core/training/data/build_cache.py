@@ -16,12 +16,12 @@ from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import save
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -37,24 +37,40 @@ from ..config import check_tables, read_config
 from ..processes import check_processes
 from ..stages import networks
 from ..tables import STAGES
+from .caption_edits import EACH
 from .caption_tokens import CUT, CaptionTokenizer
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
-from .latent_cache import EMPTY_TEXT, MANIFEST, CacheConfig, CacheManifest, example_files, read_manifest
+from .latent_cache import EMPTY_TEXT, MANIFEST, MIRRORED, CacheConfig, CacheManifest, example_files, read_manifest
 from .loading import Batch, IndexedLoader, ReadResult, collate
-from .open import configured_cache, open_loader, source_names
+from .open import (
+    caption_edits,
+    check_cached_captions,
+    configured_cache,
+    mask_kinds,
+    open_loader,
+    source_names,
+)
 from .shards import add_member
 from .sources import has_pictures
 
 log = logging.getLogger(__name__)
 
 Chunk = tuple[int, list[int]]  # bucket and image indices of a forward pass
-Read = tuple[list[int], ReadResult]  # indices of its readable images, and the result with their batch
 ENCODERS: dict[str, tuple[Any, Any]] = {  # network and function for each of CACHEABLE
     "latents": (VQGAN, networks.encode_latents),
     "features": (ImageEncoder, networks.encode_features),
     "text": (TextEncoder, networks.encode_text),  # of tokens
 }
+
+
+class Read(NamedTuple):
+    """What a worker has read of a chunk."""
+
+    indices: list[int]  # of the readable images
+    captions: list[str]  # theirs, without edits
+    masks: list[Image.Image | None]
+    result: ReadResult  # with their batch
 
 
 def make_cache(config_path: Path, overrides: list[str]) -> Path:
@@ -75,8 +91,11 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         raise ValueError(f"[cache] output {options.output!r} is empty or the source's folder: name a new folder")
     if data.crop != "centre":
         raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it to cache centre crops')
-    # Of several sources, what training may change does not matter.
-    data = replace(data, sources=tuple(replace(x, repeats=1.0, weight=1.0, regularisation=False) for x in data.sources))
+    if "text" in options.what:
+        check_cached_captions(data)
+    # What training may change does not matter.
+    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": None}
+    data = replace(data, captions=EACH, sources=tuple(replace(part, **neutral) for part in data.sources))
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
@@ -91,6 +110,9 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         networks={name: networks.weights_fingerprint(config, name) for name in options.what},
         **{name: getattr(options, name) for name in ("dtype", "pictures", "shard")},
         long_captions=data.long_captions,
+        mirrored=any(own.flip for own in data.examples),
+        masks=mask_kinds(data),
+        edits=caption_edits(data) if "text" in options.what else "",
         data=loader.fingerprint(),
         count=sum(map(len, loader.order.members)),
         sources=source_names(data),
@@ -118,7 +140,8 @@ class _ChunkReader(Dataset[Read]):
         examples = {index: example for index, example in tried.items() if example is not None}
         if examples:
             result.batch = collate(list(examples.values()))
-        return list(examples), result
+        captions = [self.loader.source.caption(index) for index in examples]
+        return Read(list(examples), captions, [self.loader.read_mask(index, bucket) for index in examples], result)
 
 
 @dataclass
@@ -182,27 +205,37 @@ class _CacheWriter:
 
     def _write_shard(self, results: Iterator[Read], progress: tqdm[Any], draft: Path) -> None:
         with tarfile.open(draft, "w") as tar:
-            for indices, result in results:
-                self.budget.add(result.read, result.bad)
-                if result.batch is not None:
-                    self._add_examples(tar, indices, result.batch)
-                progress.update(result.read)
+            for read in results:
+                self.budget.add(read.result.read, read.result.bad)
+                if read.result.batch is not None:
+                    self._add_examples(tar, read, read.result.batch)
+                progress.update(read.result.read)
 
-    def _add_examples(self, tar: tarfile.TarFile, indices: list[int], batch: Batch) -> None:
+    def _add_examples(self, tar: tarfile.TarFile, read: Read, batch: Batch) -> None:
         """Computes the tensors of a batch and adds its examples, named by their image indices, to a shard."""
-        images, dtype, tensors = batch.images.float() / 255, self.options.dtype, dict[str, list[Tensor]]()
+        images, dtype, tensors = batch.images.float() / 255, self.options.dtype, dict[str, Any]()
         tokens = self.tokenizer(batch.captions) if "text" in self.encoders else []
         for name, encode in self.encoders.items():
-            tensors[name] = [x.to(DTYPES[dtype]) for x in encode(tokens if name == "text" else images)]
+            tensors[name] = encode(tokens if name == "text" else images)
+            if self.manifest.mirrored and name in MIRRORED:
+                tensors[MIRRORED[name]] = encode(images.flip(-1))
+        for name, several in tensors.items():
+            tensors[name] = [x.to(DTYPES[dtype]) for x in several]
             if not all(x.isfinite().all() for x in tensors[name]):
                 raise ValueError(f"{name} are not finite in {dtype}: choose another [cache] dtype")
-        for i, (index, picture) in enumerate(zip(indices, to_pictures(images), strict=True)):
+        for i, (index, picture) in enumerate(zip(read.indices, to_pictures(images), strict=True)):
             own = {name: x[i] for name, x in tensors.items()}
             source = self.loader.source
             record, origin = source.records[index], int(source.origins[index])
-            files = example_files(batch.captions[i], record, origin, picture.size, own)
+            files = example_files(read.captions[i], record, origin, picture.size, own)
             if self.options.pictures:
-                picture.save(file := BytesIO(), "PNG")
-                files["png"] = file.getvalue()
+                files["png"] = _png(picture)
+            if (mask := read.masks[i]) is not None:
+                files["mask.png"] = _png(mask)
             for suffix, content in files.items():
                 add_member(tar, f"{index:09d}.{suffix}", content)
+
+
+def _png(image: Image.Image) -> bytes:
+    image.save(file := BytesIO(), "PNG")
+    return file.getvalue()

@@ -37,6 +37,10 @@ class CaptionTokenizer:
         """Returns the tokens of each caption without counting them."""
         return self._shortened([self.tokens(caption) for caption in captions])
 
+    def prompt(self, caption: str) -> str:
+        """Returns the text whose tokens are read for a caption."""
+        return caption
+
     def tokens(self, caption: str) -> Tokens:
         """Returns the tokens of a caption of any length."""
         return tokenize_whole(caption)

@@ -36,9 +36,11 @@ class ImageDataset(ABC):
     examples = 0  # pairs of image and caption to train on; 0 if it is unknown, as for streams
     position = 0  # to resume from after the last batch
     fingerprint = ""  # hash of the images and of how they are read; "" if they cannot change
+    trigger_words: Sequence[str] = ()  # that captions are given
     tokenizer = CaptionTokenizer()
     validation = NO_VALIDATION
     weighted = False  # True if the losses of some images have other weights than 1
+    masked = False  # True if masks weight the losses of some images
     held_out = 0  # number of examples that are held out for validation
 
     def start_reading(
@@ -67,7 +69,8 @@ class ImageDataset(ABC):
         """Returns the images [B, 3, H, W] in [0, 1]."""
 
     def loss_weights(self, batch: Any) -> Tensor | None:
-        """Returns factors [B, 1, 1, 1] of the losses of a batch's images; None unless the dataset is `weighted`."""
+        """Returns factors of the losses of a batch's images: [B, 1, H, W] in pixels if the dataset is `masked`, else
+        [B, 1, 1, 1] if it is `weighted`, else None."""
         return None
 
     def must_compute(self, name: str) -> bool:
@@ -89,6 +92,10 @@ class ImageDataset(ABC):
         `compute` returns the states [77 n, c] of tokens. If a cache contains them, they are read from it instead.
         """
         return lambda batch, rng, drop: pad_states(compute(self.tokenizer(self.captions(batch, rng, drop))))
+
+    def first_captions(self, count: int) -> list[tuple[str, str]]:
+        """Returns names of images of the next batch and their captions as they are read; [] if that is unknown."""
+        return []
 
     @abstractmethod
     def preview_images(self) -> InMemoryDataset | None:

@@ -24,7 +24,7 @@ from .filters import ImageDataConfig
 from .held_out import NO_VALIDATION, ValidationConfig
 from .latent_cache import read_empty_text
 from .loading import Batch, IndexedLoader, ReadResult, collate
-from .open import configured_cache, open_loader
+from .open import caption_edits, check_cached_captions, configured_cache, open_loader
 from .sources import has_pictures
 from .streams import STREAM
 
@@ -48,8 +48,11 @@ class FileDataset(ImageDataset):
         self.size = most_square(self.config.sizes)
         self.square = set(self.config.sizes) == {(self.side, self.side)}
         self.weighted = any(part.weight != 1 for part in self.config.parts)
+        self.masked = any(own.mask for own in self.config.examples)
         self.cache, self._fingerprint_of = configured_cache(self.config), fingerprint_of
         self.tokenizer = CaptionTokenizer(self.config.long_captions == CUT)
+        words = (own.trigger_word.strip() for own in self.config.examples)
+        self.trigger_words = list(dict.fromkeys(filter(None, words)))
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
         self._computed: set[str] = set()  # names of those that are computed from images
 
@@ -88,7 +91,7 @@ class FileDataset(ImageDataset):
         return batch
 
     def held_out_batches(self, size: int) -> Iterator[tuple[int, Batch, int]]:
-        reader, first = replace(self._loader, config=replace(self.config, crop="centre")), 0
+        reader, first = self._loader, 0
         result, found = ReadResult(), 0
         assert isinstance(reader, IndexedLoader)
         for bucket, members in enumerate(reader.held_out):
@@ -110,7 +113,11 @@ class FileDataset(ImageDataset):
         return batch.images.float() / 255
 
     def loss_weights(self, batch: Batch) -> Tensor | None:
-        return batch.weights[:, None, None, None] if self.weighted else None
+        weights = batch.weights[:, None, None, None] if self.weighted else None
+        if batch.pixel_weights is None:
+            return weights
+        masks = batch.pixel_weights[:, None]
+        return masks if weights is None else masks * weights
 
     def must_compute(self, name: str) -> bool:
         """True unless the cache has these tensors. ValueError if they were computed by another network."""
@@ -135,6 +142,12 @@ class FileDataset(ImageDataset):
     ) -> Callable[[Batch, StepRandom, float], tuple[Tensor, Tensor | None]]:
         if self.cache is None or self.must_compute("text"):
             return super().map_captions(compute)
+        check_cached_captions(self.config)
+        if caption_edits(self.config) != self.cache.manifest.edits:
+            raise ValueError(
+                f"the text in {self.cache.folder} is of captions with another prefix, suffix or trigger word: restore "
+                "them in [data], or make a new cache"
+            )
         self._cached.add("text")
         empty_text = read_empty_text(self.cache.folder)
         if not self.tokenizer.cut and self.cache.manifest.long_captions == CUT:
@@ -150,13 +163,19 @@ class FileDataset(ImageDataset):
 
         return cached
 
+    def first_captions(self, count: int) -> list[tuple[str, str]]:
+        if not self._captions or not isinstance(self._loader, IndexedLoader):
+            return []
+        found = islice(self._loader.captions_from(self.position), count)
+        return [(name, self.tokenizer.prompt(caption)) for name, caption in found]
+
     def preview_images(self) -> InMemoryDataset | None:
         """Returns the first images of the fullest bucket, which are trained on too; None for streams and for a cache
         without images."""
         if not isinstance(self._loader, IndexedLoader) or self.missing_previews():
             return None
-        config, members = replace(self.config, crop="centre"), self._loader.order.members
-        reader = replace(self._loader, config=config, captions=self._captions, images=True, cached=())
+        members = self._loader.order.members
+        reader = replace(self._loader, captions=self._captions, images=True, cached=())
         bucket = max(range(len(members)), key=lambda i: len(members[i]))
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
         readable = list(islice(filter(None, examples), PREVIEWS))

@@ -16,6 +16,8 @@ from ...common.dataclass_config import Fraction, OneOf, Range, option
 from ...common.geometry import LARGEST, check_size
 from .buckets import Size, bucket_sizes, nearest_buckets
 from .caption_tokens import CUT, WHOLE
+from .draws import Key
+from .examples import ExampleConfig
 from .sources import SourceConfig, SourceOptions
 
 AtLeastOne = Annotated[float, Range(least=1)]
@@ -24,8 +26,8 @@ Probability = Annotated[float | None, Range(least=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig(SourceOptions):
-    """The `[data]` table of a run on image files.
+class PictureConfig(SourceOptions):
+    """Which pictures of `[data]` are read, and at which sizes.
 
     The filters, at the end, are off by default; their meanings end with the original's values. An image without a score
     fails that score's filter, as in the original. Sizes are the files' own; the original took them from LAION's table.
@@ -74,7 +76,7 @@ class ImageDataConfig(SourceOptions):
 
     @cached_property
     def parts(self) -> tuple[SourceConfig, ...]:
-        """The sources with the options of each; `source` is one. A cache as `source` is of all `sources`."""
+        """The sources with all their keys; `source` is one. A cache as `source` is of all `sources`."""
         parts = self.sources or (SourceConfig(source=self.source),)
         return tuple(part.with_defaults(self) for part in parts)
 
@@ -115,11 +117,33 @@ class ImageDataConfig(SourceOptions):
     def crop_image(self, image: Image.Image, bucket: int, *key: int) -> Tensor:
         """Scales an RGB image to cover its bucket's size and crops it; returns [3, H, W] uint8.
 
-        The position of a random crop depends on `key`.
+        The position of a random crop depends on `key`; without one the crop is centred.
         """
-        x, y = (0.5, 0.5) if self.crop == "centre" else np.random.default_rng(key).random(2).tolist()
-        fitted = ImageOps.fit(image, self.sizes[bucket], Image.Resampling.LANCZOS, centering=(x, y))
+        fitted = self._fit(image, Image.Resampling.LANCZOS, bucket, key)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+    def crop_mask(self, mask: Image.Image, bucket: int, *key: int) -> Image.Image:
+        """Scales and crops a grey mask as `crop_image` does with its image."""
+        return self._fit(mask, Image.Resampling.BOX, bucket, key)
+
+    def _fit(self, image: Image.Image, resample: Image.Resampling, bucket: int, key: Key) -> Image.Image:
+        x, y = (0.5, 0.5) if self.crop == "centre" or not key else np.random.default_rng(key).random(2).tolist()
+        return ImageOps.fit(image, self.sizes[bucket], resample, centering=(x, y))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataConfig(ExampleConfig, PictureConfig):
+    """The `[data]` table of a run on image files."""
+
+    def __post_init__(self) -> None:
+        ExampleConfig.__post_init__(self)
+        PictureConfig.__post_init__(self)
+        assert len(self.examples) == len(self.parts)
+
+    @cached_property
+    def examples(self) -> tuple[ExampleConfig, ...]:
+        """What is done with the examples of each of `parts`. ValueError if a table has keys without effect."""
+        return tuple(part.examples for part in self.parts)
 
 
 def rejected(reasons: Counter[str]) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ...inference.image_files import image_suffixes
-from ...inference.images import open_picture, picture_size
-from .left_out import HIDDEN, ONE_TRAINER, LeftOut, in_mask_folder, is_mask, kind_of
-from .metadata import METADATA, ImagePlaces, companion_names, image_name, read_rows
+from ...inference.images import has_alpha, open_grey, open_opacity, open_picture, picture_size
+from .left_out import HIDDEN, MASKS, ONE_TRAINER, LeftOut, in_mask_folder, is_mask, kind_of
+from .masks import ALPHA, check_shape, match_masks
+from .metadata import METADATA, ImagePlaces, companion_names, image_name, mask_name, read_rows
 from .sidecars import TEXT_SUFFIXES, caption_names, has_caption, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
 
@@ -55,9 +56,11 @@ class FolderSource(ImageSource):
     the table or .json. Only headers and samples of the image files are read until an image is needed.
     """
 
-    def __init__(self, roots: Sequence[Path]):
+    def __init__(self, roots: Sequence[Path], use_masks: bool = False):
+        """`use_masks`: True if the loss is weighted by the mask files beside the images."""
         self.names, self.bad, self.left_out = [], {}, LeftOut()
         self._paths: list[Path] = []
+        self._masks: list[Path | None] = []
         self._sidecars: list[Sidecars] = []
         names: dict[Path, str] = {}
         files: list[Path] = []
@@ -66,20 +69,23 @@ class FolderSource(ImageSource):
             names |= {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in found}
             files += found
         images = list(filter(is_image, files))
-        rows, companions = self._read_tables(files, names, images)
+        rows, companions, named_masks = self._read_tables(files, names, images)
         images += [path for path in rows if path not in names]
         texts = {(os.path.splitext(path)[0], path.suffix.lower()): path for path in names if not is_image(path)}
-        masks = find_masks({path: names.get(path, str(path)) for path in images}, companions)
+        sidecars = {path: _sidecars(path, texts, rows.get(path, [])) for path in images}
+        named = {path: names.get(path, str(path)) for path in images}
+        captioned = {x for x, own in sidecars.items() if (own.text or own.rows) and not ONE_TRAINER.fullmatch(x.stem)}
+        masks = companions | (find_masks(named, companions) - captioned)
+        mask_of = (_match_masks(named, masks) | named_masks) if use_masks else {}
         records: list[tuple[float, ...]] = []
-        used = {path for path in names if path.name.lower() in METADATA}
+        used = {path for path in names if path.name.lower() in METADATA} | set(mask_of.values())
         for path in images:
-            sidecars = _sidecars(path, texts, rows.get(path, []))
-            captioned = (sidecars.text or sidecars.rows) and not ONE_TRAINER.fullmatch(path.stem)
-            if path in companions or (path in masks and not captioned):
-                self.left_out.add("masks and conditioning images", names[path])
-            else:
-                used |= sidecars.used
-                self._add_image(path, names.get(path, os.path.relpath(path, roots[0])), sidecars, records)
+            if path not in masks:
+                used |= sidecars[path].used
+                name = names.get(path, os.path.relpath(path, roots[0]))
+                self._add_image(path, name, sidecars[path], mask_of.get(path), records)
+            elif path not in used:
+                self.left_out.add(MASKS, named[path])
         for path in files:
             if path not in used and not is_image(path):
                 self.left_out.add(_kind(path), names[path])
@@ -92,16 +98,33 @@ class FolderSource(ImageSource):
         captions = self._sidecars[index].captions(self.names[index])
         return captions[min(int(self.records["line"][index]), len(captions) - 1)]
 
-    def _add_image(self, path: Path, name: str, sidecars: Sidecars, records: list[tuple[float, ...]]) -> None:
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        if kind == ALPHA:
+            return open_opacity(self._paths[index], self.names[index])
+        if (path := self._masks[index]) is None:
+            return None
+        mask, record = open_grey(path, str(path)), self.records[index]
+        check_shape(mask.size, (int(record["width"]), int(record["height"])), self.names[index])
+        return mask
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        return has_alpha(self._paths[index], self.names[index]) if kind == ALPHA else self._masks[index] is not None
+
+    def _add_image(
+        self, path: Path, name: str, sidecars: Sidecars, mask: Path | None, records: list[tuple[float, ...]]
+    ) -> None:
         """Adds the examples of an image, or the reason for which it is unreadable."""
         try:
             captions = sidecars.captions(name)
         except ValueError:  # reported when the caption is needed
             captions = [""]
         try:
-            table = sidecars.read_table(name)
+            table, extra = sidecars.read_table(name), b""
+            if mask is not None:
+                with mask.open("rb") as file:
+                    extra = read_samples(file)
             with path.open("rb") as file:
-                own = example_records(file, name, table, captions)
+                own = example_records(file, name, table, captions, extra)
         except OSError as error:
             self.bad[name] = f"{name} cannot be read: {error.strerror}"
             return
@@ -111,13 +134,15 @@ class FolderSource(ImageSource):
         records += own
         self.names += caption_names(name, len(own))
         self._paths += [path] * len(own)
+        self._masks += [mask] * len(own)
         self._sidecars += [sidecars] * len(own)
 
     def _read_tables(
         self, files: Sequence[Path], names: Mapping[Path, str], images: Sequence[Path]
-    ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path]]:
-        """Returns the rows of the tables by image, and the masks and conditioning images that they name."""
+    ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path], dict[Path, Path]]:
+        """Returns the rows of the tables by image, their masks and conditioning images, and the masks by image."""
         rows: dict[Path, list[Mapping[str, Any]]] = {}
+        masks: dict[Path, Path] = {}
         companions: set[Path | None] = set()
         places = ImagePlaces(images)
         for table in files:
@@ -130,9 +155,11 @@ class FolderSource(ImageSource):
                         raise ValueError(f"{where} names {name}, which does not exist: correct the file_name")
                     rows.setdefault(image, []).append(row)
                     companions |= {places.find(table.parent, name) for name in companion_names(row)}
+                    if (mask := mask_name(row)) and (found := places.find(table.parent, mask)):
+                        masks[image] = found
                 except ValueError as error:
                     self.bad[where] = str(error)
-        return rows, {path for path in companions if path and path in names and path not in rows}
+        return rows, {path for path in companions if path and path in names and path not in rows}, masks
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -182,6 +209,14 @@ def find_masks(images: Mapping[Path, str], companions: set[Path]) -> set[Path]:
     return {path for path, name in names.items() if is_mask(name, others, stems)}
 
 
+def _match_masks(images: Mapping[Path, str], masks: set[Path]) -> dict[Path, Path]:
+    """Returns the mask of each image (path → name) that has one among `masks`, by their names."""
+    stems = {path: os.path.splitext(name)[0] for path, name in images.items()}
+    paths = {stem: path for path, stem in stems.items() if path in masks}
+    found = match_masks(paths, {stem for path, stem in stems.items() if path not in masks})
+    return {path: paths[found[stem]] for path, stem in stems.items() if path not in masks and stem in found}
+
+
 def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Mapping[str, Any]]) -> Sidecars:
     """Returns the sidecars of an image: NAME.txt or, for NAME.jpg, NAME.jpg.txt."""
     stems = os.path.splitext(image)[0], str(image)
@@ -191,17 +226,25 @@ def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Map
 
 
 def example_records(
-    file: BinaryIO, name: str, table: Mapping[str, Any], captions: Sequence[str]
+    file: BinaryIO, name: str, table: Mapping[str, Any], captions: Sequence[str], extra: bytes = b""
 ) -> list[tuple[float, ...]]:
-    """Returns the records of FOLDER_FIELDS of an image, one for each caption, from its open file."""
+    """Returns the records of FOLDER_FIELDS of an image, one for each caption, from its open file.
+
+    `extra`: more that the digests depend on.
+    """
     pixels, size = picture_size(file, name), file.seek(0, os.SEEK_END)
-    # Two samples, since the end of a BMP can be a plain border.
-    samples = b"".join(read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE)))
+    samples = read_samples(file) + extra
     digests = (hashlib.blake2b(f"{size} {text}".encode() + samples, digest_size=8).digest() for text in captions)
     return [
         (*image_record(pixels, table, name, line), int.from_bytes(digest, "little"))
         for line, digest in enumerate(digests)
     ]
+
+
+def read_samples(file: BinaryIO) -> bytes:
+    """Returns two samples of a file, since the end of a BMP can be a plain border."""
+    size = file.seek(0, os.SEEK_END)
+    return b"".join(read_at(file, start, SAMPLE) for start in (size // 2, max(0, size - SAMPLE)))
 
 
 def _kind(path: Path) -> str:

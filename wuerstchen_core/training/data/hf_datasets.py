@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ...common.text import listed, one_line
-from ...inference.images import open_picture
+from ...inference.images import has_alpha, open_opacity, open_picture
 from .folder import FOLDER_FIELDS, example_records, find_files, is_image
 from .left_out import LeftOut
 from .metadata import METADATA
@@ -70,6 +70,16 @@ class DatasetSource(ImageSource):
 
     def caption(self, index: int) -> str:
         return self._captions(int(self._rows[index]))[self.records["line"][index]]
+
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        row = int(self._rows[index])
+        with self._file(row) as file:
+            return open_opacity(file, _name(row))
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        row = int(self._rows[index])
+        with self._file(row) as file:
+            return has_alpha(file, _name(row))
 
     def _records(self, row: int) -> list[tuple[float, ...]]:
         """Returns the records of a row, one for each caption."""

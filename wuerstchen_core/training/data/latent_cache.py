@@ -12,16 +12,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ...common.dataclass_config import Count, OneOf, from_table, option
 from ...common.devices import DTYPES
+from ...inference.images import open_grey
 from .buckets import Size
 from .caption_tokens import CUT
 from .left_out import LeftOut
@@ -29,14 +32,17 @@ from .shards import NONE, SHARD_FIELDS, Members, Record, ShardSource
 from .sidecars import parse_json_table, read_captions, read_table
 from .source import SCORE_KEYS, image_record, read_at, read_bytes
 
-CACHEABLE = ("latents", "features", "text")  # Stage A latents, Stage C features, the caption's text states
+IMAGE_TENSORS = ("latents", "features")  # of Stage A, of Stage C
+CACHEABLE = (*IMAGE_TENSORS, "text")  # also the caption's text states
+MIRRORED = {name: f"mirrored_{name}" for name in IMAGE_TENSORS}  # those of mirrored images
+TENSORS = (*CACHEABLE, *MIRRORED.values())  # names of an example's tensors
 MANIFEST = "cache.json"
 EMPTY_TEXT = "no-words.safetensors"  # the text states of a dropped caption
 
 # The cropped size in pixels, the number of the source, and the offset and size in bytes of each tensor.
 CACHE_FIELDS = [
     *SHARD_FIELDS, ("wide", "i4"), ("high", "i4"), ("origin", "i4"),
-    *((field, "i8") for name in CACHEABLE for field in (name, f"{name}_size")),
+    *((field, "i8") for name in TENSORS for field in (name, f"{name}_size")),
 ]  # fmt: skip
 
 
@@ -66,6 +72,9 @@ class CacheManifest:
     shard: int  # images in a shard
     long_captions: str = CUT  # or WHOLE; caches of earlier versions are cut
     sources: tuple[str, ...] = ()  # of [[data.sources]], if there are any
+    mirrored: bool = False  # True if the shards contain the tensors of mirrored images too
+    masks: str = ""  # the kind of masks of each source; "" if the shards have none
+    edits: str = ""  # how the captions were changed whose states are cached; "" if they were not
 
     @property
     def shards(self) -> int:
@@ -110,7 +119,7 @@ def example_files(
 class CacheSource(ShardSource):
     """The examples of a cache's shards, in the order of the shards and of their members."""
 
-    index_version = 6
+    index_version = 8
     fields = CACHE_FIELDS
 
     @cached_property
@@ -120,11 +129,18 @@ class CacheSource(ShardSource):
     def caption(self, index: int) -> str:
         return read_captions(self._read(index, "caption"), {}, self.names[index])[0]
 
-    def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        return open_grey(BytesIO(self._read(index, "mask"))) if self.has_mask(index, kind) else None
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        return bool(self.records["mask_size"][index] >= 0)
+
+    def cached_tensors(self, index: int, names: Sequence[str], mirrored: bool = False) -> dict[str, Tensor]:
         tensors = {}
         for name in names:
+            stored = MIRRORED.get(name, name) if mirrored else name
             try:
-                tensors[name] = load(self._read(index, name))[name]
+                tensors[name] = load(self._read(index, stored))[stored]
             except (SafetensorError, KeyError) as error:
                 raise ValueError(f"the {name} of {self.names[index]} cannot be read ({error})") from error
         return tensors
@@ -136,7 +152,7 @@ class CacheSource(ShardSource):
 
     def _records(self, file: BinaryIO, example: Any, name: str) -> Iterator[Record]:
         members: Members = example
-        tensors = [members.get(f"{kind}.safetensors", NONE) for kind in CACHEABLE]
+        tensors = [members.get(f"{kind}.safetensors", NONE) for kind in TENSORS]
         if "json" not in members or "txt" not in members or all(member == NONE for member in tensors):
             return
         table = read_table(read_at(file, *members["json"]), name)
@@ -148,5 +164,5 @@ class CacheSource(ShardSource):
             raise ValueError(
                 f"the .json of {name} has no valid size: remove its shard and run `train cache` again"
             ) from None
-        own = (*image_record((width, height), table, name, line), *members.get("png", NONE), *members["txt"], False)
-        yield (*own, wide, high, origin, *(number for member in tensors for number in member))
+        places = *members.get("png", NONE), *members["txt"], False, *members.get("mask.png", NONE)
+        yield (*image_record((width, height), table, name, line), *places, wide, high, origin, *sum(tensors, ()))

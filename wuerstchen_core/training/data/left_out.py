@@ -15,6 +15,7 @@ from ...inference.image_files import image_suffixes
 
 log = logging.getLogger(__name__)
 
+MASKS = "masks and conditioning images"  # a kind of file
 NAMED = 3  # names of each kind in the log
 # Masks of OneTrainer (-masklabel, -condlabel) and others; those of kohya and diffusers are in folders of their own.
 ONE_TRAINER = re.compile(r".+-(?:mask|cond)label", re.IGNORECASE)
@@ -106,15 +107,16 @@ def is_mask(name: str, names: Collection[str] | None, stems: Collection[str]) ->
         image = _masked_image(part)
         if image is not None and "/".join([*parts[:number], image, *parts[number + 1 :]]) in names:
             return True
-    return in_mask_folder(name) and not {stem, _masked_image(stem), _without_suffix(stem)}.isdisjoint(stems)
+    return in_mask_folder(name) and not {stem, _masked_image(stem), without_suffix(stem)}.isdisjoint(stems)
 
 
 def _masked_image(stem: str) -> str | None:
     """Returns the stem of the image that a mask belongs to, by the mask's name; None for other names."""
     match = MASK.fullmatch(stem) or MASK_FIRST.fullmatch(stem)
-    return _without_suffix(match[1]) if match else None
+    return without_suffix(match[1]) if match else None
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
+    """Returns a name without its suffix, if that is an image's."""
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in image_suffixes() else name

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
@@ -16,17 +17,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.lib.recfunctions import drop_fields
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.text import listed
 from .caption_tokens import pad_states
+from .draws import Key, Purpose, generator
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .left_out import LeftOut
 from .source import ImageSource
-from .sources import SourceConfig
 
 T = TypeVar("T")
 WORKERS = 4  # by default
@@ -40,6 +42,12 @@ class Example(NamedTuple):
     caption: str
     cached: dict[str, Tensor]  # tensors of a cache by name
     weight: float = 1.0  # of its loss
+    pixel_weights: Tensor | None = None  # [H, W] of its loss; None if no example has a mask
+
+    def mirrored(self) -> Example:
+        """Returns the example with its image and mask mirrored horizontally; cached tensors are as they are."""
+        pixel_weights = None if self.pixel_weights is None else self.pixel_weights.flip(-1)
+        return self._replace(image=self.image.flip(-1), pixel_weights=pixel_weights)
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Batch:
     next: int  # the position to start at after this batch
     cached: dict[str, Tensor]  # tensors of a cache, [n, ...] by name
     weights: Tensor  # [n] of the losses
+    pixel_weights: Tensor | None  # [n, H, W] of the losses, if masks are used
 
 
 @dataclass
@@ -110,6 +119,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     source: ImageSource
     order: EpochOrder
     held_out: Sequence[np.ndarray] = ()  # the images of each bucket that are for validation, which `order` lacks
+    variants: Mapping[int, np.ndarray] = field(default_factory=dict)  # the examples one of which an image's first is
 
     @property
     def default_workers(self) -> int:
@@ -123,14 +133,38 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
                 raise ValueError(f"{len(result.bad)} images in a row cannot be used: {listed(list(result.bad))}")
             yield result.batch
 
-    def part_of(self, index: int) -> SourceConfig:
-        """Returns the options of an example's source."""
-        return self.config.parts[self.source.origins[index]]
+    def read_mask(self, index: int, bucket: int, *key: int) -> Image.Image | None:
+        """Returns the mask of an example in grey, cropped as its image; None if it has none."""
+        kind = self.config.examples[self.source.origins[index]].mask
+        mask = self.source.mask(index, kind) if kind else None
+        return None if mask is None else self.config.crop_mask(mask, bucket, *key)
+
+    def read_caption(self, index: int, *key: int) -> str:
+        """Returns the caption of an example as it is read."""
+        return self.config.examples[self.source.origins[index]].edit(self.source.caption(index), key)
+
+    def captions_from(self, step: int) -> Iterator[tuple[str, str]]:
+        """Yields names and captions of the examples of steps in order, without those that cannot be read."""
+        for number in itertools.count(step):
+            for slot, index in enumerate(self.order.batch_at(number)[1].tolist()):
+                key = self.order.seed, number, slot
+                index = self.variant(index, key)
+                with suppress(ValueError):
+                    yield self.source.names[index], self.read_caption(index, *key)
+
+    def variant(self, index: int, key: Key) -> int:
+        """Returns the example to read for the first one of an image."""
+        variants = self.variants.get(index) if key else None
+        return index if variants is None else int(generator(key, Purpose.CAPTION).choice(variants))
 
     def fingerprint(self) -> str:
         settings = self.config.sizes, self.config.crop == "random", self.order.batch, self.order.seed
         digest = hashlib.sha256(repr(settings).encode())
+        if any(changed := [own.changed() for own in self.config.examples]):
+            digest.update(repr(changed).encode())
         for members in self.order.members:
+            if self.variants:
+                members = np.concatenate([members[:0], *(self.variants.get(i, [i]) for i in members.tolist())])
             names = "\n".join(self.source.names[index] for index in members.tolist())
             digest.update(names.encode(errors="surrogatepass"))  # file names that are not UTF-8
             digest.update(drop_fields(self.source.records[members], "line", usemask=False).tobytes())
@@ -156,19 +190,27 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     def read_example(self, result: ReadResult, index: int, bucket: int, *key: int) -> Example | None:
         """Reads the needed parts of an example and counts it in `result`; None if it is damaged.
 
-        The position of a random crop depends on `key`.
+        Its crop, flip and caption depend on `key`; without one nothing is random.
         """
-        source, image = self.source, torch.empty(0, dtype=torch.uint8)
+        index = self.variant(index, key)
+        source, image, origin = self.source, torch.empty(0, dtype=torch.uint8), self.source.origins[index]
+        options, weight = self.config.examples[origin], self.config.parts[origin].weight
+        mirrored = options.flips(key)
         result.read += 1
         try:
-            caption = source.caption(index) if self.captions else ""
-            cached = source.cached_tensors(index, self.cached)
+            caption = self.read_caption(index, *key) if self.captions else ""
+            cached = source.cached_tensors(index, self.cached, mirrored)
             if self.images:
                 image = self.config.crop_image(source.image(index), bucket, *key)
+            pixel_weights = None
+            if any(own.mask for own in self.config.examples):
+                mask = self.read_mask(index, bucket, *key)
+                pixel_weights = options.pixel_weights(mask, self.config.sizes[bucket], source.names[index])
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None
-        return Example(image, caption, cached, self.part_of(index).weight)
+        example = Example(image, caption, cached, weight, pixel_weights)
+        return example.mirrored() if mirrored else example
 
 
 def _end_with_parent(worker: int) -> None:
@@ -185,10 +227,11 @@ def _end_with_parent(worker: int) -> None:
 
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:
     """Returns the batch of some examples; `following` is its `next`."""
-    images, captions, tensors, weights = zip(*examples, strict=True)
+    images, captions, tensors, weights, pixel_weights = zip(*examples, strict=True)
     cached = {}
     for name in tensors[0]:
         cached[name], mask = pad_states([one[name] for one in tensors])  # texts may differ in length
         if mask is not None:
             cached[f"{name}_mask"] = mask
-    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights))
+    masked = None if pixel_weights[0] is None else torch.stack(pixel_weights)
+    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights), masked)

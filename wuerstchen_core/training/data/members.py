@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from ...inference.image_files import image_suffixes
-from .left_out import ONE_TRAINER, LeftOut, is_mask, kind_of
+from .left_out import MASKS, ONE_TRAINER, LeftOut, is_mask, kind_of
 from .sidecars import TEXT_SUFFIXES
 
 T = TypeVar("T")
@@ -18,7 +18,8 @@ T = TypeVar("T")
 PREFERRED = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of two files of one image
 IMAGE_NAMES = ("", "image", "img", "picture", "photo", "input", "target")  # NAME of KEY.NAME.png, the best first
 TEXT_NAMES = ("", "caption", "text", "prompt")
-MASK_NAMES = {"mask", "masks", "masklabel", "condlabel", "conditioning", "conditioning_image", "control", "depth"}
+LOSS_MASKS = ("mask", "masks", "masklabel")  # NAME of KEY.NAME.png, for the loss of a single image
+MASK_NAMES = {*LOSS_MASKS, "condlabel", "conditioning", "conditioning_image", "control", "depth"}
 
 
 class Example(NamedTuple, Generic[T]):
@@ -27,6 +28,7 @@ class Example(NamedTuple, Generic[T]):
     image: T
     text: T | None
     table: T | None
+    mask: T | None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -45,7 +47,10 @@ def is_mask_key(
 
 
 def examples_of(key: str, members: Mapping[str, T], left_out: LeftOut) -> Iterator[tuple[str, Example[T]]]:
-    """Yields the examples among the members (suffix → contents) of one key, with their names."""
+    """Yields the examples among the members (suffix → contents) of one key, with their names.
+
+    The mask of an example is not counted in `left_out`.
+    """
     images: dict[str, dict[str, T]] = {}  # by what is between the key and the last suffix
     texts: dict[str, dict[str, T]] = {suffix: {} for suffix in (*TEXT_SUFFIXES, ".json")}
     rest = set(members)
@@ -55,12 +60,16 @@ def examples_of(key: str, members: Mapping[str, T], left_out: LeftOut) -> Iterat
             images.setdefault(name, {})[f".{last}"] = member
         elif f".{last}" in texts:
             texts[f".{last}"][name] = member
-    for name in sorted(images.keys() & MASK_NAMES) if images.keys() - MASK_NAMES else ():
-        for last in images.pop(name):
-            left_out.add("masks and conditioning images", f"{key}.{name}{last}")
-            rest.discard(f"{name}{last}")
+    others = images.keys() & MASK_NAMES if images.keys() - MASK_NAMES else set()
+    masks = {name: images.pop(name) for name in sorted(others)}
     own = [name for name in images if any(name in found for found in texts.values())]
     chosen = own or [name for name in IMAGE_NAMES if name in images][:1] or list(images)
+    mask = next((name for name in LOSS_MASKS if name in masks and len(chosen) == 1), None)
+    mask_file = None if mask is None else f"{mask}{next(iter(masks[mask]))}"
+    for file in [f"{name}{last}" for name, files in masks.items() for last in files]:
+        rest.discard(file)
+        if file != mask_file:
+            left_out.add(MASKS, f"{key}.{file}")
     for name in chosen:
         last = next((suffix for suffix in PREFERRED if suffix in images[name]), next(iter(images[name])))
         used = {last: name}
@@ -78,6 +87,7 @@ def examples_of(key: str, members: Mapping[str, T], left_out: LeftOut) -> Iterat
                 images[name][last],
                 None if text_file is None else members[text_file],
                 members[files[".json"]] if ".json" in files else None,
+                None if mask_file is None else members[mask_file],
             ),
         )
     for suffix in sorted(rest):

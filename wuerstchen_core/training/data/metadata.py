@@ -53,6 +53,12 @@ def companion_names(row: Mapping[str, Any]) -> Iterator[str]:
             yield value
 
 
+def mask_name(row: Mapping[str, Any]) -> str | None:
+    """Returns the name of the mask of a row's image; None if it has none."""
+    names = (value for key, value in row.items() if key.lower() in ("mask", "mask_file_name"))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
 class ImagePlaces:
     """Finds images by the names in tables: with .. and links, with backslashes, as addresses, in any Unicode form."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ...common.text import listed
+from .caption_edits import RANDOM
 from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig, rejected
-from .held_out import NO_VALIDATION, ValidationConfig, hold_out
+from .held_out import NO_VALIDATION, ValidationConfig, by_image, hold_out
 from .hf_datasets import check_no_dataset
 from .latent_cache import Cache, read_manifest
 from .loading import BatchLoader, IndexedLoader
@@ -25,6 +27,8 @@ from .sources import JoinedSource
 from .streams import StreamLoader, check_streams, is_stream
 
 log = logging.getLogger(__name__)
+
+MASKS_COUNTED = 10_000  # images
 
 
 def open_loader(
@@ -58,16 +62,18 @@ def open_loader(
         if isinstance(part, ShardSource):
             shards.add(len(part.paths), part.bad_shards)
     source.left_out.log()
-    members, held_out = _members(source, config, batch * world, captions or "text" in cached, validation)
+    members, held_out, variants = _members(source, config, batch * world, captions or "text" in cached, validation)
+    _report_masks(source, config, np.concatenate(members))
     repeats = _repeats(source, config, members) if config.sources else None
     order = EpochOrder(members, batch * world, seed, repeats)
-    return IndexedLoader(source=source, order=order, held_out=held_out, **options)
+    return IndexedLoader(source=source, order=order, held_out=held_out, variants=variants, **options)
 
 
 def configured_cache(config: ImageDataConfig) -> Cache | None:
     """Returns the cache that is the `source` of a table, None for other sources.
 
-    ValueError if the table names other images too, caches several sources or random crops.
+    ValueError if the table names other images too, caches several sources, random crops, or flips or masks that the
+    cache lacks.
     """
     for part in config.parts if not config.source else ():
         if find_cache(part.names):
@@ -87,6 +93,10 @@ def configured_cache(config: ImageDataConfig) -> Cache | None:
             f"{found} is a cache of [[data.sources]] {', '.join(cache.manifest.sources) or 'none'}, and [data] has "
             f"{', '.join(now) or 'none'}: name the same ones in this order, or make a new cache"
         )
+    if any(own.flip for own in config.examples) and not cache.manifest.mirrored:
+        raise ValueError(f"{found} has no mirrored pictures: make the cache with flip above 0, or remove [data] flip")
+    if (kinds := mask_kinds(config)) and kinds != cache.manifest.masks:
+        raise ValueError(f"{found} has no masks of these sources: make the cache with the same [data] mask")
     return cache
 
 
@@ -95,19 +105,47 @@ def source_names(config: ImageDataConfig) -> tuple[str, ...]:
     return tuple(listed(part.names, 1, 200) for part in config.parts if config.sources)
 
 
+def check_cached_captions(config: ImageDataConfig) -> None:
+    """Raises ValueError if the text of captions cannot be cached, since they differ from use to use."""
+    if any(own.varies_tags for own in config.examples):
+        raise ValueError(
+            "the text of shuffled or dropped tags cannot be cached: remove shuffle_tags and tag_dropout under [data], "
+            'or make a cache without "text" in [cache] what'
+        )
+
+
+def caption_edits(config: ImageDataConfig) -> str:
+    """Returns how the captions of all sources are changed at every use, as JSON; "" if they are not."""
+    edits = [own.fixed_edits for own in config.examples]
+    return json.dumps(edits) if any(edits) else ""
+
+
+def mask_kinds(config: ImageDataConfig) -> str:
+    """Returns the kinds of masks of all sources; "" if none has any."""
+    return ",".join(own.mask for own in config.examples) if any(own.mask for own in config.examples) else ""
+
+
 def _members(
     source: ImageSource, config: ImageDataConfig, batch: int, captions: bool, validation: ValidationConfig
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the images of each bucket that pass the filters, and those of them that are held out for validation.
+) -> tuple[list[np.ndarray], list[np.ndarray], dict[int, np.ndarray]]:
+    """Returns the images of each bucket that pass the filters, those of them that are held out for validation, and the
+    variants of `IndexedLoader`.
 
     Logs their number. ValueError if none is left.
 
     Unless `captions` are needed, an image with several is one example.
     """
     reasons, buckets = config.select(source.records)
-    if not captions:
-        reasons = np.where(source.records["line"] > 0, "further captions", reasons)
-    elif several := np.count_nonzero(source.records["line"] == 1):
+    line = source.records["line"]
+    drawn = np.array([own.captions == RANDOM for own in config.examples])[source.origins]
+    variants: dict[int, np.ndarray] = {}
+    if captions and drawn.any():
+        order, image = by_image(source.records, buckets, drawn & (reasons == ""))
+        groups = np.split(order, np.flatnonzero(np.diff(image)) + 1)
+        variants = {int(group[0]): group for group in groups if len(group) > 1}
+        log.info("%d images have several captions, one of which is drawn at every use", len(variants))
+    reasons = np.where((line > 0) & (drawn if captions else True), "further captions", reasons)
+    if several := np.count_nonzero((line == 1) & ~drawn) * captions:
         log.info("%d images have several captions, each of which is an example", several)
     own = ~np.array([part.regularisation for part in config.parts])[source.origins]
     held_out = hold_out(validation, source.records, buckets, (reasons == "") & own)
@@ -128,7 +166,23 @@ def _members(
     for (width, height), part in zip(config.sizes, members, strict=True):
         note = ", fewer than a batch, so they repeat within it" if 0 < len(part) < batch else ""
         log.info("bucket %dx%d: %d%s", width, height, len(part), note)
-    return members, held
+    return members, held, variants
+
+
+def _report_masks(source: ImageSource, config: ImageDataConfig, indices: np.ndarray) -> None:
+    """Logs how many of some images have the masks that weight the loss, of many images only of the first ones.
+
+    ValueError if none has.
+    """
+    kinds = [own.mask for own in config.examples]
+    masked = [kinds[origin] != "" for origin in source.origins[indices].tolist()]
+    chosen = indices[np.array(masked, dtype=bool) & (source.records["line"][indices] == 0)][:MASKS_COUNTED].tolist()
+    if not chosen:
+        return
+    found = sum(source.has_mask(index, kinds[source.origins[index]]) for index in chosen)
+    if not found:
+        raise ValueError(f"none of {len(chosen)} images has a mask: add masks, or remove [data] mask")
+    log.info("%d of %d images have a mask; the others count whole", found, len(chosen))
 
 
 def _repeats(source: ImageSource, config: ImageDataConfig, members: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from .folder import FolderSource, find_files, is_image
 from .hf_datasets import HUB, DatasetSource, check_no_dataset, is_dataset
 from .latent_cache import MANIFEST, CacheSource
 from .left_out import kind_of
+from .masks import FILE
 from .shards import ShardSource
 from .source import ImageSource
 from .sources import JoinedSource, SourceConfig
@@ -50,13 +51,15 @@ def _open_source(part: SourceConfig, cache: Path, captions: bool) -> ImageSource
         if not name.startswith(HUB) and not Path(name).exists():
             raise ValueError(f"[data] source {name} does not exist: give a folder of images, or shards")
     if is_dataset(names):
+        if part.mask == FILE:
+            raise ValueError(f'{names[0]} is a dataset, which has no mask files: set mask = "alpha", or remove it')
         return DatasetSource(names, part, captions)
     if find_cache(names) is None:
         check_no_dataset(part)
     paths = [Path(name) for name in names]
     shards = [sorted(filter(_is_shard, path.iterdir())) if path.is_dir() else [path] for path in paths]
     if not any(shards):
-        return FolderSource(paths)
+        return FolderSource(paths, part.mask == FILE)
     if not all(shards):
         raise ValueError("[data] source names both shards and folders of images: give one kind")
     files = [path for part in shards for path in part]
@@ -64,7 +67,7 @@ def _open_source(part: SourceConfig, cache: Path, captions: bool) -> ImageSource
         raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
     if find_cache(names):
         return CacheSource(files, cache)
-    source = ShardSource(files, cache)
+    source = ShardSource(files, cache, part.mask == FILE)
     for folder in filter(Path.is_dir, paths):
         for path in find_files(folder, source.left_out):
             if is_image(path):

@@ -19,16 +19,19 @@ import numpy as np
 from PIL import Image
 
 from ...common.atomic import replace_file
-from ...inference.images import open_picture, picture_size
-from .left_out import LeftOut, in_mask_folder
+from ...inference.images import has_alpha, open_grey, open_opacity, open_picture, picture_size
+from .left_out import MASKS, LeftOut, in_mask_folder
+from .masks import ALPHA, check_shape
 from .members import Example, examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at
 from .tars import FilePart, read_members
 
-# Offset and size in bytes of the image and of the caption, and whether the caption is in a .json file.
+# Offset and size in bytes of the image, the caption and the mask, and whether the caption is in a .json file.
+MASK_FIELDS = ["mask", "mask_size"]
 SHARD_FIELDS = [
-    *RECORD_FIELDS, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?")
+    *RECORD_FIELDS, ("picture", "i8"), ("picture_size", "i8"), ("caption", "i8"), ("caption_size", "i8"), ("json", "?"),
+    *((name, "i8") for name in MASK_FIELDS),
 ]  # fmt: skip
 REST = "the rest"  # in place of the keys that a damaged shard lost
 NONE = (0, -1)  # in place of the offset and size of a missing member
@@ -50,11 +53,14 @@ class ShardIndex(NamedTuple):
 class ShardSource(ImageSource):
     """The examples of tar files, in the order of the files and of their members."""
 
-    index_version = 3  # of the index files; every class, and every change of `fields`, takes a new one
+    index_version = 7  # of the index files; every class, and every change of `fields`, takes a new one
     fields: list[Any] = SHARD_FIELDS
 
-    def __init__(self, paths: Sequence[Path], cache: Path):
-        """`paths` are at least one tar file, `cache` is the folder of the index files."""
+    def __init__(self, paths: Sequence[Path], cache: Path, use_masks: bool = False):
+        """`paths` are at least one tar file, `cache` is the folder of the index files.
+
+        `use_masks`: True if the loss is weighted by the masks in them.
+        """
         self.paths, self.names, self.bad, self.left_out = list(paths), [], {}, LeftOut()
         self.bad_shards: dict[str, str] = {}  # shards without a readable image: path → reason
         indexes = [self._open_index(path, cache) for path in paths]
@@ -66,6 +72,9 @@ class ShardSource(ImageSource):
             self.bad |= {f"{name}:{key}": reason for key, reason in index.bad.items()}
             self.names += [f"{name}:{key}" for key in index.keys]
             self.left_out.take(index.left_out, f"{name}:")
+            masked = (index.records["mask_size"] >= 0) & (index.records["line"] == 0)
+            for number in np.flatnonzero(masked).tolist() if not use_masks else ():
+                self.left_out.add(MASKS, f"{name}:{index.keys[number]}.mask")
         self.records = np.concatenate([index.records for index in indexes])
         self._shards = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.keys) for index in indexes])
 
@@ -77,6 +86,21 @@ class ShardSource(ImageSource):
         raw = self._read(index, "caption") if record["caption_size"] >= 0 else None
         captions = read_captions(None, read_table(raw, name), name) if record["json"] else read_captions(raw, {}, name)
         return captions[record["line"]]
+
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        record, name = self.records[index], self.names[index]
+        if kind == ALPHA:
+            return open_opacity(BytesIO(self._read(index, "picture")), name)
+        if record["mask_size"] < 0:
+            return None
+        mask = open_grey(BytesIO(self._read(index, "mask")), f"the mask of {name}")
+        check_shape(mask.size, (int(record["width"]), int(record["height"])), name)
+        return mask
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        if kind == ALPHA:
+            return has_alpha(BytesIO(self._read(index, "picture")), self.names[index])
+        return bool(self.records["mask_size"][index] >= 0)
 
     def _read(self, index: int, field: str) -> bytes:
         record = self.records[index]
@@ -132,7 +156,7 @@ class ShardSource(ImageSource):
     ) -> Iterator[tuple[str, Any]]:
         """Yields the examples among the members of a key, with their names."""
         if is_mask_key(key, groups[key], groups, stems):
-            left_out.add("masks and conditioning images", f"{key}.{next(iter(groups[key]))}")
+            left_out.add(MASKS, f"{key}.{next(iter(groups[key]))}")
         else:
             yield from examples_of(key, groups[key], left_out)
 
@@ -148,7 +172,8 @@ class ShardSource(ImageSource):
         caption = example.text or example.table or NONE
         for line in range(count):
             record = image_record(pixels, table, name, line)
-            yield (*record, *example.image, *caption, example.text is None and example.table is not None)
+            in_table = example.text is None and example.table is not None
+            yield (*record, *example.image, *caption, in_table, *(example.mask or NONE))
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -81,6 +81,14 @@ class ImageSource(ABC):
     def caption(self, index: int) -> str:
         """Returns the caption."""
 
-    def cached_tensors(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Returns an image's cached tensors by name; only the source of a cache has any."""
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        """Returns the mask in 8-bit grey; None if there is none. `kind` is one of `MaskConfig.mask`."""
+        raise NotImplementedError
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        """True if there is a mask, as far as it is known without reading pixels."""
+        raise NotImplementedError
+
+    def cached_tensors(self, index: int, names: Sequence[str], mirrored: bool = False) -> dict[str, Tensor]:
+        """Returns the cached tensors of an image, or of the mirrored image, by name; only a cache has any."""
         return {}

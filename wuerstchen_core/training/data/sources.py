@@ -1,20 +1,21 @@
 """The sources of a `[data]` table: its own `source`, or an array of tables `[[data.sources]]`, joined to one.
 
-A key of `SourceOptions` is in `[data]`, for all sources, and in each of `[[data.sources]]`, for that source alone.
+A key of `SourceOptions` or `ExampleConfig` is in `[data]`, for all sources, and may be in each of `[[data.sources]]`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from PIL import Image
 
-from ...common.dataclass_config import NotNegative, Positive, option
+from ...common.dataclass_config import MEANING, NotNegative, Positive, option
+from .examples import ExampleConfig
 from .left_out import LeftOut
 from .source import RECORD_FIELDS, ImageSource
 
@@ -23,7 +24,7 @@ JOINED_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # the digest is of the sourc
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Keys of `[data]` and of each of `[[data.sources]]`; None there: that of `[data]`."""
+    """Keys for Hugging Face datasets."""
 
     split: str | None = option(None, "of a Hugging Face dataset; default: train, or the only one")
     subset: str | None = option(None, "of a dataset on the Hugging Face Hub that has several")
@@ -33,8 +34,23 @@ class SourceOptions:
     )
 
 
+EXAMPLE_KEYS: Any = make_dataclass(  # those of ExampleConfig; None: that of [data]
+    "ExampleKeys",
+    [
+        (
+            field.name,
+            get_type_hints(ExampleConfig, include_extras=True)[field.name] | None,
+            option(None, field.metadata[MEANING]),
+        )
+        for field in fields(ExampleConfig)
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig(SourceOptions):
+class SourceConfig(EXAMPLE_KEYS, SourceOptions):
     """A table of `[[data.sources]]`."""
 
     source: str | tuple[str, ...] = option(meaning="as [data] source, but no streams and caches")
@@ -64,9 +80,19 @@ class SourceConfig(SourceOptions):
             raise ValueError(f"[data] source {names[0]} has an unclosed brace: close it") from error
 
     def with_defaults(self, data: SourceOptions) -> SourceConfig:
-        """Returns this table with the options of `[data]` in place of those that it lacks."""
-        names = [field.name for field in fields(SourceOptions) if getattr(self, field.name) is None]
-        return replace(self, **{name: getattr(data, name) for name in names})
+        """Returns this table with the keys of `[data]` in place of those that it lacks.
+
+        A regularisation set, which shows what has no trigger word, does not get one.
+        """
+        if self.regularisation and self.trigger_word is None:
+            return replace(self, trigger_word="").with_defaults(data)
+        shared = [field.name for kind in (SourceOptions, ExampleConfig) for field in fields(kind)]
+        return replace(self, **{name: getattr(data, name) for name in shared if getattr(self, name) is None})
+
+    @cached_property
+    def examples(self) -> ExampleConfig:
+        """What is done with the examples, if this table lacks no key. ValueError for keys without effect."""
+        return ExampleConfig(**{field.name: getattr(self, field.name) for field in fields(ExampleConfig)})
 
 
 def has_pictures(data: Any) -> bool:
@@ -99,6 +125,14 @@ class JoinedSource(ImageSource):
     def caption(self, index: int) -> str:
         source, own = self._locate(index)
         return source.caption(own)
+
+    def mask(self, index: int, kind: str) -> Image.Image | None:
+        source, own = self._locate(index)
+        return source.mask(own, kind)
+
+    def has_mask(self, index: int, kind: str) -> bool:
+        source, own = self._locate(index)
+        return source.has_mask(own, kind)
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         """Returns the source of an example, and its index there."""

@@ -18,14 +18,19 @@ from urllib.parse import urlsplit
 import fsspec
 import numpy as np
 from fsspec.registry import get_filesystem_class
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.text import listed, one_line
-from ...inference.images import open_picture, picture_size
+from ...inference.images import open_grey, open_opacity, open_picture, picture_size
+from .buckets import Size
+from .caption_edits import RANDOM
+from .draws import Purpose, generator
 from .error_budget import ErrorBudget
 from .filters import rejected
-from .left_out import LeftOut
+from .left_out import MASKS, LeftOut
 from .loading import Batch, BatchLoader, Example, ReadResult, collate
+from .masks import ALPHA, FILE, check_shape
 from .members import Example as Members
 from .members import examples_of, is_mask_key, split_name
 from .sidecars import caption_names, read_captions, read_table
@@ -101,9 +106,11 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         left_out = LeftOut()
         for key, members in _read_groups(url, problems, left_out):
             if is_mask_key(key, members):
-                left_out.add("masks and conditioning images", f"{key}.{next(iter(members))}")
+                left_out.add(MASKS, f"{key}.{next(iter(members))}")
                 continue
             for name, files in examples_of(key, members, left_out):
+                if files.mask is not None and self.config.mask != FILE:
+                    left_out.add(MASKS, f"{name}.mask")
                 for example_name, read in self._read_examples(files, f"{without_secrets(url)}:{name}", number, found):
                     found += 1
                     result.read += 1
@@ -139,12 +146,34 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                 return
             captions = read_captions(files.text, table, name) if self.captions else [""]
             image = open_picture(BytesIO(files.image), name)
+            mask = self._read_mask(files, image.size, name)
         except ValueError as error:
             yield name, error
             return
+        if self.config.captions == RANDOM:
+            captions = [generator((self.seed, number, found + 1), Purpose.CAPTION).choice(captions).item()]
         for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
-            pixels = self.config.crop_image(image, bucket, self.seed, number, found + line + 1)
-            yield own, ("", int(bucket), Example(pixels, caption, {}))
+            key = self.seed, number, found + line + 1
+            example = Example(self.config.crop_image(image, bucket, *key), self.config.edit(caption, key), {})
+            if self.config.mask:
+                cropped = None if mask is None else self.config.crop_mask(mask, bucket, *key)
+                try:
+                    weights = self.config.pixel_weights(cropped, self.config.sizes[bucket], own)
+                except ValueError as error:
+                    yield own, error
+                    continue
+                example = example._replace(pixel_weights=weights)
+            yield own, ("", int(bucket), example.mirrored() if self.config.flips(key) else example)
+
+    def _read_mask(self, files: Members[bytes], size: Size, name: str) -> Image.Image | None:
+        """Returns the mask of the image called `name`, of a size, in grey; None if it has none."""
+        if self.config.mask == ALPHA:
+            return open_opacity(BytesIO(files.image), name)
+        if self.config.mask != FILE or files.mask is None:
+            return None
+        mask = open_grey(BytesIO(files.mask), f"the mask of {name}")
+        check_shape(mask.size, size, name)
+        return mask
 
 
 def is_stream(name: str) -> bool:

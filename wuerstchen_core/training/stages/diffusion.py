@@ -20,7 +20,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import N, Stage
-from .losses import NoiseConfig, TimesConfig, draw_noise, draw_times, freeze_fast_times, noise_loss
+from .losses import NoiseConfig, TimesConfig, draw_noise, draw_times, freeze_fast_times, noise_loss, resize_weights
 from .networks import encode_text, load_frozen, read_input
 
 TEXT_ENCODER = "text_encoder"  # the submodule of a network that is trained together with its text encoder
@@ -91,7 +91,9 @@ class DiffusionStage(Stage[N]):
         text, mask = self.text(picked, rng, self.noise.text_drop)
         conditioning = self.conditioning(picked, rng)
         t = draw_times(self.noise, step, rng)
-        return self.dataset.loss_weights(picked), *self.noised(picked, t, rng), t, *conditioning, text, mask
+        noised, *targets = self.noised(picked, t, rng)
+        weights = resize_weights(self.dataset.loss_weights(picked), noised.shape[-2:])
+        return weights, noised, *targets, t, *conditioning, text, mask
 
     def loss(self, net: N, *batch: Any) -> Tensor:
         assert isinstance(self.noise, NoiseConfig)

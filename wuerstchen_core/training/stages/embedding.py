@@ -79,16 +79,22 @@ class EmbeddingTokenizer(CaptionTokenizer):
         super().__init__(cut)
         self.mark = f"{MARK}{config.name}"
         self.word = re.compile(rf"(?<!\w){re.escape(config.token or self.mark)}(?!\w)")
+        self.others = re.compile(rf"{MARK}(?!{re.escape(config.name)}(?:[\s,]|$))")
         ids = vocab_size + torch.arange(config.vectors)
         self.slots = {config.name: Embedding({SLOTS: ids[:, None].float()})}
 
     def prompt(self, caption: str) -> str:
-        """Returns a caption with `embedding:NAME`; "" stays."""
+        """Returns a caption with `embedding:NAME`, which has no other embeddings; "" stays."""
         found, count = self.word.subn(f" {self.mark} ", caption)
-        return found if count or not caption else f"{self.mark} {caption}"
+        found = self.others.sub(MARK.replace(":", " :"), found)  # the same tokens, as plain words
+        return found if count or not caption else f"{self.mark} {found}"
 
     def tokens(self, caption: str) -> Tokens:
-        chunks = token_chunks(self.prompt(caption), self.slots, SLOTS, width=1)
+        prompt = self.prompt(caption)
+        try:
+            chunks = token_chunks(prompt, self.slots, SLOTS, width=1)
+        except ValueError:  # a weight such as (fox:inf): no prompt has it, so its parentheses are text
+            chunks = token_chunks(re.sub(r"[()]", r"\\\g<0>", prompt), self.slots, SLOTS, width=1)
         return pad_tokens([[int(token) for token, _ in chunk] for chunk in chunks])
 
 
@@ -96,11 +102,16 @@ class EmbeddingTraining(TextTowerStage[N]):
     """Vectors of a new word in a network's text encoder, trained with the network's loss; all else is frozen."""
 
     part = ""
+    comfyui_folder = "embeddings"
     has_preview = True
     fsdp_conflict = "[embedding]"
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
+        if self.dataset.trigger_words:
+            raise ValueError(
+                "[data] trigger_word is not for an embedding, whose word it is: set [embedding] token instead"
+            )
         vocab_size = len(self.net.get_parameter(f"{TEXT_ENCODER}.token_embedding.weight"))
         self.dataset.tokenizer = EmbeddingTokenizer(self.embedding, vocab_size, self.dataset.tokenizer.cut)
 

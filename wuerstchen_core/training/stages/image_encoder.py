@@ -26,7 +26,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
-from .losses import squared_error
+from .losses import resize_weights, squared_error
 from .networks import load_or_create
 
 
@@ -126,7 +126,7 @@ class EncoderStage(Stage[Compressor]):
         weights, images, noise = batch
         out = net(images, noise).float()
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
-        return squared_error(out, target, weights)
+        return squared_error(out, target, resize_weights(weights, out.shape[-2:]))
 
     def samples(self, net: Compressor, validation: InMemoryDataset) -> list[Tensor]:
         images = validation.images(validation.evenly_spaced(24)).to(next(net.parameters()).device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class AdapterStage(TextTowerStage[N]):
     """Adapters of a network, and of its text encoder, trained with the network's loss."""
 
     part = ""
+    comfyui_folder = "loras"
     has_preview = True
 
     def build(self, config: Mapping[str, Any]) -> N:
@@ -66,6 +68,11 @@ class AdapterStage(TextTowerStage[N]):
     def start_title(self) -> str:
         return f"{BASE_TITLE} + {Path(self.adapters.start).name}" if self.adapters.start else BASE_TITLE
 
+    def publish(self, file: Path, folder: Path, metadata: Mapping[str, Any]) -> None:
+        load_adapters(self.net, replace(self.adapters, start=str(file)), self.layers)
+        path = folder / f"{self.stem}.safetensors"
+        write_lora(path, self.net, self.adapters, self.layers, metadata, self.network)
+
     def save(self, path: Path, net: N, metadata: Mapping[str, Any]) -> None:
         newest = Path(self.config["run"]) / self.name / f"{self.stem}.safetensors"  # others are kept or exported
         write_lora(path, net, self.adapters, self.layers, metadata, self.network, for_others=path == newest)
@@ -96,4 +103,5 @@ class TokenDecoderLoraStage(AdapterStage[TokenDecoder], TokenDecoderStage):
     """Adapters of v1's Stage B."""
 
     name = "token-decoder-lora"
+    comfyui_folder = ""
     tables = {"noise": TokenNoiseConfig, "lora": AdapterConfig}

@@ -153,7 +153,7 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
 
 
 def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns the mean squared error (scalar); `weights` [B, 1, 1, 1] are factors of the samples' errors."""
+    """Returns the mean squared error (scalar); `weights` [B, 1, H, W] are factors of the errors."""
     if weights is None:
         return F.mse_loss(predicted, target)
     return (F.mse_loss(predicted, target, reduction="none") * weights).mean()
@@ -165,6 +165,11 @@ def noise_error(config: NoiseConfig, predicted: Tensor, noise: Tensor) -> Tensor
         return F.huber_loss(predicted, noise, reduction="none", delta=config.huber_delta)
     error = F.l1_loss if config.loss == "l1" else F.mse_loss
     return error(predicted, noise, reduction="none")
+
+
+def resize_weights(weights: Tensor | None, size: Sequence[int]) -> Tensor | None:
+    """Returns the weights of `ImageDataset.loss_weights` on a grid [B, 1, *size], averaged over area; None for None."""
+    return None if weights is None else F.interpolate(weights, tuple(size), mode="area")
 
 
 def noise_loss(
@@ -186,7 +191,7 @@ def token_loss(
 ) -> Tensor:
     """Returns the weighted cross entropy (scalar) of logits [B, K, H, W] with clean tokens [B, H, W].
 
-    `weights` [B, 1, 1] are factors of the samples' losses.
+    `weights` [B, H, W] are factors of the tokens' losses.
     """
     entropy = F.cross_entropy(logits.float(), tokens, reduction="none", label_smoothing=config.smoothing)
     entropy = entropy if weights is None else entropy * weights

@@ -70,6 +70,8 @@ class TextStage(Stage[Contrast]):
         self.config, self.dataset = config, open_dataset(config)
         if self.dataset.weighted:
             raise ValueError("[[data.sources]] weight is not for text, whose loss compares whole batches: remove it")
+        if self.dataset.masked:
+            raise ValueError("[data] mask is not for text, whose loss compares whole pictures: remove it")
         self.tokenizer = CaptionTokenizer(cut=True)  # one vector describes a caption
         self.frozen = [self.encoder] if self.dataset.must_compute("features") else []
         self.features = self._features(self.dataset)

@@ -87,7 +87,8 @@ class TokenDecoderStage(StageB[TokenDecoder]):
     def loss(self, net: TokenDecoder, *batch: Any) -> Tensor:
         weights, noised, tokens, replaced, indices, t, features, text, mask = batch
         logits = net(noised, t, features, text, indices, mask)
-        return token_loss(self.noise, logits, tokens, replaced, t, None if weights is None else weights[..., 0])
+        weights = None if weights is None else weights.flatten(1).gather(1, indices)[..., None]
+        return token_loss(self.noise, logits, tokens, replaced, t, weights)
 
     def reconstruct(
         self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings

@@ -22,7 +22,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
-from .losses import squared_error
+from .losses import resize_weights, squared_error
 from .networks import load_or_create
 
 
@@ -52,14 +52,14 @@ class Autoencoder(nn.Module):
     ) -> Tensor:
         """Returns the loss of images [B, 3, H, W], of which `quantized` are decoded from codes (None: no codebook).
 
-        `weights` [B, 1, 1, 1] are factors of the images' losses.
+        `weights` [B, 1, H, W] are factors of the pixels' losses.
         """
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
             self.init_codebook(latents.detach())
         if quantized is not None:
-            codes = self.vqgan.quantize(latents, weights)
+            codes = self.vqgan.quantize(latents, resize_weights(weights, latents.shape[-2:]))
             loss = codes.codebook_loss + 0.25 * codes.commit_loss
             latents = torch.cat([codes.latents[:quantized], latents[quantized:]])
         return loss + squared_error(self.vqgan.decode(latents), images, weights)
@@ -73,6 +73,14 @@ class Autoencoder(nn.Module):
         codebook.copy_(picked + 0.05 * self.vqgan.params.scale_factor * torch.randn_like(picked))
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(codebook, 0)
+
+
+def _crop(images: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Returns squares [B, c, side, side] of images at corners [B, 2] (y, x)."""
+    found = [
+        x[:, top : top + side, left : left + side] for x, (top, left) in zip(images, corners.tolist(), strict=True)
+    ]
+    return torch.stack(found)
 
 
 class VQGANStage(Stage[Autoencoder]):
@@ -97,8 +105,10 @@ class VQGANStage(Stage[Autoencoder]):
         images = self.dataset.images(picked)
         room = torch.tensor(images.shape[-2:]) - 2 * margin - crop
         corners = margin + (rng.uniform(2) * (room + 1)).long()
-        crops = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
-        return self.dataset.loss_weights(picked), torch.stack(crops), step + 1
+        weights = self.dataset.loss_weights(picked)
+        if weights is not None:
+            weights = _crop(weights.expand(-1, -1, *images.shape[-2:]), corners, crop)
+        return weights, _crop(images, corners, crop), step + 1
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
         weights, images, step = batch

@@ -1,0 +1,158 @@
+"""Writes the model card of exported weights: README.md with what the Hugging Face hub reads from its head."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
+from ..common.atomic import replace_file
+from ..common.dataclass_config import from_table
+from ..common.text import one_line
+from .checkpoint import read_log
+from .hub import LICENCES, HubConfig, hub_name
+from .report import first_caption, generate_arguments
+from .run_folder import read_starts
+from .stage import Stage
+from .stages.lora_output import DIFFUSERS_FILE
+from .stages.networks import weights_metadata
+
+CARD, IMAGES = "README.md", "images"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+KINDS = {"lora": "lora", "embedding": "textual-inversion"}  # the hub's names by the table of the configuration
+_MARKUP = re.compile(r"([\\`*_\[\]#|~]|^[-+=]|(?<=\d)[.)](?= ))")
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    stage: Stage[Any],
+    config: Mapping[str, Any],
+    run_folder: Path,
+    step: int,
+    images: Sequence[Image.Image],
+) -> None:
+    """Writes README.md and the images of the prompts in [sample] into a folder with exported weights.
+
+    `name` is the model's on the hub, `step` that of the weights.
+    """
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, StrictUndefined
+
+    seeds = stage.sample.seeds
+    texts = [prompt for prompt in stage.sample.prompts for _ in seeds]
+    pictures = {f"{IMAGES}/{number}.png": image for number, image in enumerate(images)}
+    for path, image in pictures.items():
+        replace_file(folder / path, partial(image.save, format="PNG"))
+    shown = list(zip(texts, pictures, strict=False))
+    metadata, words = weights_metadata(stage), list(stage.stated.get("trigger_words", ()))
+    hub, licence = from_table(HubConfig, config.get("hub", {}), "hub"), metadata.get("licence", "")
+    index = folder / INDEX
+    pipeline = json.loads(index.read_text("utf-8"))["_class_name"] if index.is_file() else ""
+    for_diffusers = bool(pipeline) or (folder / DIFFUSERS_FILE).is_file()
+    head = ModelCardData(
+        base_model=hub.base_model or next(filter(None, map(hub_name, stage.bases)), None),
+        license=hub.license or _licence_name(licence),
+        license_name=one_line(licence) if not hub.license and _licence_name(licence) == "other" else None,
+        library_name="diffusers" if for_diffusers else None,
+        pipeline_tag="text-to-image",
+        tags=_tags(stage, for_diffusers),
+        instance_prompt=", ".join(words) or None,
+        widget=[{"text": text, "output": {"url": path}} for text, path in shown] or None,
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"md": markdown, "fenced": fenced}
+    text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        head=head.to_yaml(),
+        title=stage.stated.get("title") or f"Würstchen {stage.name}",
+        about=stage.stated.get("description", ""),
+        words=words,
+        images=shown,
+        command=_command(stage, config, folder, pipeline),
+        file=f"{stage.stem}.safetensors",
+        kind=_kind(stage),
+        name=json.dumps(name),
+        pipeline=pipeline,
+        for_diffusers=for_diffusers,
+        facts=_facts(stage, config, run_folder, step),
+        licence=licence,
+    )
+    replace_file(folder / CARD, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def markdown(text: Any) -> str:
+    """Returns text, in one line, that Markdown and HTML show as it is."""
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def fenced(code: str, language: str) -> str:
+    """Returns code as a block of Markdown, which nothing in it can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _licence_name(licence: str) -> str | None:
+    """Returns the hub's name of a licence; None if there is none."""
+    known = licence.strip().lower()
+    return known if known in LICENCES else "other" if known else None
+
+
+def _kind(stage: Stage[Any]) -> str:
+    """Returns "lora", "textual-inversion" or, for a whole network, ""."""
+    return next((kind for table, kind in KINDS.items() if table in stage.tables), "")
+
+
+def _tags(stage: Stage[Any], for_diffusers: bool) -> list[str]:
+    kind = _kind(stage)
+    known = ["text-to-image", "wuerstchen", *(["diffusers"] if for_diffusers else []), *([kind] if kind else [])]
+    known += ["template:sd-lora"] if kind == "lora" else []  # the hub's gallery of images
+    return list(dict.fromkeys([*known, *stage.stated.get("tags", ())]))
+
+
+def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipeline: str) -> str:
+    """Returns the command that generates with the weights in the folder, with names instead of paths; or ""."""
+    prompt = stage.sample.prompts[0] if stage.sample.prompts else first_caption(stage)
+    if pipeline == WHOLE:
+        arguments = ["generate", prompt, "--model", str(folder)]
+    else:
+        file = folder if pipeline else folder / f"{stage.stem}.safetensors"
+        arguments = generate_arguments(stage, config, file, prompt)
+    names = [Path(x).resolve().name if Path(x).exists() else x for x in arguments]
+    return shlex.join(["wuerstchen", *names]) if arguments else ""
+
+
+def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int) -> dict[str, Any]:
+    """Returns facts about the training."""
+    train, data, rows = config["train"], config.get("data", {}), read_log(folder)
+    starts = read_starts(folder)
+    processes = starts[-1]["processes"] if starts else 1
+    size = train["batch"] * train.get("accumulate", 1) * processes
+    found = {
+        "Stage": stage.name,
+        "Base model": ", ".join(dict.fromkeys(Path(base).name for base in stage.bases))
+        or "none: trained from random weights",
+        "Steps": step,
+        "Pictures per step": size,
+        "Pictures": stage.dataset.examples,
+        "Size": f"{data['size']} pixels" if "size" in data else "",
+        "Trained parameters": f"{sum(p.numel() for p in stage.net.parameters() if p.requires_grad):,}",
+        "Optimizer": train.get("optimizer", ""),
+        "Learning rate": train["lr"],
+        **{f"LoRA {key}": config["lora"][key] for key in ("kind", "rank", "alpha") if config.get("lora", {}).get(key)},
+        "Seed": train.get("seed", 0),
+        **{
+            f"{title} loss": f"{values[-1]:.4f}"
+            for title, key in (("Training", "loss"), ("Validation", "validation"))
+            if (values := [row[key] for row in rows if key in row and row["step"] <= step])
+        },
+        "torch": starts[-1]["versions"]["torch"] if starts else "",
+    }
+    return {name: value for name, value in found.items() if value not in ("", None)}
