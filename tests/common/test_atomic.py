@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from wuerstchen_core.common.atomic import create_file, remove_drafts, replace_file
+from wuerstchen_core.checkpoints.writer import write_tensors
+from wuerstchen_core.common.atomic import check_room, create_file, remove_drafts, replace_file
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -85,3 +88,18 @@ def test_drafts_of_dead_processes_are_removed_by_the_next_write(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([
         drafts[0].name, ".b.txt.other-1-2.part", "a.txt", "first",
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("writable", "free", "fact"), [(False, 10**12, "read-only"), (True, 11_000_000, "0.00 GB")])
+def test_no_room_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, free: int, fact: str
+) -> None:
+    check_room(tmp_path / "new" / "a.txt", 1_000_001)
+    monkeypatch.setattr("os.access", lambda path, mode: writable)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=fact) as raised:
+        check_room(tmp_path / "new" / "a.txt", 1_000_001)
+    assert tmp_path.name in str(raised.value)
+    with pytest.raises(OSError, match=fact):
+        write_tensors(tmp_path / "new", {"a": torch.zeros(250_001)}, {})
+    assert not list(tmp_path.iterdir())

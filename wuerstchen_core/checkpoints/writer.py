@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.atomic import replace_file
+from ..common.atomic import check_room, replace_file
 from .lazy import LazyTensor
 from .modelspec import HASH
 from .weight_files import DTYPES
@@ -39,6 +39,7 @@ def write_tensors(
     lazy = {key: LazyTensor.of(x) for key, x in tensors.items()}
     # Wide dtypes first, as safetensors does, so that every tensor is aligned.
     ordered = dict(sorted(lazy.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    check_room(path, sum(x.nbytes for x in ordered.values()))
     try:
         replace_file(path, lambda draft: _write(draft, ordered, metadata, progress or (lambda done, total: None)))
     except ValueError as error:  # from a LazyTensor

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.atomic import create_file, replace_file
+from ..common.atomic import check_room, create_file, replace_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,13 +24,14 @@ def slug(prompt: str) -> str:
 
 
 def check_output(output: Path | None) -> None:
-    """Raises ValueError unless images can be written to `output`."""
+    """Raises ValueError or OSError unless images can be written to `output`."""
     if output is None or output.is_dir():
-        return
+        return check_room((output or Path()) / "picture.png")
     if not output.parent.is_dir():
         raise ValueError(f"the folder {output.parent} does not exist: create it, or choose another --output")
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"{output} has no supported image format: choose one of {', '.join(FORMATS)}")
+    check_room(output)
 
 
 def save_output(image: Image.Image, output: Path | None, title: str, number: int | None, metadata: bool) -> Path:

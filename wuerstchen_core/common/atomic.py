@@ -16,6 +16,7 @@ from uuid import uuid4
 # Looked up by name: no system has all of them.
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # tells apart the processes of machines that share a disk
+_RESERVE = 10_000_000  # bytes of a disk that stay free
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 
 
@@ -110,6 +111,18 @@ def link_file(source: Path, target: Path) -> None:
     else:
         os.replace(draft, target)
         draft.unlink(missing_ok=True)  # it stays if `target` was a link to the same file
+
+
+def check_room(path: Path, size: int = 0) -> None:
+    """Raises OSError if a file of `size` bytes cannot be written at `path`: before work whose result would be lost."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{path} cannot be written, because {folder} is read-only: choose another folder")
+    if (free := shutil.disk_usage(folder).free) < size + _RESERVE:
+        raise OSError(
+            f"{path} needs {size / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB free: free some "
+            "space, or choose another disk"
+        )
 
 
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .atomic import check_room
+
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -28,6 +30,7 @@ def folder_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     Processes of one run that write to one folder lock it with different ranks. The operating system releases the lock
     when the process ends, however it ends. Where the file system has no locks, nothing is locked, and the log says so.
     """
+    check_room(folder / LOCK)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"{LOCK}-{rank}" if rank else LOCK)
     resolved = path.resolve()
