@@ -16,7 +16,6 @@ from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.hf_datasets import is_dataset
 from wuerstchen_core.training.data.loading import IndexedLoader
 from wuerstchen_core.training.data.open import open_loader
-from wuerstchen_core.training.data.sources import SourceConfig
 
 datasets = pytest.importorskip("datasets")
 Rows = dict[str, list[Any]]
@@ -163,5 +162,5 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
         is_dataset(["datasets:a/b", "datasets:c/d"])
     table = {"sources": [{"source": str(folder)}, {"source": str(tmp_path / "a.parquet"), "caption_column": "text"}]}
     config = from_table(ImageDataConfig, {**table, "buckets": [[64, 64]], "workers": 0}, "data")
-    assert config.parts[0] == SourceConfig(source=str(folder))
+    assert [part.caption_column for part in config.parts] == [None, "text"]
     assert len(open_loader(config, batch=2, seed=0, cache=tmp_path).source) == 6  # type: ignore[attr-defined]

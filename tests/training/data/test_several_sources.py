@@ -97,6 +97,8 @@ def test_a_regularisation_set_balances_the_others_and_is_not_held_out(root: Path
     weights = [dataset.loss_weights(dataset.sample_batch(None)) for _ in range(4)]  # type: ignore[arg-type]
     assert all(x is not None and x.shape == (8, 1, 1, 1) for x in weights)
     assert {x.item() for each in weights for x in each} == {1.0, 0.5}
+    previews = dataset.preview_images()
+    assert previews is not None and {int(text[8:]) for text in previews.texts} <= {1, 2, 3}
     for _, batch, _ in dataset.held_out_batches(4):
         assert (batch.weights == 1).all()
     unweighted = FileDataset({"source": str(root / "own"), "buckets": SHAPES, "workers": 0})

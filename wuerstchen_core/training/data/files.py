@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ...common.dataclass_config import from_table
@@ -170,11 +171,12 @@ class FileDataset(ImageDataset):
         return [(name, self.tokenizer.prompt(caption)) for name, caption in found]
 
     def preview_images(self) -> InMemoryDataset | None:
-        """Returns the first images of the fullest bucket, which are trained on too; None for streams and for a cache
-        without images."""
+        """Returns the first images of the fullest bucket, which are trained on too, without those of regularisation
+        sets; None for streams and for a cache without images."""
         if not isinstance(self._loader, IndexedLoader) or self.missing_previews():
             return None
-        members = self._loader.order.members
+        regular = np.array([part.regularisation for part in self.config.parts])[self._loader.source.origins]
+        members = [part[~regular[part]] for part in self._loader.order.members]
         reader = replace(self._loader, captions=self._captions, images=True, cached=())
         bucket = max(range(len(members)), key=lambda i: len(members[i]))
         examples = (reader.read_example(ReadResult(), index, bucket) for index in members[bucket].tolist())
