@@ -216,6 +216,7 @@ def main(bundle: str, embeddings: str, literal: str) -> tuple[dict[str, Tensor],
         if stage == "decoder":
             mistakes |= {
                 "stage c": (with_prior(a, {"samples": seeded(3, 16, 5, 6)}), b, 1.0),
+                "not finite": (with_prior(a, {"samples": seeded(1, 16, 5, 6) / 0}), b, 1.0),
                 "half a positive": (nodes.ConditioningCombine().combine(a, b_plain)[0], b, 1.0),
             }
         else:

@@ -104,6 +104,8 @@ def image_encoder(bundle: str) -> Results:
 MISTAKES: dict[str, tuple[str, ...]] = {
     "stage c": ("Stage B", "[1, 16, 3, 5]", "Würstchen Decoder Sample"),
     "stage c, tiled": ("Stage B", "[1, 16, 3, 5]", "Würstchen Decoder Sample"),
+    "not finite": ("Stage B", "not finite"),
+    "not finite, tiled": ("Stage B", "not finite"),
     "a video's latents": ("Stage B", "[1, 4, 2, 8, 8]"),
     "encoder": ("image encoder", "Stage A"),
     "encoder, tiled": ("image encoder", "Stage A"),
@@ -132,6 +134,10 @@ def mistakes(bundle: str) -> Results:
     cases = {
         "stage c": lambda: nodes.VAEDecode().decode(stage_a, stage_c),
         "stage c, tiled": lambda: nodes.VAEDecodeTiled().decode(stage_a, stage_c, 64, 16),
+        "not finite": lambda: nodes.VAEDecode().decode(stage_a, {"samples": stage_b["samples"] / 0}),
+        "not finite, tiled": lambda: nodes.VAEDecodeTiled().decode(
+            stage_a, {"samples": stage_b["samples"] / 0}, 64, 16
+        ),
         "a video's latents": lambda: nodes.VAEDecode().decode(stage_a, {"samples": seeded(1, 4, 2, 8, 8)}),
         "encoder": lambda: nodes.VAEDecode().decode(encoder, stage_c),
         "encoder, tiled": lambda: nodes.VAEDecodeTiled().decode(encoder, stage_b, 64, 16),
