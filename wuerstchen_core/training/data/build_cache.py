@@ -45,6 +45,7 @@ from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import (
     caption_edits,
     check_cached_captions,
+    check_cached_colours,
     configured_cache,
     mask_kinds,
     open_loader,
@@ -90,6 +91,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         raise ValueError(f"[cache] output {options.output!r} is empty or the source's folder: name a new folder")
     if data.crop != "centre":
         raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it to cache centre crops')
+    check_cached_colours(data)
     if "text" in options.what:
         check_cached_captions(data)
     # What training may change does not matter.
