@@ -95,8 +95,9 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if "text" in options.what:
         check_cached_captions(data)
     # What training may change does not matter.
-    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": None}
-    data = replace(data, captions=EACH, sources=tuple(replace(part, **neutral) for part in data.sources))
+    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": EACH}
+    sources = tuple(replace(part, **neutral) for part in data.parts if data.sources)
+    data = replace(data, captions=EACH, sources=sources)
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
