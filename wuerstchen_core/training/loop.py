@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
-from ..common.atomic import remove_drafts
+from ..common.atomic import link_file, remove_drafts
 from .checkpoint import (
     append_row,
     newest_step,
@@ -243,6 +243,9 @@ class _Run:
                     save_component(self.folder / "diffusers" / part, part, network, self.metadata)
             if sample:
                 self.monitor.write(done, net)
+            if (preview := file.with_suffix(".png")).exists():
+                for path in kept:
+                    link_file(preview, path.with_suffix(".png"))
             if checkpoint:
                 contents = {"step": done, "skipped": self.skipped, "lost": self.skipped_in_row, "losses": losses}
                 contents |= {"data": data, "net": weights, "average": ema, "optimizers": states}
