@@ -39,8 +39,8 @@ NUMBERS = {
             "alone": trained(75.0, 40.1, 201),
             "regularised": trained(70.8, 90.0, 202),
         },
-        "tent": {"before": rated(4.2, 24), "alone": trained(100.0, 50.0, 203), "regularised": trained(95.8, 91.1, 204)},
-        "otter": {"before": rated(0.0, 24), "alone": trained(87.5, 60.0, 205), "regularised": trained(83.3, 92.2, 206)},
+        "tent": {"before": rated(4.2, 24), "regularised": trained(95.8, 91.1, 204)},
+        "otter": {"before": rated(0.0, 24), "regularised": trained(83.3, 92.2, 206)},
     },
 }
 

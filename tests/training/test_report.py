@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import shlex
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from helpers.picture_folders import examples, write_folder
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
+from safetensors import safe_open
 from tqdm import tqdm
 
 from wuerstchen_core.checkpoints.open import demo_path
@@ -94,9 +96,13 @@ def test_stages_of_one_run_generate_together(run_folder: Path, tmp_path: Path) -
 
 def test_a_run_says_what_it_will_do(tmp_path: Path, bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "wuerstchen_core"):
-        trained(tmp_path / "mine", "lora", [bundle], "lora.rank=1")
+        words = ["data.trigger_word='sks'", "modelspec.trigger_words=['my style']"]
+        trained(tmp_path / "mine", "lora", [bundle], "lora.rank=1", *words)
     text = "\n".join(caplog.messages)
     assert f"base model: {bundle}" in text
+    assert len(re.findall(r"caption of (\d+)\.png, as it is read: sks, picture \d$", text, re.MULTILINE)) == 2
+    with safe_open(tmp_path / "mine" / "lora" / "lora.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks, my style"
     assert "2 steps of 4 pictures, 2.67 epochs of 3" in text
     assert "3 images" in text and "bucket 128x128: 3" in text and "memory: " in text
     assert "a step: " not in text  # too few steps

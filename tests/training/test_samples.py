@@ -68,6 +68,9 @@ def test_grids_show_the_step_and_the_base_model(trained: Path) -> None:
     after, still = blocks(trained / "samples-000002.png")
     with Image.open(trained / "lora.png") as preview:  # the first image, which the grid may show smaller
         assert np.array_equal(np.asarray(preview), after[: preview.height, : preview.width])
+    with Image.open(trained / "lora-000001.png") as kept:  # of its own step
+        first = blocks(trained / "samples-000001.png")[0]
+        assert np.array_equal(np.asarray(kept), first[: kept.height, : kept.width])
     assert np.array_equal(base, still) and not np.array_equal(after, base)
 
 

@@ -42,7 +42,8 @@ class CurrentWeights:
     """
 
     def __init__(self, net: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
-        self._net, self._averaging = net, [x for x in optimizers if averages(type(x))]
+        self._net = net
+        self._averaging: list[Any] = [x for x in optimizers if averages(type(x))]
         for optimizer in self._averaging:
             optimizer.train()
 

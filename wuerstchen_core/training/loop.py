@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
-from ..common.atomic import remove_drafts
+from ..common.atomic import link_file, remove_drafts
 from .checkpoint import (
     append_row,
     newest_step,
@@ -32,18 +31,16 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .config import LoopConfig
-from .ema import EMA, CurrentWeights, averages, meta_copy
 from .monitor import Monitor
-from .optim import build_optimizers, group_settings, recompute_blocks, set_group
 from .processes import check_processes, configure
 from .progress import left_out
-from .rates import FACTOR, learning_rate, set_factors
+from .rates import learning_rate
 from .reconstruction import check_reconstruction
 from .report import StepTimes, report_start
 from .rng import StepRandom
-from .sharding import gather, load_optimizer, shard_like
 from .stage import Stage
 from .stages.networks import weights_metadata
+from .state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -80,33 +77,15 @@ class _Run:
         configure(self.accelerator, config, stage)
         self.main = self.accelerator.is_main_process
         folder.mkdir(parents=True, exist_ok=True)
-        self.ema_net = meta_copy(stage.net)
-        factors = set_factors(stage.net, config.lr_factors or {})
-        if config.checkpointing:
-            recompute_blocks(stage.net)
-        optimizers = build_optimizers(
-            stage.net, self.accelerator.device, config.muon_lr, config.optimizer, config.optimizer_args, factors
-        )
-        self.net, *prepared = self.accelerator.prepare(stage.net, *optimizers.values())
-        self.optimizers = dict(zip(optimizers, prepared, strict=True))
-        self.settings = {name: group_settings(config, name) for name in optimizers}
-        self.unwrapped = self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
-        self.ema = self._average(optimizers.values())
+        self.state = TrainState(stage.net, config, self.accelerator)
         self.monitor = Monitor(stage, config, folder, self.accelerator)
         self.losses: list[Tensor] = []  # since the last row of the log
         self.skipped = self.skipped_in_row = 0  # steps without a finite loss
 
-    def _average(self, optimizers: Iterable[torch.optim.Optimizer]) -> EMA | CurrentWeights:
-        if not self.config.ema:
-            return CurrentWeights(self.unwrapped, optimizers)
-        if any(averages(type(optimizer)) for optimizer in optimizers):
-            raise ValueError(f"[train] optimizer {self.config.optimizer} averages the weights itself: set ema to 0")
-        return EMA(self.unwrapped, self.config.ema)
-
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"
         if self.monitor.compares and newest_step(self.folder) < config.steps:
-            _, net = self._averaged()
+            _, net = self.state.averaged()
             if self.main:
                 self.monitor.base = self.monitor.generate(net)
         start, seconds, data = self._resume()
@@ -127,10 +106,10 @@ class _Run:
         if self.main and start < config.steps:
             report_start(self.stage, config, start, self.accelerator.num_processes)
             if not start:
-                check_reconstruction(self.stage, self.unwrapped, self.folder)
+                check_reconstruction(self.stage, self.state.unwrapped, self.folder)
         if start == 0 and self.monitor.due(0):
             self._save(0, file, sample=True)
-        self.net.train()
+        self.state.net.train()
         with logging_redirect_tqdm() if self.main else nullcontext():  # log lines go above the bar
             self._steps(start, seconds, file)
         for tracker in self.accelerator.trackers:
@@ -161,11 +140,8 @@ class _Run:
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator
         processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch
-        fraction = learning_rate(config, step)
-        for name, optimizer in self.optimizers.items():  # at every step, since a checkpoint restores its own settings
-            for group in optimizer.param_groups:
-                set_group(group, self.settings[name], fraction * self.settings[name]["lr"] * group.get(FACTOR, 1.0))
-        losses, buffers = [], [(x, x.clone()) for x in self.unwrapped.buffers()]
+        self.state.set_rates(learning_rate(config, step))  # at every step, since a checkpoint restores its own
+        losses, buffers = [], [(x, x.clone()) for x in self.state.unwrapped.buffers()]
         for turn in range(config.accumulate):
             part = turn * processes + rank
             torch.manual_seed((config.seed * 1_000_003 + step) * processes * config.accumulate + part)  # for dropout
@@ -173,19 +149,19 @@ class _Run:
             rng = StepRandom(config.seed, step, size * processes * config.accumulate, indices)
             batch = [x.to(accelerator.device) if isinstance(x, Tensor) else x for x in self.stage.batch(step, rng)]
             last = turn == config.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.net):
+            with nullcontext() if last else accelerator.no_sync(self.state.net):
                 with accelerator.autocast():  # not around backward, where it would keep the converted weights
-                    loss = self.stage.loss(self.net, *batch) / config.accumulate
+                    loss = self.stage.loss(self.state.net, *batch) / config.accumulate
                 accelerator.backward(loss)
             losses.append(loss.detach().float())
-        norm = accelerator.clip_grad_norm_(self.net.parameters(), config.clip)
+        norm = accelerator.clip_grad_norm_(self.state.net.parameters(), config.clip)
         finite = math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-        for optimizer in self.optimizers.values():
+        for optimizer in self.state.optimizers.values():
             if finite or accelerator.scaler is not None:  # fp16's scaler skips overflows and adapts its scale
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
-            self.ema.update(self.unwrapped, first=step == self.skipped)  # all earlier steps were skipped
+            self.state.ema.update(self.state.unwrapped, first=step == self.skipped)  # all earlier steps were skipped
             self.losses.append(torch.stack(losses).sum())
             self.skipped_in_row = 0
         else:
@@ -210,7 +186,7 @@ class _Run:
             return
         mean: Tensor = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
         self.losses.clear()
-        loss, rate = mean.item(), float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
+        loss, rate = mean.item(), self.state.rate
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         self.accelerator.log({"loss": loss, "lr": rate}, step=done)
         if self.main:
@@ -222,10 +198,9 @@ class _Run:
 
         So if this is interrupted, the resumed run repeats the step and writes all files.
         """
-        ema, net = self._averaged()
+        ema, net = self.state.averaged()
         if checkpoint:
-            weights = gather(self.unwrapped.state_dict(), self.main)
-            states = gather({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}, self.main)
+            trained = self.state.state_dict()
             # Processes read streams at different speeds; all resume from the furthest position.
             position = torch.tensor([self.stage.dataset.position], device=self.accelerator.device)
             furthest = self.accelerator.gather(position).max().item()
@@ -243,27 +218,21 @@ class _Run:
                     save_component(self.folder / "diffusers" / part, part, network, self.metadata)
             if sample:
                 self.monitor.write(done, net)
+            if (preview := file.with_suffix(".png")).exists():
+                for path in kept:
+                    link_file(preview, path.with_suffix(".png"))
             if checkpoint:
                 contents = {"step": done, "skipped": self.skipped, "lost": self.skipped_in_row, "losses": losses}
-                contents |= {"data": data, "net": weights, "average": ema, "optimizers": states}
-                contents |= {"scaler": scaler.state_dict()} if (scaler := self.accelerator.scaler) else {}
+                contents |= {"data": data, "average": ema, **trained}
                 write_checkpoint(self.folder, done, contents, self.config.keep)
         self.accelerator.wait_for_everyone()
-
-    def _averaged(self) -> tuple[dict[str, Tensor], nn.Module]:
-        """Returns the averaged weights and, in the main process, the network with them. All processes call this."""
-        ema = gather(self.ema.values, self.main)
-        if self.main:
-            self.ema_net.load_state_dict(ema, assign=True)
-            self.ema_net.to(self.accelerator.device)
-        return ema, self.ema_net
 
     def _resume(self) -> tuple[int, float, dict[str, Any]]:
         """Loads the newest checkpoint, if any, and removes later rows of the log.
 
         Returns the step, the seconds of training so far (in the main process) and the position in the data.
         """
-        contents = read_checkpoint(self.folder, self._load)
+        contents = read_checkpoint(self.folder, self.state.load_state_dict)
         step = contents["step"] if contents else 0
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
         if (steps != step).any():
@@ -277,12 +246,3 @@ class _Run:
             seconds = truncate_log(self.folder, step if contents else -1)
         self.accelerator.wait_for_everyone()
         return step, seconds, contents["data"] if contents else {}
-
-    def _load(self, contents: dict[str, Any]) -> None:
-        own = self.unwrapped.state_dict()
-        self.unwrapped.load_state_dict({key: shard_like(x, own[key]) for key, x in contents["net"].items()})
-        for name, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, contents["optimizers"][name])
-        self.ema.load(contents["average"])
-        if self.accelerator.scaler is not None and "scaler" in contents:
-            self.accelerator.scaler.load_state_dict(contents["scaler"])

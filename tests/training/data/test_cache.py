@@ -30,9 +30,10 @@ from wuerstchen_core.training.data import build_cache as caching
 from wuerstchen_core.training.data.build_cache import make_cache
 from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.data.latent_cache import CacheSource
+from wuerstchen_core.training.data.latent_cache import CacheSource, read_manifest
 from wuerstchen_core.training.data.loading import IndexedLoader, ReadResult
 from wuerstchen_core.training.data.open import open_loader
+from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages import decoder, diffusion, prior
 from wuerstchen_core.training.stages.networks import COMPUTED_BY
@@ -161,6 +162,49 @@ def test_a_cache_has_the_same_held_out_images(config: Path, tmp_path: Path) -> N
 
     before = validation()
     assert validation(on_cache(config)) == pytest.approx(before, rel=1e-5) and len(before) == 2
+
+
+def test_mirrored_pictures_masks_and_captions_are_cached(config: Path, tmp_path: Path) -> None:
+    """What a cache lacks is refused. The regularisation set has no trigger word."""
+    root = write_folder(tmp_path / "pictures", examples(range(9)))
+    for number in range(9):
+        image = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(image).save(root / f"{number:03d}.png")
+        Image.fromarray(image[..., 0]).save(root / f"{number:03d}_mask.png")
+    (root / "003.txt").write_text("one\ntwo")
+    other = write_folder(tmp_path / "other", examples(range(30, 35)))
+    sources = f"data.sources=[{{source='{root}', mask='file', flip=0.5}}, {{source='{other}', regularisation=true}}]"
+    plain = ["noise.text_drop=0.0", "noise.drop=0.0", sources, "data.source=", "data.trigger_word='sks'"]
+    overrides = [*plain, "data.captions='random'", "train.steps=5"]
+    before = losses("decoder", config, *overrides)
+    make_cache(config, plain)
+    assert losses("decoder", config, *overrides, on_cache(config)) == pytest.approx(before, rel=1e-5)
+    assert len(set(before)) == 5
+    manifest = read_manifest(config.parent / "cache")
+
+    def dataset(**changes: Any) -> FileDataset:
+        rows = [{"source": str(root), "mask": "file", "flip": 0.5}, {"source": str(other), "regularisation": True}]
+        table = {"source": str(config.parent / "cache"), "sources": rows, "trigger_word": "sks", **changes}
+        return FileDataset({**table, "size": 64, "multiple": 64, "workers": 0}, fingerprint_of=manifest.networks.get)
+
+    dataset().map_captions(list)
+    for changes, word in (
+        ({"trigger_word": "cat"}, "trigger word"),
+        ({"tag_dropout": 0.5}, "tag_dropout"),
+        ({"sources": [{"source": str(root), "mask": "alpha"}, {"source": str(other)}]}, "masks"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            dataset(**changes).map_captions(list)
+    make_cache(config, ["cache.what=['features']", f"data.source='{root}'", f"cache.output='{tmp_path / 'flat'}'"])
+    manifest = read_manifest(tmp_path / "flat")
+    for key, value in {"flip": 0.1, "mask": "file"}.items():
+        with pytest.raises(ValueError, match=key):
+            dataset(source=str(tmp_path / "flat"), sources=[], **{key: value})
+    features = dataset(source=str(tmp_path / "flat"), sources=[], shuffle_tags=True)
+    features.map_images("features", fail)
+    features.map_captions(list)  # text is not cached, so captions may change
+    features.start_reading(0, "", batch=4, seed=0, cache=tmp_path, rank=0, world=1)
+    assert all(text.startswith("sks, ") for text in features.sample_batch(StepRandom(0, 0, 4)).captions)
 
 
 def test_a_cache_of_several_sources_has_their_repeats_and_weights(config: Path, folder: Path, tmp_path: Path) -> None:
@@ -331,6 +375,7 @@ MISTAKES = {
     "data=3": r"^data .*3",
     "data={}": r"\[data\] source",
     'data.crop="random"': r"\[data\] crop .*random",
+    "data.tag_dropout=0.5": r"tag_dropout",
     "cash.output='x'": r"\bcash\b.*\bcache\b",
     'data.source="https://example.org/{0..1}.tar"': r"\[data\] source .*stream",
 }

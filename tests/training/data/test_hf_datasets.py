@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ Rows = dict[str, list[Any]]
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    connect = socket.socket.connect
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    used: list[Any] = []
 
-    def checked(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX, "the network was used"
-        connect(self, address)
+    def refuse(*address: Any, **_: Any) -> Any:
+        used.append(address)
+        raise OSError("no network")
 
-    monkeypatch.setattr(socket.socket, "connect", checked)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    yield
+    assert used == []
 
 
 def rows(numbers: range, **columns: list[Any]) -> Rows:

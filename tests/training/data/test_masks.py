@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import io
+import itertools
+import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers.picture_folders import picture, shard, table, write_folder
+from helpers.picture_folders import examples, picture, shard, table, write_folder
+from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 
+from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.training.config import INPUTS
+from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.folder import FolderSource
 from wuerstchen_core.training.data.masks import MaskConfig, match_masks
+from wuerstchen_core.training.data.open import open_loader
 from wuerstchen_core.training.data.shards import ShardSource
 from wuerstchen_core.training.data.source import ImageSource
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.run import build_stage
 
 
 def png(image: Image.Image) -> bytes:
@@ -113,3 +124,77 @@ def test_the_weights_of_pixels() -> None:
         MaskConfig(mask="file", unmasked_weight=0.0).pixel_weights(black, (8, 4), "a")
     with pytest.raises(ValueError, match="unmasked_weight"):
         MaskConfig(unmasked_weight=0.5)
+
+
+STAGES = ["vqgan", "encoder", "decoder", "token-decoder", "prior", "text"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_masks_weight_the_loss_of_every_stage(stage: str, bundle: Path, tmp_path: Path) -> None:
+    """White masks change nothing; a mask and its inverse divide the loss. LoRAs and embeddings have the same losses."""
+    model = str(write_tiny_bundle(tmp_path / "v1.safetensors", release="v1") if stage == "token-decoder" else bundle)
+    config: dict[str, Any] = {"run": str(tmp_path), "start": model, "inputs": dict.fromkeys(INPUTS, model)}
+    config |= {"vqgan": {"crop": 32, "margin": 8}} if stage == "vqgan" else {}
+    config |= {"noise": {"places": 99}} if stage == "token-decoder" else {}
+    grid = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    losses = []
+    for name, mask in {"none": None, "white": grid | 255, "mask": grid, "inverse": 255 - grid}.items():
+        files = {f"{number}.png": png(Image.fromarray(grid).convert("RGB")) for number in range(4)}
+        files |= {f"{number}.txt": b"a word" for number in range(4)}
+        files |= {f"{number}_mask.png": png(Image.fromarray(mask)) for number in range(4) if mask is not None}
+        root = write_folder(tmp_path / name, files)
+        data: dict[str, Any] = {"source": str(root), "size": 64, "multiple": 64, "workers": 0, "flip": 0.5}
+        data |= {} if mask is None else {"mask": "file", "unmasked_weight": 0.0, "normalize_masks": False}
+        if stage == "text" and mask is not None:
+            with pytest.raises(ValueError, match="mask"):
+                build_stage(stage, {**config, "data": data})
+            return
+        built = build_stage(stage, {**config, "data": data})
+        built.dataset.start_reading(0, "", batch=4, seed=0, cache=tmp_path, rank=0, world=1)
+        weights, *batch = built.batch(0, StepRandom(0, 0, 4))
+        losses.append(built.loss(built.net, weights, *batch).item())
+        if stage == "vqgan" and mask is grid:
+            assert torch.equal(weights[:, 0], batch[0][:, 0])  # the crops of masks are those of the pictures
+    assert losses[0] == losses[1] and min(losses) > 0.1 * losses[0]
+    assert losses[2] + losses[3] == pytest.approx(losses[0], rel=1e-4) and losses[2] != losses[3]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "stream"])
+@pytest.mark.parametrize("mask", ["file", "alpha"])
+def test_a_mask_is_cropped_and_mirrored_with_its_picture(kind: str, mask: str, tmp_path: Path) -> None:
+    """The pictures are white where their masks are, but for one without a mask, which counts whole."""
+    files = {"0.png": png(Image.new("RGB", (160, 64), "white")), "0.txt": b"x"}
+    for number in range(1, 5):
+        columns = np.random.default_rng(number).integers(0, 2, 10, np.uint8) * 255
+        image = Image.fromarray(np.tile(columns.repeat(16), (64, 1)))
+        own = image.convert("RGB")
+        if mask == "alpha":
+            own.putalpha(image)
+        files |= {f"{number}.png": png(own), f"{number}.txt": b"x", f"{number}.mask.png": png(image.resize((80, 32)))}
+    if kind == "folder":
+        source = str(write_folder(tmp_path / "in", files))
+    else:
+        if kind == "stream":
+            pytest.importorskip("webdataset")
+        source = str(write_folder(tmp_path, {"a.tar": shard(files)}) / "a.tar")
+        source = source if kind == "shards" else f"pipe:cat {source}"
+    data = {"source": source, "buckets": [[64, 64]], "workers": 0, "allow_pipe": True, "crop": "random", "flip": 0.5}
+    data |= {"mask": mask, "unmasked_weight": 0.0, "normalize_masks": False, "bad_share": 0.9}
+    loader = open_loader(from_table(ImageDataConfig, data, "data"), batch=1, seed=0, cache=tmp_path)
+    for batch in itertools.islice(loader.batches(), 30):
+        assert batch.pixel_weights is not None
+        if mask == "file":
+            error = (batch.images[:, 0] / 255 - batch.pixel_weights).abs()
+            assert error.median() < 0.01 and error.mean() < 0.1  # differs at the borders of columns
+        else:  # transparent parts are white: their weights are 0
+            assert batch.images.min() == 255 and batch.pixel_weights.max() == 1
+
+
+def test_masks_are_counted_and_at_least_one_must_exist(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "in", {**examples(range(3)), "001-masklabel.png": grey(255)})
+    data = {"source": str(root), "buckets": [[64, 64]], "workers": 0}
+    with caplog.at_level(logging.INFO):
+        open_loader(from_table(ImageDataConfig, {**data, "mask": "file"}, "data"), batch=1, seed=0, cache=tmp_path)
+    assert "1 of 3 images have a mask" in caplog.text
+    with pytest.raises(ValueError, match="none of 3 images"):
+        open_loader(from_table(ImageDataConfig, {**data, "mask": "alpha"}, "data"), batch=1, seed=0, cache=tmp_path)

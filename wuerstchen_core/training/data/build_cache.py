@@ -46,6 +46,7 @@ from .loading import Batch, IndexedLoader, ReadResult, collate
 from .open import (
     caption_edits,
     check_cached_captions,
+    check_cached_colours,
     configured_cache,
     mask_kinds,
     open_loader,
@@ -91,11 +92,13 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
         raise ValueError(f"[cache] output {options.output!r} is empty or the source's folder: name a new folder")
     if data.crop != "centre":
         raise ValueError(f'[data] crop = "{data.crop}" cannot be cached: remove it to cache centre crops')
+    check_cached_colours(data)
     if "text" in options.what:
         check_cached_captions(data)
     # What training may change does not matter.
-    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": None}
-    data = replace(data, captions=EACH, sources=tuple(replace(part, **neutral) for part in data.sources))
+    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": EACH}
+    sources = tuple(replace(part, **neutral) for part in data.parts if data.sources)
+    data = replace(data, captions=EACH, sources=sources)
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     FLIP = 1
     CAPTION = 2
     TAGS = 3
+    COLOURS = 4
 
 
 def generator(key: Key, purpose: Purpose) -> np.random.Generator:

@@ -7,12 +7,13 @@ from typing import Any
 
 from ...common.dataclass_config import Fraction, option
 from .caption_edits import CaptionConfig
+from .colours import ColourConfig
 from .draws import Key, Purpose, generator
 from .masks import MaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleConfig(CaptionConfig, MaskConfig):
+class ExampleConfig(CaptionConfig, MaskConfig, ColourConfig):
     """What is done with each example of a source."""
 
     flip: Fraction = option(0.0, "probability of a horizontal mirror at every use")

@@ -201,7 +201,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             caption = self.read_caption(index, *key) if self.captions else ""
             cached = source.cached_tensors(index, self.cached, mirrored)
             if self.images:
-                image = self.config.crop_image(source.image(index), bucket, *key)
+                image = options.recoloured(self.config.crop_image(source.image(index), bucket, *key), key)
             pixel_weights = None
             if any(own.mask for own in self.config.examples):
                 mask = self.read_mask(index, bucket, *key)

@@ -72,8 +72,8 @@ def open_loader(
 def configured_cache(config: ImageDataConfig) -> Cache | None:
     """Returns the cache that is the `source` of a table, None for other sources.
 
-    ValueError if the table names other images too, caches several sources, random crops, or flips or masks that the
-    cache lacks.
+    ValueError if the table names other images too, caches several sources, random crops or colours, or flips or masks
+    that the cache lacks.
     """
     for part in config.parts if not config.source else ():
         if find_cache(part.names):
@@ -87,6 +87,7 @@ def configured_cache(config: ImageDataConfig) -> Cache | None:
         return None
     if config.crop != "centre":
         raise ValueError(f'[data] crop = "{config.crop}" is impossible: a cache contains centre crops')
+    check_cached_colours(config)
     cache = Cache(found, read_manifest(found))
     if (now := source_names(config)) != cache.manifest.sources:
         raise ValueError(
@@ -103,6 +104,15 @@ def configured_cache(config: ImageDataConfig) -> Cache | None:
 def source_names(config: ImageDataConfig) -> tuple[str, ...]:
     """Returns a name of each of `[[data.sources]]`."""
     return tuple(listed(part.names, 1, 200) for part in config.parts if config.sources)
+
+
+def check_cached_colours(config: ImageDataConfig) -> None:
+    """Raises ValueError if a cache would keep one of many random changes of colours."""
+    if any(own.changes_colours for own in config.examples):
+        raise ValueError(
+            "[data] brightness, contrast, saturation and hue cannot be cached, since they differ from use to use: "
+            "remove them, or train without a cache"
+        )
 
 
 def check_cached_captions(config: ImageDataConfig) -> None:

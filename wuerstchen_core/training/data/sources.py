@@ -85,7 +85,7 @@ class SourceConfig(EXAMPLE_KEYS, SourceOptions):
         A regularisation set, which shows what has no trigger word, does not get one.
         """
         if self.regularisation and self.trigger_word is None:
-            return replace(self, trigger_word="").with_defaults(data)
+            return replace(self, **{"trigger_word": ""}).with_defaults(data)
         shared = [field.name for kind in (SourceOptions, ExampleConfig) for field in fields(kind)]
         return replace(self, **{name: getattr(data, name) for name in shared if getattr(self, name) is None})
 

@@ -154,7 +154,8 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             captions = [generator((self.seed, number, found + 1), Purpose.CAPTION).choice(captions).item()]
         for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
             key = self.seed, number, found + line + 1
-            example = Example(self.config.crop_image(image, bucket, *key), self.config.edit(caption, key), {})
+            picture = self.config.recoloured(self.config.crop_image(image, bucket, *key), key)
+            example = Example(picture, self.config.edit(caption, key), {})
             if self.config.mask:
                 cropped = None if mask is None else self.config.crop_mask(mask, bucket, *key)
                 try:
