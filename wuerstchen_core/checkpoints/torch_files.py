@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..common.text import printable
 from ..common.versions import OLDEST_FOR_PICKLES, check_versions
 from .stored import Member
 
@@ -26,7 +27,7 @@ _DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, 
 
 def broken(path: Path, reason: object) -> ValueError:
     """Returns the error for a damaged file."""
-    text = shorten((str(reason) or type(reason).__name__).splitlines()[0], 80)
+    text = printable(shorten((str(reason) or type(reason).__name__).splitlines()[0], 80))
     return ValueError(f"{path} is incomplete or damaged ({text}): download it again")
 
 
