@@ -105,7 +105,10 @@ def unchecked(schema: Any) -> list[str]:
             wrong += [item.min + 0.5] if isinstance(item, io.Int.Input) else []
             right += [item.min, item.max]
         elif isinstance(item, io.Combo.Input):
-            wrong, right = ["no such choice", 1, None][: 2 if item.optional else 3], item.options
+            wrong, right = (
+                ["no such choice", "../" * 9 + "etc/passwd", 1, None][: 3 if item.optional else 4],
+                item.options,
+            )
         elif isinstance(item, io.String.Input):
             wrong = [1, None, ["a"]]
         found += [f"{schema.node_id}.{item.id} {value!r} passes" for value in wrong if not refused(item.id, value)]

@@ -162,6 +162,12 @@ def main(bundle: str, embeddings: str, literal: str) -> tuple[dict[str, Tensor],
         facts[f"ids/{stage}"] = [
             token_ids(clip, text) for text in json.loads(Path(literal).read_text(encoding="utf-8"))
         ]
+        outside = Path(embeddings).parent / "outside"
+        states = [
+            nodes.CLIPTextEncode().encode(clip, f"a embedding:{name} cat")[0][0][0]
+            for name in ("missing", "../outside", outside.as_posix(), "own")
+        ]
+        facts[f"outside/{stage}"] = [torch.equal(states[0], other) for other in states[1:]]
     for name, text in (("weighted", TEXTS["weighted"]), ("trained", WITH_EMBEDDINGS["trained"])):
         for states, stage in zip(WuerstchenTextEncode.execute(*clips.values(), text).args, STAGES, strict=True):
             tensors[f"both/{name}/{stage}"] = states[0][0]

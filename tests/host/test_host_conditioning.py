@@ -49,6 +49,7 @@ def inside(install: Install, models: Path, checkpoints: Path, tmp_path_factory: 
         tensors = {key: vectors(width) for key, width in keys.items()}
         save_file(tensors, models / "embeddings" / f"{name}.safetensors")
     both = {"clip_g": vectors(32), "clip_h": vectors(24)}
+    save_file(both, models / "outside.safetensors")  # beside the folder of embeddings
     bundled = {f"bundle_emb.<{name}>.{key}": x[:2].clone() for name in "ab" for key, x in both.items()}
     save_file(bundled, models / "embeddings" / "lora.safetensors")
     save_file({key: x.repeat(4, 1)[:11] for key, x in both.items()}, models / "embeddings" / "eleven.safetensors")
@@ -168,6 +169,11 @@ def test_embeddings_work_in_the_encoder_that_they_fit(
         assert ("mismatch" in logs[f"{name}/{stage}"]) == (name not in fitting)
     assert_close(found[f"missing/{stage}"], without)
     assert "embedding:missing" in logs[f"missing/{stage}"] and "does not exist" in logs[f"missing/{stage}"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_prompt_reads_no_embedding_outside_of_its_folder(inside: Inside, stage: str) -> None:
+    assert inside[1][f"outside/{stage}"] == [True, True, False]  # the last one is inside
 
 
 @pytest.mark.parametrize("name", WITH_EMBEDDINGS)
