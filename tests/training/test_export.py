@@ -64,6 +64,7 @@ def test_a_lora_with_its_card(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert card.data.instance_prompt == "sks apple, pink" and card.data.library_name == "diffusers"
     assert card.data.widget[0] == {"text": PROMPT, "output": {"url": "images/0.png"}}
     assert "<script>" not in card.text and "\n# 1." not in card.text and "| Steps | 1 |" in card.text
+    assert "`lora.safetensors` into `models/loras`" in card.text
     shown = card.text.partition("## Use")[0]
     assert "<b>" not in shown and r"\`x\` \*y\*" in shown
     assert str(tmp_path) not in card.text and str(folder) not in card.text

@@ -79,6 +79,7 @@ def write_card(
         command=_command(stage, config, folder, pipeline),
         file=f"{stage.stem}.safetensors",
         kind=_kind(stage),
+        comfyui="" if pipeline else stage.comfyui_folder,
         name=json.dumps(name),
         pipeline=pipeline,
         for_diffusers=for_diffusers,
