@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,16 @@ LAUNCHERS = {
 }
 
 
-def launch(*command: str, by: str = "torchrun") -> None:
-    """Runs a script, or a module after "-m", in two processes on the CPU by `torchrun` or `accelerate launch`."""
+def launch(*command: str, by: str = "torchrun", variables: Mapping[str, str] | None = None) -> None:
+    """Runs a script, or a module after "-m", in two processes on the CPU by `torchrun` or `accelerate launch`.
+
+    `variables` are added to their environment.
+    """
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     launcher = [sys.executable, "-m", *LAUNCHERS[by].split()]
-    environment = {**os.environ, **environment}
+    environment = {**os.environ, **environment, **(variables or {})}
     done = subprocess.run(
         [*launcher, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.lora_training import write_config
+from helpers.recording_trainer import file_names
 from helpers.tiny_stages import ALL, ema_of
 from PIL import Image
 from safetensors.torch import load_file
@@ -64,6 +66,7 @@ def test_a_lora_with_its_card(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert card.data.instance_prompt == "sks apple, pink" and card.data.library_name == "diffusers"
     assert card.data.widget[0] == {"text": PROMPT, "output": {"url": "images/0.png"}}
     assert "<script>" not in card.text and "\n# 1." not in card.text and "| Steps | 1 |" in card.text
+    assert "`lora.safetensors` into `models/loras`" in card.text
     shown = card.text.partition("## Use")[0]
     assert "<b>" not in shown and r"\`x\` \*y\*" in shown
     assert str(tmp_path) not in card.text and str(folder) not in card.text
@@ -98,23 +101,27 @@ class Api:
 
 
 @pytest.fixture
-def push(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that exports a run and pretends to upload it."""
     Api.calls, Api.error = [], None
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    arguments = ["train", "export", str(folder), "--output", str(tmp_path / "mine")]
+    arguments = ["train", "export", str(folder)]
     return lambda *more: main([*arguments, *more])
 
 
-def test_a_folder_is_uploaded_on_request(push: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_uploaded_on_request(push: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert push() == 0 and not Api.calls
+    (folder / "export" / "of an earlier export").touch()
     assert push("--push", "my-lora", "--private") == 0
     created, uploaded = Api.calls
     assert created == {"name": "my-lora", "private": True, "exist_ok": True}
-    assert uploaded["repo_id"] == "me/my-lora" and uploaded["folder_path"] == tmp_path / "mine"
+    assert uploaded["repo_id"] == "me/my-lora" and uploaded["folder_path"] == folder / "export"
     assert capsys.readouterr().out.splitlines()[-1].endswith("/me/my-lora")
-    assert '"my-lora"' in (tmp_path / "mine" / "README.md").read_text("utf-8")
+    assert '"my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
+    assert file_names(folder / "export") == {"README.md", "lora.safetensors", "pytorch_lora_weights.safetensors"}
+    with pytest.raises(ValueError, match="export exists"):
+        export_run(folder, [], folder / "export")
 
 
 def refusal(status: int) -> Exception:
@@ -138,15 +145,16 @@ def test_a_failed_upload_is_one_sentence(
     name: str,
     error: Exception | None,
     fact: str,
-    tmp_path: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Api.error = error
+    shutil.rmtree(folder / "export", ignore_errors=True)
     if fact == "HF_TOKEN":
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert push("--push", name) == 2
-    assert (tmp_path / "mine").exists() == (fact not in ("HF_TOKEN", "a/b/c"))  # refused before it takes time
+    assert (folder / "export").exists() == (fact not in ("HF_TOKEN", "a/b/c"))  # refused before it takes time
     lines = capsys.readouterr().err.splitlines()
     assert fact in lines[-1] and not Api.calls
 

@@ -79,6 +79,7 @@ def write_card(
         command=_command(stage, config, folder, pipeline),
         file=f"{stage.stem}.safetensors",
         kind=_kind(stage),
+        comfyui="" if pipeline else stage.comfyui_folder,
         name=json.dumps(name),
         pipeline=pipeline,
         for_diffusers=for_diffusers,
@@ -125,8 +126,13 @@ def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipelin
     else:
         file = folder if pipeline else folder / f"{stage.stem}.safetensors"
         arguments = generate_arguments(stage, config, file, prompt)
-    names = [Path(x).resolve().name if Path(x).exists() else x for x in arguments]
+    names = [_name(x) if Path(x).exists() else x for x in arguments]
     return shlex.join(["wuerstchen", *names]) if arguments else ""
+
+
+def _name(source: str | Path) -> str:
+    """Returns the name of a file or folder without its path, or its name on the hub."""
+    return hub_name(source) or Path(source).resolve().name
 
 
 def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int) -> dict[str, Any]:
@@ -137,8 +143,7 @@ def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int
     size = train["batch"] * train.get("accumulate", 1) * processes
     found = {
         "Stage": stage.name,
-        "Base model": ", ".join(dict.fromkeys(Path(base).name for base in stage.bases))
-        or "none: trained from random weights",
+        "Base model": ", ".join(dict.fromkeys(map(_name, stage.bases))) or "none: trained from random weights",
         "Steps": step,
         "Pictures per step": size,
         "Pictures": stage.dataset.examples,

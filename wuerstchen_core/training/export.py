@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +59,13 @@ def export_run(
 ) -> Path:
     """Writes a folder with a run's weights as others load them, images of its prompts and a model card; returns it.
 
-    It is by default `FOLDER` in the run's. For v2's Stages B and C it is a diffusers pipeline with the other networks
-    of the configuration, for others the files that training writes. `step` is that of weights that are kept or have a
-    checkpoint (default: the newest), `name` the model's on the hub. ValueError if there are no such weights.
+    It is by default `FOLDER` in the run's, which is replaced; another one must be new or empty. For v2's Stages B and C
+    it is a diffusers pipeline with the other networks of the configuration, for others the files that training writes.
+    `step` is that of weights that are kept or have a checkpoint (default: the newest), `name` the model's on the hub.
+    ValueError if there are no such weights.
     """
+    if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise ValueError(f"{output} exists: choose a new folder, whose files are all of this export")
     stage, config = open_run(folder, overrides)
     file = folder / (f"{stage.stem}.safetensors" if step is None else weights_name(stage.stem, step))
     if step is not None and not file.is_file():
@@ -71,6 +75,8 @@ def export_run(
     step, output = newest_step(folder) if step is None else step, output or folder / FOLDER
     metadata = {**weights_metadata(stage), "training": {"step": step}}
     images = _generate(stage, file)
+    if output == folder / FOLDER:
+        shutil.rmtree(output, ignore_errors=True)  # of an earlier export
     if parts := _pipeline(stage, config, file):
         write_pipeline(output, parts, metadata)
     else:

@@ -30,13 +30,8 @@ RECIPES = {  # by name, what it is for
 }
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of a model from scratch, in order
 LARGE = 1024  # channels, from which on the settings for the released models fit
-# First for small networks like the demo's, then for the released ones.
-Settings = tuple[dict[str, Any], dict[str, Any]]
-EMBEDDING: Settings = (
-    {"steps": 300, "batch": 12, "accumulate": 1, "lr": "2e-2"},
-    {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "5e-3"},
-)
-SETTINGS: Mapping[str, Settings] = {
+# Settings by recipe: first for small networks like the demo's, then for the released ones.
+SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": (
         {"steps": 600, "batch": 12, "accumulate": 1, "lr": "1.5e-3", "rank": 8},
         {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "1e-4", "rank": 16},
@@ -45,10 +40,16 @@ SETTINGS: Mapping[str, Settings] = {
         {"steps": 600, "batch": 8, "accumulate": 1, "lr": "2e-3", "rank": 16},
         {"steps": 2000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 16},
     ),
-    "embedding": EMBEDDING,
-    "decoder-embedding": EMBEDDING,
-    "prior": (
+    "embedding": (
+        {"steps": 300, "batch": 12, "accumulate": 1, "lr": "2e-2"},
+        {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "5e-3"},
+    ),
+    "finetune": (
         {"steps": 1500, "batch": 16, "accumulate": 1, "lr": "3e-4"},
+        {"steps": 10_000, "batch": 4, "accumulate": 16, "lr": "1e-5"},
+    ),
+    "resolution": (
+        {"steps": 1500, "batch": 16, "accumulate": 1, "lr": "1e-3"},
         {"steps": 10_000, "batch": 4, "accumulate": 16, "lr": "1e-5"},
     ),
 }
@@ -62,7 +63,8 @@ PURPOSES = {  # of the templates that serve several stages
     "embedding": "a new word for a style or thing, from a folder of a few to a few dozen pictures",
     "decoder-embedding": "the same word for the text encoder of Stage B. Train embedding.toml first",
 }
-TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", "channelwise.0", "channelwise.4"]\n'  # of Stage B
+# Of a LoRA of Stage B.
+TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", "channelwise.0", "channelwise.4"] # attention and MLPs\n'
 FOLDER = Path(__file__).parent / "templates"
 DEMO_RECIPES = Path(demo.__file__).parent / "recipe"
 
@@ -131,7 +133,7 @@ def _from_template(
     own = _own_size(opened[start].metadata, 1024 if scale else 256)
     size = size or nearest_legal(own * 3 // 2 if recipe == "resolution" else own)
     kind, title = stage.removeprefix("token-"), folder.resolve().name
-    values: dict[str, Any] = {**SETTINGS[kind][scale], **SCALES[scale], "size": size, "multiple": _multiple(size)}
+    values: dict[str, Any] = {**SETTINGS[recipe][scale], **SCALES[scale], "size": size, "multiple": _multiple(size)}
     name = re.sub(r"[^\w.-]+", "-", title)
     first = (folder / "embedding" / f"{name}.safetensors").as_posix()
     blocks = {

@@ -101,6 +101,7 @@ def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None
     log.info("wrote %s", ", ".join(map(str, kept_weights(file.parent, stage.stem))))
     if arguments := generate_arguments(stage, config, file, first_caption(stage)):
         log.info("generate with it: %s", command(arguments))
+    log.info("for diffusers and the Hugging Face hub: %s", command(["train", "export", str(file.parent)]))
     if stage.comfyui_folder:
         preview = file.with_suffix(".png")
         files = f"{file} and {preview.name}" if preview.exists() else str(file)

@@ -1,4 +1,8 @@
-"""Gathers tensors that FSDP has sharded over processes, and shards them again. Plain tensors pass unchanged."""
+"""Gathers tensors that FSDP has sharded over processes, and shards them again. Plain tensors pass unchanged.
+
+torch.distributed.checkpoint.state_dict has functions for this, but none for an average of the weights, and they refuse
+some optimizers (torch 2.14: SGD, Prodigy, schedule-free ones).
+"""
 
 from __future__ import annotations
 

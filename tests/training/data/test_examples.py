@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.picture_folders import picture, shard, write_folder
+from helpers.picture_folders import Files, picture, shard, write_folder
 from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
@@ -40,14 +40,20 @@ FILES = {
 
 
 def opened(
-    root: Path, kind: str = "folder", batch: int = 4, rank: int = 0, world: int = 1, **options: Any
+    root: Path,
+    kind: str = "folder",
+    batch: int = 4,
+    rank: int = 0,
+    world: int = 1,
+    files: Files = FILES,
+    **options: Any,
 ) -> BatchLoader:
     if kind == "folder":
-        source = str(write_folder(root / "pictures", FILES))
+        source = str(write_folder(root / "pictures", files))
     else:
         if kind == "stream":
             pytest.importorskip("webdataset")
-        (root / "a.tar").write_bytes(shard(FILES))
+        (root / "a.tar").write_bytes(shard(files))
         source = str(root / "a.tar") if kind == "shards" else f"pipe:cat {root}/a.tar"
     table = {"source": source, "buckets": [[64, 64]], "workers": 0, "allow_pipe": True, **options}
     config = from_table(ImageDataConfig, table, "data")
@@ -133,6 +139,18 @@ def test_edits_that_are_the_same_at_every_use(options: dict[str, Any], caption: 
 def test_other_separators() -> None:
     edited = {CaptionConfig(shuffle_tags=True, tag_separator=" | ").edit("a, b | c", (0, x)) for x in range(9)}
     assert edited == {"a, b | c", "c | a, b"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_without_captions(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They have the trigger word alone; without one, they are skipped."""
+    caplog.set_level(logging.INFO)
+    files = {name: content for name, content in FILES.items() if name != "1.txt"}
+    options: dict[str, Any] = {"kind": kind, "files": files, "bad_share": 0.9, "captions": "random"}
+    assert set(read(opened(tmp_path, **options), 5)[1]) == {"one", "two", "three"}
+    texts = read(opened(tmp_path, trigger_word="sks", **options), 10)[1]
+    assert texts.count("sks") == 20 and set(texts) == {"sks", "sks, one", "sks, two", "sks, three"}
+    assert ("1 of 2 captions are missing" in caplog.text) == (kind != "stream")
 
 
 def test_keys_of_one_source_alone() -> None:

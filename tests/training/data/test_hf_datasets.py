@@ -109,9 +109,14 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     for wrong in ({"image_column": "text"}, {"image_column": "image", "caption_column": "aesthetic"}):
         with pytest.raises(ValueError, match=r"column"):
             opened(tmp_path / "a", **wrong)
-    raw = {"jpg": [picture(3)], "caption": ["picture 3"]}  # as img2dataset writes it
-    datasets.Dataset.from_dict(raw).to_parquet(tmp_path / "raw.parquet")
-    assert captions(opened(tmp_path / "raw.parquet", batch=1), 1) == [["picture 3"]]
+    image = {"bytes": picture(3), "path": "3.png"}
+    for name, raw in {"img2dataset": {"jpg": [picture(3)]}, "plain": {"image": [image]}}.items():
+        columns = {**raw, "caption": ["picture 3"], "hash": ["a"]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
+        assert captions(opened(tmp_path / f"{name}.parquet", batch=1), 1) == [["picture 3"]]
+    mixed = made(rows(range(3)) | {"thumb": [b""] * 3}, thumb=datasets.Value("binary"))
+    mixed.save_to_disk(tmp_path / "mixed")
+    assert opened(tmp_path / "mixed").source.image(2).getpixel((0, 0)) == (2, 100, 200)
 
 
 def test_damaged_rows_are_named_and_counted(tmp_path: Path) -> None:

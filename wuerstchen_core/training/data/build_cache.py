@@ -143,7 +143,7 @@ class _ChunkReader(Dataset[Read]):
         examples = {index: example for index, example in tried.items() if example is not None}
         if examples:
             result.batch = collate(list(examples.values()))
-        captions = [self.loader.source.caption(index) for index in examples]
+        captions = [self.loader.plain_caption(index) for index in examples]
         return Read(list(examples), captions, [self.loader.read_mask(index, bucket) for index in examples], result)
 
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -17,9 +17,10 @@ from PIL import Image
 from ...common.text import listed, one_line
 from ...inference.images import has_alpha, open_opacity, open_picture
 from .folder import FOLDER_FIELDS, example_records, find_files, is_image
+from .hf_columns import Column, caption_column, columns_of, image_column
 from .left_out import LeftOut
 from .metadata import METADATA
-from .sidecars import CAPTION_KEYS, caption_names, read_captions
+from .sidecars import caption_names, read_captions
 from .source import SCORE_KEYS, ImageSource
 from .sources import SourceConfig
 from .tars import FilePart
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 HUB = "datasets:"  # before the name of a dataset on the Hub
 DATASET_KEYS = ("split", "subset", "image_column", "caption_column")
 SPLITS = ("train", "validation", "test")
-Column: TypeAlias = tuple[str, ...]  # the path of a column, whose later names are those of nested fields
 
 
 class DatasetSource(ImageSource):
@@ -41,10 +41,10 @@ class DatasetSource(ImageSource):
         `captions`: False if a dataset without captions is fine.
         """
         self._dataset = _load(names, options)
-        columns = dict(_columns(self._dataset.features))
+        columns = dict(columns_of(self._dataset.features))
         where = listed(list(names), 1)
-        self._image = _image_column(columns, options.image_column, where)
-        self._caption = _caption_column(columns, options.caption_column, where, captions)
+        self._image = image_column(columns, options.image_column, where)
+        self._caption = caption_column(columns, options.caption_column, where, captions)
         self._scores = {column[-1]: column for column in columns if column[-1].lower() in SCORE_KEYS}
         caption = "none" if self._caption is None else ".".join(self._caption)
         log.info("%s: images of column %s, captions of column %s", where, ".".join(self._image), caption)
@@ -209,51 +209,6 @@ def _files_of_split(files: Sequence[Path], split: str | None) -> list[Path]:
     if len(several := [name for name in SPLITS if own[name]]) > 1:
         raise ValueError(f"the Parquet files are of several splits: set split to one of {', '.join(several)}")
     return list(files)
-
-
-def _columns(features: Mapping[str, Any], path: Column = ()) -> Iterator[tuple[Column, Any]]:
-    """Yields the columns of a dataset and the fields nested in them, with their types."""
-    for name, feature in features.items():
-        yield (*path, name), feature
-        if isinstance(feature, Mapping):
-            yield from _columns(feature, (*path, name))
-
-
-def _image_column(columns: Mapping[Column, Any], name: str | None, where: str) -> Column:
-    found = [column for column, feature in columns.items() if _is_image_feature(feature)]
-    if name is not None:
-        found = [column for column in found if ".".join(column) == name]
-    if len(found) == 1:
-        return found[0]
-    listing = ", ".join(".".join(column) for column in found or columns)
-    problem = f"several columns of images ({listing})" if found else f"no column of images{f' {name}' if name else ''}"
-    raise ValueError(f"{where} has {problem}: set image_column to one of {listing}")
-
-
-def _is_image_feature(feature: Any) -> bool:
-    """True for images, and for binary files, which tables of other programs have."""
-    if isinstance(feature, Mapping):
-        return "bytes" in feature
-    return getattr(feature, "_type", "") == "Image" or getattr(feature, "dtype", "") in ("binary", "large_binary")
-
-
-def _caption_column(columns: Mapping[Column, Any], name: str | None, where: str, needed: bool) -> Column | None:
-    texts = [column for column, feature in columns.items() if _is_text_feature(feature)]
-    if name is not None:
-        found = [column for column in texts if ".".join(column) == name]
-    else:
-        found = [column for key in CAPTION_KEYS for column in sorted(texts, key=len) if column[-1].lower() == key]
-    if not found and (needed or name is not None):
-        listing = ", ".join(".".join(column) for column in texts) or "none"
-        problem = f"{where} has no column of captions{f' {name}' if name else ''}"
-        raise ValueError(f"{problem}: set caption_column, to a column of texts ({listing})")
-    return found[0] if found else None
-
-
-def _is_text_feature(feature: Any) -> bool:
-    """True for texts and lists of texts."""
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-    return getattr(inner, "dtype", "") in ("string", "large_string", "string_view")
 
 
 def _name(row: int) -> str:

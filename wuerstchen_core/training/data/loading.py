@@ -28,6 +28,7 @@ from .epoch_order import EpochOrder
 from .error_budget import ErrorBudget
 from .filters import ImageDataConfig
 from .left_out import LeftOut
+from .sidecars import MissingCaption
 from .source import ImageSource
 
 T = TypeVar("T")
@@ -141,7 +142,16 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
 
     def read_caption(self, index: int, *key: int) -> str:
         """Returns the caption of an example as it is read."""
-        return self.config.examples[self.source.origins[index]].edit(self.source.caption(index), key)
+        return self.config.examples[self.source.origins[index]].edit(self.plain_caption(index), key)
+
+    def plain_caption(self, index: int) -> str:
+        """Returns the caption in an example's file; "" if it has none, and `[data]` has something to read instead."""
+        try:
+            return self.source.caption(index)
+        except MissingCaption:
+            if not self.config.examples[self.source.origins[index]].fixed_edits:
+                raise
+            return ""
 
     def captions_from(self, step: int) -> Iterator[tuple[str, str]]:
         """Yields names and captions of the examples of steps in order, without those that cannot be read."""

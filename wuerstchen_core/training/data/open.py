@@ -22,13 +22,14 @@ from .latent_cache import Cache, read_manifest
 from .loading import BatchLoader, IndexedLoader
 from .open_source import find_cache, open_sources
 from .shards import ShardSource
+from .sidecars import MissingCaption
 from .source import ImageSource
 from .sources import JoinedSource
 from .streams import StreamLoader, check_streams, is_stream
 
 log = logging.getLogger(__name__)
 
-MASKS_COUNTED = 10_000  # images
+COUNTED = 10_000  # images of which it is counted how many have masks and captions
 
 
 def open_loader(
@@ -64,6 +65,8 @@ def open_loader(
     source.left_out.log()
     members, held_out, variants = _members(source, config, batch * world, captions or "text" in cached, validation)
     _report_masks(source, config, np.concatenate(members))
+    if captions:
+        _report_uncaptioned(source, config, np.concatenate(members))
     repeats = _repeats(source, config, members) if config.sources else None
     order = EpochOrder(members, batch * world, seed, repeats)
     return IndexedLoader(source=source, order=order, held_out=held_out, variants=variants, **options)
@@ -186,13 +189,29 @@ def _report_masks(source: ImageSource, config: ImageDataConfig, indices: np.ndar
     """
     kinds = [own.mask for own in config.examples]
     masked = [kinds[origin] != "" for origin in source.origins[indices].tolist()]
-    chosen = indices[np.array(masked, dtype=bool) & (source.records["line"][indices] == 0)][:MASKS_COUNTED].tolist()
+    chosen = indices[np.array(masked, dtype=bool) & (source.records["line"][indices] == 0)][:COUNTED].tolist()
     if not chosen:
         return
     found = sum(source.has_mask(index, kinds[source.origins[index]]) for index in chosen)
     if not found:
         raise ValueError(f"none of {len(chosen)} images has a mask: add masks, or remove [data] mask")
     log.info("%d of %d images have a mask; the others count whole", found, len(chosen))
+
+
+def _report_uncaptioned(source: ImageSource, config: ImageDataConfig, indices: np.ndarray) -> None:
+    """Logs how many of some images have no caption but a trigger word, prefix or suffix, of many of the first ones."""
+    edited = [bool(own.fixed_edits) for own in config.examples]
+    chosen = [index for index in indices.tolist() if edited[source.origins[index]]][:COUNTED]
+    missing = 0
+    for index in chosen:
+        try:
+            source.caption(index)
+        except MissingCaption:
+            missing += 1
+        except ValueError:  # reported when the caption is needed
+            pass
+    if missing:
+        log.info("%d of %d captions are missing: trigger word, prefix and suffix are read alone", missing, len(chosen))
 
 
 def _repeats(source: ImageSource, config: ImageDataConfig, members: Sequence[np.ndarray]) -> list[np.ndarray]:

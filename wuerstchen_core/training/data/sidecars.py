@@ -12,11 +12,15 @@ CAPTION_KEYS = ("caption", "text", "prompt", "captions")  # in a JSON table; the
 TEXT_SUFFIXES = (".txt", ".caption")  # the first one present counts
 
 
+class MissingCaption(ValueError):
+    """An image has no caption."""
+
+
 def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> list[str]:
     """Returns the different captions of an image, with single spaces: at least one.
 
     They are the lines of its .txt file (`text`) or, if there is none, a text or a list of texts in a JSON table.
-    ValueError if the image called `name` has no caption, or one that is not text.
+    MissingCaption if the image called `name` has none, ValueError if it has one that is not text.
     """
     if text is None:
         values = {key.lower(): value for key, value in table.items() if _is_filled(value)}
@@ -28,7 +32,7 @@ def read_captions(text: bytes | None, table: Mapping[str, Any], name: str) -> li
         texts = decode_text(text, f"the caption of {name}").splitlines()
     captions = list(dict.fromkeys(filter(None, map(one_line, texts))))
     if not captions:
-        raise ValueError(
+        raise MissingCaption(
             f"{name} has no caption: add a .txt, .caption or .json file of the same name, or a metadata.jsonl line"
         )
     try:

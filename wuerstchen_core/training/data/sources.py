@@ -84,10 +84,11 @@ class SourceConfig(EXAMPLE_KEYS, SourceOptions):
 
         A regularisation set, which shows what has no trigger word, does not get one.
         """
-        if self.regularisation and self.trigger_word is None:
-            return replace(self, **{"trigger_word": ""}).with_defaults(data)
         shared = [field.name for kind in (SourceOptions, ExampleConfig) for field in fields(kind)]
-        return replace(self, **{name: getattr(data, name) for name in shared if getattr(self, name) is None})
+        values = {name: getattr(data, name) for name in shared if getattr(self, name) is None}
+        if self.regularisation and "trigger_word" in values:
+            values["trigger_word"] = ""
+        return replace(self, **values)
 
     @cached_property
     def examples(self) -> ExampleConfig:

@@ -8,7 +8,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from io import BytesIO
@@ -33,7 +33,7 @@ from .loading import Batch, BatchLoader, Example, ReadResult, collate
 from .masks import ALPHA, FILE, check_shape
 from .members import Example as Members
 from .members import examples_of, is_mask_key, split_name
-from .sidecars import caption_names, read_captions, read_table
+from .sidecars import MissingCaption, caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, image_record
 from .tars import open_stream, read_members
 
@@ -144,7 +144,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
             if reason:
                 yield name, (str(reason), int(bucket), None)
                 return
-            captions = read_captions(files.text, table, name) if self.captions else [""]
+            captions = self._read_captions(files, table, name) if self.captions else [""]
             image = open_picture(BytesIO(files.image), name)
             mask = self._read_mask(files, image.size, name)
         except ValueError as error:
@@ -165,6 +165,14 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                     continue
                 example = example._replace(pixel_weights=weights)
             yield own, ("", int(bucket), example.mirrored() if self.config.flips(key) else example)
+
+    def _read_captions(self, files: Members[bytes], table: Mapping[str, Any], name: str) -> list[str]:
+        try:
+            return read_captions(files.text, table, name)
+        except MissingCaption:
+            if not self.config.fixed_edits:
+                raise
+            return [""]
 
     def _read_mask(self, files: Members[bytes], size: Size, name: str) -> Image.Image | None:
         """Returns the mask of the image called `name`, of a size, in grey; None if it has none."""
