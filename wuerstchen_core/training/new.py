@@ -54,8 +54,8 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 SCALES = (
-    {"weight": "v", "precision": "", "checkpointing": "false"},
-    {"weight": "p2", "precision": "bf16", "checkpointing": "true"},
+    {"weight": "v", "precision": "", "checkpointing": "false", "keep_every": 250},
+    {"weight": "p2", "precision": "bf16", "checkpointing": "true", "keep_every": 2500},  # 4 GB each
 )
 PURPOSES = {  # of the templates that serve several stages
     "lora": "a LoRA of a style or thing, from a folder of a dozen to a few thousand pictures",
