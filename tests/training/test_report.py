@@ -178,6 +178,8 @@ def test_it_warns_of_stages_that_lose_more_than_a_thumbnail(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text.split(" of the base")[0] for text in warnings] == ([warned] if warned else [])
     assert (tmp_path / FILE).is_file() == bool(factors)
+    if factors:  # a column of pictures, and one for each stage
+        assert Image.open(tmp_path / FILE).width == pytest.approx(3 * 128, abs=64)
 
 
 @pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")

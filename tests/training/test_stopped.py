@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,8 +31,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 8])
 def test_a_stopped_run_resumes_exactly(tmp_path: Path, whole: Path, stop: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         train(LineStage(stop=stop), CONFIG, tmp_path)
+    steps = [stop - 1, 4, stop - 5] if stop > 4 else [stop - 1]  # done, of the checkpoint, since then
+    assert [int(x) for x in re.findall(r"\d+", str(stopped.value))] == steps
     torch.manual_seed(999)  # the global generator must not matter
     stage = LineStage()
     train(stage, CONFIG, tmp_path)

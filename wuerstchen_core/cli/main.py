@@ -66,8 +66,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         check_versions()
         with flushed_stdout(), _ended_by_signal():
             options.run(options)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no file is half-written", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted; no file is half-written", INTERRUPTED)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", PACKAGE):

@@ -33,7 +33,7 @@ from .checkpoint import (
 from .config import LoopConfig
 from .monitor import Monitor
 from .processes import check_processes, configure
-from .progress import left_out
+from .progress import interruptible, left_out
 from .rates import learning_rate
 from .reconstruction import check_reconstruction
 from .report import StepTimes, report_start
@@ -122,20 +122,22 @@ class _Run:
         options: dict[str, Any] = {"initial": start, "total": config.steps, "disable": not self.main}
         began = time.monotonic() - seconds
         progress = tqdm(desc=self.stage.name, mininterval=2, **options)
-        for step in range(start, config.steps):
-            self._step(step)
-            progress.update()
-            done = step + 1
-            if self.main:
-                times.done(done)
-            log_due, save_due = (done == config.steps or done % x == 0 for x in (config.log_every, config.save_every))
-            keep_due = config.keep_every > 0 and done % config.keep_every == 0
-            if log_due:
-                self._log(done, round(time.monotonic() - began, 1), progress)
-            if (sample_due := self.monitor.due(done)) or save_due or keep_due:
-                with left_out(progress, times):
-                    self._save(done, file, sample_due, save_due, keep_due)
-        progress.close()
+        with interruptible(progress, self.folder):
+            for step in range(start, config.steps):
+                self._step(step)
+                progress.update()
+                done = step + 1
+                if self.main:
+                    times.done(done)
+                log_due, save_due = (
+                    done == config.steps or done % x == 0 for x in (config.log_every, config.save_every)
+                )
+                keep_due = config.keep_every > 0 and done % config.keep_every == 0
+                if log_due:
+                    self._log(done, round(time.monotonic() - began, 1), progress)
+                if (sample_due := self.monitor.due(done)) or save_due or keep_due:
+                    with left_out(progress, times):
+                        self._save(done, file, sample_due, save_due, keep_due)
 
     def _step(self, step: int) -> None:
         config, accelerator = self.config, self.accelerator

@@ -37,7 +37,7 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "1e-4", "rank": 16},
     ),
     "decoder-lora": (
-        {"steps": 600, "batch": 8, "accumulate": 1, "lr": "2e-3", "rank": 16},
+        {"steps": 600, "batch": 8, "accumulate": 1, "lr": "6e-3", "rank": 16},
         {"steps": 2000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 16},
     ),
     "embedding": (
@@ -54,8 +54,8 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 SCALES = (
-    {"weight": "v", "precision": "", "checkpointing": "false"},
-    {"weight": "p2", "precision": "bf16", "checkpointing": "true"},
+    {"weight": "v", "precision": "", "checkpointing": "false", "keep_every": 250},
+    {"weight": "p2", "precision": "bf16", "checkpointing": "true", "keep_every": 2500},  # 4 GB each
 )
 PURPOSES = {  # of the templates that serve several stages
     "lora": "a LoRA of a style or thing, from a folder of a dozen to a few thousand pictures",

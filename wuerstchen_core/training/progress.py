@@ -5,10 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
+from .checkpoint import newest_step
 from .report import StepTimes
+
+
+@contextmanager
+def interruptible(bar: tqdm[int], folder: Path) -> Iterator[None]:
+    """Closes a bar at the end. An interrupt gets a message with the step from which a new start goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if bar.disable:  # not the main process
+            raise
+        step = newest_step(folder)
+        goes_on = (
+            f"goes on from step {step}, {bar.n - step} back"
+            if step
+            else "begins again, since there is no checkpoint yet"
+        )
+        raise KeyboardInterrupt(f"interrupted after step {bar.n}: the same command {goes_on}") from None
+    finally:
+        bar.close()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.atomic import replace_file
-from .sample_grid import sample_grid
+from ..inference.images import to_pictures
+from .rng import StepRandom
+from .sample_grid import prompt_grid, write_grid
 from .stage import Stage
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,14 @@ def check_reconstruction(stage: Stage[Any], net: Any, folder: Path) -> None:
     previews = stage.dataset.preview_images()
     if previews is None:
         return
-    images = previews.images(previews.evenly_spaced(COUNT))
+    picked = previews.evenly_spaced(COUNT)
+    images = previews.images(picked)
     rows = {name: x.float().cpu() for name, x in stage.reconstructions(net, images).items()}
     if not rows:
         return
-    replace_file(folder / FILE, partial(sample_grid([images, *rows.values()]).save, format="PNG"))
+    captions = previews.captions(picked, StepRandom(0, 0, len(picked)))
+    groups = {name: to_pictures(x) for name, x in {"pictures": images, **rows}.items()}
+    write_grid(folder / FILE, prompt_grid(captions, [0], groups), captions)
     for name, reconstructed in rows.items():
         quality, least = psnr(images, reconstructed), psnr(images, thumbnails(images, THUMBNAILS[name]))
         log.info("%s of the base model: %.1f dB on these pictures (%s)", name, quality, folder / FILE)

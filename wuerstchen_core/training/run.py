@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,13 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     loop_config = from_table(LoopConfig, config.get("train", {}), "train")
     loop_config = replace(loop_config, precision=choose_precision(loop_config.precision))
     folder, main = Path(config["run"]) / stage, is_main_process()
-    with folder_lock(folder) if main else nullcontext():
+    with ExitStack() as locks:
+        is_new = not folder.is_dir()
+        if main and not is_new:  # before networks are loaded
+            locks.enter_context(folder_lock(folder))
         trainer = build_stage(stage, config)
+        if main and is_new:  # a mistake leaves no folder
+            locks.enter_context(folder_lock(folder))
         if main:
             resolved = resolve(stage, {**config, "train": asdict(loop_config)})
             if "model" in STAGES[stage].tables:

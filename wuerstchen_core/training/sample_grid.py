@@ -17,19 +17,19 @@ from ..common.atomic import replace_file
 from ..inference.images import to_pictures
 from .captions import SIZE, Font, font_for
 
-COLUMNS, TILE = 12, 128  # images in a row; width of each in pixels
+COLUMNS, TILE = 12, 128  # most images in a row; width of each in pixels
 LARGEST, GAP, LINE, MARGIN = 256, 16, 18, 4  # of `prompt_grid`, in pixels: longest side of an image, distances
 INK, PAPER = (230, 230, 230), (24, 24, 24)
 
 
 def sample_grid(rows: Sequence[Tensor]) -> Image.Image:
-    """Returns a grid of image batches [B, 3, H, W] in [0, 1]: one line of tiles per batch and `COLUMNS` images."""
-    lines = []
+    """Returns a grid of image batches [B, 3, H, W] in [0, 1]: a line of tiles per batch and `COLUMNS` images."""
+    lines, columns = [], min(COLUMNS, len(rows[0]))
     for chunks in zip(*(images.split(COLUMNS) for images in rows), strict=True):
         for images in chunks:
             size = TILE, TILE * images.shape[-2] // images.shape[-1]
             tiles = [np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for picture in to_pictures(images)]
-            tiles += [np.zeros_like(tiles[0])] * (COLUMNS - len(tiles))
+            tiles += [np.zeros_like(tiles[0])] * (columns - len(tiles))
             lines.append(np.concatenate(tiles, axis=1))
     return Image.fromarray(np.concatenate(lines, axis=0))
 

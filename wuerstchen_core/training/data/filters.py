@@ -66,7 +66,8 @@ class PictureConfig(SourceOptions):
             if not part.source or not all([part.source] if isinstance(part.source, str) else part.source):
                 raise ValueError("[data] source is empty: give a folder of images, or shards")
         if all(part.regularisation for part in self.parts):
-            raise ValueError("[[data.sources]] are all regularisation sets: add the source to learn from")
+            action = "move the source of [data] into" if self.source else "add the source to learn from as"
+            raise ValueError(f"[[data.sources]] are all regularisation sets: {action} a table of its own")
         if self.multiple < 64 or self.multiple % 64:
             raise ValueError(f"[data] multiple must be a multiple of 64, got {self.multiple}")
         if not self.multiple <= self.size <= LARGEST or self.size % self.multiple:
