@@ -26,7 +26,7 @@ from .stages.lora_output import DIFFUSERS_FILE
 from .stages.networks import weights_metadata
 
 CARD, IMAGES = "README.md", "images"
-TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md.template"
 KINDS = {"lora": "lora", "embedding": "textual-inversion"}  # the hub's names by the table of the configuration
 _MARKUP = re.compile(r"([\\`*_\[\]#|~]|^[-+=]|(?<=\d)[.)](?= ))")
 
