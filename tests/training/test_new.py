@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training import keys
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.new import RECIPES, STAGES, write_new
+from wuerstchen_core.training.new import RECIPES, STAGES, count_pictures, write_new
 
 SHORT = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "data.workers=0")
 
@@ -127,6 +128,16 @@ def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     before = (tmp_path / "lora.toml").read_text("utf-8")
     assert main(["train", "new", str(tmp_path), "--size", "512"]) == 2
     assert "lora.toml" in capsys.readouterr().err and (tmp_path / "lora.toml").read_text("utf-8") == before
+
+
+def test_it_counts_the_pictures_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = examples(range(3), 64, 64)
+    del files["001.txt"]
+    assert count_pictures(tmp_path / "pictures") == (0, 0)
+    pictures = write_folder(tmp_path / "pictures", files | {"notes.md": b"my notes"})
+    assert count_pictures(pictures) == (3, 2)
+    assert main(["train", "new", str(tmp_path)]) == 0
+    assert "3" in re.findall(r"\d+", capsys.readouterr().out.replace(str(tmp_path), ""))
 
 
 def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.picture_folders import examples, write_folder
-from helpers.tiny_model import write_tiny_bundle
+from helpers.tiny_model import METADATA, write_tiny_bundle
 from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from wuerstchen_core.checkpoints.open import demo_path
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.training import report
+from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.dataset import InMemoryDataset
 from wuerstchen_core.training.new import write_new
 from wuerstchen_core.training.progress import left_out
@@ -182,12 +183,28 @@ def test_it_warns_of_stages_that_lose_more_than_a_thumbnail(
         assert Image.open(tmp_path / FILE).width == pytest.approx(3 * 128, abs=64)
 
 
+def test_words_are_known_to_a_trained_text_encoder_or_a_model_without_a_list(tmp_path: Path, bundle: Path) -> None:
+    metadata = {key: value for key, value in METADATA.items() if key != "vocabulary"}
+    without = write_tiny_bundle(tmp_path / "without.safetensors", metadata=metadata)
+    write_folder(tmp_path / "pictures", examples(range(3), 128, 128))
+    [path] = write_new(tmp_path, "lora", [str(bundle)], None, None)
+    for text, changes, unknown in (
+        (bundle, ["data.trigger_word='embedding:own red'"], True),
+        (bundle, ["lora.text_targets=['q_proj']"], False),
+        (without, [], False),
+    ):
+        stage = build_stage("lora", read_config(path, [f"inputs.text='{text}'", "data.workers=0", *changes]))
+        stage.dataset.start_reading(0, "", batch=2, seed=0, cache=tmp_path, rank=0, world=1)
+        note = report.unknown_words(stage)
+        assert bool(note) == unknown and (not note or re.findall('"(.*?)"', note) == ["picture"])
+
+
 @pytest.mark.skipif(not demo_path().is_file(), reason="the shipped model is not trained yet")
 def test_the_demo_shows_its_own_drawings_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     (tmp_path / "pictures").mkdir()
     Image.fromarray(noise.numpy()).resize((256, 256)).save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "a.txt").write_text("a picture", "utf-8")
+    (tmp_path / "pictures" / "a.txt").write_text("a red zebroid", "utf-8")
     drawings = {"things": 4, "most": 8, "layouts": ["large"]}
     for data, warned in ((drawings, False), ({"source": str(tmp_path / "pictures"), "size": 256, "workers": 0}, True)):
         inputs = dict.fromkeys(("prior", "encoder", "text", "decoder", "vqgan"), "demo")
@@ -196,6 +213,7 @@ def test_the_demo_shows_its_own_drawings_alone(tmp_path: Path, caplog: pytest.Lo
         caplog.clear()
         check_reconstruction(stage, stage.net, tmp_path)
         assert any("cannot show" in text for text in caplog.messages) == warned
+    assert '"zebroid"' in str(report.unknown_words(stage)) and '"red"' not in str(report.unknown_words(stage))
 
 
 def test_flat_pictures_are_no_reason_to_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -108,14 +108,18 @@ def _print_keys(options: argparse.Namespace) -> None:
 
 
 def _write_new(options: argparse.Namespace) -> None:
-    from ..training.new import train_arguments, write_new
+    from ..training.new import count_pictures, train_arguments, write_new
 
     if options.path is None:
         raise ValueError(f"PATH is missing: name the folder that `train {NEW}` writes to")
+    folder = options.pictures or options.path / "pictures"
+    pictures, captions = count_pictures(folder)
     paths = write_new(options.path, options.recipe or "lora", options.model or ["demo"], options.pictures, options.size)
-    pictures = options.pictures or options.path / "pictures"
     sys.stdout.write("".join(f"wrote {path}\n" for path in paths))
-    sys.stdout.write(f"put pictures and their captions into {pictures}, then run:\n")
+    if pictures:
+        sys.stdout.write(f"{folder} has {pictures} pictures, {captions} of them with captions: run\n")
+    else:
+        sys.stdout.write(f"put pictures and their captions into {folder}, then run:\n")
     sys.stdout.write("".join(f"  {command(train_arguments(path))}\n" for path in paths))
 
 

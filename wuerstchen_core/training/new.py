@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
+
+import numpy as np
 
 from .. import demo
 from ..checkpoints.components import TOWERS, text_width
@@ -19,6 +22,7 @@ from ..common.geometry import check_size, nearest_legal
 from ..common.text import check_choice
 from ..common.toml import toml_value, write_toml
 from .config import INPUTS, read_config
+from .data.folder import FolderSource
 
 RECIPES = {  # by name, what it is for
     "lora": "a LoRA of a style or thing",
@@ -92,6 +96,19 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
     for path, text in paths.items():
         replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
     return list(paths)
+
+
+def count_pictures(folder: Path) -> tuple[int, int]:
+    """Returns the number of pictures in and below a folder, 0 if there is none, and of those with a caption."""
+    if not folder.is_dir():
+        return 0, 0
+    source = FolderSource([folder])
+    pictures = np.flatnonzero(source.records["line"] == 0).tolist()
+    captions = 0
+    for index in pictures:
+        with suppress(ValueError):
+            captions += source.caption(index) != ""
+    return len(pictures), captions
 
 
 def train_arguments(path: Path) -> list[str]:

@@ -15,7 +15,8 @@ import torch
 from ..checkpoints.components import TOWERS
 from ..checkpoints.open import open_source
 from ..common.command_line import command
-from ..inference.embeddings import MARK
+from ..demo.vocabulary import unknown_words_note
+from ..inference.embeddings import MARK, NAMES
 from .checkpoint import kept_weights
 from .config import INPUTS, LoopConfig
 from .rng import StepRandom
@@ -24,7 +25,7 @@ from .stages.networks import input_source, source_exists
 
 log = logging.getLogger(__name__)
 
-CAPTIONS = 2  # examples in the log
+CAPTIONS, SEARCHED = 2, 1000  # examples in the log, and most that are searched for unknown words
 FIRST, MEASURED = 1, 5  # steps before the first one whose time is measured, and steps that are
 FP32 = 4  # bytes
 FIXED_COPIES = 3  # of a trained weight: its gradient and AdamW's two moments
@@ -41,6 +42,8 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     log.info("base model: %s", bases)
     for name, caption in stage.dataset.first_captions(CAPTIONS):
         log.info("caption of %s, as it is read: %s", name, caption)
+    if note := unknown_words(stage):
+        log.warning("words of the captions that the text encoder, which is not trained, cannot read: %s", note)
     log.info("trains %.4g M of %.4g M parameters", trained / 1e6, total / 1e6)
     steps = config.steps - start
     epochs = f", {steps * batch / examples:.3g} epochs of {examples}" if (examples := stage.dataset.examples) else ""
@@ -48,6 +51,19 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     fixed = fixed_bytes(sum(p.numel() * p.element_size() for p in parameters), trained, config.ema > 0) / 1e9
     kinds = "weights, gradients, optimizer and average" if config.ema else "weights, gradients and optimizer"
     log.info("memory: %.3g GB for %s, and more for activations", fixed, kinds)
+
+
+def unknown_words(stage: Stage[Any]) -> str | None:
+    """Returns a note about words in captions that the stage's frozen text encoder does not know, None if there is none.
+
+    It reads an epoch's captions, of large datasets the first ones.
+    """
+    if not stage.text_source:
+        return None
+    metadata = open_source(stage.text_source, headers_only=True).metadata
+    captions = stage.dataset.first_captions(SEARCHED) if metadata.get("vocabulary") else []
+    texts = [NAMES.sub(" ", caption) for _, caption in captions]
+    return unknown_words_note(texts, metadata, set(), str(stage.text_source))
 
 
 def fixed_bytes(weights: int, trained: int, average: bool) -> int:

@@ -34,6 +34,7 @@ class Stage(ABC, Generic[N]):
     frozen: Sequence[nn.Module] = ()  # networks that `batch` calls
     has_large_frozen = False  # True if [train] frozen applies to some frozen networks
     bases: Sequence[str | Path] = ()  # sources of the weights that training starts from, whose licences are passed on
+    text_source: str | Path = ""  # of a text encoder that reads captions and is not trained
     stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
     has_preview = False  # True if a picture beside the weights shows them, as in ComfyUI's model library
     sample = SampleConfig()  # the [sample] table

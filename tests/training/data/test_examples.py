@@ -18,7 +18,7 @@ from wuerstchen_core.training.data.caption_edits import CaptionConfig
 from wuerstchen_core.training.data.files import FileDataset
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.held_out import ValidationConfig
-from wuerstchen_core.training.data.loading import BatchLoader
+from wuerstchen_core.training.data.loading import BatchLoader, IndexedLoader
 from wuerstchen_core.training.data.open import open_loader
 from wuerstchen_core.training.rng import StepRandom
 
@@ -151,6 +151,11 @@ def test_pictures_without_captions(tmp_path: Path, kind: str, caplog: pytest.Log
     texts = read(opened(tmp_path, trigger_word="sks", **options), 10)[1]
     assert texts.count("sks") == 20 and set(texts) == {"sks", "sks, one", "sks, two", "sks, three"}
     assert ("1 of 2 captions are missing" in caplog.text) == (kind != "stream")
+
+
+def test_no_caption_is_shown_where_there_is_none(tmp_path: Path) -> None:
+    loader = opened(tmp_path, files={"1.png": half_white()}, captions="each")
+    assert isinstance(loader, IndexedLoader) and list(loader.captions_from(3)) == []
 
 
 def test_keys_of_one_source_alone() -> None:

@@ -154,8 +154,8 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             return ""
 
     def captions_from(self, step: int) -> Iterator[tuple[str, str]]:
-        """Yields names and captions of the examples of steps in order, without those that cannot be read."""
-        for number in itertools.count(step):
+        """Yields names and captions of an epoch's examples, of steps in order, without those that cannot be read."""
+        for number in range(step, step + -(-self.order.images // self.order.batch)):
             for slot, index in enumerate(self.order.batch_at(number)[1].tolist()):
                 key = self.order.seed, number, slot
                 index = self.variant(index, key)

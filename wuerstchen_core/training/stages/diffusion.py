@@ -21,7 +21,7 @@ from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import N, Stage
 from .losses import NoiseConfig, TimesConfig, draw_noise, draw_times, freeze_fast_times, noise_loss, resize_weights
-from .networks import encode_text, load_frozen, read_input
+from .networks import encode_text, input_source, load_frozen, read_input
 
 TEXT_ENCODER = "text_encoder"  # the submodule of a network that is trained together with its text encoder
 
@@ -58,6 +58,7 @@ class DiffusionStage(Stage[N]):
                 f"the {self.name} needs text states of {tower_name(expected)}, but the text encoder under [inputs] is "
                 f"{tower_name(width)}: name another as text, or give a new network its width under [model]"
             )
+        self.text_source = input_source(config, "text")
         self.text = self.text_inputs()
 
     @cached_property

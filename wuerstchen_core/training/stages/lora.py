@@ -37,6 +37,11 @@ class AdapterStage(TextTowerStage[N]):
     comfyui_folder = "loras"
     has_preview = True
 
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        if self.adapters.text_targets:
+            self.text_source = ""
+
     def build(self, config: Mapping[str, Any]) -> N:
         """Returns the network of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""
         if self.noise.slow_times:
