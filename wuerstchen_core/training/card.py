@@ -146,7 +146,7 @@ def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int
         "Base model": ", ".join(dict.fromkeys(map(_name, stage.bases))) or "none: trained from random weights",
         "Steps": step,
         "Pictures per step": size,
-        "Pictures": stage.dataset.examples,
+        "Pictures": stage.dataset.examples or "",
         "Size": f"{data['size']} pixels" if "size" in data else "",
         "Trained parameters": f"{sum(p.numel() for p in stage.net.parameters() if p.requires_grad):,}",
         "Optimizer": train.get("optimizer", ""),
