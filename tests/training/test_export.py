@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.lora_training import write_config
+from helpers.picture_folders import examples, write_folder
 from helpers.recording_trainer import file_names
 from helpers.tiny_stages import ALL, ema_of
 from PIL import Image
@@ -37,6 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
     root = tmp_path_factory.mktemp("export")
     changes = ["train.steps=2", "train.keep_every=1", "train.save_every=1", "train.sheet_every=100", f"run='{root}'"]
     return run("lora", write_config(root, bundle), [*changes, "hub.base_model='warp-ai/wuerstchen-prior'"]).parent
+
+
+def test_the_card_of_own_pictures_without_prompts(tmp_path: Path, bundle: Path) -> None:
+    pictures = write_folder(tmp_path / "pictures", examples(range(3), 64, 64))
+    data = f"data={{source='{pictures}', buckets=[[64, 64]], workers=0}}"
+    own = run("lora", write_config(tmp_path, bundle), ["train.steps=1", f"run='{tmp_path}'", data]).parent
+    card = (export_run(own, []) / "README.md").read_text("utf-8")
+    assert "| Pictures | 3 |" in card and "picture 0" in card
+    shutil.rmtree(pictures)
+    card = (export_run(own, []) / "README.md").read_text("utf-8")
+    assert "| Pictures |" not in card and "lora.safetensors" in card
 
 
 def test_a_lora_with_its_card(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

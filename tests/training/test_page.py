@@ -22,14 +22,17 @@ class Elements(HTMLParser):
     def __init__(self, page: str):
         super().__init__()
         self.found: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
+        self.text = self.heading = ""
+        self.in_heading = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.in_heading = tag == "h1"
         self.found.append((tag, {key: value or "" for key, value in attrs}))
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        self.heading += data if self.in_heading else ""
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.found if name == tag]
@@ -46,6 +49,7 @@ def test_a_run_writes_its_page(tmp_path: Path) -> None:
     page = Elements(text)
     assert "http" not in text and len(page.all("script")) == 1 and configuration in page.text
     assert all(fact in page.text for fact in ("8 of 8", "abacus, torch 9.9", "train <b>")) and "peft" not in page.text
+    assert "<script>alert(1)</script>" in page.heading
     [grids] = [json.loads(figure["data-grids"]) for figure in page.all("figure")]
     assert grids == [[4, "sheet-000004.png"], [8, "sheet-000008.png"]]
     assert [image["src"] for image in page.all("img")] == ["sheet-000008.png"]

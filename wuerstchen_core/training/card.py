@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
+from ..checkpoints.open import SHIPPED
 from ..common.atomic import replace_file
 from ..common.dataclass_config import from_table
 from ..common.text import one_line
@@ -135,6 +136,10 @@ def _name(source: str | Path) -> str:
     return hub_name(source) or Path(source).resolve().name
 
 
+def _base_name(source: str | Path) -> str:
+    return f"{source}, which ComfyUI-Wuerstchen contains" if source in SHIPPED else _name(source)
+
+
 def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int) -> dict[str, Any]:
     """Returns facts about the training."""
     train, data, rows = config["train"], config.get("data", {}), read_log(folder)
@@ -143,10 +148,10 @@ def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int
     size = train["batch"] * train.get("accumulate", 1) * processes
     found = {
         "Stage": stage.name,
-        "Base model": ", ".join(dict.fromkeys(map(_name, stage.bases))) or "none: trained from random weights",
+        "Base model": ", ".join(dict.fromkeys(map(_base_name, stage.bases))) or "none: trained from random weights",
         "Steps": step,
         "Pictures per step": size,
-        "Pictures": stage.dataset.examples,
+        "Pictures": stage.dataset.examples or "",
         "Size": f"{data['size']} pixels" if "size" in data else "",
         "Trained parameters": f"{sum(p.numel() for p in stage.net.parameters() if p.requires_grad):,}",
         "Optimizer": train.get("optimizer", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from filecmp import cmp
 from pathlib import Path
 
 from ..common.devices import pick_device
@@ -35,6 +36,8 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError(f"images need {missing}: add it with --set")
     if not (files := kept_weights(folder, stage.stem)):
         raise ValueError(f"{folder} has no weights yet: train first")
+    if len(files) > 1 and cmp(files[-2], files[-1], shallow=False):
+        files.pop()  # the newest weights are those of the last step that was kept
     stage.net.to(pick_device("auto"))
     pipeline = stage.base_pipeline()
     groups = {BASE_TITLE: stage_samples(stage, pipeline)} if stage.bases else {}

@@ -13,10 +13,12 @@ from ..checkpoints.components import TOWERS
 from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
+from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
+from ..common.text import one_line
 from .card import write_card
 from .checkpoint import load_checkpoint, newest_step, record_weights, weights_name
-from .config import INPUTS
+from .config import INPUTS, LoopConfig
 from .ema import meta_copy
 from .monitor import stage_samples
 from .report import other_sources
@@ -74,6 +76,7 @@ def export_run(
         raise ValueError(f"{folder} has no weights yet: train first")
     step, output = newest_step(folder) if step is None else step, output or folder / FOLDER
     metadata = {**weights_metadata(stage), "training": {"step": step}}
+    _open_pictures(stage, config, folder)
     images = _generate(stage, file)
     if output == folder / FOLDER:
         shutil.rmtree(output, ignore_errors=True)  # of an earlier export
@@ -84,6 +87,15 @@ def export_run(
     write_card(output, name or output.resolve().name, stage, config, folder, step, images)
     _log_size(output)
     return output
+
+
+def _open_pictures(stage: Stage[Any], config: Mapping[str, Any], folder: Path) -> None:
+    """Opens the training images, of which the model card has the number and a caption, if they are still there."""
+    train = from_table(LoopConfig, config.get("train", {}), "train")
+    try:
+        stage.dataset.start_reading(0, "", batch=train.batch, seed=train.seed, cache=folder, rank=0, world=1)
+    except (OSError, ValueError) as error:
+        log.warning("the model card lacks the number of pictures and a caption: %s", one_line(error))
 
 
 def _generate(stage: Stage[Any], file: Path) -> list[Any]:

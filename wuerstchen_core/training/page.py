@@ -16,7 +16,7 @@ PAGE = "run.html"
 TEMPLATE = Path(__file__).parent / "templates" / PAGE
 GRIDS = {  # the first parts of their files' names, and what they show
     "samples": "Images of the prompts",
-    "sheet": "Training images and results",
+    "sheet": "Training images (upper rows) and results (below them)",
 }
 
 
@@ -27,7 +27,7 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
     rows = read_log(folder)
     training, validation = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "validation"))
     logged = [row for row in rows if "seconds" in row]
-    facts: dict[str, Any] = {"Step": f"{done} of {steps}"}
+    facts: dict[str, Any] = {"Stage": name, "Step": f"{done} of {steps}"}
     if logged:
         seconds = round(logged[-1]["seconds"])
         facts["Time"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
@@ -40,14 +40,15 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
         TEMPLATE.read_text("utf-8")
     )
     config = folder / CONFIG
+    configuration = read_config(config, []) if config.is_file() else {}
     page = text.render(
-        name=name,
+        title=configuration.get("modelspec", {}).get("title") or name,
         facts=facts,
         chart=draw_chart({"training": training, "mean": smooth(training), "validation": validation}),
         grids=[(kind, title, found) for kind, title in GRIDS.items() if (found := list(_grids(folder, kind, done)))],
         weights=sorted(path.name for path in folder.glob("*.safetensors")),
         starts=read_starts(folder),
-        prompts=read_config(config, []).get("sample", {}).get("prompts", []) if config.is_file() else [],
+        prompts=configuration.get("sample", {}).get("prompts", []),
         configuration=config.read_text("utf-8") if config.is_file() else "",
     )
     replace_file(folder / PAGE, lambda draft: draft.write_text(page, encoding="utf-8"))

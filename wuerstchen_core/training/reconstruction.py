@@ -27,8 +27,8 @@ THUMBNAILS = {STAGE_A: 8, STAGE_B: 32}
 ENOUGH = {STAGE_A: 25.0, STAGE_B: 20.0}  # dB; of pictures with few details, thumbnails keep even more
 ADVICE = {
     STAGE_A: "train Stage A on such pictures (`train vqgan`) first, or choose another base model",
-    STAGE_B: "train a LoRA of Stage B on them too (`train new FOLDER --recipe decoder-lora`) and generate with both, or "
-    "choose another base model",
+    STAGE_B: "train a LoRA of Stage B on them too (`train new FOLDER --recipe decoder-lora`) and generate with both, "
+    "or choose another base model",
 }
 
 

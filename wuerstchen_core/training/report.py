@@ -121,7 +121,9 @@ def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None
     if stage.comfyui_folder:
         preview = file.with_suffix(".png")
         files = f"{file} and {preview.name}" if preview.exists() else str(file)
-        log.info("for ComfyUI, copy %s to its folder models/%s", files, stage.comfyui_folder)
+        log.info(
+            "for ComfyUI, copy %s to its folder models/%s, under one name of your choice", files, stage.comfyui_folder
+        )
 
 
 def first_caption(stage: Stage[Any]) -> str:

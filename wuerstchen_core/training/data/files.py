@@ -24,7 +24,7 @@ from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .filters import ImageDataConfig
 from .held_out import NO_VALIDATION, ValidationConfig
 from .latent_cache import read_empty_text
-from .loading import Batch, IndexedLoader, ReadResult, collate
+from .loading import Batch, BatchLoader, IndexedLoader, ReadResult, collate
 from .open import caption_edits, check_cached_captions, configured_cache, open_loader
 from .sources import has_pictures
 from .streams import STREAM
@@ -54,6 +54,7 @@ class FileDataset(ImageDataset):
         self.tokenizer = CaptionTokenizer(self.config.long_captions == CUT)
         words = (own.trigger_word.strip() for own in self.config.examples)
         self.trigger_words = list(dict.fromkeys(filter(None, words)))
+        self._loader: BatchLoader | None = None  # until `start_reading`
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
         self._computed: set[str] = set()  # names of those that are computed from images
 
