@@ -224,7 +224,7 @@ MISTAKES = {  # an override, and what the error names
     "lora.targets=['to_x']": r"\[lora\] targets: .*'to_x'",
     "lora.text_targets=['to_q']": r"\[lora\] text_targets: .*'to_q'",
     "lora={targets=[]}": r"\[lora\] targets .*text_targets",
-    "lora.ranks=3": r"\[lora\] .*ranks.* rank, alpha",
+    "lora.ranks=3": r"\[lora\] .*ranks.*rank\?",
     "noise.slow_times=true": r"\[noise\] slow_times",
     "model.depth=2": r" model.* noise, lora",
     "inputs.prior=none.safetensors": r"none\.safetensors is missing",

@@ -191,10 +191,12 @@ def _finite(part: LazyPart) -> LazyPart:
 
     def load(key: str, x: LazyTensor) -> Tensor:
         out = x.load()
-        if not (out if out.itemsize > 1 else out.float()).isfinite().all():
+        numbers = out if out.itemsize > 1 else out.float()
+        if not numbers.isfinite().all():
+            wrong = float(numbers[~numbers.isfinite()][0])
             raise ValueError(
-                f"{key} of the {part.name} in {part.path} has numbers that are not finite: use a file from before the "
-                "training diverged, or download it again"
+                f"{key} holds {wrong}, in the {part.name} of {part.path}: use a file from before the training diverged, or "
+                "download it again"
             )
         return out
 

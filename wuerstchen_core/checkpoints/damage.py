@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from ..common.devices import is_out_of_memory
+from ..common.memory import is_out_of_memory
 from ..common.text import one_line
 
 # Raised for contents that nobody foresaw; other errors have a message for the user already.

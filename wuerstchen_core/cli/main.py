@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
-from ..common.devices import is_out_of_memory
+from ..common.memory import is_out_of_memory
 from ..common.text import one_line, printable
 from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights

@@ -71,13 +71,6 @@ def companion_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native_bf16(device) else torch.float32
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if torch raised an error for lack of memory."""
-    return isinstance(error, RuntimeError) and any(
-        mark in str(error) for mark in ("out of memory", "DefaultCPUAllocator")
-    )
-
-
 def native_bf16(device: torch.device) -> bool:
     """True if the device has bf16 arithmetic."""
     if device.type == "cuda":
