@@ -81,7 +81,7 @@ def test_a_run_on_several_sizes_resumes_exactly(
     loss = DecoderStage.loss
 
     def recorded(self: Any, net: Any, *batch: Any) -> Any:
-        seen.append(tuple(batch[0].shape[-2:]))
+        seen.append(tuple(batch[1].shape[-2:]))
         if len(seen) == stop:
             raise KeyboardInterrupt
         return loss(self, net, *batch)

@@ -195,8 +195,8 @@ def _finite(part: LazyPart) -> LazyPart:
         if not numbers.isfinite().all():
             wrong = float(numbers[~numbers.isfinite()][0])
             raise ValueError(
-                f"{key} holds {wrong}, in the {part.name} of {part.path}: use a file from before the training diverged, or "
-                "download it again"
+                f"{key} holds {wrong}, in the {part.name} of {part.path}: use a file from before the training "
+                "diverged, or download it again"
             )
         return out
 

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from ..common.memory import is_out_of_memory
-from ..common.text import one_line
+from ..common.text import one_line, printable
 
 # Raised for contents that nobody foresaw; other errors have a message for the user already.
 _UNFORESEEN = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -28,7 +28,7 @@ def names_source(read: Read) -> Read:
         except _UNFORESEEN as error:
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {one_line(error):.100}"
+            reason = f"{type(error).__name__}: {printable(one_line(error)):.100}"
             path = getattr(source, "path", None) or source
             raise ValueError(f"{path} is damaged or has an unknown form ({reason}): download it again") from error
 

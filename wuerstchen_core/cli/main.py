@@ -74,7 +74,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
             raise
         return _fail(f"{package} is not installed: {options.install_hint}")
     except (ValueError, OSError) as error:
-        return _fail(one_line(error) or type(error).__name__)
+        return _fail(printable(one_line(error)) or type(error).__name__)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

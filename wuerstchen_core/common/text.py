@@ -15,8 +15,8 @@ MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def one_line(text: object) -> str:
-    """Returns `str(text)` with each run of white space replaced by one space, and control characters escaped."""
-    return printable(" ".join(str(text).split()))
+    """Returns `str(text)` with each run of white space replaced by one space."""
+    return " ".join(str(text).split())
 
 
 def printable(text: str) -> str:
