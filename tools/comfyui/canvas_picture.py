@@ -51,7 +51,7 @@ def main() -> None:
                 image = Image.open(io.BytesIO(page.page.screenshot(clip=CLIP)))
         finally:
             server.stop()
-    image.convert("RGB").save(REPOSITORY / "docs" / "canvas.jpg", quality=88)
+    image.convert("RGB").save(REPOSITORY / "docs" / "canvas.jpg", quality=80, optimize=True, progressive=True)
 
 
 if __name__ == "__main__":

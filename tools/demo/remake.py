@@ -123,7 +123,7 @@ def main() -> None:
     for marks in (MARKS, MARKS_V1):  # checked before hours of work
         replace_between(PAGE.read_text(encoding="utf-8"), marks, "")
     pipe = WuerstchenPipeline.load("demo")
-    sample_grid(pipe).save(GRID, quality=90)
+    sample_grid(pipe).save(GRID, quality=84, optimize=True, progressive=True)
     edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     remake_numbers(pipe, EVALUATION, MARKS)
