@@ -150,11 +150,19 @@ def read_slowly(folder: Path) -> None:
     list(BatchLoader.results(loader, SlowImages(folder), range(9)))
 
 
+def is_running(pid: int) -> bool:
+    """True if there is a process of this number that has not ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it may end at any moment
+        return False
+
+
 def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
     with killed_process(read_slowly, tmp_path):
         wait_for(lambda: len(file_names(tmp_path)) == 2)
-    workers = [psutil.Process(int(name)) for name in file_names(tmp_path) if psutil.pid_exists(int(name))]
-    wait_for(lambda: not any(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in workers))
+    workers = [int(name) for name in file_names(tmp_path)]
+    wait_for(lambda: not any(map(is_running, workers)))
 
 
 @pytest.mark.long
