@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.training import card as card_module
 from wuerstchen_core.training.card import fenced, markdown
 from wuerstchen_core.training.compare import compare
 from wuerstchen_core.training.export import export, export_run
@@ -51,7 +52,11 @@ def test_the_card_of_own_pictures_without_prompts(tmp_path: Path, bundle: Path) 
     assert "| Pictures |" not in card and "lora.safetensors" in card
 
 
-def test_a_lora_with_its_card(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lora_with_its_card(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MIT").write_text("terms")
+    monkeypatch.setattr(card_module, "ARTWORK_LICENCE", tmp_path / "MIT")
     prompts = f"sample.prompts={json.dumps([PROMPT, 'two'])}"
     small = ["sample.width=64", "sample.height=64", 'modelspec.description="# 1. <script>"', "modelspec.tags=['a: b']"]
     arguments = [
@@ -78,7 +83,9 @@ def test_a_lora_with_its_card(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert card.data.instance_prompt == "sks apple, pink" and card.data.library_name == "diffusers"
     assert card.data.widget[0] == {"text": PROMPT, "output": {"url": "images/0.png"}}
     assert "<script>" not in card.text and "\n# 1." not in card.text and "| Steps | 1 |" in card.text
-    assert "`lora.safetensors` into `models/loras`" in card.text
+    assert "`lora.safetensors` into `models/loras`" in card.text and "*Würstchen LoRA Loader*" in card.text
+    assert "hf download OWNER/NAME --local-dir NAME" in card.text and "--lora NAME/lora.safetensors" in card.text
+    assert (tmp_path / "mine" / "MIT").read_text() == "terms"  # the licence names the file
     shown = card.text.partition("## Use")[0]
     assert "<b>" not in shown and r"\`x\` \*y\*" in shown
     assert str(tmp_path) not in card.text and str(folder) not in card.text
@@ -130,7 +137,7 @@ def test_a_folder_is_uploaded_on_request(push: Any, folder: Path, capsys: pytest
     assert created == {"name": "my-lora", "private": True, "exist_ok": True}
     assert uploaded["repo_id"] == "me/my-lora" and uploaded["folder_path"] == folder / "export"
     assert capsys.readouterr().out.splitlines()[-1].endswith("/me/my-lora")
-    assert '"my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
+    assert '"OWNER/my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
     assert file_names(folder / "export") == {"README.md", "lora.safetensors", "pytorch_lora_weights.safetensors"}
     with pytest.raises(ValueError, match="export exists"):
         export_run(folder, [], folder / "export")
@@ -209,7 +216,11 @@ def test_adapters_and_words_of_other_kinds(stage: str, bundle: Path, tmp_path: P
 def test_a_trained_network_as_a_folder(run_folder: Path, stage: str, tmp_path: Path) -> None:
     run = run_folder / "v1" if stage == "token-decoder" else run_folder
     output = export_run(run / stage, [f"run='{run}'"], tmp_path / "mine")
-    assert huggingface_hub.ModelCard.load(output / "README.md").data.pipeline_tag == "text-to-image"
+    card = huggingface_hub.ModelCard.load(output / "README.md")
+    assert card.data.pipeline_tag == "text-to-image"
+    for file in re.findall("put `(.*?)`", card.text):
+        assert (output / file).is_file()
+    assert "*Würstchen Model Loader*" in card.text or stage not in ("prior", "decoder")
     if stage not in ("prior", "decoder"):
         assert os.path.samefile(output / f"{stage}.safetensors", run / stage / f"{stage}.safetensors")
         return
@@ -220,7 +231,7 @@ def test_a_trained_network_as_a_folder(run_folder: Path, stage: str, tmp_path: P
         assert all(torch.equal(x, state[key]) for key, x in trained.items())
     ours = WuerstchenPipeline.load(output, device="cpu", dtype="fp32")
     assert ours.generate("a red apple", width=64, height=64, prior_steps=1, decoder_steps=1)
-    assert "--model mine" in (output / "README.md").read_text("utf-8")
+    assert "--model NAME" in (output / "README.md").read_text("utf-8")
 
 
 def test_a_prior_without_the_other_stages(run_folder: Path, tmp_path: Path) -> None:

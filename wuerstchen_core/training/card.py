@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from .. import demo
+from ..checkpoints.components import component
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
 from ..checkpoints.open import SHIPPED
 from ..common.atomic import replace_file
@@ -27,6 +30,7 @@ from .stages.lora_output import DIFFUSERS_FILE
 from .stages.networks import weights_metadata
 
 CARD, IMAGES = "README.md", "images"
+ARTWORK_LICENCE = Path(demo.__file__).parent / "ARTWORK-LICENSE.txt"  # that of the shipped models names it
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.template"
 KINDS = {"lora": "lora", "embedding": "textual-inversion"}  # the hub's names by the table of the configuration
 _MARKUP = re.compile(r"([\\`*_\[\]#|~]|^[-+=]|(?<=\d)[.)](?= ))")
@@ -43,7 +47,7 @@ def write_card(
 ) -> None:
     """Writes README.md and the images of the prompts in [sample] into a folder with exported weights.
 
-    `name` is the model's on the hub, `step` that of the weights.
+    `name` is the model's on the hub, NAME or OWNER/NAME, or ""; `step` is that of the weights.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
@@ -69,6 +73,10 @@ def write_card(
         instance_prompt=", ".join(words) or None,
         widget=[{"text": text, "output": {"url": path}} for text, path in shown] or None,
     )
+    if ARTWORK_LICENCE.name in licence:
+        replace_file(folder / ARTWORK_LICENCE.name, partial(shutil.copyfile, ARTWORK_LICENCE))
+    address = name if "/" in name else f"OWNER/{name or 'NAME'}"
+    name = address.rpartition("/")[2]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": markdown, "fenced": fenced}
     text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
@@ -77,11 +85,11 @@ def write_card(
         about=stage.stated.get("description", ""),
         words=words,
         images=shown,
-        command=_command(stage, config, folder, pipeline),
-        file=f"{stage.stem}.safetensors",
+        command=_command(stage, config, folder, pipeline, name),
+        download=shlex.join(["hf", "download", address, "--local-dir", name]),
         kind=_kind(stage),
-        comfyui="" if pipeline else stage.comfyui_folder,
-        name=json.dumps(name),
+        comfyui=_comfyui(stage, folder),
+        name=json.dumps(address),
         pipeline=pipeline,
         for_diffusers=for_diffusers,
         facts=_facts(stage, config, run_folder, step),
@@ -119,15 +127,29 @@ def _tags(stage: Stage[Any], for_diffusers: bool) -> list[str]:
     return list(dict.fromkeys([*known, *stage.stated.get("tags", ())]))
 
 
-def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipeline: str) -> str:
-    """Returns the command that generates with the weights in the folder, with names instead of paths; or ""."""
+def _comfyui(stage: Stage[Any], folder: Path) -> dict[str, str]:
+    """Returns file, folder and node with which ComfyUI uses the weights in the folder; {} if no node does."""
+    if not stage.comfyui_folder:
+        return {}
+    parts = sorted(folder.glob(f"*{stage.part}/diffusion_pytorch_model.safetensors"))  # of a pipeline
+    file = parts[0].relative_to(folder).as_posix() if parts else f"{stage.stem}.safetensors"
+    node = "Würstchen LoRA Loader" if _kind(stage) else component(stage.part).loader.node
+    return {"file": file, "folder": f"models/{stage.comfyui_folder}", "node": node}
+
+
+def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipeline: str, name: str) -> str:
+    """Returns the command that generates with the weights in the folder, which is `name` for others; or "".
+
+    It has names instead of paths.
+    """
     prompt = stage.sample.prompts[0] if stage.sample.prompts else first_caption(stage)
     if pipeline == WHOLE:
         arguments = ["generate", prompt, "--model", str(folder)]
     else:
         file = folder if pipeline else folder / f"{stage.stem}.safetensors"
         arguments = generate_arguments(stage, config, file, prompt)
-    names = [_name(x) if Path(x).exists() else x for x in arguments]
+    own = {str(folder): name, **{str(path): f"{name}/{path.name}" for path in folder.iterdir()}}
+    names = [own.get(x) or (_name(x) if Path(x).exists() else x) for x in arguments]
     return shlex.join(["wuerstchen", *names]) if arguments else ""
 
 

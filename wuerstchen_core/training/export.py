@@ -84,7 +84,7 @@ def export_run(
         write_pipeline(output, parts, metadata)
     else:
         stage.publish(file, output, metadata)
-    write_card(output, name or output.resolve().name, stage, config, folder, step, images)
+    write_card(output, name, stage, config, folder, step, images)
     _log_size(output)
     return output
 
