@@ -113,6 +113,9 @@ def test_the_released_sizes_get_their_own_settings(tmp_path: Path, monkeypatch: 
     config = read_config(path, [])
     assert config["train"]["precision"] == "bf16" and config["noise"]["weight"] == "p2"
     assert config["data"]["ratio"] == 2.0 and config["data"]["multiple"] == 128
+    monkeypatch.undo()
+    [small] = write_new(tmp_path / "small", "lora", ["demo"], None, None)
+    assert "targets" not in config["lora"] and "kv_mapper.1" in read_config(small, [])["lora"]["targets"]
 
 
 @pytest.mark.parametrize("recipe", ["lora", "scratch"])

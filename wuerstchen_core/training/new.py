@@ -37,7 +37,7 @@ LARGE = 1024  # channels, from which on the settings for the released models fit
 # Settings by recipe: first for small networks like the demo's, then for the released ones.
 SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": (
-        {"steps": 600, "batch": 12, "accumulate": 1, "lr": "1.5e-3", "rank": 8},
+        {"steps": 400, "batch": 12, "accumulate": 1, "lr": "4e-3", "rank": 32},
         {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "1e-4", "rank": 16},
     ),
     "decoder-lora": (
@@ -67,8 +67,11 @@ PURPOSES = {  # of the templates that serve several stages
     "embedding": "a new word for a style or thing, from a folder of a few to a few dozen pictures",
     "decoder-embedding": "the same word for the text encoder of Stage B. Train embedding.toml first",
 }
-# Of a LoRA of Stage B.
-TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", "channelwise.0", "channelwise.4"] # attention and MLPs\n'
+_TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", {}"channelwise.0", "channelwise.4"] # attention, {}MLPs\n'
+TARGETS = {  # by recipe, first for small networks: a small prior learns a new thing through more than its attention
+    "lora": (_TARGETS.format('"kv_mapper.1", ', "text projections, "), ""),
+    "decoder-lora": (_TARGETS.format("", ""),) * 2,
+}
 FOLDER = Path(__file__).parent / "templates"
 DEMO_RECIPES = Path(demo.__file__).parent / "recipe"
 
@@ -155,7 +158,7 @@ def _from_template(
     first = (folder / "embedding" / f"{name}.safetensors").as_posix()
     blocks = {
         "weight": "" if base == "token-decoder" else f'weight = "{values["weight"]}"\n',
-        "targets": TARGETS if kind == "decoder-lora" else "",
+        "targets": TARGETS[recipe][scale] if recipe in TARGETS else "",
         "go_on": f"start = {toml_value(first)}\n" if kind == "decoder-embedding" else "",
         "sample": (FOLDER / "sample.toml").read_text("utf-8") if base == "prior" else "",
     }
