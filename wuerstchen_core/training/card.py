@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from .. import demo
-from ..checkpoints.components import component
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
 from ..checkpoints.open import SHIPPED
 from ..common.atomic import replace_file
@@ -133,8 +132,7 @@ def _comfyui(stage: Stage[Any], folder: Path) -> dict[str, str]:
         return {}
     parts = sorted(folder.glob(f"*{stage.part}/diffusion_pytorch_model.safetensors"))  # of a pipeline
     file = parts[0].relative_to(folder).as_posix() if parts else f"{stage.stem}.safetensors"
-    node = "Würstchen LoRA Loader" if _kind(stage) else component(stage.part).loader.node
-    return {"file": file, "folder": f"models/{stage.comfyui_folder}", "node": node}
+    return {"file": file, "folder": f"models/{stage.comfyui_folder}", "node": stage.comfyui_node}
 
 
 def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipeline: str, name: str) -> str:

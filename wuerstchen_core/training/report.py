@@ -121,9 +121,11 @@ def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None
     if stage.comfyui_folder:
         preview = file.with_suffix(".png")
         files = f"{file} and {preview.name}" if preview.exists() else str(file)
-        log.info(
-            "for ComfyUI, copy %s to its folder models/%s, under one name of your choice", files, stage.comfyui_folder
-        )
+        use = f"; load it with {stage.comfyui_node}" if stage.comfyui_node else ""
+        if not stage.has_preview:  # a whole network
+            use += ", in place of that part of the base model"
+        text = "for ComfyUI, copy %s to its folder models/%s, under one name of your choice%s"
+        log.info(text, files, stage.comfyui_folder, use)
 
 
 def first_caption(stage: Stage[Any]) -> str:

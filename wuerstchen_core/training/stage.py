@@ -51,6 +51,11 @@ class Stage(ABC, Generic[N]):
         return component(self.part).loader.folder
 
     @property
+    def comfyui_node(self) -> str:
+        """The node that loads the weights from `comfyui_folder`; "" for embeddings, which prompts name."""
+        return component(self.part).loader.node
+
+    @property
     def stem(self) -> str:
         """The name of the file of weights, without its ending."""
         return self.name

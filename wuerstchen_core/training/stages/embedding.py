@@ -103,6 +103,7 @@ class EmbeddingTraining(TextTowerStage[N]):
 
     part = ""
     comfyui_folder = "embeddings"
+    comfyui_node = ""
     has_preview = True
     fsdp_conflict = "[embedding]"
 

@@ -35,6 +35,7 @@ class AdapterStage(TextTowerStage[N]):
 
     part = ""
     comfyui_folder = "loras"
+    comfyui_node = "Würstchen LoRA Loader"
     has_preview = True
 
     def __init__(self, config: Mapping[str, Any]):
