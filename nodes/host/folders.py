@@ -68,9 +68,7 @@ def _split_parts(name: str) -> tuple[str, ...]:
         path = bundle_path(name)
         status = path.stat()
         return _read_split_parts(path, status.st_mtime_ns, status.st_size)
-    except (
-        Exception
-    ):  # missing, a dead link, or damaged in any way: loading it reports that, and the list must not fail
+    except Exception:  # missing or damaged in any way, which loading it reports: the list must not fail
         return ()
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,13 +89,13 @@ def test_drafts_of_dead_processes_are_removed_by_the_next_write(tmp_path: Path) 
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize(("writable", "free", "fact"), [(False, 10**12, "read-only"), (True, 11_000_000, "0.00 GB")])
+@pytest.mark.parametrize(("writable", "free", "fact"), [(False, 10**12, "read-only"), (True, 11_000_000, "11 MB")])
 def test_no_room_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, free: int, fact: str
 ) -> None:
     check_room(tmp_path / "new" / "a.txt", 1_000_001)
     monkeypatch.setattr("os.access", lambda path, mode: writable)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: (10**12, 0, free))
     with pytest.raises(OSError, match=fact) as raised:
         check_room(tmp_path / "new" / "a.txt", 1_000_001)
     assert tmp_path.name in str(raised.value)

@@ -26,3 +26,8 @@ def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
 def test_control_characters_are_escaped() -> None:
     assert printable("é\x1b[31m\n\u202e") == "é\\x1b[31m\\n\\u202e"
     assert listed(["\x1b[2J"]) == "\\x1b[2J"
+
+
+def test_joiners_and_wide_spaces_are_no_control_characters() -> None:
+    text = "\u0645\u06cc\u200c\u062e \u5199\u30001"
+    assert printable(f"{text}\x07") == f"{text}\\x07"

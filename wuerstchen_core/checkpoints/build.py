@@ -30,7 +30,6 @@ Path: TypeAlias = str | os.PathLike[str]
 Dtype: TypeAlias = torch.dtype | str | None
 
 
-@names_source
 def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Module:
     """Builds a part's network in evaluation mode without gradients.
 
@@ -38,6 +37,12 @@ def build_part(part: Part, *, device: Any = "cpu", dtype: Dtype = None) -> nn.Mo
     are quantised and the rest has the dtype of `companion_dtype`.
     Raises ValueError for an unknown dtype, or that names the tensors that do not fit (`check_weights`).
     """
+    torch.empty(0, device=device)  # a missing device is no damage of the file
+    return _build_part(part, device, dtype)
+
+
+@names_source
+def _build_part(part: Part, device: Any, dtype: Dtype) -> nn.Module:
     if isinstance(dtype, str):
         allow_int8 = release_of_model([part.params]) != "v1"
         dtype = pick_dtype(dtype, torch.device(device), part.parameters, allow_int8=allow_int8)

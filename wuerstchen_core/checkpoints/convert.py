@@ -66,10 +66,10 @@ def convert(
         convert_lora(source, path)
         return [path]
     opened = _open(sources, version)
-    if to == DIFFUSERS:
-        return _write_diffusers(path, _gather(opened), merge_metadata(opened), dtypes, force, progress)
-    stored = partial(_stored_dtype, dtypes)
     parts = {name: _finite(part) for name, part in _gather(opened).items()}
+    if to == DIFFUSERS:
+        return _write_diffusers(path, parts, merge_metadata(opened), dtypes, force, progress)
+    stored = partial(_stored_dtype, dtypes)
     return write_model(path, parts, merge_metadata(opened), stored, force=force, progress=progress)
 
 
@@ -116,7 +116,7 @@ def _write_diffusers(
 ) -> list[Path]:
     """Writes the folder of a diffusers pipeline, and removes it if that fails. Returns the files of weights."""
     if folder.suffix == ENDING or folder.is_file():
-        raise ValueError(f"{folder} is no folder: name one for diffusers' pipeline")
+        raise ValueError(f"{folder} is a file: name a folder for the diffusers pipeline")
     if wrong := [name for name in dtypes.values() if name in ("fp8", "int8")]:
         raise ValueError(f"diffusers reads no {wrong[0]}: choose keep, {', '.join(DTYPES)}")
     _check_target(folder / INDEX, force)

@@ -26,7 +26,7 @@ def names_source(read: Read) -> Read:
         try:
             return read(source, *args, **kwargs)
         except _UNFORESEEN as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
             reason = f"{type(error).__name__}: {printable(one_line(error)):.100}"
             path = getattr(source, "path", None) or source

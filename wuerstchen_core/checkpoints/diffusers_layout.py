@@ -90,6 +90,8 @@ def save_component(
     tensors = _tensors(name, part, dtype)
     file = folder / (TEXT_FILE if kind_of(name) == TEXT_ENCODER else FILE)
     if (source := _equal_file(part, tensors)) is not None:
+        for x in tensors.values():
+            x.load()  # raises ValueError for what must not be written
         link_file(source, file)
     else:
         header = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers needs the first

@@ -141,7 +141,7 @@ def lora_from_state(state: State, metadata: Mapping[str, str] | None = None, con
             if not x.float().isfinite().all():
                 raise ValueError(f"{key} has values that are not finite: use a file from before the training diverged")
             if x.numel() != 1 if tensor == "alpha" else not x.numel() or not x.ndim:
-                raise ValueError(f"{key} is {list(x.shape)}, which cannot be: download the file again")
+                raise ValueError(f"{key} has the shape {list(x.shape)}, which no adapter has: download the file again")
             adapter.keys.append(key)
             adapter.tensors[tensor] = x
     strength = set_alphas(targets, metadata or {}, config)

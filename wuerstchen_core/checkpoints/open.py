@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..common.files import check_file
 from ..common.text import check_choice
 from .bundle import parse_metadata, restore_token_rows, split_bundle
 from .components import PARTS, TOWERS, Part, check_part_name, kind_of, parts_of
@@ -50,6 +51,7 @@ def source_path(source: str | os.PathLike[str]) -> Path:
     if not path.exists():
         names = " or ".join(f'"{name}"' for name in SHIPPED)
         raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {names}")
+    check_file(path)
     return hub_snapshot(path)
 
 

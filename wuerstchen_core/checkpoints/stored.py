@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
     offset: int  # in the archive
     size: int  # bytes
-    crc: int  # CRC-32
+    crc: int | None  # CRC-32; None if the file states none
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,18 @@ class StoredFile:
             length = 1 + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
             length = length if torch.Size(shape).numel() else 0
 
+        is_whole = member is not None and (offset, length * dtype.itemsize) == member[:2]  # read once for both
+
         def load() -> Tensor:
             flat = torch.empty(length, dtype=dtype, device="cpu")
             with self.reading() as file:
-                if member is not None:
+                if member is not None and not is_whole:
                     self._check_member(file, member)
                 file.seek(offset)
-                read = file.readinto(flat.view(torch.uint8).numpy()) if length else 0  # type: ignore[attr-defined]
+                data = flat.view(torch.uint8).numpy() if length else b""
+                read = file.readinto(data) if length else 0  # type: ignore[attr-defined]
+                if is_whole and member.crc not in (None, zlib.crc32(data)):
+                    raise self._damaged()
             if read != flat.nbytes:
                 raise self._changed()
             return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
@@ -81,15 +86,18 @@ class StoredFile:
         return LazyTensor(tuple(shape), dtype, load, dtype)
 
     def _check_member(self, file: BinaryIO, member: Member) -> None:
-        if member in self.checked:
+        if member.crc is None or member in self.checked:
             return
         file.seek(member.offset)
         crc, left = 0, member.size
         while left and (data := file.read(min(left, CHUNK))):
             crc, left = zlib.crc32(data, crc), left - len(data)
         if left or crc != member.crc:
-            raise ValueError(f"{self.path} is damaged (a tensor has another checksum than stated): download it again")
+            raise self._damaged()
         self.checked.add(member)
+
+    def _damaged(self) -> ValueError:
+        return ValueError(f"{self.path} is damaged (a tensor has another checksum than stated): download it again")
 
     def _check(self, file: BinaryIO) -> None:
         if _status(os.fstat(file.fileno())) != self.status:

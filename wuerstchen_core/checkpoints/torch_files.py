@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..common.memory import is_out_of_memory
 from ..common.text import printable
 from ..common.versions import OLDEST_FOR_PICKLES, check_versions
 from .stored import Member
@@ -76,6 +77,8 @@ def read_torch(path: Path, members: dict[int, Member] | None = None) -> Any:
             ) from error
         raise broken(path, "not a PyTorch file") from error
     except (*_DAMAGE, struct.error, zipfile.BadZipFile) as error:
+        if is_out_of_memory(error):
+            raise
         raise broken(path, error) from error
 
 
@@ -87,14 +90,16 @@ def _stored_members(path: Path) -> list[Member]:
         entries = [x for x in archive.infolist() if x.file_size]
         if any(x.compress_type != zipfile.ZIP_STORED for x in entries):
             return []
+        has_checksums = any(x.CRC for x in entries)  # not after torch.serialization.set_crc32_options(False)
         members = []
         for entry in entries:
             if not _ZIP_DATA.fullmatch(entry.filename):
-                archive.read(entry)  # small; its checksum is verified
+                if has_checksums:
+                    archive.read(entry)  # small; its checksum is verified
                 continue
             file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            members.append(Member(start, entry.file_size, entry.CRC))
+            members.append(Member(start, entry.file_size, entry.CRC if has_checksums else None))
         return sorted(members)
 
 
@@ -103,7 +108,8 @@ def _check_zip(path: Path, sizes: Iterable[int]) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
+        has_checksums = any(x.CRC for x in archive.infolist())
+        if has_checksums and (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{damaged} has another checksum than stated")
         if Counter(sizes) - Counter(x.file_size for x in archive.infolist()):
             raise zipfile.BadZipFile("a tensor is longer than its data")

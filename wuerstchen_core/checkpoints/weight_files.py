@@ -109,7 +109,7 @@ def _safetensors_state(stored: StoredFile) -> LazyState:
 def check_plain(path: Path, key: str, x: Tensor) -> None:
     """Raises ValueError for a tensor that does not hold all its numbers: a sparse, quantized or meta tensor."""
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
-        raise ValueError(f"{path} holds {printable(key)} as no plain tensor of numbers: save it as a dense one")
+        raise ValueError(f"{path} holds {printable(key)} as a sparse, quantized or meta tensor: save it as a plain one")
 
 
 def _states(path: Path, content: Any, stored: StoredFile, members: Mapping[int, Member]) -> dict[str, LazyState]:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
@@ -111,7 +111,8 @@ def _ended_by_signal() -> Iterator[None]:
 
 def _escape(record: logging.LogRecord) -> bool:
     """Escapes control characters in a message: names out of files must not control the terminal."""
-    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    with suppress(Exception):  # wrong arguments, which logging itself reports
+        record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
     return True
 
 

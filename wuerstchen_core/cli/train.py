@@ -91,11 +91,14 @@ def _run(options: argparse.Namespace) -> None:
 def _check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for an option that has no effect on what is to be done."""
     for name, stages in OPTIONS.items():
-        if (value := getattr(options, name)) not in (None, False, []) and options.stage not in stages:
+        value = getattr(options, name)
+        if value is not None and value is not False and value != [] and options.stage not in stages:
             label = value if name == "path" else f"--{name}"
             raise ValueError(f"{label} is not for `train {options.stage}`, but for {', '.join(stages)}: leave it out")
     if options.json and not options.keys:
         raise ValueError("--json is for --keys: add that, or leave it out")
+    if options.keys and (options.config is not None or options.set):
+        raise ValueError("--keys reads no configuration: leave out --config and --set")
     if options.private and not options.push:
         raise ValueError("--private is for --push: add that, or leave it out")
 
@@ -134,12 +137,11 @@ def _export(options: argparse.Namespace) -> None:
             raise ValueError(f"--step and --push are for the folder of a run, not for {options.path}: give its folder")
         sys.stdout.write(f"{export(options.path, options.set, options.output)}\n")
         return
-    if options.push:
-        check_push(options.push)
-    folder = export_run(options.path, options.set, options.output, options.step, options.push or "")
+    name = check_push(options.push) if options.push else ""
+    folder = export_run(options.path, options.set, options.output, options.step, name)
     sys.stdout.write(f"{folder}\n")
     if options.push:
-        sys.stdout.write(f"{push_to_hub(folder, options.push, options.private)}\n")
+        sys.stdout.write(f"{push_to_hub(folder, name, options.private)}\n")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,18 @@ from functools import cache, partial
 from pathlib import Path
 from uuid import uuid4
 
+
+def _pid_namespace() -> str:
+    """Returns the name of the namespace of this process's number: containers have their own numbers."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
 # Looked up by name: no system has all of them.
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
-_HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # tells apart the processes of machines that share a disk
+# Tells apart the processes of machines and containers that share a disk.
+_HOST = f"{zlib.crc32(' '.join((platform.node(), sys.platform, _pid_namespace())).encode()):08x}"
 _RESERVE = 10_000_000  # bytes of a disk that stay free
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 
@@ -49,7 +59,11 @@ def create_file(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
             except OSError:  # a file system without links
                 with suppress(FileExistsError):
                     path.open("x").close()
-                    os.replace(draft, path)
+                    try:
+                        os.replace(draft, path)
+                    except BaseException:
+                        path.unlink(missing_ok=True)
+                        raise
                     return path
                 path = next(candidates)
             else:
@@ -81,7 +95,8 @@ def _remove_left_drafts(folder: Path) -> None:
     for draft in folder.glob(f".*.{_HOST}-*-*.part"):
         pid = draft.name.split("-")[-2]
         if pid.isdecimal() and not _is_running(int(pid)):
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # of another user, or open on Windows
+                draft.unlink()
 
 
 def _sync(draft: Path) -> None:
@@ -118,10 +133,11 @@ def check_room(path: Path, size: int = 0) -> None:
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK):
         raise OSError(f"{path} cannot be written, because {folder} is read-only: choose another folder")
-    if (free := shutil.disk_usage(folder).free) < size + _RESERVE:
+    total, _, free = shutil.disk_usage(folder)
+    if total and free < size + _RESERVE:  # a total of 0: the file system does not tell
         raise OSError(
-            f"{path} needs {size / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB free: free some "
-            "space, or choose another disk"
+            f"{path} needs {(size + _RESERVE) / 1e6:,.0f} MB, but the disk of {folder} has {free / 1e6:,.0f} MB free: "
+            "free some space, or choose another disk"
         )
 
 

@@ -12,7 +12,7 @@ def check_finite(stage: str, x: Any) -> Any:
     if not x.isfinite().all():
         raise ValueError(
             f"{stage} computed numbers that are not finite, which would be black pixels: its weights may be damaged, "
-            "or a LoRA's strength, the guidance, or a dtype of less range than bf16 is too much for it"
+            "a LoRA's strength or the guidance too high, or the range of fp16 too small (use bf16)"
         )
     return x
 

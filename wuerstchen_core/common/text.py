@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_SPACES_AND_JOINERS = "\u200c\u200d\xa0\u3000"  # which scripts need, though Python does not count them as printable
 MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "utf-32",
     (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "utf-16",
@@ -21,9 +22,12 @@ def one_line(text: object) -> str:
 
 def printable(text: str) -> str:
     """Returns a text with escapes for characters that cannot be printed, such as those that control a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(x if x.isprintable() else x.encode("unicode_escape", "surrogatepass").decode() for x in text)
+    escaped = (x.encode("unicode_escape", "surrogatepass").decode() for x in text)
+    return "".join(x if _is_printable(x) else y for x, y in zip(text, escaped, strict=True))
+
+
+def _is_printable(x: str) -> bool:
+    return x.isprintable() or x in _SPACES_AND_JOINERS
 
 
 def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:

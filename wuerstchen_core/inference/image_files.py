@@ -8,14 +8,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from io import BytesIO
 from os import PathLike
 from typing import IO, BinaryIO
 
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from ..common.files import check_file
 
@@ -75,13 +75,13 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
     try:
         with warnings.catch_warnings():  # Pillow warns above 89 million pixels and raises above twice as many
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(picture, formats=_readable()) as file:
+            with _open(picture) as file:
                 _limit_size(file, name)
                 yield file
     except FileNotFoundError:
         raise ValueError(f"{name} does not exist: check the path") from None
     except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        limit = LARGEST_PICTURE // 1_000_000
         raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
     except (UnidentifiedImageError, IsADirectoryError):
         raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
@@ -89,6 +89,18 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
         raise
     except Exception as error:  # of broken pixels or EXIF; each decoder has its own
         raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
+
+
+def _open(picture: str | PathLike[str] | BinaryIO) -> Image.Image:
+    """Opens a picture's file. Pillow refuses more than 178 million pixels, which `_limit_size` scales down in JPEG."""
+    try:
+        return Image.open(picture, formats=_readable())
+    except Image.DecompressionBombError:
+        if not isinstance(picture, str | PathLike):
+            picture.seek(0)
+        with suppress(SyntaxError):  # it is no JPEG file
+            return JpegImagePlugin.JpegImageFile(picture)
+        raise
 
 
 def _limit_size(file: Image.Image, name: str) -> None:

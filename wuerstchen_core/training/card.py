@@ -162,7 +162,7 @@ def _base_name(source: str | Path) -> str:
 
 def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int) -> dict[str, Any]:
     """Returns facts about the training."""
-    train, data, rows = config["train"], config.get("data", {}), read_log(folder)
+    train, rows = config["train"], read_log(folder)
     starts = read_starts(folder)
     processes = starts[-1]["processes"] if starts else 1
     size = train["batch"] * train.get("accumulate", 1) * processes
@@ -171,8 +171,8 @@ def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int
         "Base model": ", ".join(dict.fromkeys(map(_base_name, stage.bases))) or "none: trained from random weights",
         "Steps": step,
         "Pictures per step": size,
-        "Pictures": stage.dataset.examples or "",
-        "Size": f"{data['size']} pixels" if "size" in data else "",
+        "Pictures": stage.dataset.pictures or "",
+        "Size": f"{'x'.join(map(str, stage.dataset.size))} pixels",
         "Trained parameters": f"{sum(p.numel() for p in stage.net.parameters() if p.requires_grad):,}",
         "Optimizer": train.get("optimizer", ""),
         "Learning rate": train["lr"],

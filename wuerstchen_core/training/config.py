@@ -86,8 +86,11 @@ class LoopConfig:
     sheet_every: Count = option(500, "steps from one sample grid to the next")
 
     def __post_init__(self) -> None:
-        if self.lr_schedule == "constant" and (self.lr_cycles > 1 or self.lr_least):
-            raise ValueError('[train] lr_cycles and lr_least have no effect on lr_schedule = "constant": remove them')
+        if (self.lr_schedule == "constant" or not self.decay) and (self.lr_cycles > 1 or self.lr_least):
+            raise ValueError(
+                "[train] lr_cycles and lr_least have no effect on a constant rate: remove them, or set decay and "
+                "another lr_schedule"
+            )
 
 
 def check_tables(config: Mapping[str, Any], of_stage: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections import Counter
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.bundle import parse_metadata
 from ..checkpoints.components import TOWERS
 from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
+from ..checkpoints.weight_files import read_file_metadata
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
 from ..common.text import one_line
@@ -74,7 +77,7 @@ def export_run(
         file = export(folder / f"checkpoint-{step:08d}.pt", overrides)
     if not file.is_file():
         raise ValueError(f"{folder} has no weights yet: train first")
-    step, output = newest_step(folder) if step is None else step, output or folder / FOLDER
+    step, output = _step_of(file, newest_step(folder)) if step is None else step, output or folder / FOLDER
     metadata = {**weights_metadata(stage), "training": {"step": step}}
     _open_pictures(stage, config, folder)
     images = _generate(stage, file)
@@ -87,6 +90,13 @@ def export_run(
     write_card(output, name, stage, config, folder, step, images)
     _log_size(output)
     return output
+
+
+def _step_of(file: Path, newest: int) -> int:
+    """Returns the step in the header of a weight file, or that of the newest checkpoint if it states none."""
+    header = read_file_metadata(file)
+    training = parse_metadata(file, header).get("training") or json.loads(header.get("training", "{}"))
+    return int(training.get("step", newest))
 
 
 def _open_pictures(stage: Stage[Any], config: Mapping[str, Any], folder: Path) -> None:

@@ -37,20 +37,28 @@ def hub_name(source: str | Path) -> str:
     return next((file.repo for files in SETS.values() for file in files if file.name == path.name), "")
 
 
-def check_push(name: str) -> None:
-    """Raises ValueError if huggingface_hub or a token is missing, or `name` is none of a model."""
+def check_push(name: str) -> str:
+    """Returns a model's name on the hub with its owner, by default the token's.
+
+    Raises ValueError if huggingface_hub or a token is missing, or `name` is not a model's name.
+    """
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
-        raise ValueError(f"{name!r} is no name of a model on the hub: use NAME or OWNER/NAME")
+        raise ValueError(f"{name!r} is not a model's name on the hub: use NAME or OWNER/NAME")
     if not _hub().get_token():
         raise ValueError(f"there is no token for {HUB}: run `hf auth login`, or set HF_TOKEN, with one that may write")
+    if "/" in name:
+        return name
+    try:
+        return f"{_hub().HfApi().whoami()['name']}/{name}"
+    except Exception as error:  # as in `push_to_hub`
+        raise ValueError(f"{HUB} does not say whose the token is: use --push OWNER/{name}") from error
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> str:
-    """Uploads all files of a folder to the model NAME or OWNER/NAME, and returns its address.
+    """Uploads all files of a folder to the model OWNER/NAME, and returns its address.
 
     A new model is created. ValueError if the hub cannot be reached or refuses.
     """
-    check_push(name)
     api = _hub().HfApi()
     try:
         created = api.create_repo(name, private=private or None, exist_ok=True)

@@ -32,9 +32,8 @@ def build_optimizers(
 
     They are named by their classes, in lower case (Muon: kellerjordan.github.io/posts/muon). `device` is where the
     weights will be. AdamW is fused where torch has that: on a CPU it takes a tenth of the time (0.5 instead of 5.8 ns
-    per weight on one core), which saves 5 s per step of a full-size prior. `factors` are those of
-    `set_factors`. ValueError if the optimizer cannot be
-    imported or its arguments do not fit.
+    per weight on one core), which saves 5 s per step of a full-size prior. `factors` are those of `set_factors`.
+    ValueError if the optimizer cannot be imported or its arguments do not fit.
     """
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in trained.items() if muon_lr and "blocks." in name and p.ndim == 2}

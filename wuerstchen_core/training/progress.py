@@ -23,9 +23,9 @@ def interruptible(bar: tqdm[int], folder: Path) -> Iterator[None]:
             raise
         step = newest_step(folder)
         goes_on = (
-            f"goes on from step {step}, {bar.n - step} back"
+            f"resumes from step {step} and repeats {bar.n - step} steps"
             if step
-            else "begins again, since there is no checkpoint yet"
+            else "starts again, since there is no checkpoint yet"
         )
         raise KeyboardInterrupt(f"interrupted after step {bar.n}: the same command {goes_on}") from None
     finally:

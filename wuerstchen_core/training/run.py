@@ -14,6 +14,7 @@ from ..checkpoints.modelspec import Statement
 from ..common.dataclass_config import from_table
 from ..common.lock import folder_lock
 from .config import LoopConfig, check_tables, read_config
+from .data.sources import has_pictures
 from .loop import train
 from .processes import choose_precision, is_main_process
 from .report import report_end
@@ -71,8 +72,8 @@ def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
     """Returns the stage of a configuration, with a network that is loaded or randomly initialised."""
     torch.manual_seed(config.get("train", {}).get("seed", 0))  # for the initial weights
     trainer: Stage[Any] = STAGES[stage](config)
-    size = config.get("data", {}).get("size")
-    resolution = {"resolution": f"{size}x{size}"} if isinstance(size, int) else {}
+    size = "x".join(map(str, trainer.dataset.size))
+    resolution = {"resolution": size} if has_pictures(config.get("data", {})) else {}
     stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()
     if words := dict.fromkeys([*trainer.dataset.trigger_words, *stated.get("trigger_words", ())]):
         stated["trigger_words"] = list(words)

@@ -33,7 +33,7 @@ from ...inference.images import to_pictures
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ...models.vqgan import VQGAN
-from ..config import check_tables, read_config
+from ..config import LoopConfig, check_tables, read_config
 from ..processes import check_processes
 from ..stages import networks
 from ..tables import STAGES
@@ -96,9 +96,13 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if "text" in options.what:
         check_cached_captions(data)
     # What training may change does not matter.
-    neutral: dict[str, Any] = {"repeats": 1.0, "weight": 1.0, "regularisation": False, "captions": EACH}
+    flip = float(any(own.flip for own in data.examples))
+    tags = {"shuffle_tags": False, "tag_dropout": 0.0, "keep_tags": 0, "tag_separator": ","}
+    own: dict[str, Any] = {"captions": EACH, "flip": flip, **tags}
+    neutral = {"repeats": 1.0, "weight": 1.0, "regularisation": False, **own}
     sources = tuple(replace(part, **neutral) for part in data.parts if data.sources)
-    data = replace(data, captions=EACH, sources=sources)
+    data = replace(data, sources=sources, **own)
+    exact = {**config, "train": {**config.get("train", {}), "frozen": LoopConfig.frozen}}  # runs may choose another
     loader = open_loader(data, batch=1, seed=0, cache=Path(config["run"]) / "cache")
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
@@ -107,7 +111,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     encoders = {}
     for name in options.what:
         kind, encode = ENCODERS[name]
-        network = networks.load_frozen(config, networks.COMPUTED_BY[name], kind)
+        network = networks.load_frozen(exact, networks.COMPUTED_BY[name], kind)
         encoders[name] = partial(encode, network.to(accelerator.device))
     manifest = CacheManifest(
         networks={name: networks.weights_fingerprint(config, name) for name in options.what},

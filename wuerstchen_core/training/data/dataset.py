@@ -41,6 +41,7 @@ class ImageDataset(ABC):
     validation = NO_VALIDATION
     weighted = False  # True if the losses of some images have other weights than 1
     masked = False  # True if masks weight the losses of some images
+    pictures = 0  # different images to train on; 0 if it is unknown
     held_out = 0  # number of examples that are held out for validation
 
     def start_reading(

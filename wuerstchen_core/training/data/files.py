@@ -80,6 +80,8 @@ class FileDataset(ImageDataset):
         if isinstance(self._loader, IndexedLoader):
             self.held_out = sum(map(len, self._loader.held_out))
             self.examples = self._loader.order.images
+            lines = self._loader.source.records["line"]
+            self.pictures = sum(int((lines[members] == 0).sum()) for members in self._loader.order.members)
         self.fingerprint = self._loader.fingerprint()
         if fingerprint and fingerprint != self.fingerprint:
             log.warning("the images or the way they are read have changed: this run does not resume exactly")

@@ -181,8 +181,9 @@ def _load(names: Sequence[str], options: SourceConfig) -> Any:
         else:  # not by `load_dataset`, which counts its uses on the Hub
             files = [file for each in names for file in _parquet_files(Path(each))]
             return datasets.Dataset.from_parquet([str(file) for file in _files_of_split(files, options.split)])
-    except (ValueError, OSError, ImportError) as error:
-        reason = one_line(error.args[0] if isinstance(error, ValueError) and error.args else type(error).__name__)
+    except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        reason = one_line(cause.args[0] if isinstance(cause, ValueError) and cause.args else type(error).__name__)
         raise ValueError(f"[data] source {name} cannot be opened as a dataset: {reason}") from error
     return _choose_split(loaded, options.split, name)
 
@@ -200,12 +201,14 @@ def _choose_split(loaded: Any, split: str | None, name: str) -> Any:
 
 
 def _files_of_split(files: Sequence[Path], split: str | None) -> list[Path]:
-    """Returns the Parquet files of a split, by their names; without one all, which may not be of several splits."""
+    """Returns the Parquet files of a split, by their names: by default of train, or all if they are of one split."""
     own = {name: [file for file in files if file.stem.split("-")[0] == name] for name in (*SPLITS, split or "")}
     if split:
         if not own[split]:
             raise ValueError(f"no Parquet file is named {split}.parquet or {split}-*.parquet: correct or remove split")
         return own[split]
+    if own[SPLITS[0]]:  # the default of other datasets too
+        return own[SPLITS[0]]
     if len(several := [name for name in SPLITS if own[name]]) > 1:
         raise ValueError(f"the Parquet files are of several splits: set split to one of {', '.join(several)}")
     return list(files)

@@ -225,7 +225,7 @@ def _repeats(source: ImageSource, config: ImageDataConfig, members: Sequence[np.
             f"[[data.sources]] {', '.join(empty)} has no image that can be used: remove it, or see the log"
         )
     regular = np.array([part.regularisation for part in config.parts])
-    repeats = np.array([part.repeats for part in config.parts])
+    repeats = np.array([part.repeats for part in config.parts], dtype=float)
     repeats[regular] = (repeats * counts)[~regular].sum() / max(1, counts[regular].sum())
     for part, count, own in zip(config.parts, counts.tolist(), repeats.tolist(), strict=True):
         kind = "regularisation set " if part.regularisation else ""

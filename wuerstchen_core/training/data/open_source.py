@@ -39,13 +39,17 @@ def find_cache(names: Sequence[str]) -> Path | None:
 def open_sources(config: ImageDataConfig, cache: Path, captions: bool = True) -> ImageSource:
     """Opens the sources of a table as one source; `captions`: False if they are not needed."""
     if config.source or not config.sources:
-        return _open_source(replace(config.parts[0], source=config.source), cache, captions)
+        masked = any(own.mask for own in config.examples)
+        return _open_source(replace(config.parts[0], source=config.source), cache, captions, masked)
     names = [listed(part.names, 1) for part in config.parts]
     return JoinedSource([_open_source(part, cache, captions) for part in config.parts], names)
 
 
-def _open_source(part: SourceConfig, cache: Path, captions: bool) -> ImageSource:
-    """Opens folders of images, or .tar files and folders of them, or a dataset in Hugging Face's formats."""
+def _open_source(part: SourceConfig, cache: Path, captions: bool, masked: bool = False) -> ImageSource:
+    """Opens folders of images, or .tar files and folders of them, or a dataset in Hugging Face's formats.
+
+    `masked`: True if the masks of a cache are used.
+    """
     names = part.names
     for name in names:
         if not name.startswith(HUB) and not Path(name).exists():
@@ -66,7 +70,7 @@ def _open_source(part: SourceConfig, cache: Path, captions: bool) -> ImageSource
     if wrong := next((path for path in files if not _is_shard(path)), None):
         raise ValueError(f"[data] source {wrong} is not a shard: give uncompressed .tar files, or folders")
     if find_cache(names):
-        return CacheSource(files, cache)
+        return CacheSource(files, cache, masked)
     source = ShardSource(files, cache, part.mask == FILE)
     for folder in filter(Path.is_dir, paths):
         for path in find_files(folder, source.left_out):

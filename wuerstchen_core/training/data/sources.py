@@ -15,11 +15,15 @@ import numpy as np
 from PIL import Image
 
 from ...common.dataclass_config import MEANING, NotNegative, Positive, option
+from .caption_edits import TAG_EDITS
 from .examples import ExampleConfig
 from .left_out import LeftOut
 from .source import RECORD_FIELDS, ImageSource
 
 JOINED_FIELDS = [*RECORD_FIELDS, ("digest", "u8")]  # the digest is of the source's whole record
+
+# Keys of examples, and others that have an effect with one of them only.
+_NEEDED = {("mask",): ("unmasked_weight", "normalize_masks"), TAG_EDITS: ("keep_tags", "tag_separator")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class SourceConfig(EXAMPLE_KEYS, SourceOptions):
 
     def __post_init__(self) -> None:
         if self.regularisation and self.repeats != 1:
-            raise ValueError("[[data.sources]] has repeats of a regularisation set, which are computed: remove one")
+            raise ValueError("[[data.sources]] a regularisation set has repeats, which are computed: remove repeats")
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +92,10 @@ class SourceConfig(EXAMPLE_KEYS, SourceOptions):
         values = {name: getattr(data, name) for name in shared if getattr(self, name) is None}
         if self.regularisation and "trigger_word" in values:
             values["trigger_word"] = ""
+        merged = {name: values.get(name, getattr(self, name)) for name in shared}
+        for switches, keys in _NEEDED.items():
+            if not any(merged[name] for name in switches):  # those of `[data]` have no effect on this table's pictures
+                values |= {x.name: x.default for x in fields(ExampleConfig) if x.name in keys and x.name in values}
         return replace(self, **values)
 
     @cached_property

@@ -55,6 +55,10 @@ class TimesConfig:
         low, high = self.time_range
         if low >= high:
             raise ValueError(f"[noise] time_range must be the least and the largest time, got {list(self.time_range)}")
+        if self.distribution != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                '[noise] logit_mean and logit_std need distribution = "logit_normal": set it, or remove them'
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ class NoiseConfig(TimesConfig):
     huber_delta: Positive = option(1.0, "error from which on huber is linear")
     offset: NotNegative = option(0.0, "scale of further noise that is constant in each channel, such as 0.05")
     perturbation: NotNegative = option(0.0, "scale of further noise in the network's input, such as 0.1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, needed, value in (("min_snr_gamma", "weight", "min_snr"), ("huber_delta", "loss", "huber")):
+            if getattr(self, key) != getattr(NoiseConfig, key) and getattr(self, needed) != value:
+                raise ValueError(f'[noise] {key} needs {needed} = "{value}": set it, or remove {key}')
 
 
 @dataclass(frozen=True)
