@@ -128,7 +128,7 @@ def check_no_dataset(options: SourceConfig) -> None:
     """Raises ValueError if a source that is no dataset has keys for datasets."""
     if given := [key for key in DATASET_KEYS if getattr(options, key) is not None]:
         name = listed(options.names, 1)
-        raise ValueError(f"{name} is no dataset or Parquet file, for which [data] {given[0]} is: remove it")
+        raise ValueError(f"[data] {given[0]} applies to datasets and Parquet files, and {name} is neither: remove it")
 
 
 def is_dataset(names: Sequence[str]) -> bool:
