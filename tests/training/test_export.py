@@ -113,7 +113,10 @@ class Api:
         if self.error:
             raise self.error
         self.calls.append({"name": name, **options})
-        return SimpleNamespace(repo_id=f"me/{name}")
+        return SimpleNamespace(repo_id=name)
+
+    def whoami(self) -> dict[str, str]:
+        return {"name": "me"}
 
     def upload_folder(self, **options: Any) -> None:
         self.calls.append(options)
@@ -134,10 +137,10 @@ def test_a_folder_is_uploaded_on_request(push: Any, folder: Path, capsys: pytest
     (folder / "export" / "of an earlier export").touch()
     assert push("--push", "my-lora", "--private") == 0
     created, uploaded = Api.calls
-    assert created == {"name": "my-lora", "private": True, "exist_ok": True}
+    assert created == {"name": "me/my-lora", "private": True, "exist_ok": True}
     assert uploaded["repo_id"] == "me/my-lora" and uploaded["folder_path"] == folder / "export"
     assert capsys.readouterr().out.splitlines()[-1].endswith("/me/my-lora")
-    assert '"OWNER/my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
+    assert '"me/my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
     assert file_names(folder / "export") == {"README.md", "lora.safetensors", "pytorch_lora_weights.safetensors"}
     with pytest.raises(ValueError, match="export exists"):
         export_run(folder, [], folder / "export")

@@ -214,7 +214,8 @@ def test_debiased_weights_the_noise_by_the_root_of_its_ratio_to_the_signal() -> 
 @pytest.mark.parametrize(("loss", "expected"), [("mse", (0.04 + 9) / 2), ("l1", 1.6), ("huber", (0.02 + 1.375) / 2)])
 def test_huber_is_squared_for_small_errors_and_linear_for_large_ones(loss: str, expected: float) -> None:
     error = torch.tensor([[0.2, -3.0]])
-    config = NoiseConfig(loss=loss, weight="none", huber_delta=0.5)  # 0.5 (3 - 0.25) = 1.375
+    delta = {"huber_delta": 0.5} if loss == "huber" else {}
+    config = NoiseConfig(loss=loss, weight="none", **delta)  # 0.5 (3 - 0.25) = 1.375
     loss_value = noise_loss(config, error, torch.zeros(1, 2), torch.tensor([0.5]))
     assert loss_value.item() == pytest.approx(expected)
 
@@ -248,3 +249,9 @@ def test_times_are_scaled_to_their_range(distribution: str) -> None:
     assert whole.eq(1).float().mean().item() == pytest.approx(0.075 if distribution == "original" else 0, abs=0.01)
     with pytest.raises(ValueError, match="time_range"):
         NoiseConfig(time_range=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("key", ["min_snr_gamma", "huber_delta", "logit_mean", "logit_std"])
+def test_keys_without_effect_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        from_table(NoiseConfig, {key: 2.0}, "noise")

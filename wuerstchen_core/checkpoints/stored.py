@@ -67,7 +67,9 @@ class StoredFile:
             length = 1 + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
             length = length if torch.Size(shape).numel() else 0
 
-        is_whole = member is not None and (offset, length * dtype.itemsize) == member[:2]  # read once for both
+        # The checksum of a whole member is that of the tensor's bytes; otherwise, the member is read for it first.
+        is_whole = member is not None and (offset, length * dtype.itemsize) == member[:2]
+        crc = member.crc if member is not None and is_whole else None
 
         def load() -> Tensor:
             flat = torch.empty(length, dtype=dtype, device="cpu")
@@ -75,9 +77,9 @@ class StoredFile:
                 if member is not None and not is_whole:
                     self._check_member(file, member)
                 file.seek(offset)
-                data = flat.view(torch.uint8).numpy() if length else b""
-                read = file.readinto(data) if length else 0  # type: ignore[attr-defined]
-                if is_whole and member.crc not in (None, zlib.crc32(data)):
+                data: Any = flat.view(torch.uint8).numpy() if length else bytearray()
+                read = file.readinto(data)  # type: ignore[attr-defined]
+                if crc is not None and zlib.crc32(data) != crc:
                     raise self._damaged()
             if read != flat.nbytes:
                 raise self._changed()

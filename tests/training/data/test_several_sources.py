@@ -174,3 +174,24 @@ def test_the_weight_reaches_every_stage(stage: str, root: Path, bundle: Path, tm
         built.dataset.start_reading(0, "", batch=4, seed=0, cache=tmp_path, rank=0, world=1)
         losses.append(built.loss(built.net, *built.batch(0, StepRandom(0, 0, 4))).item())
     assert losses[1] == 0 < losses[0]
+
+
+def test_keys_of_all_sources_need_not_apply_to_each() -> None:
+    table = {"mask": "file", "unmasked_weight": 0.2, "shuffle_tags": True, "keep_tags": 1}
+    others = {"source": "b", "mask": "", "shuffle_tags": False}
+    first, second = from_table(ImageDataConfig, {**table, "sources": [{"source": "a"}, others]}, "data").examples
+    assert (first.unmasked_weight, first.keep_tags) == (0.2, 1) and not second.mask and second.keep_tags == 0
+    with pytest.raises(ValueError, match="unmasked_weight"):
+        from_table(ImageDataConfig, {"sources": [{**others, "unmasked_weight": 0.3}]}, "data")
+
+
+def test_whole_numbers_of_repeats_leave_fractions_to_a_regularisation_set(tmp_path: Path) -> None:
+    for name, count in (("own", 12), ("set", 40)):
+        write_folder(tmp_path / name, examples(range(count)))
+    sources = [
+        {"source": str(tmp_path / "own"), "repeats": 2},
+        {"source": str(tmp_path / "set"), "regularisation": True, "repeats": 1},
+    ]
+    config = from_table(ImageDataConfig, {"size": 64, "multiple": 64, "sources": sources}, "data")
+    loader = open_loader(config, batch=4, seed=0, cache=tmp_path)
+    assert isinstance(loader, IndexedLoader) and loader.order.images == 48
