@@ -15,7 +15,7 @@ from io import BytesIO
 from os import PathLike
 from typing import IO, BinaryIO
 
-from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from ..common.files import check_file
 
@@ -98,8 +98,10 @@ def _open(picture: str | PathLike[str] | BinaryIO) -> Image.Image:
     except Image.DecompressionBombError:
         if not isinstance(picture, str | PathLike):
             picture.seek(0)
+        from PIL.JpegImagePlugin import JpegImageFile  # ComfyUI has not imported it when it starts
+
         with suppress(SyntaxError):  # it is no JPEG file
-            return JpegImagePlugin.JpegImageFile(picture)
+            return JpegImageFile(picture)
         raise
 
 

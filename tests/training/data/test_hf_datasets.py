@@ -84,7 +84,8 @@ def test_saved_datasets_and_parquet_files_are_read_and_resume_exactly(tmp_path: 
         assert loader.fingerprint() == opened(tmp_path / "saved").fingerprint()
     assert pickle.loads(pickle.dumps(loaders["files"].source)).caption(3) == "picture 3"
     assert opened(tmp_path / "splits", split="test").source.caption(1) == "picture 10"
-    for wrong in ({}, {"split": "validation"}, {"split": "train", "subset": "small"}):
+    assert len(opened(tmp_path / "hub").source) == len(opened(tmp_path / "hub", split="train").source)  # the default
+    for wrong in ({"split": "validation"}, {"split": "train", "subset": "small"}):
         with pytest.raises(ValueError, match=r"split|subset"):
             opened(tmp_path / "hub", **wrong)
     other = made(rows(range(8), text=["another"] * 8))
