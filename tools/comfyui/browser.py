@@ -90,10 +90,17 @@ class Canvas:
         """
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_text(pack).first.click()
-        self.page.get_by_test_id(f"template-workflow-{files()[name].stem}").wait_for()
+        card = self.page.get_by_test_id(f"template-workflow-{files()[name].stem}")
+        card.wait_for()
         self.offered = self.evaluate(TEMPLATES)
-        self.page.get_by_test_id(f"template-workflow-{files()[name].stem}").click()
-        self.wait("count => app.graph.nodes.length === count", nodes)
+        opened = "count => app.graph.nodes.length === count"
+        for _ in range(3):  # a click on a dialog that is still being drawn can be lost
+            if card.is_visible():
+                card.click()
+            with suppress(TimeoutError):
+                self.page.wait_for_function(opened, arg=nodes, timeout=30_000)
+                break
+        self.wait(opened, nodes)
         self.page.get_by_role("dialog").wait_for(state="hidden")
 
     def in_app_mode(self) -> bool:
