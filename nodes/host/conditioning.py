@@ -123,6 +123,13 @@ def crop_prior(prior: Tensor, whole: tuple[int, int], area: Area) -> Tensor:
     return prior[..., top:bottom, left:right]
 
 
+def _check_prior(prior: Tensor, batch: int) -> None:
+    """Raises ValueError unless Stage C latents are finite, and fit Stage B and its batch size."""
+    check_shape(prior.shape, STAGE_C, "Stage B")
+    check_finite("Stage C", prior)
+    _check_batch("Stage B", batch, len(prior), "Stage C latents")
+
+
 def prior_cond(params: DecoderParams, cond_kwargs: Mapping[str, Any]) -> PriorCond:
     """Returns a conditioning's Stage C latents; for a negative without them, zeros of the image's size."""
     check_release(cond_kwargs, "v2")
@@ -132,9 +139,7 @@ def prior_cond(params: DecoderParams, cond_kwargs: Mapping[str, Any]) -> PriorCo
         if cond_kwargs.get("prompt_type") == "positive":
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros(1, params.effnet_embd, prior_side(height * 4), prior_side(width * 4))
-    check_shape(prior.shape, STAGE_C, "Stage B")
-    check_finite("Stage C", prior)
-    _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
+    _check_prior(prior, len(noise))
     return PriorCond(prior.to(noise.device), (height, width))
 
 
@@ -178,9 +183,7 @@ def token_cond(
         if cond is None:
             raise ValueError(_NO_PRIOR)
         prior = torch.zeros_like(cond[0])
-    check_shape(prior.shape, STAGE_C, "Stage B")
-    check_finite("Stage C", prior)
-    _check_batch("Stage B", len(noise), len(prior), "Stage C latents")
+    _check_prior(prior, len(noise))
     prior, text = (comfy.utils.repeat_to_batch_size(x, len(noise)) for x in (prior, text))
     return prior, text
 
