@@ -41,14 +41,14 @@ def save_output(image: Image.Image, output: Path | None, title: str, number: int
     the same.
     """
     if output is None or output.is_dir():
-        folder, stem = output or Path(), slug(title)
-        names = (folder / f"{stem}{f'-{i}' if i > 1 else ''}.png" for i in itertools.count(1))
+        folder, stem, ending = output or Path(), slug(title), ".png"
+        names = (folder / f"{stem}{f'-{i}' if i > 1 else ''}{ending}" for i in itertools.count(1))
     elif number is None:
         save_image(image, output, metadata)
         return output
     else:
+        ending = output.suffix
         names = (output.with_stem(f"{output.stem}-{i}") for i in itertools.count(number + 1))
-    ending = ".png" if output is None or output.is_dir() else output.suffix
     return create_file(names, _writer(image, ending, metadata))
 
 

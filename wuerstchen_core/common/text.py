@@ -22,12 +22,12 @@ def one_line(text: object) -> str:
 
 def printable(text: str) -> str:
     """Returns a text with escapes for characters that cannot be printed, such as those that control a terminal."""
-    escaped = (x.encode("unicode_escape", "surrogatepass").decode() for x in text)
-    return "".join(x if _is_printable(x) else y for x, y in zip(text, escaped, strict=True))
+    return "".join(map(_escaped, text))
 
 
-def _is_printable(x: str) -> bool:
-    return x.isprintable() or x in _SPACES_AND_JOINERS
+def _escaped(x: str) -> str:
+    is_printable = x.isprintable() or x in _SPACES_AND_JOINERS
+    return x if is_printable else x.encode("unicode_escape", "surrogatepass").decode()
 
 
 def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
