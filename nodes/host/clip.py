@@ -16,7 +16,7 @@ import torch
 
 from ...wuerstchen_core.checkpoints import Part, build_part
 from ...wuerstchen_core.checkpoints.components import TEXT_ENCODER
-from ...wuerstchen_core.checkpoints.key_maps import COMFYUI_CLIPS, text_to_transformers
+from ...wuerstchen_core.checkpoints.key_maps import COMFYUI_CLIPS, text_config, text_to_transformers
 from ...wuerstchen_core.demo.vocabulary import unknown_words_note
 from ...wuerstchen_core.models.text_encoder import END, START, TextEncoderParams
 from . import folders
@@ -27,22 +27,12 @@ _EMBEDDING = re.compile(r"embedding:\S+")  # the name of a file, not a word of t
 
 def _text_model(params: TextEncoderParams, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
     """Returns ComfyUI's text encoder: its result is the last layer after the final norm, with padding masked."""
-    config = {
-        "hidden_size": params.width,
-        "intermediate_size": int(params.width * params.mlp_ratio),
-        "num_attention_heads": params.heads,
-        "num_hidden_layers": params.layers,
-        "max_position_embeddings": params.context_length,
-        "vocab_size": params.vocab_size,
-        "eos_token_id": END,
-        "hidden_act": "gelu",
-    }
     return comfy.sd1_clip.SDClipModel(
         device=device,
         dtype=dtype,
         max_length=params.context_length,
         layer="last",
-        textmodel_json_config=config,
+        textmodel_json_config=text_config(params),
         special_tokens={"start": START, "end": END, "pad": END},
         enable_attention_masks=True,
         return_projected_pooled=False,

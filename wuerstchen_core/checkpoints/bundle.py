@@ -91,7 +91,7 @@ def save_bundle(
     for name, part in merge_towers(parts).items():
         to_ours = component(name).to_ours
         params[name] = part.params
-        for key, x in to_ours(_tensors(part)).items():
+        for key, x in to_ours(tensors_of(part)).items():
             chosen = dtype(name, key, x) if callable(dtype) else dtype
             tensors |= quantize(key if bare else f"{name}.{key}", x, chosen)
     if not tensors:
@@ -107,7 +107,8 @@ def save_bundle(
     write_tensors(Path(path), tensors, {METADATA_KEY: json.dumps(content), **header}, progress)
 
 
-def _tensors(part: AnyPart) -> dict[str, LazyTensor]:
+def tensors_of(part: AnyPart) -> dict[str, LazyTensor]:
+    """Returns the weights of a network or a Part, with those of int8 layers restored (`part_state`)."""
     return part_state(part.state_dict if isinstance(part, Part) else part.state_dict())
 
 
@@ -120,7 +121,7 @@ def merge_towers(parts: Mapping[str, AnyPart]) -> dict[str, AnyPart]:
 
 
 def _equal(one: AnyPart, other: AnyPart) -> bool:
-    a, b = _tensors(one), _tensors(other)
+    a, b = tensors_of(one), tensors_of(other)
     alike = one.params == other.params and a.keys() == b.keys()
     return one is other or (alike and all(_same(x, b[key]) for key, x in a.items()))
 

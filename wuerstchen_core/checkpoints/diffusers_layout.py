@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.atomic import link_file, replace_file
+from ..common.atomic import link_file, write_text
 from ..models.prior import PriorParams
 from ..models.text_encoder import TextEncoderParams
 from ..models.tokenizer import END, START
-from .bundle import FORMAT, METADATA_KEY, AnyPart
+from .bundle import FORMAT, METADATA_KEY, AnyPart, tensors_of
 from .components import COMPONENTS, TEXT_ENCODER, Params, Part, component, kind_of
-from .dequant import part_state
 from .folder_files import component_path, weights_in
-from .key_maps import text_to_transformers, vqgan_key_to_diffusers
+from .key_maps import text_config, text_to_transformers, vqgan_key_to_diffusers
 from .lazy import LazyTensor
 from .modelspec import spec_header
 from .quant import quantize
@@ -50,16 +48,9 @@ def _text_config(params: TextEncoderParams) -> dict[str, Any]:
     return {
         "architectures": [TEXT_CLASS],
         "model_type": "clip_text_model",
-        "hidden_size": params.width,
-        "intermediate_size": int(params.width * params.mlp_ratio),
-        "num_attention_heads": params.heads,
-        "num_hidden_layers": params.layers,
-        "max_position_embeddings": params.context_length,
-        "vocab_size": params.vocab_size,
+        **text_config(params),
         "projection_dim": params.width,
-        "hidden_act": "gelu",
         "bos_token_id": START,
-        "eos_token_id": END,
         "pad_token_id": END,
     }
 
@@ -97,14 +88,13 @@ def save_component(
         header = {"format": "pt", METADATA_KEY: json.dumps({**metadata, "format": FORMAT})}  # diffusers needs the first
         write_tensors(file, tensors, header | spec_header([name], metadata, release_of(params)), progress)
     content = config_text(name, params)
-    replace_file(folder / CONFIG, partial(Path.write_text, data=content, encoding="utf-8"))
+    write_text(folder / CONFIG, content)
     return file
 
 
 def _tensors(name: str, part: AnyPart, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Returns a network's tensors under diffusers' or transformers' names."""
-    state = part_state(part.state_dict if isinstance(part, Part) else part.state_dict())
-    state = component(name).to_ours(state)
+    state = component(name).to_ours(tensors_of(part))
     if kind_of(name) == TEXT_ENCODER:
         state = {f"text_model.{key}": x for key, x in text_to_transformers(state).items()}
     stored: dict[str, LazyTensor] = {}

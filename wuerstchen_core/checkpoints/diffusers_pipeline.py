@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.atomic import link_file, replace_file
+from ..common.atomic import link_file, write_text
 from ..models.tokenizer import vocabulary
 from .bundle import AnyPart, merge_towers
 from .components import TEXT_ENCODER, TOWERS, parts_of
@@ -96,10 +96,10 @@ def _write_tokenizer(folder: Path) -> None:
     ids, merges = vocabulary()
     _write_json(folder / "vocab.json", ids)
     text = "\n".join(["#version: 0.2", *merges, ""])
-    replace_file(folder / "merges.txt", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(folder / "merges.txt", text)
     _write_json(folder / "tokenizer_config.json", TOKENIZER)
 
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(path, text)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from ..models.text_encoder import END, TextEncoderParams
 from .lazy import AnyTensor, apply_to_rows
 
 COMFYUI_PREFIX = "model.diffusion_model."  # keys of ComfyUI's ModelSave
@@ -163,6 +165,20 @@ def text_from_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
                 key = key.replace(theirs, ours)
             renamed[key] = x
     return _pack(renamed)
+
+
+def text_config(params: TextEncoderParams) -> dict[str, Any]:
+    """Returns a text tower's params under transformers' names, as in config.json."""
+    return {
+        "hidden_size": params.width,
+        "intermediate_size": int(params.width * params.mlp_ratio),
+        "num_attention_heads": params.heads,
+        "num_hidden_layers": params.layers,
+        "max_position_embeddings": params.context_length,
+        "vocab_size": params.vocab_size,
+        "hidden_act": "gelu",
+        "eos_token_id": END,
+    }
 
 
 def text_to_transformers(state: dict[str, AnyTensor]) -> dict[str, AnyTensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..common.atomic import remove_drafts, replace_file
+from ..common.atomic import remove_drafts, replace_file, write_text
 from ..training.data.metadata import METADATA, image_name, read_rows
 from ..training.data.shards import add_member
 from ..training.data.sidecars import parse_json_table
@@ -51,7 +51,7 @@ class ImageFolder:
 
     def add(self, name: str, image: Image.Image, table: Mapping[str, Any], metadata: bool = True) -> None:
         """Writes an image and its table; `metadata` as in `save_image`."""
-        _write_text(self.folder / f"{name}.json", json.dumps(table, ensure_ascii=False))
+        write_text(self.folder / f"{name}.json", json.dumps(table, ensure_ascii=False))
         save_image(image, self.folder / f"{name}.png", metadata)
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class ImageFolder:
                 for name, table in sorted(tables.items())
                 if "weights" in table  # from --prompts
             ]
-            _write_text(path, "".join(f"{row}\n" for row in rows))
+            write_text(path, "".join(f"{row}\n" for row in rows))
 
     def _names(self) -> list[str]:
         """Returns the names of all images in the folder that have a .json file."""
@@ -129,10 +129,6 @@ class Shard(ImageFolder):
                         yield member.name, file.read()
         except tarfile.TarError as error:
             raise ValueError(f"{self.path} cannot be read ({error}): remove it to generate its images again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def open_output(folder: Path, lines: int | None, shard: int) -> ImageFolder:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -41,39 +42,48 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8 as `replace_file`."""
+    replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
 def create_file(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
     """Writes a file as `replace_file` under the first of `paths`, all in one folder, that does not exist; returns it.
 
     Never replaces a file, also not one that another process creates meanwhile.
     """
     candidates = iter(paths)
-    path = next(candidates)
-    with _draft(path) as draft:
+    first = next(candidates)
+    with _draft(first) as draft:
         write(draft)
         _sync(draft)
-        while True:
-            try:
-                os.link(draft, path)
-            except FileExistsError:
-                path = next(candidates)
-            except OSError:  # a file system without links
-                with suppress(FileExistsError):
-                    path.open("x").close()
-                    try:
-                        os.replace(draft, path)
-                    except BaseException:
-                        path.unlink(missing_ok=True)
-                        raise
-                    return path
-                path = next(candidates)
-            else:
-                return path
+        return next(path for path in chain([first], candidates) if _name_draft(draft, path))
+
+
+def _name_draft(draft: Path, path: Path) -> bool:
+    """Gives a draft a name that no file has; False if one has it."""
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            path.open("x").close()
+        except FileExistsError:
+            return False
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 @contextmanager
 def _draft(path: Path) -> Iterator[Path]:
     """Yields the path of a draft, and removes it afterwards."""
-    draft = _draft_path(path)
+    draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_drafts(path.parent)
@@ -83,10 +93,6 @@ def _draft(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # if the folder itself is missing or locked
             draft.unlink()
-
-
-def _draft_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
 
 
 @cache
@@ -117,15 +123,13 @@ def _is_running(pid: int) -> bool:
 
 def link_file(source: Path, target: Path) -> None:
     """Makes `target` a hard link to a file, which takes no space, or a copy if the file system has no such link."""
-    draft = _draft_path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), draft)
-    except OSError:
-        replace_file(target, partial(shutil.copyfile, source))
-    else:
-        os.replace(draft, target)
-        draft.unlink(missing_ok=True)  # it stays if `target` was a link to the same file
+    with _draft(target) as draft:
+        try:
+            os.link(source.resolve(), draft)
+        except OSError:
+            shutil.copyfile(source, draft)
+            _sync(draft)
+        os.replace(draft, target)  # does nothing if `target` is a link to the same file
 
 
 def check_room(path: Path, size: int = 0) -> None:

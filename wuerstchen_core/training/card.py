@@ -17,7 +17,7 @@ from PIL import Image
 from .. import demo
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
 from ..checkpoints.open import SHIPPED
-from ..common.atomic import replace_file
+from ..common.atomic import replace_file, write_text
 from ..common.dataclass_config import from_table
 from ..common.text import one_line
 from .checkpoint import read_log
@@ -94,7 +94,7 @@ def write_card(
         facts=_facts(stage, config, run_folder, step),
         licence=licence,
     )
-    replace_file(folder / CARD, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(folder / CARD, text)
 
 
 def markdown(text: Any) -> str:

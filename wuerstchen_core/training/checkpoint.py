@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..common.atomic import replace_file
+from ..common.atomic import replace_file, write_text
 from ..common.text import one_line
 
 log = logging.getLogger(__name__)
@@ -105,5 +105,5 @@ def truncate_log(folder: Path, last_step: int) -> float:
     """Removes an incomplete last line and rows after a step; returns the seconds in the last row of losses, or 0."""
     rows = [row for row in read_log(folder) if row["step"] <= last_step]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    replace_file(folder / LOG, lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_text(folder / LOG, text)
     return max((row.get("seconds", 0.0) for row in rows), default=0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,7 +15,7 @@ from .. import demo
 from ..checkpoints.components import TOWERS, text_width
 from ..checkpoints.open import open_source
 from ..checkpoints.source import Source
-from ..common.atomic import replace_file
+from ..common.atomic import write_text
 from ..common.command_line import command
 from ..common.geometry import check_size, nearest_legal
 from ..common.text import check_choice
@@ -97,7 +96,7 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
     if existing := [str(path) for path in paths if path.exists()]:
         raise ValueError(f"{existing[0]} exists: remove it, or choose another folder")
     for path, text in paths.items():
-        replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_text(path, text)
     return list(paths)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import replace_file
+from ..common.atomic import write_text
 from .chart import draw_chart, smooth
 from .checkpoint import read_log
 from .config import read_config
@@ -51,7 +51,7 @@ def write_page(folder: Path, name: str, done: int, steps: int) -> None:
         prompts=configuration.get("sample", {}).get("prompts", []),
         configuration=config.read_text("utf-8") if config.is_file() else "",
     )
-    replace_file(folder / PAGE, lambda draft: draft.write_text(page, encoding="utf-8"))
+    write_text(folder / PAGE, page)
 
 
 def _grids(folder: Path, kind: str, last: int) -> Iterator[tuple[int, str]]:

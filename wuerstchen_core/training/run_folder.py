@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.fingerprint import fingerprint
-from ..common.atomic import replace_file
+from ..common.atomic import write_text
 from ..common.command_line import command
 from ..common.toml import write_toml
 from .checkpoint import checkpoints
@@ -65,9 +64,9 @@ def record_start(folder: Path, config: Mapping[str, Any], stage: Stage[Any]) -> 
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     }
     text = f"# The configuration of this run, with all defaults.\n{write_toml(config)}"
-    replace_file(folder / CONFIG, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(folder / CONFIG, text)
     rows = "".join(f"{json.dumps(start)}\n" for start in [*starts, row])
-    replace_file(folder / STARTS, partial(Path.write_text, data=rows, encoding="utf-8"))
+    write_text(folder / STARTS, rows)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ...common.atomic import replace_file
+from ...common.atomic import replace_file, write_text
 from ...common.dataclass_config import from_table
 from ...common.devices import DTYPES
 from ...common.lock import folder_lock
@@ -175,7 +175,7 @@ class _CacheWriter:
             content = save({"text": self.encoders["text"](self.tokenizer([""]))[0].to(DTYPES[self.options.dtype])})
             replace_file(self.folder / EMPTY_TEXT, lambda draft: draft.write_bytes(content))
         text = json.dumps(asdict(self.manifest), indent=1) + "\n"
-        replace_file(self.folder / MANIFEST, lambda draft: draft.write_text(text, encoding="utf-8"))
+        write_text(self.folder / MANIFEST, text)
 
     def write_shards(self, accelerator: Accelerator) -> None:
         """Writes the missing shards of this process."""

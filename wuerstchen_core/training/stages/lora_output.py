@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ...checkpoints.lora_keys import PEFT_PREFIX
 from ...checkpoints.modelspec import adapter_header
 from ...checkpoints.release import release_of
 from ...checkpoints.writer import write_tensors
-from ...common.atomic import replace_file
+from ...common.atomic import write_text
 from ...common.text import listed
 from .adapters import LINEAR, AdapterConfig, Layer, peft_config
 
@@ -104,7 +103,7 @@ def _write_peft(
     write_tensors(folder / PEFT_FILE, state, header)
     settings = peft_config(replace(config, alpha=0.0, rslora=False), layers).to_dict()
     text = json.dumps({**settings, "inference_mode": True}, default=sorted, indent=2)
-    replace_file(folder / PEFT_CONFIG, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(folder / PEFT_CONFIG, text)
 
 
 @torch.no_grad()
