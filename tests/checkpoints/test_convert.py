@@ -21,6 +21,7 @@ from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.quant import FP8, is_matrix
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
+from wuerstchen_core.checkpoints.writer import write_tensors
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.models.prior import V1, Prior, PriorParams
 
@@ -311,3 +312,10 @@ def test_weights_that_are_not_finite_are_named(bundle: Path, tmp_path: Path, dty
     with pytest.raises(ValueError, match=f"{key.removeprefix('prior.')} holds nan, in the prior of"):
         convert([tmp_path / "nan.safetensors"], tmp_path / "out.safetensors", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+def test_tensors_of_any_strides_are_written(tmp_path: Path) -> None:
+    x = torch.arange(24.0).reshape(4, 6)
+    tensors = {"one": x[0, ::2][:1], "many": x[:, 1::2], "turned": x.T, "repeated": x[:1].expand(3, 6), "none": x[:0]}
+    write_tensors(tmp_path / "it.safetensors", tensors, {})
+    assert_equal(load_file(tmp_path / "it.safetensors"), tensors)

@@ -54,7 +54,7 @@ def _write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
         file.write(_header(tensors, _hashed(metadata, digest.hexdigest())))
         for key, x in tensors.items():
             progress(done, total)
-            data = _bytes(x.load())
+            data = tensor_bytes(x.load())
             assert len(data) == x.nbytes, key
             file.write(data)
             checksums[key] = zlib.crc32(data)
@@ -85,15 +85,18 @@ def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _bytes(x: Tensor) -> memoryview:
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def tensor_bytes(x: Tensor) -> memoryview:
+    """Returns the bytes of a tensor in the order of its numbers."""
+    flat = x.detach().cpu().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())  # a lone number may have another stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def _verify(path: Path, checksums: Mapping[str, int]) -> None:
     """Raises OSError unless the tensors in the file have these checksums."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            found = {key: zlib.crc32(_bytes(file.get_tensor(key))) for key in file.keys()}  # noqa: SIM118
+            found = {key: zlib.crc32(tensor_bytes(file.get_tensor(key))) for key in file.keys()}  # noqa: SIM118
     except SafetensorError:
         found = {}
     if found != checksums:

@@ -17,6 +17,7 @@ from ...checkpoints.lazy import LazyTensor
 from ...checkpoints.modelspec import FIELD
 from ...checkpoints.open import SHIPPED, open_part, open_source
 from ...checkpoints.source import is_stage_b, merge_licences
+from ...checkpoints.writer import tensor_bytes
 from ...common.dataclass_config import from_table
 from ...common.devices import NETWORK_DTYPES
 from ...inference.stages import first_weight
@@ -121,7 +122,7 @@ def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "
     for key, lazy in sorted(weights.state_dict.items()):
         x = lazy.load()
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
-        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(x))
     return digest.hexdigest()
 
 
