@@ -27,6 +27,7 @@ from wuerstchen_core.checkpoints.key_maps import LORA
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.source import ForeignFile
+from wuerstchen_core.common.text import LONGEST
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.vqgan import VQGAN
 
@@ -212,6 +213,27 @@ def test_deeply_nested_metadata_are_refused(tmp_path: Path) -> None:
     for read in (describe, read_metadata):
         with pytest.raises(ValueError, match="it.safetensors"):
             read(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"self_attn": ' + "[" * 600 + "]" * 600 + "}"),
+        ("diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "\\u001b[31m"}}'),
+        ("diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "' + "x" * 100_000 + '"}}'),
+    ],
+)
+def test_odd_texts_in_a_folder_are_refused_in_one_short_line(
+    prior: State, tmp_path: Path, name: str, content: str
+) -> None:
+    write_folder(tmp_path / "it", prior, {})
+    if name != "config.json":
+        (tmp_path / "it" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "it" / name).write_text(content)
+    for read in (describe, load_prior):
+        with pytest.raises(ValueError, match=name) as caught:
+            read(tmp_path / "it")
+        assert str(caught.value).isprintable() and len(str(caught.value)) <= LONGEST
 
 
 def test_old_versions_of_torch_read_safetensors_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def test_what_cannot_be_repeated_is_one_sentence(here: Path, capsys: pytest.Capt
     for name in (
         "no.png", "edit.png", saved("a1111.png", parameters="a cat\nSteps: 20, Seed: 1"), saved("x.png", prompt="{"),
         saved("other.png", prompt=other), saved("list.png", wuerstchen="[]"), "none.png", "tiny.safetensors",
+        saved("deep.png", wuerstchen=json.dumps({"prompt": "a"})[:-1] + ', "x": ' + "[" * 99 + "]" * 99 + "}"),
     ):  # fmt: skip
         assert name in failure(capsys, "generate", "--like", name)
     assert "variations" in failure(capsys, "generate", "--like", "edit.png")

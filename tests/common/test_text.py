@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from wuerstchen_core.common.text import check_choice, listed, one_line, printable
+from wuerstchen_core.common.text import (
+    DEPTH,
+    LONGEST,
+    check_choice,
+    error_text,
+    listed,
+    one_line,
+    parse_json,
+    printable,
+)
 
 
 def test_one_line() -> None:
@@ -31,3 +40,20 @@ def test_control_characters_are_escaped() -> None:
 def test_joiners_and_wide_spaces_are_no_control_characters() -> None:
     text = "\u0645\u06cc\u200c\u062e \u5199\u30001"
     assert printable(f"{text}\x07") == f"{text}\\x07"
+
+
+def test_errors_are_one_short_line() -> None:
+    assert error_text(ValueError("x\x1b[2J\nis  wrong")) == "x\\x1b[2J is wrong"
+    assert error_text(KeyError()) == "KeyError"
+    text = error_text(ValueError("file" + "x" * 10_000 + "do this"))
+    assert len(text) == LONGEST and text.startswith("filex") and text.endswith("xdo this")
+
+
+def test_json_is_nested_only_so_deep() -> None:
+    assert parse_json('{"a": [1, {"b": 2}]}') == {"a": [1, {"b": 2}]}
+    for start, middle, end in (("[", "", "]"), ('{"a":', "{}", "}")):
+        depth = DEPTH - len(middle) // 2
+        parse_json(start * depth + middle + end * depth)
+        for more in (1, 600, 100_000):
+            with pytest.raises(ValueError, match="deep"):
+                parse_json(start * (depth + more) + middle + end * (depth + more))

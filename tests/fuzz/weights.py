@@ -230,7 +230,8 @@ def damage(rng: random.Random, source: Path, folder: Path) -> str:
             return f"JSON of {path.name}"
     elif rng.random() < 0.55:
         if path.suffix == ".safetensors":
-            state, metadata = load_file(path), read_file_metadata(path)
+            state, metadata = load_file(path), read_file_metadata(path)  # in no fixed order
+            state, metadata = dict(sorted(state.items())), dict(sorted(metadata.items()))
             if metadata and rng.random() < 0.4:
                 key = rng.choice(list(metadata))
                 metadata[key] = json.dumps(_json(rng, json.loads(metadata[key]))) if metadata[key][:1] == "{" else "{"

@@ -150,7 +150,8 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
 def test_an_invalid_or_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[model\n", encoding="utf-8")
-    for path in (file, tmp_path / "none.toml"):
+    (deep := tmp_path / "deep.toml").write_text(f"a = {'[' * 200}{']' * 200}\n")
+    for path in (file, deep, tmp_path / "none.toml"):
         assert main(["train", "prior", "--config", str(path)]) == 2
         line = capsys.readouterr().err
         assert str(path) in line and line.count("\n") == 1

@@ -18,6 +18,7 @@ from ..common.devices import DTYPES
 from ..common.text import check_choice
 from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
+from .damage import names_source
 from .diffusers_pipeline import INDEX, write_pipeline
 from .infer_params import CLIP_NAMES
 from .lazy import LazyTensor
@@ -190,7 +191,7 @@ def _finite(part: LazyPart) -> LazyPart:
     """Returns a part whose tensors raise ValueError when they are loaded if a number in them is not finite."""
 
     def load(key: str, x: LazyTensor) -> Tensor:
-        out = x.load()
+        out = _load(part, x)
         numbers = out if out.itemsize > 1 else out.float()
         if not numbers.isfinite().all():
             wrong = float(numbers[~numbers.isfinite()][0])
@@ -207,6 +208,11 @@ def _finite(part: LazyPart) -> LazyPart:
         return replace(x, load=partial(load, key, x), quantised=stored)
 
     return replace(part, state_dict={key: checked(key, x) for key, x in part.state_dict.items()})
+
+
+@names_source
+def _load(part: LazyPart, x: LazyTensor) -> Tensor:
+    return x.load()
 
 
 def _stages_of(tower: LazyPart, parts: Mapping[str, LazyPart], several: bool) -> list[str]:

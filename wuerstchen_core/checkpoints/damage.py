@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from ..common.memory import is_out_of_memory
-from ..common.text import one_line, printable
+from ..common.text import error_text
 
 # Raised for contents that nobody foresaw; other errors have a message for the user already.
 _UNFORESEEN = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -25,10 +25,13 @@ def names_source(read: Read) -> Read:
     def checked(source: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return read(source, *args, **kwargs)
+        except ValueError as error:
+            error.args = (error_text(error), *error.args[1:])  # it can name what the file holds
+            raise
         except _UNFORESEEN as error:
             if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
-            reason = f"{type(error).__name__}: {printable(one_line(error)):.100}"
+            reason = f"{type(error).__name__}: {error_text(error):.100}"
             path = getattr(source, "path", None) or source
             raise ValueError(f"{path} is damaged or has an unknown form ({reason}): download it again") from error
 

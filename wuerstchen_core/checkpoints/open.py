@@ -164,7 +164,7 @@ def _read_shards(index: Path) -> WeightFile:
     if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards.values()):
         raise ValueError(f"{index} does not name files beside it: download the whole folder again")
     for shard in sorted(set(shards.values())):
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):  # also if the name is too long
             raise ValueError(f"{index} lists {shard}, which is missing: download the whole folder again")
         content = read_weight_file(index.parent / shard)
         state |= lazy_state(with_header_configs(index.parent / shard, content.states.get("", {}), content.metadata))

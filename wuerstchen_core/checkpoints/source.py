@@ -15,6 +15,7 @@ from ..common.dataclass_config import from_table
 from ..common.text import printable
 from ..models.prior import PriorParams
 from .components import COMPONENTS, PARTS, TEXT_ENCODER, TOWERS, Params, Part, kind_of, parts_of
+from .damage import names_source
 from .dequant import dequantize, is_scaled, with_header_configs
 from .infer_params import TOWER_ADVICE
 from .key_maps import COMFYUI_PREFIX, foreign
@@ -99,11 +100,13 @@ class Source:
     version: str = "auto"
     headers_only: bool = False
 
+    @names_source
     def part(self, name: str) -> Part[Tensor]:
         """Returns the part `name` with its weights. Raises ValueError if the source does not have it."""
         part = self.lazy_part(name)
         return Part(part.name, part.params, load_state(part.state_dict), part.path, part.trained)
 
+    @names_source
     def lazy_part(self, name: str) -> Part[LazyTensor]:
         """Returns the part `name` without computing its tensors. Raises ValueError if it is absent or does not fit."""
         if name not in self.networks:

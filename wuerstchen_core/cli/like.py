@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.open import SHIPPED
+from ..common.text import parse_json
 from ..inference.images import opened
 from ..inference.metadata import PROMPT, RECORD, read_texts
 from ..inference.read_graph import record_of_graph
@@ -63,8 +63,8 @@ def read_record(picture: Path) -> Mapping[str, Any]:
     with opened(picture, str(picture)) as file:
         texts = read_texts(file)
     try:
-        record = json.loads(texts.get(RECORD) or texts.get(PROMPT) or "null")
-    except (ValueError, RecursionError):
+        record = parse_json(texts.get(RECORD) or texts.get(PROMPT) or "null")
+    except ValueError:
         record = None
     if not isinstance(record, dict):
         raise ValueError(

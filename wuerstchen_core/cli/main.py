@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
 from ..common.memory import is_out_of_memory
-from ..common.text import one_line, printable
+from ..common.text import error_text, printable
 from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights
 from .console import flushed_stdout, prepare_streams
@@ -74,7 +74,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
             raise
         return _fail(f"{package} is not installed: {options.install_hint}")
     except (ValueError, OSError) as error:
-        return _fail(printable(one_line(error)) or type(error).__name__)
+        return _fail(error_text(error))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

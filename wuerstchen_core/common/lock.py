@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .atomic import check_room
+from .text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def _lock(file: BinaryIO) -> None:
 def _read(file: BinaryIO) -> dict[str, Any]:
     file.seek(0)
     with suppress(ValueError):  # it is just being written
-        return dict(json.loads(file.read()))
+        return dict(parse_json(file.read()))
     return {}
 
 

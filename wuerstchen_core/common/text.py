@@ -5,9 +5,13 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
+DEPTH = 64  # of lists and tables in one another, far beyond that of files in use
+LONGEST = 1000  # characters of an error message
 _SPACES_AND_JOINERS = "\u200c\u200d\xa0\u3000"  # which scripts need, though Python does not count them as printable
 MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "utf-32",
@@ -28,6 +32,12 @@ def printable(text: str) -> str:
 def _escaped(x: str) -> str:
     is_printable = x.isprintable() or x in _SPACES_AND_JOINERS
     return x if is_printable else x.encode("unicode_escape", "surrogatepass").decode()
+
+
+def error_text(error: BaseException) -> str:
+    """Returns the message of an error as one printable line, of which the middle is left out if it is very long."""
+    text = printable(one_line(error)) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[3 - LONGEST // 2 :]}"
 
 
 def listed(names: Sequence[str], most: int = 3, width: int = 40) -> str:
@@ -55,10 +65,19 @@ def decode_text(raw: bytes, name: str) -> str:
 
 def parse_json(text: str | bytes) -> Any:
     """Returns the value of a JSON text. ValueError if it is damaged or too deeply nested."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
+    return parse_bounded(json.loads, text)
+
+
+def parse_bounded(parse: Callable[[Any], Any], text: str | bytes) -> Any:
+    """Returns `parse(text)`. ValueError if lists or tables in the value are nested more than `DEPTH` deep."""
+    with suppress(RecursionError):
+        level = [value := parse(text)]
+        for _ in range(DEPTH):
+            lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, list | dict)]
+            level = list(chain.from_iterable(lists))
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

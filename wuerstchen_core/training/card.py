@@ -17,6 +17,7 @@ from PIL import Image
 from .. import demo
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
 from ..checkpoints.open import SHIPPED
+from ..checkpoints.weight_files import read_json
 from ..common.atomic import replace_file, write_text
 from ..common.dataclass_config import from_table
 from ..common.text import one_line
@@ -60,7 +61,7 @@ def write_card(
     metadata, words = weights_metadata(stage), list(stage.stated.get("trigger_words", ()))
     hub, licence = from_table(HubConfig, config.get("hub", {}), "hub"), metadata.get("licence", "")
     index = folder / INDEX
-    pipeline = json.loads(index.read_text("utf-8"))["_class_name"] if index.is_file() else ""
+    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
     for_diffusers = bool(pipeline) or (folder / DIFFUSERS_FILE).is_file()
     head = ModelCardData(
         base_model=hub.base_model or next(filter(None, map(hub_name, stage.bases)), None),

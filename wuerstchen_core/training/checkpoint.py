@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..common.atomic import replace_file, write_text
-from ..common.text import one_line
+from ..common.text import one_line, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +96,16 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of the log, without an incomplete last one."""
-    path = folder / LOG
+    return read_rows(folder / LOG)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the JSON tables in the lines of a file that a run writes, without an incomplete last one."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [dict(parse_json(line)) for line in lines if line.endswith("\n")]
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: restore it from a copy of the run folder, or delete it") from None
 
 
 def truncate_log(folder: Path, last_step: int) -> float:

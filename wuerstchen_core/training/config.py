@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, OneOf, Positive, Range, option
-from ..common.text import decode_text, nearest
+from ..common.text import decode_text, nearest, parse_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,7 +123,7 @@ def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path} is not a file: give the TOML file of a configuration")
     try:
-        config = tomllib.loads(decode_text(path.read_bytes(), "it"))
+        config = parse_bounded(tomllib.loads, decode_text(path.read_bytes(), "it"))
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
@@ -131,8 +131,8 @@ def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set {override!r} must have the form table.key=value")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = parse_bounded(tomllib.loads, f"value = {text}")["value"]
+        except ValueError:
             value = text
         *tables, name = key.split(".")
         table = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -18,7 +17,7 @@ from ..checkpoints.open import open_part
 from ..checkpoints.weight_files import read_file_metadata
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
-from ..common.text import one_line
+from ..common.text import one_line, parse_json
 from .card import write_card
 from .checkpoint import load_checkpoint, newest_step, record_weights, weights_name
 from .config import INPUTS, LoopConfig
@@ -95,8 +94,9 @@ def export_run(
 def _step_of(file: Path, newest: int) -> int:
     """Returns the step in the header of a weight file, or that of the newest checkpoint if it states none."""
     header = read_file_metadata(file)
-    training = parse_metadata(file, header).get("training") or json.loads(header.get("training", "{}"))
-    return int(training.get("step", newest))
+    training = parse_metadata(file, header).get("training") or parse_json(header.get("training", "{}"))
+    step = training.get("step") if isinstance(training, dict) else None
+    return step if isinstance(step, int) else newest
 
 
 def _open_pictures(stage: Stage[Any], config: Mapping[str, Any], folder: Path) -> None:

@@ -19,7 +19,7 @@ from ..checkpoints.fingerprint import fingerprint
 from ..common.atomic import write_text
 from ..common.command_line import command
 from ..common.toml import write_toml
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, read_rows
 from .config import read_config
 from .processes import WORLD
 from .stage import Stage
@@ -71,9 +71,7 @@ def record_start(folder: Path, config: Mapping[str, Any], stage: Stage[Any]) -> 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of starts.jsonl, oldest first, without an incomplete last one."""
-    path = folder / STARTS
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_rows(folder / STARTS)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from ...common.text import listed
+from ...common.text import listed, parse_json
 from ...inference.image_files import image_suffixes
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class LeftOut:
 
     @classmethod
     def from_json(cls, text: str) -> LeftOut:
-        return cls(json.loads(text))
+        return cls(parse_json(text))
 
 
 def kind_of(suffix: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...common.text import decode_text, one_line
+from ...common.text import decode_text, one_line, parse_json
 
 CAPTION_KEYS = ("caption", "text", "prompt", "captions")  # in a JSON table; the first one present counts
 TEXT_SUFFIXES = (".txt", ".caption")  # the first one present counts
@@ -64,20 +63,20 @@ def read_table(raw: bytes | None, name: str) -> dict[str, Any]:
     """
     if raw is None:
         return {}
-    table = _parse_json(raw, where := f"the .json of {name}")
+    table = _parse(raw, where := f"the .json of {name}")
     return {"caption": table} if isinstance(table, str | list) else _check_table(table, where)
 
 
 def parse_json_table(raw: bytes, name: str) -> dict[str, Any]:
     """Returns the table in the bytes of a JSON file. ValueError, starting with `name`, if they are not a JSON table."""
-    return _check_table(_parse_json(raw, name), name)
+    return _check_table(_parse(raw, name), name)
 
 
-def _parse_json(raw: bytes, name: str) -> Any:
+def _parse(raw: bytes, name: str) -> Any:
     text = decode_text(raw, name)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         raise ValueError(f"{name} is not valid JSON: correct it") from None
 
 
