@@ -13,23 +13,38 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fuzz.weights import Wrong, main, time_limit
 from helpers.lora_forms import FORMS, attention_of_prior, random_factors
+from helpers.picture_folders import examples, write_folder
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 from safetensors.torch import save_file
 
 from wuerstchen_core.cli.main import _parser
 from wuerstchen_core.cli.main import main as run_command
+from wuerstchen_core.cli.options import PART_OPTIONS
 
-COMMANDS = ("generate", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "train", "frobnicate")
+COMMANDS = (
+    "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "download",
+    "train", "train", "frobnicate",
+)  # fmt: skip
+TRAININGS = ("lora", "decoder-lora", "embedding", "cache", "new", "export", "compare")
+USUAL = {  # values that mostly are given, by the name of an argument or option
+    "image": "cat.png", "mask": "mask.png", "prompt": "a red apple", "a": "a red apple", "b": "a blue car",
+    "file": "tiny.safetensors", "sources": "tiny.safetensors", "target": "new.safetensors",
+    "--lora": "lora.safetensors", "--prompts": "prompts.txt", "--like": "made.png", "--pictures": "pictures",
+    **dict.fromkeys((f"--{name.replace('_', '-')}" for name in PART_OPTIONS), "tiny.safetensors"),
+}  # fmt: skip
+GIVEN = {"--model": "tiny.safetensors", "--output": "new.png", "--device": "cpu"}  # nearly always
 NUMBERS = ("0", "1", "2", "3", "64", "128", "100", "-1", "1.5", "nan", "inf", "1e38", "1e400", "9" * 30, "", "x", "٣")
 TEXTS = ("", "a red apple", "\x1b[31m", "\n", "\udcff", "a" * 5000, "(a:1e999)", "embedding:x", "../x", "-", "--", "é")
 FILES = (
@@ -38,7 +53,16 @@ FILES = (
     "lora.safetensors:0.5", "lora.safetensors:nan", "new.safetensors", "tiny.safetensors/x",
 )  # fmt: skip
 SETS = ("train.steps=0", "train.steps=x", "a=", "=", "run='new'", "train.lr=nan", "data.size=1e9", "[", "\udcff=1")
-LEFT_OUT = ("--compile", "--help", "-h", "--version")  # slow, or nothing but text
+LEFT_OUT = ("--compile", "--help", "-h", "--version", "--push")  # slow, nothing but text, or on the network
+CONFIG = """
+run = "run"
+data = { source = "pictures", size = 64, multiple = 64, workers = 0 }
+train = { steps = 1, batch = 2, lr = 1e-3, warmup = 1, ema = 0.5, sheet_every = 100 }
+lora = { rank = 2 }
+sample = { prompts = ["a red apple"] }
+[inputs]
+"""
+INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
 
 
 @cache
@@ -50,11 +74,24 @@ def _files() -> Path:
     Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(folder / "cat.png")
     Image.linear_gradient("L").resize((128, 64)).point(lambda x: 255 * (x > 99)).save(folder / "mask.png")
     (folder / "prompts.txt").write_text('a red apple\n{"prompt": "b", "count": 2}\n{"prompt": 3}\n')
-    (folder / "config.toml").write_text('run = "new"\n[train]\nsteps = 1\n')
+    (folder / "config.toml").write_text(CONFIG + "".join(f'{name} = "tiny.safetensors"\n' for name in INPUTS))
+    write_folder(folder / "pictures", examples(range(3)))
+    (folder / "comfyui" / "models").mkdir(parents=True)
     (folder / "broken.safetensors").write_bytes((folder / "tiny.safetensors").read_bytes()[:5000])
     (folder / "broken.png").write_bytes((folder / "cat.png").read_bytes()[:100])
     (folder / "empty").touch()
     (folder / "folder").mkdir()
+    made = ["--model", "tiny.safetensors", "--device", "cpu", "--output", "made.png"]
+    assert _run(["generate", "a", *made], folder)[0] == 0
+    return folder
+
+
+@cache
+def _files_with_run() -> Path:
+    """Returns a folder with the same files, and a training run."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    shutil.copytree(_files(), folder, dirs_exist_ok=True)
+    assert _run(["train", "lora", "--config", "config.toml"], folder)[0] == 0
     return folder
 
 
@@ -67,16 +104,22 @@ def _actions(command: str) -> list[argparse.Action]:
 def arguments(rng: random.Random) -> list[str]:
     """Returns a random command line."""
     command = rng.choice(COMMANDS)
-    out = [command]
-    positional = {"image": "cat.png", "picture": "cat.png", "mask": "mask.png", "prompt": "a red apple"}
-    fast = {"--model": "tiny.safetensors", "--output": "new.png", "--device": "cpu"}
+    out, given, usual = [command], GIVEN, USUAL
+    if command == "train":
+        stage = rng.choice(TRAININGS)
+        usual = USUAL | {"stage": stage, "path": "new" if stage == "new" else "run/lora", "--set": "train.steps=2"}
+        given = {} if stage in ("new", "export", "compare") else {"--config": "config.toml"}
+    elif command == "download":
+        given = rng.choice(({"--to": "new"}, {"--comfyui": "comfyui"}))
     for action in _actions(command):
         name = action.option_strings[-1] if action.option_strings else ""
-        if name in LEFT_OUT or rng.random() > (0.95 if name in fast or not name else 0.06):
+        likely = name in given or not name
+        if action.dest == "path":
+            likely = not given
+        if name in LEFT_OUT or rng.random() > (0.95 if likely else 0.06):
             continue
         count = action.nargs if isinstance(action.nargs, int) else int(action.nargs != 0)
-        usual = fast.get(name) if name else positional.get(action.dest, "tiny.safetensors")
-        values = [_value(rng, action, usual) for _ in range(count)]
+        values = [_value(rng, action, (usual | given).get(name or action.dest)) for _ in range(count)]
         out += [name, *values] if name else values
     if rng.random() < 0.05:
         out.insert(rng.randrange(len(out) + 1), rng.choice(TEXTS))
@@ -103,17 +146,15 @@ def run_case(seed: int) -> str:
     """Runs one case; returns "accepted", "refused", or what is wrong with it."""
     rng = random.Random(seed)
     words = arguments(rng)
-    before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as path:
         folder = Path(path) / "in"
-        shutil.copytree(_files(), folder)
+        shutil.copytree(_files_with_run() if "run/lora" in words else _files(), folder)
         hashes = _hashes(folder)
-        os.chdir(folder)
         try:
-            code, err = _run(words)
+            code, err = _run(words, folder)
             if code not in (0, 2, 130) or (code == 2 and (not err.endswith("\n") or not err.strip())):
                 raise Wrong(f"exit code {code}, {err[-300:]!r}")
-            if not all(line.isprintable() for line in err.split("\n")):
+            if not all(line.isprintable() for line in re.split("[\r\n]", err)):  # a progress bar has both
                 raise Wrong(f"not printable: {err[-300:]!r}")
             named = {word for i, word in enumerate(words) if i and words[i - 1] in ("--output", "--force", "-o")}
             after = _hashes(folder)
@@ -123,16 +164,27 @@ def run_case(seed: int) -> str:
                 raise Wrong(f"changed {changed}, left {left}")
         except Wrong as error:
             return f"{json.dumps(words)}: {error}"
-        finally:
-            os.chdir(before)
     return "accepted" if code == 0 else "refused"
 
 
-def _run(words: list[str]) -> tuple[Any, str]:
-    """Runs a command and returns its exit code and errors."""
-    out, err = io.StringIO(), io.StringIO()
+class _Offline:
+    """The hub without a connection."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("offline")
+
+
+def _run(words: list[str], folder: Path) -> tuple[Any, str]:
+    """Runs a command in a folder and returns its exit code and errors."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(folder)
     try:
-        with time_limit(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            time_limit(),
+            patch("wuerstchen_core.checkpoints.download._hub", _Offline),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             return run_command(words), err.getvalue()
     except SystemExit as stop:
         return stop.code or 0, err.getvalue()
@@ -140,6 +192,8 @@ def _run(words: list[str]) -> tuple[Any, str]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         raise Wrong(f"{type(error).__name__} {str(error):.200} ({place})") from error
+    finally:
+        os.chdir(before)
 
 
 if __name__ == "__main__":
