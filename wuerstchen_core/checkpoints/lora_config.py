@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..common.text import parse_json
 from .adapters import Adapters, rank_of
 from .lora_keys import PEFT_PREFIX, split_key
+from .lora_patterns import matches
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the header, PEFT's fields behind "prior." or "text_encoder."
@@ -109,9 +109,9 @@ def _peft_scale(config: Config, path: str, rank: int | None, source: str) -> flo
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any, source: str) -> float:
     """Returns the value of the first pattern, a regular expression for the last components of a path, that matches."""
     try:
-        value = next((x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-    except re.error as error:
-        raise ValueError(f"{source} has an invalid pattern ({error}): correct it") from error
+        value = next((x for key, x in patterns.items() if matches(key, path)), default)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be used ({error}): correct it") from error
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{source} states {value!r} as rank or alpha of {path}: a positive number was expected")
     return value
