@@ -96,7 +96,7 @@ def sample_columns(mode: str = "multinomial", seed: int = 5, pictures: int = 2, 
     times, line = torch.linspace(1, 0, 5), [1.0] * 4
     codebook = torch.linspace(-1, 1, 16)[:, None].expand(16, 4)
     run = partial(sample_tokens, model, noise, times, noise=noise, draw=draw, codebook=codebook)
-    return run(scales=line, temperatures=line, mode=mode, **more)
+    return run(**{"scales": line, "temperatures": line, "mode": mode, **more})
 
 
 @pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
@@ -155,3 +155,13 @@ def test_temperature_sharpens() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="'quant'.*multinomial, argmax, quantised"):
         sample_columns("quant")
+
+
+@pytest.mark.parametrize("mode", ["multinomial", "argmax", "quantised"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(mode: str, scale: float) -> None:
+    for step in range(4):
+        scales = [1.0] * 4
+        scales[step] = scale
+        with pytest.raises(ValueError, match="Stage B"):
+            sample_columns(mode, scales=scales)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..common.numbers import check_finite
 from ..common.text import check_choice
 from ..models.layers import nearest_codes
 from .samplers import Progress, Seed, seeded_generators
@@ -86,15 +87,18 @@ def sample_tokens(
     Each step chooses all tokens, with its own scale and temperature, and then replaces a fraction t of them by `noise`
     (the same in all steps). The last step does not, nor do those from `renoise_steps` on. From step `quantised_from`
     on the mode is "quantised". With `init` and `mask` [B, H, W] (1: generate, 0: keep), a token stays `init` in the
-    steps at times above its mask's value: the value is the strength of image to image there.
+    steps at times above its mask's value: the value is the strength of image to image there. ValueError if logits are
+    not finite.
     """
     if (init is None) != (mask is None):
         raise ValueError("init and mask belong together: give both or neither")
     steps = len(times) - 1
     renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
+    extremes: list[Tensor] = []  # of the logits
     for i in range(steps):
         t, t_next = (times[j].to(tokens.device).expand(len(tokens)) for j in (i, i + 1))
         logits = model(tokens, t, scales[i])
+        extremes += logits.aminmax()
         now = "quantised" if quantised_from is not None and i >= quantised_from else mode
         chosen = choose(logits, now, temperatures[i], codebook, draw)
         if init is not None and mask is not None:
@@ -104,4 +108,6 @@ def sample_tokens(
             tokens, _ = renoise(chosen, noise, t_next, draw.uniform(chosen))
         if callback is not None:
             callback(i, steps, previous, chosen)
+    for extreme in extremes:  # here, since reading one waits for a GPU
+        check_finite("Stage B", extreme)
     return tokens
