@@ -162,10 +162,9 @@ def test_disk_space_is_checked_first(
 ) -> None:
     large = tuple(replace(file, size=3_000_000_000) for file in SETS["tiny"])
     monkeypatch.setitem(SETS, "tiny", large)
-    usage = SimpleNamespace(free=8_000_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (10**12, 0, 8_000_000_000))
     line = fail(capsys, "--to", tmp_path / "new")
-    assert "8.0 GB" in line and "9.0 GB" in line and not hub.requests and not (tmp_path / "new").exists()
+    assert "8,000 MB" in line and "9,010 MB" in line and not hub.requests and not (tmp_path / "new").exists()
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "two.safetensors").touch()  # is there already
     assert main(["download", "tiny", "--to", str(tmp_path / "new")]) == 0

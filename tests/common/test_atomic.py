@@ -80,7 +80,7 @@ def test_drafts_of_dead_processes_are_removed_by_the_next_write(tmp_path: Path) 
     own = f"-{os.getpid()}-"
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    for pid in (process.pid, os.getpid()):
+    for pid in (process.pid, os.getpid(), 10**30):
         (tmp_path / drafts[0].name.replace(own, f"-{pid}-")).touch()
     (tmp_path / ".b.txt.other-1-2.part").touch()  # of another machine
     replace_file(tmp_path / "a.txt", write)

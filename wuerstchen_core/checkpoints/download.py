@@ -12,14 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import NO_SPACE
+from ..common.atomic import NO_SPACE, check_room
 from ..common.text import check_choice, one_line
 from .published import HUB, SETS, PublishedFile
 
 logger = logging.getLogger(__name__)
 
 _DRAFTS = ".wuerstchen-download"  # subfolder for incomplete files, from which downloads resume
-_RESERVE = 200_000_000  # bytes of the disk to leave free
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,8 +46,8 @@ def files_of(name: str) -> tuple[PublishedFile, ...]:
 def download(targets: Mapping[PublishedFile, Path]) -> list[Path]:
     """Downloads the files that are not at their targets yet, and returns all paths. Resumes an interrupted download.
 
-    A file appears complete and checked, or not at all. Raises ValueError if huggingface_hub is missing, the disk is too
-    small, the hub cannot be reached or has another file.
+    A file appears complete and checked, or not at all. Raises ValueError if huggingface_hub is missing, or the hub
+    cannot be reached or has another file, and OSError if a disk is too small or read-only.
     """
     hub = _hub()
     missing = {file: path for file, path in targets.items() if not path.exists()}
@@ -79,20 +78,14 @@ def _check_existing(file: PublishedFile, path: Path) -> None:
 
 
 def _check_space(missing: Mapping[PublishedFile, Path]) -> None:
-    """Raises ValueError if a disk has less space than the files need, without what is downloaded already."""
+    """Raises OSError if a disk has less space than the files need, without what is downloaded already."""
     needed: dict[int, tuple[Path, int]] = {}
     for file, path in missing.items():
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        device = folder.stat().st_dev
-        _, size = needed.get(device, (folder, 0))
-        needed[device] = folder, size + max(0, file.size - _downloaded(file, path))
-    for folder, size in needed.values():
-        free = shutil.disk_usage(folder).free
-        if size and free < size + _RESERVE:
-            raise ValueError(
-                f"the disk of {folder} has {free / 1e9:.1f} GB free, but the download needs {size / 1e9:.1f} GB: free "
-                "some space, or choose another disk"
-            )
+        device = next(folder for folder in path.absolute().parents if folder.exists()).stat().st_dev
+        first, size = needed.get(device, (path, 0))
+        needed[device] = first, size + max(0, file.size - _downloaded(file, path))
+    for path, size in needed.values():
+        check_room(path, size)
 
 
 def _drafts(file: PublishedFile, path: Path) -> Path:

@@ -116,6 +116,8 @@ def _is_running(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
+    except OverflowError:  # larger than any process number
+        return False
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
