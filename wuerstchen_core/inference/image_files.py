@@ -8,12 +8,12 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from importlib import import_module
 from io import BytesIO
 from os import PathLike
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "H
 # Formats whose header gives the size of the loaded image; plugins may turn it in others.
 SIZE_IN_HEADER = set(FORMATS) - {"JXL"}
 LARGEST_PICTURE = 100_000_000  # pixels; reading one takes 18 bytes for each
+LARGE_PICTURE = 30_000_000  # pixels, above which the workers of a training read one picture at a time
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,8 +41,22 @@ XMP_VALUE = rb""":Orientation\s*(?:=\s*["']|[^>=]*>|\s[^>]*>)\s*(?:<rdf:\w+>\s*)
 PNG_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
 
 
+_turns: AbstractContextManager[Any] = nullcontext()
+
+
 class UnsupportedPicture(ValueError):
     """An intact picture of a kind that cannot be read correctly."""
+
+
+def take_turns(lock: AbstractContextManager[Any]) -> None:
+    """Makes this process read large pictures only while it has a reentrant lock, which other processes share."""
+    global _turns
+    _turns = lock
+
+
+def turn(pixels: int) -> AbstractContextManager[Any]:
+    """Returns a context in which a picture of so many pixels may be in memory."""
+    return _turns if pixels > LARGE_PICTURE else nullcontext()
 
 
 @cache
@@ -77,7 +92,8 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with _open(picture) as file:
                 _limit_size(file, name)
-                yield file
+                with turn(file.width * file.height):
+                    yield file
     except FileNotFoundError:
         raise ValueError(f"{name} does not exist: check the path") from None
     except Image.DecompressionBombError:

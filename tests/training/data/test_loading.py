@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import pytest
 import torch
 from helpers.picture_folders import examples, picture, shard, write_folder
 from PIL import Image
+from torch.utils.data import Dataset
 
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.inference.image_files import LARGE_PICTURE, turn
 from wuerstchen_core.training.data import loading
 from wuerstchen_core.training.data.error_budget import ErrorBudget
 from wuerstchen_core.training.data.filters import ImageDataConfig
@@ -85,6 +89,29 @@ def test_workers_do_not_change_the_batches(folder: Path) -> None:
         assert torch.equal(batch.images, other.images)
         assert (batch.captions, batch.next) == (other.captions, other.next)
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random numbers are untouched
+
+
+class PicturesInMemory(Dataset[int]):
+    """Returns the number of pictures that all workers have in memory."""
+
+    def __init__(self, pixels: int):
+        self.pixels, self.count = pixels, multiprocessing.Value("i", 0)
+
+    def __getitem__(self, index: int) -> int:
+        with turn(self.pixels), turn(self.pixels):  # as a picture and its mask
+            with self.count.get_lock():
+                self.count.value += 1
+                found = self.count.value
+            time.sleep(0.03)
+            with self.count.get_lock():
+                self.count.value -= 1
+        return found
+
+
+def test_workers_read_one_large_picture_at_a_time(folder: Path) -> None:
+    loader = opened(folder, workers=2)
+    assert max(loader.results(PicturesInMemory(LARGE_PICTURE + 1), range(12))) == 1
+    assert max(loader.results(PicturesInMemory(LARGE_PICTURE), range(12))) == 2
 
 
 def test_there_are_no_more_workers_by_default_than_cores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

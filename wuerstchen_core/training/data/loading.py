@@ -9,8 +9,9 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.text import listed
+from ...inference.image_files import take_turns, turn
 from .caption_tokens import pad_states
 from .draws import Key, Purpose, generator
 from .epoch_order import EpochOrder
@@ -106,7 +108,9 @@ class BatchLoader(ABC):
         """Yields the workers' results in order."""
         generator = torch.Generator()  # DataLoader draws an unused seed, by default from torch's global generator
         workers = self.default_workers if self.config.workers is None else self.config.workers
-        options: dict[str, Any] = {"num_workers": workers, "generator": generator, "worker_init_fn": _end_with_parent}
+        options: dict[str, Any] = {"num_workers": workers, "generator": generator}
+        if workers:
+            options["worker_init_fn"] = partial(_start_worker, multiprocessing.RLock())
         yield from DataLoader(dataset, None, sampler=order, **options)
 
 
@@ -211,7 +215,8 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             caption = self.read_caption(index, *key) if self.captions else ""
             cached = source.cached_tensors(index, self.cached, mirrored)
             if self.images:
-                image = options.recoloured(self.config.crop_image(source.image(index), bucket, *key), key)
+                with turn(int(source.records["width"][index]) * int(source.records["height"][index])):
+                    image = options.recoloured(self.config.crop_image(source.image(index), bucket, *key), key)
             pixel_weights = None
             if any(own.mask for own in self.config.examples):
                 mask = self.read_mask(index, bucket, *key)
@@ -223,8 +228,12 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         return example.mirrored() if mirrored else example
 
 
-def _end_with_parent(worker: int) -> None:
-    """Ends this worker process when its parent has ended. torch itself checks that only while the worker is idle."""
+def _start_worker(lock: AbstractContextManager[bool], worker: int) -> None:
+    """Ends this worker process when its parent has ended, which torch itself checks only while the worker is idle.
+
+    It reads large pictures only while it has the lock.
+    """
+    take_turns(lock)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
