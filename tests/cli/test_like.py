@@ -108,6 +108,12 @@ def test_parts_and_loras_are_found_beside_the_picture_or_asked_for(
     assert not [message for message in caplog.messages if "a.png" in message]
     [entry] = record("b.png")["loras"]
     assert (entry["file"], entry["strength"], entry["stage"]) == ("lora.safetensors", 0.5, "prior")
+    (here / "below").mkdir()
+    capsys.readouterr()
+    for name in (str(here / "lora.safetensors"), "below/../lora.safetensors", "../lora.safetensors"):
+        made = record("a.png") | {"loras": [entry | {"file": name}]}
+        picture = saved("below/c.png", wuerstchen=json.dumps(made))
+        assert name in failure(capsys, "generate", "--like", picture)
     Path("own.safetensors").rename("other.safetensors")
     capsys.readouterr()
     assert "own.safetensors" in failure(capsys, "generate", "--like", "a.png")

@@ -104,7 +104,8 @@ def _find(picture: Path, name: str, weights: str | None, option: str) -> str:
     """Returns the path of a model's file by its name; warns if its weights have changed."""
     path = name
     if name not in SHIPPED:
-        places = [folder / name for folder in (Path(), picture.parent)]
+        outside = Path(name).anchor or ".." in Path(name).parts  # a picture of others may name any file
+        places = [folder / name for folder in (Path(), picture.parent) if not outside]
         path = next((str(place) for place in places if place.exists()), "")
         if not path:
             raise ValueError(f"{picture} was made with {name}, which is neither here nor beside it: add {option} FILE")

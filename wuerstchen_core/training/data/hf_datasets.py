@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ...common.files import check_file
 from ...common.text import listed, one_line
 from ...inference.images import has_alpha, open_opacity, open_picture
 from .folder import FOLDER_FIELDS, example_records, find_files, is_image
@@ -109,6 +110,7 @@ class DatasetSource(ImageSource):
             return BufferedReader(FilePart(pyarrow.BufferReader(buffer), 0, buffer.size))
         try:
             if path:
+                check_file(path)
                 return Path(path).open("rb")
         except OSError as error:
             raise ValueError(f"{_name(row)}: {path} cannot be read: {error.strerror}") from error
