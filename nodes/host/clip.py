@@ -57,6 +57,7 @@ def load_clip(part: Part, metadata: Mapping[str, Any] | None = None) -> Any:
     """Returns a text encoder as a CLIP, which notifies of words that the bundle's `metadata` does not know."""
     import transformers
 
+    comfy.model_management.throw_exception_if_processing_interrupted()
     params = part.params
     name = COMFYUI_CLIPS[part.name.removesuffix(f"_{TEXT_ENCODER}")].removeprefix(
         "clip_"

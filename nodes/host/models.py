@@ -178,6 +178,7 @@ def load_model(part: Part, weight_dtype: torch.dtype | None = None, disable_dyna
     chooses the dtype of the computation.
     """
     management = comfy.model_management
+    management.throw_exception_if_processing_interrupted()
     config = StageConfig(part.name, part.params)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = config.supported_inference_dtypes

@@ -29,6 +29,11 @@ class SemanticCompressor(nn.Module):
         return self.encoder(semantic_view(images))
 
 
+def _stop_if_cancelled(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class WuerstchenVAE(comfy.sd.VAE):
     """A VAE around one of the core's networks. Its layers are plain torch, so it is loaded as a whole."""
 
@@ -54,6 +59,8 @@ class WuerstchenVAE(comfy.sd.VAE):
         # Options such as --fp16-vae choose others, even on a CPU, whose resizing of images computes in fp32 only.
         self.vae_dtype = management.vae_dtype(self.device, dtypes) if len(dtypes) > 1 else dtypes[0]
         self.first_stage_model = network.to(self.vae_dtype).eval().requires_grad_(False)
+        for block in (module for module in network.modules() if next(module.children(), None)):
+            block.register_forward_pre_hook(_stop_if_cancelled)
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
         )
@@ -117,6 +124,7 @@ class SemanticVAE(WuerstchenVAE):
 
 def load_stage_a(part: Part) -> WuerstchenVAE:
     """Returns Stage A as a VAE between images and latents in codebook units."""
+    _stop_if_cancelled()
     network = build_part(part)
     codebook = network.state_dict()["vquantizer.codebook.weight"].float()
     # bf16 on devices that compute in it: half the memory, 59 dB PSNR against fp32 (docs/memory.md).
@@ -134,6 +142,7 @@ def load_image_encoder(part: Part, release: str | None = None) -> SemanticVAE:
 
     `release` is the file's; without it, the sizes of the published encoders tell the release.
     """
+    _stop_if_cancelled()
     network = SemanticCompressor(build_part(part))
     vae = SemanticVAE(network, latent_channels=16, ratio=128 / 3, dtypes=[torch.float32])
     vae.release = release or release_of(part.params)

@@ -3,6 +3,7 @@ and the expected results (`want/...`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -206,6 +207,45 @@ def inpainting(bundle: str) -> Results:
     return tensors, {}
 
 
+def cancelling(bundle: str) -> Results:
+    """Cancels Stage A after its first band of rows, the image encoder in its backbone, and each loader at its start."""
+    import comfy.model_management as management
+    from pack.nodes.host import clip, models, vae
+    from pack.wuerstchen_core.checkpoints import read_part
+
+    names = ("prior", "prior_text_encoder", "vqgan", "image_encoder")
+    parts = {name: read_part(bundle, name) for name in names}
+    loaders = dict(
+        zip(names, (models.load_model, clip.load_clip, vae.load_stage_a, vae.load_image_encoder), strict=True)
+    )
+    stage_a, encoder = vae.load_stage_a(parts["vqgan"]), vae.load_image_encoder(parts["image_encoder"])
+    latents, pixels, facts = seeded(1, 4, 72, 64), picture(64, 64), {}
+    want = stage_a.decode(latents)
+
+    def stops(work: Callable[[], Any]) -> bool:
+        try:
+            work()
+        except management.InterruptProcessingException:
+            return True
+        finally:
+            management.interrupt_current_processing(False)
+        return False
+
+    def after(block: torch.nn.Module, work: Callable[[], Any]) -> bool:
+        hook = block.register_forward_hook(lambda *_: management.interrupt_current_processing(True))
+        try:
+            return stops(work)
+        finally:
+            hook.remove()
+
+    facts["decode"] = after(stage_a.first_stage_model.out_block, lambda: stage_a.decode(latents))
+    facts["encode"] = after(encoder.first_stage_model.encoder.backbone[0], lambda: encoder.encode(pixels))
+    for name, load in loaders.items():
+        management.interrupt_current_processing(True)
+        facts[name] = stops(lambda load=load, name=name: load(parts[name]))
+    return named({"after cancelling": stage_a.decode(latents)}, {"after cancelling": want}), {"stops": facts}
+
+
 def named(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"got/{key}": x for key, x in got.items()} | {f"want/{key}": x for key, x in want.items()}
 
@@ -214,7 +254,7 @@ def main(bundle: str) -> Results:
     load_pack()
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for compute in (stage_a, image_encoder, mistakes, inpainting):
+    for compute in (stage_a, image_encoder, mistakes, inpainting, cancelling):
         more, found = compute(bundle)
         tensors |= more
         facts |= found

@@ -81,3 +81,8 @@ def test_only_the_masked_area_changes(inside: Inside, way: str) -> None:
 
 def test_inpainting_masks_keep_the_images_size(inside: Inside) -> None:
     assert inside[1]["semantic mask"] == [1, 1, *ODD]
+
+
+def test_cancelling_stops_within_a_decoding_an_encoding_and_a_loading(inside: Inside) -> None:
+    assert set(inside[1]["stops"].values()) == {True} and len(inside[1]["stops"]) == 6
+    assert torch.equal(*(inside[0][f"{which}/after cancelling"] for which in ("got", "want")))
