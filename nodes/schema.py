@@ -44,7 +44,7 @@ class Node(io.ComfyNode):
 
 
 def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:
-    """Raises ValueError unless numbers, texts and choices are what the schema's widgets allow."""
+    """Raises ValueError unless numbers, switches, texts and choices are what the schema's widgets allow."""
     for item in node.inputs:
         value = values.get(item.id)
         if item.id not in values or (value is None and item.optional):
@@ -59,6 +59,8 @@ def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:
         elif isinstance(item, io.Combo.Input):
             if value not in item.options:
                 expected = f"one of {listed(item.options, most=8)}"
+        elif isinstance(item, io.Boolean.Input) and not isinstance(value, bool):
+            expected = "true or false"
         elif isinstance(item, io.String.Input) and not isinstance(value, str):
             expected = "a text"
         if expected:

@@ -109,6 +109,8 @@ def unchecked(schema: Any) -> list[str]:
                 ["no such choice", "../" * 9 + "etc/passwd", 1, None][: 3 if item.optional else 4],
                 item.options,
             )
+        elif isinstance(item, io.Boolean.Input):
+            wrong, right = [1, None, "false", []], [True, False]
         elif isinstance(item, io.String.Input):
             wrong = [1, None, ["a"]]
         found += [f"{schema.node_id}.{item.id} {value!r} passes" for value in wrong if not refused(item.id, value)]
