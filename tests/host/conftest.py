@@ -12,6 +12,7 @@ import torch
 from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, Generate, Graph, find
 from helpers.archive import unpacked_archive
 from helpers.networks import NETWORKS, PRIOR
+from random_prompts import add_probe
 from safetensors.torch import save_file
 
 from tools.comfyui.client import Install, Outcome, Server, installs
@@ -111,6 +112,7 @@ def server(
     pack = unpacked_archive(tmp_path_factory.mktemp("archive"))
     server = Server(install, tmp_path_factory.mktemp("comfyui") / "base", pack)
     (server.folder / "models").symlink_to(models, target_is_directory=True)
+    add_probe(server)
     try:
         server.start()
         yield server
