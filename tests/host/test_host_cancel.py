@@ -70,9 +70,9 @@ def test_cancelled_anywhere_the_next_prompt_is_right(
                 stopped += 1
                 slowest = max(slowest, (delay, name))
                 assert len(server.get("/probe/late")) <= 1
-            found = server.run(graphs[name]).pictures
-            assert len(found) == len(expected[name])
-            for picture, right in zip(found, expected[name], strict=True):
+            after = server.run(graphs[name])
+            assert after.status == "execution_success" and len(after.pictures) == len(expected[name]), after.error
+            for picture, right in zip(after.pictures, expected[name], strict=True):
                 assert np.array_equal(np.asarray(picture), np.asarray(right)), name
         record_property("cancelled", f"{stopped} of {POINTS}, at most {slowest[0]:.2f} s late ({slowest[1]})")
         assert stopped > POINTS / 2 and slowest[0] < LONGEST
