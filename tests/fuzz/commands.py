@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fuzz.weights import Wrong, main, time_limit
+from fuzz.weights import Wrong, kept_folder, main, time_limit
 from helpers.lora_forms import FORMS, attention_of_prior, random_factors
 from helpers.picture_folders import examples, write_folder
 from helpers.tiny_model import write_tiny_bundle
@@ -68,7 +68,7 @@ INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
 @cache
 def _files() -> Path:
     """Returns a folder with a tiny model and other files."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = kept_folder()
     write_tiny_bundle(folder / "tiny.safetensors")
     save_file(FORMS["comfyui"].write(random_factors(attention_of_prior()), {}), folder / "lora.safetensors")
     Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(folder / "cat.png")
@@ -89,7 +89,7 @@ def _files() -> Path:
 @cache
 def _files_with_run() -> Path:
     """Returns a folder with the same files, and a training run."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = kept_folder()
     shutil.copytree(_files(), folder, dirs_exist_ok=True)
     assert _run(["train", "lora", "--config", "config.toml"], folder)[0] == 0
     return folder
@@ -157,6 +157,7 @@ def run_case(seed: int) -> str:
             if not all(line.isprintable() for line in re.split("[\r\n]", err)):  # a progress bar has both
                 raise Wrong(f"not printable: {err[-300:]!r}")
             named = {word for i, word in enumerate(words) if i and words[i - 1] in ("--output", "--force", "-o")}
+            named |= {"log.jsonl"} if "export" in words else set()  # of the run, which lists the weights that are kept
             after = _hashes(folder)
             changed = [x.name for x, content in hashes.items() if after.get(x) != content and x.name not in named]
             left = [x.name for x in after if x.name.endswith(".part") or x.name.startswith(".lock")]

@@ -8,6 +8,7 @@ or if it takes too long.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import random
@@ -390,10 +391,17 @@ def _compare_with_plain_reader(source: Path, folder: Path, name: str, part: torc
         raise Wrong("other tensors than a plain reader finds")
 
 
+def kept_folder() -> Path:
+    """Returns a new folder, which is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @cache
 def _whole(name: str) -> tuple[Path, Path]:
     """Returns a folder with an undamaged subject, and its source."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = kept_folder()
     return folder, SUBJECTS[name].write(folder)
 
 
