@@ -195,6 +195,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, whole: Path) -> 
     assert_equal_states(checkpoint(tmp_path)["net"], checkpoint(whole)["net"])
 
 
+def test_room_for_all_files_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, folder = replace(CONFIG, keep=2, keep_every=2, save_every=1), tmp_path / "it"
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "check_room", lambda path, size: asked.append(size))
+    train(LineStage(width=100_000), replace(config, steps=1), folder)
+    train(LineStage(width=100_000), config, folder)
+    checkpoint, weights = (path.stat().st_size for path in (checkpoints(folder)[0], folder / "prior.safetensors"))
+    assert asked == [  # 1: a checkpoint, weights and their draft; 2: two checkpoints more, four weights that are kept
+        pytest.approx(size, rel=0.02) for size in (checkpoint + 2 * weights, 2 * checkpoint + 6 * weights)
+    ]
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: (10**12, 0, 11_000_000))
+    with pytest.raises(OSError, match="new"):
+        train(LineStage(width=100_000), config, tmp_path / "new")
+    assert not file_names(tmp_path / "new")
+
+
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     for name, change in (("one", {"batch": 4}), ("four", {"batch": 1, "accumulate": 4})):
         train(LineStage(dropout=0.0), replace(CONFIG, **change), tmp_path / name)

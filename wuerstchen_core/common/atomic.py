@@ -135,8 +135,11 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def check_room(path: Path, size: int = 0) -> None:
-    """Raises OSError if a file of `size` bytes cannot be written at `path`: before work whose result would be lost."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    """Raises OSError if a file of `size` bytes cannot be written at `path`, or files in it if it is a folder.
+
+    It is called before work whose result would be lost.
+    """
+    folder = next(x for x in (path.absolute(), *path.absolute().parents) if x.is_dir())
     if not os.access(folder, os.W_OK):
         raise OSError(f"{path} cannot be written, because {folder} is read-only: choose another folder")
     total, _, free = shutil.disk_usage(folder)

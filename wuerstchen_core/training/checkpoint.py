@@ -14,6 +14,7 @@ import torch
 
 from ..common.atomic import replace_file, write_text
 from ..common.text import one_line, parse_json
+from .config import LoopConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,18 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_step(folder: Path) -> int:
     """Returns the step of the newest checkpoint in a folder, 0 if there is none."""
     return max((int(path.stem.split("-")[1]) for path in checkpoints(folder)), default=0)
+
+
+def space_needed(folder: Path, config: LoopConfig, start: int, checkpoint: int, weights: int) -> int:
+    """Returns the bytes that a run needs on the disk from step `start` on, of checkpoints and weights.
+
+    Those that are there already are not counted. `checkpoint` and `weights` are the bytes of one file.
+    """
+    found = len(checkpoints(folder))
+    saved = -(-config.steps // config.save_every) - start // config.save_every  # also at the last step
+    kept = config.steps // config.keep_every - start // config.keep_every if config.keep_every else 0
+    new = max(0, min(found + saved, config.keep + 1) - found)  # an old one is removed after a new one is written
+    return new * checkpoint + (kept + 2) * weights  # also the newest, and its draft
 
 
 def weights_name(stem: str, step: int) -> str:

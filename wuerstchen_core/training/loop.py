@@ -20,12 +20,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoints.diffusers_layout import is_in_diffusers, save_component
-from ..common.atomic import link_file, remove_drafts
+from ..common.atomic import check_room, link_file, remove_drafts
 from .checkpoint import (
     append_row,
     newest_step,
     read_checkpoint,
     record_weights,
+    space_needed,
     truncate_log,
     weights_name,
     write_checkpoint,
@@ -84,7 +85,10 @@ class _Run:
 
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"
-        if self.monitor.compares and newest_step(self.folder) < config.steps:
+        newest = newest_step(self.folder)
+        if self.main and newest < config.steps:
+            check_room(self.folder, space_needed(self.folder, config, newest, *self.state.file_sizes()))
+        if self.monitor.compares and newest < config.steps:
             _, net = self.state.averaged()
             if self.main:
                 self.monitor.base = self.monitor.generate(net)

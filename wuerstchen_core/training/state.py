@@ -47,6 +47,15 @@ class TrainState:
             for group in optimizer.param_groups:
                 set_group(group, self._settings[name], fraction * self._settings[name]["lr"] * group.get(FACTOR, 1.0))
 
+    def file_sizes(self) -> tuple[int, int]:
+        """Returns the bytes of a checkpoint, at least, and those of the weights alone."""
+        weights = _bytes(self.unwrapped.state_dict().values())
+        moments = 0
+        for name, optimizer in self.optimizers.items():
+            count = 1 if name == "muon" else 2 if isinstance(optimizer.optimizer, torch.optim.AdamW) else 0
+            moments += count * sum(_bytes(group["params"]) for group in optimizer.param_groups)
+        return weights * (1 + isinstance(self.ema, EMA)) + moments, weights
+
     def averaged(self) -> tuple[dict[str, Tensor], nn.Module]:
         """Returns the averaged weights and, in the main process, the network with them. All processes call this."""
         values = gather(self.ema.values, self._accelerator.is_main_process)
@@ -73,6 +82,10 @@ class TrainState:
         self.ema.load(contents["average"])
         if self._accelerator.scaler is not None and "scaler" in contents:
             self._accelerator.scaler.load_state_dict(contents["scaler"])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _average(net: nn.Module, config: LoopConfig, optimizers: Iterable[torch.optim.Optimizer]) -> EMA | CurrentWeights:
