@@ -55,6 +55,17 @@ def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["c.txt", "mine.part"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="processes cannot be looked up")
+def test_drafts_of_running_processes_stay(tmp_path: Path) -> None:
+    drafts: list[Path] = []
+    replace_file(tmp_path / "a.txt", lambda draft: (draft.touch(), drafts.append(draft)))
+    other = drafts[0].with_name(drafts[0].name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    other.touch()
+    remove_drafts(tmp_path)
+    remove_drafts(tmp_path, {"a.txt"})
+    assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "a.txt"])
+
+
 def test_a_new_file_never_replaces_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [tmp_path / f"{i}.txt" for i in range(4)]
     names[0].write_text("old", "utf-8")

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pytest
 
 from wuerstchen_core.common import lock
-from wuerstchen_core.common.lock import LOCK, folder_lock
+from wuerstchen_core.common.lock import LOCK, file_lock, folder_lock
 
 ROOT = Path(__file__).parents[2]
 # Locks a folder, says so, and waits; with "fork", its child process inherits its files and outlives it.
@@ -107,3 +107,20 @@ def test_a_lock_file_that_was_removed_is_locked_anew(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lock, "_lock", removed_first)
     with folder_lock(tmp_path):
         assert len(files) == 2 and files[0].closed and (tmp_path / LOCK).exists()
+
+
+def test_files_of_a_folder_are_locked_one_by_one(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "new" / "a"), file_lock(tmp_path / "new" / "b"):
+        with pytest.raises(ValueError, match=rf"new.a .*{os.getpid()}"), file_lock(tmp_path / "new" / "a"):
+            pass
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(OSError, match=f"{tmp_path.name} .*full"), folder_lock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -99,8 +99,7 @@ def _draft(path: Path) -> Iterator[Path]:
 def _remove_left_drafts(folder: Path) -> None:
     """Removes the drafts in a folder that killed processes of this machine left; once, for a folder has many files."""
     for draft in folder.glob(f".*.{_HOST}-*-*.part"):
-        pid = draft.name.split("-")[-2]
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if not _is_written(draft):
             with suppress(OSError):  # of another user, or open on Windows
                 draft.unlink()
 
@@ -108,6 +107,12 @@ def _remove_left_drafts(folder: Path) -> None:
 def _sync(draft: Path) -> None:
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _is_written(draft: Path) -> bool:
+    """True if the process that writes a draft runs on this machine."""
+    host, pid, _ = [*draft.name.split(".")[-2].split("-"), "", ""][:3]
+    return host == _HOST and pid.isdecimal() and _is_running(int(pid))
 
 
 def _is_running(pid: int) -> bool:
@@ -153,11 +158,12 @@ def check_room(path: Path, size: int = 0) -> None:
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
     """Removes drafts that killed processes left in a folder: those of the files `names`, or all, in subfolders too.
 
-    No other process may be writing the files.
+    Those of running processes of this machine stay, but on Windows. No other process may be writing the files.
     """
     for path in folder.rglob(".*.part") if names is None else folder.glob(".*.part"):
         if names is None or path.name[1:].rsplit(".", 2)[0] in names:
-            path.unlink(missing_ok=True)
+            if os.name == "nt" or not _is_written(path):
+                path.unlink(missing_ok=True)
 
 
 def reason(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""A lock on a folder, for one process that writes to it."""
+"""Locks on folders and files, for one process that writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .atomic import check_room
+from .atomic import check_room, reason
 from .text import parse_json
 
 log = logging.getLogger(__name__)
@@ -32,19 +32,29 @@ def folder_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     when the process ends, however it ends. Where the file system has no locks, nothing is locked, and the log says so.
     """
     check_room(folder / LOCK)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"{LOCK}-{rank}" if rank else LOCK)
+    with _locked(folder, folder / (f"{LOCK}-{rank}" if rank else LOCK)):
+        yield
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Locks a file, which need not exist, and creates its folder, as `folder_lock` does a folder."""
+    check_room(path)
+    with _locked(path, path.with_name(f".{path.name}{LOCK}")):
+        yield
+
+
+@contextmanager
+def _locked(target: Path, path: Path) -> Iterator[None]:
+    """Locks the file `path`. ValueError names the process that has locked it, and `target`, which it is writing."""
     resolved = path.resolve()
     holder = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
     if resolved in _own:  # not read from the file: closing it would release the lock
-        raise _in_use(folder, holder)
-    with _opened(folder, path) as file:
-        file.seek(0)
-        file.write(json.dumps(holder).encode())
-        file.truncate()
-        file.flush()
+        raise _in_use(target, holder)
+    with _opened(target, path) as file:
         _own.add(resolved)
         try:
+            _write(file, target, holder)
             yield
         finally:
             _own.discard(resolved)
@@ -52,18 +62,24 @@ def folder_lock(folder: Path, rank: int = 0) -> Iterator[None]:
                 path.unlink()
 
 
-def _opened(folder: Path, path: Path) -> BinaryIO:
+def _opened(target: Path, path: Path) -> BinaryIO:
     """Returns a file, open and locked. ValueError names the process that has locked it."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+")
+        path.parent.mkdir(parents=True, exist_ok=True)  # which another process may then remove
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+")
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue
         try:
             _lock(file)
         except OSError as error:
             if error.errno in _HELD:
                 with file:
-                    raise _in_use(folder, _read(file)) from None
-            reason = error.strerror or error
-            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", folder, reason)
+                    raise _in_use(target, _read(file)) from None
+            why = error.strerror or error
+            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", target, why)
         with suppress(FileNotFoundError):
             if os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -83,6 +99,15 @@ def _lock(file: BinaryIO) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _BYTE)
 
 
+def _write(file: BinaryIO, target: Path, holder: Mapping[str, Any]) -> None:
+    file.seek(0)
+    file.truncate()
+    try:
+        os.write(file.fileno(), json.dumps(holder).encode())
+    except OSError as error:
+        raise OSError(f"{target} was not locked: {reason(error)}") from error
+
+
 def _read(file: BinaryIO) -> dict[str, Any]:
     file.seek(0)
     with suppress(ValueError):  # it is just being written
@@ -90,9 +115,9 @@ def _read(file: BinaryIO) -> dict[str, Any]:
     return {}
 
 
-def _in_use(folder: Path, holder: Mapping[str, Any]) -> ValueError:
+def _in_use(target: Path, holder: Mapping[str, Any]) -> ValueError:
     pid, host, command = (holder.get(key, "unknown") for key in ("pid", "host", "command"))
     return ValueError(
-        f"{folder} is in use by process {pid} on {host} ({command}): wait until it has ended, stop it, or choose "
-        "another folder"
+        f"{target} is in use by process {pid} on {host} ({command}): wait until it has ended, stop it, or choose "
+        "another output"
     )
