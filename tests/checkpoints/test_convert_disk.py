@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.layouts import clip_of_transformers, original
+from helpers.tiny_model import write_tiny_bundle
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wuerstchen_core.checkpoints import describe, writer
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.common.lock import file_lock, folder_lock
 from wuerstchen_core.models.prior import Prior, PriorParams
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,19 @@ def test_files_are_not_overwritten_without_force(bundle: Path, tmp_path: Path) -
     assert target.read_bytes() == bundle.read_bytes()
     convert([target], target, force=True, dtype="bf16")  # replaces the file that is being read
     assert describe(target).parts[0].dtype == "bf16"
+
+
+@pytest.mark.parametrize(("target", "to"), [("x.safetensors", "comfyui"), ("parts", "comfyui"), ("parts", "diffusers")])
+def test_what_another_process_writes_is_refused(tmp_path: Path, target: str, to: str) -> None:
+    bundle = write_tiny_bundle(tmp_path / "c", without=("decoder", "vqgan", "image_encoder"))
+    path = tmp_path / "out" / target
+    with file_lock(path) if path.suffix else folder_lock(path):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=rf"{target} .*{os.getpid()}"):
+            convert([bundle], path, to=to, force=True)
+        assert sorted(tmp_path.rglob("*")) == before
+    convert([bundle], path, to=to)
+    assert not [file for file in path.parent.rglob(".*")]
 
 
 def test_invalid_targets_are_rejected(bundle: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.devices import DTYPES
+from ..common.lock import file_lock, folder_lock
 from ..common.text import check_choice
 from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
@@ -55,16 +56,17 @@ def convert(
     One LoRA file of any naming becomes one that ComfyUI's own LoRA loaders read, with the same tensors.
     `dtype` is one of `CHOICES` or, by part, such as "bf16,vqgan=fp32"; "keep" keeps each tensor's. `version` is as in
     `open_source`. Only one tensor at a time is held in memory. Returns the files.
-    Raises ValueError if the sources are not one model, a weight is not finite or a file exists without `force`, and
-    OSError if writing fails.
+    Raises ValueError if the sources are not one model, a weight is not finite, a file exists without `force` or another
+    process is writing it, and OSError if writing fails.
     """
     check_choice("layout", to, LAYOUTS)
     dtypes, path = parse_dtypes(dtype), Path(target)
     if to == COMFYUI and len(sources) == 1 and is_lora(source := source_path(sources[0])):
         if path.suffix != ENDING or dtype != "keep":
             raise ValueError(f"{source} is a LoRA: convert it to a file that ends in {ENDING}, without a dtype")
-        _check_target(path, force)
-        convert_lora(source, path)
+        with file_lock(path):
+            _check_target(path, force)
+            convert_lora(source, path)
         return [path]
     opened = _open(sources, version)
     parts = {name: _finite(part) for name, part in _gather(opened).items()}
@@ -93,10 +95,11 @@ def write_model(
         raise ValueError(f"{path} is neither a bundle nor a folder: use a name that ends in {ENDING}, or no ending")
     bare = path.suffix != ENDING
     files = {path / f"{name}{ENDING}": {name: part} for name, part in parts.items()} if bare else {path: parts}
-    for file in files:
-        _check_target(file, force)
-    with ExitStack() as undo:  # a part that fails takes the files before it along, and a new folder
-        if bare and not path.exists():
+    is_new = bare and not path.exists()
+    with folder_lock(path) if bare else file_lock(path), ExitStack() as undo:
+        for file in files:
+            _check_target(file, force)
+        if is_new:  # a part that fails takes the files before it along, and a new folder
             undo.callback(shutil.rmtree, path, ignore_errors=True)
         for file, content in files.items():
             if not file.exists():
@@ -120,9 +123,10 @@ def _write_diffusers(
         raise ValueError(f"{folder} is a file: name a folder for the diffusers pipeline")
     if wrong := [name for name in dtypes.values() if name in ("fp8", "int8")]:
         raise ValueError(f"diffusers reads no {wrong[0]}: choose keep, {', '.join(DTYPES)}")
-    _check_target(folder / INDEX, force)
-    with ExitStack() as undo:
-        if not folder.exists():
+    is_new = not folder.exists()
+    with folder_lock(folder), ExitStack() as undo:
+        _check_target(folder / INDEX, force)
+        if is_new:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         written = write_pipeline(folder, parts, metadata, lambda name: CHOICES[_dtype_of(dtypes, name)], progress)
         undo.pop_all()
