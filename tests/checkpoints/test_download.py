@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from wuerstchen_core.checkpoints import describe, download, published
 from wuerstchen_core.checkpoints.download import comfyui_targets, folder_targets
 from wuerstchen_core.checkpoints.published import SETS, PublishedFile
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.common.lock import folder_lock
 
 CONTENT = {"a/one.bin": b"first file", "b/two.bin": b"second file", "three.pt": b"third"}
 
@@ -108,6 +110,15 @@ def test_other_content_is_not_kept(hub: Hub, tmp_path: Path, capsys: pytest.Capt
     hub.content[path] = CONTENT[path]
     assert main(["download", "tiny", "--to", str(tmp_path)]) == 0  # goes on with the missing ones
     assert len(hub.requests) == len(CONTENT) + 1
+
+
+def test_a_second_download_to_the_folder_is_refused(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with folder_lock(tmp_path / ".wuerstchen-download"):
+        assert str(os.getpid()) in fail(capsys, "--to", tmp_path) and not hub.requests
+    assert main(["download", "tiny", "--to", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "three.pt", "two.safetensors"]
 
 
 def test_another_file_of_that_name_is_kept(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

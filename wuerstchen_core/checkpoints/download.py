@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic import NO_SPACE, check_room
+from ..common.lock import folder_lock
 from ..common.text import check_choice, one_line
 from .published import HUB, SETS, PublishedFile
 
@@ -46,8 +47,9 @@ def files_of(name: str) -> tuple[PublishedFile, ...]:
 def download(targets: Mapping[PublishedFile, Path]) -> list[Path]:
     """Downloads the files that are not at their targets yet, and returns all paths. Resumes an interrupted download.
 
-    A file appears complete and checked, or not at all. Raises ValueError if huggingface_hub is missing, or the hub
-    cannot be reached or has another file, and OSError if a disk is too small or read-only.
+    A file appears complete and checked, or not at all. Raises ValueError if huggingface_hub is missing, the hub cannot
+    be reached or has another file, or another process downloads to the same folder, and OSError if a disk is too small
+    or read-only.
     """
     hub = _hub()
     missing = {file: path for file, path in targets.items() if not path.exists()}
@@ -55,11 +57,21 @@ def download(targets: Mapping[PublishedFile, Path]) -> list[Path]:
         if file not in missing:
             _check_existing(file, path)
     _check_space(missing)
-    for file, path in missing.items():
-        _fetch(hub, file, path)
-    for folder in {path.parent for path in missing.values()}:
-        shutil.rmtree(folder / _DRAFTS, ignore_errors=True)
+    with ExitStack() as locks:
+        for drafts in sorted({path.parent / _DRAFTS for path in missing.values()}):
+            locks.callback(_remove_empty, drafts)
+            locks.enter_context(folder_lock(drafts))
+        for file, path in missing.items():
+            if not path.exists():  # else another process has just downloaded it
+                _fetch(hub, file, path)
+        for drafts in {_drafts(file, path) for file, path in missing.items()}:
+            shutil.rmtree(drafts, ignore_errors=True)
     return list(targets.values())
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it has an interrupted download, or another process has locked it
+        folder.rmdir()
 
 
 def _hub() -> Any:
