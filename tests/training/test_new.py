@@ -133,6 +133,16 @@ def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "lora.toml" in capsys.readouterr().err and (tmp_path / "lora.toml").read_text("utf-8") == before
 
 
+def test_a_killed_one_is_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new(capsys, tmp_path, "--recipe", "scratch")
+    whole = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    (tmp_path / "text.toml").unlink()
+    new(capsys, tmp_path, "--recipe", "scratch")
+    assert {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()} == whole
+    (tmp_path / "prior.toml").write_text("mine", "utf-8")
+    assert main(["train", "new", str(tmp_path), "--recipe", "scratch"]) == 2 and "prior.toml" in capsys.readouterr().err
+
+
 def test_it_counts_the_pictures_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = examples(range(3), 64, 64)
     del files["001.txt"]

@@ -79,8 +79,8 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
     """Writes the configurations of a recipe into a folder, and returns their paths in the order of their training.
 
     `models` are sources that together have the parts of the base model; `pictures` defaults to `folder / "pictures"`,
-    `size` (pixels) to the base model's own. ValueError if a file exists, a part is missing
-    or the size is impossible.
+    `size` (pixels) to the base model's own. Files that exist and are the same stay. ValueError if a file exists with
+    other content, a part is missing or the size is impossible.
     """
     check_choice("recipe", recipe, RECIPES)
     if size is not None:
@@ -93,11 +93,16 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
         stages = _stages(recipe, opened)
         texts = {stage: _from_template(folder, stage, recipe, opened, pictures, size) for stage in stages}
     paths = {folder / f"{stage}.toml": text for stage, text in texts.items()}
-    if existing := [str(path) for path in paths if path.exists()]:
-        raise ValueError(f"{existing[0]} exists: remove it, or choose another folder")
-    for path, text in paths.items():
+    missing = {path: text for path, text in paths.items() if not path.exists()}
+    if other := [str(path) for path, text in paths.items() if path not in missing and not _contains(path, text)]:
+        raise ValueError(f"{other[0]} exists with other content: remove it, or choose another folder")
+    for path, text in missing.items():
         write_text(path, text)
     return list(paths)
+
+
+def _contains(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text("utf-8", errors="replace") == text
 
 
 def count_pictures(folder: Path) -> tuple[int, int]:
