@@ -16,13 +16,15 @@ import torch
 from helpers.lora_training import write_config
 from helpers.picture_folders import examples, write_folder
 from helpers.recording_trainer import file_names
-from helpers.tiny_stages import ALL, ema_of
+from helpers.tiny_stages import ALL, assert_equal_states, ema_of
 from PIL import Image
 from safetensors.torch import load_file
 
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.cli.main import main
+from wuerstchen_core.common.lock import folder_lock
 from wuerstchen_core.training import card as card_module
+from wuerstchen_core.training import export as export_module
 from wuerstchen_core.training.card import fenced, markdown
 from wuerstchen_core.training.compare import compare
 from wuerstchen_core.training.export import export, export_run
@@ -94,6 +96,36 @@ def test_a_lora_with_its_card(
 def test_code_and_text_cannot_end_their_place() -> None:
     assert fenced("a ```` b", "bash").splitlines() == ["`````bash", "a ```` b", "`````"]
     assert markdown("one\n\n# two | <i>") == r"one \# two \| &lt;i&gt;"
+
+
+def test_a_training_that_goes_on_does_not_mix_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_file(export_run(folder, [], tmp_path / "whole") / "lora.safetensors")
+    run = Path(shutil.copytree(folder, tmp_path / "lora"))
+    weights = run / "lora.safetensors"
+
+    def train_on(stage: Any, file: Path) -> list[Any]:
+        assert file.read_bytes() == expected
+        os.replace(run / "lora-000001.safetensors", weights)
+        return []
+
+    expected = weights.read_bytes()
+    monkeypatch.setattr(export_module, "_generate", train_on)
+    output = export_run(run, [])
+    assert "| Steps | 2 |" in (output / "README.md").read_text("utf-8")
+    assert_equal_states(load_file(output / "lora.safetensors"), whole)
+
+
+def test_a_second_or_failed_export_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with folder_lock(tmp_path / "used"), pytest.raises(ValueError, match=rf"used .*{os.getpid()}"):
+        export_run(folder, [], tmp_path / "used")
+    monkeypatch.setattr(export_module, "write_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(folder, [], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_step_without_weights_is_named(folder: Path, tmp_path: Path) -> None:

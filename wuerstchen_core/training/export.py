@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
 from ..checkpoints.weight_files import read_file_metadata
+from ..common.atomic import link_file
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
+from ..common.lock import LOCK, folder_lock
 from ..common.text import one_line, parse_json
 from .card import write_card
 from .checkpoint import load_checkpoint, newest_step, record_weights, weights_name
@@ -68,7 +71,7 @@ def export_run(
     `step` is that of weights that are kept or have a checkpoint (default: the newest), `name` the model's on the hub.
     ValueError if there are no such weights.
     """
-    if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+    if output is not None and (output.is_file() or (output.is_dir() and _files(output))):
         raise ValueError(f"{output} exists: choose a new folder, whose files are all of this export")
     stage, config = open_run(folder, overrides)
     file = folder / (f"{stage.stem}.safetensors" if step is None else weights_name(stage.stem, step))
@@ -76,19 +79,43 @@ def export_run(
         file = export(folder / f"checkpoint-{step:08d}.pt", overrides)
     if not file.is_file():
         raise ValueError(f"{folder} has no weights yet: train first")
-    step, output = _step_of(file, newest_step(folder)) if step is None else step, output or folder / FOLDER
-    metadata = {**weights_metadata(stage), "training": {"step": step}}
-    _open_pictures(stage, config, folder)
-    images = _generate(stage, file)
-    if output == folder / FOLDER:
-        shutil.rmtree(output, ignore_errors=True)  # of an earlier export
-    if parts := _pipeline(stage, config, file):
-        write_pipeline(output, parts, metadata)
-    else:
-        stage.publish(file, output, metadata)
-    write_card(output, name, stage, config, folder, step, images)
+    output = output or folder / FOLDER
+    is_new = not output.exists()
+    with folder_lock(output), ExitStack() as undo:
+        if is_new:
+            undo.callback(shutil.rmtree, output, ignore_errors=True)
+        _export(stage, config, folder, file, step, output, name)
+        undo.pop_all()
     _log_size(output)
     return output
+
+
+def _export(
+    stage: Stage[Any], config: Mapping[str, Any], folder: Path, file: Path, step: int | None, output: Path, name: str
+) -> None:
+    """Writes the files of `export_run`."""
+    own = output / f"{stage.stem}.safetensors"
+    link_file(file, own)  # a training may replace the file meanwhile
+    step = _step_of(own, newest_step(folder)) if step is None else step
+    metadata = {**weights_metadata(stage), "training": {"step": step}}
+    _open_pictures(stage, config, folder)
+    images = _generate(stage, own)
+    for path in _files(output):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != own:
+            path.unlink()
+    if parts := _pipeline(stage, config, own):
+        write_pipeline(output, parts, metadata)
+        own.unlink()
+    else:
+        stage.publish(own, output, metadata)
+    write_card(output, name, stage, config, folder, step, images)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files and subfolders of an export, without its lock."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
 
 
 def _step_of(file: Path, newest: int) -> int:
