@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -169,6 +170,13 @@ def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3, 23))
 def test_killed_at_many_moments(tmp_path: Path, whole: Path, seed: int) -> None:
     check_killed(tmp_path, whole, seed)
+
+
+def test_killed_before_it_removes_an_old_checkpoint(tmp_path: Path, whole: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.copy(folder / "checkpoint-00000056.pt", folder / "checkpoint-00000049.pt")
+    train(LineStage(), LONG, folder)
+    assert_same_training(folder, whole)
 
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..common.atomic import replace_file, write_text
+from ..common.atomic import reason, replace_file, write_text
 from ..common.text import one_line, parse_json
 from .config import LoopConfig
 
@@ -72,6 +72,11 @@ def write_checkpoint(folder: Path, step: int, contents: dict[str, Any], keep: in
         replace_file(path, partial(torch.save, contents))
     except RuntimeError as error:  # torch raises this, not OSError, on a full disk
         raise OSError(f"{path} was not written: {one_line(error)[:80]}; check that the disk has space") from error
+    remove_old(folder, keep)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Removes all checkpoints in a folder but the newest `keep`."""
     for old in checkpoints(folder)[keep:]:
         old.unlink()
 
@@ -102,9 +107,12 @@ def load_checkpoint(path: Path, load: Callable[[dict[str, Any]], object] = lambd
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Appends a row to the log."""
-    with (folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Appends a row to the log. OSError names the file if the disk is full."""
+    try:
+        with (folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OSError(f"{folder / LOG} was not written: {reason(error)}") from error
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

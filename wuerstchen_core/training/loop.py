@@ -26,6 +26,7 @@ from .checkpoint import (
     newest_step,
     read_checkpoint,
     record_weights,
+    remove_old,
     space_needed,
     truncate_log,
     weights_name,
@@ -249,6 +250,7 @@ class _Run:
         seconds = 0.0
         if self.main:
             remove_drafts(self.folder)
+            remove_old(self.folder, self.config.keep)
             seconds = truncate_log(self.folder, step if contents else -1)
         self.accelerator.wait_for_everyone()
         return step, seconds, contents["data"] if contents else {}
