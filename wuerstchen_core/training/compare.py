@@ -5,6 +5,7 @@ from __future__ import annotations
 from filecmp import cmp
 from pathlib import Path
 
+from ..common.atomic import check_room
 from ..common.devices import pick_device
 from .checkpoint import kept_weights
 from .monitor import stage_samples
@@ -36,6 +37,8 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError(f"images need {missing}: add it with --set")
     if not (files := kept_weights(folder, stage.stem)):
         raise ValueError(f"{folder} has no weights yet: train first")
+    path = output or folder / GRID
+    check_room(path)
     if len(files) > 1 and cmp(files[-2], files[-1], shallow=False):
         files.pop()  # the newest weights are those of the last step that was kept
     stage.net.to(pick_device("auto"))
@@ -44,6 +47,5 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     for file in files:
         stage.use_weights(pipeline, file)
         groups[file.stem] = stage_samples(stage, pipeline)
-    grid, path = prompt_grid(stage.sample.prompts, stage.sample.seeds, groups), output or folder / GRID
-    write_grid(path, grid, stage.sample.prompts)
+    write_grid(path, prompt_grid(stage.sample.prompts, stage.sample.seeds, groups), stage.sample.prompts)
     return path

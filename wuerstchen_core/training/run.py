@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.modelspec import Statement
+from ..common.atomic import check_room
 from ..common.dataclass_config import from_table
 from ..common.lock import folder_lock
 from .config import LoopConfig, check_tables, read_config
@@ -37,7 +38,9 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     folder, main = Path(config["run"]) / stage, is_main_process()
     with ExitStack() as locks:
         is_new = not folder.is_dir()
-        if main and not is_new:  # before networks are loaded
+        if main:  # before networks are loaded
+            check_room(folder / CONFIG)
+        if main and not is_new:
             locks.enter_context(folder_lock(folder))
         trainer = build_stage(stage, config)
         if main and is_new:  # a mistake leaves no folder

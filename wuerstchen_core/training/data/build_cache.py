@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ...common.atomic import replace_file, write_text
+from ...common.atomic import check_room, replace_file, write_text
 from ...common.dataclass_config import from_table
 from ...common.devices import DTYPES
 from ...common.lock import folder_lock
@@ -107,6 +107,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
     accelerator, folder = Accelerator(), Path(options.output)
+    check_room(folder / MANIFEST)
     check_processes(accelerator)
     encoders = {}
     for name in options.what:
