@@ -1,138 +1,216 @@
-"""Kills what writes files at random moments and starts it again: `python -m fuzz.kills`.
+"""Kills what writes files at random moments, and runs two at once: `python -m fuzz.kills`.
 
-A case is wrong if the files then are not those of an undisturbed run, if a draft or lock is left, or if two of them
-at once in one folder lose or mix files. Trainings are killed by `training/test_killed.py`.
+A case is wrong if the files of the next run are not those of an undisturbed one, if drafts or locks are left or files
+of others change, if two at once lose or mix files, or if a full disk leaves a draft. Half of the kills are at a moment,
+half before an operation on a file; SIGTERM must leave no draft itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import random
+import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from fuzz.weights import main
-from helpers.picture_folders import examples, write_folder
-from helpers.tiny_model import write_tiny_bundle
-
-from wuerstchen_core.checkpoints.convert import convert
-from wuerstchen_core.cli.main import main as run_command
-from wuerstchen_core.training.data.build_cache import make_cache
+from fuzz.writers import WRITERS, Writer, contents, hub, inputs, work
 
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fuzz.kills"])
-CONFIG = """
-run = "{folder}/run"
-inputs = {{ prior = "{model}", encoder = "{model}", text = "{model}", vqgan = "{model}" }}
-data = {{ source = "{pictures}", size = 64, multiple = 64, workers = 0 }}
-cache = {{ output = "{folder}/out", what = ["latents", "text"], shard = 3, batch = 2 }}
-"""
+CONTEXT.set_forkserver_preload(["fuzz.writers", "peft", "torch._dynamo"])
+KILLED = {signal.SIGKILL: (-signal.SIGKILL, 0), signal.SIGTERM: (-signal.SIGTERM, 128 + signal.SIGTERM, 0)}
+OTHERS = {"notes.txt": "mine", "mine.part": "a browser's"}  # files of the user
+OUTCOMES = ("killed", "at once", "full")
+# Names of two writers, or of more, that run at once in one folder. Some keep each other out, with exit code 2.
+TOGETHER = [
+    *((name,) * 2 for name, writer in WRITERS.items() if not writer.numbered),
+    ("generate several",) * 4,
+    ("convert", "convert to fp16"),
+    ("train longer", "train export"),
+    ("train export", "train compare"),
+]
+
+
+class Folder:
+    """A folder for the files of writers."""
+
+    def __init__(self, name: str):
+        self.parent = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self.path, self.events = Path(self.parent.name) / "in", Path(self.parent.name) / "events"
+        start = WRITERS[name].start
+        shutil.copytree(_start_folder(start), self.path) if start else self.path.mkdir()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.parent.cleanup()
+
+    def start(self, name: str, stop: tuple[int, int] | None = None, largest: int = 0) -> Any:
+        return self.start_command(WRITERS[name].command, stop, largest)
+
+    def start_command(self, command: str, stop: tuple[int, int] | None = None, largest: int = 0) -> Any:
+        command = command.format(**{path.name: path for path in inputs().iterdir()})
+        process = CONTEXT.Process(target=work, args=(command, self.path, hub(), self.events, stop, largest))
+        process.start()
+        return process
+
+    def files(self) -> dict[str, str]:
+        """Returns the hashes of the files."""
+        found = [path for path in self.path.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.path)): contents(path) for path in found}
+
+    def drafts(self) -> list[str]:
+        return [path.name for path in self.path.rglob(".*") if path.is_file() and "download" not in str(path)]
 
 
 @cache
-def inputs() -> Path:
-    """Returns a folder with a tiny model, pictures and prompts."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    write_tiny_bundle(folder / "tiny.safetensors")
-    write_folder(folder / "pictures", examples(range(12)))
-    (folder / "prompts.txt").write_text("".join(f"a red apple {i}\n" for i in range(6)))
-    return folder
-
-
-def _convert(inputs: Path, folder: Path) -> None:
-    convert([inputs / "tiny.safetensors"], folder / "out", dtype="bf16", force=True)
-
-
-def _generate(inputs: Path, folder: Path) -> None:
-    model, output = inputs / "tiny.safetensors", folder / "out.png"
-    run_command(["generate", "a", "--model", str(model), "--output", str(output), "--device", "cpu"])
-
-
-def _bulk(inputs: Path, folder: Path, *options: str) -> None:
-    model, prompts = inputs / "tiny.safetensors", inputs / "prompts.txt"
-    run_command([
-        "generate", "--prompts", str(prompts), "--model", str(model), "--output", str(folder / "out"), "--device",
-        "cpu", *options,
-    ])  # fmt: skip
-
-
-def _bulk_shards(inputs: Path, folder: Path) -> None:
-    _bulk(inputs, folder, "--shards", "2")
-
-
-def _cache(inputs: Path, folder: Path) -> None:
-    text = CONFIG.format(folder=folder, model=inputs / "tiny.safetensors", pictures=inputs / "pictures")
-    (folder / "config.toml").write_text(text)
-    make_cache(folder / "config.toml", [])
-
-
-WRITERS: dict[str, Callable[[Path, Path], None]] = {
-    "convert": _convert, "generate": _generate, "bulk": _bulk, "bulk in shards": _bulk_shards, "cache": _cache,
-}  # fmt: skip
-
-
-def _work(name: str, inputs: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
-    try:
-        WRITERS[name](inputs, folder)
-    except ValueError:  # the folder is locked
-        sys.exit(2)
-
-
-def _start(name: str, folder: Path) -> Any:
-    folder.mkdir(exist_ok=True)
-    process = CONTEXT.Process(target=_work, args=(name, inputs(), folder))
-    process.start()
-    return process
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Returns the hashes of the files of the output."""
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("config")]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+def _start_folder(name: str) -> Path:
+    """Returns a folder in which a writer has run."""
+    if name == "trained":
+        with Folder("train a LoRA") as folder:
+            folder.start("train a LoRA").join()
+            return Path(shutil.copytree(folder.path, inputs() / name))
+    raise ValueError(name)
 
 
 @cache
-def _undisturbed(name: str) -> tuple[dict[str, str], float]:
-    """Returns the files of a run that is not killed, and its seconds."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as path:
+def _undisturbed(name: str) -> tuple[dict[str, str], float, int]:
+    """Returns the files of a run that is not killed, its seconds and its operations on files."""
+    with Folder(name) as folder:
         start = time.monotonic()
-        _start(name, Path(path) / "in").join()
-        return _files(Path(path) / "in"), time.monotonic() - start
+        process = folder.start(name)
+        process.join()
+        assert process.exitcode == 0, name
+        return folder.files(), time.monotonic() - start, int(folder.events.read_text())
+
+
+def _add_others(folder: Folder, name: str) -> None:
+    """Puts files of the user into the folders that a writer writes to."""
+    for parent in {Path(file).parent for file in _undisturbed(name)[0]}:
+        if not (WRITERS[name].replaces and parent.is_relative_to(WRITERS[name].replaces)):
+            (folder.path / parent).mkdir(parents=True, exist_ok=True)
+            for file, text in OTHERS.items():
+                (folder.path / parent / file).write_text(text)
+
+
+def _compare(writer: Writer, folder: Folder, expected: dict[str, str], others: bool) -> str:
+    """Returns what is wrong with the files in a folder, "" if nothing is."""
+    found = folder.files()
+    if others:
+        own = {path for path in found if Path(path).name in OTHERS}
+        changed = [path for path in own if (folder.path / path).read_text() != OTHERS[Path(path).name]]
+        parents = {path.parent for path in map(Path, expected)}
+        parents = {x for x in parents if not (writer.replaces and x.is_relative_to(writer.replaces))}
+        if changed or len(own) != len(parents) * len(OTHERS):
+            return f"files of the user: {changed}, {sorted(own)}"
+        found = {path: text for path, text in found.items() if path not in own}
+    if writer.numbered:
+        lost = Counter(expected.values()) - Counter(found.values())
+        return f"{lost}, {sorted(found)}" if lost or set(found.values()) - set(expected.values()) else ""
+    return _different(expected, found)
+
+
+def _different(expected: dict[str, str], found: dict[str, str]) -> str:
+    """Returns the names of the files that differ, "" if none does."""
+    return ", ".join(sorted(file for file in {**expected, **found} if expected.get(file) != found.get(file)))
+
+
+def _killed(rng: random.Random, name: str) -> str:
+    """Kills a writer once or twice and runs it again; returns what is wrong, "" if nothing is."""
+    expected, seconds, operations = _undisturbed(name)
+    with Folder(name) as folder:
+        if others := rng.random() < 0.5:
+            _add_others(folder, name)
+        for _ in range(rng.choice((1, 1, 2))):
+            sent, at_operation = rng.choice(tuple(KILLED)), rng.random() < 0.5
+            process = folder.start(name, (sent, rng.randint(1, operations)) if at_operation else None)
+            if not at_operation:
+                time.sleep(rng.random() * seconds)
+                (process.kill if sent == signal.SIGKILL else process.terminate)()
+            process.join()
+            if process.exitcode not in KILLED[sent]:
+                return f"{sent.name}: exit code {process.exitcode}"
+            if sent == signal.SIGTERM and process.exitcode != -sent and (left := folder.drafts()):
+                return f"{sent.name}: left {left}"
+        process = folder.start(name)
+        process.join()
+        return (
+            f"exit code {process.exitcode}" if process.exitcode else _compare(WRITERS[name], folder, expected, others)
+        )
+
+
+def _full(rng: random.Random, name: str) -> str:
+    """Runs a writer whose files cannot get larger than a limit, then without it; returns what is wrong."""
+    expected = _undisturbed(name)[0]
+    with Folder(name) as folder:
+        process = folder.start(name, largest=int(10 ** rng.uniform(1, 6)))
+        process.join()
+        left = folder.drafts()
+        if process.exitcode not in (0, 2) or left:
+            return f"exit code {process.exitcode}, left {left}"
+        process = folder.start(name)
+        process.join()
+        return f"exit code {process.exitcode}" if process.exitcode else _compare(WRITERS[name], folder, expected, False)
+
+
+def _together(rng: random.Random, names: tuple[str, ...]) -> str:
+    """Runs writers at once in one folder; returns what is wrong, "" if nothing is."""
+    for name in names:
+        _undisturbed(name)
+    with Folder(names[0]) as folder:
+        processes = []
+        for name in names:
+            processes.append(folder.start(name))
+            time.sleep(rng.choice((0.0, 0.1, 0.5)) * rng.random())
+        for process in processes:
+            process.join()
+        codes = [process.exitcode for process in processes]
+        done = {name for name, code in zip(names, codes, strict=True) if code == 0}
+        different = len(set(names)) > 1 and WRITERS[names[0]].start
+        if set(codes) - {0, 2} or not done or (2 in codes and (different or WRITERS[names[0]].numbered)):
+            return f"exit codes {codes}"
+        if different:
+            return _compare_run(folder, names)
+        expected = [_undisturbed(name)[0] for name in done]
+        if WRITERS[names[0]].numbered:
+            found = Counter(folder.files().values())
+            return "" if found == Counter(list(expected[0].values()) * len(names)) else f"{sorted(folder.files())}"
+        wrong = [_compare(WRITERS[names[0]], folder, files, False) for files in expected]
+        return "" if "" in wrong else f"{wrong}, {codes}"
+
+
+def _compare_run(folder: Folder, names: tuple[str, ...]) -> str:
+    """Returns what is wrong after different writers in a run's folder; the export must be that of one step."""
+    found, export = folder.files(), WRITERS["train export"].replaces
+    expected = {path: text for name in names for path, text in _undisturbed(name)[0].items()}
+    if "train longer" in names:
+        card = (folder.path / export / "README.md").read_text("utf-8")
+        step = next(line.split("|")[2].strip() for line in card.splitlines() if line.startswith("| Steps |"))
+        folder.start_command(f"train export out/lora --step {step} --output reference").join()
+        reference = {path: text for path, text in folder.files().items() if path.startswith("reference/")}
+        expected = _undisturbed("train longer")[0] | {
+            path.replace("reference", export, 1): text for path, text in reference.items()
+        }
+    return _different(expected, found)
 
 
 def run_case(seed: int) -> str:
-    """Runs one case; returns "accepted", or what is wrong with it."""
+    """Runs one case; returns "killed", "at once" or "full", or what is wrong with it."""
     rng = random.Random(seed)
-    name = rng.choice(list(WRITERS))
-    expected, seconds = _undisturbed(name)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as path:
-        folder = Path(path) / "in"
-        together = rng.random() < 0.3
-        for _ in range(rng.choice((1, 2))):
-            processes = [_start(name, folder) for _ in range(1 + together)]
-            if not together:
-                time.sleep(rng.random() * seconds)
-                processes[0].kill()
-            for process in processes:
-                process.join()
-            if any(process.exitcode not in (0, 2, -signal.SIGKILL) for process in processes):
-                return f"{name}: exit codes {[process.exitcode for process in processes]}"
-        _start(name, folder).join()
-        found = _files(folder)
-    different = [file for file in {**expected, **found} if expected.get(file) != found.get(file)]
-    what = "two at once" if together else "killed"
-    return f"{name}, {what}: {different}" if different else "accepted"
+    if seed % 4 == 0:
+        names = rng.choice(TOGETHER)
+        wrong = _together(rng, names)
+        return f"{' and '.join(names)} at once: {wrong}" if wrong else "at once"
+    name, (case, what) = rng.choice([*WRITERS]), (_full, "full") if seed % 4 == 1 else (_killed, "killed")
+    wrong = case(rng, name)
+    return f"{name}, {what}: {wrong}" if wrong else what
 
 
 if __name__ == "__main__":
-    main(__doc__, run_case)
+    main(__doc__, run_case, OUTCOMES)

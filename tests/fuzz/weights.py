@@ -20,7 +20,7 @@ import time
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -427,7 +427,9 @@ def run_case(seed: int) -> str:
             return f"{name} ({', '.join(done)}): {type(error).__name__} {str(error):.200}"
 
 
-def main(description: str | None, run_case: Callable[[int], str]) -> None:
+def main(
+    description: str | None, run_case: Callable[[int], str], right: Sequence[str] = ("accepted", "refused", "skipped")
+) -> None:
     """Runs the cases that the command line names, and prints those that are wrong and the counts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=1000)
@@ -438,7 +440,7 @@ def main(description: str | None, run_case: Callable[[int], str]) -> None:
     start = time.monotonic()
     for seed in range(options.seed, options.seed + options.cases):
         outcome = run_case(seed)
-        expected = outcome in ("accepted", "refused", "skipped")
+        expected = outcome in right
         counts[outcome if expected else "wrong"] += 1
         if not expected:
             sys.stdout.write(f"case {seed}: {outcome}\n")
