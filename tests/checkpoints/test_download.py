@@ -117,6 +117,8 @@ def test_a_second_download_to_the_folder_is_refused(
 ) -> None:
     with folder_lock(tmp_path / ".wuerstchen-download"):
         assert str(os.getpid()) in fail(capsys, "--to", tmp_path) and not hub.requests
+    (tmp_path / ".wuerstchen-download").mkdir(exist_ok=True)
+    (tmp_path / ".wuerstchen-download" / ".lock").touch()  # of a killed process
     assert main(["download", "tiny", "--to", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "three.pt", "two.safetensors"]
 

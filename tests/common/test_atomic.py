@@ -47,6 +47,22 @@ def test_an_interrupt_leaves_no_draft(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_while_a_draft_is_removed_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SIGTERM, whose handler raises SystemExit."""
+    unlink, calls = Path.unlink, []
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise SystemExit
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(SystemExit):
+        create_file([tmp_path / "a.txt"], Path.touch)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in (".a.txt.0123.part", "below/.b.png.4567.part", "mine.part", "c.txt"):

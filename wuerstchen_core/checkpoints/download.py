@@ -57,14 +57,16 @@ def download(targets: Mapping[PublishedFile, Path]) -> list[Path]:
         if file not in missing:
             _check_existing(file, path)
     _check_space(missing)
+    left = {path.parent / _DRAFTS for path in targets.values() if (path.parent / _DRAFTS).is_dir()}
+    folders = sorted(left | {path.parent / _DRAFTS for path in missing.values()})
     with ExitStack() as locks:
-        for drafts in sorted({path.parent / _DRAFTS for path in missing.values()}):
-            locks.callback(_remove_empty, drafts)
-            locks.enter_context(folder_lock(drafts))
+        for folder in folders:
+            locks.callback(_remove_empty, folder)
+            locks.enter_context(folder_lock(folder))
         for file, path in missing.items():
             if not path.exists():  # else another process has just downloaded it
                 _fetch(hub, file, path)
-        for drafts in {_drafts(file, path) for file, path in missing.items()}:
+        for drafts in {_drafts(file, path) for file, path in targets.items() if path.parent / _DRAFTS in folders}:
             shutil.rmtree(drafts, ignore_errors=True)
     return list(targets.values())
 

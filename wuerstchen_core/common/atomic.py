@@ -91,8 +91,18 @@ def _draft(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{path} was not written: {reason(error)}") from error
     finally:
-        with suppress(OSError):  # if the folder itself is missing or locked
-            draft.unlink()
+        remove_file(draft)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file if it is there and can be removed, even if a signal interrupts that."""
+    try:
+        with suppress(OSError):
+            path.unlink()
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 @cache

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .atomic import check_room, reason
+from .atomic import check_room, reason, remove_file
 from .text import parse_json
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ def _locked(target: Path, path: Path) -> Iterator[None]:
             yield
         finally:
             _own.discard(resolved)
-            with suppress(OSError):  # Windows removes no open file
-                path.unlink()
+            remove_file(path)  # but not on Windows, where it is open
 
 
 def _opened(target: Path, path: Path) -> BinaryIO:
