@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..common.atomic import check_room
-from ..common.lock import LOCK, folder_lock
+from ..common.lock import folder_lock
 from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
 from ..inference.records import provenance
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--prompts needs a folder for the images: add --output FOLDER")
     if not options.prompts.exists():
         raise ValueError(f"{options.prompts} does not exist: give a file with a prompt or a JSON object per line")
-    check_room(options.output / LOCK)
+    check_room(options.output)
     create_folder(options.output, options.shards)
     with folder_lock(options.output, rank):
         _run(options, rank, world, local_rank)

@@ -31,7 +31,7 @@ def folder_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     Processes of one run that write to one folder lock it with different ranks. The operating system releases the lock
     when the process ends, however it ends. Where the file system has no locks, nothing is locked, and the log says so.
     """
-    check_room(folder / LOCK)
+    check_room(folder)
     with _locked(folder, folder / (f"{LOCK}-{rank}" if rank else LOCK)):
         yield
 

@@ -39,7 +39,7 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
     with ExitStack() as locks:
         is_new = not folder.is_dir()
         if main:  # before networks are loaded
-            check_room(folder / CONFIG)
+            check_room(folder)
         if main and not is_new:
             locks.enter_context(folder_lock(folder))
         trainer = build_stage(stage, config)

@@ -107,7 +107,7 @@ def make_cache(config_path: Path, overrides: list[str]) -> Path:
     if not isinstance(loader, IndexedLoader):
         raise ValueError("[data] source is a stream, which cannot be cached: download the shards first")
     accelerator, folder = Accelerator(), Path(options.output)
-    check_room(folder / MANIFEST)
+    check_room(folder)
     check_processes(accelerator)
     encoders = {}
     for name in options.what:
