@@ -18,7 +18,9 @@ OLDEST = {
 }
 OLDEST_FOR_TRAINING = {"torch": "2.5", "pillow": "10.1"}  # torch.distributed.tensor, ImageFont.load_default(size)
 
-OLDEST_FOR_PICKLES = {"torch": "2.6"}  # whose weights_only keeps a file from running code (CVE-2025-32434)
+# Whose weights_only keeps a file from running code (CVE-2025-32434) and from writing over memory (CVE-2026-24747).
+OLDEST_FOR_PICKLES = {"torch": "2.10"}
+OLDEST_FOR_HUB = {"datasets": "2.20"}  # whose load_dataset runs no code of a dataset
 
 
 def check_versions(oldest: Mapping[str, str] = OLDEST) -> None:

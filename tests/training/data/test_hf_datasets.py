@@ -155,6 +155,9 @@ def test_a_name_of_the_hub_is_opened_there_and_only_then(tmp_path: Path, monkeyp
     for name in ("owner/name", "owner/name.parquet"):
         with pytest.raises(ValueError, match="does not exist"):
             opened(Path(name))
+    monkeypatch.setattr("wuerstchen_core.common.versions._version", {"datasets": "2.19.2"}.get)
+    with pytest.raises(ValueError, match=r"2\.19\.2"):  # which runs code of datasets
+        opened(Path("datasets:owner/name"))
     assert len(calls) == 2
 
 

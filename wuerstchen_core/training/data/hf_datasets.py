@@ -16,6 +16,7 @@ from PIL import Image
 
 from ...common.files import check_file
 from ...common.text import listed, one_line
+from ...common.versions import OLDEST_FOR_HUB, check_versions
 from ...inference.images import has_alpha, open_opacity, open_picture
 from .folder import FOLDER_FIELDS, example_records, find_files, is_image
 from .hf_columns import Column, caption_column, columns_of, image_column
@@ -174,6 +175,7 @@ def _load(names: Sequence[str], options: SourceConfig) -> Any:
         raise ValueError(f"subset = {options.subset!r} is for datasets of the Hub, and {name} is none: remove it")
     try:
         if name.startswith(HUB):
+            check_versions(OLDEST_FOR_HUB)
             path, _, revision = name.removeprefix(HUB).partition("@")
             loaded = datasets.load_dataset(path, options.subset, split=options.split, revision=revision or None)
             if options.split:
