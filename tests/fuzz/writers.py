@@ -8,7 +8,6 @@ import os
 import resource
 import shlex
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz.weights import kept_folder
 from helpers.picture_folders import examples, picture, write_folder
 from helpers.tiny_model import write_tiny_bundle
 
@@ -80,7 +80,7 @@ WRITERS: Mapping[str, Writer] = {
 @cache
 def inputs() -> Path:
     """Returns a folder with a tiny model, pictures, prompts and configurations."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = kept_folder()
     model = write_tiny_bundle(folder / "model")
     write_tiny_bundle(folder / "stage_c", without=("decoder", "vqgan", "image_encoder"))
     pictures = write_folder(folder / "pictures", examples(range(12)))
