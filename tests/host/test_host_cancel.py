@@ -28,7 +28,7 @@ WORKFLOWS = (
     "lora",
 )
 POINTS = 100
-LONGEST = 5.0  # seconds until a cancelled prompt ends, on a busy machine; a step of these takes up to 1
+LONGEST = 5.0  # seconds until a cancelled prompt ends, on a busy machine
 
 
 def cancelled(server: Server, graph: Graph, seconds: float) -> tuple[Outcome, float]:
@@ -40,6 +40,14 @@ def cancelled(server: Server, graph: Graph, seconds: float) -> tuple[Outcome, fl
         at = time.monotonic()
         outcome, end = run.result()
     return outcome, end - at
+
+
+def timed(server: Server, graph: Graph) -> tuple[list[np.ndarray], float]:
+    """Returns the pictures of a prompt, and its seconds."""
+    start = time.monotonic()
+    outcome = server.run(graph)
+    assert outcome.status == "execution_success", outcome.error
+    return [np.asarray(picture) for picture in outcome.pictures], time.monotonic() - start
 
 
 @pytest.mark.long
@@ -54,25 +62,23 @@ def test_cancelled_anywhere_the_next_prompt_is_right(
             graphs[name] = copy.deepcopy(prompts.graphs[name])
             for node in graphs[name].values():
                 if node["class_type"] == "WuerstchenEmptyLatents":
-                    node["inputs"].update(width=192, height=192, batch_size=2)
-            start = time.monotonic()
-            expected[name] = server.run(graphs[name]).pictures
-            seconds[name] = time.monotonic() - start
+                    node["inputs"].update(width=128, height=128)
+            expected[name], seconds[name] = timed(server, graphs[name])
         server.get("/probe/late")
-        stopped, slowest = 0, (0.0, "")
-        for _ in range(POINTS):
-            name = rng.choice(WORKFLOWS)
+        delays: list[tuple[float, str]] = []
+        name = WORKFLOWS[-1]
+        while len(delays) < POINTS:
+            name = rng.choice([other for other in WORKFLOWS if other != name])  # ComfyUI has the last one's results
             if rng.random() < 0.5:  # the models are loaded again
                 server.post("/free", {"unload_models": True, "free_memory": True})
-            outcome, delay = cancelled(server, graphs[name], rng.uniform(0.05, seconds[name]))
-            assert outcome.status in ("execution_interrupted", "execution_success"), outcome.error
-            if outcome.status == "execution_interrupted":
-                stopped += 1
-                slowest = max(slowest, (delay, name))
-                assert len(server.get("/probe/late")) <= 1
-            after = server.run(graphs[name])
-            assert after.status == "execution_success" and len(after.pictures) == len(expected[name]), after.error
-            for picture, right in zip(after.pictures, expected[name], strict=True):
-                assert np.array_equal(np.asarray(picture), np.asarray(right)), name
-        record_property("cancelled", f"{stopped} of {POINTS}, at most {slowest[0]:.2f} s late ({slowest[1]})")
-        assert stopped > POINTS / 2 and slowest[0] < LONGEST
+            outcome, delay = cancelled(server, graphs[name], rng.uniform(0, seconds[name]))
+            if outcome.status == "execution_success":  # it ended before
+                continue
+            assert outcome.status == "execution_interrupted", outcome.error
+            assert len(server.get("/probe/late")) <= 1, name  # called between the check and the call
+            delays.append((delay, name))
+            found, seconds[name] = timed(server, graphs[name])
+            assert len(found) == len(expected[name])
+            assert all(map(np.array_equal, found, expected[name])), name
+        record_property("delays", sorted(delays))
+        assert max(delays)[0] < LONGEST

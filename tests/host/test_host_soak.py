@@ -58,7 +58,7 @@ def test_memory_does_not_grow(install: Install, tmp_path: Path, record_property:
         for _ in range(SAMPLES):
             statuses.update(run(server, prompts.any(rng)) for _ in range(left // SAMPLES))
             found.append(memory(server))
-            record_property("memory", found[-1])
+        record_property("memory", found)
         assert statuses["execution_success"] > PROMPTS / 2 and statuses["execution_error"] > PROMPTS / 50
         for name in ("used", "blocks"):
             assert found[-1][name] < (1 + GROWTH) * found[0][name], found
