@@ -65,8 +65,8 @@ class Folder:
         found = [path for path in self.path.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.path)): contents(path) for path in found}
 
-    def drafts(self) -> list[str]:
-        return [path.name for path in self.path.rglob(".*") if path.is_file() and "download" not in str(path)]
+    def drafts(self) -> set[str]:
+        return {path.name for path in self.path.rglob(".*.part")}
 
 
 @cache
@@ -134,7 +134,7 @@ def _killed(rng: random.Random, name: str) -> str:
         if others := rng.random() < 0.5:
             _add_others(folder, name)
         for _ in range(rng.choice((1, 1, 2))):
-            sent, at_operation = rng.choice(tuple(KILLED)), rng.random() < 0.5
+            sent, at_operation, before = rng.choice(tuple(KILLED)), rng.random() < 0.5, folder.drafts()
             process = folder.start(name, (sent, rng.randint(1, operations)) if at_operation else None)
             if not at_operation:
                 time.sleep(rng.random() * seconds)
@@ -142,7 +142,7 @@ def _killed(rng: random.Random, name: str) -> str:
             process.join()
             if process.exitcode not in KILLED[sent]:
                 return f"{sent.name}: exit code {process.exitcode}"
-            if sent == signal.SIGTERM and process.exitcode != -sent and (left := folder.drafts()):
+            if sent == signal.SIGTERM and process.exitcode != -sent and (left := folder.drafts() - before):
                 return f"{sent.name}: left {left}"
         process = folder.start(name)
         process.join()
