@@ -58,7 +58,7 @@ def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:
                 expected = f"a {'whole ' if kind is Integral else ''}number from {item.min:g} to {item.max:g}"
         elif isinstance(item, io.Combo.Input):
             if value not in item.options:
-                expected = f"one of {listed(item.options, most=8 if len(item.options) <= 8 else 4)}"  # else files
+                expected = f"one of {listed(item.options, most=8 if len(item.options) <= 8 else 4)}"
         elif isinstance(item, io.Boolean.Input) and not isinstance(value, bool):
             expected = "true or false"
         elif isinstance(item, io.String.Input) and not isinstance(value, str):

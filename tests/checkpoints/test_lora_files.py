@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wuerstchen_core.checkpoints.adapters import Adapter, delta, fit, merge_lora
 from wuerstchen_core.checkpoints.lora_files import lora_from_state, read_lora
 from wuerstchen_core.checkpoints.lora_keys import parse_key
+from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.models.prior import Prior, PriorParams
 
 NETWORK, TEXT = random_factors(attention_of_prior()), random_factors(attention_of_tower(32), seed=1)
@@ -271,6 +272,9 @@ def test_alphas_that_are_plain_numbers(tmp_path: Path) -> None:
     torch.save({key: x.item() if key.endswith(".alpha") else x for key, x in state.items()}, tmp_path / "x.pt")
     adapter = read_lora(tmp_path / "x.pt").network["blocks.2.attention.to_q"]
     assert adapter.tensors["alpha"] == ALPHA
+    torch.save(dict.fromkeys(state, 10**400), tmp_path / "huge.pt")
+    with pytest.raises(ValueError, match=r"huge\.pt"):
+        read_weight_file(tmp_path / "huge.pt")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

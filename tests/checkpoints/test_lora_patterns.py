@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from wuerstchen_core.checkpoints.lora_patterns import LONGEST, matches
+from wuerstchen_core.checkpoints.lora_patterns import LONGEST_PATTERN, matches
 
 PATHS = (
     "to_q",
@@ -31,7 +31,7 @@ def test_patterns_match_as_in_python(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", ")", "*", "[z-a]", "[", "a{1", "{2}", r"(a)\1", "(?=a)", "\\", "a" * (LONGEST + 1)]
+    "pattern", ["(", ")", "*", "[z-a]", "[", "a{1", "{2}", r"(a)\1", "(?=a)", "\\", "a" * (LONGEST_PATTERN + 1)]
 )
 def test_other_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern"):

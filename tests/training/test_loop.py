@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.training import loop
-from wuerstchen_core.training.checkpoint import checkpoints
+from wuerstchen_core.training.checkpoint import LOG, append_row, checkpoints, read_rows
 from wuerstchen_core.training.loop import learning_rate, train
 from wuerstchen_core.training.optim import build_optimizers
 
@@ -202,8 +202,8 @@ def test_room_for_all_files_is_found_before_the_first_step(tmp_path: Path, monke
     train(LineStage(width=100_000), replace(config, steps=1), folder)
     train(LineStage(width=100_000), config, folder)
     checkpoint, weights = (path.stat().st_size for path in (checkpoints(folder)[0], folder / "prior.safetensors"))
-    assert asked == [  # 1: a checkpoint, weights and their draft; 2: two checkpoints more, four weights that are kept
-        pytest.approx(size, rel=0.02) for size in (checkpoint + 2 * weights, 2 * checkpoint + 6 * weights)
+    assert asked == [  # 1: a checkpoint, weights and their draft; 2: two checkpoints more, four kept weights, a draft
+        pytest.approx(size, rel=0.02) for size in (checkpoint + 2 * weights, 2 * checkpoint + 5 * weights)
     ]
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda path: (10**12, 0, 11_000_000))
@@ -297,3 +297,22 @@ def test_unsupported_settings_are_refused_before_training(
     with pytest.raises(ValueError, match=facts):
         train(LineStage(), replace(CONFIG, **change), tmp_path)
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_row_replaces_an_incomplete_one(tmp_path: Path) -> None:
+    for step in range(3):
+        append_row(tmp_path, {"step": step})
+        with (tmp_path / LOG).open("a") as file:
+            file.write('{"ste' if step else "")
+    assert [row["step"] for row in read_rows(tmp_path / LOG)] == [0, 1, 2]
+
+
+def test_drafts_of_a_killed_run_are_removed_before_the_disk_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = tmp_path / ".checkpoint-00000002.pt.abc-1-2.part"
+    draft.touch()
+    seen: list[bool] = []
+    monkeypatch.setattr(loop, "check_room", lambda path, size: seen.append(draft.exists()))
+    train(LineStage(), replace(CONFIG, steps=1), tmp_path)
+    assert seen == [False]

@@ -25,14 +25,14 @@ def names_source(read: Read) -> Read:
     def checked(source: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return read(source, *args, **kwargs)
-        except ValueError as error:
-            error.args = (error_text(error), *error.args[1:])  # it can name what the file holds
-            raise
-        except _UNFORESEEN as error:
+        except (*_UNFORESEEN, UnicodeError) as error:
             if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
             reason = f"{type(error).__name__}: {error_text(error):.100}"
             path = getattr(source, "path", None) or source
             raise ValueError(f"{path} is damaged or has an unknown form ({reason}): download it again") from error
+        except ValueError as error:
+            error.args = (error_text(error), *error.args[1:])  # it can name what the file holds
+            raise
 
     return checked  # type: ignore[return-value]

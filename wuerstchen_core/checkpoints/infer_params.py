@@ -17,7 +17,7 @@ from ..models.vqgan import VQGANParams
 from .lazy import LazyTensor
 
 HEAD_WIDTH = 64  # of every attention in the released networks and ours, except the token decoder
-LONGEST = 1000  # module list of a file with fewer tensors
+LONGEST_LIST = 1000  # module list of a file with fewer tensors
 TOKEN_HEADS = 16  # number of heads in the token decoder, at every width
 
 # The kind of a block in a decoder's level, by a tensor that only this kind has. The first match wins.
@@ -65,7 +65,7 @@ def _count(state: Tensors, prefix: str) -> int:
     """Returns the length of the module list under `prefix`. Raises ValueError if its keys are damaged."""
     entries = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
     count = 1 + max((int(entry) for entry in entries if entry.isdecimal()), default=-1)
-    if count > max(len(state), LONGEST):
+    if count > max(len(state), LONGEST_LIST):
         raise ValueError(f"the weights are damaged: {prefix}{count - 1} has no place among {len(state)} tensors")
     return count
 

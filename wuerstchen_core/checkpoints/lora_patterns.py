@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import count
 from typing import TypeAlias
 
-LONGEST = 500  # characters of a pattern
+LONGEST_PATTERN = 500  # characters of a pattern
 
 # Returns where matches end in a text, from where they start.
 Node: TypeAlias = Callable[[str, set[int]], set[int]]
@@ -36,7 +36,7 @@ def _parse(pattern: str) -> Node:
     groups: list[list[list[Node]]] = [[[]]]  # open ones, each with alternatives of nodes in a row
     end = 0
     try:
-        for token in _TOKEN.finditer(pattern[:LONGEST]):
+        for token in _TOKEN.finditer(pattern[:LONGEST_PATTERN]):
             if token.start() != end:
                 break
             end = token.end()

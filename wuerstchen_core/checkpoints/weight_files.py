@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common.files import check_file
 from ..common.text import parse_json, printable
 from .components import State
+from .damage import names_source
 from .file_kinds import is_safetensors, name_kind
 from .lazy import LazyTensor
 from .stored import Member, StoredFile
@@ -58,6 +59,7 @@ class WeightFile:
     metadata: dict[str, str]
 
 
+@names_source
 def read_weight_file(path: Path) -> WeightFile:
     """Opens a file, whose tensors are read when they are loaded; then ValueError if the file has changed since.
 

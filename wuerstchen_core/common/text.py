@@ -72,11 +72,11 @@ def parse_bounded(parse: Callable[[Any], Any], text: str | bytes) -> Any:
     """Returns `parse(text)`. ValueError if lists or tables in the value are nested more than `DEPTH` deep."""
     with suppress(RecursionError):
         level = [value := parse(text)]
-        for _ in range(DEPTH):
+        for _ in range(DEPTH + 1):
             lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, list | dict)]
+            if not lists:
+                return value
             level = list(chain.from_iterable(lists))
-        if not level:
-            return value
     raise ValueError("it is nested too deeply")
 
 

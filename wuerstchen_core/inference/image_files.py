@@ -55,7 +55,7 @@ def take_turns(lock: AbstractContextManager[Any]) -> None:
 
 
 def turn(pixels: int) -> AbstractContextManager[Any]:
-    """Returns a context in which a picture of so many pixels may be in memory."""
+    """Returns the context in which to read a picture of so many pixels, which is the lock for a large one."""
     return _turns if pixels > LARGE_PICTURE else nullcontext()
 
 

@@ -34,16 +34,17 @@ def newest_step(folder: Path) -> int:
     return max((int(path.stem.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
-def space_needed(folder: Path, config: LoopConfig, start: int, checkpoint: int, weights: int) -> int:
+def space_needed(file: Path, config: LoopConfig, start: int, checkpoint: int, weights: int) -> int:
     """Returns the bytes that a run needs on the disk from step `start` on, of checkpoints and weights.
 
-    Those that are there already are not counted. `checkpoint` and `weights` are the bytes of one file.
+    Those that are there already are not counted. `file` is that of the newest weights, `checkpoint` and `weights` are
+    the bytes of one file.
     """
-    found = len(checkpoints(folder))
+    found = len(checkpoints(file.parent))
     saved = -(-config.steps // config.save_every) - start // config.save_every  # also at the last step
     kept = config.steps // config.keep_every - start // config.keep_every if config.keep_every else 0
     new = max(0, min(found + saved, config.keep + 1) - found)  # an old one is removed after a new one is written
-    return new * checkpoint + (kept + 2) * weights  # also the newest, and its draft
+    return new * checkpoint + (kept + 2 - file.exists()) * weights  # also the newest, and its draft
 
 
 def weights_name(stem: str, step: int) -> str:
@@ -107,12 +108,18 @@ def load_checkpoint(path: Path, load: Callable[[dict[str, Any]], object] = lambd
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Appends a row to the log. OSError names the file if the disk is full."""
+    """Appends a row to the log, in place of an incomplete last one. OSError names the file if the disk is full."""
+    path = folder / LOG
     try:
-        with (folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with path.open("ab+") as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(f"{json.dumps(row)}\n".encode())
     except OSError as error:
-        raise OSError(f"{folder / LOG} was not written: {reason(error)}") from error
+        raise OSError(f"{path} was not written: {reason(error)}") from error
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

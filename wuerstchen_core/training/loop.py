@@ -87,8 +87,10 @@ class _Run:
     def train(self) -> Path:
         config, file = self.config, self.folder / f"{self.stage.stem}.safetensors"
         newest = newest_step(self.folder)
-        if self.main and newest < config.steps:
-            check_room(self.folder, space_needed(self.folder, config, newest, *self.state.file_sizes()))
+        if self.main:
+            remove_drafts(self.folder)
+            if newest < config.steps:
+                check_room(self.folder, space_needed(file, config, newest, *self.state.file_sizes()))
         if self.monitor.compares and newest < config.steps:
             _, net = self.state.averaged()
             if self.main:
@@ -249,7 +251,6 @@ class _Run:
             self.losses = list(torch.tensor(contents["losses"], device=self.accelerator.device))
         seconds = 0.0
         if self.main:
-            remove_drafts(self.folder)
             remove_old(self.folder, self.config.keep)
             seconds = truncate_log(self.folder, step if contents else -1)
         self.accelerator.wait_for_everyone()

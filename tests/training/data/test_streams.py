@@ -19,6 +19,7 @@ import pytest
 from helpers.picture_folders import examples, picture, shard, table
 
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.inference import image_files
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.loading import Batch, BatchLoader
 from wuerstchen_core.training.data.open import open_loader
@@ -26,6 +27,19 @@ from wuerstchen_core.training.data.streams import without_secrets
 
 pytest.importorskip("webdataset")
 SHARDS = 6
+
+
+class Reading:
+    """The lock on large pictures."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def __enter__(self) -> None:
+        self.held += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.held -= 1
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -221,3 +235,12 @@ def test_errors_of_fsspec_have_no_secrets(caplog: pytest.LogCaptureFixture) -> N
     for source in ("nothing://store/0.tar", ["locked://store/0.tar", "/0.tar"]):
         with pytest.raises(ValueError, match="source"):
             opened(source)
+
+
+def test_large_pictures_are_cropped_in_turn(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, held, crop = Reading(), list[int](), ImageDataConfig.crop_image
+    monkeypatch.setattr(image_files, "LARGE_PICTURE", 0)
+    monkeypatch.setattr(image_files, "_turns", lock)
+    monkeypatch.setattr(ImageDataConfig, "crop_image", lambda *args: held.append(lock.held) or crop(*args))
+    next(iter(opened(local(shards)).batches()))
+    assert held and all(held) and not lock.held

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.text import listed, one_line
+from ...inference.image_files import turn
 from ...inference.images import open_grey, open_opacity, open_picture, picture_size
 from .buckets import Size
 from .caption_edits import RANDOM
@@ -100,8 +101,8 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                 yield from self._read_shard(number, waiting)
 
     def _read_shard(self, number: int, waiting: dict[int, list[Example]]) -> Iterator[ReadResult]:
-        turn, position = divmod(number, len(self.urls))
-        url = self.urls[np.random.default_rng((self.seed, turn)).permutation(len(self.urls))[position]]
+        epoch, position = divmod(number, len(self.urls))
+        url = self.urls[np.random.default_rng((self.seed, epoch)).permutation(len(self.urls))[position]]
         problems, result, found = list[str](), ReadResult(), 0
         left_out = LeftOut()
         for key, members in _read_groups(url, problems, left_out):
@@ -132,24 +133,30 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
 
     def _read_examples(
         self, files: Members[bytes], name: str, number: int, found: int
-    ) -> Iterator[tuple[str, ValueError | tuple[str, int, Example | None]]]:
-        """Yields the examples of an image, one for each caption: why it is rejected or "", its bucket, and itself.
+    ) -> list[tuple[str, ValueError | tuple[str, int, Example | None]]]:
+        """Returns the examples of an image, one for each caption: why it is rejected or "", its bucket, and itself.
 
         `found` is the number of examples before it in shard `number`.
         """
         try:
             table = read_table(files.table, name)
-            record = image_record(picture_size(BytesIO(files.image), name), table, name)
+            width, height = picture_size(BytesIO(files.image), name)
+            record = image_record((width, height), table, name)
             (reason,), (bucket,) = self.config.select(np.array([record], dtype=RECORD_FIELDS))
             if reason:
-                yield name, (str(reason), int(bucket), None)
-                return
+                return [(name, (str(reason), int(bucket), None))]
             captions = self._read_captions(files, table, name) if self.captions else [""]
-            image = open_picture(BytesIO(files.image), name)
-            mask = self._read_mask(files, image.size, name)
+            with turn(width * height):
+                return list(self._cropped(files, name, captions, int(bucket), number, found))
         except ValueError as error:
-            yield name, error
-            return
+            return [(name, error)]
+
+    def _cropped(
+        self, files: Members[bytes], name: str, captions: list[str], bucket: int, number: int, found: int
+    ) -> Iterator[tuple[str, ValueError | tuple[str, int, Example | None]]]:
+        """Yields the examples of an image that belongs to a bucket, as `_read_examples`."""
+        image = open_picture(BytesIO(files.image), name)
+        mask = self._read_mask(files, image.size, name)
         if self.config.captions == RANDOM:
             captions = [generator((self.seed, number, found + 1), Purpose.CAPTION).choice(captions).item()]
         for line, (caption, own) in enumerate(zip(captions, caption_names(name, len(captions)), strict=True)):
@@ -164,7 +171,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
                     yield own, error
                     continue
                 example = example._replace(pixel_weights=weights)
-            yield own, ("", int(bucket), example.mirrored() if self.config.flips(key) else example)
+            yield own, ("", bucket, example.mirrored() if self.config.flips(key) else example)
 
     def _read_captions(self, files: Members[bytes], table: Mapping[str, Any], name: str) -> list[str]:
         try:
