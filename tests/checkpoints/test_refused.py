@@ -27,9 +27,13 @@ from wuerstchen_core.checkpoints.key_maps import LORA
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.open import open_source
 from wuerstchen_core.checkpoints.source import ForeignFile
+from wuerstchen_core.checkpoints.weight_files import read_json
+from wuerstchen_core.cli.prompt_file import read_lines
+from wuerstchen_core.common import files
 from wuerstchen_core.common.text import LONGEST
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.vqgan import VQGAN
+from wuerstchen_core.training.config import read_config
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,19 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
     for read in (describe, read_lora, load_prior):
         with pytest.raises(ValueError, match="it.safetensors"):
             read(tmp_path / "it.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("read", [read_json, read_lines, lambda path: read_config(path, [])])
+def test_texts_from_pipes_and_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    os.mkfifo(tmp_path / "it")
+    monkeypatch.setattr(files, "LARGEST_TEXT", 1000)
+    (tmp_path / "large").write_text(" " * 1001)
+    for path in (tmp_path / "it", tmp_path / "large", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=path.name):
+            read(path)
 
 
 def test_deeply_nested_metadata_are_refused(tmp_path: Path) -> None:

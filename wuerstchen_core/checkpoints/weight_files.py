@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.files import check_file
+from ..common.files import check_file, read_text_file
 from ..common.text import parse_json, printable
 from .components import State
 from .damage import names_source
@@ -153,8 +153,9 @@ def _find_states(content: Any, label: str) -> Iterator[tuple[str, State]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file with one object. Raises ValueError for anything else."""
+    data = read_text_file(path)
     try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
         raise broken(path, error) from error
     if not isinstance(content, dict):

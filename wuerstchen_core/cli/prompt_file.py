@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..common.dataclass_config import from_table
+from ..common.files import read_text_file
 from ..common.text import decode_text
 from ..inference.settings import SamplingOptions, SamplingSettings, check_count
 from ..training.data.sidecars import parse_json_table
@@ -52,7 +53,7 @@ def read_lines(path: Path) -> dict[int, bytes]:
     """
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path} is not a file: give a file of prompts")
-    data = path.read_bytes()
+    data = read_text_file(path)
     if b"\0" in data:
         data = decode_text(data, str(path)).encode()
     lines = enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, OneOf, Positive, Range, option
+from ..common.files import read_text_file
 from ..common.text import decode_text, nearest, parse_bounded
 
 if sys.version_info >= (3, 11):
@@ -122,8 +123,9 @@ def read_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Reads a TOML file and applies overrides `table.key=value`, where a value that is not TOML is a string."""
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path} is not a file: give the TOML file of a configuration")
+    data = read_text_file(path)
     try:
-        config = parse_bounded(tomllib.loads, decode_text(path.read_bytes(), "it"))
+        config = parse_bounded(tomllib.loads, decode_text(data, "it"))
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
