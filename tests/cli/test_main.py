@@ -256,14 +256,22 @@ def test_interrupted_while_writing(
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0."),
+        MemoryError(),
+    ],
+)
 def test_out_of_memory(
-    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(RuntimeError(message)))
+    monkeypatch.setattr(WuerstchenPipeline, "generate", raising(error))
     assert "--width" in failure(capsys, "generate", PROMPT, "--model", bundle)
     trainer = pytest.importorskip("wuerstchen_core.training.run")
-    monkeypatch.setattr(trainer, "run", raising(RuntimeError(message)))
+    monkeypatch.setattr(trainer, "run", raising(error))
     assert "train.batch" in failure(capsys, "train", "prior", "--config", "c.toml")
 
 

@@ -304,6 +304,17 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
         open_picture(tmp_path / "it.png")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_lack_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load(self: Image.Image) -> None:
+        raise error
+
+    noise(32, 16).save(file := io.BytesIO(), "PNG")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(type(error)):
+        open_picture(file, "it")
+
+
 def test_the_size_of_a_png_is_known_without_its_pixels() -> None:
     file = io.BytesIO(png(7, 5, 8, 0, bytes(40))[:45])  # the header, and the start of the pixels
     assert picture_size(file, "it") == (7, 5)

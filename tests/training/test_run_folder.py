@@ -21,7 +21,7 @@ from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.lock import folder_lock
 from wuerstchen_core.training import processes
 from wuerstchen_core.training import run as training_run
-from wuerstchen_core.training.checkpoint import checkpoints, newest_step, write_checkpoint
+from wuerstchen_core.training.checkpoint import checkpoints, load_checkpoint, newest_step, write_checkpoint
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.processes import accelerate_precision, check_processes, choose_precision
 from wuerstchen_core.training.run import run
@@ -167,6 +167,15 @@ def test_the_weights_of_a_checkpoint_are_exported(
     for wrong in (tmp_path / "elsewhere.pt", folder / "none.pt"):
         assert main(["train", "export", str(wrong)]) == 2
         assert wrong.name in capsys.readouterr().err
+
+
+def test_lack_of_memory_is_no_damage_of_a_checkpoint(tmp_path: Path) -> None:
+    def load(contents: dict[str, Any]) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    torch.save({}, tmp_path / "checkpoint-1.pt")
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        load_checkpoint(tmp_path / "checkpoint-1.pt", load)
 
 
 def test_copies_of_checkpoints_are_left_alone(tmp_path: Path) -> None:

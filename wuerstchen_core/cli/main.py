@@ -75,7 +75,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         return _fail(f"{package} is not installed: {options.install_hint}")
     except (ValueError, OSError) as error:
         return _fail(error_text(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return _fail(f"not enough memory: {options.memory_hint}")

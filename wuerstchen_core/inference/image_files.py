@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from ..common.files import check_file
+from ..common.memory import is_out_of_memory
 
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # packages that add formats to Pillow
 # Pillow's names of the formats that are read, if it or a plugin has them. The decoders of others are hardly tested.
@@ -101,9 +102,11 @@ def opened(picture: str | PathLike[str] | BinaryIO, name: str) -> Iterator[Image
         raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
     except (UnidentifiedImageError, IsADirectoryError):
         raise ValueError(f"{name} is not a readable picture: give a PNG, JPEG or WebP file") from None
-    except (UnsupportedPicture, MemoryError):
+    except UnsupportedPicture:
         raise
     except Exception as error:  # of broken pixels or EXIF; each decoder has its own
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{name} is truncated or damaged ({error}): save it again") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..common.atomic import reason, replace_file, write_text
+from ..common.memory import is_out_of_memory
 from ..common.text import one_line, parse_json
 from .config import LoopConfig
 
@@ -97,9 +98,9 @@ def load_checkpoint(path: Path, load: Callable[[dict[str, Any]], object] = lambd
     try:
         contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         load(contents)
-    except torch.OutOfMemoryError:
-        raise
     except UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} is damaged, or comes from a run with another [model], optimizer or muon_lr: restore these, delete "
             "the file to resume from the previous checkpoint, or choose another run folder"

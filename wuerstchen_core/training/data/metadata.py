@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ...common.memory import is_out_of_memory
 from ...common.text import decode_text
 from .sidecars import parse_json_table
 from .source import SCORE_KEYS, read_bytes
@@ -126,6 +127,8 @@ def _parquet_rows(raw: bytes, name: str) -> Iterator[Mapping[str, Any]]:
     except ImportError:
         raise ValueError(f"{name} needs pyarrow: install it, or save it as metadata.jsonl") from None
     except Exception as error:  # of pyarrow, in many classes
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{name} is not a readable parquet file ({type(error).__name__}): save it again") from error
     for row in rows:
         lists = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}

@@ -21,6 +21,7 @@ from fsspec.registry import get_filesystem_class
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...common.memory import is_out_of_memory
 from ...common.text import listed, one_line
 from ...inference.image_files import turn
 from ...inference.images import open_grey, open_opacity, open_picture, picture_size
@@ -242,6 +243,8 @@ def _read_groups(url: str, problems: list[str], left_out: LeftOut) -> Iterator[t
                 raise ValueError("unexpected end of data")
             members[suffix] = data
     except Exception as error:  # webdataset's and tarfile's, in many classes
+        if is_out_of_memory(error):
+            raise
         problems.append(f"{without_secrets(url)} cannot be read to its end: {_reason(error, url)}")
     if members:
         yield key, members
