@@ -40,6 +40,7 @@ class WuerstchenVAE(comfy.sd.VAE):
     first_stage_model: Any
     codebook: torch.Tensor  # of Stage A
     smallest = 4  # side of an image in pixels that can be encoded
+    network_name = "Stage A"
 
     def __init__(self, network: nn.Module, *, latent_channels: int, ratio: float, dtypes: list[torch.dtype]):
         management, root = comfy.model_management, logging.getLogger()
@@ -67,22 +68,23 @@ class WuerstchenVAE(comfy.sd.VAE):
 
     def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_latents(samples_in)
-        return check_finite("Stage A", super().decode(samples_in, *args, **kwargs))
+        return check_finite(self.network_name, super().decode(samples_in, *args, **kwargs))
 
     def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_latents(samples)
-        return check_finite("Stage A", super().decode_tiled(samples, *args, **kwargs))
+        return check_finite(self.network_name, super().decode_tiled(samples, *args, **kwargs))
 
     def encode(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_image(pixel_samples)
-        return super().encode(pixel_samples, *args, **kwargs)
+        return check_finite(self.network_name, super().encode(pixel_samples, *args, **kwargs))
 
     def encode_tiled(
         self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **kwargs: Any
     ) -> Tensor:
         self.check_image(pixel_samples)
         overlap = min(overlap, min(tile_x, tile_y) // 4)  # ComfyUI divides by half a tile minus the overlap
-        return super().encode_tiled(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap, **kwargs)
+        encoded = super().encode_tiled(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap, **kwargs)
+        return check_finite(self.network_name, encoded)
 
     def check_latents(self, latents: Tensor) -> None:
         """Raises ValueError unless latents are finite and have the shape [B, c, h, w] that the network decodes."""
@@ -112,6 +114,7 @@ class SemanticVAE(WuerstchenVAE):
     """The image encoder as a VAE. Its receptive field is large, so images are always encoded whole."""
 
     smallest = 1
+    network_name = "the image encoder"
     release: str | None = None  # of the priors and Stage B that its latents fit; None if unknown
 
     def check_latents(self, latents: Tensor) -> None:

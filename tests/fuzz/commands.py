@@ -160,7 +160,7 @@ def run_case(seed: int) -> str:
             named |= {"log.jsonl"} if "export" in words else set()  # of the run, which lists the weights that are kept
             after = _hashes(folder)
             changed = [x.name for x, content in hashes.items() if after.get(x) != content and x.name not in named]
-            left = [x.name for x in after if x.name.endswith(".part") or x.name.startswith(".lock")]
+            left = [x.name for x in after if x.name.endswith(".part") or ".lock" in x.name]
             if (changed and words[0] != "convert") or left:
                 raise Wrong(f"changed {changed}, left {left}")
         except Wrong as error:

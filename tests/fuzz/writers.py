@@ -22,6 +22,7 @@ from helpers.picture_folders import examples, picture, write_folder
 from helpers.tiny_model import write_tiny_bundle
 
 from wuerstchen_core.checkpoints.published import SETS, PublishedFile
+from wuerstchen_core.checkpoints.writer import tensor_bytes
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.training import compare, export, run  # noqa: F401 # imported once, before processes are forked
 
@@ -165,6 +166,17 @@ def work(command: str, folder: Path, address: str, events: Path, stop: tuple[int
     sys.exit(code)
 
 
+def numbers_hash(value: Any) -> str:
+    """Returns a hash of nested tables and lists of tensors and plain values."""
+    if isinstance(value, torch.Tensor):
+        value = [str(value.dtype), list(value.shape), hashlib.sha256(tensor_bytes(value)).hexdigest()]
+    elif isinstance(value, dict):
+        value = [[repr(key), numbers_hash(x)] for key, x in value.items()]
+    elif isinstance(value, list | tuple):
+        value = [numbers_hash(x) for x in value]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
 def contents(path: Path) -> str:
     """Returns a hash of a file, without times and paths in it; "" if it has only these."""
     if path.name in ("starts.jsonl", "run.html"):
@@ -173,7 +185,7 @@ def contents(path: Path) -> str:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         data = json.dumps([{key: x for key, x in row.items() if key != "seconds"} for row in rows]).encode()
     elif path.suffix == ".pt":
-        data = repr(torch.load(path, weights_only=True)).encode()
+        return numbers_hash(torch.load(path, weights_only=True))
     else:
         data = path.read_bytes()
     return hashlib.sha256(data).hexdigest()

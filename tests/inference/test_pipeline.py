@@ -327,10 +327,19 @@ def test_the_shipped_model_follows_a_prompt() -> None:
     assert len(denoised) == 6 + 4 and all(x.isfinite().all() for x in denoised)
 
 
-@pytest.mark.parametrize(("part", "stage"), [("prior", "Stage C"), ("decoder", "Stage B"), ("vqgan", "Stage A")])
-def test_the_stage_that_diverges_is_named(bundle: Path, part: str, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("prior", "Stage C"),
+        ("decoder", "Stage B"),
+        ("vqgan", "Stage A"),
+        ("image_encoder", "image encoder"),
+        ("prior_text_encoder", "text encoder"),
+    ],
+)
+def test_the_network_that_diverges_is_named(bundle: Path, part: str, name: str) -> None:
     pipe = WuerstchenPipeline.load(bundle, device="cpu")
     weight = [x for x in pipe.require(part).parameters() if x.ndim > 1][-1]
     weight.data.view(-1)[0] = float("inf")
-    with pytest.raises(ValueError, match=stage):
-        pipe.generate("a red apple")
+    with pytest.raises(ValueError, match=name):
+        pipe.generate("a red apple") if part != "image_encoder" else pipe.variations(Image.new("RGB", (64, 64)))

@@ -7,11 +7,11 @@ import operator
 from typing import Any
 
 
-def check_finite(stage: str, x: Any) -> Any:
-    """Returns a tensor that a stage computed. Raises ValueError, with the `stage`, if a number in it is not finite."""
+def check_finite(network: str, x: Any) -> Any:
+    """Returns a tensor that a network computed. Raises ValueError, with its name, if a number in it is not finite."""
     if not x.isfinite().all():
         raise ValueError(
-            f"{stage} computed numbers that are not finite, which would be black pixels: its weights may be damaged, "
+            f"{network} computed numbers that are not finite, which would be black pixels: its weights may be damaged, "
             "a LoRA's strength or the guidance too high, or the range of fp16 too small (use bf16)"
         )
     return x

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoints import PARTS_OF
 from ..checkpoints.components import TOWERS
-from ..common.numbers import to_float
+from ..common.numbers import check_finite, to_float
 from ..common.values import to_list
 from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
@@ -40,7 +40,7 @@ def encode_text(model: Components, prompts: Sequence[str]) -> tuple[Tensor, Tens
     def encode(tower: str) -> Tensor:
         with model.using(tower) as encoder:
             states: Tensor = encoder.encode(prompts)
-        return states
+        return check_finite("the text encoder", states)
 
     prior, decoder = (model.require(name) for name in TOWERS)
     states = encode(TOWERS[0])
@@ -84,7 +84,7 @@ def average_states(model: Components, stage: str, prompt: Prompt) -> Tensor:
         raise ValueError("the prompts of a mix differ in length: use at most 75 tokens (about 50 words) in each")
     total = sum(weights.values())
     first, *others = (x * (weight / total) for x, weight in zip(states, weights.values(), strict=True))
-    return sum(others, first)
+    return check_finite("the text encoder", sum(others, first))
 
 
 def check_request(

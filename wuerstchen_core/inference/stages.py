@@ -183,7 +183,7 @@ def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
     """Returns the Stage C features [B, 16, h, w] of pixels [B, 3, H, W] in [0, 1]."""
     with model.using("image_encoder") as encoder:
         features: Tensor = encoder(semantic_view(pixels.to(first_weight(encoder)))).float()
-    return features
+    return check_finite("the image encoder", features)
 
 
 def in_fp32(
