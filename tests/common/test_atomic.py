@@ -107,13 +107,31 @@ def test_drafts_of_dead_processes_are_removed_by_the_next_write(tmp_path: Path) 
     own = f"-{os.getpid()}-"
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    for pid in (process.pid, os.getpid(), 10**30):
+    of_running = drafts[0].name.replace(own, f"-{os.getppid()}-")
+    for pid in (process.pid, os.getpid(), os.getppid(), 10**30):  # the second is of an earlier process of our number
         (tmp_path / drafts[0].name.replace(own, f"-{pid}-")).touch()
     (tmp_path / ".b.txt.other-1-2.part").touch()  # of another machine
     replace_file(tmp_path / "a.txt", write)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([
-        drafts[0].name, ".b.txt.other-1-2.part", "a.txt", "first",
+        of_running, ".b.txt.other-1-2.part", "a.txt", "first",
     ])  # fmt: skip
+
+
+def test_a_draft_that_is_being_written_stays(tmp_path: Path) -> None:
+    def write(draft: Path) -> None:
+        draft.touch()
+        draft.with_name(f"{draft.name[:-13]}01234567.part").touch()  # of an earlier process of our number
+        remove_drafts(tmp_path)
+        assert list(tmp_path.iterdir()) == ([] if os.name == "nt" else [draft])
+        draft.touch()
+
+    replace_file(tmp_path / "a.txt", write)
+
+
+def test_a_missing_drive_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    with pytest.raises(OSError, match=r"a\.txt .*does not exist"):
+        check_room(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(("writable", "free", "fact"), [(False, 10**12, "read-only"), (True, 11_000_000, "11 MB")])

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -107,6 +107,46 @@ def test_a_lock_file_that_was_removed_is_locked_anew(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lock, "_lock", removed_first)
     with folder_lock(tmp_path):
         assert len(files) == 2 and files[0].closed and (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_never_stays_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
+    with folder_lock(tmp_path):
+        assert str(tmp_path) in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", [Path(), Path("below")])
+def test_a_file_in_the_place_of_a_folder_is_one_sentence(tmp_path: Path, below: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"file.* was not locked: [a-z ]+:") as error,
+        folder_lock(tmp_path / "file" / below),
+    ):
+        pass
+    assert "Errno" not in str(error.value)
+
+
+class Windows:
+    """The module `os` of another system."""
+
+    name = "nt"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def test_windows_removes_a_closed_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[BinaryIO] = []
+    closed = []
+    monkeypatch.setattr(lock, "os", Windows())
+    monkeypatch.setattr(lock, "_lock", files.append)
+    monkeypatch.setattr(lock, "remove_file", lambda path: closed.append(files[0].closed))
+    with folder_lock(tmp_path):
+        assert not files[0].closed
+    assert closed == [True]
 
 
 def test_files_of_a_folder_are_locked_one_by_one(tmp_path: Path) -> None:

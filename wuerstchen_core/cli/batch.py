@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--prompts needs a folder for the images: add --output FOLDER")
     if not options.prompts.exists():
         raise ValueError(f"{options.prompts} does not exist: give a file with a prompt or a JSON object per line")
-    check_room(options.output)
+    check_room(options.output)  # the lock does it too, but only after the folder is created
     create_folder(options.output, options.shards)
     with folder_lock(options.output, rank):
         _run(options, rank, world, local_rank)

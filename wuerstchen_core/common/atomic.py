@@ -29,6 +29,7 @@ NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")
 _HOST = f"{zlib.crc32(' '.join((platform.node(), sys.platform, _pid_namespace())).encode()):08x}"
 _RESERVE = 10_000_000  # bytes of a disk that stay free
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
+_own: set[str] = set()  # names of the drafts that this process is writing
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -84,6 +85,7 @@ def _name_draft(draft: Path, path: Path) -> bool:
 def _draft(path: Path) -> Iterator[Path]:
     """Yields the path of a draft, and removes it afterwards."""
     draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    _own.add(draft.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_drafts(path.parent)
@@ -92,6 +94,7 @@ def _draft(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} was not written: {reason(error)}") from error
     finally:
         remove_file(draft)
+        _own.discard(draft.name)
 
 
 def remove_file(path: Path) -> None:
@@ -122,7 +125,11 @@ def _sync(draft: Path) -> None:
 def _is_written(draft: Path) -> bool:
     """True if the process that writes a draft runs on this machine."""
     host, pid, _ = [*draft.name.split(".")[-2].split("-"), "", ""][:3]
-    return host == _HOST and pid.isdecimal() and _is_running(int(pid))
+    if host != _HOST or not pid.isdecimal():
+        return False
+    if int(pid) == os.getpid():  # else of an earlier process with this number, such as 1 in a container
+        return draft.name in _own
+    return _is_running(int(pid))
 
 
 def _is_running(pid: int) -> bool:
@@ -149,18 +156,27 @@ def link_file(source: Path, target: Path) -> None:
         os.replace(draft, target)  # does nothing if `target` is a link to the same file
 
 
-def check_room(path: Path, size: int = 0) -> None:
+def nearest_folder(path: Path) -> Path:
+    """Returns `path` or the nearest folder above it that exists. OSError if there is none, as of a missing drive."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        if os.path.isdir(folder):
+            return folder
+    raise OSError(f"{path} cannot be written, because {path.absolute().anchor} does not exist: choose another folder")
+
+
+def check_room(path: Path, size: int = 0, what: object = "") -> None:
     """Raises OSError if a file of `size` bytes cannot be written at `path`, or files in it if it is a folder.
 
-    It is called before work whose result would be lost.
+    It is called before work whose result would be lost. `what` is what needs the space in the message (default: path).
     """
-    folder = next(x for x in (path.absolute(), *path.absolute().parents) if x.is_dir())
+    folder = nearest_folder(path)
     if not os.access(folder, os.W_OK):
         raise OSError(f"{path} cannot be written, because {folder} is read-only: choose another folder")
     total, _, free = shutil.disk_usage(folder)
-    if total and free < size + _RESERVE:  # a total of 0: the file system does not tell
+    needed = size + _RESERVE
+    if total and free < needed:  # a total of 0: the file system does not tell
         raise OSError(
-            f"{path} needs {(size + _RESERVE) / 1e6:,.0f} MB, but the disk of {folder} has {free / 1e6:,.0f} MB free: "
+            f"{what or path} needs {needed / 1e6:,.0f} MB, but the disk of {folder} has {free / 1e6:,.0f} MB free: "
             "free some space, or choose another disk"
         )
 
@@ -168,12 +184,12 @@ def check_room(path: Path, size: int = 0) -> None:
 def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
     """Removes drafts that killed processes left in a folder: those of the files `names`, or all, in subfolders too.
 
-    Those of running processes of this machine stay, but on Windows. No other process may be writing the files.
+    Those of running processes of this machine stay, except on Windows. No other process may be writing the files.
     """
     for path in folder.rglob(".*.part") if names is None else folder.glob(".*.part"):
         if names is None or path.name[1:].rsplit(".", 2)[0] in names:
             if os.name == "nt" or not _is_written(path):
-                path.unlink(missing_ok=True)
+                remove_file(path)
 
 
 def reason(error: OSError) -> str:

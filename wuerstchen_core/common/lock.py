@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _BYTE = 1 << 30  # the locked byte, beyond the text: Windows lets nobody read what is locked
+_TRIES = 20  # of a file that other processes remove meanwhile
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _own: set[Path] = set()  # files that this process has locked, which the system would let it lock again
 
@@ -58,31 +59,47 @@ def _locked(target: Path, path: Path) -> Iterator[None]:
             yield
         finally:
             _own.discard(resolved)
-            remove_file(path)  # but not on Windows, where it is open
+            if os.name == "nt":  # which removes no open file; elsewhere another process could lock what is removed
+                file.close()
+            remove_file(path)
 
 
 def _opened(target: Path, path: Path) -> BinaryIO:
-    """Returns a file, open and locked. ValueError names the process that has locked it."""
+    """Returns a file, open and locked. ValueError names the process that has locked it, OSError says what failed."""
+    tries = 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # which another process may then remove
+        tries += 1
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+")
-        except FileNotFoundError:
-            if path.parent.exists():
-                raise
-            continue
+        except OSError as error:
+            if tries < _TRIES and not os.path.exists(path.parent):  # another process has removed it meanwhile
+                continue
+            raise OSError(f"{target} was not locked: {reason(error)}") from error
         try:
             _lock(file)
         except OSError as error:
             if error.errno in _HELD:
                 with file:
                     raise _in_use(target, _read(file)) from None
-            why = error.strerror or error
-            log.warning("%s cannot be locked (%s): make sure that no other process writes to it", target, why)
+            _warn(target, error.strerror or error)
+            return file
         with suppress(FileNotFoundError):
             if os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
+        if tries == _TRIES:
+            _warn(target, "the file system gives no lasting file numbers")
+            return file
         file.close()  # the process that had locked it has removed it meanwhile
+
+
+def _warn(target: Path, why: object) -> None:
+    log.warning("%s cannot be locked (%s): make sure that no other process writes to it", target, why)
+
+
+def is_empty(folder: Path) -> bool:
+    """True if there is nothing in a folder but its lock."""
+    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def _lock(file: BinaryIO) -> None:

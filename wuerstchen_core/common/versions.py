@@ -29,7 +29,7 @@ def check_versions(oldest: Mapping[str, str] = OLDEST) -> None:
     old = [name for name, number in found.items() if number and _numbers(number) < _numbers(oldest[name])]
     if old:
         needed = ", ".join(f"{name} {found[name]} is too old ({oldest[name]} or newer is needed)" for name in old)
-        raise ValueError(f"{needed}: update {'it' if len(old) == 1 else 'them'}, in ComfyUI by updating ComfyUI")
+        raise ValueError(f"{needed}: run `pip install --upgrade {' '.join(old)}`")
 
 
 def summary(own: str) -> str:
