@@ -55,6 +55,28 @@ def test_what_another_process_writes_is_refused(tmp_path: Path, target: str, to:
     assert not [file for file in path.parent.rglob(".*")]
 
 
+@pytest.mark.parametrize("to", ["comfyui", "diffusers"])
+def test_a_failure_keeps_what_another_process_has_finished_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    bundle = write_tiny_bundle(tmp_path / "c", without=("decoder", "vqgan", "image_encoder"))
+    lock = folder_lock
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        folder.mkdir()
+        (folder / "theirs").touch()
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr("wuerstchen_core.checkpoints.convert.folder_lock", late)
+    for name in ("save_bundle", "write_pipeline"):
+        monkeypatch.setattr(f"wuerstchen_core.checkpoints.convert.{name}", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert([bundle], tmp_path / "out", to=to, force=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
 def test_invalid_targets_are_rejected(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"folder\.safetensors"):

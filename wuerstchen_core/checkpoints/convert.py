@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.devices import DTYPES
-from ..common.lock import file_lock, folder_lock
+from ..common.lock import file_lock, folder_lock, is_empty
 from ..common.text import check_choice
 from .bundle import AnyPart, DtypeOf, merge_towers, save_bundle
 from .components import PARTS, TEXT_ENCODER, TOWERS, Part, check_part_name, kind_of, tower_widths
@@ -95,11 +95,10 @@ def write_model(
         raise ValueError(f"{path} is neither a bundle nor a folder: use a name that ends in {ENDING}, or no ending")
     bare = path.suffix != ENDING
     files = {path / f"{name}{ENDING}": {name: part} for name, part in parts.items()} if bare else {path: parts}
-    is_new = bare and not path.exists()
     with folder_lock(path) if bare else file_lock(path), ExitStack() as undo:
         for file in files:
             _check_target(file, force)
-        if is_new:  # a part that fails takes the files before it along, and a new folder
+        if bare and is_empty(path):  # a part that fails takes the files before it along, and a new folder
             undo.callback(shutil.rmtree, path, ignore_errors=True)
         for file, content in files.items():
             if not file.exists():
@@ -123,10 +122,9 @@ def _write_diffusers(
         raise ValueError(f"{folder} is a file: name a folder for the diffusers pipeline")
     if wrong := [name for name in dtypes.values() if name in ("fp8", "int8")]:
         raise ValueError(f"diffusers reads no {wrong[0]}: choose keep, {', '.join(DTYPES)}")
-    is_new = not folder.exists()
     with folder_lock(folder), ExitStack() as undo:
         _check_target(folder / INDEX, force)
-        if is_new:
+        if is_empty(folder):
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         written = write_pipeline(folder, parts, metadata, lambda name: CHOICES[_dtype_of(dtypes, name)], progress)
         undo.pop_all()
