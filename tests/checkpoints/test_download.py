@@ -30,6 +30,13 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+TINY = (
+    PublishedFile("one/repo", "a/one.bin", "one.safetensors", "prior", 10, digest(b"first file")[:8], "abc"),
+    PublishedFile("two/repo", "b/two.bin", "two.safetensors", "vqgan", 11),
+    PublishedFile("two/repo", "three.pt", "three.pt", "decoder_text_encoder", 5),
+)
+
+
 class Hub:
     """A stand-in of huggingface_hub that serves CONTENT and counts requests."""
 
@@ -57,12 +64,7 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    files = (
-        PublishedFile("one/repo", "a/one.bin", "one.safetensors", "prior", 10, digest(b"first file")[:8], "abc"),
-        PublishedFile("two/repo", "b/two.bin", "two.safetensors", "vqgan", 11),
-        PublishedFile("two/repo", "three.pt", "three.pt", "decoder_text_encoder", 5),
-    )
-    monkeypatch.setitem(SETS, "tiny", files)
+    monkeypatch.setitem(SETS, "tiny", TINY)
     yield hub
 
 
@@ -121,6 +123,33 @@ def test_a_second_download_to_the_folder_is_refused(
     (tmp_path / ".wuerstchen-download" / ".lock").touch()  # of a killed process
     assert main(["download", "tiny", "--to", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "three.pt", "two.safetensors"]
+
+
+def test_nothing_is_locked_if_nothing_is_missing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["download", "tiny", "--to", str(tmp_path)]) == 0
+    with folder_lock(tmp_path / ".wuerstchen-download"):
+        assert main(["download", "tiny", "--to", str(tmp_path)]) == 0
+    left = tmp_path / ".wuerstchen-download" / "one--repo"
+    left.mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["download", "tiny", "--to", str(tmp_path)]) == 0 and left.exists()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(SETS, "tiny", TINY)
+    assert main(["download", "tiny", "--to", str(tmp_path)]) == 0 and not left.parent.exists()
+
+
+@pytest.mark.parametrize(("name", "other"), [("v2-base", "v2"), ("v1", ""), ("v2", "")])
+def test_an_old_torch_is_named_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, other: str
+) -> None:
+    monkeypatch.setattr("wuerstchen_core.common.versions._version", lambda package: "2.9.1")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (10**12, 0, 0))
+    with pytest.raises(OSError, match="the download needs"):
+        download.download(folder_targets(name, tmp_path))
+    assert ("2.10" in caplog.text) == (name != "v2")
+    assert (f"download {other}," in caplog.text) == bool(other)
 
 
 def test_another_file_of_that_name_is_kept(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

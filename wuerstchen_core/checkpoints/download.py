@@ -7,14 +7,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import NO_SPACE, check_room
+from ..common.atomic import NO_SPACE, check_room, nearest_folder
 from ..common.lock import folder_lock
-from ..common.text import check_choice, one_line
+from ..common.text import check_choice, listed, one_line
+from ..common.versions import OLDEST_FOR_PICKLES, check_versions
 from .published import HUB, SETS, PublishedFile
 
 logger = logging.getLogger(__name__)
@@ -56,24 +57,30 @@ def download(targets: Mapping[PublishedFile, Path]) -> list[Path]:
     for file, path in targets.items():
         if file not in missing:
             _check_existing(file, path)
+    _check_torch([file for file in missing if _is_pickle(file)], {file.part for file in targets})
     _check_space(missing)
-    left = {path.parent / _DRAFTS for path in targets.values() if (path.parent / _DRAFTS).is_dir()}
-    folders = sorted(left | {path.parent / _DRAFTS for path in missing.values()})
     with ExitStack() as locks:
-        for folder in folders:
-            locks.callback(_remove_empty, folder)
-            locks.enter_context(folder_lock(folder))
+        for folder in sorted({path.parent / _DRAFTS for path in missing.values()}):
+            locks.enter_context(_locked(folder))
         for file, path in missing.items():
             if not path.exists():  # else another process has just downloaded it
                 _fetch(hub, file, path)
-        for drafts in {_drafts(file, path) for file, path in targets.items() if path.parent / _DRAFTS in folders}:
-            shutil.rmtree(drafts, ignore_errors=True)
+    for file, path in targets.items():
+        if (path.parent / _DRAFTS).is_dir():  # what this download or an interrupted one has left
+            with suppress(OSError, ValueError), _locked(path.parent / _DRAFTS):
+                shutil.rmtree(_drafts(file, path), ignore_errors=True)
     return list(targets.values())
 
 
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # it has an interrupted download, or another process has locked it
-        folder.rmdir()
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a folder for drafts while a `with` block runs, and then removes it if it is empty."""
+    try:
+        with folder_lock(folder):
+            yield
+    finally:
+        with suppress(OSError):  # it has an interrupted download, or another process has locked it
+            folder.rmdir()
 
 
 def _hub() -> Any:
@@ -91,15 +98,34 @@ def _check_existing(file: PublishedFile, path: Path) -> None:
     logger.info(f"{path} is there already")
 
 
+def _check_torch(pickles: Sequence[PublishedFile], parts: Collection[str]) -> None:
+    """Warns if torch is too old to read files, and names a set of safetensors files of these parts, if any.
+
+    It does not refuse, since the files may be for another machine.
+    """
+    try:
+        if pickles:
+            check_versions(OLDEST_FOR_PICKLES)
+    except ValueError as error:
+        sets = {name: {file.part for file in files} for name, files in SETS.items() if not any(map(_is_pickle, files))}
+        instead = "".join(f", or download {name}, which is safetensors files" for name in sets if sets[name] == parts)
+        names = listed([file.name for file in pickles])
+        logger.warning(f"PyTorch files ({names}) are not read here, since {error}{instead}")
+
+
+def _is_pickle(file: PublishedFile) -> bool:
+    return not file.name.endswith(".safetensors")
+
+
 def _check_space(missing: Mapping[PublishedFile, Path]) -> None:
     """Raises OSError if a disk has less space than the files need, without what is downloaded already."""
     needed: dict[int, tuple[Path, int]] = {}
     for file, path in missing.items():
-        device = next(folder for folder in path.absolute().parents if folder.exists()).stat().st_dev
+        device = nearest_folder(path).stat().st_dev
         first, size = needed.get(device, (path, 0))
         needed[device] = first, size + max(0, file.size - _downloaded(file, path))
     for path, size in needed.values():
-        check_room(path, size)
+        check_room(path, size, "the download")
 
 
 def _drafts(file: PublishedFile, path: Path) -> Path:
