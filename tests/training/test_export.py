@@ -128,6 +128,32 @@ def test_a_second_or_failed_export_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("function", ["_generate", "write_card", "rename"])
+def test_a_failed_export_keeps_the_earlier_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    run = Path(shutil.copytree(folder, tmp_path / "lora", ignore=shutil.ignore_patterns("export")))
+    output = export_run(run, [], step=1)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    if function == "rename":  # of a new file
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda x, to: 1 / 0 if x.parent.name == "new" else rename(x, to))
+    else:
+        monkeypatch.setattr(export_module, function, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(run, [])
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_killed_export_is_repeated(folder: Path, tmp_path: Path) -> None:
+    draft = tmp_path / "mine" / ".export.abc.part" / "new"
+    draft.mkdir(parents=True)
+    (draft / "lora.safetensors").touch()
+    (tmp_path / "mine" / ".lock").touch()
+    export_run(folder, [], tmp_path / "mine")
+    assert not list((tmp_path / "mine").glob(".*")) and (tmp_path / "mine" / "README.md").is_file()
+
+
 def test_a_step_without_weights_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint-00000007.pt"):
         export_run(folder, [], tmp_path / "x", step=7)
@@ -171,6 +197,9 @@ def test_a_folder_is_uploaded_on_request(push: Any, folder: Path, capsys: pytest
     created, uploaded = Api.calls
     assert created == {"name": "me/my-lora", "private": True, "exist_ok": True}
     assert uploaded["repo_id"] == "me/my-lora" and uploaded["folder_path"] == folder / "export"
+    names = ["README.md", ".lock", "below/.lock"]
+    kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=uploaded["ignore_patterns"])
+    assert list(kept) == ["README.md"]
     assert capsys.readouterr().out.splitlines()[-1].endswith("/me/my-lora")
     assert '"me/my-lora"' in (folder / "export" / "README.md").read_text("utf-8")
     assert file_names(folder / "export") == {"README.md", "lora.safetensors", "pytorch_lora_weights.safetensors"}

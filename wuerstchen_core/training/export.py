@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..checkpoints.bundle import parse_metadata
@@ -16,7 +16,7 @@ from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
 from ..checkpoints.weight_files import read_file_metadata
-from ..common.atomic import link_file
+from ..common.atomic import link_file, reason
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
 from ..common.lock import LOCK, folder_lock
@@ -71,40 +71,62 @@ def export_run(
     `step` is that of weights that are kept or have a checkpoint (default: the newest), `name` the model's on the hub.
     ValueError if there are no such weights.
     """
-    if output is not None and (output.is_file() or (output.is_dir() and _files(output))):
-        raise ValueError(f"{output} exists: choose a new folder, whose files are all of this export")
+    if output is not None:
+        _check_new(output)
     stage, config = open_run(folder, overrides)
     file = folder / (f"{stage.stem}.safetensors" if step is None else weights_name(stage.stem, step))
     if step is not None and not file.is_file():
         file = export(folder / f"checkpoint-{step:08d}.pt", overrides)
     if not file.is_file():
         raise ValueError(f"{folder} has no weights yet: train first")
-    output = output or folder / FOLDER
-    is_new = not output.exists()
-    with folder_lock(output), ExitStack() as undo:
-        if is_new:
-            undo.callback(shutil.rmtree, output, ignore_errors=True)
-        _export(stage, config, folder, file, step, output, name)
-        undo.pop_all()
-    _log_size(output)
-    return output
+    target = output or folder / FOLDER
+    try:
+        with folder_lock(target):
+            if output is not None:
+                _check_new(output)
+            _replace_content(target, lambda draft: _export(stage, config, folder, file, step, draft, name))
+    finally:
+        with suppress(OSError):  # it has files
+            target.rmdir()
+    _log_size(target)
+    return target
+
+
+def _check_new(folder: Path) -> None:
+    """Raises ValueError if `folder` is a file, or has files other than the drafts of a killed export."""
+    if folder.is_file() or (folder.is_dir() and any(not path.match(".export.*.part") for path in _files(folder))):
+        raise ValueError(f"{folder} exists: choose a new folder, whose files are all of this export")
+
+
+def _replace_content(folder: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a new folder, whose files then replace all files of `folder`, or none if an error occurs."""
+    with TemporaryDirectory(prefix=".export.", suffix=".part", dir=folder, ignore_cleanup_errors=True) as draft:
+        new, old = Path(draft, "new"), Path(draft, "old")
+        new.mkdir()
+        old.mkdir()
+        write(new)
+        moves = [(path, old / path.name) for path in _files(folder) if path.name != Path(draft).name]
+        moves += [(path, folder / path.name) for path in new.iterdir()]
+        try:
+            with ExitStack() as undo:
+                for source, target in moves:
+                    source.rename(target)
+                    undo.callback(target.rename, source)
+                undo.pop_all()
+        except OSError as error:
+            raise OSError(f"{folder} was not written: {reason(error)}") from error
 
 
 def _export(
     stage: Stage[Any], config: Mapping[str, Any], folder: Path, file: Path, step: int | None, output: Path, name: str
 ) -> None:
-    """Writes the files of `export_run`."""
+    """Writes the files of `export_run` to a new folder."""
     own = output / f"{stage.stem}.safetensors"
     link_file(file, own)  # a training may replace the file meanwhile
     step = _step_of(own, newest_step(folder)) if step is None else step
     metadata = {**weights_metadata(stage), "training": {"step": step}}
     _open_pictures(stage, config, folder)
     images = _generate(stage, own)
-    for path in _files(output):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != own:
-            path.unlink()
     if parts := _pipeline(stage, config, own):
         write_pipeline(output, parts, metadata)
         own.unlink()

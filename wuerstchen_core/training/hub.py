@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoints.published import HUB, SETS
 from ..common.dataclass_config import option
+from ..common.lock import LOCK
 from ..common.text import one_line
 
 # The hub's names of licences that models often have.
@@ -55,7 +56,7 @@ def check_push(name: str) -> str:
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> str:
-    """Uploads all files of a folder to the model OWNER/NAME, and returns its address.
+    """Uploads all files of a folder but its lock to the model OWNER/NAME, and returns its address.
 
     A new model is created. ValueError if the hub cannot be reached or refuses.
     """
@@ -63,7 +64,9 @@ def push_to_hub(folder: Path, name: str, private: bool) -> str:
     try:
         created = api.create_repo(name, private=private or None, exist_ok=True)
         message = "Upload weights and model card"
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=created.repo_id, folder_path=folder, commit_message=message, ignore_patterns=[LOCK, f"*/{LOCK}"]
+        )
     except Exception as error:  # of huggingface_hub and of the HTTP library that it uses, which differ by version
         raise ValueError(_reason(name, folder, error)) from error
     return f"{HUB}/{created.repo_id}"
