@@ -143,7 +143,7 @@ def test_windows_removes_a_closed_lock(tmp_path: Path, monkeypatch: pytest.Monke
     closed = []
     monkeypatch.setattr(lock, "os", Windows())
     monkeypatch.setattr(lock, "_lock", files.append)
-    monkeypatch.setattr(lock, "remove_file", lambda path: closed.append(files[0].closed))
+    monkeypatch.setattr(lock, "remove", lambda path: closed.append(files[0].closed))
     with folder_lock(tmp_path):
         assert not files[0].closed
     assert closed == [True]

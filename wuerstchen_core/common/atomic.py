@@ -82,30 +82,44 @@ def _name_draft(draft: Path, path: Path) -> bool:
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """Yields the path of a draft, and removes it afterwards."""
+def draft_of(path: Path) -> Iterator[Path]:
+    """Yields the path of a draft of a file or folder, in the same folder, and removes the draft afterwards."""
     draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
     _own.add(draft.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_drafts(path.parent)
         yield draft
-    except OSError as error:
-        raise OSError(f"{path} was not written: {reason(error)}") from error
     finally:
-        remove_file(draft)
+        remove(draft)
         _own.discard(draft.name)
 
 
-def remove_file(path: Path) -> None:
-    """Removes a file if it is there and can be removed, even if a signal interrupts that."""
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Creates the folder of `path` and yields the path of its draft as `draft_of`. OSError names `path`."""
+    with draft_of(path) as draft:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_drafts(path.parent)
+            yield draft
+        except OSError as error:
+            raise OSError(f"{path} was not written: {reason(error)}") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder if it is there and can be removed, even if a signal interrupts that."""
     try:
-        with suppress(OSError):
-            path.unlink()
+        _remove(path)
     except BaseException:
-        with suppress(OSError):
-            path.unlink()
+        _remove(path)
         raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 @cache
@@ -113,8 +127,7 @@ def _remove_left_drafts(folder: Path) -> None:
     """Removes the drafts in a folder that killed processes of this machine left; once, for a folder has many files."""
     for draft in folder.glob(f".*.{_HOST}-*-*.part"):
         if not _is_written(draft):
-            with suppress(OSError):  # of another user, or open on Windows
-                draft.unlink()
+            remove(draft)
 
 
 def _sync(draft: Path) -> None:
@@ -189,7 +202,7 @@ def remove_drafts(folder: Path, names: Collection[str] | None = None) -> None:
     for path in folder.rglob(".*.part") if names is None else folder.glob(".*.part"):
         if names is None or path.name[1:].rsplit(".", 2)[0] in names:
             if os.name == "nt" or not _is_written(path):
-                remove_file(path)
+                remove(path)
 
 
 def reason(error: OSError) -> str:

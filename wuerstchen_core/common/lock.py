@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .atomic import check_room, reason, remove_file
+from .atomic import check_room, reason, remove
 from .text import parse_json
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _locked(target: Path, path: Path) -> Iterator[None]:
             _own.discard(resolved)
             if os.name == "nt":  # which removes no open file; elsewhere another process could lock what is removed
                 file.close()
-            remove_file(path)
+            remove(path)
 
 
 def _opened(target: Path, path: Path) -> BinaryIO:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..checkpoints.bundle import parse_metadata
@@ -16,7 +15,7 @@ from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
 from ..checkpoints.weight_files import read_file_metadata
-from ..common.atomic import link_file, reason
+from ..common.atomic import draft_of, link_file, reason
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
 from ..common.lock import LOCK, folder_lock
@@ -94,18 +93,18 @@ def export_run(
 
 def _check_new(folder: Path) -> None:
     """Raises ValueError if `folder` is a file, or has files other than the drafts of a killed export."""
-    if folder.is_file() or (folder.is_dir() and any(not path.match(".export.*.part") for path in _files(folder))):
+    if folder.is_file() or (folder.is_dir() and any(not path.match(f".{FOLDER}.*.part") for path in _files(folder))):
         raise ValueError(f"{folder} exists: choose a new folder, whose files are all of this export")
 
 
 def _replace_content(folder: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a new folder, whose files then replace all files of `folder`, or none if an error occurs."""
-    with TemporaryDirectory(prefix=".export.", suffix=".part", dir=folder, ignore_cleanup_errors=True) as draft:
-        new, old = Path(draft, "new"), Path(draft, "old")
-        new.mkdir()
+    with draft_of(folder / FOLDER) as draft:
+        new, old = draft / "new", draft / "old"
+        new.mkdir(parents=True)
         old.mkdir()
         write(new)
-        moves = [(path, old / path.name) for path in _files(folder) if path.name != Path(draft).name]
+        moves = [(path, old / path.name) for path in _files(folder) if path != draft]
         moves += [(path, folder / path.name) for path in new.iterdir()]
         try:
             with ExitStack() as undo:
