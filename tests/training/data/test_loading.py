@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,27 +92,23 @@ def test_workers_do_not_change_the_batches(folder: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random numbers are untouched
 
 
-class PicturesInMemory(Dataset[int]):
-    """Returns the number of pictures that all workers have in memory."""
+class PicturesInMemory(Dataset[bool]):
+    """True for a picture that is in memory while another worker has one in memory, for which it waits."""
 
-    def __init__(self, pixels: int):
-        self.pixels, self.count = pixels, multiprocessing.Value("i", 0)
+    def __init__(self, pixels: int, patience: float):
+        self.pixels, self.patience, self.both = pixels, patience, multiprocessing.Barrier(2)
 
-    def __getitem__(self, index: int) -> int:
-        with turn(self.pixels), turn(self.pixels):  # as a picture and its mask
-            with self.count.get_lock():
-                self.count.value += 1
-                found = self.count.value
-            time.sleep(0.03)
-            with self.count.get_lock():
-                self.count.value -= 1
-        return found
+    def __getitem__(self, index: int) -> bool:
+        with turn(self.pixels), turn(self.pixels), suppress(threading.BrokenBarrierError):  # as a picture and its mask
+            self.both.wait(self.patience)
+            return True
+        return False
 
 
 def test_workers_read_one_large_picture_at_a_time(folder: Path) -> None:
     loader = opened(folder, workers=2)
-    assert max(loader.results(PicturesInMemory(LARGE_PICTURE + 1), range(12))) == 1
-    assert max(loader.results(PicturesInMemory(LARGE_PICTURE), range(12))) == 2
+    assert list(loader.results(PicturesInMemory(LARGE_PICTURE + 1, 0.5), range(2))) == [False, False]
+    assert list(loader.results(PicturesInMemory(LARGE_PICTURE, 60), range(2))) == [True, True]
 
 
 def test_there_are_no_more_workers_by_default_than_cores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
