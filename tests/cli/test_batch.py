@@ -339,6 +339,11 @@ def test_unusable_options_and_folders(bundle: Path, prompts: Path, tmp_path: Pat
     assert "--batch" in failure(capsys, *command(bundle, prompts, new, "--batch", "0"))
     assert "100x64" in failure(capsys, *command(bundle, prompts, new, "--width", "100"))
     assert "none.jsonl" in failure(capsys, *command(bundle, tmp_path / "none.jsonl", tmp_path / "x"))
+    assert "nope" in failure(capsys, *command(tmp_path / "nope", prompts, tmp_path / "x"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "MOST_IMAGES", 3)
+        many = write(tmp_path / "many", [{"prompt": PROMPT, "count": 2}] * 2)
+        assert str(many) in failure(capsys, *command(bundle, many, tmp_path / "x"))
     assert not (tmp_path / "x").exists()
     (tmp_path / "p.jsonl").write_text('{"prompt": "ä"}', encoding="cp1252")
     assert run(*command(bundle, tmp_path / "p.jsonl", new)) == 2 and "lines 1 " in capsys.readouterr().err

@@ -23,13 +23,14 @@ from ..common.lock import folder_lock
 from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
 from ..inference.records import provenance
-from .batch_output import ImageFolder, create_folder, open_output
+from .batch_output import ImageFolder, check_folder, open_output
 from .options import chosen_settings, load_pipeline
 from .progress import StepBar
 from .prompt_file import ImageRequest, PromptLine, parse_line, read_lines
 
 log = logging.getLogger(__name__)
 
+MOST_IMAGES = 1_000_000  # of a process: their list takes 0.25 GB
 LINE_INTERVAL = 30.0  # seconds between lines of progress, if stderr is not a terminal
 
 # Environment variables with the rank, the number of processes and the rank on the machine, as set by torchrun and
@@ -60,13 +61,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--prompts needs a folder for the images: add --output FOLDER")
     if not options.prompts.exists():
         raise ValueError(f"{options.prompts} does not exist: give a file with a prompt or a JSON object per line")
-    check_room(options.output)  # the lock does it too, but only after the folder is created
-    create_folder(options.output, options.shards)
-    with folder_lock(options.output, rank):
-        _run(options, rank, world, local_rank)
-
-
-def _run(options: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
+    check_room(options.output)
+    check_folder(options.output, options.shards)
     options.device = process_device(options.device, local_rank)
     if (options.batch or 1) > 1:
         options.memory_hint = "choose a smaller --batch"
@@ -74,7 +70,8 @@ def _run(options: argparse.Namespace, rank: int, world: int, local_rank: int) ->
     pipeline = load_pipeline(options)
     models = provenance(pipeline)
     requests, skipped = _read_requests(options, pipeline, rank, world)
-    generated, existing = _generate_missing(options, pipeline, requests, models, show_progress=rank == 0)
+    with folder_lock(options.output, rank):
+        generated, existing = _generate_missing(options, pipeline, requests, models, show_progress=rank == 0)
     summary = f"generated: {generated}, existing: {existing}, skipped lines: {len(skipped)}"
     if world > 1:
         summary += f" (process {rank + 1} of {world})"
@@ -107,6 +104,7 @@ def _read_requests(
     pipeline.sampling.updated(**chosen_settings(options))
     requests: dict[int, list[ImageRequest]] = {}
     skipped: dict[int, str] = {}
+    total = 0
     for number, raw in read_lines(options.prompts).items():
         shard = (number - 1) // (options.shards or 1)
         if shard % world != rank:
@@ -118,6 +116,9 @@ def _read_requests(
             log.warning("%s: line %d skipped: %s", options.prompts, number, skipped[number])
             continue
         requests.setdefault(shard if options.shards else 0, []).extend(images)
+        total += len(images)
+        if total > MOST_IMAGES:
+            raise ValueError(f"{options.prompts} has more than {MOST_IMAGES:,} images: divide it into several files")
     return requests, skipped
 
 
@@ -133,7 +134,8 @@ def _generate_missing(
     for shard, images in requests.items():
         output = open_output(options.output, options.shards, shard)
         work.append((output, _missing(images, output, models)))
-    pipeline.warn_of_unknown_words(text for _, images in work for one in images for text in (one.prompt, one.negative))
+    texts = (text for _, images in work for one in images for text in (one.prompt, one.negative))
+    pipeline.warn_of_unknown_words(dict.fromkeys(texts))
     total, generated, reported = sum(map(len, requests.values())), 0, time.monotonic()
     existing = total - sum(len(missing) for _, missing in work)
     for output, missing in work:
@@ -165,9 +167,9 @@ def _batches(images: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRe
 def _missing(images: Sequence[ImageRequest], output: ImageFolder, models: Mapping[str, Any]) -> list[ImageRequest]:
     """Returns the images that do not exist yet. ValueError if one exists with other metadata."""
     existing = output.prepare([one.name for one in images])
-    for one in images:
+    for one in (one for one in images if one.name in existing):
         expected = {**one.metadata(models), "dtype": ""}  # another machine may compute in another dtype
-        if one.name in existing and {**existing[one.name], "dtype": ""} != expected:
+        if {**existing[one.name], "dtype": ""} != expected:
             raise ValueError(
                 f"{output.path} contains {one.name} with another prompt, seed, model or option: remove it, or give "
                 "another --output"

@@ -136,11 +136,12 @@ def open_output(folder: Path, lines: int | None, shard: int) -> ImageFolder:
     return Shard(folder / f"{shard:06d}-by-{lines}.tar") if lines else ImageFolder(folder)
 
 
-def create_folder(folder: Path, lines: int | None) -> None:
-    """Creates the output folder. ValueError if it holds images of a run with another --shards."""
-    if folder.exists() and not folder.is_dir():
+def check_folder(folder: Path, lines: int | None) -> None:
+    """Raises ValueError if the output folder is a file, or holds images of a run with another --shards."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise ValueError(f"{folder} is a file: with --prompts, --output is a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".png"))
     names += sorted(f"{path.name}.tar" for path in folder.glob(".*-by-*") if path.is_dir())  # unfinished shards
     suffix = f"-by-{lines}.tar" if lines else ".png"
