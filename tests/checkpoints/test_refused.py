@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from helpers.networks import PRIOR, VQ
 from safetensors.torch import save_file
 
 from wuerstchen_core.checkpoints import describe, load_prior, load_vqgan, read_metadata, read_part
+from wuerstchen_core.checkpoints.damage import names_source
+from wuerstchen_core.checkpoints.embeddings import read_embedding
 from wuerstchen_core.checkpoints.key_maps import LORA
 from wuerstchen_core.checkpoints.lora_files import read_lora
 from wuerstchen_core.checkpoints.open import open_source
@@ -206,8 +209,8 @@ def test_stable_cascade_is_named_whatever_saved_it(
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "it.safetensors")
-    for read in (describe, read_lora, load_prior):
-        with pytest.raises(ValueError, match="it.safetensors"):
+    for read in (describe, read_lora, load_prior, read_embedding):
+        with pytest.raises(ValueError, match="it.safetensors is a pipe"):
             read(tmp_path / "it.safetensors")
 
 
@@ -222,6 +225,15 @@ def test_texts_from_pipes_and_without_end_are_refused(
     for path in (tmp_path / "it", tmp_path / "large", Path("/dev/zero")):
         with pytest.raises(ValueError, match=path.name):
             read(path)
+
+
+def test_an_error_of_the_disk_names_the_file() -> None:
+    @names_source
+    def read(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="it.safetensors"):
+        read(Path("it.safetensors"))
 
 
 def test_deeply_nested_metadata_are_refused(tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ def test_a_closed_pipe_ends_the_command_silently(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["inspect", "demo"]], ids=" ".join)
+def test_a_full_disk_fails_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run(*command) == 2
+    monkeypatch.undo()
+    err = capfd.readouterr().err
+    assert "stdout" in err and err.count("\n") == 1
+    for wrong in (["inspect", "nowhere"], ["dream"]):
+        with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", full)
+            assert run(*wrong) == 2
+
+
 @pytest.mark.parametrize("command", [["--help"], ["inspect", "demo"]], ids=" ".join)
 def test_a_process_without_a_console(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr("sys.stdout", None)

@@ -209,6 +209,7 @@ def test_a_failure_is_one_line(
         (["train", "everything", "--config", "x.toml"], "'everything'"),
         (["train", "prior"], "--config"),
         (["train", "prior", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["train", "export", "x", "--step", "-1"], "'-1'"),
     ],
 )
 def test_other_failures(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.files import check_file
 from ..common.text import listed, printable
 from .components import Loader, State, tower_name
 from .damage import names_source
@@ -79,6 +80,7 @@ def read_embedding(path: str | os.PathLike[str]) -> Embedding:
     Raises ValueError if it is no such file.
     """
     path = Path(path)
+    check_file(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give an embedding file ({', '.join(ENDINGS)})")
     state = _read_state(path)

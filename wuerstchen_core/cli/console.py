@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 READER_GONE = 141  # the exit code that a shell gives to a process that writes to a closed pipe
 
@@ -30,8 +31,21 @@ def flushed_stdout() -> Iterator[None]:
         try:
             sys.stdout.flush()
         except OSError as error:
-            # Without this, Python would fail again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard(sys.stdout)
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(READER_GONE) from None
+            error.filename = "stdout"
             raise
+
+
+def write_error(message: str) -> None:
+    """Writes a line to stderr, if that is possible."""
+    try:
+        sys.stderr.write(f"{message}\n")
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Discards what could not be written. Otherwise Python would fail again when it flushes the stream at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -12,14 +12,17 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..common.command_line import PACKAGE, program
 from ..common.memory import is_out_of_memory
 from ..common.text import error_text, printable
 from ..common.versions import check_versions, summary
 from . import download, edit, generate, train, weights
-from .console import flushed_stdout, prepare_streams
+from .console import flushed_stdout, prepare_streams, write_error
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 MODULES = (generate, edit, weights, download, train)  # in the order of --help
 FAILED, INTERRUPTED = 2, 130
@@ -27,10 +30,13 @@ INSTALL_HINT = "`pip install wuerstchen` or, in the pack's folder, `pip install 
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose --help does not ignore errors of writing."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{printable(message)}; `{self.prog} --help` lists the options\n")
+        raise SystemExit(_fail(f"{printable(message)}; `{self.prog} --help` lists the options"))
 
 
 class Version(argparse.Action):
@@ -55,8 +61,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     Error messages need two defaults of the parser: `install_hint` for missing packages, and `memory_hint`.
     """
     prepare_streams()
-    with flushed_stdout():
-        options = parser.parse_args(arguments)
+    try:
+        with flushed_stdout():
+            options = parser.parse_args(arguments)
+    except OSError as error:
+        return _fail(error_text(error))
     logging.basicConfig(format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
@@ -117,5 +126,5 @@ def _escape(record: logging.LogRecord) -> bool:
 
 
 def _fail(message: str, code: int = FAILED) -> int:
-    sys.stderr.write(f"{message}\n")
+    write_error(message)
     return code

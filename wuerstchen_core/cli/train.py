@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--keys", action="store_true", help="list the configuration's keys, with defaults and meanings")
     parser.add_argument("--json", action="store_true", help="with --keys: print a JSON schema, for editors")
     option = parser.add_argument_group(EXPORT, f"What `train {EXPORT} PATH` does for a run.").add_argument
-    option("--step", type=int, metavar="N", help="step of the weights (default: the newest)")
+    option("--step", type=step, metavar="N", help="step of the weights (default: the newest)")
     option("--push", metavar="NAME", help="upload the folder to NAME or OWNER/NAME on the Hugging Face hub")
     option("--private", action="store_true", help="with --push: a new model is private")
     option = parser.add_argument_group(NEW, f"What `train {NEW} PATH` writes.").add_argument
@@ -64,6 +64,13 @@ def add(commands: Any) -> None:
     option(
         "--size", type=int, metavar="PIXELS", help="side of the pictures, a multiple of 64 (default: the model's own)"
     )
+
+
+def step(text: str) -> int:  # argparse's message has this name
+    """Parses the number of a step. ValueError unless it is positive."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def _run(options: argparse.Namespace) -> None:
