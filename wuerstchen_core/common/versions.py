@@ -29,7 +29,8 @@ def check_versions(oldest: Mapping[str, str] = OLDEST) -> None:
     old = [name for name, number in found.items() if number and _numbers(number) < _numbers(oldest[name])]
     if old:
         needed = ", ".join(f"{name} {found[name]} is too old ({oldest[name]} or newer is needed)" for name in old)
-        raise ValueError(f"{needed}: run `pip install --upgrade {' '.join(old)}`")
+        how = ", torch with the command that pytorch.org gives" if "torch" in old else ""  # pip's may be for CPUs only
+        raise ValueError(f"{needed}: update {'it' if len(old) == 1 else 'them'}{how}")
 
 
 def summary(own: str) -> str:
