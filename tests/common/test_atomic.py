@@ -15,6 +15,12 @@ from wuerstchen_core.checkpoints.writer import write_tensors
 from wuerstchen_core.common.atomic import check_room, create_file, remove_drafts, replace_file
 
 
+@pytest.mark.parametrize("name", ["n" * 251 + ".png", "𝒂" * 62 + ".png"])
+def test_a_name_may_have_255_bytes(name: str, tmp_path: Path) -> None:
+    replace_file(tmp_path / name, Path.touch)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old", "utf-8")

@@ -27,6 +27,7 @@ def _pid_namespace() -> str:
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 # Tells apart the processes of machines and containers that share a disk.
 _HOST = f"{zlib.crc32(' '.join((platform.node(), sys.platform, _pid_namespace())).encode()):08x}"
+_LONGEST = 200  # bytes of a file's name in that of its draft, which may have 255 in all
 _RESERVE = 10_000_000  # bytes of a disk that stay free
 _NOT_ALLOWED = {getattr(errno, name, None) for name in ("EACCES", "EPERM", "EROFS", "ETXTBSY", "EBUSY")}
 _own: set[str] = set()  # names of the drafts that this process is writing
@@ -84,7 +85,10 @@ def _name_draft(draft: Path, path: Path) -> bool:
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
     """Yields the path of a draft of a file or folder, in the same folder, and removes the draft afterwards."""
-    draft = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    name = path.name
+    while len(os.fsencode(name)) > _LONGEST:
+        name = name[:-1]
+    draft = path.with_name(f".{name}.{_HOST}-{os.getpid()}-{uuid4().hex[:8]}.part")
     _own.add(draft.name)
     try:
         yield draft

@@ -30,6 +30,8 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError(
             f"{folder} has weights that cannot generate from prompts: give the folder of a run of {stages}"
         )
+    path = output or folder / GRID
+    check_room(path)
     stage, _ = open_run(folder, overrides)
     if not stage.sample.prompts:
         raise ValueError("there are no prompts: add --set 'sample.prompts=[\"...\"]'")
@@ -37,8 +39,6 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         raise ValueError(f"images need {missing}: add it with --set")
     if not (files := kept_weights(folder, stage.stem)):
         raise ValueError(f"{folder} has no weights yet: train first")
-    path = output or folder / GRID
-    check_room(path)
     if len(files) > 1 and cmp(files[-2], files[-1], shallow=False):
         files.pop()  # the newest weights are those of the last step that was kept
     stage.net.to(pick_device("auto"))

@@ -15,7 +15,7 @@ from ..checkpoints.diffusers_layout import is_in_diffusers
 from ..checkpoints.diffusers_pipeline import write_pipeline
 from ..checkpoints.open import open_part
 from ..checkpoints.weight_files import read_file_metadata
-from ..common.atomic import draft_of, link_file, reason
+from ..common.atomic import check_room, draft_of, link_file, reason
 from ..common.dataclass_config import from_table
 from ..common.devices import pick_device
 from ..common.lock import LOCK, folder_lock
@@ -70,15 +70,16 @@ def export_run(
     `step` is that of weights that are kept or have a checkpoint (default: the newest), `name` the model's on the hub.
     ValueError if there are no such weights.
     """
+    target = output or folder / FOLDER
     if output is not None:
         _check_new(output)
+    check_room(target)
     stage, config = open_run(folder, overrides)
     file = folder / (f"{stage.stem}.safetensors" if step is None else weights_name(stage.stem, step))
     if step is not None and not file.is_file():
         file = export(folder / f"checkpoint-{step:08d}.pt", overrides)
     if not file.is_file():
         raise ValueError(f"{folder} has no weights yet: train first")
-    target = output or folder / FOLDER
     try:
         with folder_lock(target):
             if output is not None:
