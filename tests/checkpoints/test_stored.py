@@ -166,6 +166,18 @@ def test_checksums_are_verified(tmp_path: Path, method: int, member: str) -> Non
         [x.load() for x in read_weight_file(file).states[""].values()]
 
 
+def test_headers_of_members_are_verified(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.weight": torch.ones(5), "b.weight": torch.ones(6)}, file)
+    with zipfile.ZipFile(file) as archive:
+        start = next(x.header_offset for x in archive.infolist() if x.filename.endswith("data/1"))
+    content = bytearray(file.read_bytes())
+    content[start] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="x.pt"):
+        read_weight_file(file)
+
+
 @pytest.mark.parametrize("x", [torch.ones(3, 3).to_sparse(), torch.ones(3, device="meta")], ids=["sparse", "meta"])
 def test_tensors_without_plain_numbers_are_refused(tmp_path: Path, x: torch.Tensor) -> None:
     torch.save({"a.weight": torch.ones(5), "b.weight": x}, tmp_path / "x.pt")

@@ -97,7 +97,8 @@ def _stored_members(path: Path) -> list[Member]:
                 if has_checksums:
                     archive.read(entry)  # small; its checksum is verified
                 continue
-            file.seek(entry.header_offset + 26)  # of its local header, which is followed by a name and an extra field
+            archive.open(entry).close()  # checks its local header
+            file.seek(entry.header_offset + 26)  # of the lengths of the name and extra field behind it
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             members.append(Member(start, entry.file_size, entry.CRC if has_checksums else None))
         return sorted(members)
