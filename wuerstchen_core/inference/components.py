@@ -60,6 +60,7 @@ class Components:
     files: dict[str, Any] = field(default_factory=dict, init=False)  # their names and fingerprints, for metadata
     stored: StoredNetworks | None = field(default=None, init=False)  # with `load(low_memory=True)`
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
+    reported_hints: set[str] = field(default_factory=set, init=False)
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
