@@ -18,7 +18,7 @@ from ..checkpoints.release import check_control
 from ..common.geometry import prior_side
 from ..common.numbers import to_float
 from ..common.values import to_list
-from ..models.control_net import Control, ControlNet, crop_hint, repeat_control, sum_controls
+from ..models.control_net import Control, ControlNet, ControlNetParams, crop_hint, repeat_control, sum_controls
 from .components import Components, first_weight
 from .images import Picture, open_grey, open_picture, to_pixels
 from .settings import SamplingSettings
@@ -96,7 +96,7 @@ def load_hints(
         check_control(net.params, model.require("prior").params, name)
         picture = open_picture(hint.picture)
         mask = None if hint.mask is None else open_grey(hint.mask)
-        for note in hint_notes(net, to_pixels(picture), _latent_size(sampling)):
+        for note in hint_notes(net.params, to_pixels(picture), _latent_size(sampling)):
             if note not in model.reported_hints:
                 model.reported_hints.add(note)
                 logger.warning(note)
@@ -133,7 +133,7 @@ def control_at(
     return at if hints else None
 
 
-def hint_notes(net: ControlNet, hint: Tensor, size: tuple[int, int]) -> list[str]:
+def hint_notes(params: ControlNetParams, hint: Tensor, size: tuple[int, int]) -> list[str]:
     """Returns sentences about a hint [B, 3, H, W] that the user may not expect, for latents of a size (h, w)."""
     height, width = hint.shape[-2:]
     cropped = crop_hint(hint, size)
@@ -141,7 +141,7 @@ def hint_notes(net: ControlNet, hint: Tensor, size: tuple[int, int]) -> list[str
     if cropped.shape != hint.shape:
         kept = f"{cropped.shape[-1]}x{cropped.shape[-2]}"
         notes.append(f"the hint of {width}x{height} pixels has another shape than the image, so {kept} of it are used")
-    if net.params.hints == "outline" and float(hint.mean()) > 0.5:
+    if params.hints == "outline" and float(hint.mean()) > 0.5:
         notes.append("the hint is mostly white, but this control net reads white lines on black: invert it")
     return notes
 
