@@ -3,6 +3,7 @@ ComfyUI's own nodes apply to Stage C, for test_host_control.py."""
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,7 @@ def mistakes(steered: Steered) -> dict[str, str]:
     node = windows.ContextWindowsManualNode
     options = {"context_length": 2, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1}
     options |= {"closed_loop": False, "fuse_method": "flat", "dim": 3, "freenoise": False}
+    options = {name: x for name, x in options.items() if name in signature(node.execute).parameters}
     windowed = node.execute(model=steered.prior, **options).result[0]
 
     def stage_b() -> None:
