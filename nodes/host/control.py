@@ -32,7 +32,7 @@ class HostControlNet(ControlNet):
         self.dtype = dtype
 
 
-class WuerstchenControl(comfy.controlnet.ControlBase):  # type: ignore[misc]
+class WuerstchenControl(comfy.controlnet.ControlBase):
     """A control net with the hint, strength and times that an Apply ControlNet node sets.
 
     What it adds depends on the hint alone, so it is computed once per sampling and size of latents, in fp32.

@@ -67,7 +67,7 @@ def list_hints(control: AnyHint | Sequence[AnyHint] | None) -> list[Hint]:
     if control is None:
         return []
     if isinstance(control, tuple) and control and isinstance(control[0], ControlNet | str | PathLike):
-        control = [control]  # type: ignore[list-item]
+        control = [control]
     hints = []
     for one in to_list("control", control, Hint):
         if not isinstance(one, Hint) and not (isinstance(one, tuple | list) and len(one) in (2, 3)):
