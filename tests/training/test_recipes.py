@@ -40,6 +40,7 @@ SIZES: Mapping[str, tuple[Any, Any, int]] = {
     "v1_prior": (Prior, PriorParams, 993_243_680),
     "v2_prior": (Prior, PriorParams, 993_636_896),
 }
+ADAPTERS = {"v2_lora": 4, "v2_distill_lora": 9, "v2_decoder_distill_lora": 9}  # numbers of targets
 SMALL = (("fused", 1, 3, 2, 8, 8, 1),)  # stages of an encoder
 SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
 
@@ -59,7 +60,7 @@ def test_its_comment_names_its_command(path: Path) -> None:
 
 
 def test_there_is_a_recipe_for_each_stage() -> None:
-    assert set(RECIPES) == {*SIZES, "v2_lora"}
+    assert set(RECIPES) == {*SIZES, *ADAPTERS}
 
 
 @pytest.mark.parametrize("recipe", SIZES)
@@ -81,13 +82,16 @@ def test_it_builds_the_published_network(recipe: str) -> None:
         assert params.dropout == 0.1  # as the original trains
 
 
-def test_the_lora_fits_the_published_prior() -> None:
-    options = from_table(AdapterConfig, read_config(RECIPES["v2_lora"], [])["lora"], "lora")
+@pytest.mark.parametrize("recipe", ADAPTERS)
+def test_a_lora_fits_the_published_network(recipe: str) -> None:
+    options = from_table(AdapterConfig, read_config(RECIPES[recipe], [])["lora"], "lora")
+    assert len(options.targets) == ADAPTERS[recipe]
     with torch.device("meta"):
-        network = Prior(PriorParams())
+        network = Decoder(DecoderParams()) if "decoder" in recipe else Prior(PriorParams())
         attach(network, options)
     learned = [p.numel() for p in network.parameters() if p.requires_grad]
-    assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
+    if recipe == "v2_lora":
+        assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -161,7 +165,8 @@ def test_it_takes_two_steps_in_a_tiny_size(
     values = {
         "run": str(tmp_path), "data.source": str(tmp_path / "a.tar"), "data.size": 64, "data.multiple": 64,
         "data.ratio": 1.0, "data.min_side": 1, "data.workers": 0, "train.steps": 2, "train.batch": 2,
-        "train.log_every": 1, "train.precision": "no", **{f"model.{key}": value for key, value in small.items()},
+        "train.log_every": 1, "train.precision": "no", "train.frozen": "fp32",
+        **{f"model.{key}": value for key, value in small.items()},
     }  # fmt: skip
     if stage == "vqgan":
         values |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}

@@ -88,6 +88,7 @@ SCHEDULES = {
     # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps (docs/steps.md). Few steps
     # that each add noise sometimes fail, hence ddim.
     "fast": Schedule(squared_times, 6, "ddim", 4),
+    "turbo": Schedule(linear_times, sampler="ddim"),  # for the few steps of distilled models
 }
 
 

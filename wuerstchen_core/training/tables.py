@@ -16,6 +16,7 @@ from .data.latent_cache import CacheConfig
 from .data.sources import has_pictures
 from .hub import HubConfig
 from .stages.decoder import DecoderStage
+from .stages.distill import DecoderDistillLoraStage, DecoderDistillStage, DistillLoraStage, DistillStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
 from .stages.lora import DecoderLoraStage, LoraStage, TokenDecoderLoraStage
@@ -38,6 +39,10 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         TokenDecoderLoraStage,
         EmbeddingStage,
         DecoderEmbeddingStage,
+        DistillStage,
+        DecoderDistillStage,
+        DistillLoraStage,
+        DecoderDistillLoraStage,
     )
 }
 COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [inputs]

@@ -51,10 +51,10 @@ class StageB(DiffusionStage[N]):
 
     def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
         """Returns the images after 42.67x compression."""
-        networks: dict[str, Any] = {self.network: net}
         device = next(net.parameters()).device
         encoder, vqgan = self.encoder.to(device), self.vqgan.to(device)
         text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder).to(device)
+        networks: dict[str, Any] = {self.network: net, self.text_part: text_encoder}
         text = torch.stack(encode_text(text_encoder, tokens))
         pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
         return vqgan.decode(pipeline.sample_decoder(encode_features(encoder, images), text, sampling))

@@ -116,10 +116,17 @@ class DiffusionStage(Stage[N]):
         sampling = SamplingSettings(
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
         )
-        tokens, samples = self.dataset.tokenizer.uncounted(prompts), torch.empty_like(images)
+        tokens, rows = self.dataset.tokenizer.uncounted(prompts), [images]
         chunks = torch.tensor([len(ids) for ids, _ in tokens])
-        for count in chunks.unique():
-            indices = (chunks == count).nonzero().flatten()
-            results = self.reconstruct(net, images[indices], [tokens[i] for i in indices.tolist()], sampling)
-            samples[indices] = results.to(samples)
-        return [images, samples]
+        for network, settings in self.compared(net, sampling):
+            samples = torch.empty_like(images)
+            for count in chunks.unique():
+                indices = (chunks == count).nonzero().flatten()
+                results = self.reconstruct(network, images[indices], [tokens[i] for i in indices.tolist()], settings)
+                samples[indices] = results.to(samples)
+            rows.append(samples)
+        return rows
+
+    def compared(self, net: N, sampling: SamplingSettings) -> list[tuple[N, SamplingSettings]]:
+        """Returns the networks whose samples a grid shows, with the settings of each; `net` is the last."""
+        return [(net, sampling)]
