@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.diffusion.samplers import ddim_step, ddpm_step, noise_in, predict_x0, sample
 from wuerstchen_core.diffusion.schedule import alpha_bar, expand, linear_times
@@ -200,6 +201,7 @@ def test_the_file_states_what_was_distilled_and_is_sampled_so(
     before, after = (getattr(one, part).state_dict() for one in (base, pipe))
     assert any(not torch.equal(x, after[key]) for key, x in before.items())
     if "lora" in stage:
+        assert describe_lora(file).sampling == expected
         pipe.unload_lora()
         assert pipe.sampling == base.sampling
 
