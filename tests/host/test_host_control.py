@@ -102,6 +102,7 @@ def test_what_does_not_fit_is_explained_in_one_line(inside: Inside, mistake: str
     check_error(inside[1]["mistakes"].get(mistake, ""), *MISTAKES[mistake])
 
 
+@pytest.mark.long
 def test_the_workflow_in_a_picture_of_python_gives_the_same(
     server: Server, generate: Generate, checkpoints: Path, nets: Path
 ) -> None:

@@ -41,6 +41,7 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
         ("finetune", "prior", "v2"),
         ("resolution", "prior", "v2"),
         ("embedding", "embedding", "v2"),
+        ("control", "control", "v2"),
         ("decoder-lora", "decoder-lora", "v2"),
         ("decoder-lora", "token-decoder-lora", "v1"),
     ],

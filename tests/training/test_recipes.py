@@ -16,8 +16,10 @@ from helpers.recipes import ROOT, SHIPPED, command_of
 from helpers.tiny_stages import TABLES, read_log
 from torch import nn
 
+from wuerstchen_core.checkpoints.release import check_control
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.models.control_net import ControlNet
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_features
@@ -26,6 +28,7 @@ from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
+from wuerstchen_core.training.stages.control import ControlConfig, ControlledPrior, control_params
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.tables import STAGES
 
@@ -60,7 +63,7 @@ def test_its_comment_names_its_command(path: Path) -> None:
 
 
 def test_there_is_a_recipe_for_each_stage() -> None:
-    assert set(RECIPES) == {*SIZES, *ADAPTERS}
+    assert set(RECIPES) == {*SIZES, *ADAPTERS, "v2_control"}
 
 
 @pytest.mark.parametrize("recipe", SIZES)
@@ -92,6 +95,17 @@ def test_a_lora_fits_the_published_network(recipe: str) -> None:
     learned = [p.numel() for p in network.parameters() if p.requires_grad]
     if recipe == "v2_lora":
         assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
+
+
+def test_the_control_net_fits_the_published_prior() -> None:
+    own = from_table(ControlConfig, read_config(RECIPES["v2_control"], [])["control"], "control")
+    params = control_params(own, PriorParams())
+    with torch.device("meta"):
+        network = ControlledPrior(Prior(PriorParams()), ControlNet(params))
+        control = network.control_net(torch.empty(1, 3, 1024, 1536), (24, 36))
+    check_control(params, PriorParams(), "it")
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 16_660_224
+    assert [tuple(x.shape) for x in control if x is not None] == [(1, 1536, 24, 36)] * 8
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -170,6 +184,8 @@ def test_it_takes_two_steps_in_a_tiny_size(
     }  # fmt: skip
     if stage == "vqgan":
         values |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
+    if stage == "control":
+        values |= {"control.widths": [8, 8, 8, 8], "control.repeats": [1, 1, 1, 1]}
     if stage == "encoder":
         values["encoder.widths"] = [16, 8, 8]
     if recipe == "v2_prior":

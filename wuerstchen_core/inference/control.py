@@ -34,12 +34,13 @@ _ROUNDING = 1e-6  # of times
 class Hint:
     """A control net (or its file), the picture that it reads, and how strongly, when and where it acts.
 
-    `start` and `end` are fractions of Stage C's sampling, from 0 to 1. A `mask`, in grey, multiplies the strength: the
+    The picture may also be pixels [B, 3, H, W] in [0, 1], one for each image to generate or one for all. `start` and
+    `end` are fractions of Stage C's sampling, from 0 to 1. A `mask`, in grey, multiplies the strength: the
     hint does not act where it is black.
     """
 
     net: ControlNet | AnyPath
-    picture: Picture
+    picture: Picture | Tensor
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -94,9 +95,11 @@ def load_hints(
             net = loaded[net]
         name = IN_MEMORY if net is hint.net else str(hint.net)
         check_control(net.params, model.require("prior").params, name)
-        picture = open_picture(hint.picture)
+        picture = hint.picture if isinstance(hint.picture, Tensor) else to_pixels(open_picture(hint.picture))
+        if picture.ndim != 4 or picture.shape[1] != 3:
+            raise ValueError(f"a hint's pixels must be [B, 3, H, W], got {list(picture.shape)}: give a picture")
         mask = None if hint.mask is None else open_grey(hint.mask)
-        for note in hint_notes(net.params, to_pixels(picture), _latent_size(sampling)):
+        for note in hint_notes(net.params, picture, _latent_size(sampling)):
             if note not in model.reported_hints:
                 model.reported_hints.add(note)
                 logger.warning(note)
@@ -105,17 +108,19 @@ def load_hints(
 
 
 def control_at(
-    model: Components, hints: Sequence[Hint], sampling: SamplingSettings
+    model: Components, hints: Sequence[Hint], sampling: SamplingSettings, count: int
 ) -> Callable[[Tensor], Control] | None:
     """Returns a function that maps times t [B] of a sampling, all equal, to what is added in a batch of B.
 
-    `hints` are those of `load_hints`; None without any.
+    `hints` are those of `load_hints`; None without any. Raises ValueError if one has neither one picture nor `count`.
     """
     size, parts = _latent_size(sampling), []
     for hint in hints:
-        assert isinstance(hint.net, ControlNet) and isinstance(hint.picture, Image.Image)
+        assert isinstance(hint.net, ControlNet) and isinstance(hint.picture, Tensor)
+        if len(hint.picture) not in (1, count):
+            raise ValueError(f"a hint has {len(hint.picture)} pictures for {count} images: give one, or one for each")
         weight = first_weight(hint.net)
-        control = hint.net(crop_hint(to_pixels(hint.picture), size).to(weight), size)
+        control = hint.net(crop_hint(hint.picture, size).to(weight), size)
         strength: float | Tensor = hint.strength
         if isinstance(hint.mask, Image.Image):
             mask = crop_hint(to_pixels(hint.mask), size)

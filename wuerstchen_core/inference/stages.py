@@ -69,7 +69,7 @@ def sample_prior(
     _warn_of_size(model, sampling)
     if negative is None and sampling.prior_guidance > 1:
         negative = _encode_empty(model, "prior")
-    added = control_at(model, load_hints(model, control, sampling), sampling)
+    added = control_at(model, load_hints(model, control, sampling), sampling, len(text))
     with model.using("prior") as prior:
         text = text.to(first_weight(prior))
         scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)

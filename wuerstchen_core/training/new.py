@@ -28,6 +28,7 @@ RECIPES = {  # by name, what it is for
     "embedding": "a new word for a style or thing, by textual inversion",
     "finetune": "a fine-tune of Stage C",
     "resolution": "a fine-tune of Stage C for another size",
+    "control": "a control net for Stage C, which steers it by outlines and the like",
     "decoder-lora": "a LoRA of Stage B, for pictures unlike those that it can show",
     "scratch": "all stages of a small model",
 }
@@ -42,6 +43,12 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "decoder-lora": (
         {"steps": 600, "batch": 8, "accumulate": 1, "lr": "6e-3", "rank": 16},
         {"steps": 2000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 16},
+    ),
+    "control": (
+        {"steps": 2000, "batch": 16, "accumulate": 1, "lr": "2e-3"}
+        | {"widths": "[32, 64, 128, 160]", "repeats": "[1, 1, 1, 2]"},
+        {"steps": 20_000, "batch": 8, "accumulate": 4, "lr": "1e-4"}
+        | {"widths": "[64, 128, 256, 512]", "repeats": "[1, 1, 2, 4]"},
     ),
     "embedding": (
         {"steps": 300, "batch": 12, "accumulate": 1, "lr": "2e-2"},

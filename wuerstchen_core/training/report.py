@@ -151,6 +151,8 @@ def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path,
     arguments += [x for part, source in parts.items() for x in (f"--{part.replace('_', '-')}", source)]
     if "embedding" in stage.tables:
         return ["generate", f"{MARK}{stage.stem}", *arguments[2:], "--embedding", str(file)]
+    if "control" in stage.tables:
+        return [*arguments, "--control", str(file), "hint.png"]
     return arguments if own else [*arguments, "--lora", str(file)]
 
 

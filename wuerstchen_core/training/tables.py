@@ -15,6 +15,7 @@ from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
 from .data.sources import has_pictures
 from .hub import HubConfig
+from .stages.control import ControlStage
 from .stages.decoder import DecoderStage
 from .stages.distill import DecoderDistillLoraStage, DecoderDistillStage, DistillLoraStage, DistillStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
@@ -43,6 +44,7 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         DecoderDistillStage,
         DistillLoraStage,
         DecoderDistillLoraStage,
+        ControlStage,
     )
 }
 COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [inputs]

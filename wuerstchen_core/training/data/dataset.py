@@ -69,6 +69,20 @@ class ImageDataset(ABC):
     def images(self, batch: Any) -> Tensor:
         """Returns the images [B, 3, H, W] in [0, 1]."""
 
+    def read_images(self, purpose: str) -> None:  # noqa: B027 (images in memory need nothing)
+        """Makes `images` available for a purpose, such as "hints", also beside cached tensors."""
+
+    def check_boxes(self) -> None:
+        """Raises ValueError unless `boxes` knows where things are."""
+        raise ValueError(
+            '[control] hints = "boxes" needs to know where things are, which only the demo\'s drawings tell: remove '
+            "[data] source, or choose another kind of hints"
+        )
+
+    def boxes(self, batch: Any) -> list[list[tuple[int, int, int, int]]]:
+        """Returns the boxes of the things in each image, in the order of its caption: left, top, width and height."""
+        raise NotImplementedError
+
     def loss_weights(self, batch: Any) -> Tensor | None:
         """Returns factors of the losses of a batch's images: [B, 1, H, W] in pixels if the dataset is `masked`, else
         [B, 1, 1, 1] if it is `weighted`, else None."""

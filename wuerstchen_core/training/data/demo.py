@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
 from ...demo import vocabulary
-from ...demo.artwork import CANVAS, draw_all
+from ...demo.artwork import CANVAS, boxes, draw_all
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
 from .buckets import most_square
@@ -85,6 +85,13 @@ class DemoDataset(InMemoryDataset):
             scene = scene._replace(colour=words.randrange(len(COLOURS)))
         return vocabulary.caption(scene, words)
 
+    def check_boxes(self) -> None:
+        pass
+
+    def boxes(self, batch: Tensor) -> list[list[tuple[int, int, int, int]]]:
+        scenes = (self.scenes[index] for index in batch.tolist())
+        return [[(x, y, edge, edge) for x, y, edge in boxes(scene, self.config.canvas)] for scene in scenes]
+
     def preview_images(self) -> InMemoryDataset | None:
         return None if self.missing_previews() else self._held_out
 
@@ -117,6 +124,12 @@ class MultiShapeDemoDataset(ImageDataset):
 
     def captions(self, batch: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:
         return self.datasets[batch[0]].captions(batch[1], rng, drop)
+
+    def check_boxes(self) -> None:
+        pass
+
+    def boxes(self, batch: tuple[int, Tensor]) -> list[list[tuple[int, int, int, int]]]:
+        return self.datasets[batch[0]].boxes(batch[1])
 
     def images(self, batch: tuple[int, Tensor]) -> Tensor:
         return self.datasets[batch[0]].images(batch[1])

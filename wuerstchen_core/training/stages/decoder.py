@@ -49,7 +49,9 @@ class StageB(DiffusionStage[N]):
         vqgan = self.vqgan.to(device)
         return {STAGE_A: vqgan.decode(vqgan.encode(images.to(device)))}
 
-    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
+    def reconstruct(
+        self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings, *inputs: Tensor
+    ) -> Tensor:
         """Returns the images after 42.67x compression."""
         device = next(net.parameters()).device
         encoder, vqgan = self.encoder.to(device), self.vqgan.to(device)
