@@ -128,7 +128,7 @@ class ControlStage(PriorStage):
         check_control(network.params, prior, own.start)
         if network.params.hints != own.hints:
             raise ValueError(f"[control] start: {own.start} reads hints of the kind {network.params.hints}: set that")
-        self.bases.append(own.start)
+        self.bases = [*self.bases, own.start]
         return network.train()
 
     def sampling(self) -> dict[str, Any]:

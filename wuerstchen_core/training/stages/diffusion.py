@@ -129,8 +129,8 @@ class DiffusionStage(Stage[N]):
             samples = torch.empty_like(images)
             for count in chunks.unique():
                 indices = (chunks == count).nonzero().flatten()
-                own = [tokens[i] for i in indices.tolist()], settings, *(x[indices] for x in inputs)
-                samples[indices] = self.reconstruct(network, images[indices], *own).to(samples)
+                own, extra = [tokens[i] for i in indices.tolist()], [x[indices] for x in inputs]
+                samples[indices] = self.reconstruct(network, images[indices], own, settings, *extra).to(samples)
             rows.append(samples)
         return rows
 
