@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,76 @@ def test_boxes_are_for_the_demos_drawings(config: Path, tmp_path: Path) -> None:
     table = f"data={{source='{tmp_path / 'pictures'}', size=64, multiple=64}}"
     with pytest.raises(ValueError, match="boxes"):
         stage(config, table, "control.hints='boxes'", "control.contours=0.0")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """Pictures of two halves, whose hints are grey in the same halves, in each way of naming them."""
+    folder = tmp_path / "pictures"
+    (folder / "controls").mkdir(parents=True)
+    for number, hint in enumerate(("0.control", "1_conditioning", "controls/2", "other")):
+        for name, colour in ((str(number), (255, 0, 0)), (hint, (100 + number, 0, 0))):
+            image = Image.new("RGB", (128, 128))
+            image.paste(colour, (64, 0, 128, 128))
+            image.save(folder / f"{name}.png")
+        (folder / f"{number}.txt").write_text("a red apple")
+    rows = [{"file_name": "3.png", "conditioning_image": "other.png", "text": "a red apple"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def given_stage(config: Path, folder: Path, *changes: str) -> ControlStage:
+    data = f"data={{source='{folder}', size=64, multiple=64, flip=0.5, workers=0}}"
+    return stage(config, data, "control.hints='given'", "control.contours=0.0", "control.drop=0.0", *changes)
+
+
+def test_hints_that_are_given_follow_crops_and_flips(config: Path, given: Path, tmp_path: Path) -> None:
+    trainer = given_stage(config, given)
+    trainer.dataset.start_reading(0, "", batch=4, seed=0, cache=tmp_path, rank=0, world=1)
+    assert trainer.dataset.examples == 4
+    levels, sides = set(), set()
+    for step in range(3):
+        picked = trainer.dataset.sample_batch(StepRandom(0, step, 4))
+        images, hints = trainer.dataset.images(picked), trainer.hints(trainer.dataset, picked, StepRandom(0, step, 4))
+        assert hints.shape == images.shape == (4, 3, 64, 64)
+        assert torch.equal(hints > 0.2, images > 0.5)
+        levels |= {round(float(x[0, 32].sort().values[-16]) * 255) for x in hints}
+        sides |= {bool(x) for x in images[:, 0, 0, 0] > 0}
+    assert levels == {100, 101, 102, 103} and sides == {True, False}
+    preview = trainer.dataset.preview_images()
+    assert preview is not None and len(trainer.samples(trainer.net, preview)) == 3
+
+
+def test_hints_that_are_missing_or_cannot_be_given(config: Path, given: Path, tmp_path: Path) -> None:
+    (given / "1_conditioning.png").unlink()
+    Image.new("RGB", (64, 128)).save(given / "0.control.png")
+    trainer = given_stage(config, given, "data.bad_share=0.9")
+    trainer.dataset.start_reading(0, "", batch=2, seed=0, cache=tmp_path, rank=0, world=1)
+    loader: Any = trainer.dataset._loader
+    bad = loader[0].bad | loader[1].bad
+    assert "control.png" in bad["1.png"] and "hint of 0.png has 64x128" in bad["0.png"]
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+        tar.add(given / "2.png", "2.png")
+    shards = given_stage(config, tmp_path / "tars")
+    with pytest.raises(ValueError, match="given"):
+        shards.dataset.start_reading(0, "", batch=2, seed=0, cache=tmp_path, rank=0, world=1)
+    with pytest.raises(ValueError, match="given"):
+        stage(config, "control.hints='given'", "control.contours=0.0")
+
+
+def test_things_at_random_places_have_boxes(config: Path) -> None:
+    changes = ("control.hints='boxes'", "control.contours=0.0", "data.things=4", "data.layouts=['pair']", "data.most=3")
+    trainer = stage(config, *changes, "data.placements=3")
+    dataset: Any = trainer.dataset
+    picked = torch.arange(len(dataset))
+    assert len(dataset) == 9
+    images, boxes = dataset.images(picked), dataset.boxes(picked)
+    hints = trainer.hints(dataset, picked)
+    assert len({tuple(own) for own in boxes}) == 9
+    background = images[:, :, :1, :1]
+    for image, own, hint, colour in zip(images, boxes, hints, background, strict=True):
+        inside = hint.any(0)
+        assert len(own) == 2 and ((image - colour).abs().amax(0)[~inside] < 0.05).all()
+        assert (image - colour).abs().amax(0)[inside].mean() > 0.1
+        assert not (hint[0].bool() & hint[1].bool()).any()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
 from ...demo import vocabulary
-from ...demo.artwork import CANVAS, boxes, draw_all
+from ...demo.artwork import CANVAS, Box, boxes, draw_all, random_boxes
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
 from .buckets import most_square
@@ -35,6 +35,9 @@ class DemoDataConfig:
     most: CountOrZero = option(
         0, "scenes of each layout and shape, sampled from all; 0: 1000 and, with several things or off squares, 400"
     )
+    placements: CountOrZero = option(
+        0, "draw each scene so often, with its things in random sizes at random places; 0: once, as its layout has it"
+    )
     background: Annotated[str, OneOf(("", *COLOURS))] = option(
         "", "only scenes on this background, with captions that name random ones"
     )
@@ -53,6 +56,11 @@ class DemoDataset(InMemoryDataset):
         self.config = config = from_table(DemoDataConfig, self._data, "data")
         self._shape = shape or config.shapes[0]
         self.scenes = [scene for layout in config.layouts for scene in self._layout_scenes(layout, held_out)]
+        self.scenes *= max(1, config.placements)
+        self._placed: list[list[Box]] | None = None
+        if config.placements:
+            rng = random.Random(f"placements {self._shape} {held_out}")
+            self._placed = [random_boxes(scene, config.canvas, rng) for scene in self.scenes]
         if not self.scenes and not held_out:
             raise ValueError(
                 f"[data] leaves no {self._shape} scene: no layout here has only the first {config.things} things"
@@ -62,7 +70,7 @@ class DemoDataset(InMemoryDataset):
         twice = {"large"} if set(config.layouts) > set(SIMPLE) else set()
         counts = [1 + (scene.layout in twice) for scene in self.scenes]
         self._weighted = torch.arange(len(self.scenes)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas)).permute(0, 3, 1, 2))
+        super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas, self._placed)).permute(0, 3, 1, 2))
 
     def _layout_scenes(self, layout: str, held_out: bool) -> list[Scene]:
         """Returns the scenes of a layout, or a sample of them if there are too many for memory."""
@@ -89,8 +97,8 @@ class DemoDataset(InMemoryDataset):
         pass
 
     def boxes(self, batch: Tensor) -> list[list[tuple[int, int, int, int]]]:
-        scenes = (self.scenes[index] for index in batch.tolist())
-        return [[(x, y, edge, edge) for x, y, edge in boxes(scene, self.config.canvas)] for scene in scenes]
+        found = [boxes(x, self.config.canvas) for x in self.scenes] if self._placed is None else self._placed
+        return [[(x, y, edge, edge) for x, y, edge in found[index]] for index in batch.tolist()]
 
     def preview_images(self) -> InMemoryDataset | None:
         return None if self.missing_previews() else self._held_out

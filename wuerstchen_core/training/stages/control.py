@@ -1,4 +1,4 @@
-"""Trains a control net for a frozen Stage C, from hints that are made of the images."""
+"""Trains a control net for a frozen Stage C, from hints that are made of the images or given beside them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class ControlledPrior(nn.Module):
 
 
 class ControlStage(PriorStage):
-    """A control net; a hint is made of each image that is trained on."""
+    """A control net; each image that is trained on has a hint."""
 
     name = "control"
     part = PART
@@ -96,10 +96,8 @@ class ControlStage(PriorStage):
 
     def __init__(self, config: Mapping[str, Any]):
         self.control = from_table(ControlConfig, config.get("control", {}), "control")
-        if self.control.hints == "given":
-            raise ValueError('[control] hints = "given" is not possible yet: choose another kind')
         super().__init__(config)
-        self.dataset.read_images("hints")
+        self.dataset.read_images("hints", self.control.hints == "given")
         if self.control.hints == "boxes":
             self.dataset.check_boxes()
 
@@ -140,7 +138,9 @@ class ControlStage(PriorStage):
     def hints(self, dataset: ImageDataset, picked: Any, rng: StepRandom | None = None) -> Tensor:
         """Returns the hints [B, 3, H, W] of a batch; without `rng`, none is black and lines are of medium width."""
         images, kind = dataset.images(picked), self.control.hints
-        if kind == "boxes":
+        if kind == "given":
+            hints = dataset.given_hints(picked)
+        elif kind == "boxes":
             hints = draw_boxes(dataset.boxes(picked), (images.shape[-2], images.shape[-1]))
         elif kind == "outline":
             hints = self.outlines(images, rng)
