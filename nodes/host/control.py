@@ -130,8 +130,8 @@ def load_control(part: Part, name: str) -> WuerstchenControl:
     state = build_part(part).state_dict()
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     network = HostControlNet(part.params, device=offload_device, dtype=comfy.utils.weight_dtype(state))
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher = patcher_class(network, load_device=load_device, offload_device=offload_device)
-    network.load_state_dict(state, strict=False, assign=True)
+    network.load_state_dict(state, assign=True)
     network.eval().requires_grad_(False)
+    # Too small to be loaded on demand, as newer ComfyUI versions load others.
+    patcher = comfy.model_patcher.ModelPatcher(network, load_device=load_device, offload_device=offload_device)
     return WuerstchenControl(patcher, name)
