@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import NETWORKS
-from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, log_rows
+from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, log_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -250,3 +250,18 @@ def test_unknown_settings_of_a_lora_are_left_out(
     before = pipe.sampling
     pipe.load_lora(file)
     assert pipe.sampling == before and pipe.loras and "of a later version" in caplog.text
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_trains(config: Path, tmp_path: Path) -> None:
+    """Each step runs the network twice before its gradients are averaged."""
+    one, two = ([f"run='{tmp_path / name}'", "lora.rank=2", "train.batch=4"] for name in ("one", "two"))
+    run("distill-lora", config, one)
+    changes = [*two, "train.batch=2"]
+    launch(
+        "-m", "wuerstchen_core", "train", "distill-lora", "--config", str(config), *(f"--set={x}" for x in changes)
+    )  # fmt: skip
+    trained, apart = (ema_of(tmp_path / name / "distill-lora") for name in ("one", "two"))
+    assert trained.keys() == apart.keys()
+    for name, x in trained.items():
+        torch.testing.assert_close(apart[name], x, rtol=0, atol=2e-5, msg=name)
