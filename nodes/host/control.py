@@ -21,6 +21,7 @@ from ...wuerstchen_core.models.control_net import STEM, Control, ControlNet, cro
 from .diffusion_models import CONTROL, HostPrior, castable
 from .notices import notify
 
+ROUNDING = 1e-4  # of sigmas
 WITHIN_LEVEL = 12  # most values alive in the finest block, per channel and cell
 
 
@@ -58,6 +59,10 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
             self.multigpu_clones[load_device] = copied
         return copied
 
+    def set_extra_arg(self, argument: str, value: Any = None) -> None:
+        """Notifies: nodes for other control nets choose a kind of hints by this."""
+        notify(f"{self.name} reads hints of one kind ({self.patcher.model.params.hints}): {argument} has no effect")
+
     def get_models(self) -> list[Any]:
         return [*super().get_models(), self.patcher]
 
@@ -94,7 +99,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
         before = previous and previous.get_control(x_noisy, t, cond, batched_number, transformer_options)
         if self.timestep_range is not None:
             start, end = self.timestep_range
-            if not end <= t[0] <= start:
+            if not end * (1 - ROUNDING) <= t[0] <= start * (1 + ROUNDING):
                 return before
         control = self.control(x_noisy, batched_number)
         parts: list[tuple[Control, float]] = [(before[CONTROL], 1.0)] if before else []

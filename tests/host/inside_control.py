@@ -90,8 +90,8 @@ def with_core(steered: Steered) -> dict[str, Tensor]:
         "strength": (steered.node(apply(plain, "net", first, 0.7)), steered.expected(("net", "first", 0.7))),
         "negative": (steered.node(apply(plain, "net", first, 0.0)), steered.expected(("net", "first", 0.0))),
         "start": (
-            steered.node(apply(plain, "net", first, 1.0, 0.35)),
-            steered.expected(("net", "first", 1.0, 0.35, 1.0)),
+            steered.node(apply(plain, "net", first, 1.0, 0.4)),  # at the time of a step
+            steered.expected(("net", "first", 1.0, 0.4, 1.0)),
         ),
         "chained": (steered.node(chained), steered.expected(("net", "first", 0.7), ("other", "second", 0.5, 0.0, 0.6))),
         "batch": (
@@ -137,6 +137,7 @@ def in_comfyui(steered: Steered) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     with logged() as messages:
         steered.node(steered.apply(plain, "net", 1 - steered.image("wide")))
+        steered.nets["net"].set_extra_arg("control_type", [3])
     return tensors, {"notices": [text for text in messages if "hint" in text]}
 
 

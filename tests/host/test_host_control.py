@@ -86,8 +86,9 @@ def test_other_samplers_are_steered(inside: Inside) -> None:
 
 
 def test_notices_about_the_shape_and_an_inverted_outline(inside: Inside) -> None:
-    shape, inverted = inside[1]["notices"]
+    shape, inverted, union = inside[1]["notices"]
     assert "300x90" in shape and "net.safetensors" in shape and "white" in inverted
+    assert "control_type" in union and "outline" in union
 
 
 def test_memory_management(inside: Inside) -> None:
