@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,14 @@ from helpers.golden_data import assert_near
 from helpers.networks import CONTROL
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import build_part, describe, load_control_net, read_part, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.inference.control import load_hints
 from wuerstchen_core.inference.records import hint_records
 from wuerstchen_core.models.control_net import ControlNet, ControlNetParams, crop_hint
 
@@ -206,6 +210,7 @@ def test_the_command_line_and_like(
     )
 
 
+@pytest.mark.long
 def test_files_of_prompts(bundle: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text(PROMPT)
     arguments = ("generate", "--prompts", tmp_path / "p.txt", "--model", bundle, "--device", "cpu", "--seed", 5)
@@ -215,3 +220,23 @@ def test_files_of_prompts(bundle: Path, folder: Path, tmp_path: Path) -> None:
     plain, steered = (np.asarray(Image.open(tmp_path / name / "000001.png")) for name in ("plain", "steered"))
     assert not np.array_equal(plain, steered)
     assert run(*arguments, "--output", tmp_path / "steered") == 2  # images of other hints exist there
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prior_depth": 10**15}, {"prior_width": 10**9}, {"widths": [10**9] * 4}, {"repeats": [10**9] * 4},
+        {"prior_blocks": [0, 10**9]}, {"hints": 5}, {"prior_release": "v3"}, {"widths": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_headers_are_refused(
+    pipe: WuerstchenPipeline, folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with safe_open(folder / "net.safetensors", "pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    content = json.loads(header["wuerstchen"])
+    content["parts"]["control_net"] |= change
+    save_file(tensors, tmp_path / "bad.safetensors", {**header, "wuerstchen": json.dumps(content)})
+    with pytest.raises(ValueError, match="bad"):
+        load_hints(pipe, (tmp_path / "bad.safetensors", folder / "hint.png"), pipe.sampling)
