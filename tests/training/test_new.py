@@ -44,6 +44,7 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
         ("control", "control", "v2"),
         ("decoder-lora", "decoder-lora", "v2"),
         ("decoder-lora", "token-decoder-lora", "v1"),
+        ("distill", "distill-lora", "v1"),
     ],
 )
 def test_it_trains_as_printed_once_the_pictures_exist(
