@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.dataclass_config import Count, Fraction, OneOf, Range, from_table, option
+from ...common.dataclass_config import Count, Fraction, Range, from_table, option
 from ...diffusion.samplers import SAMPLERS, Denoiser, ddim_step, sample
 from ...diffusion.schedule import linear_times
 from ...inference.pipeline import WuerstchenPipeline
@@ -21,7 +20,6 @@ from ...inference.settings import SamplingSettings
 from ...inference.stages import first_weight
 from ...models.decoder import Decoder
 from ...models.prior import Prior
-from ..config import START
 from ..rng import StepRandom
 from ..samples import SampleConfig
 from ..stage import N
@@ -29,11 +27,12 @@ from .adapters import AdapterConfig
 from .decoder import DecoderStage
 from .diffusion import DiffusionStage
 from .lora import AdapterStage, DecoderLoraStage, LoraStage
-from .losses import resize_weights
+from .losses import resize_weights, squared_error
 from .networks import encode_text, input_source, load_frozen, load_or_create
 from .prior import PriorStage
 
 METHOD = "steps of the teacher from the student's states"
+START = option("", "initial weights of the student, in any format that `inspect` reads; default: the teacher's")
 Guidance = Annotated[float, Range(least=1)]
 
 
@@ -52,7 +51,6 @@ class DistillConfig:
     )
     steps: Count = option(2, "steps of the student")
     teacher_steps: Count = option(4, "steps of the teacher for each of the student")
-    loss: Annotated[str, OneOf(("mse", "l1"))] = option("mse", "distance of the results: mse or l1")
     text_drop: Fraction = option(0.05, 'fraction of captions replaced by ""')
 
     def corruption(self) -> dict[str, float]:
@@ -89,7 +87,6 @@ def distillation_losses(
     The first of the noises is the start, the others are what DDPM adds after each step. `weights` [B, 1, h, w] are
     factors of the errors.
     """
-    distance = F.l1_loss if config.loss == "l1" else F.mse_loss
     x, *drawn = noise.unbind(1)
     times, step, draws, losses = linear_times(config.steps).to(x.device), SAMPLERS[sampler](), iter(drawn), []
     for start, end in pairwise(times):
@@ -99,8 +96,7 @@ def distillation_losses(
             target = sample(teacher, x, path, draw=torch.zeros_like, sampler="ddim")
         t, t_next, t_goal = (one.expand(len(x)) for one in (start, end, goal))
         predicted = student(x, t)
-        errors = distance(ddim_step(x, predicted, t, t_goal, torch.zeros_like), target, reduction="none")
-        losses.append((errors if weights is None else errors * weights).mean())
+        losses.append(squared_error(ddim_step(x, predicted, t, t_goal, torch.zeros_like), target, weights))
         if len(losses) < config.steps:
             x = step(x, predicted.detach(), t, t_next, lambda _: next(draws))
     return losses
