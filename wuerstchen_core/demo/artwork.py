@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from .vocabulary import COLOURS, POSITIONS, SHAPES, SIZES, THINGS, Scene
 
 CANVAS = 256  # pixels of the shorter side, for which SIZES, SHAPES and MARGIN are given
-MARGIN = 8  # pixels between a thing in a corner, or one of two, and the edge
+MARGIN = 8  # pixels between a thing in a corner, or one of several, and the edge
 
 Box = tuple[int, int, int]  # left, top and edge in pixels
 
@@ -50,34 +51,37 @@ def render(thing: int, edge: int) -> np.ndarray:
 _sprite = cache(render)
 
 
-def _picture_size(scene: Scene, canvas: int) -> tuple[int, int]:
-    width, height = list(SHAPES.values())[scene.shape]
+def picture_size(shape: int, canvas: int = CANVAS) -> tuple[int, int]:
+    """Returns width and height of a picture of a shape, by its index, with `canvas` pixels on the shorter side."""
+    width, height = list(SHAPES.values())[shape]
     return width * canvas // CANVAS, height * canvas // CANVAS
 
 
 def boxes(scene: Scene, canvas: int = CANVAS) -> list[Box]:
     """Returns the box of each thing in a scene."""
-    width, height = _picture_size(scene, canvas)
+    width, height = picture_size(scene.shape, canvas)
     edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
     left, top = (width - edge) // 2, (height - edge) // 2
     if scene.position:
         row, side = POSITIONS[scene.position].split()
         left = margin if side == "left" else width - margin - edge
         top = margin if row == "top" else height - margin - edge
-    lefts = [left] if scene.other is None else [margin, width - margin - edge]
-    return [(left, top, edge) for left in lefts]
+    count, sides = len(scene.things), (margin, width - margin - edge)
+    if count == 3:
+        return [(left, margin, edge), *((side, height - margin - edge, edge) for side in sides)]
+    return [(x, top, edge) for x in ([left] if count == 1 else sides)]
 
 
 def random_boxes(scene: Scene, canvas: int, rng: random.Random) -> list[Box]:
     """Returns boxes of random sizes at random places for the things in a scene, which do not overlap."""
-    width, height = _picture_size(scene, canvas)
-    largest = 0.9 if scene.other is None else 0.5
+    width, height = picture_size(scene.shape, canvas)
+    largest = {1: 0.9, 2: 0.5, 3: 0.4}[len(scene.things)]
     while True:
         found: list[Box] = []
         for _ in scene.things:
             edge = round(canvas * rng.uniform(0.25, largest))
             found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge))
-        if len(found) == 1 or not _overlap(*found):
+        if not any(_overlap(*two) for two in combinations(found, 2)):
             return found
 
 
@@ -99,7 +103,7 @@ def draw_all(
     """
     pictures = []
     for number, scene in enumerate(scenes):
-        width, height = _picture_size(scene, canvas)
+        width, height = picture_size(scene.shape, canvas)
         picture = np.empty((height, width, 3), dtype=np.float32)
         picture[:] = list(COLOURS.values())[scene.colour]
         places = boxes(scene, canvas) if placed is None else placed[number]

@@ -226,5 +226,6 @@ def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: st
         return FileDataset(data, captions, fingerprint_of, validation)
     if validation.fraction:
         raise ValueError("[validation] needs pictures to hold out: name them as source under [data], or remove it")
-    several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
+    scenes = from_table(DemoDataConfig, data, "data")
+    several = len(scenes.shapes) > 1 or scenes.larger
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)
