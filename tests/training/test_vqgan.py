@@ -1,0 +1,72 @@
+"""Stage A's own options: the norm of inference, noisy latents and the commitment loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.stages.vqgan import Autoencoder, VQGANStage
+
+pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
+
+MODEL = {"bottleneck_blocks": 1, "c_hidden": 16, "codebook_size": 32}
+OPTIONS = {"crop": 32, "margin": 0, "quantize_from": 2}
+CROPS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def stage(**options: float) -> VQGANStage:
+    torch.manual_seed(0)
+    config = {"data": {"canvas": 64, "things": 2}, "model": MODEL, "vqgan": {**OPTIONS, **options}}
+    made = VQGANStage(config)
+    made.net.train()
+    return made
+
+
+def loss(net: Autoencoder, *crops: torch.Tensor, noise: torch.Tensor | None = None, running: bool = True) -> float:
+    with torch.no_grad():  # keeps the statistics
+        return float(net(torch.stack(crops), None, False, noise=noise, running_norm=running))
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_loss_of_a_crop_depends_on_the_others_only_by_the_batchs_statistics(running: bool) -> None:
+    net = stage(norm_steps=2).net
+    first, second = CROPS
+    both, mean = loss(net, first, second, running=running), (loss(net, first) + loss(net, second)) / 2
+    assert (abs(both - mean) < 1e-6) == running
+
+
+def test_statistics_follow_the_latents_in_training() -> None:
+    trained = stage(norm_steps=2)
+    norm, rng = trained.net.norm, StepRandom(0, 0, 4)
+    picked = trained.dataset.sample_batch(rng)
+    for step in (0, 2, 3):
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        trained.loss(trained.net, *trained.prepare(picked, step, rng)).backward()
+        assert norm.training == (step < 2)
+        assert not torch.equal(norm.running_mean, mean) and not torch.equal(norm.running_var, var)
+    before = norm.running_mean.clone()
+    loss(trained.net, *CROPS)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_noise_is_drawn_for_each_image_and_added_to_what_is_not_quantized() -> None:
+    trained = stage(noise=0.5)
+    rng = StepRandom(0, 0, 64)
+    *_, noise = trained.prepare(trained.dataset.sample_batch(rng), 0, rng)
+    strengths = noise.flatten(1).std(dim=1)
+    assert noise.shape == (64, 4, 8, 8) and strengths.min() < 0.1 and 0.4 < strengths.max() < 0.6
+    assert loss(trained.net, *CROPS) != loss(trained.net, *CROPS, noise=noise[:2])
+    with torch.no_grad():
+        quantized = [float(trained.net(CROPS, 2, False, noise=x, running_norm=True)) for x in (None, noise[:2])]
+    assert quantized[0] == quantized[1]
+    *_, none = stage().prepare(trained.dataset.sample_batch(rng), 0, rng)
+    assert none is None
+
+
+def test_the_weight_of_the_commitment_loss() -> None:
+    losses = []
+    for commit in (0.0, 0.25, 0.5):
+        with torch.no_grad():
+            losses.append(float(stage(commit=commit).net(CROPS, 1, False, running_norm=True)))
+    assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
