@@ -67,7 +67,7 @@ def other_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str, 
     """Returns held-out scenes other than one thing in the centre of a square, if the model knows such.
 
     At most `count` for each position ("by_place"); for each layout of one thing in each shape ("by_shape") and on each
-    larger square ("by_side", keyed by its side in pixels); and for each layout of several things in each shape
+    larger square ("by_side", keyed by its side in pixels); and for each layout of several things in all shapes together
     (`SEVERAL`, keyed by shape).
     """
     vocabulary = metadata.get("vocabulary", {})
@@ -90,7 +90,8 @@ def other_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str, 
         groups["by_side"] = {str(side): of_one("square") for side in sides}
     for layout, group in SEVERAL.items():
         if layout in layouts:
-            groups[group] = {shape: subset(held_out_scenes(metadata, [layout], shape), count) for shape in shapes}
+            drawn = {shape: held_out_scenes(metadata, [layout], shape) for shape in shapes}
+            groups[group] = {shape: subset(found, count // len(shapes)) for shape, found in drawn.items()}
     return groups
 
 

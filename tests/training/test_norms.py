@@ -1,4 +1,4 @@
-"""Stage A's own options: the norm of inference, noisy latents and the commitment loss."""
+"""Training with the batch norms of inference, and the other options of Stage A: noisy latents, commitment loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.stages.image_encoder import EncoderStage
 from wuerstchen_core.training.stages.vqgan import Autoencoder, VQGANStage
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -38,7 +39,7 @@ def test_the_loss_of_a_crop_depends_on_the_others_only_by_the_batchs_statistics(
 
 def test_statistics_follow_the_latents_in_training() -> None:
     trained = stage(norm_steps=2)
-    norm, rng = trained.net.norm, StepRandom(0, 0, 4)
+    norm, rng = trained.net.vqgan.down_blocks[-1][1], StepRandom(0, 0, 4)
     picked = trained.dataset.sample_batch(rng)
     for step in (0, 2, 3):
         mean, var = norm.running_mean.clone(), norm.running_var.clone()
@@ -70,3 +71,22 @@ def test_the_weight_of_the_commitment_loss() -> None:
         with torch.no_grad():
             losses.append(float(stage(commit=commit).net(CROPS, 1, False, running_norm=True)))
     assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_image_encoder_can_be_trained_with_running_statistics_too(running: bool) -> None:
+    stages = [["fused", 1, 3, 2, 8, 8, 1]] * 4
+    config = {"data": {"canvas": 64, "things": 2}, "model": {"stages": stages, "last_channel": 8}}
+    torch.manual_seed(0)
+    encoder = EncoderStage({**config, "encoder": {"widths": [8], "norm_steps": 3}})
+    net, rng = encoder.net.train(), StepRandom(0, 0, 4)
+    batch = encoder.prepare(encoder.dataset.sample_batch(rng), 3 if running else 2, rng)
+    norms = [module for module in net.image_encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = [norm.running_var.clone() for norm in norms]
+    encoder.loss(net, *batch).backward()
+    assert {norm.training for norm in norms} == {not running} and len(norms) == 7
+    assert not any(torch.equal(norm.running_var, var) for norm, var in zip(norms, before, strict=True))
+    _, images, noise, _ = batch
+    with torch.no_grad():
+        each = [net(images[i : i + 1], 0 * noise[:1], running) for i in (0, 1)]
+        assert torch.allclose(net(images[:2], 0 * noise[:2], running), torch.cat(each), atol=1e-4) == running
