@@ -24,6 +24,7 @@ from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import build_part, describe, load_control_net, read_part, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.inference.control import load_hints
+from wuerstchen_core.inference.images import to_pixels
 from wuerstchen_core.inference.records import hint_records
 from wuerstchen_core.models.control_net import ControlNet, ControlNetParams, crop_hint
 
@@ -95,6 +96,23 @@ def test_several_add_up_and_each_acts_when_and_where_it_should(pipe: WuerstchenP
     masks = {x: features(pipe, Hint(*one, mask=Image.new("L", (128, 64), x))) for x in (0, 255)}
     assert torch.equal(masks[0], plain)
     assert_near(masks[255], single, 2e-3)
+
+
+def test_pixels_for_each_image(pipe: WuerstchenPipeline, folder: Path) -> None:
+    net, hints = (
+        load_control_net(folder / "net.safetensors"),
+        [Image.open(folder / f"{x}.png") for x in ("hint", "second")],
+    )
+    each = torch.cat([to_pixels(hint) for hint in hints])
+    batch = features(pipe, Hint(net, each), count=2)
+    assert_near(batch[:1], features(pipe, (net, hints[0]), count=2)[:1], 2e-3)
+    assert_near(batch[1:], features(pipe, (net, hints[1]), count=2)[1:], 2e-3)
+    [image] = pipe.generate(PROMPT, control=Hint(net, each[:1]), prior_steps=1, decoder_steps=1)
+    [record] = json.loads(image.info["wuerstchen"])["control"]
+    assert record["image"] == "" and "prompt" not in image.info
+    for wrong in (torch.cat([each, each]), each[0], each[:, :1]):
+        with pytest.raises(ValueError, match="hint"):
+            features(pipe, Hint(net, wrong), count=2)
 
 
 def test_batches_and_guidance(pipe: WuerstchenPipeline, folder: Path) -> None:

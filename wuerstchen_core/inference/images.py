@@ -200,7 +200,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 def picture_name(picture: Any) -> str | None:
     """Returns the name of a picture's file without its folder; None if there is no file."""
     path = getattr(picture, "filename", None) if isinstance(picture, Image.Image) else picture
-    return Path(path).name if path and isinstance(path, str | PathLike) else None
+    return Path(path).name if isinstance(path, str | PathLike) and path else None
 
 
 def _read(picture: Picture | BinaryIO, name: str) -> Image.Image:
