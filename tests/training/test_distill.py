@@ -19,13 +19,12 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.diffusion.samplers import ddim_step, ddpm_step, noise_in, predict_x0, sample
-from wuerstchen_core.diffusion.schedule import alpha_bar, expand, linear_times
+from wuerstchen_core.diffusion.schedule import alpha_bar, decoder_times, expand, linear_times
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages import distill
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
 from wuerstchen_core.training.stages.distill import (
-    DecoderDistillConfig,
     DistillConfig,
     DistillStage,
     distillation_losses,
@@ -81,12 +80,12 @@ def test_the_target_is_where_the_teachers_steps_lead() -> None:
         predicted = student(x, t)
         x = signal.sqrt() * predict_x0(x, predicted, t) + (1 - signal).sqrt() * predicted
         losses.append(((x - target).square() * weights).mean())
-    found = distillation_losses(student, teacher, noise, DistillConfig(1.0, 2, 2), "ddim", weights)
+    found = distillation_losses(student, teacher, noise, linear_times(2), 2, "ddim", weights)
     torch.testing.assert_close(torch.stack(found), torch.stack(losses))
     one, two = (torch.full((3,), x) for x in (1.0, 0.5))
     renoised = ddpm_step(noise[:, 0], student(noise[:, 0], one), one, two, lambda _: noise[:, 1])
     for x, t, loss in zip((noise[:, 0], renoised), (1.0, 0.5), distillation_losses(
-        student, teacher, noise, DecoderDistillConfig(1.0, 2, 2), "ddpm"
+        student, teacher, noise, decoder_times(2), 2, "ddpm"
     ), strict=True):  # fmt: skip
         target = sample(teacher, x, linear_times(2, t), draw=torch.zeros_like, sampler="ddim")
         start, end = torch.full((3,), t), torch.zeros(3)
@@ -109,13 +108,12 @@ def test_a_student_in_two_steps_ends_where_the_guided_teacher_does() -> None:
         scale, shift = (expand(student[name][index], x) for name in ("scale", "shift"))
         return noise_in(x, scale * x + shift, t)
 
-    config = DistillConfig(GUIDANCE, 2, 16)
     optimizer = torch.optim.LBFGS(student.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     noise = torch.randn(64, 2, 1, 1, 1)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = torch.stack(distillation_losses(predict, teacher, noise, config, "ddim")).mean()
+        loss = torch.stack(distillation_losses(predict, teacher, noise, linear_times(2), 16, "ddim")).mean()
         loss.backward()
         return loss
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...common.dataclass_config import Count, Fraction, Range, from_table, option
 from ...diffusion.samplers import SAMPLERS, Denoiser, ddim_step, sample
-from ...diffusion.schedule import linear_times
+from ...diffusion.schedule import decoder_times, linear_times, named_times
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
 from ...inference.stages import first_weight
@@ -40,7 +40,7 @@ Guidance = Annotated[float, Range(least=1)]
 class DistillConfig:
     """The `[distill]` table of Stage C.
 
-    The student takes `steps` equal steps of time from pure noise. From each of its states the frozen teacher takes
+    The student takes `steps` equal steps of time, from pure noise. From each of its states the frozen teacher takes
     `teacher_steps` DDIM steps, with guidance, to the end of the student's step; the loss is the squared distance of the
     two results. That is progressive distillation (arXiv 2202.00512), of guidance too (arXiv 2210.03142), in one round
     and from the states that the student has when it generates (arXiv 2405.14867, section 4.5).
@@ -78,26 +78,27 @@ def distillation_losses(
     student: Denoiser,
     teacher: Denoiser,
     noise: Tensor,
-    config: DistillConfig,
+    times: Tensor,
+    teacher_steps: int,
     sampler: str,
     weights: Tensor | None = None,
 ) -> list[Tensor]:
-    """Returns the loss (scalar) of each of the student's steps with `sampler`, from noise [B, steps, c, h, w].
+    """Returns the loss (scalar) of each of the student's steps along times [steps + 1], from noise [B, steps, c, h, w].
 
     The first of the noises is the start, the others are what DDPM adds after each step. `weights` [B, 1, h, w] are
     factors of the errors.
     """
     x, *drawn = noise.unbind(1)
-    times, step, draws, losses = linear_times(config.steps).to(x.device), SAMPLERS[sampler](), iter(drawn), []
-    for start, end in pairwise(times):
-        goal = end if sampler == "ddim" else times[-1]
+    step, draws, losses = SAMPLERS[sampler](), iter(drawn), []
+    for start, end in pairwise(times.to(x.device)):
+        goal = end if sampler == "ddim" else times[-1].to(x.device)
         with torch.no_grad():
-            path = linear_times(config.teacher_steps, float(start), float(goal))
+            path = linear_times(teacher_steps, float(start), float(goal))
             target = sample(teacher, x, path, draw=torch.zeros_like, sampler="ddim")
         t, t_next, t_goal = (one.expand(len(x)) for one in (start, end, goal))
         predicted = student(x, t)
         losses.append(squared_error(ddim_step(x, predicted, t, t_goal, torch.zeros_like), target, weights))
-        if len(losses) < config.steps:
+        if len(losses) < len(times) - 1:
             x = step(x, predicted.detach(), t, t_next, lambda _: next(draws))
     return losses
 
@@ -148,8 +149,9 @@ class Distillation(DiffusionStage[N]):
         def student(x: Tensor, t: Tensor) -> Tensor:
             return net(x, t, *cond).float()
 
-        teacher = self.guided_teacher(*cond)
-        return torch.stack(distillation_losses(student, teacher, noise, self.distill, self.sampler, weights)).mean()
+        teacher, steps = self.guided_teacher(*cond), self.distill.teacher_steps
+        losses = distillation_losses(student, teacher, noise, self.times(), steps, self.sampler, weights)
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def guided_teacher(self, *cond: Any) -> Denoiser:
@@ -170,6 +172,10 @@ class Distillation(DiffusionStage[N]):
     def read(self, text: Tensor) -> Any:
         """Returns what the teacher reads of text states in all its steps."""
         return text
+
+    def times(self) -> Tensor:
+        """Returns the times [steps + 1] of the student."""
+        raise NotImplementedError
 
     def few_steps(self) -> dict[str, Any]:
         """Returns the settings of sampling with the student."""
@@ -194,6 +200,9 @@ class PriorDistillation(Distillation[Prior], PriorStage):
     def read(self, text: Tensor) -> Any:
         return self.teacher.keys_values(text)
 
+    def times(self) -> Tensor:
+        return named_times("turbo", self.distill.steps)
+
     def few_steps(self) -> dict[str, Any]:
         built_in = {"prior_guidance": 1.0} if self.distill.guidance > 1 else {}
         return {"schedule": "turbo", "sampler": self.sampler, "prior_steps": self.distill.steps, **built_in}
@@ -203,6 +212,9 @@ class DecoderDistillation(Distillation[Decoder], DecoderStage):
     """Trains a student of v2's Stage B."""
 
     sampler = "ddpm"
+
+    def times(self) -> Tensor:
+        return decoder_times(self.distill.steps)
 
     def few_steps(self) -> dict[str, Any]:
         built_in = {"decoder_guidance": 1.0, "decoder_guidance_end": 1.0} if self.distill.guidance > 1 else {}
