@@ -1,4 +1,4 @@
-"""The LoRAs of the shipped model for one step of each stage: their recipes, and what is measured."""
+"""The LoRA with which the shipped model needs few steps: its recipe, its file, and what is measured."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from tools.demo import turbo  # noqa: E402
 from tools.demo.evaluate import held_out_scenes  # noqa: E402
 
 
-@pytest.mark.parametrize(("stage", "recipe"), turbo.LORAS.values(), ids=["prior", "decoder"])
-def test_a_recipe_takes_one_step_of_a_stage(stage: str, recipe: Path) -> None:
-    config, tables = read_config(recipe, []), STAGES[stage].tables
+def test_the_recipe_takes_two_steps() -> None:
+    config, tables = read_config(turbo.CONFIG, []), STAGES["distill-lora"].tables
     check_tables(config, tables)
-    for name in set(tables) - {"start"}:
+    for name in tables:
         from_table(tables[name], config.get(name, {}), name)
-    assert from_table(tables["distill"], config["distill"], "distill").steps == 1
+    assert from_table(tables["distill"], config["distill"], "distill").steps == 2
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.save_every == 0
 
 
-def test_they_are_written_in_fp16_with_their_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "trained.safetensors"
-    save_file({"a": torch.rand(3)}, file, {"distillation": "{}"})
+def test_the_lora_is_written_in_fp16_with_the_steps_of_both_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, target = tmp_path / "trained.safetensors", tmp_path / "a.safetensors"
+    save_file({"a": torch.rand(3)}, file, {"sampling": '{"prior_steps": 2}'})
     monkeypatch.setattr(turbo, "run", lambda stage, recipe, changes: file)
-    monkeypatch.setattr(turbo, "LORAS", {tmp_path / "a.safetensors": ("distill-lora", Path("x.toml"))})
-    turbo.remake(tmp_path)
-    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], load_file(file)["a"].half())
-    assert read_file_metadata(tmp_path / "a.safetensors") == {"distillation": "{}"}
+    turbo.remake(tmp_path, target)
+    assert torch.equal(load_file(target)["a"], load_file(file)["a"].half())
+    assert read_file_metadata(target) == {"sampling": '{"prior_steps": 2, "decoder_steps": 1}'}
 
 
 def test_the_spread_is_that_of_the_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:

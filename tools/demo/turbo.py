@@ -1,7 +1,8 @@
-"""Trains and measures LoRAs with which the shipped model takes one step of each stage: `python -m tools.demo.turbo`.
+"""Trains and measures a LoRA with which the shipped model needs few steps: `python -m tools.demo.turbo`.
 
-Train them again whenever the shipped prior or decoder changes. Interrupted trainings resume. Prints the numbers of the
-model with them and of its own schedule, in one run, as JSON.
+They are two of Stage C without guidance, by the LoRA, and one of Stage B, which needs no training. Train it again whenever
+the shipped prior changes; an interrupted training resumes. Prints the numbers of the model with it and with its own
+schedule, measured in one run, as JSON.
 """
 
 from __future__ import annotations
@@ -32,23 +33,20 @@ from .build import RECIPE
 from .evaluate import evaluate, generate, held_out_scenes, subset
 from .steps_trials import detail
 
-LORAS = {  # the stage that trains each and its recipe, by file
-    ROOT / "workflows" / "wuerstchen_demo_turbo.safetensors": ("distill-lora", RECIPE / "turbo.toml"),
-    ROOT / "workflows" / "wuerstchen_demo_turbo_decoder.safetensors": (
-        "decoder-distill-lora",
-        RECIPE / "turbo_decoder.toml",
-    ),
-}
+LORA = ROOT / "workflows" / "wuerstchen_demo_turbo.safetensors"
+CONFIG = RECIPE / "turbo.toml"
+DECODER_STEPS = 1
 SEEDS, PROMPTS = 20, 8  # images for the spread, of each prompt
 SEED = 20_000
 
 
-def remake(folder: Path) -> None:
-    """Trains the LoRAs in a run folder, and writes them in fp16."""
-    for target, (stage, recipe) in LORAS.items():
-        file = run(stage, recipe, [f"run='{folder}'"])
-        halves = {key: x.half() for key, x in load_file(file).items()}
-        write_tensors(target, halves, read_file_metadata(file))
+def remake(folder: Path, target: Path = LORA) -> None:
+    """Trains the LoRA in a run folder, and writes it in fp16, with the steps of Stage B too."""
+    file = run("distill-lora", CONFIG, [f"run='{folder}'"])
+    halves = {key: x.half() for key, x in load_file(file).items()}
+    header = read_file_metadata(file)
+    sampling = json.loads(header["sampling"]) | {"decoder_steps": DECODER_STEPS}
+    write_tensors(target, halves, header | {"sampling": json.dumps(sampling)})
 
 
 def spread(features: Tensor) -> float:
@@ -85,28 +83,28 @@ def measure(pipe: WuerstchenPipeline, seeds: int, every: int) -> dict[str, Any]:
     }
 
 
-def compare(model: str, loras: Sequence[Path], seeds: int, every: int) -> dict[str, Any]:
-    """Returns the numbers of a model without and with LoRAs, and of the latter as fractions of the former."""
+def compare(model: str, lora: Path, seeds: int, every: int) -> dict[str, Any]:
+    """Returns the numbers of a model without and with a LoRA, and of the latter as fractions of the former."""
     own, turbo = (
         measure(WuerstchenPipeline.load(model, device="cpu", dtype="fp32", lora=files, progress=False), seeds, every)
-        for files in ([], list(loras))
+        for files in ([], [lora])
     )
     ratios = {name: round(turbo[name] / own[name], 3) for name in ("detail", "spread", "seconds")}
     return {"own": own, "turbo": turbo, "ratios": ratios}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains the LoRAs, or only measures them, and prints the numbers."""
+    """Trains the LoRA, or only measures one, and prints the numbers."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo.turbo", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo-turbo"), help="folder of the runs")
     parser.add_argument("--model", default="demo", help="bundle to measure (default: demo)")
-    parser.add_argument("--lora", type=Path, action="append", help="measure these LoRAs, without training; repeatable")
+    parser.add_argument("--lora", type=Path, help="measure this LoRA, without training")
     parser.add_argument("--seeds", type=int, default=3, help="images per scene (default: 3)")
     parser.add_argument("--every", type=int, default=1, help="use only every N-th held-out (thing, background) pair")
     options = parser.parse_args(arguments)
     if options.lora is None:
         remake(options.run)
-    numbers = compare(options.model, options.lora or list(LORAS), options.seeds, options.every)
+    numbers = compare(options.model, options.lora or LORA, options.seeds, options.every)
     sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
 
 
