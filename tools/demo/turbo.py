@@ -1,8 +1,8 @@
 """Trains and measures a LoRA with which the shipped model needs few steps: `python -m tools.demo.turbo`.
 
-They are two of Stage C without guidance, by the LoRA, and one of Stage B, which needs no training. Train it again whenever
-the shipped prior changes; an interrupted training resumes. Prints the numbers of the model with it and with its own
-schedule, measured in one run, as JSON.
+They are two of Stage C without guidance, by the LoRA, and one of Stage B, which needs no training. Train it again
+whenever the shipped prior changes; an interrupted training resumes. Prints the numbers of the model with it and those
+of its own schedule, measured in one run, as JSON.
 """
 
 from __future__ import annotations
