@@ -28,7 +28,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
-from .norms import follow_statistics, use_running_statistics
+from .norms import RunningNorms
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Compressor(nn.Module):
     def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig, pretrained: bool):
         super().__init__()
         self.image_encoder = image_encoder
+        self.norms = RunningNorms(image_encoder)
         self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
         if not pretrained:  # a fixed norm gives the prior's latents, (features + 1) / 42 in v2, mean 0 and variance 1
             norm = self.image_encoder.mapper[1]
@@ -103,7 +104,7 @@ class Compressor(nn.Module):
 
         `running_norms`: the image encoder normalizes as in inference.
         """
-        use_running_statistics(self.image_encoder, running_norms)
+        self.norms.use(running_norms)
         latents = latents_from_features(self.image_encoder(semantic_view(images)), self.units) + noise
         return self.decoder(latents)
 
@@ -122,8 +123,6 @@ class EncoderStage(Stage[Compressor]):
                 raise ValueError("[encoder] backbone is for a new encoder: remove it, or remove start")
             load_backbone(encoder, Path(self.options.backbone))
         self.net = Compressor(encoder, self.options, pretrained="start" in config)
-        if self.options.norm_steps:
-            follow_statistics(self.net.image_encoder)
         self.dataset = open_dataset(config, captions=False)
 
     def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
-from .norms import follow_statistics, use_running_statistics
+from .norms import RunningNorms
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Autoencoder(nn.Module):
     def __init__(self, vqgan: VQGAN, pretrained: bool, commit: float = VQGANConfig.commit):
         super().__init__()
         self.vqgan, self.commit = vqgan, commit
+        self.norms = RunningNorms(vqgan)
         if not pretrained:  # a fixed norm gives the latents unit variance once they are divided by the scale factor
             scale = vqgan.down_blocks[-1].get_parameter("1.weight")
             scale.data.fill_(vqgan.params.scale_factor)
@@ -71,7 +72,7 @@ class Autoencoder(nn.Module):
         standard deviation, is added to the latents of the other images. `running_norm`: latents are normalized as in
         inference.
         """
-        use_running_statistics(self.vqgan.down_blocks, running_norm)
+        self.norms.use(running_norm)
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
@@ -117,8 +118,6 @@ class VQGANStage(Stage[Autoencoder]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.pretrained = "start" in config
         self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained, self.options.commit)
-        if self.options.norm_steps:
-            follow_statistics(self.net.vqgan)
         self.dataset = open_dataset(config, captions=False)
         crop, largest = self.options.crop, self.dataset.side - 2 * self.options.margin
         if not 0 < crop <= largest:
