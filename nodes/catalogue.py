@@ -26,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     interpolate.WuerstchenConditioningInterpolate,
     loaders.WuerstchenTokenDecoderLoader,
     sampling_v1.WuerstchenTokenDecoderSample,
+    loaders.WuerstchenControlNetLoader,
 ]
 
 

@@ -7,13 +7,20 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core.checkpoints.components import CLIP_LOADER, MODEL_LOADER, TOKEN_LOADER, TOWERS, VAE_LOADER
+from ..wuerstchen_core.checkpoints.components import (
+    CLIP_LOADER,
+    CONTROL_LOADER,
+    MODEL_LOADER,
+    TOKEN_LOADER,
+    TOWERS,
+    VAE_LOADER,
+)
 from ..wuerstchen_core.checkpoints.infer_params import CLIP_NAMES
 from ..wuerstchen_core.checkpoints.open import open_source
 from ..wuerstchen_core.checkpoints.release import VERSIONS
 from ..wuerstchen_core.checkpoints.source import CHECKPOINT
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
-from .host import clip, folders, models, vae
+from .host import clip, control, folders, models, vae
 from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import Node, schema
@@ -159,3 +166,23 @@ class WuerstchenVAELoader(Node):
         if name == "vqgan":
             return io.NodeOutput(vae.load_stage_a(part))
         return io.NodeOutput(vae.load_image_encoder(part, source.metadata.get("version")))
+
+
+class WuerstchenControlNetLoader(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WuerstchenControlNetLoader",
+            category="loaders",
+            search_aliases=["controlnet", "control net", "outline", "scribble", "canny", "hint"],
+            inputs=[io.Combo.Input("control_net_name", options=choices(CONTROL_LOADER))],
+            outputs=[io.ControlNet.Output("control_net")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_net_name: str | None) -> Any:
+        return fingerprint(control_net_name and find(CONTROL_LOADER, control_net_name)[0])
+
+    @classmethod
+    def execute(cls, control_net_name: str) -> io.NodeOutput:
+        return io.NodeOutput(control.load_control(read_from(control_net_name, CONTROL_LOADER), control_net_name))

@@ -18,6 +18,7 @@ from ...wuerstchen_core.common.numbers import check_finite
 from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
+from .control import foreign_control
 from .latents import STAGE_C, check_shape
 from .masks import grid_mask
 from .notices import notify
@@ -33,10 +34,11 @@ _NO_PRIOR = (
     "Stage B got no Stage C latents: connect Würstchen Decoder Conditioning between its text and its positive input"
 )
 _COMFYUI_KEYS = frozenset(  # of a CONDITIONING, that ComfyUI uses itself or adds for every model
-    "area clip_end_percent clip_start_percent cross_attn default end_percent hooks mask mask_strength model_conds "
-    "pooled_output prompt_type set_area_to_bounds start_percent strength timestep_end timestep_start uuid".split()
+    "area clip_end_percent clip_start_percent control_apply_to_uncond cross_attn default end_percent hooks mask "
+    "mask_strength model_conds pooled_output prompt_type set_area_to_bounds start_percent strength timestep_end "
+    "timestep_start uuid".split()
 )
-_NETWORKS = {"control": "a ControlNet", "gligen": "GLIGEN boxes"}  # that ComfyUI would run, for nothing
+_NETWORKS = {"control": "another model's ControlNet", "gligen": "GLIGEN boxes"}  # that ComfyUI would run, for nothing
 _SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
 
 
@@ -59,10 +61,15 @@ def check_options(stage: str, conditioning: Iterable[Mapping[str, Any]]) -> None
 
     Raises ValueError for networks that the stage cannot use; notifies about what other models read.
     """
+    conditioning = list(conditioning)
     keys = set().union(*conditioning)
+    controls = [cond["control"] for cond in conditioning if "control" in cond]
+    if stage == "Stage C" and not any(map(foreign_control, controls)):
+        keys = keys - {"control"}
     if networks := [name for key, name in _NETWORKS.items() if key in keys]:
         raise ValueError(
             f"{stage} of Würstchen cannot use {' and '.join(networks)} in its conditioning: "
+            f"{'load it with Würstchen ControlNet Loader, or ' if controls and stage == 'Stage C' else ''}"
             "remove the node that adds it"
         )
     if ignored := sorted(keys - _COMFYUI_KEYS - _NETWORKS.keys() - {PRIOR_KEY, VERSION_KEY}):

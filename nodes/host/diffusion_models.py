@@ -27,6 +27,8 @@ from .feature_reuse import deep_features
 from .int8 import Int8Layer, dequantised
 from .network_patches import NamesMissing, PatchableAttnBlock, Patches, resized
 
+CONTROL = "wuerstchen"  # key of what our control nets add, in ComfyUI's `control`
+
 
 class CastGlobalResponseNorm(GlobalResponseNorm):
     """Moves its parameters to the input's device and dtype, since ComfyUI's partial load offloads only layers."""
@@ -177,7 +179,7 @@ class HostNetwork(NamesMissing, nn.Module):
     ) -> Tensor:
         inputs = {"x": x, "timesteps": timestep, "context": context, "emb": None, "y": None}
         with self.patches.running(transformer_options, self.patch_shape, inputs):
-            return self.predict(x, timestep, context, **conds)
+            return self.predict(x, timestep, context, control=control, **conds)
 
 
 class HostPrior(HostNetwork, Prior):  # type: ignore[misc]
@@ -201,10 +203,10 @@ class HostPrior(HostNetwork, Prior):  # type: ignore[misc]
     def blocks_in_words(self) -> str:
         return f"double_block 0 to {self.params.depth - 1} (for attention: input, middle and output blocks)"
 
-    def predict(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, context: Tensor, control: Any = None, **_: Any) -> Tensor:
         cached = not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.patches.options is None
         text = self.kv_cache(context) if cached and self.kv_cache is not None else context
-        return Prior.forward(self, x, timestep, text)
+        return Prior.forward(self, x, timestep, text, control=control[CONTROL] if control else ())
 
     def run_block(
         self, index: int, x: Tensor, time: Tensor, cond: Tensor | KeysValues, mask: Tensor | None = None

@@ -46,10 +46,17 @@ def setup_notices(guider: Any, sigmas: Tensor, shape: Sequence[int]) -> Iterator
     handler = guider.model_options.get("context_handler")
     if handler is not None:
         yield from _context_notices(handler, shape, stage)
+        if shape[handler.dim] > handler.context_length and any("control" in cond for cond in _conditionings(guider)):
+            raise ValueError("a ControlNet's hint is for the whole image: remove it, or the node with context windows")
     if stage == "Stage B":
         others = [name for name in guider.conds if name not in ("positive", "negative")]
         if any(PRIOR_KEY not in cond for name in others for cond in guider.conds[name]):
             yield NO_PRIOR
+
+
+def _conditionings(guider: Any) -> Iterator[Any]:
+    """Yields all conditionings of a run."""
+    return (cond for conds in guider.conds.values() for cond in conds)
 
 
 def _check_exists(model: Any, name: str) -> None:

@@ -96,19 +96,20 @@ def sample_stage(
     cfg: float,
     seed: int,
     sampler: str = SamplingSettings.sampler,
+    from_noise: bool = False,
     reuse: int = 1,
 ) -> Tensor:
     """Samples latents [B, c, h, w] with a MODEL along times [N + 1]; the same seed gives the core's result.
 
-    Times that start below 1 start from the noised latents; at 1 from noise alone, except where a mask keeps the image.
-    If they start at 0, the latents are returned as they are. `reuse`: one in so many steps of Stage B is full.
+    Sampling starts from the noised latents or, `from_noise`, from noise alone, except where a mask keeps the image.
+    If times start at 0, the latents are returned as they are. `reuse`: one in so many steps of Stage B is full.
     """
     samples = latent["samples"]
     if not times[0]:
         return samples
     draw = seeded_noise(seed, latent.get("batch_index", len(samples)))  # set by ComfyUI's batch nodes
     noise = draw(samples)
-    start = noise if times[0] == 1 else None
+    start = noise if from_noise else None
     sigmas = stage_sigmas(model, times)
     with reusing(model, reuse, sigmas) as model:
         return comfy.sample.sample_custom(

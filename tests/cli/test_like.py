@@ -171,7 +171,8 @@ def test_what_cannot_be_repeated_is_one_sentence(here: Path, capsys: pytest.Capt
     [
         {"prompt": None}, {"prompt": 5}, {"prompt": ["a"]}, {"prompt": {}}, {"model": 3}, {"parts": [1]},
         {"parts": {"prior": "x"}}, {"loras": 5}, {"loras": [{"strength": 1}]}, {"embeddings": {"a": 1}},
-        {"loras": [{"file": "x", "strength": "1"}]}, {"seed": "x"}, {"width": "64"}, {"schedule": 5},
+        {"loras": [{"file": "x", "strength": "1"}]}, {"control": [{"file": "x", "image": 1}]}, {"control": [{}]},
+        {"control": [{"file": "tiny.safetensors"}]}, {"seed": "x"}, {"width": "64"}, {"schedule": 5},
     ],
     ids=str,
 )  # fmt: skip
@@ -195,6 +196,10 @@ def comfyui_record(**changes: Any) -> dict[str, Any]:
 
 V1 = {"temperature": [1.0, 0.6], "token_mode": "argmax"}
 PINK = {"file": "wuerstchen_demo_pink.safetensors", "strength": 1}
+HINTS = [
+    {"file": "outline.safetensors", "image": "cat.png", "strength": 0.8, "start": 0.0, "end": 0.5},
+    {"file": "boxes.safetensors", "image": "dog.png", "strength": 1.0, "start": 0.25, "end": 1.0},
+]
 LORAS = {"loras": [{"file": "x.safetensors", "strength": 0.5}, PINK]}
 
 
@@ -203,7 +208,7 @@ LORAS = {"loras": [{"file": "x.safetensors", "strength": 0.5}, PINK]}
     [
         {}, {"model": "demo-v1", **V1}, {"model": "own.safetensors", "decoder_guidance_end": 1.5, **V1}, LORAS,
         {"parts": {"prior": {"file": "p.safetensors"}, "text_encoder": {"file": "t.safetensors"}}},
-        {"prompt": "a (embedding:x:1.2)"},
+        {"prompt": "a (embedding:x:1.2)"}, {"control": HINTS},
     ],
     ids=str,
 )  # fmt: skip
@@ -221,12 +226,13 @@ def test_a_graph_is_read_as_it_was_written(changes: dict[str, Any]) -> None:
         ("WuerstchenPriorSample", {"denoise": 0.5}, "denoise"), ("WuerstchenPriorSample", {"seed": 8}, "seeds"),
         ("WuerstchenDecoderConditioning", {"conditioning": ["3", 1]}, "prompts"),
         ("WuerstchenPriorSample", {"model": ["99", 0]}, "incomplete"),
+        ("WuerstchenPriorSample", {"negative": ["3", 0]}, "one side"),
         ("WuerstchenDecoderSample", {"model": ["1", 0]}, "prior as decoder"),
         ("SaveImage", {"images": ["1", 0]}, "WuerstchenBundleLoader"),
     ],
 )  # fmt: skip
 def test_graphs_that_do_more_are_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
-    graph, _ = build_graph(comfyui_record())
+    graph, _ = build_graph(comfyui_record(**({"control": HINTS[:1]} if reason == "one side" else {})))
     node = next(node for node in graph.values() if node["class_type"] == kind)
     node["inputs"] |= changes
     with pytest.raises(ValueError, match=reason):
@@ -240,6 +246,8 @@ def test_graphs_that_do_more_are_refused(kind: str, changes: dict[str, Any], rea
         {"prompt": {"a": 1, "b": 2}}, {"prompt": "a {b|c}"}, {"prompt": "http://x"}, {"prompt": "a\\b"},
         {"prompt": "embedding:x {a|b}"}, {"command": "outpaint"}, {"command": "interpolate"}, {"command": "variations"},
         {"command": "variations", "image": "x.png", "resized": True}, {"model": None}, {"prior_steps": 1001},
+        {"control": [{**HINTS[0], "mask": "m.png"}]}, {"control": [{**HINTS[0], "strength": 11.0}]},
+        {"control": [{**HINTS[0], "file": "a net in memory"}]}, {"control": [{**HINTS[0], "image": ""}]},
         {"loras": [{"file": "folder", "strength": 1}]}, {**V1, "loras": [{"file": "x", "stage": "token_decoder"}]},
     ],
     ids=str,

@@ -59,7 +59,15 @@ def test_scenes_are_all_combinations_in_a_fixed_order():
     for found, layout in ((everything, {"large", "small"}), (corners, {"corner"}), (pairs, {"pair"})):
         assert {scene.layout for scene in found} == layout
     assert not [scene for scene in pairs if scene.other == scene.thing]
-    assert set(scenes(LAYOUTS)) == {*everything, *corners, *(scene._replace(shape=0) for scene in pairs)}
+    twos, threes, trios = (scenes([layout], shape=1) for layout in ("two", "three", "trio"))
+    countable = [thing.countable for thing in THINGS]
+    assert len(set(twos)) == len(set(threes)) == len(COLOURS) * sum(countable) < each
+    assert all(countable[scene.thing] for scene in twos + threes) and len(set(trios)) == 8 * each
+    assert {len(set(scene.things)) for scene in twos + threes} == {1} and {len(set(s.things)) for s in trios} == {3}
+    for found, layout, number in ((twos, "two", 2), (threes, "three", 3), (trios, "trio", 3)):
+        assert {(scene.layout, len(scene.things)) for scene in found} == {(layout, number)}
+    several = [scene._replace(shape=0) for scene in pairs + twos + threes + trios]
+    assert set(scenes(LAYOUTS)) == {*everything, *corners, *several}
 
 
 def test_a_fifth_of_the_pairs_is_held_out_and_training_has_every_thing_and_colour():
@@ -91,6 +99,12 @@ def test_pairs_are_held_out_in_every_layout_and_shape():
         (Scene(NAMES["unicorn"], YELLOW, LARGE), "a unicorn on a yellow background"),
         (Scene(NAMES["cat"], YELLOW, SMALL, 3), "a small cat in the bottom left on a yellow background"),
         (Scene(NAMES["owl"], YELLOW, SMALL, 0, 1, NAMES["corn"]), "an owl and corn on a yellow background"),
+        (Scene(NAMES["cat"], YELLOW, SMALL, 0, 1, NAMES["cat"]), "two cats on a yellow background"),
+        (Scene(*(NAMES["leaf"], YELLOW, SMALL, 0, 0), *2 * [NAMES["leaf"]]), "three leaves on a yellow background"),
+        (
+            Scene(NAMES["owl"], YELLOW, SMALL, 0, 0, 0, NAMES["cat"]),
+            "an owl, a red apple and a cat on a yellow background",
+        ),
     ],
 )
 def test_the_plain_caption(scene, text):
@@ -98,8 +112,10 @@ def test_the_plain_caption(scene, text):
 
 
 def sample_scenes(seed):
-    """Returns all scenes of one thing, and 2,000 of two."""
-    return scenes(["large", "small", "corner"]) + random.Random(seed).sample(scenes(["pair"]), 2000)
+    """Returns all scenes of one thing, once and several times, 2,000 of two different things, and 500 of three."""
+    rng, counts = random.Random(seed), {"pair": 2000, "trio": 500}
+    several = [scene for layout, count in counts.items() for scene in rng.sample(scenes([layout]), count)]
+    return scenes(["large", "small", "corner", "two", "three"]) + several
 
 
 def test_plain_captions_of_the_scenes_of_a_shape_all_differ():
@@ -114,8 +130,10 @@ def words_of(texts):
 def test_captions_use_known_words_and_together_all_of_them(layouts):
     """Also for a model that knows only the first 12 things."""
     rng, things = random.Random(0), THINGS[:12]
-    shown = [scene for scene in scenes(layouts) if scene.thing < 12 and (scene.other or 0) < 12]
+    shown = [scene for scene in scenes(layouts) if max(scene.things) < 12]
     shown = shown if "pair" not in layouts else random.Random(1).sample(shown, 600)
+    trio = [Scene(0, 0, SMALL, 0, 0, 1, 2)] if "trio" in layouts else []  # no other has only the first 12 things
+    shown += trio
     texts = [caption(scene, rng) for scene in shown for _ in range(20)] + [caption(scene) for scene in shown]
     known = known_words(things, layouts)
     assert list(known) == sorted(known)
@@ -135,10 +153,11 @@ def test_random_captions_name_the_thing_the_background_and_smallness():
     for scene in sample_scenes(1):
         text = caption(scene, rng).lower()
         colour = list(COLOURS)[scene.colour]
-        assert any(name in text for name in THINGS[scene.thing].names)
+        thing, counted = THINGS[scene.thing], scene.layout in ("two", "three")
+        assert any(name in text for name in (thing.plurals if counted else thing.names))
         assert re.search(rf"\b({colours.get(colour, colour)})\b", text)
         smallness = bool(re.search(r"\b(small|little|tiny)\b", text))
-        assert smallness == (scene.size == SMALL) or scene.layout in ("corner", "pair")
+        assert smallness == (scene.size == SMALL) or scene.layout not in SIMPLE
 
 
 def test_random_captions_name_the_corner_and_no_other():
@@ -158,6 +177,28 @@ def test_random_captions_name_two_things_from_left_to_right():
         text = caption(scene, rng).lower()
         left, right = ({text.find(name) for name in THINGS[thing].names} - {-1} for thing in (scene.thing, scene.other))
         assert left and right and min(left) < max(right)
+
+
+def test_random_captions_count_one_thing_and_name_three_in_their_order():
+    rng = random.Random(4)
+    numbers = {"two": r"two|2|a pair of|[a-z]+s|fish|cacti|snowmen", "three": r"three|3|[a-z]+s|fish|cacti|snowmen"}
+    for layout, number in numbers.items():
+        for scene in random.Random(4).sample(scenes([layout]), 300):
+            text = caption(scene, rng).lower()
+            assert re.search(rf"\b({number})\b", text)
+            assert not re.search(r"\b(two|2|pair)\b" if layout == "three" else r"\b(three|3)\b", text)
+    for scene in random.Random(5).sample(scenes(["trio"]), 300):
+        text = caption(scene, rng).lower()
+        first = [min({text.find(name) for name in THINGS[thing].names} - {-1}) for thing in scene.things]
+        assert first == sorted(first)
+
+
+def test_plurals():
+    plurals = {name: THINGS[index].plurals for name, index in NAMES.items()}
+    assert plurals["cup of coffee"] == ("cups of coffee", "coffees", "cups of tea")
+    assert plurals["strawberry"] == ("strawberries",) and plurals["gift"] == ("gifts", "presents", "gift boxes")
+    assert plurals["wolf"] == ("wolves",) and plurals["monkey"] == ("monkeys",) and plurals["fish"] == ("fish",)
+    assert plurals["sun"] == ("suns",) and plurals["corn"] == plurals["scissors"] == ()
 
 
 def test_random_captions_depend_on_the_seed_only():
@@ -207,6 +248,14 @@ def test_two_things_are_drawn_side_by_side(shape):
     assert (picture == COLOURS["yellow"]).all()
 
 
+@pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
+def test_three_things_are_drawn_in_a_triangle(shape):
+    scene, (width, height) = Scene(0, YELLOW, SMALL, 0, shape, 1, 2), list(SHAPES.values())[shape]
+    edge, margin = SIZES["small"], artwork.MARGIN
+    low, right = height - margin - edge, width - margin - edge
+    assert artwork.boxes(scene) == [((width - edge) // 2, margin, edge), (margin, low, edge), (right, low, edge)]
+
+
 def test_a_smaller_canvas_shows_the_same_picture():
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
     scene = Scene(NAMES["pizza"], ORANGE, LARGE)
@@ -249,4 +298,5 @@ def test_the_word_list_is_grouped():
     assert word_list(vocabulary(**about)["vocabulary"]) == {**groups, **others}
     more = {**about, "layouts": list(LAYOUTS), "shapes": ["square", "portrait"]}
     everything = {**groups, "positions": [*POSITIONS, "side by side"], "shapes": ["square", "portrait"], **others}
+    everything["numbers"] = ["two", "three"]
     assert word_list(vocabulary(**more)["vocabulary"]) == everything

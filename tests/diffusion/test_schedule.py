@@ -11,6 +11,7 @@ from wuerstchen_core.diffusion.samplers import SAMPLERS
 from wuerstchen_core.diffusion.schedule import (
     SCHEDULES,
     alpha_bar,
+    decoder_times,
     diffuse,
     linear_times,
     named_times,
@@ -62,7 +63,9 @@ def test_published_schedules() -> None:
     assert_near(diffusers, Golden("diffusers_v2_small")["scheduler/default_stage_c_timesteps_f32"], 2e-7)
     fast = named_times("fast", 5)
     assert fast.tolist() == pytest.approx([(1 - i / 6) ** 2 for i in range(7)], abs=1e-7)
-    assert torch.equal(named_times("linear", 5), linear_times(5))
+    for name in ("linear", "turbo"):
+        assert torch.equal(named_times(name, 5), linear_times(5))
+    assert torch.equal(decoder_times(2), linear_times(2)) and torch.equal(decoder_times(1), torch.tensor([0.95, 0.0]))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

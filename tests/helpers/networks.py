@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wuerstchen_core.models.control_net import ControlNet, ControlNetParams
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import FUSED, MB, ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
@@ -16,6 +17,9 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
 PRIOR = PriorParams(c=64, c_cond=32, depth=2, nhead=1)
+CONTROL = ControlNetParams(
+    prior_width=64, prior_depth=2, prior_blocks=(0, 1), hints="outline", widths=(8, 16, 16, 24), repeats=(1, 1, 1, 1)
+)
 DECODER = DecoderParams(
     c_cond=32,
     c_hidden=(32, 64, 64),
@@ -93,11 +97,16 @@ def _autoencode(network: VQGAN, images: Tensor) -> Tensor:
     return network.decode(network.encode(images))
 
 
+def _control(network: ControlNet, hints: Tensor) -> Tensor:
+    return torch.cat([x for x in network(hints, (2, 3)) if x is not None], dim=1).contiguous()
+
+
 NETWORKS = {
     "prior": Network(lambda: Prior(PRIOR), _prior_inputs, (3, 16, 5, 7)),
     "decoder": Network(lambda: Decoder(DECODER), _decoder_inputs, (3, 4, 16, 24)),
     "token_decoder": Network(lambda: TokenDecoder(TOKEN_DECODER), _token_decoder_inputs, (3, 64, 16, 24)),
     "vqgan": Network(lambda: VQGAN(VQ), lambda: _random((3, 3, 16, 24)), (3, 3, 16, 24), _autoencode),
     "image_encoder": Network(lambda: ImageEncoder(IMAGE), lambda: _random((3, 3, 64, 96)), (3, 16, 2, 3)),
+    "control_net": Network(lambda: ControlNet(CONTROL), lambda: _random((3, 3, 128, 96)), (3, 128, 2, 3), _control),
     "text_encoder": Network(lambda: TextEncoder(TEXT), lambda: tokenize(PROMPTS), (3, 77, 32)),
 }

@@ -68,7 +68,7 @@ def host_version(install: Install, record_property: Callable[[str, Any], None]) 
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models folder that all ComfyUIs share; tests may add files to its folders."""
     folder = tmp_path_factory.mktemp("models")
-    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings"):
+    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings", "controlnet"):
         (folder / name).mkdir()
     return folder
 

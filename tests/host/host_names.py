@@ -12,6 +12,7 @@ PACKAGES = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_pre
 # Attributes of ComfyUI's objects, which dotted paths in the code do not show: called, overridden, or set.
 METHODS = {
     "comfy.conds.CONDRegular": "_copy_with process_cond",
+    "comfy.controlnet.ControlBase": "cleanup copy_to get_models inference_memory_requirements pre_run",
     "comfy.latent_formats.LatentFormat": "latent_channels scale_factor process_in process_out latent_rgb_factors",
     "comfy.model_base.BaseModel": "extra_conds memory_required get_dtype",
     "comfy.model_patcher.ModelPatcher": "add_wrapper_with_key cleanup get_model_object "

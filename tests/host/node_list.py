@@ -35,6 +35,7 @@ NODES = {
         "reuse",
         "stage_b:LATENT",
     ),
+    "WuerstchenControlNetLoader": ("control_net_name", "control net:CONTROL_NET"),
 }
 
 

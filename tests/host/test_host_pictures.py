@@ -82,14 +82,19 @@ def test_a_seed_gives_the_image_of_the_command_line(graph: Graph, generate: Gene
     assert deviation(picture, other) > 5
 
 
-def test_the_fast_schedule_gives_the_pipelines_image(graph: Graph, generate: Generate, checkpoints: Path) -> None:
+@pytest.mark.parametrize(("schedule", "steps", "decoder_steps"), [("fast", 6, 4), ("turbo", 2, 1)])
+def test_a_schedule_gives_the_pipelines_image(
+    schedule: str, steps: int, decoder_steps: int, graph: Graph, generate: Generate, checkpoints: Path
+) -> None:
     find(graph, "WuerstchenTextEncode")["text"] = "a red apple"
-    find(graph, "WuerstchenPriorSample")["schedule"], find(graph, "WuerstchenDecoderSample")["steps"] = "fast", 4
+    find(graph, "WuerstchenPriorSample").update(schedule=schedule, steps=steps)
+    find(graph, "WuerstchenDecoderSample")["steps"] = decoder_steps
     find(graph, "PrimitiveInt")["value"] = 3
     [picture] = generate(graph).pictures
     pipeline = WuerstchenPipeline.load(checkpoints / TINY, device="cpu", dtype="fp32")
-    fast, other = (pipeline.generate("a red apple", seed=3, schedule=name)[0] for name in ("fast", None))
-    assert deviation(picture, fast) <= LIMIT < deviation(picture, other)
+    settings = {"schedule": schedule, "prior_steps": steps, "decoder_steps": decoder_steps}
+    same, other = (pipeline.generate("a red apple", seed=3, **x)[0] for x in (settings, {}))
+    assert deviation(picture, same) <= LIMIT < deviation(picture, other)
 
 
 def test_a_negative_prompt_and_guidance_give_the_pipelines_image(

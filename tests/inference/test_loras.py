@@ -47,7 +47,7 @@ def load(bundle: Path, dtype: str = "fp32", **options: Any) -> WuerstchenPipelin
 
 
 def weights(pipe: WuerstchenPipeline) -> dict[str, Tensor]:
-    networks = ((part, getattr(pipe, part)) for part in PARTS)
+    networks = ((part, getattr(pipe, part, None)) for part in PARTS)
     return {
         f"{part}.{key}": x.clone() for part, network in networks if network for key, x in network.state_dict().items()
     }

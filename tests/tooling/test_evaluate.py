@@ -35,7 +35,7 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 # On the two backgrounds of test_judge, whose references are slow to draw; the first and the last share one.
 SCENES = [Scene(0, 0, 0), Scene(4, 3, 1), Scene(9, 3, 1), Scene(5, 0, 0)]
 RECONSTRUCTED = [30.0, 26.0]
-OTHERS = ("by_place", "by_shape", "pairs")
+OTHERS = ("by_place", "by_shape", "by_side", "pairs", "twice", "thrice")
 
 
 def drawings(scenes: Sequence[Scene]) -> list[Image.Image]:
@@ -59,14 +59,18 @@ class PerfectPipeline:
     """Generates every prompt perfectly."""
 
     def __init__(self) -> None:
-        self.scenes = {caption(scene): scene for scene in scenes(LAYOUTS)}
+        self.scenes = {caption(scene): scene for scene in scenes(LAYOUTS[:4])}
         self.metadata: dict[str, Any] = {}  # all things, in the centre of squares
         self.calls: list[tuple[list[str], int, dict[str, Any]]] = []
 
     def generate(self, prompts: list[str], seed: int, width: int, height: int, **changes: Any) -> list[Image.Image]:
         self.calls.append((prompts, seed, changes))
-        shape = list(SHAPES.values()).index((width, height))
-        return drawings([self.scenes[prompt]._replace(shape=shape) for prompt in prompts])
+        from wuerstchen_core.demo.artwork import draw_all
+
+        canvas = min(width, height)
+        shape = list(SHAPES.values()).index((width * 256 // canvas, height * 256 // canvas))
+        found = [self.scenes[prompt]._replace(shape=shape) for prompt in prompts]
+        return list(map(Image.fromarray, draw_all(found, canvas)))
 
 
 def test_drawings_are_all_right(judge: Judge) -> None:
@@ -130,31 +134,40 @@ def test_other_positions_shapes_and_pairs_are_measured(monkeypatch: pytest.Monke
         evaluate, "held_out_scenes", lambda *args: [s for s in known(*args) if s.colour == (0, 3)[s.size]]
     )
     pipe: Any = PerfectPipeline()
-    pipe.metadata = {"vocabulary": {"layouts": list(LAYOUTS), "shapes": list(SHAPES)}}
-    numbers = evaluate.evaluate(pipe, seeds=1, every=60)
+    pipe.metadata = {"vocabulary": {"layouts": LAYOUTS[:4], "shapes": ["square", "tall"], "larger": [384]}}
+    numbers = evaluate.evaluate(pipe, seeds=1, every=205)
     whole = {"percent": 100.0, "interval": [20.7, 100.0], "count": 1}
     assert numbers["by_place"] == dict.fromkeys(POSITIONS, whole)
-    assert {name: part["count"] for name, part in numbers["by_shape"].items()} == dict.fromkeys(SHAPES, 3)
-    assert {part["percent"] for part in numbers["by_shape"].values()} == {100.0}
+    for group, names in (("by_shape", ["square", "tall"]), ("by_side", ["384"])):
+        assert {name: part["count"] for name, part in numbers[group].items()} == dict.fromkeys(names, 3)
+        assert {part["percent"] for part in numbers[group].values()} == {100.0}
     assert (numbers["pairs"]["both"]["percent"], numbers["pairs"]["one"]["percent"]) == (100.0, 0.0)
-    assert numbers["pairs"]["both"]["count"] == 3 and numbers["mistakes"] == numbers["backgrounds_missed"] == []
-    assert [seed for _, seed, _ in pipe.calls] == [1000] + [evaluate.SAMPLE_SEED] * 11
+    assert numbers["pairs"]["both"]["count"] == 2 and numbers["mistakes"] == numbers["backgrounds_missed"] == []
+    assert [seed for _, seed, _ in pipe.calls] == [1000] + [evaluate.SAMPLE_SEED] * 10
     assert json.loads(json.dumps(numbers)) == numbers
 
 
 def test_samples_are_held_out_and_known_to_the_model() -> None:
-    known = {"things": [thing.name for thing in THINGS[:20]], "layouts": list(LAYOUTS), "shapes": list(SHAPES)}
+    names = [thing.name for thing in THINGS[:20]]
+    shapes = ["square", "tall"]
+    known = {"things": names, "layouts": LAYOUTS[:-1], "shapes": shapes, "larger": [512]}
     found = evaluate.other_scenes({"vocabulary": known}, 60)
     assert list(found) == list(OTHERS) and found == evaluate.other_scenes({"vocabulary": known}, 60)
     for index, these in enumerate(found["by_place"].values()):
         assert len(these) == 32 and {scene.position for scene in these} == {index} and {s.size for s in these} == {1}
-    for index, name in enumerate(SHAPES):
-        assert Counter(s.layout for s in found["by_shape"][name]) == {"large": 20, "small": 20, "corner": 20}
-        assert len(found["pairs"][name]) == 20 and {scene.layout for scene in found["pairs"][name]} == {"pair"}
-        assert {s.shape for s in found["by_shape"][name] + found["pairs"][name]} == {index}
+    for name in shapes:
+        index = list(SHAPES).index(name)
+        assert Counter(s.layout for s in found["by_shape"][name]) == {"large": 32, "small": 32, "corner": 60}
+        for layout, group in (("pair", "pairs"), ("two", "twice"), ("three", "thrice")):
+            assert {(scene.layout, scene.shape) for scene in found[group][name]} == {(layout, index)}
+        assert len(found["pairs"][name]) == 30 and {s.shape for s in found["by_shape"][name]} == {index}
+    assert {scene.shape for scene in found["by_side"]["512"]} == {0}
     every = [scene for group in found.values() for these in group.values() for scene in these]
     assert all(map(held_out, every)) and {s.thing for s in every} <= set(range(20)) >= {s.other or 0 for s in every}
-    assert evaluate.other_scenes({"vocabulary": {**known, "layouts": list(SIMPLE), "shapes": ["square"]}}) == {}
+    assert (
+        evaluate.other_scenes({"vocabulary": {**known, "layouts": list(SIMPLE), "shapes": ["square"], "larger": []}})
+        == {}
+    )
     assert evaluate.other_scenes({}) == {}
 
 
@@ -223,6 +236,6 @@ def test_the_command_writes_the_numbers(
     monkeypatch.setattr(evaluate, "evaluate", fake)
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda model: model)
     evaluate.main(["--model", "m", "--seeds", "1", "--prior-steps", "9", "--json", str(tmp_path / "out.json")])
-    rest = {"every": 1, "schedule": None, "prior_guidance": None, "decoder_steps": None}
+    rest = {"every": 1, "second_eye": False, "schedule": None, "prior_guidance": None, "decoder_steps": None}
     assert calls == [("m", {"seeds": 1, "prior_steps": 9, **rest})]
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(capsys.readouterr().out) == {"thing": 1}

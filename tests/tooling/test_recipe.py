@@ -29,7 +29,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> WuerstchenPipeline:
 
 def test_a_bundle_lists_what_its_prior_was_trained_on() -> None:
     v1, v2 = (build.data_config(build.RECIPE / name) for name in ("prior_v1.toml", "prior.toml"))
-    assert v1 == DemoDataConfig(things=12) and v2 == DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES), most=1200)
+    assert v1 == DemoDataConfig(things=12) and v2.layouts == LAYOUTS and v2.shapes == tuple(SHAPES)
     assert build.vocabulary(v1) == {
         "words": known_words(THINGS[:12], SIMPLE),
         "things": [thing.name for thing in THINGS[:12]],
@@ -37,10 +37,11 @@ def test_a_bundle_lists_what_its_prior_was_trained_on() -> None:
         "sizes": ["large", "small"],
         "layouts": SIMPLE,
         "shapes": ("square",),
+        "larger": (),
     }
     full = build.vocabulary(v2)
     assert full["words"] == known_words(THINGS[:TRAINED_THINGS]) and len(full["things"]) == TRAINED_THINGS >= 128
-    assert full["layouts"] == LAYOUTS and full["shapes"] == tuple(SHAPES)
+    assert full["layouts"] == LAYOUTS and full["shapes"] == tuple(SHAPES) and 512 in full["larger"]
     assert "corner" in full["words"] and "corner" not in build.vocabulary(v1)["words"]
 
 
@@ -87,12 +88,22 @@ def table_rows(numbers: dict[str, Any]) -> list[list[str]]:
 def test_the_table_of_a_model_with_other_positions_shapes_and_pairs() -> None:
     part = NUMBERS["thing"]
     more = {"by_place": {"top left": part}, "by_shape": {"portrait": part}, "pairs": {"both": part, "one": part}}
+    more |= {"own_colour": part, "by_side": {"512": part}, "trios": {"all": part}}
+    more["second_eye"] = {"stage_a": {"nearest": part, "near": part}}
     rows, simple = table_rows({**NUMBERS, **more}), table_rows(NUMBERS)
     assert [row for row in rows if row not in simple] == [
-        ["right thing at its position, top left", "96.5 %", "95.0 to 97.6 %", "696"],
-        ["right thing, complete and alone, portrait", "96.5 %", "95.0 to 97.6 %", "696"],
-        ["two things, both right", "96.5 %", "95.0 to 97.6 %", "696"],
-        ["two things, one right", "96.5 %", "95.0 to 97.6 %", "696"],
+        [name, "96.5 %", "95.0 to 97.6 %", "696"]
+        for name in (
+            "right thing, nearly of its background's colour",
+            "right thing at its position, top left",
+            "right thing, complete and alone, portrait",
+            "right thing, complete and alone, 512x512",
+            "two things, both right",
+            "two things, one right",
+            "three things, all right",
+            "right large thing after Stage A alone, by the second eye",
+            "right large thing after Stage A alone, by the second eye, among five",
+        )
     ]
 
 
@@ -141,14 +152,14 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
     v1_numbers = NUMBERS | {"another_thing": NUMBERS["thing"]}
-    monkeypatch.setattr(remake, "evaluate", lambda pipe: v1_numbers if pipe is v1 else NUMBERS)
+    monkeypatch.setattr(remake, "evaluate", lambda pipe, second_eye: v1_numbers if pipe is v1 else NUMBERS)
     few = DemoDataset({"canvas": 64, "things": 2}, held_out=True)
     monkeypatch.setattr(remake, "DemoDataset", lambda held_out: few)
     trained: list[str] = []
     monkeypatch.setattr(lora, "remake", lambda: trained.append("lora"))
     monkeypatch.setattr(curves, "PLOT", tmp_path / "curves.png")
     remake.main()
-    assert Image.open(tmp_path / "grid.jpg").size == (1536, 4 * 128 + 192 + 128)
+    assert Image.open(tmp_path / "grid.jpg").size == (1536, 6 * 128 + 192 + 128 + 256 + 128)
     assert Image.open(tmp_path / "edits.jpg").size == (768, 384)
     assert Image.open(tmp_path / "curves.png").width == 1080
     assert trained == ["lora"]

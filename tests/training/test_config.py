@@ -169,13 +169,16 @@ def test_a_missing_drawing_package_is_named(
     assert "resvg_py" in line and '"wuerstchen[train]"' in line and line.count("\n") == 1
 
 
-ALL_SCENES = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES))
+ALL_SCENES = DemoDataConfig(layouts=LAYOUTS, shapes=tuple(SHAPES), larger=(384, 512))
+DRAWN_SCENES = DemoDataConfig(
+    layouts=("large", "small", "corner", "pair", "trio"), shapes=("square", "portrait", "landscape"), larger=(512,)
+)
 DATA_TABLES = {
     "vqgan": DemoDataConfig(),
-    "encoder": ALL_SCENES,
-    "text": replace(ALL_SCENES, shapes=("square",)),
-    "decoder": ALL_SCENES,
-    "prior": replace(ALL_SCENES, most=1200),
+    "encoder": DRAWN_SCENES,
+    "text": replace(ALL_SCENES, shapes=("square",), larger=()),
+    "decoder": DRAWN_SCENES,
+    "prior": replace(ALL_SCENES, most=2400),
 }
 
 

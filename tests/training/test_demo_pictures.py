@@ -17,7 +17,8 @@ from wuerstchen_core.training.rng import StepRandom
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
 SMALL = {"canvas": 64, "things": 3}
-EVERYTHING = {**SMALL, "layouts": list(LAYOUTS), "shapes": list(SHAPES)}
+FEW = list(LAYOUTS[:4])
+EVERYTHING = {**SMALL, "layouts": FEW, "shapes": list(SHAPES)}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,11 @@ def shapes() -> MultiShapeDemoDataset:
 
 
 def test_training_and_held_out_scenes_cover_all_layouts_of_the_first_things() -> None:
-    train, test = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}, held_out=held) for held in (False, True))
+    train, test = (DemoDataset({**SMALL, "layouts": FEW}, held_out=held) for held in (False, True))
     for dataset, expected in ((train, False), (test, True)):
-        assert dataset.pixels.shape == (len(dataset), 3, 64, 64)
+        assert dataset.images(slice(None)).shape == (len(dataset), 3, 64, 64)
         assert {held_out(scene) for scene in dataset.scenes} == {expected}
-        assert {scene.layout for scene in dataset.scenes} == set(LAYOUTS)
+        assert {scene.layout for scene in dataset.scenes} == set(FEW)
         assert {scene.thing for scene in dataset.scenes} | {scene.other for scene in dataset.scenes} == {0, 1, 2, None}
     assert len(set(train.scenes + test.scenes)) == len(train) + len(test) == 3 * len(COLOURS) * (2 + 4 + 2)
     preview = train.preview_images()
@@ -42,12 +43,12 @@ def test_a_dataset_has_only_the_layouts_and_background_of_its_table() -> None:
     corners = DemoDataset({**SMALL, "layouts": ["corner"]})
     assert {scene.layout for scene in corners.scenes} == {"corner"}
     assert {scene.position for scene in corners.scenes} == {1, 2, 3, 4}
-    pink = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "background": "pink"})
+    pink = DemoDataset({**SMALL, "layouts": FEW, "background": "pink"})
     assert {scene.colour for scene in pink.scenes} == {list(COLOURS).index("pink")}
 
 
 def test_large_things_count_twice_among_other_layouts() -> None:
-    for layouts, times in ((list(LAYOUTS), 2), (list(SIMPLE), 1)):
+    for layouts, times in ((FEW, 2), (list(SIMPLE), 1)):
         dataset = DemoDataset({**SMALL, "layouts": layouts})
         total = sum(times if scene.layout == "large" else 1 for scene in dataset.scenes)
         epoch = dataset.sample_batch(StepRandom(0, 0, total))
@@ -59,7 +60,7 @@ def test_large_things_count_twice_among_other_layouts() -> None:
 
 def test_the_same_sample_of_too_many_scenes_is_drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_OTHER", 20)
-    one, again = (DemoDataset({**SMALL, "layouts": list(LAYOUTS)}) for _ in range(2))
+    one, again = (DemoDataset({**SMALL, "layouts": FEW}) for _ in range(2))
     assert one.scenes == again.scenes
     counts = Counter(scene.layout for scene in one.scenes)
     assert counts["corner"] == counts["pair"] == 20 and counts["large"] == counts["small"] > 0
@@ -68,16 +69,16 @@ def test_the_same_sample_of_too_many_scenes_is_drawn_each_time(monkeypatch: pyte
     monkeypatch.setattr(module, "MAX_OTHER", 5)
     few = DemoDataset({**SMALL, "layouts": list(SIMPLE), "shapes": ["landscape"]})
     assert len(few) == 10 < len(wide)
-    limited = DemoDataset({**SMALL, "layouts": list(LAYOUTS), "shapes": ["landscape"], "most": 7})
-    assert Counter(scene.layout for scene in limited.scenes) == dict.fromkeys(LAYOUTS, 7)
+    limited = DemoDataset({**SMALL, "layouts": FEW, "shapes": ["landscape"], "most": 7})
+    assert Counter(scene.layout for scene in limited.scenes) == dict.fromkeys(FEW, 7)
     with pytest.raises(ValueError, match=r"\[data\] most .*-1"):
         DemoDataset({**SMALL, "most": -1})
 
 
 def test_a_batch_has_one_shape_which_is_the_same_in_every_process(shapes: MultiShapeDemoDataset) -> None:
     assert shapes.side == 64 and not shapes.square
-    sizes = {"square": (64, 64), "portrait": (96, 64), "landscape": (64, 96)}
-    assert [one.pixels.shape[-2:] for one in shapes.datasets] == list(sizes.values())
+    sizes = {"square": (64, 64), "portrait": (96, 64), "landscape": (64, 96), "tall": (128, 64), "wide": (64, 128)}
+    assert [one.images(slice(1)).shape[-2:] for one in shapes.datasets] == list(sizes.values())
     seen: Counter[int] = Counter()
     for step in range(60):
         picked = shapes.sample_batch(StepRandom(0, step, 4))
@@ -90,9 +91,19 @@ def test_a_batch_has_one_shape_which_is_the_same_in_every_process(shapes: MultiS
         assert not any(held_out(one.scenes[i]) for i in picked[1].tolist())
         words = shapes.captions(picked, StepRandom(0, step, 4))
         assert words == one.captions(picked[1], StepRandom(0, step, 4)) and len(words) == 4
-    assert set(seen) == {0, 1, 2}
+    assert set(seen) == set(range(len(sizes)))
     picked = shapes.sample_batch(StepRandom(0, 1, 4))
     assert shapes.captions(picked, StepRandom(0, 1, 4), drop=1.0) == [""] * 4
+
+
+def test_larger_pictures_are_fewer_and_no_longer_than_512_pixels() -> None:
+    data = {**SMALL, "shapes": ["square", "portrait"], "larger": [128, 384], "most": 18}
+    dataset = open_dataset({"data": data})
+    assert isinstance(dataset, MultiShapeDemoDataset) and dataset.side == 64
+    counts = {tuple(one.size[::-1]): len(one) for one in dataset.datasets}
+    assert counts == {(64, 64): 36, (96, 64): 36, (128, 128): 8, (192, 128): 8, (384, 384): 2}
+    one = open_dataset({"data": {**SMALL, "larger": [128]}})
+    assert isinstance(one, MultiShapeDemoDataset) and len(one.datasets) == 2
 
 
 def test_shapes_come_in_proportion_to_their_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,14 +121,14 @@ def test_mapped_tensors_belong_to_the_images_of_the_batch(shapes: MultiShapeDemo
         picked = shapes.sample_batch(StepRandom(0, step, 4))
         assert torch.equal(means(picked), shapes.images(picked).mean(dim=(1, 2, 3)))
     held = shapes.preview_images()
-    assert isinstance(held, DemoDataset) and held.pixels.shape[-2:] == (64, 64)
+    assert isinstance(held, DemoDataset) and held.size == (64, 64)
     assert all(held_out(scene) for scene in held.scenes)
 
 
 def test_the_table_chooses_the_class() -> None:
     assert isinstance(open_dataset({"data": {**SMALL, "shapes": ["square", "portrait"]}}), MultiShapeDemoDataset)
     one = open_dataset({"data": {**SMALL, "shapes": ["portrait"]}})
-    assert isinstance(one, DemoDataset) and one.pixels.shape[-2:] == (96, 64) and not one.square
+    assert isinstance(one, DemoDataset) and one.size == (64, 96) and not one.square
 
 
 @pytest.mark.parametrize(
@@ -128,6 +139,9 @@ def test_the_table_chooses_the_class() -> None:
         ({"shapes": ["square", "square"]}, "shapes .*landscape.*'square', 'square'"),
         ({"shapes": "square"}, "shapes .*'square'"),
         ({"things": 132}, "things .*131.*132"),
+        ({"larger": [300]}, "larger .*64.*300"),
+        ({"larger": [256]}, "larger .*canvas.*256"),
+        ({"larger": [576]}, "larger .*512.*576"),
     ],
 )
 def test_an_invalid_table_is_named_in_one_line(data: dict[str, Any], facts: str) -> None:

@@ -41,8 +41,10 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
         ("finetune", "prior", "v2"),
         ("resolution", "prior", "v2"),
         ("embedding", "embedding", "v2"),
+        ("control", "control", "v2"),
         ("decoder-lora", "decoder-lora", "v2"),
         ("decoder-lora", "token-decoder-lora", "v1"),
+        ("distill", "distill-lora", "v1"),
     ],
 )
 def test_it_trains_as_printed_once_the_pictures_exist(

@@ -16,8 +16,10 @@ from helpers.recipes import ROOT, SHIPPED, command_of
 from helpers.tiny_stages import TABLES, read_log
 from torch import nn
 
+from wuerstchen_core.checkpoints.release import check_control
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.common.dataclass_config import from_table
+from wuerstchen_core.models.control_net import ControlNet
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import V1, Prior, PriorParams, latents_from_features
@@ -26,6 +28,7 @@ from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
+from wuerstchen_core.training.stages.control import ControlConfig, ControlledPrior, control_params
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.tables import STAGES
 
@@ -40,6 +43,7 @@ SIZES: Mapping[str, tuple[Any, Any, int]] = {
     "v1_prior": (Prior, PriorParams, 993_243_680),
     "v2_prior": (Prior, PriorParams, 993_636_896),
 }
+ADAPTERS = {"v2_lora": 4, "v2_distill_lora": 9, "v2_decoder_distill_lora": 9}  # numbers of targets
 SMALL = (("fused", 1, 3, 2, 8, 8, 1),)  # stages of an encoder
 SCORES = table(pwatermark=0.1, AESTHETIC_SCORE=6.0, punsafe=0.01)
 
@@ -59,7 +63,7 @@ def test_its_comment_names_its_command(path: Path) -> None:
 
 
 def test_there_is_a_recipe_for_each_stage() -> None:
-    assert set(RECIPES) == {*SIZES, "v2_lora"}
+    assert set(RECIPES) == {*SIZES, *ADAPTERS, "v2_control"}
 
 
 @pytest.mark.parametrize("recipe", SIZES)
@@ -81,13 +85,27 @@ def test_it_builds_the_published_network(recipe: str) -> None:
         assert params.dropout == 0.1  # as the original trains
 
 
-def test_the_lora_fits_the_published_prior() -> None:
-    options = from_table(AdapterConfig, read_config(RECIPES["v2_lora"], [])["lora"], "lora")
+@pytest.mark.parametrize("recipe", ADAPTERS)
+def test_a_lora_fits_the_published_network(recipe: str) -> None:
+    options = from_table(AdapterConfig, read_config(RECIPES[recipe], [])["lora"], "lora")
+    assert len(options.targets) == ADAPTERS[recipe]
     with torch.device("meta"):
-        network = Prior(PriorParams())
+        network = Decoder(DecoderParams()) if "decoder" in recipe else Prior(PriorParams())
         attach(network, options)
     learned = [p.numel() for p in network.parameters() if p.requires_grad]
-    assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
+    if recipe == "v2_lora":
+        assert len(learned) == 32 * 4 * 2 and sum(learned) == 32 * 4 * 16 * (1536 + 1536)  # of 32 attention layers
+
+
+def test_the_control_net_fits_the_published_prior() -> None:
+    own = from_table(ControlConfig, read_config(RECIPES["v2_control"], [])["control"], "control")
+    params = control_params(own, PriorParams())
+    with torch.device("meta"):
+        network = ControlledPrior(Prior(PriorParams()), ControlNet(params))
+        control = network.control_net(torch.empty(1, 3, 1024, 1536), (24, 36))
+    check_control(params, PriorParams(), "it")
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 16_660_224
+    assert [tuple(x.shape) for x in control if x is not None] == [(1, 1536, 24, 36)] * 8
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -161,10 +179,13 @@ def test_it_takes_two_steps_in_a_tiny_size(
     values = {
         "run": str(tmp_path), "data.source": str(tmp_path / "a.tar"), "data.size": 64, "data.multiple": 64,
         "data.ratio": 1.0, "data.min_side": 1, "data.workers": 0, "train.steps": 2, "train.batch": 2,
-        "train.log_every": 1, "train.precision": "no", **{f"model.{key}": value for key, value in small.items()},
+        "train.log_every": 1, "train.precision": "no", "train.frozen": "fp32",
+        **{f"model.{key}": value for key, value in small.items()},
     }  # fmt: skip
     if stage == "vqgan":
         values |= {"vqgan.crop": 32, "vqgan.margin": 8, "vqgan.quantize_from": 1}
+    if stage == "control":
+        values |= {"control.widths": [8, 8, 8, 8], "control.repeats": [1, 1, 1, 1]}
     if stage == "encoder":
         values["encoder.widths"] = [16, 8, 8]
     if recipe == "v2_prior":

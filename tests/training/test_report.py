@@ -69,7 +69,7 @@ def test_the_printed_command_generates_with_the_weights(
 
 
 def test_the_command_of_a_lora_of_stage_b(bundle: Path, tmp_path: Path) -> None:
-    stage: Any = SimpleNamespace(name="decoder-lora", network="decoder", tables={})
+    stage: Any = SimpleNamespace(name="decoder-lora", part="", network="decoder", tables={})
     config = {"run": str(tmp_path), "inputs": dict.fromkeys(("decoder", "vqgan", "text", "encoder"), str(bundle))}
     file = tmp_path / "decoder-lora.safetensors"
     command = report.generate_arguments(stage, config, file, "x")
@@ -87,13 +87,12 @@ def test_the_command_joins_parts_of_several_files(tmp_path: Path, caplog: pytest
 
 def test_stages_of_one_run_generate_together(run_folder: Path, tmp_path: Path) -> None:
     file = run_folder / "prior" / "prior.safetensors"
-    stage: Any = SimpleNamespace(name="prior", decoder_stage="decoder", tables={})
+    stage: Any = SimpleNamespace(name="prior", part="prior", decoder_stage="decoder", tables={})
     command = report.generate_arguments(stage, {"run": str(run_folder)}, file, "x")
     assert str(run_folder / "decoder" / "decoder.safetensors") in command and pixels(command, tmp_path / "a.png")
     for name in ("vqgan", "encoder", "text"):
-        assert (
-            report.generate_arguments(SimpleNamespace(name=name, tables={}), {"run": str(run_folder)}, file, "x") == []
-        )  # type: ignore[arg-type]
+        other: Any = SimpleNamespace(name=name, part="", tables={})
+        assert report.generate_arguments(other, {"run": str(run_folder)}, file, "x") == []
     assert report.generate_arguments(stage, {"run": str(tmp_path)}, file, "x") == []
 
 

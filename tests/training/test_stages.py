@@ -221,7 +221,7 @@ def test_a_killed_command_resumes(run_folder: Path, inputs: list[str], tmp_path:
 
 def test_the_demo_dataset_of_a_short_trial(run_folder: Path) -> None:
     trained, held = DemoDataset(DATA["data"]), DemoDataset(DATA["data"], held_out=True)
-    assert len(trained) == 24 and len(held) == 8 and trained.pixels.shape[1:] == (3, 64, 64)
+    assert len(trained) == 24 and len(held) == 8 and trained.images(slice(None)).shape[1:] == (3, 64, 64)
     assert not set(trained.scenes) & set(held.scenes) and {scene.thing for scene in trained.scenes} == {0, 1}
     assert len(set(trained.sample_batch(StepRandom(0, 0, 24)).tolist())) == 24
     assert trained.sample_batch(StepRandom(0, 0, 30)).shape == (30,)

@@ -94,7 +94,9 @@ def test_unreadable_held_out_images_are_named(tmp_path: Path) -> None:
         list(dataset.held_out_batches(2))
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if "distill-lora" in name else []) for name in STAGES]
+)
 def test_the_loss_depends_on_neither_batches_nor_training_settings(
     name: str, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_the_loss_depends_on_neither_batches_nor_training_settings(
     }  # fmt: skip
     config |= {"start": str(bundle)} if "start" in STAGES[name].tables else {}
     config |= {"embedding": {"name": "thing", "init": "apple"}} if "embedding" in STAGES[name].tables else {}
+    config |= {"distill": {"guidance": 2.0}} if "distill" in STAGES[name].tables else {}
     config |= {"vqgan": {"crop": 16, "margin": 8}} if name == "vqgan" else {}
     losses = []
     for noise in ({}, {"text_drop": 1.0, "focus": 3.0}):

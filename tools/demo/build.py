@@ -68,6 +68,7 @@ def vocabulary(data: DemoDataConfig) -> dict[str, Any]:
         "sizes": list(SIZES),
         "layouts": data.layouts,
         "shapes": data.shapes,
+        "larger": data.larger,
     }
 
 

@@ -1,8 +1,9 @@
 """Evaluates a model on held-out prompts: `python -m tools.demo.evaluate [--json FILE]`.
 
-Generates every held-out scene of one thing in the centre of a square with each of three seeds, and checks the images
-with `judge.Judge`, which has no trained parameters. Also compresses the original drawings by 42.67 and decodes
-them, and generates samples of the other positions, aspect ratios and pairs that the model's metadata lists.
+Generates every held-out scene of one thing with each of three seeds, and checks the images with `judge.Judge`, which
+has no trained parameters: in the centre of a square, and at the other positions, aspect ratios and sizes that the
+model's metadata lists, of several things a sample. Also compresses the original drawings by 42.67 and decodes them.
+With `--second-eye`, large things are also recognised by `second_eye.SecondEye`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ from wuerstchen_core.demo.vocabulary import (
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.models.image_encoder import semantic_view
 
-from .judge import NOTHING, Judge, psnr, wilson_interval
+from .judge import NOTHING, Judge, contrast, psnr, wilson_interval
+from .second_eye import SecondEye
 
 Judged = Sequence[tuple[Scene, Scene]]  # the requested scene, and the scene that the judge recognised
 
 BATCH = 16
-SAMPLE = 60  # scenes per position, per shape, and of pairs
-SAMPLE_SEED = 10_000
+SAMPLE = 205  # scenes of a kind; all of one thing, since as many pairs of thing and background are held out
+SEVERAL = {"pair": "pairs", "two": "twice", "three": "thrice", "trio": "trios"}  # layouts of several things
+SEED, SAMPLE_SEED = 1000, 10_000
+CONTRAST = 0.15  # OKLab; below it a thing has nearly the colour of its background
+TOP = 5  # things that the second eye may find more similar for a near hit
 
 
 def held_out_scenes(metadata: Mapping[str, Any], layouts: Sequence[str] = SIMPLE, shape: str = "square") -> list[Scene]:
@@ -59,15 +64,20 @@ def held_out_scenes(metadata: Mapping[str, Any], layouts: Sequence[str] = SIMPLE
 
 
 def other_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str, dict[str, list[Scene]]]:
-    """Returns samples of held-out scenes other than one thing in the centre of a square, if the model knows such.
+    """Returns held-out scenes other than one thing in the centre of a square, if the model knows such.
 
-    About `count` for each position ("by_place"), each shape ("by_shape", all layouts of one thing equally often), and
-    of two things ("pairs", keyed by shape).
+    At most `count` for each position ("by_place"); for each layout of one thing in each shape ("by_shape") and on each
+    larger square ("by_side", keyed by its side in pixels); and for each layout of several things in all shapes together
+    (`SEVERAL`, keyed by shape).
     """
     vocabulary = metadata.get("vocabulary", {})
     layouts, shapes = vocabulary.get("layouts", SIMPLE), vocabulary.get("shapes", ["square"])
-    single = [layout for layout in layouts if layout != "pair"]
+    single = [layout for layout in layouts if layout not in SEVERAL]
     groups: dict[str, dict[str, list[Scene]]] = {}
+
+    def of_one(shape: str) -> list[Scene]:
+        return [s for layout in single for s in subset(held_out_scenes(metadata, [layout], shape), count)]
+
     if "corner" in layouts:
         small = held_out_scenes(metadata, ["small", "corner"])
         groups["by_place"] = {
@@ -75,14 +85,13 @@ def other_scenes(metadata: Mapping[str, Any], count: int = SAMPLE) -> dict[str, 
             for position, name in enumerate(POSITIONS)
         }
     if len(shapes) > 1:
-        per_layout = count // len(single)
-        groups["by_shape"] = {
-            shape: [s for layout in single for s in subset(held_out_scenes(metadata, [layout], shape), per_layout)]
-            for shape in shapes
-        }
-    if "pair" in layouts:
-        per_shape = count // len(shapes)
-        groups["pairs"] = {shape: subset(held_out_scenes(metadata, ["pair"], shape), per_shape) for shape in shapes}
+        groups["by_shape"] = {shape: of_one(shape) for shape in shapes}
+    if sides := vocabulary.get("larger"):
+        groups["by_side"] = {str(side): of_one("square") for side in sides}
+    for layout, group in SEVERAL.items():
+        if layout in layouts:
+            drawn = {shape: held_out_scenes(metadata, [layout], shape) for shape in shapes}
+            groups[group] = {shape: subset(found, count // len(shapes)) for shape, found in drawn.items()}
     return groups
 
 
@@ -92,11 +101,16 @@ def subset(scenes: Sequence[Scene], count: int) -> list[Scene]:
 
 
 @torch.inference_mode()
-def generate(pipe: WuerstchenPipeline, scenes: Sequence[Scene], seed: int, **changes: Any) -> list[Image.Image]:
-    """Generates one image per scene, in batches of one shape; image i has seed `seed` + i."""
+def generate(
+    pipe: WuerstchenPipeline, scenes: Sequence[Scene], seed: int, canvas: int = CANVAS, **changes: Any
+) -> list[Image.Image]:
+    """Generates one image per scene with `canvas` pixels on the shorter side, in batches of one shape.
+
+    Image i has seed `seed` + i.
+    """
     images: list[Image.Image] = []
     for shape, group in groupby(scenes, lambda scene: scene.shape):
-        width, height = list(SHAPES.values())[shape]
+        width, height = (side * canvas // CANVAS for side in list(SHAPES.values())[shape])
         prompts = [caption(scene) for scene in group]
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
@@ -129,6 +143,17 @@ def reconstruct(
     return images, values
 
 
+@torch.inference_mode()
+def reconstruct_by_stage_a(pipe: WuerstchenPipeline, scenes: Sequence[Scene]) -> list[Image.Image]:
+    """Returns the drawings of scenes encoded and decoded by Stage A alone, without its codebook."""
+    assert pipe.vqgan is not None
+    images: list[Image.Image] = []
+    for start in range(0, len(scenes), BATCH):
+        pixels = torch.from_numpy(draw_all(scenes[start : start + BATCH])).permute(0, 3, 1, 2).float() / 255
+        images += pipe.decode(pipe.vqgan.encode(pixels))
+    return images
+
+
 def rate(hits: Iterable[bool]) -> dict[str, Any]:
     """Returns the rate of hits in percent with its 95 % confidence interval."""
     hits = list(hits)
@@ -138,7 +163,7 @@ def rate(hits: Iterable[bool]) -> dict[str, Any]:
 
 
 def right_things(judged: Judged) -> list[int]:
-    """Returns how many of a scene's one or two things each image shows at the right position."""
+    """Returns how many of a scene's one to three things each image shows at the right position."""
     return [sum(a == b for a, b in zip(scene.things, seen.things, strict=True)) for scene, seen in judged]
 
 
@@ -151,6 +176,11 @@ def _describe(scene: Scene) -> str:
 def _describe_mistake(scene: Scene, seen: Scene) -> str:
     names = ["nothing" if thing == NOTHING else THINGS[thing].name for thing in seen.things]
     return f"{_describe(scene)}: {' and '.join(names)}"
+
+
+def own_colour(scene: Scene) -> bool:
+    """True if the thing of a scene has nearly the colour of its background."""
+    return contrast(scene.thing, scene.colour) < CONTRAST
 
 
 def summary(
@@ -169,12 +199,20 @@ def summary(
         "background": rate(scene.colour == seen.colour for scene, seen in judged),
         "by_size": {size: rate(map(bool, right_things(part))) for size, part in by_size.items() if part},
     }
-    for group in ("by_place", "by_shape"):
+    if own := [row for row in judged if own_colour(row[0])]:
+        numbers["own_colour"] = rate(map(bool, right_things(own)))
+    for group in ("by_place", "by_shape", "by_side"):
         if group in others:
             numbers[group] = {name: rate(map(bool, right_things(part))) for name, part in others[group].items()}
-    if "pairs" in others:
-        counts = right_things(list(chain(*others["pairs"].values())))
-        numbers["pairs"] = {"both": rate(count == 2 for count in counts), "one": rate(count == 1 for count in counts)}
+    for layout, group in SEVERAL.items():
+        if group in others:
+            rows = list(chain(*others[group].values()))
+            counts = right_things(rows)
+            complete = [count == len(scene.things) for count, (scene, _) in zip(counts, rows, strict=True)]
+            numbers[group] = {
+                "both" if layout == "pair" else "all": rate(complete),
+                "one": rate(count == 1 for count in counts),
+            }
     return numbers | {
         "compressed": rate(map(bool, right_things(compressed))),
         "psnr": {"mean": round(statistics.mean(psnrs), 2), "min": round(min(psnrs), 2), "count": len(psnrs)},
@@ -183,26 +221,53 @@ def summary(
     }
 
 
-def evaluate(pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, **changes: Any) -> dict[str, Any]:
+def evaluate(
+    pipe: WuerstchenPipeline, seeds: int = 3, every: int = 1, second_eye: bool = False, **changes: Any
+) -> dict[str, Any]:
     """Returns all numbers of a model.
 
     every: use only every N-th held-out (thing, background) pair, and proportionally smaller samples of other scenes.
+    second_eye: also let the second eye recognise large things. ValueError if its packages are missing.
     changes: arguments of `generate`.
     """
+    eye = SecondEye() if second_eye else None
     scenes = [s for index, s in enumerate(held_out_scenes(pipe.metadata)) if index // len(SIZES) % every == 0]
-    judge = Judge()
-    judged: list[tuple[Scene, Scene]] = []
-    for seed in tqdm(range(seeds), desc="seeds"):
-        judged += judge_images(judge, scenes, generate(pipe, scenes, 1000 * (seed + 1), **changes))
+    images = [image for seed in range(1, seeds + 1) for image in generate(pipe, scenes, SEED * seed, **changes)]
     others = {
         group: {
-            name: judge_images(judge, part, generate(pipe, part, SAMPLE_SEED, **changes))
+            name: judge_scenes(pipe, part, seeds, int(name) if group == "by_side" else CANVAS, **changes)
             for name, part in tqdm(parts.items(), desc=group)
         }
-        for group, parts in other_scenes(pipe.metadata, SAMPLE // every).items()
+        for group, parts in other_scenes(pipe.metadata, max(SAMPLE // every, 1)).items()
     }
-    images, psnrs = reconstruct(pipe, scenes, **changes)
-    return summary(judged, judge_images(judge, scenes, images), psnrs, others)
+    judge = Judge()
+    reconstructed, psnrs = reconstruct(pipe, scenes, **changes)
+    compressed = judge_images(judge, scenes, reconstructed)
+    numbers = summary(judge_images(judge, scenes * seeds, images), compressed, psnrs, others)
+    if eye:
+        rows = {"thing": images, "compressed": reconstructed, "stage_a": reconstruct_by_stage_a(pipe, scenes)}
+        numbers["second_eye"] = {name: similarity(eye, scenes, row) for name, row in rows.items()}
+    return numbers
+
+
+def judge_scenes(pipe: WuerstchenPipeline, scenes: Sequence[Scene], seeds: int, canvas: int, **changes: Any) -> Judged:
+    """Generates scenes with several seeds and `canvas` pixels on the shorter side, and judges them."""
+    judge = Judge(canvas)
+    rows: list[tuple[Scene, Scene]] = []
+    for seed in range(1, seeds + 1):
+        rows += judge_images(judge, scenes, generate(pipe, scenes, SAMPLE_SEED * seed, canvas, **changes))
+    return rows
+
+
+def similarity(eye: SecondEye, scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Returns how often the second eye finds a large thing the most similar one, and one of the five most similar.
+
+    images: one or several times all scenes.
+    """
+    shown = zip(cycle(scenes), images, strict=False)
+    large = [(scene, np.asarray(image)) for scene, image in shown if scene.layout == "large"]
+    ranks = eye.ranks([scene for scene, _ in large], [image for _, image in large])
+    return {"nearest": rate(rank == 0 for rank in ranks), "near": rate(rank < TOP for rank in ranks)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="demo", help="bundle to evaluate (default: demo)")
     parser.add_argument("--seeds", type=int, default=3, help="images per scene (default: 3)")
     parser.add_argument("--every", type=int, default=1, help="use only every N-th held-out (thing, background) pair")
+    parser.add_argument("--second-eye", action="store_true", help="also recognise large things by EfficientNet-lite0")
     parser.add_argument("--schedule", help="of Stage C")
     parser.add_argument("--prior-steps", type=int)
     parser.add_argument("--prior-guidance", type=float)
@@ -218,7 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to a file")
     options = vars(parser.parse_args(arguments))
     target, pipe = options.pop("json"), WuerstchenPipeline.load(options.pop("model"))
-    text = json.dumps(evaluate(pipe, **options), indent=1)
+    try:
+        text = json.dumps(evaluate(pipe, **options), indent=1)
+    except ValueError as error:
+        parser.error(str(error))
     sys.stdout.write(text + "\n")
     if target:
         target.write_text(text + "\n", encoding="utf-8")

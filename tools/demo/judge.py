@@ -156,11 +156,18 @@ def _references(colour: int, size: int) -> _References:
 
 
 def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Yields the image, or its halves for two things, each with the box of its thing."""
+    """Yields the part of the image around each thing with the thing's box.
+
+    It is the whole image, or a half for each of two things; the first of three things has the upper half.
+    """
     found = boxes(scene, _WORK)
-    width = lab.shape[1] // len(found)
+    height, width = lab.shape[:2]
+    half = height // 2 if len(found) == 3 else 0
+    if half:
+        yield lab[:half], found.pop(0)
+    side = width // len(found)
     for index, (column, row, edge) in enumerate(found):
-        yield lab[:, index * width : (index + 1) * width], (column - index * width, row, edge)
+        yield lab[half:, index * side : (index + 1) * side], (column - index * side, row - half, edge)
 
 
 def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
@@ -168,6 +175,8 @@ def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
     column, row, edge = box
     rest, near = np.ones(view.shape[:2], dtype=bool), _SHIFT + 1
     rest[max(row - near, 0) : row + edge + near, max(column - near, 0) : column + edge + near] = False
+    if not rest.any():
+        return True
     offsets = view[rest] - np.median(view[rest], axis=0)
     return int((np.sqrt((offsets**2).sum(axis=-1)) > _STRAY_LIMIT).sum()) <= _STRAYS
 
@@ -196,11 +205,11 @@ class Judge:
                 int(_references(scene.colour, size).distances(view, box).argmin()) if _alone(view, box) else NOTHING
             )
             seen.append(nearest if nearest < len(THINGS) else NOTHING)
-        other = None if scene.other is None else seen[1]
-        return scene._replace(thing=seen[0], other=other, colour=self._border(lab))
+        names = ("thing", "other", "third")
+        return scene._replace(**dict(zip(names, seen, strict=False)), colour=self._border(lab))
 
     def distances(self, image: np.ndarray, scene: Scene) -> np.ndarray:
-        """Returns the distances [1 or 2, things] of a uint8 image to every thing at each requested position."""
+        """Returns the distances [1 to 3, things] of a uint8 image to every thing at each requested position."""
         references, views = _references(scene.colour, scene.size), _views(self._lab(image, scene), scene)
         return np.stack([references.distances(view, box)[: len(THINGS)] for view, box in views])
 
@@ -229,6 +238,16 @@ class Judge:
         distances = np.sqrt((offsets**2).sum(axis=-1)).mean(axis=0)
         nearest = int(distances.argmin())
         return nearest if distances[nearest] <= _BORDER_LIMIT else NOTHING
+
+
+@cache
+def contrast(thing: int, colour: int) -> float:
+    """Returns the OKLab distance from a background of COLOURS that a third of a thing's drawing does not exceed."""
+    scenes = [Scene(thing, index, 0) for index in (colour, (colour + 1) % len(COLOURS))]
+    drawing, another = draw_all(scenes, _DRAWN)
+    opaque = (drawing == another).all(axis=-1)
+    distances = oklab(drawing[opaque]) - oklab(drawing[0, 0])
+    return float(np.quantile(np.sqrt((distances**2).sum(axis=-1)), 1 / 3))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

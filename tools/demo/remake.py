@@ -28,7 +28,7 @@ from .. import DOCS, ROOT, markdown_table
 from . import curves, edits, lora
 from .build import LOGS
 from .build_v1 import EVALUATION as EVALUATION_V1
-from .evaluate import evaluate, generate, held_out_scenes, subset
+from .evaluate import SEVERAL, evaluate, generate, held_out_scenes, subset
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,24 @@ EVALUATION = LOGS.parent / "evaluation.json"
 MARKS = "<!-- demo numbers: written by tools.demo.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: written by tools.demo.remake -->", "<!-- end of v1 numbers -->"
 COLUMNS = 12  # of the grid, in squares
+GROUPS = {
+    "by_place": "right thing at its position, {}",
+    "by_shape": "right thing, complete and alone, {}",
+    "by_side": "right thing, complete and alone, {0}x{0}",
+    "pairs": "two things, {} right",
+    "twice": "one thing twice, {} right",
+    "thrice": "one thing three times, {} right",
+    "trios": "three things, {} right",
+}
+SECOND_EYE = {"thing": "", "compressed": " after 42.67x compression", "stage_a": " after Stage A alone"}
 
 
 def sample_grid(pipe: WuerstchenPipeline) -> Image.Image:
     """Generates held-out prompts: one row per layout, then one per shape other than square."""
     vocabulary = pipe.metadata["vocabulary"]
     layouts = vocabulary.get("layouts", SIMPLE)
-    single = [layout for layout in layouts if layout != "pair"]
-    rows = [subset(held_out_scenes(pipe.metadata, [layout]), COLUMNS) for layout in layouts]
+    single = [layout for layout in layouts if layout not in SEVERAL]
+    rows = [subset(found, COLUMNS) for layout in layouts if (found := held_out_scenes(pipe.metadata, [layout]))]
     for shape in vocabulary.get("shapes", ["square"])[1:]:
         count = COLUMNS * CANVAS // SHAPES[shape][0]
         rows.append(subset(held_out_scenes(pipe.metadata, single, shape), count))
@@ -78,16 +88,17 @@ def preview_factors(pipe: WuerstchenPipeline) -> dict[str, Any]:
 
 def number_table(numbers: dict[str, Any]) -> str:
     """Returns the table of an evaluation."""
-    rows = {
-        "right thing": numbers["thing"],
-        **{f"right thing, {size}": rate for size, rate in numbers["by_size"].items()},
-        "another thing instead": numbers["another_thing"],
-        "right background": numbers["background"],
-        **{f"right thing at its position, {name}": rate for name, rate in numbers.get("by_place", {}).items()},
-        **{f"right thing, complete and alone, {name}": rate for name, rate in numbers.get("by_shape", {}).items()},
-        **{f"two things, {name} right": rate for name, rate in numbers.get("pairs", {}).items()},
-        "right thing after 42.67x compression": numbers["compressed"],
-    }
+    rows = {"right thing": numbers["thing"]}
+    rows |= {f"right thing, {size}": rate for size, rate in numbers["by_size"].items()}
+    if "own_colour" in numbers:
+        rows["right thing, nearly of its background's colour"] = numbers["own_colour"]
+    rows |= {"another thing instead": numbers["another_thing"], "right background": numbers["background"]}
+    for group, label in GROUPS.items():
+        rows |= {label.format(name): rate for name, rate in numbers.get(group, {}).items()}
+    rows["right thing after 42.67x compression"] = numbers["compressed"]
+    for name, found in numbers.get("second_eye", {}).items():
+        label = f"right large thing{SECOND_EYE[name]}, by the second eye"
+        rows |= {label: found["nearest"], f"{label}, among five": found["near"]}
     cells = [
         (name, f"{rate['percent']} %", f"{rate['interval'][0]} to {rate['interval'][1]} %", rate["count"])
         for name, rate in rows.items()
@@ -112,7 +123,7 @@ def update_page(page: Path, marks: tuple[str, str], content: str) -> None:
 
 def remake_numbers(pipe: WuerstchenPipeline, evaluation: Path, marks: tuple[str, str]) -> None:
     """Evaluates a model and writes its numbers to `evaluation` and their table to the page."""
-    numbers = evaluate(pipe)
+    numbers = evaluate(pipe, second_eye=pipe.version == "v2")
     evaluation.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     update_page(PAGE, marks, number_table(numbers))
     logger.info("%s", number_table(numbers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .build import (
     build_part,
+    load_control_net,
     load_decoder,
     load_image_encoder,
     load_prior,
@@ -23,6 +24,7 @@ __all__ = [
     "build_part",
     "demo_path",
     "describe",
+    "load_control_net",
     "load_decoder",
     "load_image_encoder",
     "load_prior",

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..common.devices import companion_dtype, pick_dtype
 from ..common.versions import check_versions
+from ..models.control_net import ControlNet
 from ..models.decoder import Decoder
 from ..models.image_encoder import ImageEncoder
 from ..models.int8 import int8_layers, use_int8
@@ -106,3 +107,8 @@ def load_text_encoder(
     """Loads a stage's text tower from a source (see `read_part`); a lone tower serves as either."""
     part = open_part(source, f"{which}_{TEXT_ENCODER}")
     return cast(TextEncoder, build_part(part, device=device, dtype=dtype))
+
+
+def load_control_net(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> ControlNet:
+    """Loads a control net for Stage C from a source (see `read_part`)."""
+    return cast(ControlNet, build_part(open_part(source, "control_net"), device=device, dtype=dtype))

@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from ..common.text import check_choice
+from ..models.control_net import ControlNet, ControlNetParams
 from ..models.decoder import Decoder, DecoderParams
 from ..models.image_encoder import ImageEncoder, ImageEncoderParams
 from ..models.prior import Prior, PriorParams
@@ -23,7 +24,13 @@ from .lazy import AnyTensor
 
 State: TypeAlias = dict[str, Tensor]
 Params: TypeAlias = (
-    PriorParams | DecoderParams | TokenDecoderParams | VQGANParams | ImageEncoderParams | TextEncoderParams
+    PriorParams
+    | DecoderParams
+    | TokenDecoderParams
+    | VQGANParams
+    | ImageEncoderParams
+    | TextEncoderParams
+    | ControlNetParams
 )
 
 TEXT_ENCODER = "text_encoder"  # a text tower that serves both stages
@@ -41,6 +48,7 @@ MODEL_LOADER = Loader("diffusion_models", "Würstchen Model Loader")
 TOKEN_LOADER = Loader("diffusion_models", "Würstchen Token Decoder Loader")
 CLIP_LOADER = Loader("text_encoders", "Würstchen CLIP Loader")
 VAE_LOADER = Loader("vae", "Würstchen VAE Loader")
+CONTROL_LOADER = Loader("controlnet", "Würstchen ControlNet Loader")
 BUNDLE_LOADER = Loader("checkpoints", "Würstchen Bundle Loader")  # for a whole v2 model
 
 
@@ -128,6 +136,15 @@ COMPONENTS = {
         ),
         loader=CLIP_LOADER,
         to_ours=key_maps.text_from_any,
+    ),
+    "control_net": Component(
+        stage="hints for Stage C",
+        network=ControlNet,
+        params=ControlNetParams,
+        infer_params=infer_params.control_net_params,
+        marks=("hint_stem.weight",),
+        loader=CONTROL_LOADER,
+        releases=(),
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.control_net import ControlNetParams
 from ..models.decoder import DecoderParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import PriorParams
@@ -200,4 +201,12 @@ def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoder
         vocab_size=vocab_size,
         context_length=_shape(state, "positional_embedding")[0],
         mlp_ratio=_shape(state, "transformer.resblocks.0.mlp.c_fc.weight")[0] / width,
+    )
+
+
+def control_net_params(state: Tensors) -> ControlNetParams:
+    """Raises ValueError: no tensor shows the release and the depth of the prior that a control net is for."""
+    raise ValueError(
+        "this control net has lost its header, which names the prior and the hints that it is for: use the original "
+        "file"
     )

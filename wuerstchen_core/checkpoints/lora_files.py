@@ -6,12 +6,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..common.text import listed
+from ..common.text import listed, parse_json
 from .adapters import Adapter, Adapters, Fit, is_complete, keys_of, rank_of, tucker
 from .components import State
 from .damage import names_source
@@ -37,7 +38,7 @@ class Lora:
 
     `unknown` are keys of unsupported adapters, `embeddings` bundled textual inversions by key. `clip` is ComfyUI's
     name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note` is
-    a sentence about a doubtful strength.
+    a sentence about a doubtful strength. `sampling` are the settings that a distilled model needs.
     """
 
     network: Adapters = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Lora:
     clip: str = "clip_g"
     strength: str = ""
     note: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -84,6 +86,7 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
             clip,
             lora.strength or other.strength,
             lora.note or other.note,
+            lora.sampling,
         )
     if not lora.network and not lora.text:
         raise _unsupported(path.name, lora)
@@ -98,7 +101,15 @@ def _read_file(path: Path) -> Lora:
         lora = lora_from_state(state, content.metadata, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return lora if not note else Lora(**{**vars(lora), "note": note})
+    return replace(lora, note=note, sampling=_sampling(content.metadata))
+
+
+def _sampling(header: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings of sampling in a header that `train distill-lora` wrote, else {}."""
+    if "distillation" not in header:
+        return {}
+    settings = parse_json(header.get("sampling", "{}"))
+    return settings if isinstance(settings, dict) else {}
 
 
 def _peft_config(path: Path, state: State) -> tuple[Config | None, str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..common.text import listed, parse_json, printable
 from .adapters import Adapter, Adapters, rank_of
@@ -40,7 +40,8 @@ _FORMATS = (  # by a tensor of the adapter
 class LoraInfo:
     """A description of a LoRA. `targets` are numbers of adapters by network, `ignored` describes what is not applied.
 
-    `strength` says where alpha is stated, "" if nowhere. `title` and `trigger_words` are those of the header.
+    `strength` says where alpha is stated, "" if nowhere. `title` and `trigger_words` are those of the header, and
+    `sampling` the settings in that of a distilled model.
     """
 
     source: str
@@ -54,6 +55,7 @@ class LoraInfo:
     ignored: tuple[str, ...]
     title: str
     trigger_words: str
+    sampling: dict[str, Any]
     folder: str = LORA_LOADER.folder
     node: str = LORA_LOADER.node
 
@@ -67,6 +69,8 @@ class LoraInfo:
         out += [f"  {name}: {count} adapters" for name, count in self.targets.items()]
         if not self.targets:
             out.append(f"  it seems to be for {self.family}, not for Würstchen")
+        if self.sampling:
+            out.append(f"  sets {', '.join(f'{key} = {value}' for key, value in self.sampling.items())}")
         out += [f"  trigger words: {self.trigger_words}"] if self.trigger_words else []
         out += [
             f"  bundled embedding: embedding:{name} in a prompt of Python or the command line"
@@ -96,6 +100,7 @@ def describe_lora(source: str | os.PathLike[str]) -> LoraInfo:
         ignored=(*ignored(lora, ()), *([lora.note] if lora.note else [])),
         title=metadata.get("modelspec.title") or metadata.get("ss_output_name", ""),
         trigger_words=trigger_words(metadata),
+        sampling=dict(lora.sampling),
     )
 
 

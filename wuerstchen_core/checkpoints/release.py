@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..models.control_net import ControlNetParams
 from ..models.image_encoder import EFFICIENTNET_V2_L, EFFICIENTNET_V2_S, ImageEncoderParams
 from ..models.prior import V1, PriorParams
 from .components import Params, Part, component_of, tower_name, tower_widths
@@ -53,6 +54,8 @@ def release_of(params: Params) -> str | None:
     """Returns the release of a part by its params, a prior's by its units; None if both releases have such a part."""
     if isinstance(params, PriorParams):
         return "v1" if params.feature_scale == V1["feature_scale"] else "v2"
+    if isinstance(params, ControlNetParams):
+        return params.prior_release
     if isinstance(params, ImageEncoderParams):
         return {EFFICIENTNET_V2_S: "v2", EFFICIENTNET_V2_L: "v1"}.get(params.stages)
     entry = component_of(params)
@@ -73,6 +76,19 @@ def check_parts(parts: Mapping[str, Part]) -> None:
         if name in parts and (found := parts[name].params.width) != width:
             title = name.replace("_", " ")
             raise ValueError(f"the {title} must be {tower_name(width)}, not {tower_name(found)}: use the right one")
+
+
+def check_control(control: ControlNetParams, prior: PriorParams, name: str) -> None:
+    """Raises ValueError if a control net called `name` is for a prior of another release, width or depth."""
+    expected, found = (
+        f"{release} prior of width {width} and depth {depth}"
+        for release, width, depth in (
+            (control.prior_release, control.prior_width, control.prior_depth),
+            (release_of(prior), prior.c, prior.depth),
+        )
+    )
+    if expected != found:
+        raise ValueError(f"{name} is for a {expected}, but this is a {found}: use a control net trained on this one")
 
 
 def only_release(releases: Iterable[str | None]) -> str | None:

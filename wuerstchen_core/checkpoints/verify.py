@@ -49,7 +49,8 @@ def check_weights(part: Part[Any]) -> None:
 def _count_blocks(params: Any) -> int:
     """Returns the number of blocks that params state, or a part of it."""
     counts = [getattr(params, name, 0) for name in ("depth", "layers", "levels", "bottleneck_blocks")]
-    return sum(counts) + sum(getattr(params, "blocks", ())) + sum(stage[-1] for stage in getattr(params, "stages", ()))
+    repeats = (*getattr(params, "blocks", ()), *getattr(params, "repeats", ()))
+    return sum(counts) + sum(repeats) + sum(stage[-1] for stage in getattr(params, "stages", ()))
 
 
 @lru_cache(maxsize=64)

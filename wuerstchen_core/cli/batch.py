@@ -22,7 +22,7 @@ from ..common.atomic import check_room
 from ..common.lock import folder_lock
 from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
-from ..inference.records import provenance
+from ..inference.records import hint_records, provenance
 from .batch_output import ImageFolder, check_folder, open_output
 from .options import chosen_settings, load_pipeline
 from .progress import StepBar
@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     pipeline = load_pipeline(options)
     models = provenance(pipeline)
+    if options.control:
+        models["control"] = hint_records(options.control)
     requests, skipped = _read_requests(options, pipeline, rank, world)
     with folder_lock(options.output, rank):
         generated, existing = _generate_missing(options, pipeline, requests, models, show_progress=rank == 0)
@@ -141,7 +143,7 @@ def _generate_missing(
     for output, missing in work:
         for batch in _batches(missing, options.batch or 1):
             prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
-            kwargs = {**batch[0].settings.as_dict(), "negative": batch[0].negative}
+            kwargs = {**batch[0].settings.as_dict(), "negative": batch[0].negative, "control": options.control}
             with StepBar(f"image {existing + generated + 1} of {total}: ", show_progress) as callback:
                 results = pipeline.generate(prompts, seed=seeds, callback=callback, **kwargs)
             for one, image in zip(batch, results, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.open import SHIPPED
 from ..common.text import parse_json
+from ..inference.control import Hint
 from ..inference.images import opened
 from ..inference.metadata import PROMPT, RECORD, read_texts
 from ..inference.read_graph import record_of_graph
@@ -52,6 +53,8 @@ def options_of(picture: Path, options: argparse.Namespace) -> dict[str, Any]:
             (lora, _find(picture, lora["file"], lora.get("weights"), "--lora")) for lora in record.get("loras", ())
         )
         found["lora"] = [(file, lora.get("strength", 1.0)) for lora, file in files]
+    if options.control is None:
+        found["control"] = [_hint(picture, entry) for entry in record.get("control", ())]
     if options.embedding is None:
         entries = record.get("embeddings", ())
         found["embedding"] = [Path(_find(picture, x["file"], x.get("weights"), "--embedding")) for x in entries]
@@ -82,14 +85,24 @@ def _checked(record: dict[str, Any], picture: Path) -> dict[str, Any]:
     """Returns a record. Raises ValueError if its entries are not of the kinds that we write."""
     prompt, parts = record.get("prompt"), record.get("parts", {})
     files = [
-        *(record.get(name, []) for name in ("loras", "embeddings")),
+        *(record.get(name, []) for name in ("loras", "embeddings", "control")),
         [*parts.values()] if _is_table(parts) else None,
     ]
     valid = "command" in record or isinstance(prompt, str) or (_is_table(prompt) and prompt)
     valid = valid and isinstance(record.get("model", ""), str)
-    if not valid or not all(isinstance(entries, list) and all(map(_names_file, entries)) for entries in files):
+    valid = valid and all(isinstance(entries, list) and all(map(_names_file, entries)) for entries in files)
+    hints = record.get("control", ()) if valid else ()
+    if not valid or not all(isinstance(x, str) for hint in hints for x in (hint.get("image"), hint.get("mask", ""))):
         raise ValueError(f"{picture} has damaged metadata: give the picture as Würstchen saved it")
     return record
+
+
+def _hint(picture: Path, entry: Mapping[str, Any]) -> Hint:
+    """Returns a hint from its record."""
+    files = {name: _find(picture, entry[name], None, "--control") for name in ("image", "mask") if name in entry}
+    net = _find(picture, entry["file"], entry.get("weights"), "--control")
+    times = {name: entry[name] for name in ("strength", "start", "end") if name in entry}
+    return Hint(net, files["image"], **times, mask=files.get("mask"))
 
 
 def _is_table(value: Any) -> bool:

@@ -90,7 +90,7 @@ def add_options(
     if prior:
         option("--negative", default="", metavar="PROMPT", help="what the image should not show")
         text = "apply a LoRA to the stage that it fits, with a strength (default: 1); repeatable"
-        option("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
+        option("--lora", type=with_strength, action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
         text = "file or folder of textual inversions, for embedding:NAME in prompts; repeatable"
         option("--embedding", type=Path, action="append", default=[], metavar="FILE", help=text)
     text = "leave out of the images how they were made (prompt, settings, ComfyUI workflow)"
@@ -178,7 +178,7 @@ def load_pipeline(options: argparse.Namespace) -> WuerstchenPipeline:
     return pipeline
 
 
-def _lora(text: str) -> tuple[str, float]:
+def with_strength(text: str) -> tuple[str, float]:
     """Parses FILE or FILE:STRENGTH; the colon of a Windows drive belongs to the file."""
     file, _, strength = text.rpartition(":")
     try:

@@ -15,6 +15,7 @@ from .options import Choices
 STAGES = (
     "text", "encoder", "vqgan", "decoder", "token-decoder", "prior",
     "lora", "decoder-lora", "token-decoder-lora", "embedding", "decoder-embedding",
+    "distill", "decoder-distill", "distill-lora", "decoder-distill-lora", "control",
 )  # fmt: skip
 CACHE, NEW, EXPORT, COMPARE = "cache", "new", "export", "compare"
 OPTIONS = {  # each option, and what it is for

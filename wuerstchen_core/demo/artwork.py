@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Sequence
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from PIL import Image
 from .vocabulary import COLOURS, POSITIONS, SHAPES, SIZES, THINGS, Scene
 
 CANVAS = 256  # pixels of the shorter side, for which SIZES, SHAPES and MARGIN are given
-MARGIN = 8  # pixels between a thing in a corner, or one of two, and the edge
+MARGIN = 8  # pixels between a thing in a corner, or one of several, and the edge
+
+Box = tuple[int, int, int]  # left, top and edge in pixels
 
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -32,8 +36,7 @@ def artwork() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("artwork.json").read_text(encoding="utf-8"))
 
 
-@cache
-def _sprite(thing: int, edge: int) -> np.ndarray:
+def render(thing: int, edge: int) -> np.ndarray:
     """Returns a drawing as float32 [edge, edge, 4]: colour 0..255 and opacity 0..1."""
     import resvg_py
 
@@ -45,22 +48,45 @@ def _sprite(thing: int, edge: int) -> np.ndarray:
     return sprite
 
 
-def _picture_size(scene: Scene, canvas: int) -> tuple[int, int]:
-    width, height = list(SHAPES.values())[scene.shape]
+_sprite = cache(render)
+
+
+def picture_size(shape: int, canvas: int = CANVAS) -> tuple[int, int]:
+    """Returns width and height of a picture of a shape, by its index, with `canvas` pixels on the shorter side."""
+    width, height = list(SHAPES.values())[shape]
     return width * canvas // CANVAS, height * canvas // CANVAS
 
 
-def boxes(scene: Scene, canvas: int = CANVAS) -> list[tuple[int, int, int]]:
-    """Returns the box of each thing in a scene: left, top and edge in pixels."""
-    width, height = _picture_size(scene, canvas)
+def boxes(scene: Scene, canvas: int = CANVAS) -> list[Box]:
+    """Returns the box of each thing in a scene."""
+    width, height = picture_size(scene.shape, canvas)
     edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
     left, top = (width - edge) // 2, (height - edge) // 2
     if scene.position:
         row, side = POSITIONS[scene.position].split()
         left = margin if side == "left" else width - margin - edge
         top = margin if row == "top" else height - margin - edge
-    lefts = [left] if scene.other is None else [margin, width - margin - edge]
-    return [(left, top, edge) for left in lefts]
+    count, sides = len(scene.things), (margin, width - margin - edge)
+    if count == 3:
+        return [(left, margin, edge), *((side, height - margin - edge, edge) for side in sides)]
+    return [(x, top, edge) for x in ([left] if count == 1 else sides)]
+
+
+def random_boxes(scene: Scene, canvas: int, rng: random.Random) -> list[Box]:
+    """Returns boxes of random sizes at random places for the things in a scene, which do not overlap."""
+    width, height = picture_size(scene.shape, canvas)
+    largest = {1: 0.9, 2: 0.5, 3: 0.4}[len(scene.things)]
+    while True:
+        found: list[Box] = []
+        for _ in scene.things:
+            edge = round(canvas * rng.uniform(0.25, largest))
+            found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge))
+        if not any(_overlap(*two) for two in combinations(found, 2)):
+            return found
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return all(one[i] < other[i] + other[2] and other[i] < one[i] + one[2] for i in (0, 1))
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -68,15 +94,21 @@ def draw(scene: Scene) -> Image.Image:
     return Image.fromarray(draw_all([scene])[0])
 
 
-def draw_all(scenes: Iterable[Scene], canvas: int = CANVAS) -> np.ndarray:
-    """Returns scenes of one shape as uint8 [N, H, W, 3], with `canvas` pixels on the shorter side."""
+def draw_all(
+    scenes: Sequence[Scene], canvas: int = CANVAS, placed: Sequence[Sequence[Box]] | None = None
+) -> np.ndarray:
+    """Returns scenes of one shape as uint8 [N, H, W, 3], with `canvas` pixels on the shorter side.
+
+    `placed` are the boxes of the things in each scene, by default those of `boxes`.
+    """
     pictures = []
-    for scene in scenes:
-        width, height = _picture_size(scene, canvas)
+    for number, scene in enumerate(scenes):
+        width, height = picture_size(scene.shape, canvas)
         picture = np.empty((height, width, 3), dtype=np.float32)
         picture[:] = list(COLOURS.values())[scene.colour]
-        for thing, (left, top, edge) in zip(scene.things, boxes(scene, canvas), strict=True):
-            sprite = _sprite(thing, edge)
+        places = boxes(scene, canvas) if placed is None else placed[number]
+        for thing, (left, top, edge) in zip(scene.things, places, strict=True):
+            sprite = (_sprite if placed is None else render)(thing, edge)
             window = picture[top : top + edge, left : left + edge]
             window += (sprite[..., :3] - window) * sprite[..., 3:]
         pictures.append(np.rint(picture).astype(np.uint8))

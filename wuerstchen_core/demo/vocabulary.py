@@ -1,8 +1,9 @@
 """The vocabulary of the demo models: 128 things on 8 backgrounds, with captions.
 
-A scene is one thing on a flat background, large or small in the middle or small in a corner, or two small things side
-by side. Training leaves out a fifth of the combinations of thing and background, which test generalisation. A bundle's
-metadata lists the things, layouts and words that its model was trained on.
+A scene is one thing on a flat background, large or small in the middle or small in a corner, two small things side by
+side, or three in a triangle; several can be the same thing. Training leaves out a fifth of the combinations of thing
+and background, which test generalisation. A bundle's metadata lists the things, layouts and words that its model was
+trained on.
 """
 
 from __future__ import annotations
@@ -92,6 +93,29 @@ class Thing:
         """The name and its synonyms."""
         return (self.name, *self.synonyms)
 
+    @property
+    def countable(self) -> bool:
+        """True if captions count it."""
+        return self.name not in _NO_ARTICLE
+
+    @property
+    def plurals(self) -> tuple[str, ...]:
+        """The plurals of its names; none if it is not countable."""
+        return tuple(_plural(name) for name in self.names if self.countable and name not in _UNCOUNTABLE)
+
+
+def _plural(name: str) -> str:
+    """Returns the plural of a name such as "cup of coffee"."""
+    phrase, of, rest = name.partition(" of ")
+    *words, noun = phrase.split(" ")
+    if noun in _PLURALS:
+        plural = _PLURALS[noun]
+    elif noun.endswith("y") and noun[-2] not in "aeiou":
+        plural = f"{noun[:-1]}ies"
+    else:
+        plural = noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    return " ".join([*words, plural]) + of + rest
+
 
 THINGS = tuple(Thing(name, _ICONS.get(name, name.replace(" ", "-")), _SYNONYMS.get(name, ())) for name in _NAMES)
 TRAINED_THINGS = _NAMES.index("potato")
@@ -109,8 +133,15 @@ COLOURS = {  # of the background, in RGB
 
 SIZES = {"large": 196, "small": 120}  # edge of a thing in pixels, on a canvas of 256
 POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
-SHAPES = {"square": (256, 256), "portrait": (256, 384), "landscape": (384, 256)}  # width, height
-LAYOUTS = ("large", "small", "corner", "pair")  # kinds of scenes
+SHAPES = {  # width, height
+    "square": (256, 256),
+    "portrait": (256, 384),
+    "landscape": (384, 256),
+    "tall": (256, 512),
+    "wide": (512, 256),
+}
+# Kinds of scenes: "two" and "three" show one thing two and three times, "pair" and "trio" different things.
+LAYOUTS = ("large", "small", "corner", "pair", "two", "three", "trio")
 SIMPLE = LAYOUTS[:2]  # one thing in the middle
 
 _COLOUR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "violet")}
@@ -138,13 +169,26 @@ _PAIRED = {
     "{subject} beside {other}": 1,
     "{subject} on the left and {other} on the right": 2,
 }
-_SIZE_WORD_RATES = {"large": 0.2, "small": 1.0, "corner": 0.5, "pair": 0.1}  # how often a caption names the size
+_TRIO = "{first}, {second} and {third}"
+_NUMBERS = {  # and their weights; without a number, a plural is two or three
+    "two": {"two": 6, "2": 2, "a pair of": 1, "": 1},
+    "three": {"three": 6, "3": 2, "": 1},
+}
+_UNCOUNTABLE = {"sunshine", "honey", "egg in a pan"}  # names without a plural
+_PLURALS = {"fish": "fish", "cactus": "cacti", "leaf": "leaves", "wolf": "wolves", "tomato": "tomatoes"}
+_PLURALS |= {"potato": "potatoes", "snowman": "snowmen"}
+_TRIO_STEPS = ((5, 77), (11, 40), (23, 90), (31, 8), (47, 101), (59, 17), (67, 113), (83, 29))  # to the other things
+# How often a caption names the size
+_SIZE_WORD_RATES = {"large": 0.2, "small": 1.0, "corner": 0.5} | dict.fromkeys(("pair", "two", "three", "trio"), 0.1)
 _NAMED = 5  # unknown words that a note names; it counts the others
 _CONSONANT_SOUNDS = ("uni", "use", "eu", "one")  # "a unicorn", not "an unicorn"
 
 
 class Scene(NamedTuple):
-    """Indices into THINGS, COLOURS, SIZES, POSITIONS and SHAPES; `other` is the right one of two things."""
+    """Indices into THINGS, COLOURS, SIZES, POSITIONS and SHAPES.
+
+    `other` is the right one of two things. Of three, `thing` is above, `other` on the left and `third` on the right.
+    """
 
     thing: int
     colour: int
@@ -152,22 +196,27 @@ class Scene(NamedTuple):
     position: int = 0
     shape: int = 0
     other: int | None = None
+    third: int | None = None
 
     @property
     def things(self) -> tuple[int, ...]:
-        """Its one or two things."""
-        return (self.thing,) if self.other is None else (self.thing, self.other)
+        """Its one, two or three things."""
+        return tuple(thing for thing in (self.thing, self.other, self.third) if thing is not None)
 
     @property
     def layout(self) -> str:
         """Its kind, one of LAYOUTS."""
-        if self.other is not None:
-            return "pair"
+        if len(self.things) > 1:
+            names = ("two", "three") if len(set(self.things)) == 1 else ("pair", "trio")
+            return names[len(self.things) - 2]
         return "corner" if self.position else list(SIZES)[self.size]
 
 
 def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
-    """Returns all scenes of these layouts in a fixed order: by thing, then by background."""
+    """Returns all scenes of these layouts in a fixed order: by thing, then by background.
+
+    Of three different things, only eight scenes for each thing and background.
+    """
     small, things = list(SIZES).index("small"), range(len(THINGS))
     found = []
     for thing, colour in product(things, range(len(COLOURS))):
@@ -176,11 +225,18 @@ def scenes(layouts: Collection[str] = SIMPLE, shape: int = 0) -> list[Scene]:
             found += [Scene(thing, colour, small, position, shape) for position in range(1, len(POSITIONS))]
         if "pair" in layouts:
             found += [Scene(thing, colour, small, 0, shape, other) for other in things if other != thing]
+        if "two" in layouts and THINGS[thing].countable:
+            found.append(Scene(thing, colour, small, 0, shape, thing))
+        if "three" in layouts and THINGS[thing].countable:
+            found.append(Scene(thing, colour, small, 0, shape, thing, thing))
+        if "trio" in layouts:
+            others = [[(thing + step) % len(THINGS) for step in steps] for steps in _TRIO_STEPS]
+            found += [Scene(thing, colour, small, 0, shape, *pair) for pair in others]
     return found
 
 
 def held_out(scene: Scene) -> bool:
-    """True if training leaves out this combination of thing and background, or one of the two in a pair of things."""
+    """True if training leaves out the combination of a thing of the scene and its background."""
     return any((3 * thing + scene.colour) % 5 == 0 for thing in scene.things)
 
 
@@ -193,12 +249,21 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     colour = list(COLOURS)[scene.colour]
     if rng is not None:
         return _random_case(_random_wording(scene, colour, rng), rng)
-    subject = _noun_phrase(scene.thing, "small" if scene.layout in ("small", "corner") else "")
-    if scene.other is not None:
-        subject = f"{subject} and {_noun_phrase(scene.other)}"
+    if scene.layout in _NUMBERS:
+        subject = f"{scene.layout} {THINGS[scene.thing].plurals[0]}"
+    else:
+        subject = _noun_phrase(scene.thing, "small" if scene.layout in ("small", "corner") else "")
+    if scene.layout == "pair":
+        subject = f"{subject} and {_noun_phrase(scene.things[1])}"
+    elif scene.layout == "trio":
+        subject = _join(subject, *map(_noun_phrase, scene.things[1:]))
     if scene.position:
         subject = f"{subject} in the {POSITIONS[scene.position]}"
     return f"{subject} on {_with_article(colour)} background"
+
+
+def _join(first: str, second: str, third: str) -> str:
+    return _TRIO.format(first=first, second=second, third=third)
 
 
 def _noun_phrase(thing: int, adjective: str = "", article: str = "a", name: str = "") -> str:
@@ -216,10 +281,15 @@ def _with_article(phrase: str, article: str = "a") -> str:
 
 def _random_wording(scene: Scene, colour: str, rng: random.Random) -> str:
     article = rng.choices(("a", "the", ""), (6, 1, 3))[0]
-    subject = _random_subject(scene.thing, scene, article, rng)
-    if scene.other is not None:
-        other = _random_subject(scene.other, scene, article, rng)
-        subject = rng.choices(list(_PAIRED), list(_PAIRED.values()))[0].format(subject=subject, other=other)
+    if scene.layout in _NUMBERS:
+        subject = _random_plural(scene, rng)
+    else:
+        subject = _random_subject(scene.thing, scene, article, rng)
+    others = [_random_subject(thing, scene, article, rng) for thing in scene.things[1:]]
+    if scene.layout == "pair":
+        subject = rng.choices(list(_PAIRED), list(_PAIRED.values()))[0].format(subject=subject, other=others[0])
+    elif scene.layout == "trio":
+        subject = _join(subject, *others)
     if rng.random() < 0.2:
         subject = f"{_with_article(rng.choice(_DEPICTIONS), article)} of {subject}"
     if scene.position:
@@ -237,6 +307,14 @@ def _random_subject(thing: int, scene: Scene, article: str, rng: random.Random) 
     name = rng.choice((THINGS[thing].name, rng.choice(THINGS[thing].names)))
     named = rng.random() < _SIZE_WORD_RATES[scene.layout]
     return _noun_phrase(thing, rng.choice(_SIZE_WORDS[list(SIZES)[scene.size]]) if named else "", article, name)
+
+
+def _random_plural(scene: Scene, rng: random.Random) -> str:
+    plurals, numbers = THINGS[scene.thing].plurals, _NUMBERS[scene.layout]
+    number = rng.choices(list(numbers), list(numbers.values()))[0]
+    small = rng.choice(_SIZE_WORDS["small"]) if rng.random() < _SIZE_WORD_RATES[scene.layout] else ""
+    name = rng.choice((plurals[0], rng.choice(plurals)))
+    return " ".join(word for word in (number, small, name) if word)
 
 
 def _random_case(text: str, rng: random.Random) -> str:
@@ -264,6 +342,10 @@ def known_words(things: tuple[Thing, ...] = THINGS, layouts: tuple[str, ...] = L
         groups += [POSITIONS, *_ROW_WORDS.values(), _POSITIONED]
     if "pair" in layouts:
         groups += [tuple(_PAIRED)]
+    if "trio" in layouts:
+        groups += [(_TRIO,)]
+    for name in {*_NUMBERS}.intersection(layouts):
+        groups += [tuple(_NUMBERS[name]), *(thing.plurals for thing in things)]
     phrases = [re.sub(r"\{\w+\}", " ", phrase) for group in groups for phrase in group]
     return tuple(sorted({word for phrase in phrases for word in _split(phrase)}))
 
@@ -303,6 +385,7 @@ def word_list(vocabulary: Mapping[str, Any]) -> dict[str, list[str]]:
         "backgrounds": list(vocabulary.get("colours", ())),
         "sizes": list(vocabulary.get("sizes", ())),
         "positions": [*(POSITIONS if "corner" in layouts else ()), *(["side by side"] if "pair" in layouts else [])],
+        "numbers": [name for name in _NUMBERS if name in layouts],
         "shapes": list(vocabulary.get("shapes", ())),
     }
     used = {word for names in groups.values() for name in names for word in _split(name)}

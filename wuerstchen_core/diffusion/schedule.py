@@ -17,6 +17,7 @@ from ..common.text import check_choice
 
 S = 0.008
 ALPHA_BAR_MIN, ALPHA_BAR_MAX = 1e-4, 0.9999
+SINGLE_STEP_START = 0.95
 MAX_STEPS = 10_000  # more is surely a typing error and would fill the memory
 
 
@@ -57,6 +58,15 @@ def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     return torch.linspace(start, end, steps + 1)
 
 
+def decoder_times(steps: int) -> Tensor:
+    """Returns [steps + 1] equally spaced times of v2's Stage B, from 1, or for a single step from 0.95.
+
+    At 1 latents have a hundredth of the picture, and errors of the noise become a hundred times as large in it, which
+    only further steps remove: rounding to bf16, and the network's limit of 0.999 for the share of noise.
+    """
+    return linear_times(steps, 1.0 if steps > 1 else SINGLE_STEP_START)
+
+
 def two_part_times(steps: int) -> Tensor:
     """Returns [steps + 1] times: two thirds of the steps from 1 down to 2/3, the rest down to 0."""
     early = round(steps * 2 / 3)
@@ -88,6 +98,7 @@ SCHEDULES = {
     # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps (docs/steps.md). Few steps
     # that each add noise sometimes fail, hence ddim.
     "fast": Schedule(squared_times, 6, "ddim", 4),
+    "turbo": Schedule(linear_times, sampler="ddim"),  # for the few steps of distilled models
 }
 
 

@@ -67,6 +67,9 @@ ALIASES = {
     "scale": ("strength",),
     "save_directory": ("path",),
     "lora_weights": ("lora",),
+    "controlnet": ("control",),
+    "control_image": ("control",),
+    "controlnet_conditioning_scale": ("control",),
 }
 
 

@@ -56,10 +56,12 @@ class Components:
     sampling: SamplingSettings = field(init=False)  # the model's defaults
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
     lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
+    lora_settings: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)  # of `sampling` before each LoRA
     embeddings: dict[str, Embedding] = field(default_factory=dict, init=False)  # for embedding:NAME in prompts
     files: dict[str, Any] = field(default_factory=dict, init=False)  # their names and fingerprints, for metadata
     stored: StoredNetworks | None = field(default=None, init=False)  # with `load(low_memory=True)`
     reported_words: set[str] = field(default_factory=set, init=False)  # unknown words that were logged
+    reported_hints: set[str] = field(default_factory=set, init=False)
     reported_sizes: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -194,6 +195,12 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """Returns images [B, 3 or 1, H, W] in [0, 1] (clamped) as PIL images in RGB or grey."""
     pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(rows.squeeze(-1) if rows.shape[-1] == 1 else rows) for rows in pixels]
+
+
+def picture_name(picture: Any) -> str | None:
+    """Returns the name of a picture's file without its folder; None if there is no file."""
+    path = getattr(picture, "filename", None) if isinstance(picture, Image.Image) else picture
+    return Path(path).name if isinstance(path, str | PathLike) and path else None
 
 
 def _read(picture: Picture | BinaryIO, name: str) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from os import PathLike
@@ -22,6 +23,7 @@ from . import editing, embeddings, loras, prompts, stages
 from .arguments import check_keywords
 from .compile import can_compile, compile_network
 from .components import Components
+from .control import AnyHint, load_hints
 from .editing import EditOptions
 from .embeddings import Embeddings
 from .low_memory import StoredNetworks
@@ -151,6 +153,7 @@ class WuerstchenPipeline(Components):
         seed: Seed = 0,
         count: int = 1,
         embeddings: Embeddings | None = None,
+        control: AnyHint | Sequence[AnyHint] | None = None,
         callback: Callback | None = None,
         **settings: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
@@ -159,7 +162,9 @@ class WuerstchenPipeline(Components):
         Picture i has seed `seed` + i, or `seed[i]`. A mapping such as {"a cat": 2, "a dog": 1} is one prompt, a mix:
         the weighted average of its texts' states. Texts above 75 tokens (about 50 words) are encoded in pieces of 75,
         and both stages read all pieces. `embeddings` (files, a folder, or files by name) are textual inversions for
-        `embedding:NAME` in prompts, as in ComfyUI; see `load_embeddings`.
+        `embedding:NAME` in prompts, as in ComfyUI; see `load_embeddings`. `control` hints at the shapes and places of
+        things: (net, picture, strength), where `net` is the file of a control net, or a `Hint`, which has more options,
+        or a list of these. Several add up, and each is for all pictures.
         """
         if embeddings is not None:
             self.load_embeddings(embeddings)
@@ -167,6 +172,7 @@ class WuerstchenPipeline(Components):
         sampling = self.sampling.updated(width=width, height=height, **settings)
         count = to_int("count", count)
         seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)
+        hints = load_hints(self, control, sampling)
         *cond, uncond = prompts.encode_prompts(self, [*several, negative])
         notify(callback, "text")
         batches: list[tuple[list[Tensor], dict[str, Any]]] = []
@@ -177,7 +183,8 @@ class WuerstchenPipeline(Components):
             batches.append((texts, {"seed": seeds, "callback": callback}))
             done += len(texts[0])
         with self.using("prior"):
-            features = [self.sample_prior(x[0], sampling, negative=uncond[0], **run) for x, run in batches]
+            run_prior = partial(self.sample_prior, sampling=sampling, negative=uncond[0], control=hints)
+            features = [run_prior(x[0], **run) for x, run in batches]
         with self.using(self.stage_b):
             latents = [
                 self.sample_decoder(y, x[1], sampling, negative=uncond[1], **run)

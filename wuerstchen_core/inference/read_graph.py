@@ -11,7 +11,7 @@ from ..common.geometry import nearest_legal
 from ..diffusion.schedule import SCHEDULES, named_times
 from .comfyui_nodes import SHIPPED, SHIPPED_LORAS
 from .embeddings import has_embedding
-from .workflow import BUNDLE_OUTPUTS, LOADERS, V1_LABELS
+from .workflow import APPLY, BUNDLE_OUTPUTS, HINT_WIDGETS, LOADERS, V1_LABELS
 
 WEIGHTS = re.compile(r"(?<!\\)[()]")
 ESCAPES = re.compile(r"\\([()])")
@@ -46,7 +46,8 @@ class _Reader:
         prior = self.follow(cond["stage_c"], "WuerstchenPriorSample")
         latents = self.follow(prior["stage_c"], "WuerstchenEmptyLatents")
         self.follow(decoder["stage_b"], "WuerstchenEmptyLatents")
-        text, negative = (self.follow(prior[x], "WuerstchenTextEncode") for x in ("positive", "negative"))
+        control, links = self.hints([prior["positive"], prior["negative"]])
+        text, negative = (self.follow(link, "WuerstchenTextEncode") for link in links)
         texts = {x: self.text(node) for x, node in (("prompt", text), ("negative", negative))}
         other = self.text(self.follow(cond["conditioning"], "WuerstchenTextEncode"))
         others = [self.text(self.follow(decoder["negative"], "WuerstchenTextEncode"))] if "negative" in decoder else []
@@ -73,6 +74,7 @@ class _Reader:
             "decoder_steps": self.value(decoder["steps"]),
             "decoder_guidance": scale,
             "sampler": SCHEDULES[schedule].sampler,
+            **({"control": control} if control else {}),
         }
         if (reuse := self.value(decoder.get("reuse", 1))) > 1:
             record["decoder_reuse"] = reuse
@@ -99,6 +101,20 @@ class _Reader:
         if WEIGHTS.search(text):
             raise ValueError("its prompt has weights in parentheses, which only ComfyUI applies")
         return ESCAPES.sub(r"\1", text)
+
+    def hints(self, links: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Returns the records of the hints in two linked conditionings, and the links of these without hints."""
+        found: list[dict[str, Any]] = []
+        while self.prompt[links[0][0]]["class_type"] == APPLY:
+            if links != [[links[0][0], 0], [links[0][0], 1]]:
+                raise ValueError("its control nets steer only one side of guidance")
+            inputs = self.follow(links[0], APPLY)
+            net = self.follow(inputs["control_net"], "WuerstchenControlNetLoader")
+            image = self.follow(inputs["image"], "LoadImage")
+            values = {name: self.value(inputs[widget]) for name, widget in HINT_WIDGETS.items()}
+            found.insert(0, {"file": self.value(net["control_net_name"]), "image": image["image"], **values})
+            links = [inputs["positive"], inputs["negative"]]
+        return found, links
 
     def files(self, prior: Any, decoder: Any, text: Any, decode: Any, v1: bool) -> dict[str, Any]:
         """Returns the record's entries for the model, its replaced parts and LoRAs."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..checkpoints.fingerprint import fingerprint
 from ..common.devices import NETWORK_DTYPES
 from ..diffusion.samplers import plain_seed
+from ..models.control_net import ControlNet
 from .components import Components
+from .control import IN_MEMORY, Hint, list_hints
+from .images import picture_name
 from .settings import SamplingOptions
+from .sources import source_name
 
 SETTINGS = ("width", "height", *SamplingOptions.__annotations__)
 FILES, ENDS = ("image", "mask"), ("a", "b")  # of pictures only the file's name is stored; ends can be prompts too
@@ -26,7 +29,9 @@ def records(
     request: dict[str, Any] = {} if method == "generate" else {"command": method}
     for name, value in arguments.items():
         is_picture = name in FILES or (name in ENDS and not isinstance(value, str | Mapping))
-        stored = _file_name(value) if is_picture else value
+        stored = picture_name(value) if is_picture else value
+        if name == "control":
+            stored = hint_records(value) or None
         if name not in NOT_STORED and stored is not None:
             request[name] = stored
     sampling = model.sampling.updated(**{name: arguments.get(name) for name in SETTINGS}).as_dict()
@@ -60,12 +65,20 @@ def _of_picture(method: str, arguments: Mapping[str, Any], index: int) -> dict[s
     prompt, image = arguments.get("prompt"), arguments.get("image")
     if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) and (several := list(prompt)):
         own["prompt"] = several[index // (arguments.get("count") or 1)]
-    if isinstance(image, Sequence) and not isinstance(image, str) and (name := _file_name(image[index])):
+    if isinstance(image, Sequence) and not isinstance(image, str) and (name := picture_name(image[index])):
         own["image"] = name
     return {**own, "seed": seed[index] if isinstance(seed, Sequence) else seed + index}
 
 
-def _file_name(picture: Any) -> str | None:
-    """Returns the name of a picture's file without its folder; None if there is no file."""
-    path = getattr(picture, "filename", None) if isinstance(picture, Image.Image) else picture
-    return Path(path).name if path and isinstance(path, str | PathLike) else None
+def hint_records(control: Any) -> list[dict[str, Any]]:
+    """Returns what metadata say about the hints of `generate`'s argument `control`."""
+    return [_hint_record(hint) for hint in list_hints(control)]
+
+
+def _hint_record(hint: Hint) -> dict[str, Any]:
+    net: dict[str, Any] = {"file": IN_MEMORY}
+    if not isinstance(hint.net, ControlNet):
+        net = {"file": source_name(hint.net), "weights": fingerprint(hint.net)}
+    mask = {} if hint.mask is None else {"mask": picture_name(hint.mask) or ""}
+    times = {"strength": hint.strength, "start": hint.start, "end": hint.end}
+    return {**net, "image": picture_name(hint.picture) or "", **times, **mask}

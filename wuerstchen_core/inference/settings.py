@@ -13,7 +13,7 @@ from ..common.geometry import check_size
 from ..common.numbers import plain, to_float, to_int
 from ..common.text import check_choice
 from ..diffusion.samplers import LARGEST_SEED, SAMPLERS, Progress, Seed, plain_seed
-from ..diffusion.schedule import SCHEDULES, Schedule, linear_times, named_times
+from ..diffusion.schedule import SCHEDULES, Schedule, decoder_times, linear_times, named_times
 from ..diffusion.token_sampler import MODES
 
 TOKEN_SETTINGS = ("temperature", "token_mode")  # of v1's Stage B only
@@ -132,7 +132,7 @@ class SamplingSettings:
 
     def decoder_times(self) -> Tensor:
         """Returns the times of Stage B, [decoder_steps + 1]."""
-        return linear_times(self.decoder_steps)
+        return (linear_times if self.tokens else decoder_times)(self.decoder_steps)
 
     def decoder_scales(self) -> list[float]:
         """Returns the guidance of each step of Stage B."""

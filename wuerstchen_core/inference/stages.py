@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..common.numbers import check_finite
 from ..diffusion.samplers import Seed, guided, sample, seeded_noise
 from ..diffusion.schedule import diffuse, strength_times
 from ..diffusion.token_sampler import SeededTokenNoise, sample_tokens
+from ..models.control_net import Control
 from ..models.feature_reuse import FeatureReuse
 from ..models.image_encoder import semantic_view
 from ..models.prior import KVCache, features_from_latents, latents_from_features
 from ..models.token_decoder import TokenDecoder
 from .components import Components, first_weight
+from .control import AnyHint, control_at, load_hints
 from .images import to_pictures
 from .settings import Callback, SamplingSettings, sampler_progress
 
@@ -51,12 +53,14 @@ def sample_prior(
     init: Tensor | None = None,
     mask: Tensor | None = None,
     strength: float = 1.0,
+    control: AnyHint | Sequence[AnyHint] | None = None,
 ) -> Tensor:
     """Runs Stage C: text states [B, 77 n, c] to features [B, 16, h, w], in the image encoder's units.
 
     Guidance leads away from the text states `negative` (default: those of ""). With the features `init` of a picture,
     sampling starts from them, noised to `strength` (0 returns them, 1 ignores them), and keeps them where `mask`
-    [B, 1, h, w] is 0, or a part of them where it is below 1. Picture i has seed `seed` + i, or `seed[i]`.
+    [B, 1, h, w] is 0, or a part of them where it is below 1. Picture i has seed `seed` + i, or `seed[i]`. `control` is
+    as in `generate`.
     """
     params = model.require("prior").params
     times = strength_times(sampling.prior_times(), strength)
@@ -65,6 +69,7 @@ def sample_prior(
     _warn_of_size(model, sampling)
     if negative is None and sampling.prior_guidance > 1:
         negative = _encode_empty(model, "prior")
+    added = control_at(model, load_hints(model, control, sampling), sampling, len(text))
     with model.using("prior") as prior:
         text = text.to(first_weight(prior))
         scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
@@ -80,7 +85,7 @@ def sample_prior(
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would remain
             x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
         x = sample(
-            guided(in_fp32(prior, KVCache(prior)), cond, uncond, scale),
+            guided(in_fp32(prior, KVCache(prior), control=added), cond, uncond, scale),
             x,
             times,
             draw=draw,
@@ -187,18 +192,22 @@ def encode_pixels(model: Components, pixels: Tensor) -> Tensor:
 
 
 def in_fp32(
-    network: nn.Module, read: Callable[[Tensor], Any] = lambda text: text, reuse: FeatureReuse | None = None
+    network: nn.Module,
+    read: Callable[[Tensor], Any] = lambda text: text,
+    reuse: FeatureReuse | None = None,
+    control: Callable[[Tensor], Control] | None = None,
 ) -> Callable[..., Tensor]:
     """Returns a denoiser for samplers in fp32: inputs are cast to the network's dtype, its output to fp32.
 
     `read` is applied to the text states, its last argument. With `reuse`, a U-Net keeps its deep features for each
-    conditioning; its tensors must then live as long as the denoiser.
+    conditioning; its tensors must then live as long as the denoiser. `control` returns what a prior's control nets add.
     """
     dtype = first_weight(network).dtype
 
     def model(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         *others, text = cond
-        deep = {} if reuse is None else {"deep": reuse.call(float(t[0]), (id(text), x.shape))}
-        return network(x.to(dtype) if x.is_floating_point() else x, t, *others, read(text), **deep).float()
+        extra: dict[str, Any] = {} if reuse is None else {"deep": reuse.call(float(t[0]), (id(text), x.shape))}
+        extra |= {} if control is None else {"control": control(t)}
+        return network(x.to(dtype) if x.is_floating_point() else x, t, *others, read(text), **extra).float()
 
     return model

@@ -34,6 +34,9 @@ LOADERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # node, its widget with
 }
 MAX_SEED = 2**53 - 1  # of the canvas, whose numbers are JavaScript's
 MAX_STEPS, MAX_CFG, MAX_REUSE = 1000, 30.0, 100  # of the nodes
+APPLY = "ControlNetApplyAdvanced"
+HINT_WIDGETS = {"strength": "strength", "start": "start_percent", "end": "end_percent"}  # by name in a record
+MAX_STRENGTH = 10.0  # of that node
 # The canvas reads these as choices, comments and escapes, and some cannot be escaped.
 SPECIAL = re.compile(r"[{}\\]|//|/\*")
 
@@ -144,11 +147,12 @@ def _add_prior(
 ) -> str:
     if record["sampler"] != SCHEDULES[record["schedule"]].sampler:
         raise NoGraph
+    cond, uncond = _add_hints(graph, record, [text, 0], [negative, 0])
     return graph.add(
         "WuerstchenPriorSample",
         model=model,
-        positive=[text, 0],
-        negative=[negative, 0],
+        positive=cond,
+        negative=uncond,
         stage_c=[latents, 0],
         schedule=record["schedule"],
         steps=_steps(record["prior_steps"]),
@@ -156,6 +160,21 @@ def _add_prior(
         seed=seed,
         denoise=record.get("strength", 1.0),
     )
+
+
+def _add_hints(graph: _Graph, record: Mapping[str, Any], cond: Link, uncond: Link) -> tuple[Link, Link]:
+    """Adds a control net and its picture per hint, and returns both conditionings with them."""
+    for hint in record.get("control", ()):
+        is_file = hint["file"].endswith(".safetensors")
+        if "mask" in hint or not hint["image"] or not is_file or not 0 <= hint["strength"] <= MAX_STRENGTH:
+            raise NoGraph
+        net = graph.add("WuerstchenControlNetLoader", control_net_name=hint["file"])
+        image = graph.add("LoadImage", "Hint", image=hint["image"])
+        values = {widget: hint[name] for name, widget in HINT_WIDGETS.items()}
+        links = {"positive": cond, "negative": uncond, "control_net": [net, 0], "image": [image, 0]}
+        node = graph.add(APPLY, **links, **values)
+        cond, uncond = [node, 0], [node, 1]
+    return cond, uncond
 
 
 def _add_decoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +88,25 @@ class Prior(nn.Module):
         return attention(modulation(convolution(x), time), cond, *(() if mask is None else (mask,)))
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor | tuple[KeysValues, ...], text_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor | tuple[KeysValues, ...],
+        text_mask: Tensor | None = None,
+        control: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Returns the noise [B, 16, h, w] in latents [B, 16, h, w] at times t [B] in [0, 1].
 
         `text`: text states [B, 77 n, c_cond], or their `keys_values`. In a batch of texts of different n,
-        `text_mask` [B, 77 n] is False where the states are padding.
+        `text_mask` [B, 77 n] is False where the states are padding. `control`: what a `ControlNet` adds to the inputs
+        of the blocks.
         """
         x = self.projection(channels_last(latents))
         cond = self.cond_mapper(text) if isinstance(text, Tensor) else None
         time = timestep_embedding(t, self.params.c_r).to(x.dtype)
         for i in range(self.params.depth):
+            if i < len(control) and (added := control[i]) is not None:
+                x = x + added.to(x.dtype)
             x = self.run_block(i, x, time, text[i] if cond is None else cond, text_mask)
         # In fp32: the noise is divided by a small difference, for which fp16 and bf16 have too few digits.
         a, b = self.out(x).float().chunk(2, dim=1)

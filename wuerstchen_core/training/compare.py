@@ -43,7 +43,7 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
         files.pop()  # the newest weights are those of the last step that was kept
     stage.net.to(pick_device("auto"))
     pipeline = stage.base_pipeline()
-    groups = {BASE_TITLE: stage_samples(stage, pipeline)} if stage.bases else {}
+    groups = {BASE_TITLE: stage_samples(stage, pipeline, base=True)} if stage.bases else {}
     for file in files:
         stage.use_weights(pipeline, file)
         groups[file.stem] = stage_samples(stage, pipeline)

@@ -22,7 +22,7 @@ from ..common.lock import LOCK, folder_lock
 from ..common.text import one_line, parse_json
 from .card import write_card
 from .checkpoint import load_checkpoint, newest_step, record_weights, weights_name
-from .config import INPUTS, LoopConfig
+from .config import LoopConfig
 from .ema import meta_copy
 from .monitor import stage_samples
 from .report import other_sources
@@ -175,7 +175,7 @@ def _generate(stage: Stage[Any], file: Path) -> list[Any]:
 
 def _pipeline(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Returns the parts of a diffusers pipeline with a trained network; {} if there is no such pipeline."""
-    own = INPUTS.get(stage.name, "")
+    own = stage.part
     if own not in PIPELINE_PARTS:
         return {}
     sources = other_sources(stage, config)

@@ -94,7 +94,7 @@ class _Run:
         if self.monitor.compares and newest < config.steps:
             _, net = self.state.averaged()
             if self.main:
-                self.monitor.base = self.monitor.generate(net)
+                self.monitor.base = self.monitor.generate(net, start=True)
         start, seconds, data = self._resume()
         if start >= config.steps:
             log.info("%s is at step %d already: raise [train] steps, or choose another run folder", self.folder, start)

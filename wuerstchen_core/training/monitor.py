@@ -57,18 +57,20 @@ class Monitor:
                     rows = self.stage.samples(net, previews)
                 self._write_grid("sheet", done, sample_grid(rows))
                 self._write_preview(to_pictures(rows[-1][:1])[0])
-        if self._samples_due(done) and (images := self.base if self.base and not done else self.generate(net)):
+        is_base = bool(self.base) and not done and not self.stage.changes_sampling
+        if self._samples_due(done) and (images := self.base if is_base else self.generate(net)):
             groups = {f"step {done}": images, **({self.stage.start_title: self.base} if self.base else {})}
             prompts, seeds = self.stage.sample.prompts, self.stage.sample.seeds
             self._write_grid("samples", done, prompt_grid(prompts, seeds, groups), prompts)
             self._write_preview(images[0])
         write_page(self.folder, self.stage.name, done, self.config.steps)
 
-    def generate(self, net: nn.Module) -> Sequence[Image.Image]:
-        """Returns images of the prompts in [sample], none if networks are missing."""
+    def generate(self, net: nn.Module, start: bool = False) -> Sequence[Image.Image]:
+        """Returns images of the prompts in [sample], none if networks are missing; by the model at the start or now."""
         if self.missing():
             return ()
-        return stage_samples(self.stage, self.stage.pipeline(net))
+        pipeline = self.stage.start_pipeline(net) if start else self.stage.pipeline(net)
+        return stage_samples(self.stage, pipeline, start)
 
     def missing(self, images: str = "") -> bool:
         """True if networks for sample grids are missing, or `images`; warns of each once in a run."""
@@ -112,7 +114,8 @@ class Monitor:
             replace_file(self.folder / f"{self.stage.stem}.png", partial(image.save, format="PNG"))
 
 
-def stage_samples(stage: Stage[Any], pipeline: WuerstchenPipeline) -> list[Image.Image]:
-    """Returns images of the prompts in [sample], with the settings of the model that the stage trains."""
+def stage_samples(stage: Stage[Any], pipeline: WuerstchenPipeline, base: bool = False) -> list[Image.Image]:
+    """Returns images of the prompts in [sample], with the settings of the model that a stage trains, or of its base."""
     width, height = map(nearest_legal, stage.dataset.size)
-    return generate_samples(pipeline, stage.sample, base_metadata(stage.bases, "prior"), (width, height))
+    metadata = base_metadata(stage.bases, "prior", {} if base else stage.sampling())
+    return generate_samples(pipeline, stage.sample, metadata, (width, height))

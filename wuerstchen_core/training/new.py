@@ -14,12 +14,14 @@ import numpy as np
 from .. import demo
 from ..checkpoints.components import TOWERS, text_width
 from ..checkpoints.open import open_source
+from ..checkpoints.release import release_of_model
 from ..checkpoints.source import Source
 from ..common.atomic import write_text
 from ..common.command_line import command
 from ..common.geometry import check_size, nearest_legal
 from ..common.text import check_choice
 from ..common.toml import toml_value, write_toml
+from ..inference.settings import SamplingSettings
 from .config import INPUTS, read_config
 from .data.folder import FolderSource
 
@@ -28,7 +30,9 @@ RECIPES = {  # by name, what it is for
     "embedding": "a new word for a style or thing, by textual inversion",
     "finetune": "a fine-tune of Stage C",
     "resolution": "a fine-tune of Stage C for another size",
+    "control": "a control net for Stage C, which steers it by outlines and the like",
     "decoder-lora": "a LoRA of Stage B, for pictures unlike those that it can show",
+    "distill": "LoRAs with which both stages need few steps",
     "scratch": "all stages of a small model",
 }
 STAGES = ("vqgan", "encoder", "text", "decoder", "prior")  # of a model from scratch, in order
@@ -43,9 +47,19 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"steps": 600, "batch": 8, "accumulate": 1, "lr": "6e-3", "rank": 16},
         {"steps": 2000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 16},
     ),
+    "control": (
+        {"steps": 2000, "batch": 16, "accumulate": 1, "lr": "2e-3"}
+        | {"widths": "[32, 64, 128, 160]", "repeats": "[1, 1, 1, 2]"},
+        {"steps": 20_000, "batch": 8, "accumulate": 4, "lr": "1e-4"}
+        | {"widths": "[64, 128, 256, 512]", "repeats": "[1, 1, 2, 4]"},
+    ),
     "embedding": (
         {"steps": 300, "batch": 12, "accumulate": 1, "lr": "2e-2"},
         {"steps": 2000, "batch": 4, "accumulate": 4, "lr": "5e-3"},
+    ),
+    "distill": (
+        {"steps": 600, "batch": 16, "accumulate": 1, "lr": "3e-3", "rank": 16},
+        {"steps": 10_000, "batch": 2, "accumulate": 8, "lr": "1e-4", "rank": 64},
     ),
     "finetune": (
         {"steps": 1500, "batch": 16, "accumulate": 1, "lr": "3e-4"},
@@ -60,12 +74,22 @@ SCALES = (
     {"weight": "v", "precision": "", "checkpointing": "false", "keep_every": 250},
     {"weight": "p2", "precision": "bf16", "checkpointing": "true", "keep_every": 2500},  # 4 GB each
 )
+STUDENTS = {  # steps of a distilled stage, and of its teacher for each of them, in the same order
+    "distill-lora": ((1, 6), (4, 8)),
+    "decoder-distill-lora": ((1, 4), (2, 12)),
+}
 PURPOSES = {  # of the templates that serve several stages
     "lora": "a LoRA of a style or thing, from a folder of a dozen to a few thousand pictures",
     "decoder-lora": "a LoRA of Stage B, which makes it show pictures like those of a folder better",
     "embedding": "a new word for a style or thing, from a folder of a few to a few dozen pictures",
+    "distill-lora": "a LoRA with which Stage C needs few steps and no guidance",
+    "decoder-distill-lora": "a LoRA with which Stage B needs few steps",
     "decoder-embedding": "the same word for the text encoder of Stage B. Train embedding.toml first",
 }
+_ALL_TARGETS = """targets = [
+    "to_q", "to_k", "to_v", "to_out.0", "kv_mapper.1", "channelwise.0", "channelwise.4", "mapper", "{}",
+]
+"""
 _TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", {}"channelwise.0", "channelwise.4"] # attention, {}MLPs\n'
 TARGETS = {  # by recipe, first for small networks: a small prior learns a new thing through more than its attention
     "lora": (_TARGETS.format('"kv_mapper.1", ', "text projections, "), ""),
@@ -128,6 +152,8 @@ def _stages(recipe: str, opened: Mapping[str, Source]) -> tuple[str, ...]:
     if recipe in ("finetune", "resolution"):
         return ("prior",)
     prior, decoder, tokens = (_params(opened, part) for part in ("prior", "decoder", "token_decoder"))
+    if recipe == "distill":
+        return tuple(stage for stage in STUDENTS if decoder is not None or not stage.startswith("decoder"))
     if recipe == "decoder-lora" and decoder is None and tokens is not None:
         return ("token-decoder-lora",)
     if recipe == "embedding" and prior and decoder and text_width(prior) != text_width(decoder):
@@ -166,6 +192,12 @@ def _from_template(
         "go_on": f"start = {toml_value(first)}\n" if kind == "decoder-embedding" else "",
         "sample": (FOLDER / "sample.toml").read_text("utf-8") if base == "prior" else "",
     }
+    if stage in STUDENTS:
+        student, teacher = STUDENTS[stage][scale]
+        settings = SamplingSettings.from_metadata(opened[start].metadata, release_of_model([params]))
+        guidance = max(1.0, settings.prior_guidance if base == "prior" else settings.decoder_guidance)
+        blocks |= {"student_steps": str(student), "teacher_steps": str(teacher), "guidance": str(guidance)}
+        blocks["targets"] = _ALL_TARGETS.format("out.1" if base == "prior" else "clf.1")
     text = Template((FOLDER / f"{kind.removeprefix('decoder-')}.toml").read_text("utf-8"))
     return text.substitute(
         values | blocks,

@@ -137,7 +137,7 @@ def first_caption(stage: Stage[Any]) -> str:
 
 def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path, prompt: str) -> list[str]:
     """Returns arguments of the command line that generate with a trained network; [] if it needs unknown networks."""
-    own, sources = INPUTS.get(stage.name), other_sources(stage, config)
+    own, sources = trained_part(stage), other_sources(stage, config)
     if not all(sources.values()) or not sources:
         return []
     arguments = ["generate", prompt]
@@ -151,7 +151,14 @@ def generate_arguments(stage: Stage[Any], config: Mapping[str, Any], file: Path,
     arguments += [x for part, source in parts.items() for x in (f"--{part.replace('_', '-')}", source)]
     if "embedding" in stage.tables:
         return ["generate", f"{MARK}{stage.stem}", *arguments[2:], "--embedding", str(file)]
+    if "control" in stage.tables:
+        return [*arguments, "--control", str(file), "hint.png"]
     return arguments if own else [*arguments, "--lora", str(file)]
+
+
+def trained_part(stage: Stage[Any]) -> str:
+    """Returns the part of a bundle that a stage trains, "" if it trains adapters or embeddings for one."""
+    return stage.part if stage.part in INPUTS.values() else ""
 
 
 def other_sources(stage: Stage[Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -159,7 +166,7 @@ def other_sources(stage: Stage[Any], config: Mapping[str, Any]) -> dict[str, str
 
     {} if the stage trains no part that generates images from text.
     """
-    own = INPUTS.get(stage.name)
+    own = trained_part(stage)
     decoder = getattr(stage, "decoder_stage", getattr(stage, "network", stage.name).replace("_", "-"))
     if decoder not in ("decoder", "token-decoder"):
         return {}

@@ -83,5 +83,5 @@ def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
     trainer.stated = stated
     trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
     if config.get("start"):
-        trainer.bases = [config["start"]]
+        trainer.bases = list(dict.fromkeys([config["start"], *trainer.bases]))
     return trainer

@@ -38,6 +38,7 @@ class Stage(ABC, Generic[N]):
     stated: Mapping[str, Any] = {}  # by the [modelspec] table, for the header of the weights
     has_preview = False  # True if a picture beside the weights shows them, as in ComfyUI's model library
     sample = SampleConfig()  # the [sample] table
+    changes_sampling = False  # True if the trained model is sampled with other settings than its base
     unused_weights = False  # True if some weights get no gradient in some steps
     fsdp_conflict = ""  # the feature, if any, that cannot be trained with sharded weights
 
@@ -89,6 +90,10 @@ class Stage(ABC, Generic[N]):
         """Returns a pipeline of `net` and the other networks, for stages with a table [sample]."""
         raise NotImplementedError
 
+    def start_pipeline(self, net: N) -> WuerstchenPipeline:
+        """Returns a pipeline of the model that training starts from; `net` has its weights."""
+        return self.pipeline(net)
+
     def base_pipeline(self) -> WuerstchenPipeline:
         """Returns a pipeline of the model that training starts from, for `use_weights`."""
         return self.pipeline(self.net.eval())
@@ -111,6 +116,10 @@ class Stage(ABC, Generic[N]):
 
     def sampling(self) -> dict[str, Any]:
         """Returns the settings of a model's `sampling` that training determines; the others are those of its base."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns facts about the training for the header of the weights."""
         return {}
 
     def publish(self, file: Path, folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -15,7 +15,9 @@ from .data.held_out import ValidationConfig
 from .data.latent_cache import CacheConfig
 from .data.sources import has_pictures
 from .hub import HubConfig
+from .stages.control import ControlStage
 from .stages.decoder import DecoderStage
+from .stages.distill import DecoderDistillLoraStage, DecoderDistillStage, DistillLoraStage, DistillStage
 from .stages.embedding import DecoderEmbeddingStage, EmbeddingStage
 from .stages.image_encoder import EncoderStage
 from .stages.lora import DecoderLoraStage, LoraStage, TokenDecoderLoraStage
@@ -38,6 +40,11 @@ STAGES: dict[str, Any] = {  # classes by name; each is constructed with a config
         TokenDecoderLoraStage,
         EmbeddingStage,
         DecoderEmbeddingStage,
+        DistillStage,
+        DecoderDistillStage,
+        DistillLoraStage,
+        DecoderDistillLoraStage,
+        ControlStage,
     )
 }
 COMMON: dict[str, Any] = {  # the keys and tables of every stage, but for [inputs]

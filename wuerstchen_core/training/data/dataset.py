@@ -69,6 +69,30 @@ class ImageDataset(ABC):
     def images(self, batch: Any) -> Tensor:
         """Returns the images [B, 3, H, W] in [0, 1]."""
 
+    def read_images(self, purpose: str, given_hints: bool = False) -> None:
+        """Makes `images` available for a purpose, such as "hints", also beside cached tensors, and `given_hints` too if
+        wanted. ValueError if there can be none."""
+        if given_hints:
+            raise ValueError(
+                '[control] hints = "given" needs pictures with hint pictures beside them: name their folder as source '
+                "under [data]"
+            )
+
+    def given_hints(self, batch: Any) -> Tensor:
+        """Returns the hint pictures [B, 3, H, W] in [0, 1] beside the images of a batch."""
+        raise NotImplementedError
+
+    def check_boxes(self) -> None:
+        """Raises ValueError unless `boxes` knows where things are."""
+        raise ValueError(
+            '[control] hints = "boxes" needs to know where things are, which only the demo\'s drawings tell: remove '
+            "[data] source, or choose another kind of hints"
+        )
+
+    def boxes(self, batch: Any) -> list[list[tuple[int, int, int, int]]]:
+        """Returns the boxes of the things in each image, in the order of its caption: left, top, width and height."""
+        raise NotImplementedError
+
     def loss_weights(self, batch: Any) -> Tensor | None:
         """Returns factors of the losses of a batch's images: [B, 1, H, W] in pixels if the dataset is `masked`, else
         [B, 1, 1, 1] if it is `weighted`, else None."""
@@ -110,8 +134,8 @@ class ImageDataset(ABC):
 class InMemoryDataset(ImageDataset):
     """Images [N, 3, H, W] uint8 of one size in memory; the handle of a batch is their indices [B]."""
 
-    def __init__(self, pixels: Tensor, texts: Sequence[str] = ()):
-        self.pixels, self.texts = pixels, texts
+    def __init__(self, pixels: Tensor, texts: Sequence[str] = (), hints: Tensor | None = None):
+        self.pixels, self.texts, self.hints = pixels, texts, hints
         self.side, self.square = min(pixels.shape[-2:]), pixels.shape[-1] == pixels.shape[-2]
         self.size = pixels.shape[-1], pixels.shape[-2]
         self.examples = len(pixels)
@@ -138,6 +162,10 @@ class InMemoryDataset(ImageDataset):
 
     def images(self, batch: Tensor | slice) -> Tensor:
         return self.pixels[batch].float() / 255
+
+    def given_hints(self, batch: Tensor) -> Tensor:
+        assert self.hints is not None
+        return self.hints[batch].float() / 255
 
     def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Tensor | slice], Tensor]:
         """Computes the tensors of all images now, and returns a function that looks them up."""

@@ -1,4 +1,4 @@
-"""The dataset of the demo's scenes, which are drawn into memory."""
+"""The dataset of the demo's scenes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Annotated, Any
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
 from ...demo import vocabulary
-from ...demo.artwork import CANVAS, draw_all
+from ...demo.artwork import CANVAS, Box, boxes, draw_all, picture_size, random_boxes
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
 from .buckets import most_square
 from .dataset import Compute, ImageDataset, InMemoryDataset, identity
 
 MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
+MAX_SIDE = 512  # in pixels, of pictures on other canvases
 
 
 @dataclass(frozen=True)
@@ -29,30 +30,44 @@ class DemoDataConfig:
     """The `[data]` table of a run on the demo's scenes; smaller values give short trials."""
 
     canvas: int = option(CANVAS, "side of a square in pixels, a multiple of 64")
+    larger: tuple[int, ...] = option(
+        (), "further sides of squares, whose scenes are fewer by their area; with other shapes up to 512 pixels long"
+    )
     things: Annotated[int, Range(least=1, most=len(THINGS))] = option(TRAINED_THINGS, "use only the first ones")
     layouts: Annotated[tuple[str, ...], OneOf(LAYOUTS)] = option(SIMPLE, "kinds of scenes")
     shapes: Annotated[tuple[str, ...], OneOf(SHAPES)] = option(("square",), "aspect ratios")
     most: CountOrZero = option(
         0, "scenes of each layout and shape, sampled from all; 0: 1000 and, with several things or off squares, 400"
     )
+    placements: CountOrZero = option(
+        0, "draw each scene so often, with its things in random sizes at random places; 0: once, as its layout has it"
+    )
     background: Annotated[str, OneOf(("", *COLOURS))] = option(
         "", "only scenes on this background, with captions that name random ones"
     )
 
     def __post_init__(self) -> None:
-        if self.canvas < 64 or self.canvas % 64:
-            raise ValueError(f"[data] canvas must be a multiple of 64 pixels, got {self.canvas}")
+        for name, side in (("canvas", self.canvas), *(("larger", side) for side in self.larger)):
+            if side < 64 or side % 64:
+                raise ValueError(f"[data] {name} must be a multiple of 64 pixels, got {side}")
+        if any(side <= self.canvas or side > MAX_SIDE for side in self.larger):
+            raise ValueError(f"[data] larger must be sides above canvas, up to {MAX_SIDE} pixels, got {self.larger}")
 
 
 class DemoDataset(InMemoryDataset):
-    """Scenes of one shape: those for training, or the held-out ones."""
+    """Scenes of one shape and size, drawn when needed: those for training, or the held-out ones."""
 
-    def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = ""):
-        """`data` is the `[data]` table; `shape` defaults to the table's first one."""
+    def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = "", canvas: int = 0):
+        """`data` is the `[data]` table; `shape` defaults to the table's first one, and `canvas` to the table's."""
         self._data = data or {}
         self.config = config = from_table(DemoDataConfig, self._data, "data")
-        self._shape = shape or config.shapes[0]
+        self._shape, self._canvas = shape or config.shapes[0], canvas or config.canvas
         self.scenes = [scene for layout in config.layouts for scene in self._layout_scenes(layout, held_out)]
+        self.scenes *= max(1, config.placements)
+        self._placed: list[list[Box]] | None = None
+        if config.placements:
+            rng = random.Random(f"placements {self._shape} {held_out}")
+            self._placed = [random_boxes(scene, self._canvas, rng) for scene in self.scenes]
         if not self.scenes and not held_out:
             raise ValueError(
                 f"[data] leaves no {self._shape} scene: no layout here has only the first {config.things} things"
@@ -62,10 +77,25 @@ class DemoDataset(InMemoryDataset):
         twice = {"large"} if set(config.layouts) > set(SIMPLE) else set()
         counts = [1 + (scene.layout in twice) for scene in self.scenes]
         self._weighted = torch.arange(len(self.scenes)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        super().__init__(torch.from_numpy(draw_all(self.scenes, config.canvas)).permute(0, 3, 1, 2))
+        width, height = self.size = picture_size(list(SHAPES).index(self._shape), self._canvas)
+        self.side, self.square, self.examples = min(self.size), width == height, len(self.scenes)
+        draw_all(self.scenes[:1], self._canvas)  # raises an error now if it cannot draw
+        # Drawings in random sizes are slow to render: those stay in memory.
+        self._drawn = None if self._placed is None else draw_all(self.scenes, self._canvas, self._placed)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def images(self, batch: Tensor | slice) -> Tensor:
+        indices = torch.arange(len(self.scenes))[batch].tolist()
+        if self._drawn is None:
+            drawn = draw_all([self.scenes[index] for index in indices], self._canvas)
+        else:
+            drawn = self._drawn[indices]
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
 
     def _layout_scenes(self, layout: str, held_out: bool) -> list[Scene]:
-        """Returns the scenes of a layout, or a sample of them if there are too many for memory."""
+        """Returns the scenes of a layout, or a sample of them if there are too many."""
         config, shape = self.config, list(SHAPES).index(self._shape)
         colours = [i for i, name in enumerate(COLOURS) if config.background in ("", name)]
         found = [
@@ -74,6 +104,7 @@ class DemoDataset(InMemoryDataset):
             if vocabulary.held_out(scene) == held_out and scene.colour in colours and max(scene.things) < config.things
         ]
         most = config.most or (MAX_SIMPLE if layout in SIMPLE and not shape else MAX_OTHER)
+        most = max(1, most * config.canvas**2 // self._canvas**2)
         return found if len(found) <= most else random.Random(f"{layout} {self._shape}").sample(found, most)
 
     def sample_batch(self, rng: StepRandom) -> Tensor:
@@ -84,6 +115,13 @@ class DemoDataset(InMemoryDataset):
         if self.config.background:
             scene = scene._replace(colour=words.randrange(len(COLOURS)))
         return vocabulary.caption(scene, words)
+
+    def check_boxes(self) -> None:
+        pass
+
+    def boxes(self, batch: Tensor) -> list[list[tuple[int, int, int, int]]]:
+        found = [boxes(x, self._canvas) for x in self.scenes] if self._placed is None else self._placed
+        return [[(x, y, edge, edge) for x, y, edge in found[index]] for index in batch.tolist()]
 
     def preview_images(self) -> InMemoryDataset | None:
         return None if self.missing_previews() else self._held_out
@@ -97,7 +135,7 @@ class DemoDataset(InMemoryDataset):
 
 
 class MultiShapeDemoDataset(ImageDataset):
-    """Scenes of several shapes. Each batch has one shape, chosen with a probability proportional to its scenes.
+    """Scenes of several shapes and sizes. Each batch has one, chosen with a probability proportional to its scenes.
 
     The handle of a batch is the index of its shape's dataset and the indices [B] of its scenes there.
     """
@@ -105,7 +143,13 @@ class MultiShapeDemoDataset(ImageDataset):
     square = False
 
     def __init__(self, data: Mapping[str, Any]):
-        self.datasets = [DemoDataset(data, shape=shape) for shape in from_table(DemoDataConfig, data, "data").shapes]
+        config = from_table(DemoDataConfig, data, "data")
+        self.datasets = [DemoDataset(data, shape=shape) for shape in config.shapes]
+        self.datasets += [
+            DemoDataset(data, shape=shape, canvas=canvas)
+            for canvas, shape in product(config.larger, config.shapes)
+            if max(SHAPES[shape]) * canvas <= MAX_SIDE * CANVAS
+        ]
         self.side = min(dataset.side for dataset in self.datasets)
         self.size = most_square(dataset.size for dataset in self.datasets)
         self.examples = sum(dataset.examples for dataset in self.datasets)
@@ -117,6 +161,12 @@ class MultiShapeDemoDataset(ImageDataset):
 
     def captions(self, batch: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:
         return self.datasets[batch[0]].captions(batch[1], rng, drop)
+
+    def check_boxes(self) -> None:
+        pass
+
+    def boxes(self, batch: tuple[int, Tensor]) -> list[list[tuple[int, int, int, int]]]:
+        return self.datasets[batch[0]].boxes(batch[1])
 
     def images(self, batch: tuple[int, Tensor]) -> Tensor:
         return self.datasets[batch[0]].images(batch[1])

@@ -56,6 +56,7 @@ class FileDataset(ImageDataset):
         self.trigger_words = list(dict.fromkeys(filter(None, words)))
         self._loader: BatchLoader | None = None  # until `start_reading`
         self._cached: set[str] = set()  # names of the tensors that are read from the cache
+        self._hints = False  # True if hint pictures beside the images are read
         self._computed: set[str] = set()  # names of those that are computed from images
 
     def start_reading(
@@ -75,7 +76,7 @@ class FileDataset(ImageDataset):
         self._loader = open_loader(
             self.config, batch=batch, seed=seed, cache=cache, rank=rank, world=world, images=images,
             captions=self._captions and "text" not in self._cached, cached=tuple(sorted(self._cached)),
-            validation=self.validation,
+            validation=self.validation, hints=self._hints,
         )  # fmt: skip
         if isinstance(self._loader, IndexedLoader):
             self.held_out = sum(map(len, self._loader.held_out))
@@ -122,6 +123,16 @@ class FileDataset(ImageDataset):
             return weights
         masks = batch.pixel_weights[:, None]
         return masks if weights is None else masks * weights
+
+    def read_images(self, purpose: str, given_hints: bool = False) -> None:
+        if given_hints and self.cache is not None:
+            raise ValueError('[control] hints = "given" are not in a latent cache: name the folder of images as source')
+        self._computed.add(purpose)
+        self._hints = given_hints
+
+    def given_hints(self, batch: Batch) -> Tensor:
+        assert batch.hints is not None
+        return batch.hints.float() / 255
 
     def must_compute(self, name: str) -> bool:
         """True unless the cache has these tensors. ValueError if they were computed by another network."""
@@ -187,7 +198,7 @@ class FileDataset(ImageDataset):
         if not readable:  # then reading batches will say why
             return None
         batch = collate(readable)
-        return InMemoryDataset(batch.images, batch.captions)
+        return InMemoryDataset(batch.images, batch.captions, batch.hints)
 
     def missing_previews(self) -> str:
         if not isinstance(self._loader, IndexedLoader):
@@ -215,5 +226,6 @@ def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: st
         return FileDataset(data, captions, fingerprint_of, validation)
     if validation.fraction:
         raise ValueError("[validation] needs pictures to hold out: name them as source under [data], or remove it")
-    several = len(from_table(DemoDataConfig, data, "data").shapes) > 1
+    scenes = from_table(DemoDataConfig, data, "data")
+    several = len(scenes.shapes) > 1 or scenes.larger
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)

@@ -15,8 +15,8 @@ from PIL import Image
 from ...inference.image_files import image_suffixes
 from ...inference.images import has_alpha, open_grey, open_opacity, open_picture, picture_size
 from .left_out import HIDDEN, MASKS, ONE_TRAINER, LeftOut, in_mask_folder, is_mask, kind_of
-from .masks import ALPHA, check_shape, match_masks
-from .metadata import METADATA, ImagePlaces, companion_names, image_name, mask_name, read_rows
+from .masks import ALPHA, HINT_NAMES, MASK_NAMES, Names, check_shape, match_masks
+from .metadata import METADATA, ImagePlaces, companion_names, hint_name, image_name, mask_name, read_rows
 from .sidecars import TEXT_SUFFIXES, caption_names, has_caption, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
 
@@ -56,11 +56,13 @@ class FolderSource(ImageSource):
     the table or .json. Only headers and samples of the image files are read until an image is needed.
     """
 
-    def __init__(self, roots: Sequence[Path], use_masks: bool = False):
-        """`use_masks`: True if the loss is weighted by the mask files beside the images."""
+    def __init__(self, roots: Sequence[Path], use_masks: bool = False, use_hints: bool = False):
+        """`use_masks`: True if the loss is weighted by the mask files beside the images; `use_hints`: True if a control
+        net reads the hint pictures beside them."""
         self.names, self.bad, self.left_out = [], {}, LeftOut()
         self._paths: list[Path] = []
         self._masks: list[Path | None] = []
+        self._hints: list[Path | None] = []
         self._sidecars: list[Sidecars] = []
         names: dict[Path, str] = {}
         files: list[Path] = []
@@ -69,21 +71,22 @@ class FolderSource(ImageSource):
             names |= {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in found}
             files += found
         images = list(filter(is_image, files))
-        rows, companions, named_masks = self._read_tables(files, names, images)
+        rows, companions, named_masks, named_hints = self._read_tables(files, names, images)
         images += [path for path in rows if path not in names]
         texts = {(os.path.splitext(path)[0], path.suffix.lower()): path for path in names if not is_image(path)}
         sidecars = {path: _sidecars(path, texts, rows.get(path, [])) for path in images}
         named = {path: names.get(path, str(path)) for path in images}
         captioned = {x for x, own in sidecars.items() if (own.text or own.rows) and not ONE_TRAINER.fullmatch(x.stem)}
         masks = companions | (find_masks(named, companions) - captioned)
-        mask_of = (_match_masks(named, masks) | named_masks) if use_masks else {}
+        mask_of = (_match_masks(named, masks, MASK_NAMES) | named_masks) if use_masks else {}
+        hint_of = (_match_masks(named, masks, HINT_NAMES) | named_hints) if use_hints else {}
         records: list[tuple[float, ...]] = []
-        used = {path for path in names if path.name.lower() in METADATA} | set(mask_of.values())
+        used = {path for path in names if path.name.lower() in METADATA} | {*mask_of.values(), *hint_of.values()}
         for path in images:
             if path not in masks:
                 used |= sidecars[path].used
                 name = names.get(path, os.path.relpath(path, roots[0]))
-                self._add_image(path, name, sidecars[path], mask_of.get(path), records)
+                self._add_image(path, name, sidecars[path], mask_of.get(path), hint_of.get(path), records)
             elif path not in used:
                 self.left_out.add(MASKS, named[path])
         for path in files:
@@ -110,8 +113,22 @@ class FolderSource(ImageSource):
     def has_mask(self, index: int, kind: str) -> bool:
         return has_alpha(self._paths[index], self.names[index]) if kind == ALPHA else self._masks[index] is not None
 
+    def hint(self, index: int) -> Image.Image:
+        if (path := self._hints[index]) is None:
+            name = self.names[index]
+            raise ValueError(f"{name} has no hint picture: add {Path(name).stem}.control.png, or another file of it")
+        hint, record = open_picture(path, str(path)), self.records[index]
+        check_shape(hint.size, (int(record["width"]), int(record["height"])), self.names[index], "hint")
+        return hint
+
     def _add_image(
-        self, path: Path, name: str, sidecars: Sidecars, mask: Path | None, records: list[tuple[float, ...]]
+        self,
+        path: Path,
+        name: str,
+        sidecars: Sidecars,
+        mask: Path | None,
+        hint: Path | None,
+        records: list[tuple[float, ...]],
     ) -> None:
         """Adds the examples of an image, or the reason for which it is unreadable."""
         try:
@@ -120,9 +137,9 @@ class FolderSource(ImageSource):
             captions = [""]
         try:
             table, extra = sidecars.read_table(name), b""
-            if mask is not None:
-                with mask.open("rb") as file:
-                    extra = read_samples(file)
+            for companion in filter(None, (mask, hint)):
+                with companion.open("rb") as file:
+                    extra += read_samples(file)
             with path.open("rb") as file:
                 own = example_records(file, name, table, captions, extra)
         except OSError as error:
@@ -135,14 +152,16 @@ class FolderSource(ImageSource):
         self.names += caption_names(name, len(own))
         self._paths += [path] * len(own)
         self._masks += [mask] * len(own)
+        self._hints += [hint] * len(own)
         self._sidecars += [sidecars] * len(own)
 
     def _read_tables(
         self, files: Sequence[Path], names: Mapping[Path, str], images: Sequence[Path]
-    ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path], dict[Path, Path]]:
-        """Returns the rows of the tables by image, their masks and conditioning images, and the masks by image."""
+    ) -> tuple[dict[Path, list[Mapping[str, Any]]], set[Path], dict[Path, Path], dict[Path, Path]]:
+        """Returns the rows of the tables by image, their masks and hints, and the masks and the hints by image."""
         rows: dict[Path, list[Mapping[str, Any]]] = {}
         masks: dict[Path, Path] = {}
+        hints: dict[Path, Path] = {}
         companions: set[Path | None] = set()
         places = ImagePlaces(images)
         for table in files:
@@ -155,11 +174,12 @@ class FolderSource(ImageSource):
                         raise ValueError(f"{where} names {name}, which does not exist: correct the file_name")
                     rows.setdefault(image, []).append(row)
                     companions |= {places.find(table.parent, name) for name in companion_names(row)}
-                    if (mask := mask_name(row)) and (found := places.find(table.parent, mask)):
-                        masks[image] = found
+                    for found, name_of in ((masks, mask_name), (hints, hint_name)):
+                        if (other := name_of(row)) and (place := places.find(table.parent, other)):
+                            found[image] = place
                 except ValueError as error:
                     self.bad[where] = str(error)
-        return rows, {path for path in companions if path and path in names and path not in rows}, masks
+        return rows, {path for path in companions if path and path in names and path not in rows}, masks, hints
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -209,11 +229,11 @@ def find_masks(images: Mapping[Path, str], companions: set[Path]) -> set[Path]:
     return {path for path, name in names.items() if is_mask(name, others, stems)}
 
 
-def _match_masks(images: Mapping[Path, str], masks: set[Path]) -> dict[Path, Path]:
-    """Returns the mask of each image (path → name) that has one among `masks`, by their names."""
+def _match_masks(images: Mapping[Path, str], masks: set[Path], kind: Names) -> dict[Path, Path]:
+    """Returns the mask or hint of each image (path → name) that has one among `masks`, by their names."""
     stems = {path: os.path.splitext(name)[0] for path, name in images.items()}
     paths = {stem: path for path, stem in stems.items() if path in masks}
-    found = match_masks(paths, {stem for path, stem in stems.items() if path not in masks})
+    found = match_masks(paths, {stem for path, stem in stems.items() if path not in masks}, kind)
     return {path: paths[found[stem]] for path, stem in stems.items() if path not in masks and stem in found}
 
 

@@ -46,11 +46,13 @@ class Example(NamedTuple):
     cached: dict[str, Tensor]  # tensors of a cache by name
     weight: float = 1.0  # of its loss
     pixel_weights: Tensor | None = None  # [H, W] of its loss; None if no example has a mask
+    hint: Tensor | None = None  # [3, H, W] uint8 for a control net, if hint pictures are read
 
     def mirrored(self) -> Example:
-        """Returns the example with its image and mask mirrored horizontally; cached tensors are as they are."""
+        """Returns the example with its image, mask and hint mirrored horizontally; cached tensors are as they are."""
         pixel_weights = None if self.pixel_weights is None else self.pixel_weights.flip(-1)
-        return self._replace(image=self.image.flip(-1), pixel_weights=pixel_weights)
+        hint = None if self.hint is None else self.hint.flip(-1)
+        return self._replace(image=self.image.flip(-1), pixel_weights=pixel_weights, hint=hint)
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Batch:
     cached: dict[str, Tensor]  # tensors of a cache, [n, ...] by name
     weights: Tensor  # [n] of the losses
     pixel_weights: Tensor | None  # [n, H, W] of the losses, if masks are used
+    hints: Tensor | None = None  # [n, 3, H, W] uint8, if hint pictures are read
 
 
 @dataclass
@@ -124,6 +127,7 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
     source: ImageSource
     order: EpochOrder
     held_out: Sequence[np.ndarray] = ()  # the images of each bucket that are for validation, which `order` lacks
+    hints: bool = False  # True: hint pictures beside the images are read
     variants: Mapping[int, np.ndarray] = field(default_factory=dict)  # the examples one of which an image's first is
 
     @property
@@ -221,10 +225,11 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
             if any(own.mask for own in self.config.examples):
                 mask = self.read_mask(index, bucket, *key)
                 pixel_weights = options.pixel_weights(mask, self.config.sizes[bucket], source.names[index])
+            hint = self.config.crop_image(source.hint(index), bucket, *key) if self.hints else None
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None
-        example = Example(image, caption, cached, weight, pixel_weights)
+        example = Example(image, caption, cached, weight, pixel_weights, hint)
         return example.mirrored() if mirrored else example
 
 
@@ -246,11 +251,12 @@ def _start_worker(lock: AbstractContextManager[bool], worker: int) -> None:
 
 def collate(examples: Sequence[Example], following: int = 0) -> Batch:
     """Returns the batch of some examples; `following` is its `next`."""
-    images, captions, tensors, weights, pixel_weights = zip(*examples, strict=True)
+    images, captions, tensors, weights, pixel_weights, hints = zip(*examples, strict=True)
     cached = {}
     for name in tensors[0]:
         cached[name], mask = pad_states([one[name] for one in tensors])  # texts may differ in length
         if mask is not None:
             cached[f"{name}_mask"] = mask
     masked = None if pixel_weights[0] is None else torch.stack(pixel_weights)
-    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights), masked)
+    given = None if hints[0] is None else torch.stack(hints)
+    return Batch(torch.stack(images), list(captions), following, cached, torch.tensor(weights), masked, given)

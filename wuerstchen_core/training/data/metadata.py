@@ -60,6 +60,13 @@ def mask_name(row: Mapping[str, Any]) -> str | None:
     return next((name for name in names if isinstance(name, str)), None)
 
 
+def hint_name(row: Mapping[str, Any]) -> str | None:
+    """Returns the name of the hint picture of a row's image; None if it has none."""
+    keys = ("conditioning_image", "conditioning_image_file_name", "control_file_name")
+    names = (value for key, value in row.items() if key.lower() in keys)
+    return next((name for name in names if isinstance(name, str)), None)
+
+
 class ImagePlaces:
     """Finds images by the names in tables: with .. and links, with backslashes, as addresses, in any Unicode form."""
 

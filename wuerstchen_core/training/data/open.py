@@ -20,7 +20,7 @@ from .held_out import NO_VALIDATION, ValidationConfig, by_image, hold_out
 from .hf_datasets import check_no_dataset
 from .latent_cache import Cache, read_manifest
 from .loading import BatchLoader, IndexedLoader
-from .open_source import find_cache, open_sources
+from .open_source import find_cache, no_hints, open_sources
 from .shards import ShardSource
 from .sidecars import MissingCaption
 from .source import ImageSource
@@ -34,14 +34,15 @@ COUNTED = 10_000  # images of which it is counted how many have masks and captio
 
 def open_loader(
     config: ImageDataConfig, *, batch: int, seed: int, cache: Path, rank: int = 0, world: int = 1,
-    captions: bool = True, images: bool = True, cached: tuple[str, ...] = (),
+    captions: bool = True, images: bool = True, cached: tuple[str, ...] = (), hints: bool = False,
     validation: ValidationConfig = NO_VALIDATION,
 ) -> BatchLoader:  # fmt: skip
     """Opens the sources of a table and returns a loader of batches of `batch` images in process `rank` of `world`.
 
     `cache` is the folder for the indexes of shards, `cached` names the tensors to read from a cache of latents. An
     image with several captions is several examples, unless neither these nor their cached states are needed.
-    ValueError if a source cannot be read or all its images are rejected.
+    ValueError if a source cannot be read or all its images are rejected. `hints`: True if hint pictures beside the
+    images are read too.
     """
     options: dict[str, Any] = {"config": config, "captions": captions, "images": images, "cached": cached}
     options |= {"rank": rank, "world": world}
@@ -55,8 +56,10 @@ def open_loader(
             raise ValueError(
                 "[validation] cannot hold out pictures of a stream: download its shards, or remove the table"
             )
+        if hints:
+            raise no_hints(names[0])
         return StreamLoader(urls=names, batch=batch, seed=seed, **options)
-    source = open_sources(config, cache, captions)
+    source = open_sources(config, cache, captions, hints)
     ErrorBudget("images", config.bad_share).add(len(source) + len(source.bad), source.bad)
     shards = ErrorBudget("shards", config.bad_share)
     for part in source.sources if isinstance(source, JoinedSource) else [source]:
@@ -69,7 +72,7 @@ def open_loader(
         _report_uncaptioned(source, config, np.concatenate(members))
     repeats = _repeats(source, config, members) if config.sources else None
     order = EpochOrder(members, batch * world, seed, repeats)
-    return IndexedLoader(source=source, order=order, held_out=held_out, variants=variants, **options)
+    return IndexedLoader(source=source, order=order, held_out=held_out, variants=variants, hints=hints, **options)
 
 
 def configured_cache(config: ImageDataConfig) -> Cache | None:

@@ -36,25 +36,32 @@ def find_cache(names: Sequence[str]) -> Path | None:
     return caches[0]
 
 
-def open_sources(config: ImageDataConfig, cache: Path, captions: bool = True) -> ImageSource:
-    """Opens the sources of a table as one source; `captions`: False if they are not needed."""
+def open_sources(config: ImageDataConfig, cache: Path, captions: bool = True, hints: bool = False) -> ImageSource:
+    """Opens the sources of a table as one source; `captions`: False if they are not needed; `hints`: True if they are.
+
+    ValueError for hints of other sources than folders.
+    """
     if config.source or not config.sources:
         masked = any(own.mask for own in config.examples)
-        return _open_source(replace(config.parts[0], source=config.source), cache, captions, masked)
+        return _open_source(replace(config.parts[0], source=config.source), cache, captions, masked, hints)
     names = [listed(part.names, 1) for part in config.parts]
-    return JoinedSource([_open_source(part, cache, captions) for part in config.parts], names)
+    return JoinedSource([_open_source(part, cache, captions, hints=hints) for part in config.parts], names)
 
 
-def _open_source(part: SourceConfig, cache: Path, captions: bool, masked: bool = False) -> ImageSource:
+def _open_source(
+    part: SourceConfig, cache: Path, captions: bool, masked: bool = False, hints: bool = False
+) -> ImageSource:
     """Opens folders of images, or .tar files and folders of them, or a dataset in Hugging Face's formats.
 
-    `masked`: True if the masks of a cache are used.
+    `masked`: True if the masks of a cache are used; `hints`: True if the hint pictures of a folder are.
     """
     names = part.names
     for name in names:
         if not name.startswith(HUB) and not Path(name).exists():
             raise ValueError(f"[data] source {name} does not exist: give a folder of images, or shards")
     if is_dataset(names):
+        if hints:
+            raise no_hints(names[0])
         if part.mask == FILE:
             raise ValueError(f'{names[0]} is a dataset, which has no mask files: set mask = "alpha", or remove it')
         return DatasetSource(names, part, captions)
@@ -63,7 +70,9 @@ def _open_source(part: SourceConfig, cache: Path, captions: bool, masked: bool =
     paths = [Path(name) for name in names]
     shards = [sorted(filter(_is_shard, path.iterdir())) if path.is_dir() else [path] for path in paths]
     if not any(shards):
-        return FolderSource(paths, part.mask == FILE)
+        return FolderSource(paths, part.mask == FILE, hints)
+    if hints:
+        raise no_hints(names[0])
     if not all(shards):
         raise ValueError("[data] source names both shards and folders of images: give one kind")
     files = [path for part in shards for path in part]
@@ -79,6 +88,14 @@ def _open_source(part: SourceConfig, cache: Path, captions: bool, masked: bool =
             if path not in files:
                 source.left_out.add(kind_of("".join(path.suffixes[-2:])), path.relative_to(folder).as_posix())
     return source
+
+
+def no_hints(name: str) -> ValueError:
+    """Returns the error for a source that has no hint pictures."""
+    return ValueError(
+        f'[control] hints = "given" reads hint pictures from folders of images, not from {name}: choose hints that are '
+        "made of the pictures, or unpack them into a folder"
+    )
 
 
 def _is_shard(path: Path) -> bool:

@@ -89,6 +89,10 @@ class ImageSource(ABC):
         """True if there is a mask, as far as it is known without reading pixels."""
         raise NotImplementedError
 
+    def hint(self, index: int) -> Image.Image:
+        """Returns the hint picture of a control net in RGB. ValueError if there is none."""
+        raise NotImplementedError
+
     def cached_tensors(self, index: int, names: Sequence[str], mirrored: bool = False) -> dict[str, Tensor]:
         """Returns the cached tensors of an image, or of the mirrored image, by name; only a cache has any."""
         return {}

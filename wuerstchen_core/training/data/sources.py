@@ -139,6 +139,10 @@ class JoinedSource(ImageSource):
         source, own = self._locate(index)
         return source.mask(own, kind)
 
+    def hint(self, index: int) -> Image.Image:
+        source, own = self._locate(index)
+        return source.hint(own)
+
     def has_mask(self, index: int, kind: str) -> bool:
         source, own = self._locate(index)
         return source.has_mask(own, kind)

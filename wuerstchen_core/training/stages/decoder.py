@@ -12,6 +12,7 @@ from torch import Tensor
 from ...common.dataclass_config import from_table
 from ...inference.pipeline import WuerstchenPipeline
 from ...inference.settings import SamplingSettings
+from ...inference.stages import first_weight
 from ...models.decoder import Decoder, DecoderParams
 from ...models.prior import PriorParams
 from ...models.vqgan import VQGAN
@@ -45,16 +46,18 @@ class StageB(DiffusionStage[N]):
         return (corrupt_features(self.noise, self.features(picked), rng, self.units),)
 
     def reconstructions(self, net: N, images: Tensor) -> dict[str, Tensor]:
-        device = next(net.parameters()).device
+        device = first_weight(net).device
         vqgan = self.vqgan.to(device)
         return {STAGE_A: vqgan.decode(vqgan.encode(images.to(device)))}
 
-    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
+    def reconstruct(
+        self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings, *inputs: Tensor
+    ) -> Tensor:
         """Returns the images after 42.67x compression."""
-        networks: dict[str, Any] = {self.network: net}
-        device = next(net.parameters()).device
+        device = first_weight(net).device
         encoder, vqgan = self.encoder.to(device), self.vqgan.to(device)
         text_encoder = getattr(net, TEXT_ENCODER, self.text_encoder).to(device)
+        networks: dict[str, Any] = {self.network: net, self.text_part: text_encoder}
         text = torch.stack(encode_text(text_encoder, tokens))
         pipeline = WuerstchenPipeline(vqgan=vqgan, **networks)
         return vqgan.decode(pipeline.sample_decoder(encode_features(encoder, images), text, sampling))

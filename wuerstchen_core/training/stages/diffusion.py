@@ -85,8 +85,14 @@ class DiffusionStage(Stage[N]):
         return diffuse(latents, t, added), predicted
 
     @abstractmethod
-    def reconstruct(self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
-        """Returns samples [B, 3, H, W] for images and captions of equally many chunks."""
+    def reconstruct(
+        self, net: N, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings, *inputs: Tensor
+    ) -> Tensor:
+        """Returns samples [B, 3, H, W] for images, captions of equally many chunks, and `sample_inputs`."""
+
+    def sample_inputs(self, validation: InMemoryDataset, picked: Tensor) -> list[Tensor]:
+        """Returns further images [B, 3, H, W] that samples are made from, to be shown beside them."""
+        return []
 
     def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         text, mask = self.text(picked, rng, self.noise.text_drop)
@@ -112,14 +118,22 @@ class DiffusionStage(Stage[N]):
     def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
         picked = validation.evenly_spaced(24)
         images, prompts = validation.images(picked), validation.captions(picked, StepRandom(0, 0, len(picked)))
+        inputs = self.sample_inputs(validation, picked)
         height, width = images.shape[-2:]
         sampling = SamplingSettings(
             width, height, schedule="linear", prior_steps=20, prior_guidance=3.0, decoder_steps=12
         )
-        tokens, samples = self.dataset.tokenizer.uncounted(prompts), torch.empty_like(images)
+        tokens, rows = self.dataset.tokenizer.uncounted(prompts), [images, *inputs]
         chunks = torch.tensor([len(ids) for ids, _ in tokens])
-        for count in chunks.unique():
-            indices = (chunks == count).nonzero().flatten()
-            results = self.reconstruct(net, images[indices], [tokens[i] for i in indices.tolist()], sampling)
-            samples[indices] = results.to(samples)
-        return [images, samples]
+        for network, settings in self.compared(net, sampling):
+            samples = torch.empty_like(images)
+            for count in chunks.unique():
+                indices = (chunks == count).nonzero().flatten()
+                own, extra = [tokens[i] for i in indices.tolist()], [x[indices] for x in inputs]
+                samples[indices] = self.reconstruct(network, images[indices], own, settings, *extra).to(samples)
+            rows.append(samples)
+        return rows
+
+    def compared(self, net: N, sampling: SamplingSettings) -> list[tuple[N, SamplingSettings]]:
+        """Returns the networks whose samples a grid shows, with the settings of each; `net` is the last."""
+        return [(net, sampling)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.weight_files import read_weight_file
-from ...common.dataclass_config import Positive, from_table, option
+from ...common.dataclass_config import CountOrZero, Positive, from_table, option
 from ...diffusion.schedule import expand
 from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ...models.prior import PriorParams, latents_from_features
@@ -28,6 +28,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
+from .norms import RunningNorms
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class EncoderConfig:
     feature_scale: Positive = option(PriorParams.feature_scale, "of a new encoder, equal to the prior's")
     feature_shift: float = option(
         PriorParams.feature_shift, "of a new encoder, equal to the prior's (v1: scale 1, shift 0)"
+    )
+    norm_steps: CountOrZero = option(
+        0, "steps after which batch norms use running statistics instead of the batch's; 0: never"
     )
     backbone: str = option(
         "", "file of torchvision's EfficientNet to start from; the original's was trained on ImageNet"
@@ -86,6 +90,7 @@ class Compressor(nn.Module):
     def __init__(self, image_encoder: ImageEncoder, options: EncoderConfig, pretrained: bool):
         super().__init__()
         self.image_encoder = image_encoder
+        self.norms = RunningNorms(image_encoder)
         self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
         if not pretrained:  # a fixed norm gives the prior's latents, (features + 1) / 42 in v2, mean 0 and variance 1
             norm = self.image_encoder.mapper[1]
@@ -94,8 +99,12 @@ class Compressor(nn.Module):
             norm.requires_grad_(False)
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Returns images [B, 3, H, W] in [0, 1], encoded and decoded, with `noise` added to the latents."""
+    def forward(self, images: Tensor, noise: Tensor, running_norms: bool = False) -> Tensor:
+        """Returns images [B, 3, H, W] in [0, 1], encoded and decoded, with `noise` added to the latents.
+
+        `running_norms`: the image encoder normalizes as in inference.
+        """
+        self.norms.use(running_norms)
         latents = latents_from_features(self.image_encoder(semantic_view(images)), self.units) + noise
         return self.decoder(latents)
 
@@ -120,11 +129,12 @@ class EncoderStage(Stage[Compressor]):
         images = self.dataset.images(picked)
         height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
         noise = rng.normal(self.net.image_encoder.params.c_latent, height, width)
-        return self.dataset.loss_weights(picked), images, noise * expand(rng.uniform() * self.options.noise, noise)
+        noise = noise * expand(rng.uniform() * self.options.noise, noise)
+        return self.dataset.loss_weights(picked), images, noise, 0 < self.options.norm_steps <= step
 
     def loss(self, net: Compressor, *batch: Any) -> Tensor:
-        weights, images, noise = batch
-        out = net(images, noise).float()
+        weights, images, noise, running_norms = batch
+        out = net(images, noise, running_norms).float()
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return squared_error(out, target, resize_weights(weights, out.shape[-2:]))
 

@@ -112,7 +112,7 @@ def base_metadata(
 def weights_metadata(stage: Stage[Any]) -> dict[str, Any]:
     """Returns the metadata of a stage's weights, from their bases and from what the configuration states."""
     stated = {FIELD: dict(stage.stated)} if stage.stated else {}
-    return base_metadata(stage.bases, stage.part, stage.sampling()) | stated
+    return base_metadata(stage.bases, stage.part, stage.sampling()) | stage.facts() | stated
 
 
 def weights_fingerprint(config: Mapping[str, Any], name: str, text_part: str = "") -> str:

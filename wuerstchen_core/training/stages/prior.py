@@ -102,7 +102,9 @@ class PriorStage(DiffusionStage[Prior]):
         """The stage that trains the Stage B for this prior."""
         return DECODERS[release_of_model([self.net.params])]
 
-    def reconstruct(self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings) -> Tensor:
+    def reconstruct(
+        self, net: Prior, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings, *inputs: Tensor
+    ) -> Tensor:
         """Generates images from the captions."""
         pipeline = self.pipeline(net)
         prior_text, decoder_text = self.text_states(pipeline, tokens)

@@ -91,6 +91,6 @@ class TokenDecoderStage(StageB[TokenDecoder]):
         return token_loss(self.noise, logits, tokens, replaced, t, weights)
 
     def reconstruct(
-        self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings
+        self, net: TokenDecoder, images: Tensor, tokens: list[Tokens], sampling: SamplingSettings, *inputs: Tensor
     ) -> Tensor:
-        return super().reconstruct(net, images, tokens, sampling.updated(decoder_steps=8))
+        return super().reconstruct(net, images, tokens, sampling.updated(decoder_steps=8), *inputs)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...common.dataclass_config import Count, CountOrZero, Fraction, from_table, option
+from ...common.dataclass_config import Count, CountOrZero, Fraction, NotNegative, from_table, option
+from ...diffusion.schedule import expand
 from ...models.vqgan import VQGAN, VQGANParams
 from ..config import START
 from ..data.dataset import InMemoryDataset
@@ -24,6 +25,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
+from .norms import RunningNorms
 
 
 @dataclass(frozen=True)
@@ -34,34 +36,55 @@ class VQGANConfig:
     margin: CountOrZero = option(24, "pixels at the border that crops avoid")
     quantized: Fraction = option(0.5, "fraction of a batch that is decoded from codes")
     quantize_from: Count = option(200, "steps without the codebook, which is then initialised with latents")
+    norm_steps: CountOrZero = option(
+        0, "steps after which latents are normalized by running statistics instead of the batch's; 0: never"
+    )
+    commit: NotNegative = option(0.25, "weight of the commitment loss, which draws latents to their codes")
+    noise: NotNegative = option(
+        0.0, "largest standard deviation of the noise added to latents that are not quantized, whose own is 1"
+    )
 
 
 class Autoencoder(nn.Module):
     """Encodes and decodes images, with or without quantizing."""
 
-    def __init__(self, vqgan: VQGAN, pretrained: bool):
+    def __init__(self, vqgan: VQGAN, pretrained: bool, commit: float = VQGANConfig.commit):
         super().__init__()
-        self.vqgan = vqgan
+        self.vqgan, self.commit = vqgan, commit
+        self.norms = RunningNorms(vqgan)
         if not pretrained:  # a fixed norm gives the latents unit variance once they are divided by the scale factor
             scale = vqgan.down_blocks[-1].get_parameter("1.weight")
             scale.data.fill_(vqgan.params.scale_factor)
             scale.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, quantized: int | None, init_codebook: bool, weights: Tensor | None = None
+        self,
+        images: Tensor,
+        quantized: int | None,
+        init_codebook: bool,
+        weights: Tensor | None = None,
+        noise: Tensor | None = None,
+        running_norm: bool = False,
     ) -> Tensor:
         """Returns the loss of images [B, 3, H, W], of which `quantized` are decoded from codes (None: no codebook).
 
-        `weights` [B, 1, H, W] are factors of the pixels' losses.
+        `weights` [B, 1, H, W] are factors of the pixels' losses. `noise` [B, 4, H/4, W/4], in units of the latents'
+        standard deviation, is added to the latents of the other images. `running_norm`: latents are normalized as in
+        inference.
         """
+        self.norms.use(running_norm)
         latents = self.vqgan.encode(images).float()
         loss = latents.new_zeros(())
         if init_codebook:
             self.init_codebook(latents.detach())
         if quantized is not None:
             codes = self.vqgan.quantize(latents, resize_weights(weights, latents.shape[-2:]))
-            loss = codes.codebook_loss + 0.25 * codes.commit_loss
-            latents = torch.cat([codes.latents[:quantized], latents[quantized:]])
+            loss = codes.codebook_loss + self.commit * codes.commit_loss
+        count = quantized or 0
+        others = latents[count:]
+        if noise is not None:
+            others = others + self.vqgan.params.scale_factor * noise[count:]
+        latents = others if quantized is None else torch.cat([codes.latents[:count], others])
         return loss + squared_error(self.vqgan.decode(latents), images, weights)
 
     @torch.no_grad()
@@ -94,7 +117,7 @@ class VQGANStage(Stage[Autoencoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.pretrained = "start" in config
-        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained)
+        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained, self.options.commit)
         self.dataset = open_dataset(config, captions=False)
         crop, largest = self.options.crop, self.dataset.side - 2 * self.options.margin
         if not 0 < crop <= largest:
@@ -108,13 +131,23 @@ class VQGANStage(Stage[Autoencoder]):
         weights = self.dataset.loss_weights(picked)
         if weights is not None:
             weights = _crop(weights.expand(-1, -1, *images.shape[-2:]), corners, crop)
-        return weights, _crop(images, corners, crop), step + 1
+        return weights, _crop(images, corners, crop), step + 1, self._noise(rng)
+
+    def _noise(self, rng: StepRandom) -> Tensor | None:
+        """Returns noise [B, 4, crop / 4, crop / 4] of a random strength for each image; None if there is none."""
+        if not self.options.noise:
+            return None
+        params = self.net.vqgan.params
+        side = self.options.crop // 2**params.levels
+        noise = rng.normal(params.c_latent, side, side)
+        return noise * expand(rng.uniform() * self.options.noise, noise)
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
-        weights, images, step = batch
-        start = self.options.quantize_from
+        weights, images, step, noise = batch
+        start, norm_steps = self.options.quantize_from, self.options.norm_steps
         quantized = int(len(images) * self.options.quantized) if self.pretrained or step > start else None
-        return net(images, quantized, init_codebook=not self.pretrained and step == start, weights=weights)
+        init_codebook = not self.pretrained and step == start
+        return net(images, quantized, init_codebook, weights, noise, running_norm=0 < norm_steps < step)
 
     def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
         """Returns images, and their reconstructions without and with quantizing."""

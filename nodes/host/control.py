@@ -1,0 +1,142 @@
+"""Control nets for Stage C as ComfyUI's CONTROL_NET, which its Apply ControlNet nodes put into a conditioning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...wuerstchen_core.checkpoints import Part, build_part
+from ...wuerstchen_core.checkpoints.release import check_control
+from ...wuerstchen_core.inference.control import hint_notes
+from ...wuerstchen_core.models.control_net import STEM, Control, ControlNet, crop_hint, repeat_control, sum_controls
+from .diffusion_models import CONTROL, HostPrior, castable
+from .notices import notify
+
+ROUNDING = 1e-4  # of sigmas
+WITHIN_LEVEL = 12  # most values alive in the finest block, per channel and cell
+
+
+class HostControlNet(ControlNet):
+    """The network from ComfyUI's layers."""
+
+    def __init__(self, params: Any, *, device: Any = None, dtype: Any = None):
+        super().__init__(params, operations=castable(comfy.ops.manual_cast), device=device, dtype=dtype)
+        self.dtype = dtype
+
+
+class WuerstchenControl(comfy.controlnet.ControlBase):
+    """A control net with the hint, strength and times that an Apply ControlNet node sets.
+
+    What it adds depends on the hint alone, so it is computed once per sampling and size of latents, in fp32.
+    """
+
+    def __init__(self, patcher: Any, name: str):
+        super().__init__()
+        self.patcher, self.name = patcher, name
+        self.controls: dict[tuple[int, int], Control] = {}  # of the sampling, by the size of the latents
+
+    def copy(self) -> WuerstchenControl:
+        copied = WuerstchenControl(self.patcher, self.name)
+        self.copy_to(copied)
+        return copied
+
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> WuerstchenControl:
+        """Returns a copy whose network is for another device."""
+        copied = self.copy()
+        network, offload_device = copy.deepcopy(self.patcher.model), comfy.model_management.unet_offload_device()
+        patcher_class = comfy.model_patcher.ModelPatcher
+        copied.patcher = patcher_class(network, load_device=load_device, offload_device=offload_device)
+        if autoregister:
+            self.multigpu_clones[load_device] = copied
+        return copied
+
+    def set_extra_arg(self, argument: str, value: Any = None) -> None:
+        """Notifies: nodes for other control nets choose a kind of hints by this."""
+        notify(f"{self.name} reads hints of one kind ({self.patcher.model.params.hints}): {argument} has no effect")
+
+    def get_models(self) -> list[Any]:
+        return [*super().get_models(), self.patcher]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        """Returns the bytes of computing what this and the previous control nets add, and of keeping it."""
+        params, hint = self.patcher.model.params, self.cond_hint_original
+        pixels = 0 if hint is None else len(hint) * hint.shape[-2] * hint.shape[-1] * 9 / 16  # 32 for 42.67
+        finest = WITHIN_LEVEL * params.widths[0] / STEM**2
+        kept = len(params.prior_blocks) * params.prior_width / 32**2
+        return super().inference_memory_requirements(dtype) + 4 * pixels * (finest + kept)
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
+        """Prepares for a sampling. Raises ValueError if the control net does not fit the model."""
+        if not isinstance(model.diffusion_model, HostPrior):
+            raise ValueError(
+                f"{self.name} steers Würstchen's prior (Stage C), but it is in the conditioning of "
+                f"{type(model).__name__}: connect the prior of a Würstchen loader, or another ControlNet"
+            )
+        check_control(self.patcher.model.params, model.diffusion_model.params, self.name)
+        super().pre_run(model, percent_to_timestep_function)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self.controls = {}
+
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any
+    ) -> dict[str, Control] | None:
+        """Returns what is added inside the prior for latents [B, 16, h, w], which hold `batched_number` conditionings.
+
+        It includes what the previous control nets add; None outside their times.
+        """
+        previous = self.previous_controlnet
+        before = previous and previous.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.timestep_range is not None:
+            start, end = self.timestep_range
+            if not end * (1 - ROUNDING) <= t[0] <= start * (1 + ROUNDING):
+                return before
+        control = self.control(x_noisy, batched_number)
+        parts: list[tuple[Control, float]] = [(before[CONTROL], 1.0)] if before else []
+        return {CONTROL: sum_controls([*parts, (control, self.strength)])}
+
+    def control(self, x: Tensor, batched_number: int) -> Control:
+        """Returns what the network makes of the hints, for a batch like x; hints are repeated as ComfyUI does."""
+        size, count = (x.shape[-2], x.shape[-1]), len(x) // batched_number
+        if size not in self.controls:
+            hint = self.cond_hint_original[:count, :3].expand(-1, 3, -1, -1)  # without alpha
+            for note in hint_notes(self.patcher.model.params, hint, size):
+                notify(f"{self.name}: {note}")
+            hint = crop_hint(hint, size).to(x.device, torch.float32)
+            self.controls[size] = [
+                y if y is None or len(y) == 1 else y[torch.arange(count) % len(y)]
+                for y in self.patcher.model(hint, size)
+            ]
+        return repeat_control(self.controls[size], len(x))
+
+
+def foreign_control(control: Any) -> bool:
+    """True if a conditioning's control net, or one that it is chained to, is another model's."""
+    while control is not None:
+        if not isinstance(control, WuerstchenControl):
+            return True
+        control = control.previous_controlnet
+    return False
+
+
+def load_control(part: Part, name: str) -> WuerstchenControl:
+    """Returns a control net as a CONTROL_NET, which is called `name` in messages."""
+    management = comfy.model_management
+    state = build_part(part).state_dict()
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    network = HostControlNet(part.params, device=offload_device, dtype=comfy.utils.weight_dtype(state))
+    network.load_state_dict(state, assign=True)
+    network.eval().requires_grad_(False)
+    # Too small to be loaded on demand, as newer ComfyUI versions load others.
+    patcher = comfy.model_patcher.ModelPatcher(network, load_device=load_device, offload_device=offload_device)
+    return WuerstchenControl(patcher, name)

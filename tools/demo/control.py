@@ -1,0 +1,117 @@
+"""Measures a control net of the demo: the shape and place of what is generated, and whether it is the right thing.
+
+Held-out scenes are drawn with their things in random sizes at random places, which the net's hint shows and the caption
+does not. For the judge, each thing is cut out and scaled to where it looks for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from wuerstchen_core import Hint, WuerstchenPipeline
+from wuerstchen_core.checkpoints import load_control_net
+from wuerstchen_core.demo.artwork import CANVAS, Box, boxes, draw_all, random_boxes
+from wuerstchen_core.demo.vocabulary import Scene, caption, held_out, scenes
+from wuerstchen_core.inference.images import to_pixels
+from wuerstchen_core.training.data.hints import contours, draw_boxes, silhouettes, widened
+
+from .evaluate import rate
+from .judge import Judge
+
+LINE = 2.0  # width of an outline's lines
+KINDS = ("outline", "silhouette", "boxes")
+
+
+def placed_scenes(kind: str, count: int) -> tuple[list[Scene], list[list[Box]]]:
+    """Returns held-out scenes, of two things for boxes, and the boxes of their things."""
+    rng = random.Random(f"control {kind}")
+    found = [scene for scene in scenes(["pair" if kind == "boxes" else "large"]) if held_out(scene)]
+    chosen = rng.sample(found, min(count, len(found)))
+    return chosen, [random_boxes(scene, CANVAS, rng) for scene in chosen]
+
+
+def hints_of(kind: str, drawings: Tensor, placed: Sequence[Sequence[Box]]) -> Tensor:
+    """Returns the hints [N, 3, H, W] of drawings [N, 3, H, W] in [0, 1]."""
+    if kind == "boxes":
+        squares = [[(left, top, edge, edge) for left, top, edge in own] for own in placed]
+        return draw_boxes(squares, (drawings.shape[-2], drawings.shape[-1]))
+    shapes = widened(contours(drawings), LINE) if kind == "outline" else silhouettes(drawings)
+    return shapes.expand(-1, 3, -1, -1)
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Returns the intersection over union of two white shapes."""
+    one, other = one > 0.5, other > 0.5
+    return float((one & other).sum() / (one | other).sum().clamp(min=1))
+
+
+def as_usual(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
+    """Returns an image in which the thing in a box is where the judge looks for that of a scene of one thing."""
+    [(left, top, edge)] = boxes(scene)
+    scale = box[2] / edge
+    x, y = box[0] - left * scale, box[1] - top * scale
+    area = (x, y, x + image.width * scale, y + image.height * scale)
+    border = np.concatenate([np.asarray(image)[0], np.asarray(image)[-1]])
+    colour = tuple(int(value) for value in np.median(border, axis=0))
+    method, resample = Image.Transform.EXTENT, Image.Resampling.BILINEAR
+    return np.asarray(image.transform(image.size, method, area, resample, fillcolor=colour))
+
+
+def right(judge: Judge, image: Image.Image, scene: Scene, placed: Sequence[Box]) -> bool:
+    """True if each box of an image shows its thing."""
+    alone = [scene._replace(thing=thing, other=None, size=0) for thing in scene.things]
+    return all(
+        judge.identify(as_usual(image, box, one), one).thing == one.thing
+        for box, one in zip(placed, alone, strict=True)
+    )
+
+
+def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict[str, Any]:
+    """Returns the numbers of a control net: with its hints, and without them in the same scenes."""
+    net = load_control_net(file)
+    kind = net.params.hints
+    if kind not in KINDS:
+        raise ValueError(f"{file} reads hints of the kind {kind}: give a control net of {', '.join(KINDS)}")
+    chosen, placed = placed_scenes(kind, count)
+    drawings = torch.from_numpy(draw_all(chosen, CANVAS, placed)).permute(0, 3, 1, 2).float() / 255
+    hints, targets, judge = hints_of(kind, drawings, placed), silhouettes(drawings), Judge()
+    pipe.progress = False
+    found: dict[str, Any] = {"hints": kind, "scenes": len(chosen), "seeds": seeds}
+    for name in ("without", "with"):
+        overlaps, hits = [], []
+        for number, scene in enumerate(tqdm(chosen, desc=name)):
+            control = Hint(net, hints[number : number + 1]) if name == "with" else None
+            usual = placed[number] if control or scene.other is not None else boxes(scene)
+            for image in pipe.generate(caption(scene), seed=list(range(seeds)), count=seeds, control=control):
+                overlaps.append(overlap(silhouettes(to_pixels(image)), targets[number : number + 1]))
+                hits.append(right(judge, image, scene, usual))
+        shape = {"mean": round(float(np.mean(overlaps)), 3), "tenth": round(float(np.quantile(overlaps, 0.1)), 3)}
+        found[name] = {"overlap": shape, "right": rate(hits)}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures a control net and prints the numbers as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.control", description=__doc__)
+    parser.add_argument("net", help="control net of the demo, for outline, silhouette or boxes")
+    parser.add_argument("--model", default="demo", help="bundle that it steers (default: demo)")
+    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes (default: 200)")
+    parser.add_argument("--seeds", type=int, default=3, help="images per scene (default: 3)")
+    options = parser.parse_args(arguments)
+    numbers = measure(WuerstchenPipeline.load(options.model), options.net, options.scenes, options.seeds)
+    sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
