@@ -1,4 +1,4 @@
-"""Control nets for Stage C as ComfyUI's CONTROL_NET, which its Apply ControlNet nodes put into a conditioning."""
+"""ControlNets for Stage C as ComfyUI's CONTROL_NET, which its Apply ControlNet nodes put into a conditioning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HostControlNet(ControlNet):
 
 
 class WuerstchenControl(comfy.controlnet.ControlBase):
-    """A control net with the hint, strength and times that an Apply ControlNet node sets.
+    """A ControlNet with the hint, strength and times that an Apply ControlNet node sets.
 
     What it adds depends on the hint alone, so it is computed once per sampling and size of latents, in fp32.
     """
@@ -60,14 +60,14 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
         return copied
 
     def set_extra_arg(self, argument: str, value: Any = None) -> None:
-        """Notifies: nodes for other control nets choose a kind of hints by this."""
+        """Notifies: nodes for other ControlNets choose a kind of hints by this."""
         notify(f"{self.name} reads hints of one kind ({self.patcher.model.params.hints}): {argument} has no effect")
 
     def get_models(self) -> list[Any]:
         return [*super().get_models(), self.patcher]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Returns the bytes of computing what this and the previous control nets add, and of keeping it."""
+        """Returns the bytes of computing what this and the previous ControlNets add, and of keeping it."""
         params, hint = self.patcher.model.params, self.cond_hint_original
         pixels = 0 if hint is None else len(hint) * hint.shape[-2] * hint.shape[-1] * 9 / 16  # 32 for 42.67
         finest = WITHIN_LEVEL * params.widths[0] / STEM**2
@@ -75,7 +75,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
         return super().inference_memory_requirements(dtype) + 4 * pixels * (finest + kept)
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
-        """Prepares for a sampling. Raises ValueError if the control net does not fit the model."""
+        """Prepares for a sampling. Raises ValueError if the ControlNet does not fit the model."""
         if not isinstance(model.diffusion_model, HostPrior):
             raise ValueError(
                 f"{self.name} steers Würstchen's prior (Stage C), but it is in the conditioning of "
@@ -93,7 +93,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
     ) -> dict[str, Control] | None:
         """Returns what is added inside the prior for latents [B, 16, h, w], which hold `batched_number` conditionings.
 
-        It includes what the previous control nets add; None outside their times.
+        It includes what the previous ControlNets add; None outside their times.
         """
         previous = self.previous_controlnet
         before = previous and previous.get_control(x_noisy, t, cond, batched_number, transformer_options)
@@ -121,7 +121,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
 
 
 def foreign_control(control: Any) -> bool:
-    """True if a conditioning's control net, or one that it is chained to, is another model's."""
+    """True if a conditioning's ControlNet, or one that it is chained to, is another model's."""
     while control is not None:
         if not isinstance(control, WuerstchenControl):
             return True
@@ -130,7 +130,7 @@ def foreign_control(control: Any) -> bool:
 
 
 def load_control(part: Part, name: str) -> WuerstchenControl:
-    """Returns a control net as a CONTROL_NET, which is called `name` in messages."""
+    """Returns a ControlNet as a CONTROL_NET, which is called `name` in messages."""
     management = comfy.model_management
     state = build_part(part).state_dict()
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()

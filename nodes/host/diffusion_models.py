@@ -27,7 +27,7 @@ from .feature_reuse import deep_features
 from .int8 import Int8Layer, dequantised
 from .network_patches import NamesMissing, PatchableAttnBlock, Patches, resized
 
-CONTROL = "wuerstchen"  # key of what our control nets add, in ComfyUI's `control`
+CONTROL = "wuerstchen"  # key of what our ControlNets add, in ComfyUI's `control`
 
 
 class CastGlobalResponseNorm(GlobalResponseNorm):

@@ -1,4 +1,4 @@
-"""Run by ComfyUI's Python, `inside_control.py COMFYUI BUNDLE NETS OUTPUT`: control nets of the folder NETS that
+"""Run by ComfyUI's Python, `inside_control.py COMFYUI BUNDLE NETS OUTPUT`: ControlNets of the folder NETS that
 ComfyUI's own nodes apply to Stage C, for test_host_control.py."""
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def in_comfyui(steered: Steered) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def memory(steered: Steered) -> dict[str, Any]:
-    """Returns what ComfyUI's memory management sees of a chained control net, and of one that is loaded in part."""
+    """Returns what ComfyUI's memory management sees of a chained ControlNet, and of one that is loaded in part."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.sampler_helpers

@@ -35,7 +35,7 @@ NODES = {
         "reuse",
         "stage_b:LATENT",
     ),
-    "WuerstchenControlNetLoader": ("control_net_name", "control net:CONTROL_NET"),
+    "WuerstchenControlNetLoader": ("control_net_name", "ControlNet:CONTROL_NET"),
 }
 
 

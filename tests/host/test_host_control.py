@@ -1,4 +1,4 @@
-"""Control nets in ComfyUI: equal to the core, with masks, areas and its memory management, and refused where they do
+"""ControlNets in ComfyUI: equal to the core, with masks, areas and its memory management, and refused where they do
 not fit."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wuerstchen_core.models.control_net import ControlNet
 
 @pytest.fixture(scope="module")
 def nets(models: Path) -> Path:
-    """Control nets for the tiny prior, or not, and hints, in ComfyUI's folder of them."""
+    """ControlNets for the tiny prior, or not, and hints, in ComfyUI's folder of them."""
     folder = models / "controlnet"
     net = NETWORKS["control_net"].perturbed()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Control nets in `generate`, in every way that it is called, and in the metadata of pictures."""
+"""ControlNets in `generate`, in every way that it is called, and in the metadata of pictures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_net(path: Path, params: ControlNetParams = CONTROL, seed: int = 0) -> P
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two control nets of the tiny prior and two hints of the shape that it generates."""
+    """A folder with two ControlNets of the tiny prior and two hints of the shape that it generates."""
     path = tmp_path_factory.mktemp("control")
     save_net(path / "net.safetensors")
     save_net(path / "other.safetensors", replace(CONTROL, prior_blocks=(1,)), seed=1)

@@ -1,4 +1,4 @@
-"""The control net: its shapes, its equality at initialisation, strengths, masks, and sums of several."""
+"""The ControlNet: its shapes, its equality at initialisation, strengths, masks, and sums of several."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ def test_hints_of_any_size_fit_the_latents() -> None:
     ids=str,
 )
 def test_params_that_make_no_sense(wrong: dict[str, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="control net"):
+    with pytest.raises(ValueError, match="ControlNet"):
         replace(CONTROL, **wrong)

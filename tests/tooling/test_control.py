@@ -1,4 +1,4 @@
-"""The measure of control nets, on the drawings themselves."""
+"""The measure of ControlNets, on the drawings themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of control nets in a tiny size."""
+"""Training of ControlNets in a tiny size."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_stopped_run_resumes_exactly(trained: Path, config: Path, tmp_path: Pa
 
 
 def test_it_learns(config: Path) -> None:
-    """On one batch: the frozen prior's loss falls by what the control net adds."""
+    """On one batch: the frozen prior's loss falls by what the ControlNet adds."""
     trainer = stage(config)
     batch = trainer.batch(0, StepRandom(0, 0, 4))
     trained = [p for p in trainer.net.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Measures a control net of the demo: the shape and place of what is generated, and whether it is the right thing.
+"""Measures a ControlNet of the demo: the shape and place of what is generated, and whether it is the right thing.
 
 Held-out scenes are drawn with their things in random sizes at random places, which the net's hint shows and the caption
 does not. For the judge, each thing is cut out and scaled to where it looks for one.
@@ -78,11 +78,11 @@ def right(judge: Judge, image: Image.Image, scene: Scene, placed: Sequence[Box])
 
 
 def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict[str, Any]:
-    """Returns the numbers of a control net: with its hints, and without them in the same scenes."""
+    """Returns the numbers of a ControlNet: with its hints, and without them in the same scenes."""
     net = load_control_net(file)
     kind = net.params.hints
     if kind not in KINDS:
-        raise ValueError(f"{file} reads hints of the kind {kind}: give a control net of {', '.join(KINDS)}")
+        raise ValueError(f"{file} reads hints of the kind {kind}: give a ControlNet of {', '.join(KINDS)}")
     chosen, placed = placed_scenes(kind, count)
     drawings = torch.from_numpy(draw_all(chosen, CANVAS, placed)).permute(0, 3, 1, 2).float() / 255
     hints, targets, judge = hints_of(kind, drawings, placed), silhouettes(drawings), Judge()
@@ -102,9 +102,9 @@ def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures a control net and prints the numbers as JSON."""
+    """Measures a ControlNet and prints the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo.control", description=__doc__)
-    parser.add_argument("net", help="control net of the demo, for outline, silhouette or boxes")
+    parser.add_argument("net", help="ControlNet of the demo, for outline, silhouette or boxes")
     parser.add_argument("--model", default="demo", help="bundle that it steers (default: demo)")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes (default: 200)")
     parser.add_argument("--seeds", type=int, default=3, help="images per scene (default: 3)")

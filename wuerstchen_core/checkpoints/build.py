@@ -110,5 +110,5 @@ def load_text_encoder(
 
 
 def load_control_net(source: Path, *, device: Any = "cpu", dtype: Dtype = None) -> ControlNet:
-    """Loads a control net for Stage C from a source (see `read_part`)."""
+    """Loads a ControlNet for Stage C from a source (see `read_part`)."""
     return cast(ControlNet, build_part(open_part(source, "control_net"), device=device, dtype=dtype))

@@ -205,8 +205,7 @@ def text_encoder_params(state: Tensors, heads: int | None = None) -> TextEncoder
 
 
 def control_net_params(state: Tensors) -> ControlNetParams:
-    """Raises ValueError: no tensor shows the release and the depth of the prior that a control net is for."""
+    """Raises ValueError: no tensor shows the release and the depth of the prior that a ControlNet is for."""
     raise ValueError(
-        "this control net has lost its header, which names the prior and the hints that it is for: use the original "
-        "file"
+        "this ControlNet has lost its header, which names the prior and the hints that it is for: use the original file"
     )

@@ -79,7 +79,7 @@ def check_parts(parts: Mapping[str, Part]) -> None:
 
 
 def check_control(control: ControlNetParams, prior: PriorParams, name: str) -> None:
-    """Raises ValueError if a control net called `name` is for a prior of another release, width or depth."""
+    """Raises ValueError if a ControlNet called `name` is for a prior of another release, width or depth."""
     expected, found = (
         f"{release} prior of width {width} and depth {depth}"
         for release, width, depth in (
@@ -88,7 +88,7 @@ def check_control(control: ControlNetParams, prior: PriorParams, name: str) -> N
         )
     )
     if expected != found:
-        raise ValueError(f"{name} is for a {expected}, but this is a {found}: use a control net trained on this one")
+        raise ValueError(f"{name} is for a {expected}, but this is a {found}: use a ControlNet trained on this one")
 
 
 def only_release(releases: Iterable[str | None]) -> str | None:

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help=text)
     text = "repeat an image from its metadata (also one that these nodes saved in ComfyUI); other options change it"
     parser.add_argument("--like", type=Path, metavar="IMAGE", help=text)
-    text = "steer Stage C by a picture, such as an outline, with a control net; repeatable"
+    text = "steer Stage C by a picture, such as an outline, with a ControlNet; repeatable"
     parser.add_argument("--control", nargs=2, action="append", metavar=("NET", "PICTURE[:STRENGTH]"), help=text)
     # None until `_run` has read --like, which comes before these defaults.
     names = ("model", "seed", "count", "negative", "dtype", "lora", "embedding", "control")

@@ -50,7 +50,7 @@ NODES = {
         "lora_name:COMBO, strength_model:FLOAT, strength_clip:FLOAT, save_converted:BOOLEAN",
         "model:MODEL, clip:CLIP",
     ),
-    "WuerstchenControlNetLoader": _node("", "control_net_name:COMBO", "control net:CONTROL_NET"),
+    "WuerstchenControlNetLoader": _node("", "control_net_name:COMBO", "ControlNet:CONTROL_NET"),
     "ControlNetApplyAdvanced": _node(
         "positive:CONDITIONING, negative:CONDITIONING, control_net:CONTROL_NET, image:IMAGE, vae:VAE",
         "strength:FLOAT, start_percent:FLOAT, end_percent:FLOAT",

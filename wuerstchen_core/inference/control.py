@@ -1,4 +1,4 @@
-"""Control nets in `generate`: pictures that hint at the shapes and places of things."""
+"""ControlNets in `generate`: pictures that hint at the shapes and places of things."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROUNDING = 1e-6  # of times
 
 @dataclass(frozen=True)
 class Hint:
-    """A control net (or its file), the picture that it reads, and how strongly, when and where it acts.
+    """A ControlNet (or its file), the picture that it reads, and how strongly, when and where it acts.
 
     The picture may also be pixels [B, 3, H, W] in [0, 1], one for each image to generate or one for all. `start` and
     `end` are fractions of Stage C's sampling, from 0 to 1. A `mask`, in grey, multiplies the strength: the
@@ -49,7 +49,7 @@ class Hint:
     def __post_init__(self) -> None:
         if not isinstance(self.net, ControlNet | str | PathLike):
             raise ValueError(
-                f"{self.net!r:.60} is no control net: give the file of one, or what load_control_net returns"
+                f"{self.net!r:.60} is not a ControlNet: give the file of one, or what load_control_net returns"
             )
         for name in ("strength", "start", "end"):
             object.__setattr__(self, name, to_float(f"a hint's {name}:", getattr(self, name)))
@@ -147,7 +147,7 @@ def hint_notes(params: ControlNetParams, hint: Tensor, size: tuple[int, int]) ->
         kept = f"{cropped.shape[-1]}x{cropped.shape[-2]}"
         notes.append(f"the hint of {width}x{height} pixels has another shape than the image, so {kept} of it are used")
     if params.hints == "outline" and float(hint.mean()) > 0.5:
-        notes.append("the hint is mostly white, but this control net reads white lines on black: invert it")
+        notes.append("the hint is mostly white, but this ControlNet reads white lines on black: invert it")
     return notes
 
 

@@ -163,7 +163,7 @@ class WuerstchenPipeline(Components):
         the weighted average of its texts' states. Texts above 75 tokens (about 50 words) are encoded in pieces of 75,
         and both stages read all pieces. `embeddings` (files, a folder, or files by name) are textual inversions for
         `embedding:NAME` in prompts, as in ComfyUI; see `load_embeddings`. `control` hints at the shapes and places of
-        things: (net, picture, strength), where `net` is the file of a control net, or a `Hint`, which has more options,
+        things: (net, picture, strength), where `net` is the file of a ControlNet, or a `Hint`, which has more options,
         or a list of these. Several add up, and each is for all pictures.
         """
         if embeddings is not None:

@@ -107,7 +107,7 @@ class _Reader:
         found: list[dict[str, Any]] = []
         while self.prompt[links[0][0]]["class_type"] == APPLY:
             if links != [[links[0][0], 0], [links[0][0], 1]]:
-                raise ValueError("its control nets steer only one side of guidance")
+                raise ValueError("its ControlNets steer only one side of guidance")
             inputs = self.follow(links[0], APPLY)
             net = self.follow(inputs["control_net"], "WuerstchenControlNetLoader")
             image = self.follow(inputs["image"], "LoadImage")

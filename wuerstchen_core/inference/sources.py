@@ -56,7 +56,7 @@ def read_sources(
         else:
             parts[name] = one.lazy_part(name)
     if base is not None:
-        replaceable = PartFiles.__annotations__.keys() - parts.keys()  # control nets are no component of a pipeline
+        replaceable = PartFiles.__annotations__.keys() - parts.keys()  # ControlNets are no component of a pipeline
         parts |= {name: base.lazy_part(name) for name in networks if name in replaceable}
     return {name: parts[name] for name in PARTS if name in parts}, _metadata(base, opened)
 

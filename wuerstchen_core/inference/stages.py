@@ -200,7 +200,7 @@ def in_fp32(
     """Returns a denoiser for samplers in fp32: inputs are cast to the network's dtype, its output to fp32.
 
     `read` is applied to the text states, its last argument. With `reuse`, a U-Net keeps its deep features for each
-    conditioning; its tensors must then live as long as the denoiser. `control` returns what a prior's control nets add.
+    conditioning; its tensors must then live as long as the denoiser. `control` returns what a prior's ControlNets add.
     """
     dtype = first_weight(network).dtype
 

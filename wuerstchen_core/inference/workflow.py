@@ -163,7 +163,7 @@ def _add_prior(
 
 
 def _add_hints(graph: _Graph, record: Mapping[str, Any], cond: Link, uncond: Link) -> tuple[Link, Link]:
-    """Adds a control net and its picture per hint, and returns both conditionings with them."""
+    """Adds a ControlNet and its picture per hint, and returns both conditionings with them."""
     for hint in record.get("control", ()):
         is_file = hint["file"].endswith(".safetensors")
         if "mask" in hint or not hint["image"] or not is_file or not 0 <= hint["strength"] <= MAX_STRENGTH:

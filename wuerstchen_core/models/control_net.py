@@ -1,4 +1,4 @@
-"""A control net: features of a hint picture that are added inside a frozen prior (arXiv 2302.05543).
+"""A ControlNet: features of a hint picture that are added inside a frozen prior (arXiv 2302.05543).
 
 As in Stable Cascade, they depend on the hint alone, so that one call serves all steps of a sampling, and both sides of
 guidance.
@@ -43,11 +43,11 @@ class ControlNetParams:
     def __post_init__(self) -> None:
         counts = len(self.widths), len(self.repeats)
         if counts != (LEVELS, LEVELS):
-            raise ValueError(f"a control net has {LEVELS} widths and {LEVELS} repeats, got {counts[0]} and {counts[1]}")
+            raise ValueError(f"a ControlNet has {LEVELS} widths and {LEVELS} repeats, got {counts[0]} and {counts[1]}")
         blocks = list(self.prior_blocks)
         if not blocks or blocks != sorted(set(blocks)) or blocks[-1] >= self.prior_depth:
             raise ValueError(
-                f"the prior_blocks of a control net are numbers from 0 to {self.prior_depth - 1} in ascending order, "
+                f"the prior_blocks of a ControlNet are numbers from 0 to {self.prior_depth - 1} in ascending order, "
                 f"got {blocks}"
             )
 

@@ -30,7 +30,7 @@ RECIPES = {  # by name, what it is for
     "embedding": "a new word for a style or thing, by textual inversion",
     "finetune": "a fine-tune of Stage C",
     "resolution": "a fine-tune of Stage C for another size",
-    "control": "a control net for Stage C, which steers it by outlines and the like",
+    "control": "a ControlNet for Stage C, which steers it by outlines and the like",
     "decoder-lora": "a LoRA of Stage B, for pictures unlike those that it can show",
     "distill": "LoRAs with which both stages need few steps",
     "scratch": "all stages of a small model",

@@ -1,4 +1,4 @@
-"""Hints for control nets, made of images: outlines, silhouettes, blocks of colour, and boxes of things."""
+"""Hints for ControlNets, made of images: outlines, silhouettes, blocks of colour, and boxes of things."""
 
 from __future__ import annotations
 

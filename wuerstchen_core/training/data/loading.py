@@ -46,7 +46,7 @@ class Example(NamedTuple):
     cached: dict[str, Tensor]  # tensors of a cache by name
     weight: float = 1.0  # of its loss
     pixel_weights: Tensor | None = None  # [H, W] of its loss; None if no example has a mask
-    hint: Tensor | None = None  # [3, H, W] uint8 for a control net, if hint pictures are read
+    hint: Tensor | None = None  # [3, H, W] uint8 for a ControlNet, if hint pictures are read
 
     def mirrored(self) -> Example:
         """Returns the example with its image, mask and hint mirrored horizontally; cached tensors are as they are."""

@@ -90,7 +90,7 @@ class ImageSource(ABC):
         raise NotImplementedError
 
     def hint(self, index: int) -> Image.Image:
-        """Returns the hint picture of a control net in RGB. ValueError if there is none."""
+        """Returns the hint picture of a ControlNet in RGB. ValueError if there is none."""
         raise NotImplementedError
 
     def cached_tensors(self, index: int, names: Sequence[str], mirrored: bool = False) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Trains a control net for a frozen Stage C, from hints that are made of the images or given beside them."""
+"""Trains a ControlNet for a frozen Stage C, from hints that are made of the images or given beside them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class ControlConfig:
     drawings by hand.
     """
 
-    hints: Annotated[str, OneOf(KINDS)] = option(meaning=f"what the control net reads: {', '.join(KINDS)}")
+    hints: Annotated[str, OneOf(KINDS)] = option(meaning=f"what the ControlNet reads: {', '.join(KINDS)}")
     blocks: tuple[CountOrZero, ...] = option((), "blocks of the prior to add to, from 0; empty: 8, evenly spread")
     widths: tuple[Count, ...] = option(ControlNetParams.widths, "channels at 1/4, 1/8, 1/16 and 1/32 of the hint")
     repeats: tuple[Count, ...] = option(ControlNetParams.repeats, "convolutional blocks of each width")
-    start: str = option("", "control net to go on from, with the same sizes")
+    start: str = option("", "ControlNet to continue from, with the same sizes")
     drop: Fraction = option(0.05, "fraction of hints that are black")
     contours: Fraction = option(0.0, "fraction of outlines of things alone; for things on plain backgrounds")
     line_widths: tuple[Positive, Positive] = option(
@@ -57,7 +57,7 @@ class ControlConfig:
 
 
 def control_params(config: ControlConfig, prior: PriorParams) -> ControlNetParams:
-    """Returns the params of a new control net for a prior."""
+    """Returns the params of a new ControlNet for a prior."""
     return ControlNetParams(
         prior_width=prior.c,
         prior_depth=prior.depth,
@@ -70,7 +70,7 @@ def control_params(config: ControlConfig, prior: PriorParams) -> ControlNetParam
 
 
 class ControlledPrior(nn.Module):
-    """A frozen prior, and the control net that is trained for it."""
+    """A frozen prior, and the ControlNet that is trained for it."""
 
     def __init__(self, prior: Prior, control_net: ControlNet):
         super().__init__()
@@ -87,7 +87,7 @@ class ControlledPrior(nn.Module):
 
 
 class ControlStage(PriorStage):
-    """A control net; each image that is trained on has a hint."""
+    """A ControlNet; each image that is trained on has a hint."""
 
     name = "control"
     part = PART
@@ -102,9 +102,9 @@ class ControlStage(PriorStage):
             self.dataset.check_boxes()
 
     def build(self, config: Mapping[str, Any]) -> Any:
-        """Returns the prior of `[inputs]` with a control net, whose weights are the only trained ones."""
+        """Returns the prior of `[inputs]` with a ControlNet, whose weights are the only trained ones."""
         if self.noise.slow_times:
-            raise ValueError("[noise] slow_times is not for a control net, which has no time mappers: remove it")
+            raise ValueError("[noise] slow_times is not for a ControlNet, which has no time mappers: remove it")
         if config.get("train", {}).get("muon_lr"):
             raise ValueError("[train] muon_lr is for the blocks of priors and decoders: remove it")
         prior = load_frozen(config, "prior", Prior)
@@ -116,7 +116,7 @@ class ControlStage(PriorStage):
         return net
 
     def control_net(self, prior: PriorParams) -> ControlNet:
-        """Returns the control net to train: that of `[control] start`, or a new one."""
+        """Returns the ControlNet to train: that of `[control] start`, or a new one."""
         own = self.control
         if not own.start:
             network = ControlNet(control_params(own, prior))
