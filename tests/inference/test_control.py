@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import build_part, describe, load_control_net, read_part, save_bundle
 from wuerstchen_core.checkpoints.convert import convert
+from wuerstchen_core.checkpoints.release import prior_values
+from wuerstchen_core.inference import control as control_module
 from wuerstchen_core.inference.control import load_hints
 from wuerstchen_core.inference.images import to_pixels
 from wuerstchen_core.inference.records import hint_records
@@ -115,6 +118,17 @@ def test_pixels_for_each_image(pipe: WuerstchenPipeline, folder: Path) -> None:
             features(pipe, Hint(net, wrong), count=2)
 
 
+def test_pixels_for_each_image_of_prompts_of_several_lengths(pipe: WuerstchenPipeline, folder: Path) -> None:
+    hints = [Image.open(folder / f"{x}.png") for x in ("hint", "second")]
+    each = torch.cat([to_pixels(hint) for hint in hints])
+    prompts, net = [PROMPT, "red " * 80], folder / "net.safetensors"
+    together = pixels(pipe.generate(prompts, control=Hint(net, each)))
+    for i, (prompt, hint) in enumerate(zip(prompts, hints, strict=True)):
+        [alone] = pixels(pipe.generate(prompt, seed=i, control=(net, hint)))
+        assert np.abs(together[i] - alone).max() <= 1
+
+
+@pytest.mark.long
 def test_batches_and_guidance(pipe: WuerstchenPipeline, folder: Path) -> None:
     control = (folder / "net.safetensors", folder / "hint.png")
     batch = features(pipe, control, count=2)
@@ -127,6 +141,7 @@ def test_batches_and_guidance(pipe: WuerstchenPipeline, folder: Path) -> None:
     assert np.abs(pixels(long[3:]) - pixels([last])).max() <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"low_memory": True}, {"dtype": "bf16"}, {"dtype": "int8"}], ids=str)
 def test_low_memory_and_other_dtypes(
     pipe: WuerstchenPipeline, bundle: Path, folder: Path, options: dict[str, Any]
@@ -157,9 +172,12 @@ def test_what_cannot_be_used_is_refused_before_any_computation(
         ((deep, hint), "depth 3"), ((wide, hint), "width 32"), ((bundle, hint), "control_net"), ((hint, hint), "hint"),
         ((net, net), "net.safetensors"), ((net,), "control"), ("net", "control"), (5, "control"),
         ((net, hint, "x"), "strength"), ([(5, hint)], "5"), ((net, tmp_path / "none.png"), "none.png"),
+        (Hint(net, torch.zeros(2, 3, 8, 8)), "2 pictures for 1 image:"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             pipe.generate(PROMPT, control=control)
+    with pytest.raises(ValueError, match="3 pictures for 4 images"):
+        pipe.generate([PROMPT, "red " * 80], count=2, control=Hint(net, torch.zeros(3, 3, 8, 8)))
     for times in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.1}, {"end": float("nan")}):
         with pytest.raises(ValueError, match="hint"):
             Hint(net, hint, **times)
@@ -173,6 +191,68 @@ def test_notes_about_another_shape_and_an_inverted_outline(
         features(pipe, (folder / "net.safetensors", image))
     first, second = caplog.messages
     assert "64x64" in first and "white" in second
+
+
+def test_warnings_about_another_prior_and_times_without_a_step(
+    bundle: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = WuerstchenPipeline.load(bundle, device="cpu")
+    values = prior_values(pipe.require("prior"))
+    for name, factor in (("this", 1.02), ("other", 1.1)):
+        params = replace(CONTROL, prior_values=tuple(x * factor for x in values))
+        features(pipe, (save_net(tmp_path / f"{name}.safetensors", params), folder / "hint.png"))
+    assert len(values) == 32
+    [message] = caplog.messages
+    assert "other.safetensors" in message and "prior" in message
+    hint = Hint(tmp_path / "this.safetensors", folder / "hint.png", start=0.4, end=0.5)
+    features(pipe, hint, prior_steps=10, schedule="linear")
+    assert len(caplog.messages) == 1
+    assert torch.equal(features(pipe, hint, prior_steps=1), features(pipe, prior_steps=1))
+    assert len(caplog.messages) == 2 and "0.4 to 0.5" in caplog.messages[1]
+
+
+def test_numbers_that_are_not_finite_name_the_control_net(
+    pipe: WuerstchenPipeline, folder: Path, tmp_path: Path
+) -> None:
+    net = load_control_net(folder / "net.safetensors")
+    net.hint_stem.weight.data[0] = float("nan")
+    save_bundle(tmp_path / "nan.safetensors", {"control_net": net}, {})
+    with pytest.raises(ValueError, match=r"nan\.safetensors computed"):
+        features(pipe, (tmp_path / "nan.safetensors", folder / "hint.png"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Image.Image:
+    image = Image.linear_gradient("L").resize((128, 64)).convert("RGB")
+    image.save(tmp_path / "picture.png")
+    return image
+
+
+def test_edits_are_steered(pipe: WuerstchenPipeline, folder: Path, picture: Image.Image) -> None:
+    control, mask = (folder / "net.safetensors", folder / "hint.png"), Image.new("L", picture.size)
+    mask.paste(255, (64, 0, 128, 64))
+    for edit in (
+        partial(pipe.variations, picture, PROMPT),
+        partial(pipe.inpaint, picture, mask, PROMPT, composite=False),
+        partial(pipe.outpaint, picture.crop((0, 0, 64, 64)), PROMPT, right=64, composite=False),
+    ):
+        plain, steered, again = (pixels(edit(control=x)) for x in (None, control, Hint(*control)))
+        assert not np.array_equal(plain, steered) and np.array_equal(steered, again)
+    with pytest.raises(ValueError, match="strength 0"):
+        pipe.variations(picture, strength=0, control=control)
+    with pytest.raises(ValueError, match="control"):
+        pipe.reconstruct(picture, control=control)
+
+
+def test_hints_of_a_picture_that_is_padded_stay_where_they_are(pipe: WuerstchenPipeline, folder: Path) -> None:
+    """An edited picture of 100x60 pixels is padded at the right and bottom to 128x64."""
+    sampling = pipe.sampling.updated(width=128, height=64)
+    hint = torch.zeros(1, 3, 120, 200)
+    hint[..., 100:] = 1
+    hints = load_hints(pipe, Hint(folder / "net.safetensors", hint), sampling, 1, area=(60, 100))
+    placed = hints._placed(hint)
+    assert tuple(placed.shape) == (1, 3, 64, 128)
+    assert placed[..., :60, 52:98].min() > 0.9 > 0.1 > placed[..., :48].max() and not placed[..., 60:, :].any()
 
 
 def test_hints_are_cropped_to_the_shape_of_the_latents() -> None:
@@ -220,8 +300,21 @@ def test_the_command_line_and_like(
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "b.png")))
     [first, _] = hint_records(control)
     assert (first["file"], first["image"], first["strength"]) == ("net.safetensors", "hint.png", 0.8)
-    monkeypatch.chdir(tmp_path)
+    edit = ("variations", tmp_path / "a.png", "--prompt", PROMPT, "--count", "2", *model)
+    reads = []
+    load = control_module.load_control_net
+    monkeypatch.setattr(control_module, "load_control_net", lambda *x, **y: reads.append(x) or load(*x, **y))
+    (tmp_path / "varied").mkdir()
+    assert run(*edit, *hints[:3], *common, tmp_path / "varied") == 0
+    assert len(reads) == 1
+    [varied, _] = sorted((tmp_path / "varied").iterdir())
+    [record] = json.loads(Image.open(varied).info["wuerstchen"])["control"]
+    assert record["image"] == "hint.png" and record["strength"] == 0.8
+    [pixels_hint] = pipe.generate(PROMPT, control=("net.safetensors", to_pixels(Image.open("hint.png"))))
+    pixels_hint.save(tmp_path / "c.png")
     capsys.readouterr()
+    assert "--control" in failure(capsys, "generate", "--like", tmp_path / "c.png", *model)
+    monkeypatch.chdir(tmp_path)
     assert "--control" in failure(capsys, "generate", "--like", tmp_path / "a.png", *model)
     assert "none.png" in failure(
         capsys, "generate", PROMPT, *model, "--control", folder / "net.safetensors", "none.png"
@@ -243,8 +336,14 @@ def test_files_of_prompts(bundle: Path, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"prior_depth": 10**15}, {"prior_width": 10**9}, {"widths": [10**9] * 4}, {"repeats": [10**9] * 4},
-        {"prior_blocks": [0, 10**9]}, {"hints": 5}, {"prior_release": "v3"}, {"widths": []},
+        {"prior_depth": 10**15}, {"prior_values": [10**400]},
+        *(
+            pytest.param(change, marks=pytest.mark.long)
+            for change in (
+                {"prior_width": 10**9}, {"widths": [10**9] * 4}, {"repeats": [10**9] * 4}, {"hints": 5},
+                {"prior_blocks": [0, 10**9]}, {"prior_release": "v3"}, {"widths": []}, {"prior_values": [float("nan")]},
+            )
+        ),
     ],
     ids=str,
 )  # fmt: skip
@@ -257,4 +356,4 @@ def test_damaged_headers_are_refused(
     content["parts"]["control_net"] |= change
     save_file(tensors, tmp_path / "bad.safetensors", {**header, "wuerstchen": json.dumps(content)})
     with pytest.raises(ValueError, match="bad"):
-        load_hints(pipe, (tmp_path / "bad.safetensors", folder / "hint.png"), pipe.sampling)
+        load_hints(pipe, (tmp_path / "bad.safetensors", folder / "hint.png"), pipe.sampling, 1)

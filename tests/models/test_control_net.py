@@ -14,7 +14,7 @@ from wuerstchen_core.inference.compile import BLOCKS
 from wuerstchen_core.models.control_net import (
     ControlNet,
     ControlNetParams,
-    hint_view,
+    fit_hint,
     repeat_control,
     sum_controls,
 )
@@ -110,10 +110,10 @@ def test_sums_strengths_masks_and_repeats(control: list[Tensor | None]) -> None:
 
 def test_hints_of_any_size_fit_the_latents() -> None:
     for size in ((64, 96), (100, 31), (7, 500)):
-        view = hint_view(torch.rand(1, 3, *size), (2, 3))
-        assert tuple(view.shape) == (1, 3, 64, 96) and -1 <= float(view.min()) <= float(view.max()) <= 1
+        view = fit_hint(torch.rand(1, 3, *size), (2, 3))
+        assert tuple(view.shape) == (1, 3, 64, 96) and 0 <= float(view.min()) <= float(view.max()) <= 1
     hint = torch.rand(1, 3, 64, 96)
-    assert torch.equal(hint_view(hint, (2, 3)), hint * 2 - 1)
+    assert torch.equal(fit_hint(hint, (2, 3)), hint)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ..common.text import listed, one_line
 from ..inference.pipeline import WuerstchenPipeline
 from ..inference.records import hint_records, provenance
 from .batch_output import ImageFolder, check_folder, open_output
-from .options import chosen_settings, load_pipeline
+from .options import chosen_settings, load_pipeline, read_control
 from .progress import StepBar
 from .prompt_file import ImageRequest, PromptLine, parse_line, read_lines
 
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> None:
     options.device = process_device(options.device, local_rank)
     if (options.batch or 1) > 1:
         options.memory_hint = "choose a smaller --batch"
+    options.control = read_control(options.control)
     started = time.perf_counter()
     pipeline = load_pipeline(options)
     models = provenance(pipeline)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_options, run_command
+from .options import add_control, add_options, run_command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     parser = _add_command(commands, "variations", "generate images similar to an image, or change it by a prompt", 0.7)
     parser.add_argument("--prompt", default="", help="what to generate (default: only the image counts)")
     add_options(parser, size=IMAGE_SIZE, name=IMAGE_NAME)
+    add_control(parser)
 
     parser = _add_command(commands, "inpaint", "replace a part of an image", 1.0)
     parser.add_argument("mask", metavar="MASK", help=MASK_HELP)
@@ -62,6 +63,7 @@ def _add_fill_options(parser: argparse.ArgumentParser) -> None:
     text = "save the decoded image without copying the original's unmasked pixels over it"
     parser.add_argument("--no-composite", dest="composite", action="store_false", help=text)
     add_options(parser, size=None, name=IMAGE_NAME)
+    add_control(parser)
 
 
 def _edit(options: argparse.Namespace) -> None:

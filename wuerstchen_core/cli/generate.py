@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_options, run_command, with_strength
+from .options import add_control, add_options, run_command
 
 
 def add(commands: Any) -> None:
@@ -29,8 +29,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help=text)
     text = "repeat an image from its metadata (also one that these nodes saved in ComfyUI); other options change it"
     parser.add_argument("--like", type=Path, metavar="IMAGE", help=text)
-    text = "steer Stage C by a picture, such as an outline, with a ControlNet; repeatable"
-    parser.add_argument("--control", nargs=2, action="append", metavar=("NET", "PICTURE[:STRENGTH]"), help=text)
+    add_control(parser)
     # None until `_run` has read --like, which comes before these defaults.
     names = ("model", "seed", "count", "negative", "dtype", "lora", "embedding", "control")
     defaults = {name: parser.get_default(name) for name in names}
@@ -39,8 +38,6 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     values = dict(options.defaults)
-    if options.control is not None:
-        options.control = [(net, *with_strength(picture)) for net, picture in options.control]
     if options.like is not None:
         from .like import options_of
 
@@ -60,4 +57,4 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--shards and --batch need --prompts: remove them, or add it")
     request = {"prompt": options.prompt, "negative": options.negative}
     title = options.prompt if isinstance(options.prompt, str) else " ".join(options.prompt)  # a mix, from --like
-    run_command(options, title, {**request, "control": options.control}, request)
+    run_command(options, title, dict(request), request)

@@ -98,7 +98,9 @@ def _checked(record: dict[str, Any], picture: Path) -> dict[str, Any]:
 
 
 def _hint(picture: Path, entry: Mapping[str, Any]) -> Hint:
-    """Returns a hint from its record."""
+    """Returns a hint from its record. Raises ValueError if its picture or mask was not a file."""
+    if not entry["image"] or entry.get("mask") == "":
+        raise ValueError(f"{picture} was made with a hint that was not a file: add --control NET PICTURE")
     files = {name: _find(picture, entry[name], None, "--control") for name in ("image", "mask") if name in entry}
     net = _find(picture, entry["file"], entry.get("weights"), "--control")
     times = {name: entry[name] for name in ("strength", "start", "end") if name in entry}

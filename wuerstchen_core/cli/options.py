@@ -7,7 +7,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,7 @@ from .progress import StepBar
 from .save import check_output, save_output
 
 if TYPE_CHECKING:
+    from ..inference.control import Hint
     from ..inference.pipeline import WuerstchenPipeline
 
 MEMORY_HINT = "choose --low-memory, a smaller --width and --height, --dtype bf16, or --device cpu"
@@ -121,11 +122,25 @@ def add_options(
     option("--token-mode", metavar="MODE", choices=modes, help="v1 only: how Stage B chooses tokens: %(choices)s")
 
 
+def add_control(parser: argparse.ArgumentParser) -> None:
+    """Adds --control, for commands that run Stage C."""
+    text = "steer Stage C by a picture, such as an outline, with a ControlNet; repeatable"
+    parser.add_argument("--control", nargs=2, action="append", metavar=("NET", "PICTURE[:STRENGTH]"), help=text)
+
+
+def read_control(control: Iterable[Any] | None) -> list[Hint]:
+    """Returns the hints of --control, whose files are read now, so that errors come before the model is loaded."""
+    from ..inference.control import Hint
+
+    hints = [x if isinstance(x, Hint) else Hint(x[0], *with_strength(x[1])) for x in control or ()]
+    return [hint.read() for hint in hints]
+
+
 def run_command(options: argparse.Namespace, title: str, arguments: dict[str, Any], request: dict[str, Any]) -> None:
     """Loads the model, calls the pipeline's method with the command's name once per seed, and saves the images.
 
-    `arguments` are passed to the method along with the settings. Prints the paths, or a report with --json. `title`
-    gives the default file name. `request` is the command's part of the images' metadata.
+    `arguments` are passed to the method along with the settings and the hints of --control. Prints the paths, or a
+    report with --json. `title` gives the default file name. `request` is the command's part of the report.
     """
     import_torch_with("..inference.pipeline")
     from ..inference.settings import check_count
@@ -134,6 +149,8 @@ def run_command(options: argparse.Namespace, title: str, arguments: dict[str, An
     check_count(count, options.seed)
     check_output(options.output)
     changes = chosen_settings(options)
+    if hasattr(options, "control"):
+        arguments["control"] = read_control(options.control)
     started = time.perf_counter()
     pipeline = load_pipeline(options)
     pipeline.sampling.updated(**changes)  # raises ValueError for wrong settings

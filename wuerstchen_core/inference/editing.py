@@ -21,6 +21,7 @@ from ..diffusion.samplers import Seed
 from ..diffusion.schedule import linear_times, strength_times
 from ..models.prior import features_from_latents, latents_from_features
 from .components import Components
+from .control import AnyHint, load_hints
 from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
 from .prompts import Prompt, average_states, check_request, encode_prompt, encode_prompts
 from .settings import Callback, SamplingOptions, check_count, notify
@@ -36,6 +37,7 @@ class EditOptions(SamplingOptions, total=False):
     negative: str
     count: int
     seed: Seed
+    control: AnyHint | Sequence[AnyHint] | None
     callback: Callback | None
 
 
@@ -91,8 +93,8 @@ def variations(
 ) -> list[Image.Image]:
     """Generates variations of a picture by image to image at Stage C: its features are noised to `strength`.
 
-    Strength 0 equals `reconstruct` with the prompt, 1 equals `generate`. `options` are negative, count, seed, callback
-    and settings, as in `generate`. Sizes as in `encode`.
+    Strength 0 equals `reconstruct` with the prompt, 1 equals `generate`. `options` are negative, count, seed, control,
+    callback and settings, as in `generate`. Sizes as in `encode`.
     """
     return _edit(model, read_pixels(image, width, height), None, prompt, strength, **options)
 
@@ -138,8 +140,8 @@ def outpaint(
 ) -> list[Image.Image]:
     """Extends a picture by `left`, `top`, `right` and `bottom` generated pixels; other arguments as in `inpaint`.
 
-    The result may have at most 2048 pixels per side. Below strength 1 the new part starts from the picture's repeated
-    edge pixels.
+    The result may have at most 2048 pixels per side; hints in `control` show all of it. Below strength 1 the new part
+    starts from the picture's repeated edge pixels.
     """
     pixels, mask_pixels = read_extended(image, left, top, right, bottom)
     return _edit(model, pixels, mask_pixels, prompt, strength, composite, **options)
@@ -221,6 +223,7 @@ def _edit(
     negative: str = "",
     count: int = 1,
     seed: Seed = 0,
+    control: AnyHint | Sequence[AnyHint] | None = None,
     callback: Callback | None = None,
     **settings: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
@@ -230,6 +233,8 @@ def _edit(
     strength_times(sampling.prior_times(), strength)  # raises ValueError if out of range
     count = to_int("count", count)
     seed = check_request(model, [prompt, negative], count, seed, with_pictures=True)
+    area = pixels.shape[-2], pixels.shape[-1]
+    hints = load_hints(model, control, sampling, count, strength=strength, area=area)
     cond, uncond, *empty = encode_prompts(model, [prompt, negative, *([] if mask is None else [""])])
     notify(callback, "text")
     prior_text, text = (states.expand(count, -1, -1) for states in cond)
@@ -238,7 +243,7 @@ def _edit(
     grid = None if mask is None else pad_to_legal(mask).to(model.device)
     cells = None if grid is None else latent_mask(grid, *init.shape[-2:])
     features = sample_prior(
-        model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, **run
+        model, prior_text, sampling, negative=uncond[0], init=init, mask=cells, strength=strength, control=hints, **run
     )
     kept_latents = None
     with model.using(model.stage_b):

@@ -23,7 +23,7 @@ from . import editing, embeddings, loras, prompts, stages
 from .arguments import check_keywords
 from .compile import can_compile, compile_network
 from .components import Components
-from .control import AnyHint, load_hints
+from .control import AnyHint, LoadedHints, load_hints
 from .editing import EditOptions
 from .embeddings import Embeddings
 from .low_memory import StoredNetworks
@@ -164,7 +164,7 @@ class WuerstchenPipeline(Components):
         and both stages read all pieces. `embeddings` (files, a folder, or files by name) are textual inversions for
         `embedding:NAME` in prompts, as in ComfyUI; see `load_embeddings`. `control` hints at the shapes and places of
         things: (net, picture, strength), where `net` is the file of a ControlNet, or a `Hint`, which has more options,
-        or a list of these. Several add up, and each is for all pictures.
+        or a list of these. Several add up.
         """
         if embeddings is not None:
             self.load_embeddings(embeddings)
@@ -172,23 +172,24 @@ class WuerstchenPipeline(Components):
         sampling = self.sampling.updated(width=width, height=height, **settings)
         count = to_int("count", count)
         seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)
-        hints = load_hints(self, control, sampling)
+        hints = load_hints(self, control, sampling, len(several) * count)
         *cond, uncond = prompts.encode_prompts(self, [*several, negative])
         notify(callback, "text")
-        batches: list[tuple[list[Tensor], dict[str, Any]]] = []
+        batches: list[tuple[list[Tensor], LoadedHints, dict[str, Any]]] = []
         done = 0
         for _, batch in groupby(cond, lambda states: states[0].shape):  # only texts of one length share a batch
             texts = [torch.cat(states).repeat_interleave(count, dim=0) for states in zip(*batch, strict=True)]
             seeds = seed[done:] if isinstance(seed, Sequence) else seed + done
-            batches.append((texts, {"seed": seeds, "callback": callback}))
+            own_hints = hints.of_images(done, len(texts[0]))
+            batches.append((texts, own_hints, {"seed": seeds, "callback": callback}))
             done += len(texts[0])
         with self.using("prior"):
-            run_prior = partial(self.sample_prior, sampling=sampling, negative=uncond[0], control=hints)
-            features = [run_prior(x[0], **run) for x, run in batches]
+            run_prior = partial(self.sample_prior, sampling=sampling, negative=uncond[0])
+            features = [run_prior(x[0], control=own_hints, **run) for x, own_hints, run in batches]
         with self.using(self.stage_b):
             latents = [
                 self.sample_decoder(y, x[1], sampling, negative=uncond[1], **run)
-                for (x, run), y in zip(batches, features, strict=True)
+                for (x, _, run), y in zip(batches, features, strict=True)
             ]
         with self.using("vqgan"):
             images = [image for one in latents for image in self.decode(one)]

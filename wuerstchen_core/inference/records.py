@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..checkpoints.fingerprint import fingerprint
 from ..common.devices import NETWORK_DTYPES
 from ..diffusion.samplers import plain_seed
 from ..models.control_net import ControlNet
@@ -78,7 +77,7 @@ def hint_records(control: Any) -> list[dict[str, Any]]:
 def _hint_record(hint: Hint) -> dict[str, Any]:
     net: dict[str, Any] = {"file": IN_MEMORY}
     if not isinstance(hint.net, ControlNet):
-        net = {"file": source_name(hint.net), "weights": fingerprint(hint.net)}
+        net = {"file": source_name(hint.net), "weights": hint.weights}
     mask = {} if hint.mask is None else {"mask": picture_name(hint.mask) or ""}
     times = {"strength": hint.strength, "start": hint.start, "end": hint.end}
     return {**net, "image": picture_name(hint.picture) or "", **times, **mask}

@@ -23,7 +23,7 @@ from ..models.image_encoder import semantic_view
 from ..models.prior import KVCache, features_from_latents, latents_from_features
 from ..models.token_decoder import TokenDecoder
 from .components import Components, first_weight
-from .control import AnyHint, control_at, load_hints
+from .control import AnyHint, LoadedHints, load_hints
 from .images import to_pictures
 from .settings import Callback, SamplingSettings, sampler_progress
 
@@ -53,7 +53,7 @@ def sample_prior(
     init: Tensor | None = None,
     mask: Tensor | None = None,
     strength: float = 1.0,
-    control: AnyHint | Sequence[AnyHint] | None = None,
+    control: AnyHint | Sequence[AnyHint] | LoadedHints | None = None,
 ) -> Tensor:
     """Runs Stage C: text states [B, 77 n, c] to features [B, 16, h, w], in the image encoder's units.
 
@@ -64,13 +64,14 @@ def sample_prior(
     """
     params = model.require("prior").params
     times = strength_times(sampling.prior_times(), strength)
+    hints = load_hints(model, control, sampling, len(text), strength=strength)
     if init is not None and strength == 0:
         return init
     _warn_of_size(model, sampling)
     if negative is None and sampling.prior_guidance > 1:
         negative = _encode_empty(model, "prior")
-    added = control_at(model, load_hints(model, control, sampling), sampling, len(text))
     with model.using("prior") as prior:
+        hints.check_prior(prior)
         text = text.to(first_weight(prior))
         scale, cond, uncond = max(sampling.prior_guidance, 1.0), (text,), (text,)
         if scale > 1:
@@ -85,7 +86,7 @@ def sample_prior(
         if clean is not None and strength < 1:  # at 1 a hundredth of the picture would remain
             x = diffuse(clean, times[:1].to(x.device).expand(len(x)), noise)
         x = sample(
-            guided(in_fp32(prior, KVCache(prior), control=added), cond, uncond, scale),
+            guided(in_fp32(prior, KVCache(prior), control=hints or None), cond, uncond, scale),
             x,
             times,
             draw=draw,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.dataclass_config import Count, CountOrZero, OneOf, option
+from ..common.numbers import to_float
 from .init import xavier_init
 from .layers import ChannelNorm, ResBlock, channels_last
 from .operations import Operations
@@ -39,6 +40,7 @@ class ControlNetParams:
     hints: Annotated[str, OneOf(KINDS)] = option("given", f"hints that it reads: {', '.join(KINDS)}")
     widths: tuple[Count, ...] = option((64, 128, 256, 512), "channels at 1/4, 1/8, 1/16 and 1/32 of the hint")
     repeats: tuple[Count, ...] = option((1, 1, 2, 4), "convolutional blocks of each width")
+    prior_values: tuple[float, ...] = option((), "some of the prior's weights, to recognise it; empty: unknown")
 
     def __post_init__(self) -> None:
         counts = len(self.widths), len(self.repeats)
@@ -50,6 +52,8 @@ class ControlNetParams:
                 f"the prior_blocks of a ControlNet are numbers from 0 to {self.prior_depth - 1} in ascending order, "
                 f"got {blocks}"
             )
+        for value in self.prior_values:
+            to_float("a prior_value of a ControlNet:", value)
 
 
 class ControlNet(nn.Module):
@@ -86,9 +90,9 @@ class ControlNet(nn.Module):
     def forward(self, hint: Tensor, size: tuple[int, int]) -> tuple[Tensor | None, ...]:
         """Returns the `Control` of hints [B, 3, H, W] in [0, 1] for latents of a size (h, w), one entry per block.
 
-        The hints are in the dtype to compute in; `crop_hint` gives them the shape of the latents.
+        The hints are in the dtype to compute in; `fit_hint` gives them the shape of the latents.
         """
-        x = self.hint_stem(channels_last(hint_view(hint, size).to(hint.dtype)))
+        x = self.hint_stem(channels_last((scale_hint(hint, size) * 2 - 1).to(hint.dtype)))
         for level in self.levels:
             x = level(x)
         x = self.norm(x)
@@ -96,13 +100,18 @@ class ControlNet(nn.Module):
         return tuple(found.get(i) for i in range(self.params.prior_depth))
 
 
-def hint_view(hint: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns hints [B, 3, H, W] in [0, 1] scaled to 32 pixels per latent and to [-1, 1], in fp32."""
+def fit_hint(hint: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns hints [B, c, H, W] cropped to the shape of latents (h, w), with 32 pixels per latent, in fp32."""
+    return scale_hint(crop_hint(hint, size), size)
+
+
+def scale_hint(hint: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns hints [B, c, H, W] scaled to 32 pixels per latent of a size (h, w), in fp32."""
     pixels = [STRIDE * side for side in size]
     hint = hint.float()
-    if list(hint.shape[-2:]) != pixels:
-        hint = F.interpolate(hint, size=pixels, mode="bilinear", antialias=True, align_corners=False)
-    return hint * 2 - 1
+    if list(hint.shape[-2:]) == pixels:
+        return hint
+    return F.interpolate(hint, size=pixels, mode="bilinear", antialias=True, align_corners=False)
 
 
 def crop_hint(hint: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoints.build import load_control_net
-from ...checkpoints.release import check_control, release_of
+from ...checkpoints.release import check_control, prior_values, release_of
 from ...common.dataclass_config import Count, CountOrZero, Fraction, OneOf, Positive, from_table, option
 from ...inference.control import Hint
 from ...inference.pipeline import WuerstchenPipeline
@@ -52,12 +52,12 @@ class ControlConfig:
     def __post_init__(self) -> None:
         if self.line_widths[0] > self.line_widths[1]:
             raise ValueError(f"[control] line_widths are the least and the largest, got {list(self.line_widths)}")
-        if self.hints != "outline" and (self.contours or self.line_widths != (1.0, 3.0)):
+        if self.hints != "outline" and (self.contours or self.line_widths != type(self).line_widths):
             raise ValueError('[control] contours and line_widths are for hints = "outline": remove them')
 
 
-def control_params(config: ControlConfig, prior: PriorParams) -> ControlNetParams:
-    """Returns the params of a new ControlNet for a prior."""
+def control_params(config: ControlConfig, prior: PriorParams, values: tuple[float, ...] = ()) -> ControlNetParams:
+    """Returns the params of a new ControlNet for a prior, with its `prior_values`."""
     return ControlNetParams(
         prior_width=prior.c,
         prior_depth=prior.depth,
@@ -111,22 +111,23 @@ class ControlStage(PriorStage):
         self.bases = [input_source(config, "prior")]
         if frozen_dtype(config) != torch.float32:
             self.fsdp_conflict = "[train] frozen"
-        net = ControlledPrior(prior, self.control_net(prior.params))
+        net = ControlledPrior(prior, self.control_net(prior))
         train_only(net)
         return net
 
-    def control_net(self, prior: PriorParams) -> ControlNet:
+    def control_net(self, prior: Prior) -> ControlNet:
         """Returns the ControlNet to train: that of `[control] start`, or a new one."""
         own = self.control
         if not own.start:
-            network = ControlNet(control_params(own, prior))
+            network = ControlNet(control_params(own, prior.params, prior_values(prior)))
             network.init_weights()
             return network
         network = load_control_net(own.start, dtype=torch.float32)
-        check_control(network.params, prior, own.start)
+        check_control(network.params, prior.params, own.start)
         if network.params.hints != own.hints:
             raise ValueError(f"[control] start: {own.start} reads hints of the kind {network.params.hints}: set that")
         self.bases = [*self.bases, own.start]
+        network.params = replace(network.params, prior_values=prior_values(prior))
         return network.train()
 
     def sampling(self) -> dict[str, Any]:
