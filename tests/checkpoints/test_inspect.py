@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.golden_data import manifests
 from helpers.networks import NETWORKS
 from helpers.tiny_model import tiny_parts
 from safetensors.torch import save_file
@@ -26,11 +27,6 @@ from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import open_source
 
 ROOT = Path(__file__).parents[2]
-MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
-
-
-def manifest(name: str) -> Any:
-    return json.loads((MANIFESTS / f"{name}.json").read_text())
 
 
 def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
@@ -61,7 +57,7 @@ def full_size_file(path: Path, tensors: dict[str, Any]) -> Path:
     ],
 )
 def test_published_files(tmp_path: Path, name: str, part: str, version: str, tower: str | None, node: str) -> None:
-    published = manifest(name)
+    published = manifests()[name]
     description = describe(full_size_file(tmp_path / "file.safetensors", published["tensors"]))
     assert description.kind == "weights only"
     assert description.version == version
@@ -75,7 +71,7 @@ def test_published_files(tmp_path: Path, name: str, part: str, version: str, tow
 
 def test_a_file_of_four_gigabytes_is_described_at_once(tmp_path: Path) -> None:
     """Both formats are described from their headers, in less than 2 seconds."""
-    tensors = manifest("orig_v1_stage_c_prior")["tensors"]
+    tensors = manifests()["orig_v1_stage_c_prior"]["tensors"]
     safetensors = full_size_file(tmp_path / "prior.safetensors", tensors)
     state = {key: torch.empty(shape, device="meta") for key, (shape, _) in tensors.items()}
     with skip_data():
@@ -208,7 +204,7 @@ def test_parts_without_a_loader_are_to_be_converted(tmp_path: Path) -> None:
 def test_original_stage_b_of_v1(tmp_path: Path) -> None:
     states = {}
     for key, name in (("state_dict", "orig_v1_stage_b_paella"), ("effnet_state_dict", "orig_v1_effnet_l")):
-        tensors = manifest(name)["tensors"]
+        tensors = manifests()[name]["tensors"]
         states[key] = {key: torch.zeros(()).expand(shape) for key, (shape, _) in tensors.items()}
     torch.save(states, tmp_path / "model_stage_b.pt")
     description = describe(tmp_path / "model_stage_b.pt")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.golden_data import manifests
 from helpers.layouts import clip_of_open_clip, clip_of_transformers
 from helpers.networks import DECODER, PRIOR, VQ
 from torch import Tensor
@@ -29,13 +28,12 @@ from wuerstchen_core.models.text_encoder import CLIP_BIGG, CLIP_H, TextEncoder, 
 from wuerstchen_core.models.token_decoder import TokenDecoderParams
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 
-MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 def manifest(name: str) -> dict[str, Tensor]:
     """Returns the tensors of a published file, without data."""
-    tensors = json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"]
+    tensors = manifests()[name]["tensors"]
     return {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, (shape, dtype) in tensors.items()}
 
 

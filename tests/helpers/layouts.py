@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helpers.golden_data import manifests
 from wuerstchen_core.models.decoder import Decoder, DecoderParams
 from wuerstchen_core.models.image_encoder import ImageEncoder, ImageEncoderParams
 from wuerstchen_core.models.prior import Prior, PriorParams
 from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParams
 
 State = dict[str, Tensor]
-MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 
 # The released networks' number of blocks, at the smallest width that their heads allow.
 PRIOR = PriorParams(c=64, c_cond=1280, c_r=8, nhead=1)
@@ -29,7 +29,7 @@ TOKENS = TokenDecoderParams(c_hidden=(8, 16, 16), c_in=8, c_out=8, num_labels=32
 
 def manifest_keys(name: str) -> set[str]:
     """Returns the keys of a published file."""
-    return set(json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"])
+    return set(manifests()[name]["tensors"])
 
 
 def write_folder(folder: Path, state: State, config: dict[str, Any], name: str = "diffusion_pytorch_model") -> None:
