@@ -43,8 +43,8 @@ def test_only_the_library_is_installed(installed: Path) -> None:
 def test_all_code_and_data_are_installed(installed: Path) -> None:
     library = ROOT / "wuerstchen_core"
     assert files(installed / "wuerstchen_core", "*.py") == files(library, "*.py")
-    data = files(library, "*.json", "*.txt", "*.toml", "*.safetensors")
-    assert {"demo/artwork.json", "demo/ARTWORK-LICENSE.txt"} <= data
+    data = files(library, "*.json", "*.xz", "*.txt", "*.toml", "*.safetensors")
+    assert {"demo/artwork.json.xz", "demo/ARTWORK-LICENSE.txt"} <= data
     assert data <= files(installed / "wuerstchen_core", "*")
 
 

@@ -147,8 +147,8 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: v1 if source == "demo-v1" else quick)
     monkeypatch.setattr(remake, "PAGE", tmp_path / "demo.md")
     monkeypatch.setattr(remake, "DEMO", tmp_path)
-    monkeypatch.setattr(remake, "GRID", tmp_path / "grid.jpg")
-    monkeypatch.setattr(edits, "GRID", tmp_path / "edits.jpg")
+    monkeypatch.setattr(remake, "GRID", tmp_path / "grid.webp")
+    monkeypatch.setattr(edits, "GRID", tmp_path / "edits.webp")
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
     v1_numbers = NUMBERS | {"another_thing": NUMBERS["thing"]}
@@ -159,8 +159,8 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(lora, "remake", lambda: trained.append("lora"))
     monkeypatch.setattr(curves, "PLOT", tmp_path / "curves.png")
     remake.main()
-    assert Image.open(tmp_path / "grid.jpg").size == (1536, 6 * 128 + 192 + 128 + 256 + 128)
-    assert Image.open(tmp_path / "edits.jpg").size == (768, 384)
+    assert Image.open(tmp_path / "grid.webp").size == (1536, 6 * 128 + 192 + 128 + 256 + 128)
+    assert Image.open(tmp_path / "edits.webp").size == (768, 384)
     assert Image.open(tmp_path / "curves.png").width == 1080
     assert trained == ["lora"]
     factors = json.loads((tmp_path / "preview_factors.json").read_text())

@@ -1,4 +1,4 @@
-"""Writes docs/canvas.jpg, the first workflow on ComfyUI's canvas after a run: `python -m tools.comfyui.canvas_picture`.
+"""Writes docs/canvas.webp, the first workflow on ComfyUI's canvas after a run: `tools.comfyui.canvas_picture`.
 
 Uses the newest ComfyUI that it finds, and Chromium.
 """
@@ -51,7 +51,7 @@ def main() -> None:
                 image = Image.open(io.BytesIO(page.page.screenshot(clip=CLIP)))
         finally:
             server.stop()
-    image.convert("RGB").save(REPOSITORY / "docs" / "canvas.jpg", quality=80, optimize=True, progressive=True)
+    image.convert("RGB").save(REPOSITORY / "docs" / "canvas.webp", quality=80, method=6)
 
 
 if __name__ == "__main__":

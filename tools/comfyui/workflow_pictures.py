@@ -53,7 +53,7 @@ def main(workflows: list[str]) -> None:
                 if not outcome.pictures:
                     raise SystemExit(f"{name} failed: {outcome.status} {outcome.error}")
                 path = picture_file(name)
-                in_rows(outcome.pictures).save(path, quality=92)
+                in_rows(outcome.pictures).save(path, quality=80, optimize=True, progressive=True)
                 logger.info("wrote %s", path.name)
         finally:
             server.stop()

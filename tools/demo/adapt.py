@@ -173,7 +173,7 @@ def main() -> None:
         things, lower = adapt_things(Path(folder))
     numbers = {"resolution": larger, "things": things}
     logger.info("%s", json.dumps(numbers, indent=1))
-    grid([*upper, *lower], COLUMNS).save(DOCS / "adapting.jpg", quality=89)
+    grid([*upper, *lower], COLUMNS).save(DOCS / "adapting.webp", quality=80, method=6)
     (DOCS / "adapting.md").write_text(page(numbers), encoding="utf-8")
 
 

@@ -141,7 +141,7 @@ def copy_logs(folders: Mapping[str, Path], target: Path) -> None:
         for grid in sorted(folder.glob("sheet-*.png"))[-1:]:
             picture = Image.open(grid).convert("RGB")
             half = picture.crop((0, 0, picture.width // 2, picture.height))
-            half.save(target / f"{name}.jpg", quality=85, optimize=True)
+            half.save(target / f"{name}.webp", quality=80, method=6)
 
 
 def second_overrides(run: Path, stage: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Generates docs/pictures.jpg, the grid of edited images: `python -m tools.demo.edits`."""
+"""Generates docs/pictures.webp, the grid of edited images: `python -m tools.demo.edits`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
 from .. import DOCS
 
-GRID = DOCS / "pictures.jpg"
+GRID = DOCS / "pictures.webp"
 COLUMNS, TILE = 6, 128  # of the grid; pixels of a tile's shorter side
 LARGE, SMALL = range(len(SIZES))
 
@@ -59,7 +59,7 @@ def _inpaint(pipe: WuerstchenPipeline, before: Scene, after: Scene) -> list[Imag
 
 
 def remake(pipe: WuerstchenPipeline) -> None:
-    edits_grid(pipe).save(GRID, quality=90)
+    edits_grid(pipe).save(GRID, quality=80, method=6)
 
 
 if __name__ == "__main__":

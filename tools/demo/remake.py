@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = DOCS / "demo.md"
 DEMO = ROOT / "wuerstchen_core" / "demo"
-GRID = DOCS / "held_out.jpg"
+GRID = DOCS / "held_out.webp"
 EVALUATION = LOGS.parent / "evaluation.json"
 MARKS = "<!-- demo numbers: written by tools.demo.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: written by tools.demo.remake -->", "<!-- end of v1 numbers -->"
@@ -134,7 +134,7 @@ def main() -> None:
     for marks in (MARKS, MARKS_V1):  # checked before hours of work
         replace_between(PAGE.read_text(encoding="utf-8"), marks, "")
     pipe = WuerstchenPipeline.load("demo")
-    sample_grid(pipe).save(GRID, quality=84, optimize=True, progressive=True)
+    sample_grid(pipe).save(GRID, quality=80, method=6)
     edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     remake_numbers(pipe, EVALUATION, MARKS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -33,7 +34,7 @@ _SVG = (
 @cache
 def artwork() -> dict[str, Any]:
     """Returns the size of the drawings' canvas, and their SVG code by name."""
-    return json.loads(Path(__file__).with_name("artwork.json").read_text(encoding="utf-8"))
+    return json.loads(lzma.decompress(Path(__file__).with_name("artwork.json.xz").read_bytes()))
 
 
 def render(thing: int, edge: int) -> np.ndarray:

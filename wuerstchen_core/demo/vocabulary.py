@@ -67,7 +67,7 @@ _SYNONYMS = {
     "telephone": ("phone",), "hat": ("top hat",), "diamond": ("gem", "gemstone"), "trophy": ("golden cup",),
     "fire": ("flame",), "leaf": ("maple leaf",), "fir": ("conifer",),
 }  # fmt: skip
-# Names of the drawings in artwork.json, where they differ from the thing's name.
+# Names of the drawings in artwork.json.xz, where they differ from the thing's name.
 _ICONS = {
     "corn": "ear-of-corn", "ice cream": "soft-ice-cream", "cat": "cat-face", "dog": "dog-face", "pig": "pig-face",
     "rabbit": "rabbit-face", "dinosaur": "sauropod", "ladybug": "lady-beetle", "bee": "honeybee",
