@@ -18,7 +18,7 @@ from ...wuerstchen_core.common.numbers import check_finite
 from ...wuerstchen_core.common.text import listed
 from ...wuerstchen_core.models.decoder import DecoderParams, resize_prior_latents
 from ...wuerstchen_core.models.token_decoder import TokenDecoderParams
-from .control import foreign_control
+from .control import WuerstchenControl, controls_of
 from .latents import STAGE_C, check_shape
 from .masks import grid_mask
 from .notices import notify
@@ -38,7 +38,7 @@ _COMFYUI_KEYS = frozenset(  # of a CONDITIONING, that ComfyUI uses itself or add
     "mask_strength model_conds pooled_output prompt_type set_area_to_bounds start_percent strength timestep_end "
     "timestep_start uuid".split()
 )
-_NETWORKS = {"control": "another model's ControlNet", "gligen": "GLIGEN boxes"}  # that ComfyUI would run, for nothing
+_NETWORKS = frozenset({"control", "gligen"})  # keys of networks that ComfyUI would run
 _SAMPLE_NODES = {"v1": "Würstchen Token Decoder Sample", "v2": "Würstchen Decoder Sample"}
 
 
@@ -63,16 +63,20 @@ def check_options(stage: str, conditioning: Iterable[Mapping[str, Any]]) -> None
     """
     conditioning = list(conditioning)
     keys = set().union(*conditioning)
-    controls = [cond["control"] for cond in conditioning if "control" in cond]
-    if stage == "Stage C" and not any(map(foreign_control, controls)):
-        keys = keys - {"control"}
-    if networks := [name for key, name in _NETWORKS.items() if key in keys]:
+    ours = {isinstance(control, WuerstchenControl) for control in controls_of(conditioning)}
+    networks, advice = ["GLIGEN boxes"] if "gligen" in keys else [], ""
+    if False in ours:
+        networks.append("another model's ControlNet")
+        advice = "load one of Stage C with Würstchen ControlNet Loader, or " if stage == "Stage C" else ""
+    elif ours and stage != "Stage C":
+        networks.append("a ControlNet of Stage C")
+        advice = "connect the conditioning with it to Stage C, or "
+    if networks:
         raise ValueError(
-            f"{stage} of Würstchen cannot use {' and '.join(networks)} in its conditioning: "
-            f"{'load it with Würstchen ControlNet Loader, or ' if controls and stage == 'Stage C' else ''}"
+            f"{stage} of Würstchen cannot use {' and '.join(networks)} in its conditioning: {advice}"
             "remove the node that adds it"
         )
-    if ignored := sorted(keys - _COMFYUI_KEYS - _NETWORKS.keys() - {PRIOR_KEY, VERSION_KEY}):
+    if ignored := sorted(keys - _COMFYUI_KEYS - _NETWORKS - {PRIOR_KEY, VERSION_KEY}):
         notify(
             f"{stage} of Würstchen ignores {listed(ignored)} in its conditioning, which other models read: "
             "remove the node that adds it"

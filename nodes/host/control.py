@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.controlnet
@@ -15,14 +15,23 @@ import torch
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints import Part, build_part
-from ...wuerstchen_core.checkpoints.release import check_control
+from ...wuerstchen_core.checkpoints.release import check_control, prior_note
+from ...wuerstchen_core.common.numbers import check_finite
 from ...wuerstchen_core.inference.control import hint_notes
-from ...wuerstchen_core.models.control_net import STEM, Control, ControlNet, crop_hint, repeat_control, sum_controls
+from ...wuerstchen_core.models.control_net import (
+    STEM,
+    STRIDE,
+    Control,
+    ControlNet,
+    fit_hint,
+    repeat_control,
+    sum_controls,
+)
 from .diffusion_models import CONTROL, HostPrior, castable
 from .notices import notify
 
 ROUNDING = 1e-4  # of sigmas
-WITHIN_LEVEL = 12  # most values alive in the finest block, per channel and cell
+WITHIN_LEVEL = 12  # most values alive at once in the finest block, per channel and position
 
 
 class HostControlNet(ControlNet):
@@ -30,7 +39,6 @@ class HostControlNet(ControlNet):
 
     def __init__(self, params: Any, *, device: Any = None, dtype: Any = None):
         super().__init__(params, operations=castable(comfy.ops.manual_cast), device=device, dtype=dtype)
-        self.dtype = dtype
 
 
 class WuerstchenControl(comfy.controlnet.ControlBase):
@@ -42,6 +50,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
     def __init__(self, patcher: Any, name: str):
         super().__init__()
         self.patcher, self.name = patcher, name
+        self.latents = torch.Size((0, 0, 0, 0))  # to sample
         self.controls: dict[tuple[int, int], Control] = {}  # of the sampling, by the size of the latents
 
     def copy(self) -> WuerstchenControl:
@@ -60,7 +69,7 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
         return copied
 
     def set_extra_arg(self, argument: str, value: Any = None) -> None:
-        """Notifies: nodes for other ControlNets choose a kind of hints by this."""
+        """Notifies that it has no effect: other ControlNets read several kinds of hints, of which it chooses one."""
         notify(f"{self.name} reads hints of one kind ({self.patcher.model.params.hints}): {argument} has no effect")
 
     def get_models(self) -> list[Any]:
@@ -68,20 +77,24 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
         """Returns the bytes of computing what this and the previous ControlNets add, and of keeping it."""
-        params, hint = self.patcher.model.params, self.cond_hint_original
-        pixels = 0 if hint is None else len(hint) * hint.shape[-2] * hint.shape[-1] * 9 / 16  # 32 for 42.67
-        finest = WITHIN_LEVEL * params.widths[0] / STEM**2
-        kept = len(params.prior_blocks) * params.prior_width / 32**2
-        return super().inference_memory_requirements(dtype) + 4 * pixels * (finest + kept)
+        params, hint, latents = self.patcher.model.params, self.cond_hint_original, self.latents
+        cells = 0 if hint is None else min(len(hint), latents[0]) * latents[-2] * latents[-1]
+        finest = WITHIN_LEVEL * params.widths[0] * (STRIDE / STEM) ** 2
+        kept = len(params.prior_blocks) * params.prior_width
+        return super().inference_memory_requirements(dtype) + 4 * cells * (finest + kept)
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
         """Prepares for a sampling. Raises ValueError if the ControlNet does not fit the model."""
-        if not isinstance(model.diffusion_model, HostPrior):
+        network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # some nodes compile it whole
+        if not isinstance(network, HostPrior):
             raise ValueError(
                 f"{self.name} steers Würstchen's prior (Stage C), but it is in the conditioning of "
                 f"{type(model).__name__}: connect the prior of a Würstchen loader, or another ControlNet"
             )
-        check_control(self.patcher.model.params, model.diffusion_model.params, self.name)
+        check_control(self.patcher.model.params, network.params, self.name)
+        if note := prior_note(self.patcher.model.params, network, self.name):
+            notify(note)
+        self.controls = {}  # of a sampling that was cancelled
         super().pre_run(model, percent_to_timestep_function)
 
     def cleanup(self) -> None:
@@ -112,26 +125,42 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
             hint = self.cond_hint_original[:count, :3].expand(-1, 3, -1, -1)  # without alpha
             for note in hint_notes(self.patcher.model.params, hint, size):
                 notify(f"{self.name}: {note}")
-            hint = crop_hint(hint, size).to(x.device, torch.float32)
+            added = self.patcher.model(fit_hint(hint, size).to(x.device), size)
+            numbers = torch.arange(count) % len(hint)
             self.controls[size] = [
-                y if y is None or len(y) == 1 else y[torch.arange(count) % len(y)]
-                for y in self.patcher.model(hint, size)
+                y if y is None else check_finite(self.name, y)[numbers if len(hint) > 1 else slice(None)] for y in added
             ]
         return repeat_control(self.controls[size], len(x))
 
 
-def foreign_control(control: Any) -> bool:
-    """True if a conditioning's ControlNet, or one that it is chained to, is another model's."""
-    while control is not None:
-        if not isinstance(control, WuerstchenControl):
-            return True
-        control = control.previous_controlnet
-    return False
+def controls_of(conditioning: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """Yields the ControlNets of conditionings, of any model, each with those that it is chained to."""
+    for cond in conditioning:
+        control = cond.get("control")
+        while control is not None:
+            yield control
+            control = control.previous_controlnet
+
+
+def prepare_controls(
+    conditioning: Iterable[Mapping[str, Any]], sampling: Any, sigmas: Tensor, shape: torch.Size
+) -> Iterator[str]:
+    """Prepares our ControlNets for latents of a shape, and yields notices about those that act at none of the sigmas.
+
+    `sampling` is the model's `model_sampling`.
+    """
+    for control in controls_of(conditioning):
+        control.latents = shape
+        start, end = control.timestep_percent_range
+        highest, lowest = (sampling.percent_to_sigma(percent) for percent in (start, end))
+        if not any(lowest * (1 - ROUNDING) <= sigma <= highest * (1 + ROUNDING) for sigma in sigmas[:-1].tolist()):
+            yield f"{control.name} acts from {start:g} to {end:g}, in which no step is: it has no effect"
 
 
 def load_control(part: Part, name: str) -> WuerstchenControl:
     """Returns a ControlNet as a CONTROL_NET, which is called `name` in messages."""
     management = comfy.model_management
+    management.throw_exception_if_processing_interrupted()
     state = build_part(part).state_dict()
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     network = HostControlNet(part.params, device=offload_device, dtype=comfy.utils.weight_dtype(state))

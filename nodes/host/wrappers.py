@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .conditioning import check_options, fit_areas
+from .control import prepare_controls
 from .diffusion_models import HostPrior
 from .feature_reuse import stop_reuse, unused_reuse
 from .notices import notify
@@ -35,8 +36,10 @@ def _outer_sample(
     guider: Any = run.class_obj  # type: ignore[attr-defined]
     model = guider.model_patcher.model
     network = model.diffusion_model
-    check_options(model.stage, chain.from_iterable(guider.conds.values()))
+    conditioning = list(chain.from_iterable(guider.conds.values()))
+    check_options(model.stage, conditioning)
     for text in chain(
+        prepare_controls(conditioning, model.model_sampling, sigmas, noise.shape),
         sampler_notices(model, sampler, sigmas, noise.shape),
         setup_notices(guider, sigmas, noise.shape),
         stop_reuse(guider),

@@ -3,6 +3,7 @@ ComfyUI's own nodes apply to Stage C, for test_host_control.py."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ MISTAKES = {
     "chained to another model's": ("ControlNet",),
     "another model": ("net.safetensors", "SDXL"),
     "another depth": ("deep.safetensors", "depth 3", "depth 2"),
-    "stage b": ("Stage B", "ControlNet"),
+    "stage b": ("Stage B", "ControlNet of Stage C"),
+    "not finite": ("nan.safetensors", "finite"),
     "windows": ("ControlNet", "context windows"),
 }
 
@@ -98,24 +100,30 @@ def with_core(steered: Steered) -> dict[str, Tensor]:
             steered.node(apply(plain, "net", first), batch=2),
             steered.expected(("net", "first"), batch=2),
         ),
-        "unguided": (
-            steered.node(apply(plain, "net", first), cfg=1.0),
-            steered.expected(("net", "first"), cfg=1.0),
-        ),
         "old node": (steered.node((one_sided, plain[1])), steered.expected(("net", "first"))),
-        "another shape": (steered.node(apply(plain, "net", steered.image("wide"))), steered.expected(("net", "wide"))),
+        "cancelled": (after_a_cancelled_run(steered), steered.expected(("net", "first"))),
         "half": (steered.node(apply(plain, "half", first)), steered.expected(("half", "first"))),
     }
     return {f"{side}/{name}": pair[i] for name, pair in runs.items() for i, side in enumerate(("got", "want"))}
 
 
-def in_comfyui(steered: Steered) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Samples with what only ComfyUI has: a hint per picture, masks and areas, and another sampler."""
-    import comfy.sample
-    import comfy.samplers
-    from pack.nodes.host.sampling import stage_sigmas
-    from pack.wuerstchen_core.diffusion.schedule import linear_times
+def after_a_cancelled_run(steered: Steered) -> Tensor:
+    """Returns the latents of a batch of one after a run with the same conditioning and a batch of two was cancelled."""
+    conds, network = steered.apply(steered.cond(), "net", steered.image("first", "second")), steered.prior.model
 
+    def cancel(*_: Any) -> None:
+        raise InterruptedError
+
+    hook = network.diffusion_model.register_forward_hook(cancel)
+    with suppress(InterruptedError):
+        steered.node(conds, batch=2)
+    hook.remove()
+    assert conds[0][0][1]["control"].controls
+    return steered.node(conds)
+
+
+def in_comfyui(steered: Steered) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Samples with what only ComfyUI has: a hint per picture, and masks and areas."""
     both, first = steered.image("first", "second"), steered.image("first")
     plain = steered.cond()
     tensors = {"two hints": steered.node(steered.apply(plain, "net", both), batch=2)}
@@ -127,18 +135,12 @@ def in_comfyui(steered: Steered) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{name} without"] = steered.node(([*conds[0], *plain[0]], plain[1]))
         [positive, _] = steered.apply(conds, "net", first)
         tensors[name] = steered.node(([*positive, *plain[0]], plain[1]))
-    cond = steered.apply(plain, "net", first)
-    sigmas, sampler = stage_sigmas(steered.prior, linear_times(STEPS)), comfy.samplers.sampler_object("euler")
-    shape = (1, 16, 3, 5)
-    for name, conds in (("euler", cond), ("euler without", plain)):
-        latents = torch.zeros(shape)
-        tensors[name] = comfy.sample.sample_custom(
-            steered.prior, seeded(*shape), CFG, sampler, sigmas, *conds, latents, seed=SEED
-        )
     with logged() as messages:
         steered.node(steered.apply(plain, "net", 1 - steered.image("wide")))
         steered.nets["net"].set_extra_arg("control_type", [3])
-    return tensors, {"notices": [text for text in messages if "hint" in text]}
+        tensors["no step"] = steered.node(steered.apply(plain, "net", first, 1.0, 0.05, 0.1))
+        steered.node(steered.apply(plain, "retrained", first))
+    return tensors, {"notices": [text for text in messages if ".safetensors" in text]}
 
 
 def memory(steered: Steered) -> dict[str, Any]:
@@ -149,9 +151,15 @@ def memory(steered: Steered) -> dict[str, Any]:
 
     conds = steered.apply(steered.cond(), "net", steered.image("first"))
     conds = steered.apply(conds, "other", steered.image("second"))
-    models, size = comfy.sampler_helpers.get_additional_models({"positive": [conds[0][0][1]]}, torch.float32)
     control = conds[0][0][1]["control"]
     steered.node(conds)
+    models, size = comfy.sampler_helpers.get_additional_models({"positive": [conds[0][0][1]]}, torch.float32)
+    large = steered.apply(steered.cond(), "net", torch.zeros(1, 4000, 6000, 1).expand(-1, -1, -1, 3))[0][0][1][
+        "control"
+    ]
+    large.latents = control.latents
+    compiled = SimpleNamespace(diffusion_model=torch.compile(steered.prior.model.diffusion_model, backend="eager"))
+    control.pre_run(compiled, lambda percent: 1 - percent)
     loaded = [one.model for one in comfy.model_management.current_loaded_models]
     network, meta = steered.nets["net"].patcher.model, torch.device("meta")
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=meta, offload_device=torch.device("cpu"))
@@ -161,6 +169,7 @@ def memory(steered: Steered) -> dict[str, Any]:
     return {
         "models": sorted(model is steered.nets[name].patcher for model in models for name in ("net", "other")),
         "bytes": size,
+        "of a large picture": large.inference_memory_requirements(torch.float32),
         "loaded": all(any(one is model for one in loaded) for model in models),
         "freed": control.controls == {} and control.previous_controlnet.controls == {},
         "offloaded": offloaded,
@@ -199,6 +208,7 @@ def mistakes(steered: Steered) -> dict[str, str]:
         "another model": lambda: steered.nets["net"].pre_run(sdxl, lambda percent: 1.0),
         "another depth": lambda: steered.node(steered.apply(plain, "deep", first)),
         "stage b": stage_b,
+        "not finite": lambda: steered.node(steered.apply(plain, "nan", first)),
         "windows": lambda: steered.node(ours, model=windowed),
     }
     found = {}

@@ -20,7 +20,10 @@ from PIL import Image
 from tools.comfyui.client import Inside, Install, Server, run_inside
 from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import save_bundle
+from wuerstchen_core.checkpoints.release import PRIOR_VALUES
 from wuerstchen_core.models.control_net import ControlNet
+
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,13 @@ def nets(models: Path) -> Path:
         ("half", CONTROL, torch.bfloat16),
         ("other", replace(CONTROL, prior_blocks=(1,)), None),
         ("deep", replace(CONTROL, prior_depth=3), None),
+        ("retrained", replace(CONTROL, prior_values=(0.5,) * PRIOR_VALUES), None),
+        ("nan", CONTROL, None),
     ):
         other = ControlNet(params)
         other.load_state_dict({key: x for key, x in net.state_dict().items() if key in other.state_dict()})
+        if name == "nan":
+            other.hint_stem.weight.data.fill_(float("nan"))
         save_bundle(folder / f"{name}.safetensors", {"control_net": other}, {}, dtype)
     for name, size, box in (
         ("first", SIZE, (20, 20, 90, 90)),
@@ -59,7 +66,7 @@ def inside(install: Install, checkpoints: Path, nets: Path, tmp_path_factory: py
 
 @pytest.mark.parametrize(
     "run",
-    ["plain", "strength", "start", "chained", "batch", "unguided", "old node", "another shape", "half", "negative"],
+    ["plain", "strength", "start", "chained", "batch", "old node", "half", "negative", "cancelled"],
 )
 def test_the_same_hints_give_the_cores_latents(inside: Inside, run: str) -> None:
     got, want = inside[0][f"got/{run}"], inside[0][f"want/{run}"]
@@ -81,20 +88,18 @@ def test_masks_and_areas_limit_where_a_hint_acts(inside: Inside, run: str) -> No
     assert change[:2].mean() > 2 * change[3:].mean() > 0
 
 
-def test_other_samplers_are_steered(inside: Inside) -> None:
-    assert (inside[0]["euler"] - inside[0]["euler without"]).abs().max() > 0.05
-
-
-def test_notices_about_the_shape_and_an_inverted_outline(inside: Inside) -> None:
-    shape, inverted, union = inside[1]["notices"]
+def test_notices(inside: Inside) -> None:
+    shape, inverted, union, times, prior = dict.fromkeys(inside[1]["notices"])  # positive and negative have the same
     assert "300x90" in shape and "net.safetensors" in shape and "white" in inverted
     assert "control_type" in union and "outline" in union
+    assert "0.05 to 0.1" in times and torch.equal(inside[0]["no step"], inside[0]["got/plain"])
+    assert "retrained.safetensors" in prior and "prior" in prior
 
 
 def test_memory_management(inside: Inside) -> None:
     facts = inside[1]["memory"]
     assert facts["models"] == [False, False, True, True] and facts["loaded"] and facts["freed"] and facts["clone"]
-    assert 1e4 < facts["bytes"] < 1e7
+    assert 1e4 < facts["of a large picture"] < facts["bytes"] < 1e7
     assert facts["offloaded"] > 10 and facts["partial"] == [[1, 64, 3, 5]] * 2
 
 
