@@ -20,6 +20,7 @@ from wuerstchen_core.checkpoints.adapters import delta, merge_lora
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.lora_files import lora_from_state, read_lora
 from wuerstchen_core.checkpoints.lora_folders import is_lora
+from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.models.prior import Prior
 
 peft = pytest.importorskip("peft", reason="writes the files and computes the expected outputs")
@@ -219,6 +220,13 @@ def test_alphas_of_tensors_come_before_kohyas_header() -> None:
         assert "alpha" not in kohya(**nothing)["projection"].tensors
     folded = FORMS["diffusers"].write(random_factors(attention_of_prior()), {})  # their converters multiply alpha in
     assert not any("alpha" in x.tensors for x in lora_from_state(folded, {"ss_network_alpha": "8"}).network.values())
+
+
+def test_a_file_without_alphas_notes_those_of_its_header(tmp_path: Path) -> None:
+    state = FORMS["kohya"].write(random_factors(attention_of_prior()), {})
+    file = tmp_path / "kohya.safetensors"
+    save_file({key: x for key, x in state.items() if not key.endswith("alpha")}, file, {"ss_network_alpha": "8"})
+    assert (note := read_lora(file).note) and describe_lora(file).ignored == (note,)
 
 
 def test_folders_name_one_lora(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS
 
 DIFFUSERS = FORMS["diffusers"]
+TURBO = {"schedule": "turbo", "sampler": "ddim", "prior_guidance": 1.0}
+SETTINGS: dict[str, Any] = {  # of LoRAs for few steps
+    "two": {**TURBO, "prior_steps": 2},
+    "four": {**TURBO, "prior_steps": 4},
+    "one": {"decoder_steps": 1},
+    "later": {"schedule": "of a later version"},
+    "other": {**TURBO, "width": 64},
+    "damaged": "{",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +47,14 @@ def files(bundle: Path) -> dict[str, Path]:
         "stage_b": {"prior.clf.1.diff_b": torch.ones(32)},
         "wide": DIFFUSERS.write(random_factors(attention_of_prior(128)), {}),
     }
+    headers: dict[str, str] = {}
+    for name, settings in SETTINGS.items():
+        states[name] = states["stage_b" if name == "one" else "prior"]
+        headers[name] = settings if isinstance(settings, str) else json.dumps(settings)
     paths = {name: bundle.with_name(f"{name}.safetensors") for name in states}
     for name, state in states.items():
-        save_file(state, paths[name])
+        header = {"distillation": "{}", "sampling": headers[name]} if name in headers else None
+        save_file(state, paths[name], header)
     return paths
 
 
@@ -100,6 +116,55 @@ def test_pictures_are_those_without_it_again(bundle: Path, files: dict[str, Path
     pipe.unload_lora()
     [after] = pipe.generate("a red apple", seed=1)
     assert before.tobytes() == after.tobytes() != during.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("loaded", "taken_off"),
+    [
+        (["two", "four"], ["two", "four"]),
+        (["two", "four"], ["four", "two"]),
+        (["two", "one", "four"], ["two", "one", "four"]),
+        (["one", "two"], [None]),
+        (["two", "four"], [None]),
+        (["two", "two-2"], ["two", "two-2"]),
+    ],
+)
+def test_the_settings_of_distilled_loras(
+    loaded: list[str], taken_off: list[str | None], bundle: Path, files: dict[str, Path]
+) -> None:
+    pipe = load(bundle)
+    base = pipe.sampling
+    for name in loaded:
+        assert pipe.load_lora(files[name.removesuffix("-2")]) == name
+    for name in taken_off:
+        pipe.unload_lora(name)
+        left = [SETTINGS[one.removesuffix("-2")] for one in pipe.loras]
+        assert pipe.sampling == replace(base, **{key: x for settings in left for key, x in settings.items()})
+    assert pipe.sampling == base and not pipe.loras
+
+
+def test_settings_that_were_changed_meanwhile_are_kept(bundle: Path, files: dict[str, Path]) -> None:
+    pipe = load(bundle, lora=[files["two"], files["one"]])
+    base = load(bundle).sampling
+    pipe.sampling = pipe.sampling.updated(prior_guidance=2)
+    pipe.load_lora(files["four"])
+    pipe.unload_lora("two")
+    assert pipe.sampling == replace(base, **SETTINGS["four"], **SETTINGS["one"])
+    pipe.unload_lora("four")
+    assert pipe.sampling == replace(base, prior_guidance=2, **SETTINGS["one"])
+    pipe.sampling = pipe.sampling.updated(schedule="turbo", prior_steps=3)
+    pipe.unload_lora("one")
+    assert pipe.sampling == replace(base, prior_guidance=2, schedule="turbo", sampler="ddim", prior_steps=3)
+
+
+@pytest.mark.parametrize(("name", "fact"), [("later", "later version"), ("other", "width"), ("damaged", "damaged")])
+def test_settings_that_cannot_be_used_are_left_out(
+    name: str, fact: str, bundle: Path, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = load(bundle, lora=files[name])
+    assert pipe.sampling == load(bundle).sampling and pipe.loras
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and fact in record.message
 
 
 def test_errors_change_nothing(bundle: Path, files: dict[str, Path], tmp_path: Path) -> None:

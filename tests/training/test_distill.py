@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers.networks import NETWORKS
 from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, log_rows
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wuerstchen_core import WuerstchenPipeline
@@ -236,18 +235,6 @@ def test_a_mistake_is_named_before_the_training(
     with pytest.raises(ValueError, match=fact):
         run(stage, config, [f"run='{tmp_path / 'run'}'", change])
     assert not (tmp_path / "run").exists()
-
-
-def test_unknown_settings_of_a_lora_are_left_out(
-    bundle: Path, trained: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "later.safetensors"
-    header = read_file_metadata(trained("distill-lora"))
-    save_file(load_file(trained("distill-lora")), file, {**header, "sampling": '{"schedule": "of a later version"}'})
-    pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
-    before = pipe.sampling
-    pipe.load_lora(file)
-    assert pipe.sampling == before and pipe.loras and "of a later version" in caplog.text
 
 
 @pytest.mark.long

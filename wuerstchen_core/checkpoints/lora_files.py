@@ -37,8 +37,8 @@ class Lora:
     """Adapters in a LoRA file: of the network, and of a text tower (transformers' paths below `text_model`).
 
     `unknown` are keys of unsupported adapters, `embeddings` bundled textual inversions by key. `clip` is ComfyUI's
-    name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note` is
-    a sentence about a doubtful strength. `sampling` are the settings that a distilled model needs.
+    name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note` says
+    what is doubtful about the strength or the settings. `sampling` are the settings that a distilled model needs.
     """
 
     network: Adapters = field(default_factory=dict)
@@ -101,15 +101,22 @@ def _read_file(path: Path) -> Lora:
         lora = lora_from_state(state, content.metadata, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return replace(lora, note=note, sampling=_sampling(content.metadata))
+    sampling, damage = _sampling(content.metadata)
+    notes = filter(None, (note, lora.note, damage))
+    return replace(lora, note="; ".join(notes), sampling=sampling)
 
 
-def _sampling(header: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the settings of sampling in a header that `train distill-lora` wrote, else {}."""
+def _sampling(header: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Returns the settings of sampling in a header that `train distill-lora` wrote, and a note if they are damaged."""
     if "distillation" not in header:
-        return {}
-    settings = parse_json(header.get("sampling", "{}"))
-    return settings if isinstance(settings, dict) else {}
+        return {}, ""
+    try:
+        settings = parse_json(header.get("sampling", "{}"))
+    except ValueError:
+        settings = None
+    if isinstance(settings, dict):
+        return settings, ""
+    return {}, "it was distilled for few steps, and its header's settings for them cannot be read"
 
 
 def _peft_config(path: Path, state: State) -> tuple[Config | None, str]:
@@ -236,7 +243,7 @@ def ignored(lora: Lora, fits: Iterable[Fit]) -> list[str]:
 
 
 def log_ignored(name: str, lora: Lora, fits: Iterable[Fit]) -> None:
-    """Logs one line about the keys that are not applied, and one about a doubtful strength."""
+    """Logs one line about the keys that are not applied, and one about what is doubtful."""
     if unused := ignored(lora, fits):
         logger.warning(f"{name}: ignored {'; '.join(unused)}")
     if lora.note:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Group = tuple[str, ...]  # names of settings
+Values = dict[str, Any]  # by name
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Components:
@@ -56,7 +59,8 @@ class Components:
     sampling: SamplingSettings = field(init=False)  # the model's defaults
     source: str | None = field(default=None, init=False)  # its name for `inspect`, if it was loaded from one source
     lora_stack: LoraStack = field(default_factory=LoraStack, init=False)  # see `load_lora`
-    lora_settings: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)  # of `sampling` before each LoRA
+    # By LoRA and group of settings in `sampling` that it sets: the values before, and its own.
+    lora_settings: dict[str, dict[Group, tuple[Values, Values]]] = field(default_factory=dict, init=False)
     embeddings: dict[str, Embedding] = field(default_factory=dict, init=False)  # for embedding:NAME in prompts
     files: dict[str, Any] = field(default_factory=dict, init=False)  # their names and fingerprints, for metadata
     stored: StoredNetworks | None = field(default=None, init=False)  # with `load(low_memory=True)`
