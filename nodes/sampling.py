@@ -7,13 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
-from ..wuerstchen_core.diffusion.schedule import (
-    SCHEDULES,
-    decoder_times,
-    linear_times,
-    named_times,
-    strength_times,
-)
+from ..wuerstchen_core.diffusion.schedule import SCHEDULES, decoder_times, named_times, strength_times
 from ..wuerstchen_core.inference.settings import SamplingSettings
 from .host.conditioning import PRIOR_KEY, VERSION_KEY
 from .host.models import DecoderModel, PriorModel
@@ -89,7 +83,9 @@ class WuerstchenPriorSample(Node):
         _notify_of_steps(schedule, steps, SCHEDULES[schedule].steps)
         times = strength_times(named_times(schedule, steps), denoise)
         sampler = SCHEDULES[schedule].sampler
-        samples = sample_stage(model, positive, negative, stage_c, times, cfg, seed, sampler, denoise == 1)
+        samples = sample_stage(
+            model, positive, negative, stage_c, times, cfg, seed, sampler=sampler, from_noise=denoise == 1
+        )
         return io.NodeOutput(tagged(samples, STAGE_C, {**stage_c, VERSION_KEY: version}))
 
 
@@ -151,10 +147,11 @@ class WuerstchenDecoderSample(Node):
         check_latent(stage_b, STAGE_B, node, denoise)
         if negative is None and cfg != 1.0:
             raise ValueError(f"{node} needs a negative conditioning if cfg is not 1: connect one, or set cfg to 1")
-        times = strength_times(decoder_times(steps), denoise)
+        times = decoder_times(steps, denoise)
         negative = positive if negative is None else negative
-        from_noise = denoise == 1
-        samples = sample_stage(model, positive, negative, stage_b, times, cfg, seed, from_noise=from_noise, reuse=reuse)
+        samples = sample_stage(
+            model, positive, negative, stage_b, times, cfg, seed, from_noise=denoise == 1, reuse=reuse
+        )
         return io.NodeOutput(tagged(samples, STAGE_B, stage_b))
 
 
@@ -172,9 +169,9 @@ class WuerstchenScheduler(Node):
     @classmethod
     def execute(cls, model: Any, schedule: str, steps: int) -> io.NodeOutput:
         prior_steps, decoder_steps = SCHEDULES[schedule].steps, SCHEDULES[schedule].decoder_steps
-        if decoder_steps and isinstance(model.model, DecoderModel):
+        if isinstance(model.model, DecoderModel) and (decoder_steps or not prior_steps):
             _notify_of_steps(schedule, steps, decoder_steps, prior_steps)
-            return io.NodeOutput(stage_sigmas(model, linear_times(decoder_steps)))
+            return io.NodeOutput(stage_sigmas(model, decoder_times(decoder_steps or steps)))
         _notify_of_steps(schedule, steps, prior_steps)
         return io.NodeOutput(stage_sigmas(model, named_times(schedule, steps)))
 

@@ -95,8 +95,9 @@ def sample_stage(
     times: Tensor,
     cfg: float,
     seed: int,
+    *,
+    from_noise: bool,
     sampler: str = SamplingSettings.sampler,
-    from_noise: bool = False,
     reuse: int = 1,
 ) -> Tensor:
     """Samples latents [B, c, h, w] with a MODEL along times [N + 1]; the same seed gives the core's result.

@@ -16,6 +16,7 @@ from wuerstchen_core.diffusion.schedule import (
     linear_times,
     named_times,
     p2_weight,
+    strength_times,
     training_times,
     two_part_times,
 )
@@ -65,7 +66,13 @@ def test_published_schedules() -> None:
     assert fast.tolist() == pytest.approx([(1 - i / 6) ** 2 for i in range(7)], abs=1e-7)
     for name in ("linear", "turbo"):
         assert torch.equal(named_times(name, 5), linear_times(5))
-    assert torch.equal(decoder_times(2), linear_times(2)) and torch.equal(decoder_times(1), torch.tensor([0.95, 0.0]))
+
+
+def test_a_single_step_of_stage_b_starts_below_noise() -> None:
+    assert torch.equal(decoder_times(2), linear_times(2))
+    assert torch.equal(decoder_times(2, 0.99), strength_times(linear_times(2), 0.99))
+    for strength, start in ((1.0, 0.95), (0.96, 0.95), (0.95, 0.95), (0.5, 0.5), (0.0, 0.0)):
+        assert torch.equal(decoder_times(1, strength), torch.tensor([start, 0.0]))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

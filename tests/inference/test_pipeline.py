@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,17 @@ def test_the_fast_schedule_sets_the_steps_of_both_stages() -> None:
         assert (fast.updated(**other).sampler, fast.updated(**other).decoder_steps) == ("ddpm", 12)
     assert fast.updated(decoder_steps=7).updated(schedule="fast").decoder_steps == 7
     assert V1.updated(schedule="fast").decoder_steps == V1.decoder_steps  # tokens were not measured
+
+
+def test_turbo_keeps_what_a_distilled_model_states() -> None:
+    student = SamplingSettings(schedule="turbo", sampler="ddim", prior_steps=2, decoder_steps=1)
+    assert student.updated(prior_steps=3) == replace(student, prior_steps=3)
+    assert student.updated(prior_steps=3, schedule="linear") == replace(
+        student, prior_steps=3, schedule="linear", sampler="ddpm"
+    )
+    fast = SamplingSettings().updated(schedule="fast")
+    assert fast.updated(schedule="turbo") == replace(fast, schedule="turbo")
+    assert student.updated(schedule="fast") == replace(fast, decoder_steps=4)
 
 
 def test_the_sampler_reaches_stage_c(pipe: WuerstchenPipeline) -> None:

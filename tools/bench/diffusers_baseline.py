@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wuerstchen_core.checkpoints.diffusers_layout import CLASSES, config_text
 from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
-from wuerstchen_core.diffusion.schedule import linear_times
+from wuerstchen_core.diffusion.schedule import decoder_times, linear_times
 
 from .cases import PRIOR_GUIDANCE, SEED, Case
 from .measure import Callback, Side
@@ -76,7 +76,7 @@ class DiffusersBaseline(Side):
             width=case.size,
             height=case.size,
             guidance_scale=PRIOR_GUIDANCE,
-            **_sampling(case, steps, callback),
+            **_sampling(case, linear_times(steps), callback),
         ).image_embeddings
         return features
 
@@ -87,7 +87,8 @@ class DiffusersBaseline(Side):
     def _decoder(self, case: Case, data: dict[str, Tensor], steps: int, callback: Callback, output: str) -> Any:
         pipeline = self._pipeline("WuerstchenDecoderPipeline", (data["text"], None), "decoder", "vqgan")
         prompts = [""] * case.batch
-        return pipeline(data["features"], prompts, output_type=output, **_sampling(case, steps, callback)).images
+        sampling = _sampling(case, decoder_times(steps), callback)
+        return pipeline(data["features"], prompts, output_type=output, **sampling).images
 
     def _pipeline(self, name: str, text: tuple[Tensor, Tensor | None], *parts: str) -> Any:
         """Returns a pipeline of the loaded networks that takes text states instead of text."""
@@ -100,13 +101,13 @@ class DiffusersBaseline(Side):
         return pipeline
 
 
-def _sampling(case: Case, steps: int, callback: Callback) -> dict[str, Any]:
+def _sampling(case: Case, times: Tensor, callback: Callback) -> dict[str, Any]:
     def end_of_step(*_: Any) -> dict[str, Any]:
         callback()
         return {}
 
     generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.batch)]
-    return {"timesteps": linear_times(steps), "generator": generators, "callback_on_step_end": end_of_step}
+    return {"timesteps": times, "generator": generators, "callback_on_step_end": end_of_step}
 
 
 def _randn_tensor(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:

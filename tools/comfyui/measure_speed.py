@@ -72,7 +72,9 @@ class Networks:
 
             original, latent_preview.prepare_callback = latent_preview.prepare_callback, lambda *_: lambda *_: after()
             try:
-                return sample_stage(self.model, *conds, {"samples": zeros}, linear_times(STEPS), cfg, SEED)
+                return sample_stage(
+                    self.model, *conds, {"samples": zeros}, linear_times(STEPS), cfg, SEED, from_noise=True
+                )
             finally:
                 latent_preview.prepare_callback = original
 

@@ -24,6 +24,7 @@ from wuerstchen_core.diffusion.schedule import (
     ALPHA_BAR_MIN,
     SCHEDULES,
     S,
+    decoder_times,
     linear_times,
     squared_times,
     two_part_times,
@@ -115,13 +116,13 @@ class Study:
     def measure(self, stage: str, sampler: str, schedule: str, steps: int) -> dict[str, Any]:
         """Returns the results of one trial."""
         row: dict[str, Any] = {"stage": stage, "sampler": sampler, "schedule": schedule, "steps": steps}
-        times = SHAPES[schedule](steps)
         if stage == "prior":
-            features = self.prior(sampler, times)
+            features = self.prior(sampler, SHAPES[schedule](steps))
             error = (features - self.true_features).square().mean() / self.true_features.var()
             row["error"] = round(float(error), 4)
             images = self.decoder("ddpm", linear_times(PREVIEW), features)
         else:
+            times = SHAPES[schedule](steps) if steps > 1 else decoder_times(steps)
             images = self.decoder(sampler, times, self.features)
         judged = judge_images(self.judge, self.scenes, images)
         pairs = list(zip(map(np.asarray, images), self.truth, strict=True))

@@ -58,15 +58,6 @@ def linear_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     return torch.linspace(start, end, steps + 1)
 
 
-def decoder_times(steps: int) -> Tensor:
-    """Returns [steps + 1] equally spaced times of v2's Stage B, from 1, or for a single step from 0.95.
-
-    At 1 latents have a hundredth of the picture, and errors of the noise become a hundred times as large in it, which
-    only further steps remove: rounding to bf16, and the network's limit of 0.999 for the share of noise.
-    """
-    return linear_times(steps, 1.0 if steps > 1 else SINGLE_STEP_START)
-
-
 def two_part_times(steps: int) -> Tensor:
     """Returns [steps + 1] times: two thirds of the steps from 1 down to 2/3, the rest down to 0."""
     early = round(steps * 2 / 3)
@@ -88,6 +79,7 @@ class Schedule:
     steps: int | None = None  # of Stage C; None: any number
     sampler: str = "ddpm"  # of Stage C, a key of samplers.SAMPLERS
     decoder_steps: int | None = None  # of Stage B (v2); None: the default
+    distilled: bool = False  # for distilled models, which state their own steps of both stages
 
 
 # The nodes list them in this order: append new ones.
@@ -98,7 +90,7 @@ SCHEDULES = {
     # Measured for the shipped demo only, which is as accurate with it as with 30 + 12 steps (docs/steps.md). Few steps
     # that each add noise sometimes fail, hence ddim.
     "fast": Schedule(squared_times, 6, "ddim", 4),
-    "turbo": Schedule(linear_times, sampler="ddim"),  # for the few steps of distilled models
+    "turbo": Schedule(linear_times, sampler="ddim", distilled=True),
 }
 
 
@@ -116,3 +108,14 @@ def strength_times(times: Tensor, strength: float) -> Tensor:
     if not 0 <= (strength := to_float("strength", strength)) <= 1:
         raise ValueError(f"strength {strength} cannot be used: choose a number from 0 (same picture) to 1 (a new one)")
     return times * strength
+
+
+def decoder_times(steps: int, strength: float = 1.0) -> Tensor:
+    """Returns [steps + 1] equally spaced times of v2's Stage B from `strength`, which a single step limits to 0.95.
+
+    At 1 latents have a hundredth of the picture, and errors of the noise become a hundred times as large in it, which
+    only further steps remove: rounding to bf16, and the network's limit of 0.999 for the share of noise. Errors as
+    those of `linear_times` and `strength_times`.
+    """
+    times = strength_times(linear_times(steps), strength)
+    return times if steps > 1 else times.clamp(max=SINGLE_STEP_START)

@@ -97,23 +97,24 @@ class SamplingSettings:
     def updated(self, **changes: Any) -> SamplingSettings:
         """Returns a copy with the changes that are not None.
 
-        `prior_steps` without `schedule` selects the linear schedule. `schedule` without `prior_steps` selects the
-        schedule's own number of steps. Another schedule than before also selects its own sampler and, for v2, its
-        decoder_steps, unless the changes contain them. Raises ValueError for values out of range.
+        `prior_steps` without `schedule` selects the linear schedule, unless the present one takes any number of steps.
+        `schedule` without `prior_steps` selects the schedule's own number of steps. Another schedule than before also
+        selects its own sampler and, for v2 and except with turbo, its decoder_steps, unless the changes contain them.
+        Raises ValueError for values out of range.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         unused = [name for name in TOKEN_SETTINGS if name in changes]
         if unused and not self.tokens:
             raise ValueError(f"only v1 models have {' and '.join(unused)}: remove this, or load a v1 model")
         if "prior_steps" in changes:
-            changes.setdefault("schedule", "linear")
+            changes.setdefault("schedule", "linear" if SCHEDULES[self.schedule].steps else self.schedule)
         elif "schedule" in changes:
             changes["prior_steps"] = len(named_times(changes["schedule"], self.prior_steps)) - 1
         name = changes.get("schedule", self.schedule)
         if name != self.schedule and name in SCHEDULES:
             old, new = SCHEDULES[self.schedule], SCHEDULES[name]
             changes.setdefault("sampler", new.sampler)
-            if new.decoder_steps != old.decoder_steps and not self.tokens:
+            if new.decoder_steps != old.decoder_steps and not self.tokens and not new.distilled:
                 changes.setdefault("decoder_steps", new.decoder_steps or SamplingSettings.decoder_steps)
         return replace(self, **changes)
 
