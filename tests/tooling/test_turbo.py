@@ -43,6 +43,7 @@ def test_the_lora_is_written_in_fp16_with_the_steps_of_both_stages(
     assert read_file_metadata(target) == {"sampling": '{"prior_steps": 2, "decoder_steps": 1}'}
 
 
+@pytest.mark.long
 def test_the_spread_is_that_of_the_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     assert turbo.spread(features) == 1.0 and turbo.spread(features + torch.tensor([5.0, 3.0])) == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import NETWORKS
+from helpers.tiny_model import write_tiny_bundle
 from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, log_rows
 from torch import Tensor, nn
 
@@ -19,16 +21,13 @@ from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.diffusion.samplers import ddim_step, ddpm_step, noise_in, predict_x0, sample
 from wuerstchen_core.diffusion.schedule import alpha_bar, decoder_times, expand, linear_times
-from wuerstchen_core.training.config import read_config
-from wuerstchen_core.training.run import run
+from wuerstchen_core.training.config import LoopConfig, read_config
+from wuerstchen_core.training.report import report_start
+from wuerstchen_core.training.run import build_stage, run
 from wuerstchen_core.training.stages import distill
 from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
-from wuerstchen_core.training.stages.distill import (
-    DistillConfig,
-    DistillStage,
-    distillation_losses,
-    without_adapters,
-)
+from wuerstchen_core.training.stages.distill import DistillStage, distillation_losses, without_adapters
+from wuerstchen_core.training.stages.distill_config import DistillConfig
 
 OTHERS = ("distill", "decoder-distill", "decoder-distill-lora")
 STAGES = ["distill-lora", *(pytest.param(stage, marks=pytest.mark.long) for stage in OTHERS)]
@@ -92,6 +91,7 @@ def test_the_target_is_where_the_teachers_steps_lead() -> None:
         torch.testing.assert_close(loss, (result - target).square().mean())
 
 
+@pytest.mark.long
 def test_a_student_in_two_steps_ends_where_the_guided_teacher_does() -> None:
     """Where data and guidance are normal, an affine student of each time is exact; the teacher's own two are not."""
     torch.manual_seed(0)
@@ -156,7 +156,8 @@ def trained(config: Path) -> Callable[[str], Path]:
     return cache(lambda stage: run(stage, config, [f"run='{config.parent}'", *EXTRA.get(stage, ())]))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["distill-lora", *OTHERS])
 def test_a_stopped_run_resumes_exactly(
     stage: str, config: Path, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_the_file_states_what_was_distilled_and_is_sampled_so(
         assert pipe.sampling == base.sampling
 
 
+@pytest.mark.long
 def test_sample_grids_show_the_teacher_with_its_steps_beside_the_student(config: Path, tmp_path: Path) -> None:
     stage = DistillStage(read_config(config, [f"run='{tmp_path}'"]))
     validation = stage.dataset.preview_images()
@@ -218,6 +220,20 @@ def test_sample_grids_show_the_teacher_with_its_steps_beside_the_student(config:
     with torch.no_grad():
         _, again, same = stage.samples(stage.net, validation)
     assert torch.equal(again, teacher) and not torch.equal(same, student)
+
+
+def test_a_teacher_comes_before_other_weights_to_start_from_and_is_counted_once(
+    config: Path, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = write_tiny_bundle(tmp_path / "earlier.safetensors")
+    changes = [f"run='{tmp_path}'", f"start='{start.as_posix()}'"]
+    assert build_stage("distill", read_config(config, changes)).bases == [bundle.as_posix(), start.as_posix()]
+    student = build_stage("distill-lora", read_config(config, changes[:1]))
+    networks = (student.net, *(x for x in student.frozen if x is not student.teacher))  # type: ignore[attr-defined]
+    total = sum(p.numel() for network in networks for p in network.parameters())
+    with caplog.at_level(logging.INFO):
+        report_start(student, LoopConfig(steps=4, batch=2, lr=1e-3), 0, 1)
+    assert f"of {total / 1e6:.4g} M parameters" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
         ("control", "control", "v2"),
         ("decoder-lora", "decoder-lora", "v2"),
         ("decoder-lora", "token-decoder-lora", "v1"),
-        ("distill", "distill-lora", "v1"),
+        pytest.param("distill", "distill-lora", "v1", marks=pytest.mark.long),
     ],
 )
 def test_it_trains_as_printed_once_the_pictures_exist(

@@ -27,7 +27,7 @@ from wuerstchen_core.models.token_decoder import TokenDecoder, TokenDecoderParam
 from wuerstchen_core.models.vqgan import VQGAN, VQGANParams
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.stages.adapters import AdapterConfig, attach
+from wuerstchen_core.training.stages.adapters import attach
 from wuerstchen_core.training.stages.control import ControlConfig, ControlledPrior, control_params
 from wuerstchen_core.training.stages.image_encoder import Compressor, EncoderConfig, EncoderStage, load_backbone
 from wuerstchen_core.training.tables import STAGES
@@ -87,7 +87,8 @@ def test_it_builds_the_published_network(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", ADAPTERS)
 def test_a_lora_fits_the_published_network(recipe: str) -> None:
-    options = from_table(AdapterConfig, read_config(RECIPES[recipe], [])["lora"], "lora")
+    table = STAGES[recipe.removeprefix("v2_").replace("_", "-")].tables["lora"]
+    options = from_table(table, read_config(RECIPES[recipe], [])["lora"], "lora")
     assert len(options.targets) == ADAPTERS[recipe]
     with torch.device("meta"):
         network = Decoder(DecoderParams()) if "decoder" in recipe else Prior(PriorParams())
@@ -166,7 +167,10 @@ def test_an_encoder_starts_from_torchvisions_weights(tmp_path: Path) -> None:
         load_backbone(encoder, tmp_path / "none")
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=[pytest.mark.long] if "distill" in name else []) for name in sorted(RECIPES)],
+)
 def test_it_takes_two_steps_in_a_tiny_size(
     recipe: str, run_folder: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ def test_unreadable_held_out_images_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if "distill-lora" in name else []) for name in STAGES]
+    "name", [pytest.param(name, marks=[pytest.mark.long] if "distill" in name else []) for name in STAGES]
 )
 def test_the_loss_depends_on_neither_batches_nor_training_settings(
     name: str, folder: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

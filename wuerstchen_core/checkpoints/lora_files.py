@@ -37,8 +37,8 @@ class Lora:
     """Adapters in a LoRA file: of the network, and of a text tower (transformers' paths below `text_model`).
 
     `unknown` are keys of unsupported adapters, `embeddings` bundled textual inversions by key. `clip` is ComfyUI's
-    name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note` says
-    what is doubtful about the strength or the settings. `sampling` are the settings that a distilled model needs.
+    name of the tower: clip_g, or clip_h for Stage B's. `strength` says where alphas are stated, if they are; `note`
+    says what is doubtful about the strength or the settings. `sampling` are the settings that a distilled model needs.
     """
 
     network: Adapters = field(default_factory=dict)

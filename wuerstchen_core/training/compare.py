@@ -11,7 +11,6 @@ from .checkpoint import kept_weights
 from .monitor import stage_samples
 from .run import open_run
 from .sample_grid import prompt_grid, write_grid
-from .stage import BASE_TITLE
 from .tables import STAGES
 
 GRID = "compare.png"
@@ -19,9 +18,10 @@ STAGES_WITH_SAMPLES = tuple(name for name, kind in STAGES.items() if "sample" in
 
 
 def compare(folder: Path, overrides: list[str], output: Path | None = None) -> Path:
-    """Writes a grid of the prompts in [sample] with the base model and each weight file of a run; returns its path.
+    """Writes a grid of the prompts in [sample] and returns its path.
 
-    `folder` is that of a stage, such as runs/mine/lora; the grid is by default in it. ValueError if there are no
+    It shows the model that training starts from and each weight file of a run. `folder` is that of a stage, such as
+    runs/mine/lora; the grid is by default in it. ValueError if there are no
     prompts or weights, or networks that images need are missing.
     """
     name = folder.resolve().name
@@ -42,8 +42,10 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     if len(files) > 1 and cmp(files[-2], files[-1], shallow=False):
         files.pop()  # the newest weights are those of the last step that was kept
     stage.net.to(pick_device("auto"))
+    groups = {}
+    if stage.bases:
+        groups[stage.start_title] = stage_samples(stage, stage.start_pipeline(stage.net.eval()), base=True)
     pipeline = stage.base_pipeline()
-    groups = {BASE_TITLE: stage_samples(stage, pipeline, base=True)} if stage.bases else {}
     for file in files:
         stage.use_weights(pipeline, file)
         groups[file.stem] = stage_samples(stage, pipeline)

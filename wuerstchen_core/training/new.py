@@ -86,10 +86,6 @@ PURPOSES = {  # of the templates that serve several stages
     "decoder-distill-lora": "a LoRA with which Stage B needs few steps",
     "decoder-embedding": "the same word for the text encoder of Stage B. Train embedding.toml first",
 }
-_ALL_TARGETS = """targets = [
-    "to_q", "to_k", "to_v", "to_out.0", "kv_mapper.1", "channelwise.0", "channelwise.4", "mapper", "{}",
-]
-"""
 _TARGETS = 'targets = ["to_q", "to_k", "to_v", "to_out.0", {}"channelwise.0", "channelwise.4"] # attention, {}MLPs\n'
 TARGETS = {  # by recipe, first for small networks: a small prior learns a new thing through more than its attention
     "lora": (_TARGETS.format('"kv_mapper.1", ', "text projections, "), ""),
@@ -197,7 +193,6 @@ def _from_template(
         settings = SamplingSettings.from_metadata(opened[start].metadata, release_of_model([params]))
         guidance = max(1.0, settings.prior_guidance if base == "prior" else settings.decoder_guidance)
         blocks |= {"student_steps": str(student), "teacher_steps": str(teacher), "guidance": str(guidance)}
-        blocks["targets"] = _ALL_TARGETS.format("out.1" if base == "prior" else "clf.1")
     text = Template((FOLDER / f"{kind.removeprefix('decoder-')}.toml").read_text("utf-8"))
     return text.substitute(
         values | blocks,

@@ -35,8 +35,8 @@ def report_start(stage: Stage[Any], config: LoopConfig, start: int, processes: i
     """Logs the base model, some captions, parameters, steps, epochs and the memory before activations."""
     bases = ", ".join(map(str, stage.bases)) or "none: from random weights"
     trained = sum(p.numel() for p in stage.net.parameters() if p.requires_grad)
-    networks = {id(network): network for network in (stage.net, *stage.frozen)}.values()
-    parameters = [p for network in networks for p in network.parameters()]
+    networks = (stage.net, *stage.frozen)  # which may share parameters
+    parameters = list({id(p): p for network in networks for p in network.parameters()}.values())
     total = sum(p.numel() for p in parameters)
     batch = config.batch * config.accumulate * processes
     log.info("base model: %s", bases)

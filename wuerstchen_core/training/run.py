@@ -82,6 +82,6 @@ def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
         stated["trigger_words"] = list(words)
     trainer.stated = stated
     trainer.sample = from_table(SampleConfig, config.get("sample", {}), "sample")
-    if config.get("start"):
-        trainer.bases = list(dict.fromkeys([config["start"], *trainer.bases]))
+    if config.get("start") and config["start"] not in trainer.bases:
+        trainer.bases = [config["start"], *trainer.bases]
     return trainer

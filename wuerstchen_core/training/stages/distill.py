@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...common.dataclass_config import Count, Fraction, Range, from_table, option
+from ...common.dataclass_config import from_table, option
 from ...diffusion.samplers import SAMPLERS, Denoiser, ddim_step, sample
 from ...diffusion.schedule import decoder_times, linear_times, named_times
 from ...inference.pipeline import WuerstchenPipeline
@@ -23,9 +22,9 @@ from ...models.prior import Prior
 from ..rng import StepRandom
 from ..samples import SampleConfig
 from ..stage import N
-from .adapters import AdapterConfig
 from .decoder import DecoderStage
 from .diffusion import DiffusionStage
+from .distill_config import DecoderAdapterConfig, DecoderDistillConfig, DistillConfig, PriorAdapterConfig
 from .lora import AdapterStage, DecoderLoraStage, LoraStage
 from .losses import resize_weights, squared_error
 from .networks import encode_text, input_source, load_frozen, load_or_create
@@ -33,45 +32,6 @@ from .prior import PriorStage
 
 METHOD = "steps of the teacher from the student's states"
 START = option("", "initial weights of the student, in any format that `inspect` reads; default: the teacher's")
-Guidance = Annotated[float, Range(least=1)]
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """The `[distill]` table of Stage C.
-
-    The student takes `steps` equal steps of time, from pure noise. From each of its states the frozen teacher takes
-    `teacher_steps` DDIM steps, with guidance, to the end of the student's step; the loss is the squared distance of the
-    two results. That is progressive distillation (arXiv 2202.00512), of guidance too (arXiv 2210.03142), in one round
-    and from the states that the student has when it generates (arXiv 2405.14867, section 4.5).
-    """
-
-    guidance: Guidance = option(
-        meaning="guidance scale of the teacher, which the student learns; 1: none, so that it is used with guidance"
-    )
-    steps: Count = option(2, "steps of the student")
-    teacher_steps: Count = option(4, "steps of the teacher for each of the student")
-    text_drop: Fraction = option(0.05, 'fraction of captions replaced by ""')
-
-    def corruption(self) -> dict[str, float]:
-        """Returns the table [noise] of the stage, with the keys for the student's conditioning."""
-        return {"text_drop": self.text_drop}
-
-
-@dataclass(frozen=True)
-class DecoderDistillConfig(DistillConfig):
-    """The `[distill]` table of Stage B.
-
-    Stage B is sampled by DDPM, each of whose steps draws new noise around a prediction of the picture. So the teacher's
-    steps always lead to the end, as in consistency distillation (arXiv 2310.04378).
-    """
-
-    guidance: Guidance = option(1.0, "guidance scale of the teacher, which the student learns; 1: none")
-    steps: Count = option(1, "steps of the student")
-    noised: Fraction = option(0.1, "fraction of features that gets noise, since Stage C's are not perfect")
-
-    def corruption(self) -> dict[str, float]:
-        return {"text_drop": self.text_drop, "drop": 0.0, "noised": self.noised}
 
 
 def distillation_losses(
@@ -226,9 +186,10 @@ class FullWeights(Distillation[N]):
 
     def build(self, config: Mapping[str, Any]) -> N:
         """Returns the student, with the weights of `start`, else the teacher's."""
-        self.bases = [self.source(config)]
+        teacher = self.source(config)
+        start = config.get("start") or teacher
+        self.bases = list(dict.fromkeys([teacher, start]))
         self.teacher = load_frozen(config, self.network, nn.Module)  # type: ignore[assignment]
-        start = config.get("start") or self.source(config)
         net: N = load_or_create({**config, "start": start}, self.network, nn.Module)  # type: ignore[assignment]
         return net
 
@@ -260,9 +221,9 @@ class DecoderDistillStage(FullWeights[Decoder], DecoderDistillation):
 
 class DistillLoraStage(Adapters[Prior], PriorDistillation, LoraStage):
     name = "distill-lora"
-    tables = {"distill": DistillConfig, "lora": AdapterConfig, "sample": SampleConfig}
+    tables = {"distill": DistillConfig, "lora": PriorAdapterConfig, "sample": SampleConfig}
 
 
 class DecoderDistillLoraStage(Adapters[Decoder], DecoderDistillation, DecoderLoraStage):
     name = "decoder-distill-lora"
-    tables = {"distill": DecoderDistillConfig, "lora": AdapterConfig}
+    tables = {"distill": DecoderDistillConfig, "lora": DecoderAdapterConfig}

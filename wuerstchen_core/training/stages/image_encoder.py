@@ -28,7 +28,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
-from .norms import RunningNorms
+from .norms import RunningNorms, uses_running_norms
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class EncoderStage(Stage[Compressor]):
         height, width = (side // 32 for side in semantic_view(images[:1]).shape[-2:])
         noise = rng.normal(self.net.image_encoder.params.c_latent, height, width)
         noise = noise * expand(rng.uniform() * self.options.noise, noise)
-        return self.dataset.loss_weights(picked), images, noise, 0 < self.options.norm_steps <= step
+        running = uses_running_norms(self.options.norm_steps, step)
+        return self.dataset.loss_weights(picked), images, noise, running
 
     def loss(self, net: Compressor, *batch: Any) -> Tensor:
         weights, images, noise, running_norms = batch

@@ -47,7 +47,7 @@ class AdapterStage(TextTowerStage[N]):
         """Returns the network of `[inputs]` with adapters; with the text encoder as a submodule if that is adapted."""
         if self.noise.slow_times:
             raise ValueError("[noise] slow_times is not for a LoRA, which trains no time mappers: remove it")
-        self.adapters = from_table(AdapterConfig, config.get("lora", {}), "lora")
+        self.adapters = from_table(self.tables["lora"], config.get("lora", {}), "lora")
         if self.adapters.kind == "dora" and frozen_dtype(config) == torch.int8:
             raise ValueError('[lora] kind = "dora" does not work with [train] frozen = "int8": set it to "bf16"')
         stage = self.network.replace("_", "-")

@@ -25,7 +25,7 @@ from ..rng import StepRandom
 from ..stage import Stage
 from .losses import resize_weights, squared_error
 from .networks import load_or_create
-from .norms import RunningNorms
+from .norms import RunningNorms, uses_running_norms
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class VQGANStage(Stage[Autoencoder]):
 
     def loss(self, net: Autoencoder, *batch: Any) -> Tensor:
         weights, images, step, noise = batch
-        start, norm_steps = self.options.quantize_from, self.options.norm_steps
+        start, running = self.options.quantize_from, uses_running_norms(self.options.norm_steps, step - 1)
         quantized = int(len(images) * self.options.quantized) if self.pretrained or step > start else None
         init_codebook = not self.pretrained and step == start
-        return net(images, quantized, init_codebook, weights, noise, running_norm=0 < norm_steps < step)
+        return net(images, quantized, init_codebook, weights, noise, running_norm=running)
 
     def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
         """Returns images, and their reconstructions without and with quantizing."""
