@@ -228,7 +228,7 @@ def test_drawings_are_at_their_positions(shape, position):
         column = margin if "left" in POSITIONS[position] else width - margin - edge
         row = margin if "top" in POSITIONS[position] else height - margin - edge
     assert extent(picture) == pytest.approx((column, row, column + edge - 1, row + edge - 1), abs=8)
-    assert artwork.boxes(Scene(ball, YELLOW, SMALL, position, shape)) == [(column, row, edge)]
+    assert artwork.boxes(Scene(ball, YELLOW, SMALL, position, shape)) == [(column, row, edge, edge)]
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=SHAPES)
@@ -253,7 +253,8 @@ def test_three_things_are_drawn_in_a_triangle(shape):
     scene, (width, height) = Scene(0, YELLOW, SMALL, 0, shape, 1, 2), list(SHAPES.values())[shape]
     edge, margin = SIZES["small"], artwork.MARGIN
     low, right = height - margin - edge, width - margin - edge
-    assert artwork.boxes(scene) == [((width - edge) // 2, margin, edge), (margin, low, edge), (right, low, edge)]
+    corners = [((width - edge) // 2, margin), (margin, low), (right, low)]
+    assert artwork.boxes(scene) == [(*corner, edge, edge) for corner in corners]
 
 
 def test_a_smaller_canvas_shows_the_same_picture():

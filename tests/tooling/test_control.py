@@ -23,7 +23,7 @@ def test_drawings_at_their_places_are_right_and_elsewhere_wrong(kind: str) -> No
     assert chosen == again and len({tuple(own) for own in placed}) == 3
     for scene, own, image in zip(chosen, placed, drawn, strict=True):
         assert right(judge, Image.fromarray(image), scene, own)
-        moved = [(left + edge // 2, top + edge // 3, edge) for left, top, edge in own]
+        moved = [(left + edge // 2, top + edge // 3, edge, edge) for left, top, edge, _ in own]
         assert not right(judge, Image.fromarray(image), scene, moved)
     drawings = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
     hints = hints_of(kind, drawings, placed)

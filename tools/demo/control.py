@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import load_control_net
-from wuerstchen_core.demo.artwork import CANVAS, Box, boxes, draw_all, random_boxes
+from wuerstchen_core.common.geometry import Box
+from wuerstchen_core.demo.artwork import CANVAS, boxes, draw_all, random_boxes
 from wuerstchen_core.demo.vocabulary import Scene, caption, held_out, scenes
 from wuerstchen_core.inference.images import to_pixels
 from wuerstchen_core.training.data.hints import contours, draw_boxes, silhouettes, widened
@@ -44,8 +45,7 @@ def placed_scenes(kind: str, count: int) -> tuple[list[Scene], list[list[Box]]]:
 def hints_of(kind: str, drawings: Tensor, placed: Sequence[Sequence[Box]]) -> Tensor:
     """Returns the hints [N, 3, H, W] of drawings [N, 3, H, W] in [0, 1]."""
     if kind == "boxes":
-        squares = [[(left, top, edge, edge) for left, top, edge in own] for own in placed]
-        return draw_boxes(squares, (drawings.shape[-2], drawings.shape[-1]))
+        return draw_boxes(placed, (drawings.shape[-2], drawings.shape[-1]))
     shapes = widened(contours(drawings), LINE) if kind == "outline" else silhouettes(drawings)
     return shapes.expand(-1, 3, -1, -1)
 
@@ -58,7 +58,7 @@ def overlap(one: Tensor, other: Tensor) -> float:
 
 def as_usual(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
     """Returns an image in which the thing in a box is where the judge looks for that of a scene of one thing."""
-    [(left, top, edge)] = boxes(scene)
+    [(left, top, edge, _)] = boxes(scene)
     scale = box[2] / edge
     x, y = box[0] - left * scale, box[1] - top * scale
     area = (x, y, x + image.width * scale, y + image.height * scale)

@@ -17,6 +17,7 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageFilter
 
+from wuerstchen_core.common.geometry import Box
 from wuerstchen_core.demo.artwork import CANVAS, boxes, draw_all
 from wuerstchen_core.demo.vocabulary import COLOURS, SHAPES, SIZES, THINGS, Scene
 
@@ -89,12 +90,12 @@ def _means(field: np.ndarray, edge: int) -> np.ndarray:
     return field
 
 
-def _features(view: np.ndarray, box: tuple[int, int, int], reach: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _features(view: np.ndarray, box: Box, reach: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns colours [shifts, C] and edges [shifts, E] around a box of a view [H, W, 3], for shifts up to `reach`.
 
     The window is the box widened to whole cells; beyond the view, border pixels are repeated.
     """
-    column, row, edge = box
+    column, row, edge, _ = box
     window = edge + -edge % (4 * _CELL)
     before, side = (window - edge) // 2 + reach + 1, window + 2 * reach + 2  # one more all around, for gradients
     padded = np.pad(view, ((before, before + 1), (before, before + 1), (0, 0)), mode="edge")
@@ -125,7 +126,7 @@ class _References:
     colour_scale: float
     edge_scale: float
 
-    def distances(self, view: np.ndarray, box: tuple[int, int, int]) -> np.ndarray:
+    def distances(self, view: np.ndarray, box: Box) -> np.ndarray:
         """Returns the distance to every reference at its best shift; 1 is typical of two different things."""
         colours, edges = _features(view, box, _SHIFT)
         by_colour = _squared_distances(colours, self.colours) / self.colour_scale
@@ -155,7 +156,7 @@ def _references(colour: int, size: int) -> _References:
     return _References(colours, edges, _spread(colours[: len(THINGS)]), _spread(edges[: len(THINGS)]))
 
 
-def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, Box]]:
     """Yields the part of the image around each thing with the thing's box.
 
     It is the whole image, or a half for each of two things; the first of three things has the upper half.
@@ -166,13 +167,13 @@ def _views(lab: np.ndarray, scene: Scene) -> Iterator[tuple[np.ndarray, tuple[in
     if half:
         yield lab[:half], found.pop(0)
     side = width // len(found)
-    for index, (column, row, edge) in enumerate(found):
-        yield lab[half:, index * side : (index + 1) * side], (column - index * side, row - half, edge)
+    for index, (column, row, edge, _) in enumerate(found):
+        yield lab[half:, index * side : (index + 1) * side], (column - index * side, row - half, edge, edge)
 
 
-def _alone(view: np.ndarray, box: tuple[int, int, int]) -> bool:
+def _alone(view: np.ndarray, box: Box) -> bool:
     """True if everything outside the box and its margin has one colour."""
-    column, row, edge = box
+    column, row, edge, _ = box
     rest, near = np.ones(view.shape[:2], dtype=bool), _SHIFT + 1
     rest[max(row - near, 0) : row + edge + near, max(column - near, 0) : column + edge + near] = False
     if not rest.any():

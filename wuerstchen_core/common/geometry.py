@@ -1,10 +1,13 @@
-"""Legal picture sizes, and the sizes of each stage's latents."""
+"""Legal picture sizes, the sizes of each stage's latents, and boxes in pictures."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 from .numbers import to_int
+
+Box: TypeAlias = tuple[int, int, int, int]  # left, top, width and height in pixels
 
 MULTIPLE = 64  # width of one token in Stage B's deepest level, in pixels
 LARGEST = 2048

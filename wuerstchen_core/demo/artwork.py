@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..common.geometry import Box
 from .vocabulary import COLOURS, POSITIONS, SHAPES, SIZES, THINGS, Scene
 
 CANVAS = 256  # pixels of the shorter side, for which SIZES, SHAPES and MARGIN are given
 MARGIN = 8  # pixels between a thing in a corner, or one of several, and the edge
-
-Box = tuple[int, int, int]  # left, top and edge in pixels
 
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -59,7 +58,7 @@ def picture_size(shape: int, canvas: int = CANVAS) -> tuple[int, int]:
 
 
 def boxes(scene: Scene, canvas: int = CANVAS) -> list[Box]:
-    """Returns the box of each thing in a scene."""
+    """Returns the box, a square, of each thing in a scene."""
     width, height = picture_size(scene.shape, canvas)
     edge, margin = (round(x * canvas / CANVAS) for x in (list(SIZES.values())[scene.size], MARGIN))
     left, top = (width - edge) // 2, (height - edge) // 2
@@ -69,25 +68,25 @@ def boxes(scene: Scene, canvas: int = CANVAS) -> list[Box]:
         top = margin if row == "top" else height - margin - edge
     count, sides = len(scene.things), (margin, width - margin - edge)
     if count == 3:
-        return [(left, margin, edge), *((side, height - margin - edge, edge) for side in sides)]
-    return [(x, top, edge) for x in ([left] if count == 1 else sides)]
+        return [(left, margin, edge, edge), *((side, height - margin - edge, edge, edge) for side in sides)]
+    return [(x, top, edge, edge) for x in ([left] if count == 1 else sides)]
 
 
 def random_boxes(scene: Scene, canvas: int, rng: random.Random) -> list[Box]:
-    """Returns boxes of random sizes at random places for the things in a scene, which do not overlap."""
+    """Returns squares of random sizes at random places for the things in a scene, which do not overlap."""
     width, height = picture_size(scene.shape, canvas)
     largest = {1: 0.9, 2: 0.5, 3: 0.4}[len(scene.things)]
     while True:
         found: list[Box] = []
         for _ in scene.things:
             edge = round(canvas * rng.uniform(0.25, largest))
-            found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge))
+            found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge, edge))
         if not any(_overlap(*two) for two in combinations(found, 2)):
             return found
 
 
 def _overlap(one: Box, other: Box) -> bool:
-    return all(one[i] < other[i] + other[2] and other[i] < one[i] + one[2] for i in (0, 1))
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -108,7 +107,7 @@ def draw_all(
         picture = np.empty((height, width, 3), dtype=np.float32)
         picture[:] = list(COLOURS.values())[scene.colour]
         places = boxes(scene, canvas) if placed is None else placed[number]
-        for thing, (left, top, edge) in zip(scene.things, places, strict=True):
+        for thing, (left, top, edge, _) in zip(scene.things, places, strict=True):
             sprite = (_sprite if placed is None else render)(thing, edge)
             window = picture[top : top + edge, left : left + edge]
             window += (sprite[..., :3] - window) * sprite[..., 3:]

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ...common.geometry import Box
 from ..rng import StepRandom
 from .caption_tokens import CaptionTokenizer, Tokens, pad_states
 from .held_out import NO_VALIDATION
@@ -89,8 +90,8 @@ class ImageDataset(ABC):
             "[data] source, or choose another kind of hints"
         )
 
-    def boxes(self, batch: Any) -> list[list[tuple[int, int, int, int]]]:
-        """Returns the boxes of the things in each image, in the order of its caption: left, top, width and height."""
+    def boxes(self, batch: Any) -> list[list[Box]]:
+        """Returns the boxes of the things in each image, in the order of its caption."""
         raise NotImplementedError
 
     def loss_weights(self, batch: Any) -> Tensor | None:

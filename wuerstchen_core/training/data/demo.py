@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
+from ...common.geometry import Box
 from ...demo import vocabulary
-from ...demo.artwork import CANVAS, Box, boxes, draw_all, picture_size, random_boxes
+from ...demo.artwork import CANVAS, boxes, draw_all, picture_size, random_boxes
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
 from .buckets import most_square
@@ -119,9 +120,9 @@ class DemoDataset(InMemoryDataset):
     def check_boxes(self) -> None:
         pass
 
-    def boxes(self, batch: Tensor) -> list[list[tuple[int, int, int, int]]]:
+    def boxes(self, batch: Tensor) -> list[list[Box]]:
         found = [boxes(x, self._canvas) for x in self.scenes] if self._placed is None else self._placed
-        return [[(x, y, edge, edge) for x, y, edge in found[index]] for index in batch.tolist()]
+        return [found[index] for index in batch.tolist()]
 
     def preview_images(self) -> InMemoryDataset | None:
         return None if self.missing_previews() else self._held_out
@@ -165,7 +166,7 @@ class MultiShapeDemoDataset(ImageDataset):
     def check_boxes(self) -> None:
         pass
 
-    def boxes(self, batch: tuple[int, Tensor]) -> list[list[tuple[int, int, int, int]]]:
+    def boxes(self, batch: tuple[int, Tensor]) -> list[list[Box]]:
         return self.datasets[batch[0]].boxes(batch[1])
 
     def images(self, batch: tuple[int, Tensor]) -> Tensor:

@@ -114,12 +114,21 @@ class FolderSource(ImageSource):
         return has_alpha(self._paths[index], self.names[index]) if kind == ALPHA else self._masks[index] is not None
 
     def hint(self, index: int) -> Image.Image:
+        path = self._hint_path(index)
+        return open_picture(path, str(path))
+
+    def hint_size(self, index: int) -> tuple[int, int]:
+        path, record = self._hint_path(index), self.records[index]
+        size = picture_size(path, str(path))
+        check_shape(size, (int(record["width"]), int(record["height"])), self.names[index], "hint")
+        return size
+
+    def _hint_path(self, index: int) -> Path:
+        """Returns the file of an example's hint picture. ValueError if it has none."""
         if (path := self._hints[index]) is None:
             name = self.names[index]
             raise ValueError(f"{name} has no hint picture: add {Path(name).stem}.control.png, or another file of it")
-        hint, record = open_picture(path, str(path)), self.records[index]
-        check_shape(hint.size, (int(record["width"]), int(record["height"])), self.names[index], "hint")
-        return hint
+        return path
 
     def _add_image(
         self,

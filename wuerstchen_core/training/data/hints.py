@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Box = tuple[int, int, int, int]  # left, top, width and height in pixels
+from ...common.geometry import Box
 
 EDGE = 0.1  # least change of a channel over an edge, of its range
 THING = 0.1  # least difference to the background

@@ -218,14 +218,20 @@ class IndexedLoader(BatchLoader, Dataset[ReadResult]):
         try:
             caption = self.read_caption(index, *key) if self.captions else ""
             cached = source.cached_tensors(index, self.cached, mirrored)
+            hint = None
             if self.images:
-                with turn(int(source.records["width"][index]) * int(source.records["height"][index])):
+                record = source.records[index]
+                sizes = [(int(record["width"]), int(record["height"]))]
+                if self.hints:
+                    sizes.append(source.hint_size(index))
+                with turn(max(width * height for width, height in sizes)):
                     image = options.recoloured(self.config.crop_image(source.image(index), bucket, *key), key)
+                    if self.hints:
+                        hint = self.config.crop_image(source.hint(index), bucket, *key)
             pixel_weights = None
             if any(own.mask for own in self.config.examples):
                 mask = self.read_mask(index, bucket, *key)
                 pixel_weights = options.pixel_weights(mask, self.config.sizes[bucket], source.names[index])
-            hint = self.config.crop_image(source.hint(index), bucket, *key) if self.hints else None
         except ValueError as error:
             result.bad[source.names[index]] = str(error)
             return None

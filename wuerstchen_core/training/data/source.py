@@ -93,6 +93,11 @@ class ImageSource(ABC):
         """Returns the hint picture of a ControlNet in RGB. ValueError if there is none."""
         raise NotImplementedError
 
+    def hint_size(self, index: int) -> tuple[int, int]:
+        """Returns the width and height of the hint picture, from its header if possible. ValueError as `hint`, and if
+        it has another shape than the image."""
+        raise NotImplementedError
+
     def cached_tensors(self, index: int, names: Sequence[str], mirrored: bool = False) -> dict[str, Tensor]:
         """Returns the cached tensors of an image, or of the mirrored image, by name; only a cache has any."""
         return {}

@@ -143,6 +143,10 @@ class JoinedSource(ImageSource):
         source, own = self._locate(index)
         return source.hint(own)
 
+    def hint_size(self, index: int) -> tuple[int, int]:
+        source, own = self._locate(index)
+        return source.hint_size(own)
+
     def has_mask(self, index: int, kind: str) -> bool:
         source, own = self._locate(index)
         return source.has_mask(own, kind)
