@@ -17,9 +17,10 @@ from PIL import Image
 
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.training.config import INPUTS
+from wuerstchen_core.training.data.companions import HINT_NAMES, MASK_NAMES, match_companions
 from wuerstchen_core.training.data.filters import ImageDataConfig
 from wuerstchen_core.training.data.folder import FolderSource
-from wuerstchen_core.training.data.masks import MaskConfig, match_masks
+from wuerstchen_core.training.data.masks import MaskConfig
 from wuerstchen_core.training.data.open import open_loader
 from wuerstchen_core.training.data.shards import ShardSource
 from wuerstchen_core.training.data.source import ImageSource
@@ -52,9 +53,19 @@ NAMES = {  # mask → its picture
 
 def test_the_picture_of_a_mask() -> None:
     images = {*NAMES.values(), "cats/2", "lone/i", "two/i", "j"}
-    unmatched = ["a_depth", "conditioning/j", "masks/i", "masks/k", "l_mask"]
+    unmatched = ["a_depth", "a (control)", "conditioning/j", "masks/i", "masks/k", "l_mask"]
     expected = {image: mask for mask, image in NAMES.items()}
-    assert match_masks([*NAMES, *unmatched, "a_mask2"], images) == expected
+    assert match_companions([*NAMES, *unmatched, "a_mask2"], images, MASK_NAMES) == expected
+
+
+def test_the_picture_of_a_hint() -> None:
+    names = {
+        "a.control": "a", "b_conditioning_image": "b", "c_depth": "c", "d (control)": "d", "e_seg2": "e",
+        "conditioning_depth/f": "f", "controls/x/g": "x/g", "cats_control/1": "cats/1",
+    }  # fmt: skip
+    expected = {image: hint for hint, image in names.items()}
+    unmatched = ["a_mask", "masks/f", "a_alpha", "control_a"]
+    assert match_companions([*names, *unmatched], {*names.values()}, HINT_NAMES) == expected
 
 
 def test_masks_beside_pictures(tmp_path: Path) -> None:

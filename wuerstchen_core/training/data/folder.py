@@ -14,8 +14,9 @@ from PIL import Image
 
 from ...inference.image_files import image_suffixes
 from ...inference.images import has_alpha, open_grey, open_opacity, open_picture, picture_size
-from .left_out import HIDDEN, MASKS, ONE_TRAINER, LeftOut, in_mask_folder, is_mask, kind_of
-from .masks import ALPHA, HINT_NAMES, MASK_NAMES, Names, check_shape, match_masks
+from .companions import COMPANION_NAMES, HINT_NAMES, MASK_NAMES, ONE_TRAINER, Names, is_companion, match_companions
+from .left_out import HIDDEN, MASKS, LeftOut, kind_of
+from .masks import ALPHA, check_shape
 from .metadata import METADATA, ImagePlaces, companion_names, hint_name, image_name, mask_name, read_rows
 from .sidecars import TEXT_SUFFIXES, caption_names, has_caption, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at, read_bytes
@@ -71,19 +72,19 @@ class FolderSource(ImageSource):
             names |= {path: (path.relative_to(root) if len(roots) == 1 else path).as_posix() for path in found}
             files += found
         images = list(filter(is_image, files))
-        rows, companions, named_masks, named_hints = self._read_tables(files, names, images)
+        rows, named_companions, named_masks, named_hints = self._read_tables(files, names, images)
         images += [path for path in rows if path not in names]
         texts = {(os.path.splitext(path)[0], path.suffix.lower()): path for path in names if not is_image(path)}
         sidecars = {path: _sidecars(path, texts, rows.get(path, [])) for path in images}
         named = {path: names.get(path, str(path)) for path in images}
         captioned = {x for x, own in sidecars.items() if (own.text or own.rows) and not ONE_TRAINER.fullmatch(x.stem)}
-        masks = companions | (find_masks(named, companions) - captioned)
-        mask_of = (_match_masks(named, masks, MASK_NAMES) | named_masks) if use_masks else {}
-        hint_of = (_match_masks(named, masks, HINT_NAMES) | named_hints) if use_hints else {}
+        companions = named_companions | (find_companions(named, named_companions) - captioned)
+        mask_of = (_match(named, companions, MASK_NAMES) | named_masks) if use_masks else {}
+        hint_of = (_match(named, companions, HINT_NAMES) | named_hints) if use_hints else {}
         records: list[tuple[float, ...]] = []
         used = {path for path in names if path.name.lower() in METADATA} | {*mask_of.values(), *hint_of.values()}
         for path in images:
-            if path not in masks:
+            if path not in companions:
                 used |= sidecars[path].used
                 name = names.get(path, os.path.relpath(path, roots[0]))
                 self._add_image(path, name, sidecars[path], mask_of.get(path), hint_of.get(path), records)
@@ -230,20 +231,23 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes()
 
 
-def find_masks(images: Mapping[Path, str], companions: set[Path]) -> set[Path]:
-    """Returns the images (path → name) that are masks or conditioning images of others, by their names and folders."""
+def find_companions(images: Mapping[Path, str], named: set[Path]) -> set[Path]:
+    """Returns the images (path → name) that are masks or conditioning images of others, by their names and folders.
+
+    `named` are those that a table names.
+    """
     names = {path: os.path.splitext(name)[0] for path, name in images.items()}
-    stems = {path.stem for path, name in names.items() if not in_mask_folder(name)}
-    others = {name for path, name in names.items() if path not in companions}
-    return {path for path, name in names.items() if is_mask(name, others, stems)}
+    stems = {path.stem for path, name in names.items() if not COMPANION_NAMES.in_folder(name)}
+    others = {name for path, name in names.items() if path not in named}
+    return {path for path, name in names.items() if is_companion(name, others, stems)}
 
 
-def _match_masks(images: Mapping[Path, str], masks: set[Path], kind: Names) -> dict[Path, Path]:
-    """Returns the mask or hint of each image (path → name) that has one among `masks`, by their names."""
+def _match(images: Mapping[Path, str], companions: set[Path], kind: Names) -> dict[Path, Path]:
+    """Returns the mask or hint of each image (path → name) that has one among `companions`, by their names."""
     stems = {path: os.path.splitext(name)[0] for path, name in images.items()}
-    paths = {stem: path for path, stem in stems.items() if path in masks}
-    found = match_masks(paths, {stem for path, stem in stems.items() if path not in masks}, kind)
-    return {path: paths[found[stem]] for path, stem in stems.items() if path not in masks and stem in found}
+    paths = {stem: path for path, stem in stems.items() if path in companions}
+    found = match_companions(paths, {stem for path, stem in stems.items() if path not in companions}, kind)
+    return {path: paths[found[stem]] for path, stem in stems.items() if path not in companions and stem in found}
 
 
 def _sidecars(image: Path, texts: Mapping[tuple[str, str], Path], rows: list[Mapping[str, Any]]) -> Sidecars:

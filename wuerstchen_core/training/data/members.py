@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from ...inference.image_files import image_suffixes
-from .left_out import MASKS, ONE_TRAINER, LeftOut, is_mask, kind_of
+from .companions import ONE_TRAINER, is_companion
+from .left_out import MASKS, LeftOut, kind_of
 from .sidecars import TEXT_SUFFIXES
 
 T = TypeVar("T")
@@ -38,12 +39,15 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder and stem else stem, suffix.lower()
 
 
-def is_mask_key(
+def is_companion_key(
     key: str, members: Mapping[str, T], keys: Collection[str] | None = None, stems: Collection[str] = ()
 ) -> bool:
-    """True if the members of a key are a mask. `keys` and `stems` as in `is_mask`; an image with a caption is none."""
+    """True if the members of a key are a mask or conditioning image, and no image with a caption.
+
+    `keys` and `stems` as in `is_companion`.
+    """
     texts = any(f".{suffix}".endswith((*TEXT_SUFFIXES, ".json")) for suffix in members)
-    return is_mask(key, keys, stems) and (not texts or ONE_TRAINER.fullmatch(key) is not None)
+    return is_companion(key, keys, stems) and (not texts or ONE_TRAINER.fullmatch(key) is not None)
 
 
 def examples_of(key: str, members: Mapping[str, T], left_out: LeftOut) -> Iterator[tuple[str, Example[T]]]:

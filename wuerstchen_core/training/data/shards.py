@@ -20,9 +20,10 @@ from PIL import Image
 
 from ...common.atomic import replace_file
 from ...inference.images import has_alpha, open_grey, open_opacity, open_picture, picture_size
-from .left_out import MASKS, LeftOut, in_mask_folder
+from .companions import COMPANION_NAMES
+from .left_out import MASKS, LeftOut
 from .masks import ALPHA, check_shape
-from .members import Example, examples_of, is_mask_key, split_name
+from .members import Example, examples_of, is_companion_key, split_name
 from .sidecars import caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, ImageSource, image_record, read_at
 from .tars import FilePart, read_members
@@ -139,7 +140,7 @@ class ShardSource(ImageSource):
         left_out = LeftOut()
         with path.open("rb") as file:
             groups, bad = _list_members(file, path, left_out)
-            stems = {key.rpartition("/")[2] for key in groups if not in_mask_folder(key)}
+            stems = {key.rpartition("/")[2] for key in groups if not COMPANION_NAMES.in_folder(key)}
             for key in [key for key in groups if key not in bad]:
                 for name, example in self._examples(key, groups, stems, left_out):
                     try:
@@ -155,7 +156,7 @@ class ShardSource(ImageSource):
         self, key: str, groups: dict[str, Members], stems: set[str], left_out: LeftOut
     ) -> Iterator[tuple[str, Any]]:
         """Yields the examples among the members of a key, with their names."""
-        if is_mask_key(key, groups[key], groups, stems):
+        if is_companion_key(key, groups[key], groups, stems):
             left_out.add(MASKS, f"{key}.{next(iter(groups[key]))}")
         else:
             yield from examples_of(key, groups[key], left_out)

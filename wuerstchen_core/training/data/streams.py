@@ -34,7 +34,7 @@ from .left_out import MASKS, LeftOut
 from .loading import Batch, BatchLoader, Example, ReadResult, collate
 from .masks import ALPHA, FILE, check_shape
 from .members import Example as Members
-from .members import examples_of, is_mask_key, split_name
+from .members import examples_of, is_companion_key, split_name
 from .sidecars import MissingCaption, caption_names, read_captions, read_table
 from .source import RECORD_FIELDS, image_record
 from .tars import open_stream, read_members
@@ -107,7 +107,7 @@ class StreamLoader(BatchLoader, IterableDataset[ReadResult]):
         problems, result, found = list[str](), ReadResult(), 0
         left_out = LeftOut()
         for key, members in _read_groups(url, problems, left_out):
-            if is_mask_key(key, members):
+            if is_companion_key(key, members):
                 left_out.add(MASKS, f"{key}.{next(iter(members))}")
                 continue
             for name, files in examples_of(key, members, left_out):

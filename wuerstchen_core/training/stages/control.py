@@ -66,6 +66,7 @@ def control_params(config: ControlConfig, prior: PriorParams, values: tuple[floa
         hints=config.hints,
         widths=config.widths,
         repeats=config.repeats,
+        prior_values=values,
     )
 
 
