@@ -32,12 +32,15 @@ from safetensors.torch import save_file
 from wuerstchen_core.cli.main import _parser
 from wuerstchen_core.cli.main import main as run_command
 from wuerstchen_core.cli.options import PART_OPTIONS
+from wuerstchen_core.training.tables import STAGES
 
 COMMANDS = (
     "generate", "reconstruct", "variations", "inpaint", "outpaint", "interpolate", "inspect", "convert", "download",
     "train", "train", "frobnicate",
 )  # fmt: skip
-TRAININGS = ("lora", "decoder-lora", "embedding", "cache", "new", "export", "compare")
+DISTILLATIONS = ("distill", "distill-lora", "decoder-distill", "decoder-distill-lora")
+CONFIGURED = ("lora", "decoder-lora", "embedding", *DISTILLATIONS)
+TRAININGS = (*CONFIGURED, "cache", "new", "export", "compare")
 USUAL = {  # values that mostly are given, by the name of an argument or option
     "image": "cat.png", "mask": "mask.png", "prompt": "a red apple", "a": "a red apple", "b": "a blue car",
     "file": "tiny.safetensors", "sources": "tiny.safetensors", "target": "new.safetensors",
@@ -48,7 +51,7 @@ GIVEN = {"--model": "tiny.safetensors", "--output": "new.png", "--device": "cpu"
 NUMBERS = ("0", "1", "2", "3", "64", "128", "100", "-1", "1.5", "nan", "inf", "1e38", "1e400", "9" * 30, "", "x", "٣")
 TEXTS = ("", "a red apple", "\x1b[31m", "\n", "\udcff", "a" * 5000, "(a:1e999)", "embedding:x", "../x", "-", "--", "é")
 FILES = (
-    "tiny.safetensors", "lora.safetensors", "cat.png", "mask.png", "prompts.txt", "config.toml", "broken.safetensors",
+    "tiny.safetensors", "lora.safetensors", "cat.png", "mask.png", "prompts.txt", "lora.toml", "broken.safetensors",
     "broken.png", "empty", "folder", "missing", "missing/x.png", "\udcff.png", "new.png", "new", "new.jpg", "", ".",
     "lora.safetensors:0.5", "lora.safetensors:nan", "new.safetensors", "tiny.safetensors/x",
 )  # fmt: skip
@@ -58,10 +61,13 @@ CONFIG = """
 run = "run"
 data = { source = "pictures", size = 64, multiple = 64, workers = 0 }
 train = { steps = 1, batch = 2, lr = 1e-3, warmup = 1, ema = 0.5, sheet_every = 100 }
-lora = { rank = 2 }
-sample = { prompts = ["a red apple"] }
-[inputs]
 """
+TABLES = {
+    "lora": "rank = 2",
+    "distill": "guidance = 2.0\nsteps = 1\nteacher_steps = 1",
+    "embedding": 'name = "thing"\ninit = "apple"',
+    "sample": 'prompts = ["a red apple"]',
+}
 INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
 
 
@@ -74,7 +80,10 @@ def _files() -> Path:
     Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(folder / "cat.png")
     Image.linear_gradient("L").resize((128, 64)).point(lambda x: 255 * (x > 99)).save(folder / "mask.png")
     (folder / "prompts.txt").write_text('a red apple\n{"prompt": "b", "count": 2}\n{"prompt": 3}\n')
-    (folder / "config.toml").write_text(CONFIG + "".join(f'{name} = "tiny.safetensors"\n' for name in INPUTS))
+    inputs = "".join(f'{name} = "tiny.safetensors"\n' for name in INPUTS)
+    for stage in CONFIGURED:
+        tables = "".join(f"[{name}]\n{text}\n" for name, text in TABLES.items() if name in STAGES[stage].tables)
+        (folder / f"{stage}.toml").write_text(f"{CONFIG}[inputs]\n{inputs}{tables}")
     write_folder(folder / "pictures", examples(range(3)))
     (folder / "comfyui" / "models").mkdir(parents=True)
     (folder / "broken.safetensors").write_bytes((folder / "tiny.safetensors").read_bytes()[:5000])
@@ -91,7 +100,7 @@ def _files_with_run() -> Path:
     """Returns a folder with the same files, and a training run."""
     folder = kept_folder()
     shutil.copytree(_files(), folder, dirs_exist_ok=True)
-    assert _run(["train", "lora", "--config", "config.toml"], folder)[0] == 0
+    assert _run(["train", "lora", "--config", "lora.toml"], folder)[0] == 0
     return folder
 
 
@@ -108,7 +117,11 @@ def arguments(rng: random.Random) -> list[str]:
     if command == "train":
         stage = rng.choice(TRAININGS)
         usual = USUAL | {"stage": stage, "path": "new" if stage == "new" else "run/lora", "--set": "train.steps=2"}
-        given = {} if stage in ("new", "export", "compare") else {"--config": "config.toml"}
+        given = (
+            {}
+            if stage in ("new", "export", "compare")
+            else {"--config": f"{stage if stage in CONFIGURED else 'lora'}.toml"}
+        )
     elif command == "download":
         given = rng.choice(({"--to": "new"}, {"--comfyui": "comfyui"}))
     for action in _actions(command):

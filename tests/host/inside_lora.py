@@ -252,6 +252,12 @@ def main(bundle: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     start = len(log.lines)
     lora.apply_lora(prior, None, loras / "mixed.safetensors", 1.0, 1.0)
     facts["mixed"] = log.lines[start:]
+    header = {"distillation": "{}", "sampling": '{"schedule": "turbo", "prior_steps": 2, "prior_guidance": 1.0}'}
+    save_file(load_file(loras / "diffusers.safetensors"), loras / "distilled.safetensors", header)
+    for name, strength in (("distilled", 1.0), ("distilled at 0", 0.0)):
+        start = len(log.lines)
+        lora.apply_lora(prior, None, loras / "distilled.safetensors", strength, 1.0)
+        facts[name] = log.lines[start:]
     facts["to the decoder"] = error_of(lora.apply_lora, decoder, None, loras / "diffusers.safetensors", 1.0, 1.0)
     other = load_clip(read_part(bundle, "decoder_text_encoder"))
     facts["with the other clip"] = error_of(lora.apply_lora, prior, other, loras / "diffusers.safetensors", 1.0, 1.0)

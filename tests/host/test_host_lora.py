@@ -337,6 +337,12 @@ def test_quantised_weights_change_within_one_rounding(inside: Inside, name: str)
     assert tensors[f"{name}/noise"].isfinite().all()
 
 
+def test_a_distilled_lora_names_the_widgets_to_set(inside: Inside) -> None:
+    ignored, line = inside[1]["distilled"]
+    assert [ignored] == inside[1]["distilled at 0"]
+    assert "turbo" in line and "steps to 2" in line and "cfg to 1" in line and "Würstchen Prior Sample" in line
+
+
 def test_ignored_keys_are_logged_in_one_line(inside: Inside) -> None:
     [line] = inside[1]["mixed"]
     facts = "mixed.safetensors", "4 keys", "2 keys", "64x64", "64x32", "8 keys", "1 bundled", "bundle_emb.cat.clip_g"

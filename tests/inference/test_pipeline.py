@@ -111,9 +111,21 @@ def test_each_argument_changes_the_picture(pipe: WuerstchenPipeline, change: dic
     assert np.abs(pixels(pipe.generate(PROMPT)) - pixels(pipe.generate(PROMPT, **change))).max() > ROUNDING
 
 
-def test_no_guidance_means_no_negative_prompt(pipe: WuerstchenPipeline) -> None:
+def test_no_guidance_means_no_negative_prompt(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, read = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32"), []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda tower, texts: read.extend(texts) or encode(tower, texts))
     plain = pixels(pipe.generate(PROMPT, prior_guidance=1.0))
-    assert np.abs(plain - pixels(pipe.generate(PROMPT, prior_guidance=0.0, negative="blue"))).max() <= ROUNDING
+    assert read == [PROMPT] and not caplog.records
+    for _ in range(2):
+        found = pixels(pipe.generate(PROMPT, prior_guidance=0.0, negative="blue"))
+        assert np.abs(plain - found).max() <= ROUNDING
+    assert "blue" not in read and len(caplog.records) == 1
+    for guided in ({"prior_guidance": 2.0}, {"prior_guidance": 1.0, "decoder_guidance_end": 2.0}):
+        pipe.generate(PROMPT, negative="blue", **guided)
+        assert read.pop() == "blue"
 
 
 def test_guidance_of_the_decoder_leads_away_from_no_features(pipe: WuerstchenPipeline) -> None:

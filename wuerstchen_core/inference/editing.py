@@ -23,7 +23,7 @@ from ..models.prior import features_from_latents, latents_from_features
 from .components import Components
 from .control import AnyHint, load_hints
 from .images import Picture, pad_to_legal, read_batch, read_extended, read_masked, read_pixels, to_pictures
-from .prompts import Prompt, average_states, check_request, encode_prompt, encode_prompts
+from .prompts import Prompt, average_states, check_request, encode_prompt, encode_request
 from .settings import Callback, SamplingOptions, check_count, notify
 from .stages import decode, encode_pixels, sample_decoder, sample_prior
 
@@ -180,7 +180,7 @@ def interpolate(
     if pictures:
         height, width = read_pixels(pictures[0], width, height).shape[-2:]
     sampling = model.sampling.updated(width=width, height=height, **settings)
-    uncond = encode_prompt(model, negative)
+    _, uncond = encode_request(model, [], negative, sampling)
     run: dict[str, Any] = {"seed": seed, "callback": callback}
 
     def features_of(states: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _edit(
     seed = check_request(model, [prompt, negative], count, seed, with_pictures=True)
     area = pixels.shape[-2], pixels.shape[-1]
     hints = load_hints(model, control, sampling, count, strength=strength, area=area)
-    cond, uncond, *empty = encode_prompts(model, [prompt, negative, *([] if mask is None else [""])])
+    (cond, *empty), uncond = encode_request(model, [prompt, *([] if mask is None else [""])], negative, sampling)
     notify(callback, "text")
     prior_text, text = (states.expand(count, -1, -1) for states in cond)
     run: dict[str, Any] = {"seed": seed, "callback": callback}

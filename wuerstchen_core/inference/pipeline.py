@@ -173,7 +173,7 @@ class WuerstchenPipeline(Components):
         count = to_int("count", count)
         seed = prompts.check_request(self, [*several, negative], len(several) * count, seed)
         hints = load_hints(self, control, sampling, len(several) * count)
-        *cond, uncond = prompts.encode_prompts(self, [*several, negative])
+        cond, uncond = prompts.encode_request(self, several, negative, sampling)
         notify(callback, "text")
         batches: list[tuple[list[Tensor], LoadedHints, dict[str, Any]]] = []
         done = 0

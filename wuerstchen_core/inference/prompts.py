@@ -18,7 +18,7 @@ from ..demo.vocabulary import unknown_words_note
 from ..diffusion.samplers import Seed
 from .components import Components
 from .embeddings import NAMES, check_embeddings, encode_with_embeddings, has_embedding
-from .settings import check_count
+from .settings import SamplingSettings, check_count
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,23 @@ def encode_prompts(model: Components, prompts: Sequence[Prompt]) -> list[tuple[T
         return [(x, x) for x in states]
     with model.using(TOWERS[1]):
         return [(x, average_states(model, "decoder", prompt)) for x, prompt in zip(states, prompts, strict=True)]
+
+
+def encode_request(
+    model: Components, prompts: Sequence[Prompt], negative: str, sampling: SamplingSettings
+) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor | None, Tensor | None]]:
+    """Returns the text states of prompts, and those of the negative prompt: None if no stage has guidance.
+
+    Logs a warning about a negative prompt without guidance, the first time only.
+    """
+    if sampling.guided:
+        *cond, uncond = encode_prompts(model, [*prompts, negative])
+        return cond, uncond
+    note = "the negative prompt has no effect without guidance: leave it out, or set a guidance above 1"
+    if negative and note not in model.reported_words:
+        model.reported_words.add(note)
+        logger.warning(note)
+    return encode_prompts(model, prompts), (None, None)
 
 
 def average_states(model: Components, stage: str, prompt: Prompt) -> Tensor:

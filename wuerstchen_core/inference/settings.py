@@ -140,6 +140,11 @@ class SamplingSettings:
         end = self.decoder_guidance if self.decoder_guidance_end is None else self.decoder_guidance_end
         return [max(scale, 1.0) for scale in torch.linspace(self.decoder_guidance, end, self.decoder_steps).tolist()]
 
+    @property
+    def guided(self) -> bool:
+        """True if a stage has guidance, which reads the negative prompt."""
+        return max(self.prior_guidance, *self.decoder_scales()) > 1
+
     def temperatures(self) -> list[float]:
         """Returns the temperature of each step of v1's Stage B."""
         return torch.linspace(*self.temperature, self.decoder_steps).tolist()
