@@ -17,6 +17,7 @@ from wuerstchen_core.training.stages.losses import (
     DecoderNoiseConfig,
     NoiseConfig,
     TokenNoiseConfig,
+    absolute_error,
     contrastive_loss,
     corrupt_features,
     draw_noise,
@@ -24,6 +25,7 @@ from wuerstchen_core.training.stages.losses import (
     freeze_fast_times,
     noise_loss,
     noise_weight,
+    squared_error,
     token_loss,
     token_weight,
 )
@@ -34,6 +36,14 @@ DRAWS = 20_000
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_errors_are_means_with_weights() -> None:
+    predicted, target = torch.tensor([1.0, -3.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
+    weights = torch.tensor([2.0, 0.5]).view(1, 1, 1, 2)
+    assert (squared_error(predicted, target), absolute_error(predicted, target)) == (5, 2)
+    assert squared_error(predicted, target, weights) == (2 * 1 + 0.5 * 9) / 2
+    assert absolute_error(predicted, target, weights) == (2 * 1 + 0.5 * 3) / 2
 
 
 def test_p2_equals_the_originals() -> None:

@@ -1,4 +1,4 @@
-"""Training with the batch norms of inference, and the other options of Stage A: noisy latents, commitment loss."""
+"""Training with the batch norms of inference, and the other options of Stage A: noisy latents, weights of losses."""
 
 from __future__ import annotations
 
@@ -86,11 +86,12 @@ def test_noise_is_drawn_for_each_image_and_added_to_what_is_not_quantized() -> N
     assert none is None
 
 
-def test_the_weight_of_the_commitment_loss() -> None:
+@pytest.mark.parametrize("name", ["commit", "absolute"])
+def test_the_weights_of_the_commitment_loss_and_of_absolute_errors(name: str) -> None:
     losses = []
-    for commit in (0.0, 0.25, 0.5):
+    for weight in (0.0, 0.25, 0.5):
         with torch.no_grad():
-            losses.append(float(stage(commit=commit).net(CROPS, 1, False, running_norm=True)))
+            losses.append(float(stage(**{name: weight}).net(CROPS, 1, False, running_norm=True)))
     assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
 
 

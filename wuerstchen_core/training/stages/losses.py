@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -164,9 +164,18 @@ def noise_weight(config: NoiseConfig, t: Tensor) -> Tensor:
 
 def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the mean squared error (scalar); `weights` [B, 1, H, W] are factors of the errors."""
+    return _mean_error(F.mse_loss, predicted, target, weights)
+
+
+def absolute_error(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean absolute error (scalar); `weights` as in `squared_error`."""
+    return _mean_error(F.l1_loss, predicted, target, weights)
+
+
+def _mean_error(error: Callable[..., Tensor], predicted: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
-        return F.mse_loss(predicted, target)
-    return (F.mse_loss(predicted, target, reduction="none") * weights).mean()
+        return error(predicted, target)
+    return (error(predicted, target, reduction="none") * weights).mean()
 
 
 def noise_error(config: NoiseConfig, predicted: Tensor, noise: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..data.dataset import InMemoryDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
-from .losses import resize_weights, squared_error
+from .losses import absolute_error, resize_weights, squared_error
 from .networks import load_or_create
 from .norms import RunningNorms, uses_running_norms
 
@@ -43,14 +43,16 @@ class VQGANConfig:
     noise: NotNegative = option(
         0.0, "largest standard deviation of the noise added to latents that are not quantized, whose own is 1"
     )
+    absolute: NotNegative = option(0.0, "weight of the pixels' absolute errors, beside 1 of their squared errors")
 
 
 class Autoencoder(nn.Module):
     """Encodes and decodes images, with or without quantizing."""
 
-    def __init__(self, vqgan: VQGAN, pretrained: bool, commit: float = VQGANConfig.commit):
+    def __init__(self, vqgan: VQGAN, pretrained: bool, options: VQGANConfig | None = None):
         super().__init__()
-        self.vqgan, self.commit = vqgan, commit
+        options = options or VQGANConfig()
+        self.vqgan, self.commit, self.absolute = vqgan, options.commit, options.absolute
         self.norms = RunningNorms(vqgan)
         if not pretrained:  # a fixed norm gives the latents unit variance once they are divided by the scale factor
             scale = vqgan.down_blocks[-1].get_parameter("1.weight")
@@ -85,7 +87,9 @@ class Autoencoder(nn.Module):
         if noise is not None:
             others = others + self.vqgan.params.scale_factor * noise[count:]
         latents = others if quantized is None else torch.cat([codes.latents[:count], others])
-        return loss + squared_error(self.vqgan.decode(latents), images, weights)
+        decoded = self.vqgan.decode(latents)
+        loss = loss + squared_error(decoded, images, weights)
+        return loss + self.absolute * absolute_error(decoded, images, weights) if self.absolute else loss
 
     @torch.no_grad()
     def init_codebook(self, latents: Tensor) -> None:
@@ -117,7 +121,7 @@ class VQGANStage(Stage[Autoencoder]):
     def __init__(self, config: Mapping[str, Any]):
         self.options = from_table(VQGANConfig, config.get("vqgan", {}), "vqgan")
         self.pretrained = "start" in config
-        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained, self.options.commit)
+        self.net = Autoencoder(load_or_create(config, "vqgan", VQGAN), self.pretrained, self.options)
         self.dataset = open_dataset(config, captions=False)
         crop, largest = self.options.crop, self.dataset.side - 2 * self.options.margin
         if not 0 < crop <= largest:
