@@ -55,26 +55,25 @@ def widened(lines: Tensor, width: float) -> Tensor:
 
 def filled(shapes: Tensor) -> Tensor:
     """Returns white shapes [B, 1, H, W] with everything that they enclose."""
-    walls = shapes > 0.5
-    outside = torch.zeros_like(walls)
-    outside[..., 0, :] = outside[..., -1, :] = outside[..., :, 0] = outside[..., :, -1] = True
-    outside &= ~walls
-    while True:
-        before = outside
-        for dim in (-1, -2):
-            outside = _spread(outside, walls, dim)
-            outside = _spread(outside.flip(dim), walls.flip(dim), dim).flip(dim)
-        if torch.equal(outside, before):
-            return (~outside).to(shapes)
+    free = shapes <= 0.5
+    outside = torch.ones_like(free)
+    outside[..., 1:-1, 1:-1] = False
+    directions, reached = (_runs(free)[free], _runs(free.mT).mT[free]), outside[free]
+    while True:  # of a pixel that is reached, its runs along both directions are, too
+        found = reached
+        for runs in directions:
+            hit = torch.zeros(free.numel() + 1, dtype=torch.bool, device=free.device)
+            hit[runs[found]] = True
+            found = hit[runs]
+        if torch.equal(found, reached):
+            return torch.ones_like(free).masked_scatter(free, ~reached).to(shapes)
+        reached = found
 
 
-def _spread(seeds: Tensor, walls: Tensor, dim: int) -> Tensor:
-    """Returns seeds spread along a dimension up to walls."""
-    shape = [1] * seeds.ndim
-    shape[dim] = seeds.shape[dim]
-    numbers = torch.arange(1, seeds.shape[dim] + 1, device=seeds.device).view(shape)
-    last_seed, last_wall = ((x * numbers).cummax(dim).values for x in (seeds, walls))
-    return last_seed > last_wall
+def _runs(free: Tensor) -> Tensor:
+    """Returns for each pixel that is True the number of its run along the last dimension, which others end."""
+    starts = free & ~F.pad(free[..., :-1], (1, 0))
+    return starts.flatten().cumsum(0).view(free.shape)
 
 
 def colour_blocks(images: Tensor) -> Tensor:
