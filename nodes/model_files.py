@@ -27,6 +27,7 @@ _OF = " of "
 # Choices of a v1 bundle's parts, such as "Stage A of NAME". Never change these: saved workflows contain them.
 _LABELS = {
     "vqgan": "Stage A",
+    "control_net": "ControlNet",
     TEXT_ENCODER: "text tower",
     **{tower: f"text tower ({tower.removesuffix(f'_{TEXT_ENCODER}')})" for tower in TOWERS},
 }
@@ -39,8 +40,8 @@ def _label(part: str) -> str:
 def _describe(parts: Iterable[str]) -> str:
     """Returns the kinds of parts in words, such as "prior (Stage C), image encoder"."""
     stages = {kind: COMPONENTS[kind].stage for kind in map(kind_of, parts)}
-    names = (f"{kind} ({stage})" if stage.startswith("Stage") else kind for kind, stage in stages.items())
-    return ", ".join(names).replace("_", " ")
+    titles = {kind: "ControlNet" if kind == "control_net" else kind.replace("_", " ") for kind in stages}
+    return ", ".join(f"{titles[x]} ({y})" if y.startswith("Stage") else titles[x] for x, y in stages.items())
 
 
 def fingerprint(path: Path | str | None) -> Any:

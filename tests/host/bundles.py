@@ -14,6 +14,7 @@ Graph = dict[str, Any]  # a prompt in the form of ComfyUI's API
 Generate = Callable[[Graph], Outcome]
 
 TINY, HALF, FOREIGN, V1 = "tiny.safetensors", "half.safetensors", "foreign.safetensors", "v1.safetensors"
+OUTLINE = "outline.safetensors"  # a ControlNet of TINY
 SAMPLING = {
     "width": 256,
     "height": 192,

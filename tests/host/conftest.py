@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import FOREIGN, HALF, SAMPLING, SAMPLING_V1, TINY, V1, Generate, Graph, find
+from bundles import FOREIGN, HALF, OUTLINE, SAMPLING, SAMPLING_V1, TINY, V1, Generate, Graph, find
 from helpers.archive import unpacked_archive
 from helpers.networks import NETWORKS, PRIOR
 from random_prompts import add_probe
@@ -88,7 +88,7 @@ def v1_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def checkpoints(models: Path) -> Path:
     """The checkpoints folder: an untrained model whose text encoders differ in width, a bundle of one part, a v1 model,
-    and another model's file."""
+    and another model's file. Beside it is a ControlNet of the first."""
     folder = models / "checkpoints"
     parts = {name: NETWORKS[name].perturbed() for name in ("prior", "decoder", "vqgan", "image_encoder")}
     torch.nn.init.constant_(parts["vqgan"].out_block[0].bias, 0.5)  # grey images, not clipped to black
@@ -97,6 +97,7 @@ def checkpoints(models: Path) -> Path:
         tower.init_weights()
         parts[f"{stage}_text_encoder"] = tower
     save_bundle(folder / TINY, parts, {"sampling": SAMPLING, "vocabulary": VOCABULARY})
+    save_bundle(models / "controlnet" / OUTLINE, {"control_net": NETWORKS["control_net"].perturbed()}, {})
     save_bundle(folder / HALF, {"vqgan": parts["vqgan"]}, {})
     save_bundle(folder / V1, v1_parts(parts), {"sampling": SAMPLING_V1})
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, folder / FOREIGN)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bundles import Graph
+from bundles import OUTLINE, Graph
 from node_list import NODES, list_inputs
 
 DEMO = "Würstchen demo (shipped)"
@@ -63,6 +63,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "WuerstchenCLIPLoader": {"clip_name": f"text tower {V1}"},
     "WuerstchenVAELoader": {"vae_name": f"Stage A {V1}"},
     "WuerstchenTokenDecoderLoader": {"model_name": f"token decoder {V1}"},
+    "WuerstchenControlNetLoader": {"control_net_name": OUTLINE},
 }
 LINKS |= {  # the conditioning of v1's Stage B
     "text": {"prior_clip": ("WuerstchenCLIPLoader", 0), "decoder_clip": ("WuerstchenCLIPLoader", 0)},

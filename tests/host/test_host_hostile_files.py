@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tools.comfyui.client import Server
 
-FOLDERS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings")
+FOLDERS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "embeddings", "controlnet")
 LOADERS = {
     "WuerstchenBundleLoader": ("bundle", "checkpoints"),
     "WuerstchenModelLoader": ("model_name", "diffusion_models"),
@@ -27,6 +27,7 @@ LOADERS = {
     "WuerstchenCLIPLoader": ("clip_name", "text_encoders"),
     "WuerstchenVAELoader": ("vae_name", "vae"),
     "WuerstchenLoraLoader": ("lora_name", "loras"),
+    "WuerstchenControlNetLoader": ("control_net_name", "controlnet"),
 }
 DEEP = "[" * 100_000 + "]" * 100_000
 TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -73,6 +74,10 @@ CONTENTS: dict[str, bytes] = {
     "params are odd": bundle(parts={"prior": {"c": "x", "depth": 10**30, "nhead": -1}}),
     "many layers": bundle(parts={"prior": {"depth": 10**9}}),
     "layers by a key": bundle(key="prior.blocks.999999999.norm.weight"),
+    "ControlNet is odd": bundle(
+        key="control_net.hint_stem.weight",
+        parts={"control_net": {"prior_depth": 10**30, "widths": "x", "prior_values": [10**400]}},
+    ),
     "vocabulary is odd": bundle(vocabulary={"words": {"a": 1}}, sampling={"prior_steps": "x"}),
     "many rows": header(
         {

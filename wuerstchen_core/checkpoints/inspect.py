@@ -23,6 +23,7 @@ _DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 _SCALED = ("fp8", "fp8_e5m2", "int8")
 OPEN = "v1 (or v2's first file, of June 2023)"
 SHARED = "v1 and v2 alike"
+HIDDEN = ("dropout", "stages", "prior_values")  # params that a description in words leaves out
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Description:
         out += [f"  title: {self.title}"] if self.title else []
         out += [f"  trigger words: {self.trigger_words}"] if self.trigger_words else []
         for part in self.parts:
-            sizes = ", ".join(f"{key} {value}" for key, value in part.sizes.items() if key not in ("dropout", "stages"))
+            sizes = ", ".join(f"{key} {value}" for key, value in part.sizes.items() if key not in HIDDEN)
             out.append(f"  {part.name} ({part.stage}): {part.parameters:,} parameters, {part.dtype} ({sizes})")
         out += [f"  the {name} needs {tower}" for name, tower in self.text_towers.items()]
         out += [f"  it also holds {other}" for other in self.refused]
