@@ -24,11 +24,13 @@ from unittest.mock import patch
 
 from fuzz.weights import Wrong, kept_folder, main, time_limit
 from helpers.lora_forms import FORMS, attention_of_prior, random_factors
+from helpers.networks import NETWORKS
 from helpers.picture_folders import examples, write_folder
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 from safetensors.torch import save_file
 
+from wuerstchen_core.checkpoints import save_bundle
 from wuerstchen_core.cli.main import _parser
 from wuerstchen_core.cli.main import main as run_command
 from wuerstchen_core.cli.options import PART_OPTIONS
@@ -39,12 +41,13 @@ COMMANDS = (
     "train", "train", "frobnicate",
 )  # fmt: skip
 DISTILLATIONS = ("distill", "distill-lora", "decoder-distill", "decoder-distill-lora")
-CONFIGURED = ("lora", "decoder-lora", "embedding", *DISTILLATIONS)
+CONFIGURED = ("lora", "decoder-lora", "embedding", "control", *DISTILLATIONS)
 TRAININGS = (*CONFIGURED, "cache", "new", "export", "compare")
 USUAL = {  # values that mostly are given, by the name of an argument or option
     "image": "cat.png", "mask": "mask.png", "prompt": "a red apple", "a": "a red apple", "b": "a blue car",
     "file": "tiny.safetensors", "sources": "tiny.safetensors", "target": "new.safetensors",
     "--lora": "lora.safetensors", "--prompts": "prompts.txt", "--like": "made.png", "--pictures": "pictures",
+    "--control": ("net.safetensors", "mask.png:0.5"),
     **dict.fromkeys((f"--{name.replace('_', '-')}" for name in PART_OPTIONS), "tiny.safetensors"),
 }  # fmt: skip
 GIVEN = {"--model": "tiny.safetensors", "--output": "new.png", "--device": "cpu"}  # nearly always
@@ -53,7 +56,8 @@ TEXTS = ("", "a red apple", "\x1b[31m", "\n", "\udcff", "a" * 5000, "(a:1e999)",
 FILES = (
     "tiny.safetensors", "lora.safetensors", "cat.png", "mask.png", "prompts.txt", "lora.toml", "broken.safetensors",
     "broken.png", "empty", "folder", "missing", "missing/x.png", "\udcff.png", "new.png", "new", "new.jpg", "", ".",
-    "lora.safetensors:0.5", "lora.safetensors:nan", "new.safetensors", "tiny.safetensors/x",
+    "lora.safetensors:0.5", "lora.safetensors:nan", "new.safetensors", "tiny.safetensors/x", "net.safetensors",
+    "cat.png:2", "cat.png:inf",
 )  # fmt: skip
 SETS = ("train.steps=0", "train.steps=x", "a=", "=", "run='new'", "train.lr=nan", "data.size=1e9", "[", "\udcff=1")
 LEFT_OUT = ("--compile", "--help", "-h", "--version", "--push")  # slow, nothing but text, or on the network
@@ -66,6 +70,7 @@ TABLES = {
     "lora": "rank = 2",
     "distill": "guidance = 2.0\nsteps = 1\nteacher_steps = 1",
     "embedding": 'name = "thing"\ninit = "apple"',
+    "control": 'hints = "outline"\nwidths = [8, 8, 8, 16]\nrepeats = [1, 1, 1, 1]',
     "sample": 'prompts = ["a red apple"]',
 }
 INPUTS = ("prior", "encoder", "text", "decoder", "vqgan")
@@ -77,6 +82,7 @@ def _files() -> Path:
     folder = kept_folder()
     write_tiny_bundle(folder / "tiny.safetensors")
     save_file(FORMS["comfyui"].write(random_factors(attention_of_prior()), {}), folder / "lora.safetensors")
+    save_bundle(folder / "net.safetensors", {"control_net": NETWORKS["control_net"].perturbed()}, {})
     Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(folder / "cat.png")
     Image.linear_gradient("L").resize((128, 64)).point(lambda x: 255 * (x > 99)).save(folder / "mask.png")
     (folder / "prompts.txt").write_text('a red apple\n{"prompt": "b", "count": 2}\n{"prompt": 3}\n')
@@ -132,7 +138,9 @@ def arguments(rng: random.Random) -> list[str]:
         if name in LEFT_OUT or rng.random() > (0.95 if likely else 0.06):
             continue
         count = action.nargs if isinstance(action.nargs, int) else int(action.nargs != 0)
-        values = [_value(rng, action, (usual | given).get(name or action.dest)) for _ in range(count)]
+        mostly = (usual | given).get(name or action.dest)
+        mostly = mostly if isinstance(mostly, tuple) else (mostly,) * count
+        values = [_value(rng, action, value) for value in mostly]
         out += [name, *values] if name else values
     if rng.random() < 0.05:
         out.insert(rng.randrange(len(out) + 1), rng.choice(TEXTS))
