@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, log_rows
 from wuerstchen_core.training.config import LoopConfig
-from wuerstchen_core.training.data.dataset import InMemoryDataset
+from wuerstchen_core.training.data.dataset import IndexedDataset, InMemoryDataset
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.stage import Stage
 
@@ -66,7 +66,7 @@ class LineStage(Stage[Line]):
         x = batch[0] * torch.nan if self.losses in self.nan_at else batch[0]
         return F.mse_loss(net(x), x.sum(1, keepdim=True))
 
-    def samples(self, net: Line, validation: InMemoryDataset) -> list[Tensor] | None:
+    def samples(self, net: Line, validation: IndexedDataset) -> list[Tensor] | None:
         assert not net.training and not torch.is_grad_enabled()
         return [torch.tensor([1, 2, 3])[None, :, None, None].expand(1, 3, 4, 4) / 255]
 

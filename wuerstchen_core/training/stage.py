@@ -13,7 +13,7 @@ from ..checkpoints import save_bundle
 from ..checkpoints.components import component
 from ..common.atomic import link_file
 from ..inference.pipeline import WuerstchenPipeline
-from .data.dataset import ImageDataset, InMemoryDataset
+from .data.dataset import ImageDataset, IndexedDataset
 from .rng import StepRandom
 from .samples import SampleConfig
 
@@ -79,7 +79,7 @@ class Stage(ABC, Generic[N]):
         return self.loss(net, *batch)
 
     @abstractmethod
-    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
+    def samples(self, net: N, validation: IndexedDataset) -> list[Tensor]:
         """Returns images [B, 3, H, W] in [0, 1] and the results of `net` (the EMA)."""
 
     def missing_for_samples(self) -> str:

@@ -1,4 +1,4 @@
-"""The interface of training images to the stages, and its implementation for images in memory."""
+"""The interface of training images to the stages, and its implementations for images chosen by index."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ImageDataset(ABC):
         return []
 
     @abstractmethod
-    def preview_images(self) -> InMemoryDataset | None:
+    def preview_images(self) -> IndexedDataset | None:
         """Returns images for sample grids, held out from training if possible; None if there are none."""
 
     def missing_previews(self) -> str:
@@ -132,17 +132,12 @@ class ImageDataset(ABC):
         return ""
 
 
-class InMemoryDataset(ImageDataset):
-    """Images [N, 3, H, W] uint8 of one size in memory; the handle of a batch is their indices [B]."""
+class IndexedDataset(ImageDataset):
+    """Images of one size, each with one caption at a time; the handle of a batch is their indices [B]."""
 
-    def __init__(self, pixels: Tensor, texts: Sequence[str] = (), hints: Tensor | None = None):
-        self.pixels, self.texts, self.hints = pixels, texts, hints
-        self.side, self.square = min(pixels.shape[-2:]), pixels.shape[-1] == pixels.shape[-2]
-        self.size = pixels.shape[-1], pixels.shape[-2]
-        self.examples = len(pixels)
-
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.pixels)
+        """Returns the number of images."""
 
     def sample_batch(self, rng: StepRandom) -> Tensor:
         """Returns random indices [B], without repetition if there are enough images."""
@@ -157,8 +152,33 @@ class InMemoryDataset(ImageDataset):
         chosen = zip(batch.tolist(), seeds, dropped, strict=True)
         return ["" if empty else self.caption(index, random.Random(seed)) for index, seed, empty in chosen]
 
+    @abstractmethod
     def caption(self, index: int, words: random.Random) -> str:
         """Returns the caption of an image; `words` are the random numbers to choose a wording."""
+
+    @abstractmethod
+    def images(self, batch: Tensor | slice) -> Tensor: ...
+
+    def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Tensor | slice], Tensor]:
+        """Computes the tensors of all images now, and returns a function that looks them up."""
+        starts = range(0, len(self), CHUNK)
+        tensors = torch.cat([derive(compute(self.images(slice(start, start + CHUNK)))) for start in starts])
+        return lambda batch: tensors[batch]
+
+
+class InMemoryDataset(IndexedDataset):
+    """Images [N, 3, H, W] uint8 in memory, with hint pictures of the same form."""
+
+    def __init__(self, pixels: Tensor, texts: Sequence[str] = (), hints: Tensor | None = None):
+        self.pixels, self.texts, self.hints = pixels, texts, hints
+        self.side, self.square = min(pixels.shape[-2:]), pixels.shape[-1] == pixels.shape[-2]
+        self.size = pixels.shape[-1], pixels.shape[-2]
+        self.examples = len(pixels)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def caption(self, index: int, words: random.Random) -> str:
         return self.texts[index]
 
     def images(self, batch: Tensor | slice) -> Tensor:
@@ -168,11 +188,5 @@ class InMemoryDataset(ImageDataset):
         assert self.hints is not None
         return self.hints[batch].float() / 255
 
-    def map_images(self, name: str, compute: Compute, derive: Compute = identity) -> Callable[[Tensor | slice], Tensor]:
-        """Computes the tensors of all images now, and returns a function that looks them up."""
-        starts = range(0, len(self), CHUNK)
-        tensors = torch.cat([derive(compute(self.images(slice(start, start + CHUNK)))) for start in starts])
-        return lambda batch: tensors[batch]
-
-    def preview_images(self) -> InMemoryDataset | None:
+    def preview_images(self) -> IndexedDataset | None:
         return self

@@ -20,7 +20,7 @@ from ...demo.artwork import CANVAS, boxes, draw_all, picture_size, random_boxes
 from ...demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, Scene
 from ..rng import StepRandom
 from .buckets import most_square
-from .dataset import Compute, ImageDataset, InMemoryDataset, identity
+from .dataset import Compute, ImageDataset, IndexedDataset, identity
 
 MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
 MAX_SIDE = 512  # in pixels, of pictures on other canvases
@@ -55,7 +55,7 @@ class DemoDataConfig:
             raise ValueError(f"[data] larger must be sides above canvas, up to {MAX_SIDE} pixels, got {self.larger}")
 
 
-class DemoDataset(InMemoryDataset):
+class DemoDataset(IndexedDataset):
     """Scenes of one shape and size, drawn when needed: those for training, or the held-out ones."""
 
     def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = "", canvas: int = 0):
@@ -124,7 +124,7 @@ class DemoDataset(InMemoryDataset):
         found = [boxes(x, self._canvas) for x in self.scenes] if self._placed is None else self._placed
         return [found[index] for index in batch.tolist()]
 
-    def preview_images(self) -> InMemoryDataset | None:
+    def preview_images(self) -> IndexedDataset | None:
         return None if self.missing_previews() else self._held_out
 
     def missing_previews(self) -> str:
@@ -176,7 +176,7 @@ class MultiShapeDemoDataset(ImageDataset):
         maps = [dataset.map_images(name, compute, derive) for dataset in self.datasets]
         return lambda batch: maps[batch[0]](batch[1])
 
-    def preview_images(self) -> InMemoryDataset | None:
+    def preview_images(self) -> IndexedDataset | None:
         return self.datasets[0].preview_images()
 
     def missing_previews(self) -> str:

@@ -19,7 +19,7 @@ from ..rng import StepRandom
 from ..stages.networks import weights_fingerprint
 from .buckets import most_square
 from .caption_tokens import CUT, CaptionTokenizer, Tokens, pad_states
-from .dataset import Compute, ImageDataset, InMemoryDataset, identity
+from .dataset import Compute, ImageDataset, IndexedDataset, InMemoryDataset, identity
 from .demo import DemoDataConfig, DemoDataset, MultiShapeDemoDataset
 from .filters import ImageDataConfig
 from .held_out import NO_VALIDATION, ValidationConfig
@@ -184,7 +184,7 @@ class FileDataset(ImageDataset):
         found = islice(self._loader.captions_from(self.position), count)
         return [(name, self.tokenizer.prompt(caption)) for name, caption in found]
 
-    def preview_images(self) -> InMemoryDataset | None:
+    def preview_images(self) -> IndexedDataset | None:
         """Returns the first images of the fullest bucket, which are trained on too, without those of regularisation
         sets; None for streams and for a cache without images."""
         if not isinstance(self._loader, IndexedLoader) or self.missing_previews():

@@ -18,7 +18,7 @@ from ...inference.settings import SamplingSettings
 from ...models.control_net import KINDS, ControlNet, ControlNetParams
 from ...models.prior import Prior, PriorParams
 from ..data.caption_tokens import Tokens
-from ..data.dataset import ImageDataset, InMemoryDataset
+from ..data.dataset import ImageDataset, IndexedDataset
 from ..data.hints import colour_blocks, contours, draw_boxes, outlines, silhouettes, widened
 from ..rng import StepRandom
 from .losses import NoiseConfig
@@ -165,7 +165,7 @@ class ControlStage(PriorStage):
     def pipeline(self, net: Any) -> WuerstchenPipeline:
         return super().pipeline(net.prior)
 
-    def sample_inputs(self, validation: InMemoryDataset, picked: Tensor) -> list[Tensor]:
+    def sample_inputs(self, validation: IndexedDataset, picked: Tensor) -> list[Tensor]:
         return [self.hints(validation, picked)]
 
     def reconstruct(

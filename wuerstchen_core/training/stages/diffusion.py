@@ -16,7 +16,7 @@ from ...inference.settings import SamplingSettings
 from ...models.image_encoder import ImageEncoder
 from ...models.text_encoder import TextEncoder
 from ..data.caption_tokens import Tokens
-from ..data.dataset import InMemoryDataset
+from ..data.dataset import IndexedDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import N, Stage
@@ -90,7 +90,7 @@ class DiffusionStage(Stage[N]):
     ) -> Tensor:
         """Returns samples [B, 3, H, W] for images, captions of equally many chunks, and `sample_inputs`."""
 
-    def sample_inputs(self, validation: InMemoryDataset, picked: Tensor) -> list[Tensor]:
+    def sample_inputs(self, validation: IndexedDataset, picked: Tensor) -> list[Tensor]:
         """Returns further images [B, 3, H, W] that samples are made from, to be shown beside them."""
         return []
 
@@ -115,7 +115,7 @@ class DiffusionStage(Stage[N]):
         finally:
             self.noise = configured
 
-    def samples(self, net: N, validation: InMemoryDataset) -> list[Tensor]:
+    def samples(self, net: N, validation: IndexedDataset) -> list[Tensor]:
         picked = validation.evenly_spaced(24)
         images, prompts = validation.images(picked), validation.captions(picked, StepRandom(0, 0, len(picked)))
         inputs = self.sample_inputs(validation, picked)

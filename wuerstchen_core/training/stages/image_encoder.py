@@ -22,7 +22,7 @@ from ...diffusion.schedule import expand
 from ...models.image_encoder import ImageEncoder, ImageEncoderParams, semantic_view
 from ...models.prior import PriorParams, latents_from_features
 from ..config import START
-from ..data.dataset import InMemoryDataset
+from ..data.dataset import IndexedDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
@@ -139,6 +139,6 @@ class EncoderStage(Stage[Compressor]):
         target = F.interpolate(images, size=out.shape[-2:], mode="bilinear", antialias=True)
         return squared_error(out, target, resize_weights(weights, out.shape[-2:]))
 
-    def samples(self, net: Compressor, validation: InMemoryDataset) -> list[Tensor]:
+    def samples(self, net: Compressor, validation: IndexedDataset) -> list[Tensor]:
         images = validation.images(validation.evenly_spaced(24)).to(next(net.parameters()).device)
         return [images, torch.cat([net(chunk, images.new_zeros(())) for chunk in images.split(12)])]

@@ -18,7 +18,7 @@ from ...models.prior import latents_from_features
 from ...models.text_encoder import TextEncoder, TextEncoderParams
 from ..config import START
 from ..data.caption_tokens import CaptionTokenizer, Tokens
-from ..data.dataset import ImageDataset, InMemoryDataset
+from ..data.dataset import ImageDataset, IndexedDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
@@ -97,7 +97,7 @@ class TextStage(Stage[Contrast]):
     def loss(self, net: Contrast, *batch: Any) -> Tensor:
         return net(*batch)
 
-    def samples(self, net: Contrast, validation: InMemoryDataset) -> list[Tensor]:
+    def samples(self, net: Contrast, validation: IndexedDataset) -> list[Tensor]:
         """Returns images, and for each the one that its caption matches best."""
         device, picked = net.scale.device, validation.evenly_spaced(12)
         captions = validation.captions(picked, StepRandom(0, 0, len(picked)))

@@ -19,7 +19,7 @@ from ...common.dataclass_config import Count, CountOrZero, Fraction, NotNegative
 from ...diffusion.schedule import expand
 from ...models.vqgan import VQGAN, VQGANParams
 from ..config import START
-from ..data.dataset import InMemoryDataset
+from ..data.dataset import IndexedDataset
 from ..data.files import open_dataset
 from ..rng import StepRandom
 from ..stage import Stage
@@ -153,7 +153,7 @@ class VQGANStage(Stage[Autoencoder]):
         init_codebook = not self.pretrained and step == start
         return net(images, quantized, init_codebook, weights, noise, running_norm=running)
 
-    def samples(self, net: Autoencoder, validation: InMemoryDataset) -> list[Tensor]:
+    def samples(self, net: Autoencoder, validation: IndexedDataset) -> list[Tensor]:
         """Returns images, and their reconstructions without and with quantizing."""
         images = validation.images(validation.evenly_spaced(12)).to(next(net.parameters()).device)
         latents = net.vqgan.encode(images)
