@@ -415,6 +415,7 @@ def test_killed_and_started_again(
     assert files(out) == files(whole)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_two_processes_one_of_which_is_killed(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

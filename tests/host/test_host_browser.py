@@ -157,6 +157,7 @@ def test_a_notice_stays_on_its_node_until_it_runs_without_one(page: Canvas, insi
     assert page.problems() == []
 
 
+@pytest.mark.newest
 def test_the_workflow_that_trains_a_lora_runs(server: Server, object_info: dict[str, Any], page: Canvas) -> None:
     skip_if_too_old("train_lora", object_info)
     template = workflow("train_lora")

@@ -12,6 +12,8 @@ from inside_pictures_in import SIZES, STEPS
 
 from tools.comfyui.client import Inside, Install, run_inside
 
+pytestmark = pytest.mark.newest
+
 LEGAL = {"as it is": [128, 192], "odd": [64, 128], "one pixel": [64, 64], "very wide": [64, 2048]}
 
 

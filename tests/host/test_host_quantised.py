@@ -15,6 +15,8 @@ from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tensor]:

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.golden_data import assert_near
-from helpers.networks import NETWORKS, VQ, Network
+from helpers.networks import NETWORKS, PRIOR, VQ, Network
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wuerstchen_core.kernels import dispatch
 from wuerstchen_core.models.attention import Attention, MultiHeadAttention
 from wuerstchen_core.models.layers import FeedForwardBlock, GlobalResponseNorm
+from wuerstchen_core.models.prior import Prior
 from wuerstchen_core.models.vqgan import VQGAN
+
+SHALLOW_PRIOR = replace(NETWORKS["prior"], build=lambda: Prior(replace(PRIOR, depth=1)))  # the quickest to compile
 
 
 @pytest.fixture(params=list(NETWORKS))
@@ -75,10 +78,13 @@ def test_compiles_into_one_graph(network: Network, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize(
-    "name", ["vqgan", *(pytest.param(name, marks=pytest.mark.long) for name in NETWORKS if name != "vqgan")]
+    "network",
+    [
+        pytest.param(SHALLOW_PRIOR, id="shallow prior"),
+        *(pytest.param(network, id=name, marks=pytest.mark.long) for name, network in NETWORKS.items()),
+    ],
 )
-def test_inductor_agrees(name: str) -> None:
-    network = NETWORKS[name]  # the VQGAN is the quickest to compile
+def test_inductor_agrees(network: Network) -> None:
     module, inputs = network.perturbed(), network.inputs()
     torch.compiler.reset()
     compiled = torch.compile(network.call, fullgraph=True)

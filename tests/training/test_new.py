@@ -39,11 +39,11 @@ def new(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path
     [
         ("lora", "lora", "v2"),
         ("finetune", "prior", "v2"),
-        ("resolution", "prior", "v2"),
+        pytest.param("resolution", "prior", "v2", marks=pytest.mark.long),
         ("embedding", "embedding", "v2"),
         ("control", "control", "v2"),
         ("decoder-lora", "decoder-lora", "v2"),
-        ("decoder-lora", "token-decoder-lora", "v1"),
+        pytest.param("decoder-lora", "token-decoder-lora", "v1", marks=pytest.mark.long),
         pytest.param("distill", "distill-lora", "v1", marks=pytest.mark.long),
     ],
 )
