@@ -41,7 +41,7 @@ class DemoDataConfig:
         0, "scenes of each layout and shape, sampled from all; 0: 1000 and, with several things or off squares, 400"
     )
     placements: CountOrZero = option(
-        0, "draw each scene so often, with its things in random sizes at random places; 0: once, as its layout has it"
+        0, "how many times to draw each scene, with its things in random sizes at random places; 0: once, by its layout"
     )
     background: Annotated[str, OneOf(("", *COLOURS))] = option(
         "", "only scenes on this background, with captions that name random ones"
