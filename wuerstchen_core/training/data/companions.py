@@ -71,8 +71,8 @@ def match_companions(companions: Iterable[str], images: Collection[str], names: 
         by_stem.setdefault(image.rpartition("/")[2], []).append(image)
     found: dict[str, str] = {}
     for companion in sorted(companions):
-        if image := _beside(companion, images, names) or _nearest(companion, by_stem, names):
-            found.setdefault(image, companion)
+        if owner := _beside(companion, images, names) or _nearest(companion, by_stem, names):
+            found.setdefault(owner, companion)
     return found
 
 
