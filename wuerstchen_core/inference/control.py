@@ -202,7 +202,7 @@ class LoadedHints:
     @cached_property
     def _parts(self) -> list[tuple[Control, float | Tensor]]:
         """What each ControlNet adds for all images, and its strength: a number, or a mask [1, 1, h, w]."""
-        parts = []
+        parts: list[tuple[Control, float | Tensor]] = []
         for hint in self:
             network = hint.network if isinstance(hint.net, ControlNet) else hint.network.to(self._model.device)
             view = scale_hint(self._placed(hint.pixels), self._size)
