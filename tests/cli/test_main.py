@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -353,3 +355,16 @@ def test_inspect_lists_the_words(bundle: Path, here: Path, capsys: pytest.Captur
     assert run("inspect", free, "--words") == 0
     out = capsys.readouterr().out
     assert str(free) in out and out.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = tmp_path / os.fsdecode(b"\xff.safetensors")
+    shutil.copyfile(bundle, name)
+    for command in (
+        ("inspect", name),
+        ("convert", bundle, name, "--force"),
+        ("train", "new", name.with_name("\udcff")),
+    ):
+        message = failure(capsys, *command)
+        assert "\\udcff" in message and "UTF-8" in message and "damaged" not in message

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.files import check_file, read_text_file
-from ..common.text import parse_json, printable
+from ..common.text import check_name, parse_json, printable
 from .components import State
 from .damage import names_source
 from .file_kinds import is_safetensors, name_kind
@@ -66,6 +66,7 @@ def read_weight_file(path: Path) -> WeightFile:
     Raises ValueError if it is not a weight file, is damaged, or holds Python objects that could run code.
     """
     check_file(path)
+    check_name(path)
     if kind := name_kind(path):
         raise ValueError(f"{path} {kind}")
     stored = StoredFile.of(path)
@@ -89,6 +90,7 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     check_file(path)
     if not is_safetensors(path):
         return {}
+    check_name(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}

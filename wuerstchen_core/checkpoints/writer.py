@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.atomic import check_room, replace_file
+from ..common.text import check_name
 from .lazy import LazyTensor
 from .modelspec import HASH
 from .weight_files import DTYPES
@@ -34,8 +35,10 @@ def write_tensors(
     """Writes a safetensors file, replacing `path`. Only one tensor at a time is computed and held in memory.
 
     If `metadata` has a hash of the tensors (`modelspec.HASH`), it is computed.
-    Raises OSError with the path and the reason, such as a full disk, and ValueError if a number does not fit its dtype.
+    Raises OSError with the path and the reason, such as a full disk, and ValueError if a number does not fit its dtype
+    or the name is not UTF-8.
     """
+    check_name(path)
     lazy = {key: LazyTensor.of(x) for key, x in tensors.items()}
     # Wide dtypes first, as safetensors does, so that every tensor is aligned.
     ordered = dict(sorted(lazy.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))

@@ -34,6 +34,14 @@ def _escaped(x: str) -> str:
     return x if is_printable else x.encode("unicode_escape", "surrogatepass").decode()
 
 
+def check_name(path: object) -> None:
+    """Raises ValueError if the name of a file or folder is not UTF-8, for formats and libraries that need it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {printable(str(path))} is not UTF-8: rename it, or choose another") from None
+
+
 def error_text(error: BaseException) -> str:
     """Returns the message of an error as one printable line, of which the middle is left out if it is very long."""
     text = printable(one_line(error)) or type(error).__name__

@@ -19,7 +19,7 @@ from ..checkpoints.source import Source
 from ..common.atomic import write_text
 from ..common.command_line import command
 from ..common.geometry import check_size, nearest_legal
-from ..common.text import check_choice
+from ..common.text import check_choice, check_name
 from ..common.toml import toml_value, write_toml
 from ..inference.settings import SamplingSettings
 from .config import INPUTS, read_config
@@ -100,12 +100,14 @@ def write_new(folder: Path, recipe: str, models: Sequence[str], pictures: Path |
 
     `models` are sources that together have the parts of the base model; `pictures` defaults to `folder / "pictures"`,
     `size` (pixels) to the base model's own. Files that exist and are the same stay. ValueError if a file exists with
-    other content, a part is missing or the size is impossible.
+    other content, a name is not UTF-8, a part is missing or the size is impossible.
     """
     check_choice("recipe", recipe, RECIPES)
     if size is not None:
         check_size(size, size)
     pictures = pictures or folder / "pictures"
+    check_name(folder)
+    check_name(pictures)
     if recipe == "scratch":
         texts = {stage: _from_scratch(folder, stage, pictures, size or 256) for stage in STAGES}
     else:
