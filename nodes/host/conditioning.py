@@ -86,8 +86,8 @@ def check_options(stage: str, conditioning: Iterable[Mapping[str, Any]]) -> None
 def text_cond(stage: str, width: int, cond_kwargs: Mapping[str, Any]) -> comfy.conds.CONDRegular:
     """Returns the text states for ComfyUI to batch, never repeated to a common length, since every token is attended.
 
-    `cond_kwargs` are the keyword arguments of `extra_conds`. Raises ValueError if the text is missing, of another width
-    than the stage needs, or of a batch size that does not fit.
+    `cond_kwargs` are the keyword arguments of `extra_conds`. Raises ValueError if the text is missing, not finite, of
+    another width than the stage needs, or of a batch size that does not fit.
     """
     states = cond_kwargs.get("cross_attn")
     if states is None:
@@ -97,6 +97,7 @@ def text_cond(stage: str, width: int, cond_kwargs: Mapping[str, Any]) -> comfy.c
             f"{stage} reads {tower_name(width)}, but this conditioning is {states.shape[-1]} wide: "
             "encode the prompt with Würstchen Text Encode and the CLIP that belongs to this model"
         )
+    check_finite(f"the text encoder of {stage}", states)
     _check_batch(stage, len(cond_kwargs["noise"]), len(states), "texts")
     return comfy.conds.CONDRegular(states)
 

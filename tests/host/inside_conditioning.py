@@ -218,6 +218,7 @@ def main(bundle: str, embeddings: str, literal: str) -> tuple[dict[str, Tensor],
         mistakes = {
             "texts": ([[a[0][0].repeat(3, 1, 1), a[0][1]]], b, 1.0),
             "no text": ([[None, a[0][1]]], b, 1.0),
+            "text not finite": ([[a[0][0] / 0, a[0][1]]], b, 1.0),
         }
         if stage == "decoder":
             mistakes |= {

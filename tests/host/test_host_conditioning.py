@@ -327,6 +327,8 @@ def test_two_stage_c_latents_are_repeated_in_turn(inside: Inside) -> None:
 
 MISTAKES = {  # what the error must name
     "not finite/decoder": ("Stage C", "not finite"),
+    "text not finite/prior": ("text encoder of Stage C", "not finite"),
+    "text not finite/decoder": ("text encoder of Stage B", "not finite"),
     "texts/prior": ("Stage C", "2 empty latents", "3 texts"),
     "texts/decoder": ("Stage B", "2 empty latents", "3 texts"),
     "no text/prior": ("Stage C", "Würstchen Text Encode"),
