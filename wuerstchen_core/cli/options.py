@@ -109,7 +109,7 @@ def add_options(
         option("--schedule", metavar="NAME", choices=schedules, help=text)
         text = "sampler of Stage C: %(choices)s (default: the schedule's)"
         option("--sampler", metavar="NAME", choices=samplers, help=text)
-        option("--prior-steps", **number, help="steps of Stage C, of the linear schedule unless --schedule is given")
+        option("--prior-steps", **number, help="steps of Stage C; schedules of a fixed number become linear")
         option("--prior-guidance", **scale, help="guidance scale of Stage C; 1: no guidance")
     option("--decoder-steps", **number, help="steps of Stage B")
     option("--decoder-guidance", **scale, help="guidance scale of Stage B; 1: no guidance")
