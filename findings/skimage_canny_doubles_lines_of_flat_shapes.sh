@@ -6,8 +6,7 @@
 # unless rounding makes one greater. That depends on the two colours, on float32 or float64, and on the direction: the
 # upright sides of a square can be twice as wide as the others. cv2.Canny (opencv-python-headless 5.0.0.93) keeps one of
 # two equal pixels. Photographs have hardly any such edges; drawings, masks and diagrams have them throughout.
-# Consequence here: `train control` varies the widths of outlines (line_widths), so that its ControlNets read both
-# kinds.
+# Consequence here: `train control` draws outlines in random widths (line_widths), single and double lines among them.
 set -euo pipefail
 
 work=$(mktemp -d)
@@ -51,7 +50,8 @@ for name, function in {
     for image in squares:
         kinds[KINDS.get(frozenset(widths(function(image))), "other")] += 1
     found[name] = kinds
-    print(f"{name:16} of {len(squares)} squares:", ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+    counts = (f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    print(f"{name:16} of {len(squares)} squares:", ", ".join(counts))
 if found.pop("OpenCV") != {"one pixel": len(squares)}:
     sys.exit("behaviour has changed")
 if any(kinds["two pixels"] < 10 or kinds["one pixel"] < 50 or kinds["other"] for kinds in found.values()):
