@@ -19,11 +19,17 @@ CFG = {"prior": 3.0, "decoder": 1.0}
 SEED, SPLIT_SEED, STEPS, HALF = 11, 23, 6, 3
 COUNTS = (1, 2, 10, 12, 20, 30, 60, 200, 1000, 1500)  # steps of the schedules
 LONG = ("lms", "deis", "res_multistep", "dpmpp_2m")  # they divide by differences of noise levels
+MANY = 200  # steps, of which the first and the last have nearly equal noise levels
 
 
 def first(result: Any) -> Any:
     """Returns a node's first output, in the form of any ComfyUI version."""
     return getattr(result, "result", result)[0]
+
+
+def ends(schedule: Tensor) -> Tensor:
+    """Returns the first and the last eight values of a schedule."""
+    return torch.cat([schedule[:8], schedule[-8:]])
 
 
 def conditions(stage: str, widths: dict[str, int]) -> tuple[Any, Any]:
@@ -234,13 +240,15 @@ def main(bundle: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts |= {"samplers": each_sampler(by_stage["decoder"]), "warnings": warnings(load)}
     for stage, nodes in by_stage.items():
         tensors |= {f"{stage}/{name}": x for name, x in runs(nodes, stage).items()}
-    for name in LONG:
-        by_stage["prior"].inputs.clear()
-        tensors[f"long/{name}"] = by_stage["prior"].ksampler(name, "simple", 200)
-    tensors["long times"] = by_stage["prior"].times()
-    tensors["long/longest"] = by_stage["prior"].ksampler("dpmpp_2m", "simple", 1001)
-    times, facts["schedules"] = schedules(by_stage["prior"].patcher.get_model_object("model_sampling"))
-    other = first(ModelSamplingStableCascade().patch(by_stage["prior"].patcher, 2.0))
+    prior = by_stage["prior"]
+    sampling = prior.patcher.get_model_object("model_sampling")
+    for name, steps in (("dpmpp_2m", 1001), *((name, MANY) for name in LONG)):
+        prior.inputs.clear()
+        sigmas = ends(comfy.samplers.calculate_sigmas(sampling, "simple", steps))
+        tensors[f"{steps} steps/{name}"] = prior.custom(comfy.samplers.sampler_object(name), sigmas)
+    tensors["long times"] = prior.times()
+    times, facts["schedules"] = schedules(sampling)
+    other = first(ModelSamplingStableCascade().patch(prior.patcher, 2.0))
     try:
         Nodes(other, "prior", widths).custom(first(WuerstchenSampler.execute()), torch.tensor([1.0, 0.0]))
     except ValueError as error:
