@@ -44,6 +44,7 @@ class ImageDataset(ABC):
     masked = False  # True if masks weight the losses of some images
     pictures = 0  # different images to train on; 0 if it is unknown
     held_out = 0  # number of examples that are held out for validation
+    has_boxes = False  # True if the places of things are known
 
     def start_reading(
         self, position: int, fingerprint: str, *, batch: int, seed: int, cache: Path, rank: int, world: int
@@ -82,13 +83,6 @@ class ImageDataset(ABC):
     def given_hints(self, batch: Any) -> Tensor:
         """Returns the hint pictures [B, 3, H, W] in [0, 1] beside the images of a batch."""
         raise NotImplementedError
-
-    def check_boxes(self) -> None:
-        """Raises ValueError unless `boxes` knows where things are."""
-        raise ValueError(
-            '[control] hints = "boxes" needs to know where things are, which only the demo\'s drawings tell: remove '
-            "[data] source, or choose another kind of hints"
-        )
 
     def boxes(self, batch: Any) -> list[list[Box]]:
         """Returns the boxes of the things in each image, in the order of its caption."""

@@ -58,6 +58,8 @@ class DemoDataConfig:
 class DemoDataset(IndexedDataset):
     """Scenes of one shape and size, drawn when needed: those for training, or the held-out ones."""
 
+    has_boxes = True
+
     def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = "", canvas: int = 0):
         """`data` is the `[data]` table; `shape` defaults to the table's first one, and `canvas` to the table's."""
         self._data = data or {}
@@ -117,9 +119,6 @@ class DemoDataset(IndexedDataset):
             scene = scene._replace(colour=words.randrange(len(COLOURS)))
         return vocabulary.caption(scene, words)
 
-    def check_boxes(self) -> None:
-        pass
-
     def boxes(self, batch: Tensor) -> list[list[Box]]:
         found = [boxes(x, self._canvas) for x in self.scenes] if self._placed is None else self._placed
         return [found[index] for index in batch.tolist()]
@@ -142,6 +141,7 @@ class MultiShapeDemoDataset(ImageDataset):
     """
 
     square = False
+    has_boxes = True
 
     def __init__(self, data: Mapping[str, Any]):
         config = from_table(DemoDataConfig, data, "data")
@@ -162,9 +162,6 @@ class MultiShapeDemoDataset(ImageDataset):
 
     def captions(self, batch: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:
         return self.datasets[batch[0]].captions(batch[1], rng, drop)
-
-    def check_boxes(self) -> None:
-        pass
 
     def boxes(self, batch: tuple[int, Tensor]) -> list[list[Box]]:
         return self.datasets[batch[0]].boxes(batch[1])

@@ -99,8 +99,11 @@ class ControlStage(PriorStage):
         self.control = from_table(ControlConfig, config.get("control", {}), "control")
         super().__init__(config)
         self.dataset.read_images("hints", self.control.hints == "given")
-        if self.control.hints == "boxes":
-            self.dataset.check_boxes()
+        if self.control.hints == "boxes" and not self.dataset.has_boxes:
+            raise ValueError(
+                '[control] hints = "boxes" needs the places of things, which are known for the demo\'s drawings only: '
+                "remove [data] source, or choose another kind of hints"
+            )
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Returns the prior of `[inputs]` with a ControlNet, whose weights are the only trained ones."""
