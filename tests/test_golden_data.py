@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import safetensors.torch
 import torch
-from helpers.golden_data import pack, unpack
+
+from tools.golden_files import pack, unpack
 
 
 def test_a_packed_file_is_the_same_when_unpacked() -> None:

@@ -71,7 +71,7 @@ def test_every_option_reaches_the_pipeline(here: Path, monkeypatch: pytest.Monke
         "prompt": PROMPT, "negative": "fog", "seed": 3, "width": 64, "height": 128, "schedule": "linear",
         "prior_steps": 5, "prior_guidance": 3.5, "decoder_steps": 4, "decoder_guidance": 1.5,
         "decoder_guidance_end": 2.0, "temperature": (1.0, 0.5), "token_mode": "argmax", "sampler": "ddim",
-        "decoder_reuse": 2,
+        "decoder_reuse": 2, "control": [],
     }  # fmt: skip
 
 

@@ -5,47 +5,19 @@ from __future__ import annotations
 import json
 import lzma
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tools.golden_files import FOLDER, data_start, golden_file
 from wuerstchen_core.checkpoints.key_maps import split_attention
-
-FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def tuples(value: Any) -> Any:
     """Converts JSON lists to tuples, as in the params dataclasses."""
     return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def pack(data: bytes) -> bytes:
-    """Returns a safetensors file as golden files are stored: xz of its header and of the four byte planes of its data.
-
-    The first bytes of all 32-bit words come first, then all second bytes, and so on: a fifth smaller than the file.
-    """
-    start = _data_start(data)
-    return lzma.compress(data[:start] + np.frombuffer(data, np.uint8, offset=start).reshape(-1, 4).T.tobytes())
-
-
-def unpack(packed: bytes) -> bytes:
-    """Returns the safetensors file that was packed."""
-    data = lzma.decompress(packed)
-    start = _data_start(data)
-    return data[:start] + np.frombuffer(data, np.uint8, offset=start).reshape(4, -1).T.tobytes()
-
-
-def _data_start(data: bytes) -> int:
-    return 8 + int.from_bytes(data[:8], "little")
-
-
-@cache
-def _file(name: str) -> bytes:
-    return unpack((FOLDER / f"{name}.safetensors.xz").read_bytes())
 
 
 @cache
@@ -58,13 +30,13 @@ class Golden:
     """A golden file; `golden["in/x"]` reads a tensor."""
 
     def __init__(self, name: str):
-        data = _file(name)
+        data = golden_file(name)
         self.tensors = safetensors.torch.load(data)
-        config = json.loads(json.loads(data[8 : _data_start(data)])["__metadata__"]["config"])
+        config = json.loads(json.loads(data[8 : data_start(data)])["__metadata__"]["config"])
         self.config: dict[str, Any] = {key: tuples(value) for key, value in config.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
+        return self.tensors[key].clone()
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Returns all tensors whose key starts with `prefix`, which is removed."""

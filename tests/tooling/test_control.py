@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.demo.control import CANVAS, as_usual, boxes, draw_all, hints_of, overlap, placed_scenes, right
+from tools.demo.control import CANVAS, at_usual_place, boxes, draw_all, hints_of, overlap, placed_scenes, right
 from tools.demo.judge import Judge
 from wuerstchen_core.training.data.hints import filled, silhouettes
 
@@ -36,4 +36,4 @@ def test_drawings_at_their_places_are_right_and_elsewhere_wrong(kind: str) -> No
 def test_a_thing_in_its_usual_box_stays_as_it_is() -> None:
     [scene, *_], _ = placed_scenes("outline", 1)
     [image] = draw_all([scene])
-    assert (as_usual(Image.fromarray(image), boxes(scene)[0], scene) == image).all()
+    assert (at_usual_place(Image.fromarray(image), boxes(scene)[0], scene) == image).all()

@@ -109,6 +109,7 @@ def test_the_loss_depends_on_neither_batches_nor_training_settings(
     }  # fmt: skip
     config |= {"start": str(bundle)} if "start" in STAGES[name].tables else {}
     config |= {"embedding": {"name": "thing", "init": "apple"}} if "embedding" in STAGES[name].tables else {}
+    config |= {"control": {"hints": "outline"}} if "control" in STAGES[name].tables else {}
     config |= {"distill": {"guidance": 2.0}} if "distill" in STAGES[name].tables else {}
     config |= {"vqgan": {"crop": 16, "margin": 8}} if name == "vqgan" else {}
     losses = []

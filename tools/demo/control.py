@@ -56,7 +56,7 @@ def overlap(one: Tensor, other: Tensor) -> float:
     return float((one & other).sum() / (one | other).sum().clamp(min=1))
 
 
-def as_usual(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
+def at_usual_place(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
     """Returns an image in which the thing in a box is where the judge looks for that of a scene of one thing."""
     [(left, top, edge, _)] = boxes(scene)
     scale = box[2] / edge
@@ -70,10 +70,10 @@ def as_usual(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
 
 def right(judge: Judge, image: Image.Image, scene: Scene, placed: Sequence[Box]) -> bool:
     """True if each box of an image shows its thing."""
-    alone = [scene._replace(thing=thing, other=None, size=0) for thing in scene.things]
+    single = [scene._replace(thing=thing, other=None, size=0) for thing in scene.things]
     return all(
-        judge.identify(as_usual(image, box, one), one).thing == one.thing
-        for box, one in zip(placed, alone, strict=True)
+        judge.identify(at_usual_place(image, box, one), one).thing == one.thing
+        for box, one in zip(placed, single, strict=True)
     )
 
 
@@ -92,10 +92,10 @@ def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict
         overlaps, hits = [], []
         for number, scene in enumerate(tqdm(chosen, desc=name)):
             control = Hint(net, hints[number : number + 1]) if name == "with" else None
-            usual = placed[number] if control or scene.other is not None else boxes(scene)
+            shown = placed[number] if control or scene.other is not None else boxes(scene)
             for image in pipe.generate(caption(scene), seed=list(range(seeds)), count=seeds, control=control):
                 overlaps.append(overlap(silhouettes(to_pixels(image)), targets[number : number + 1]))
-                hits.append(right(judge, image, scene, usual))
+                hits.append(right(judge, image, scene, shown))
         shape = {"mean": round(float(np.mean(overlaps)), 3), "tenth": round(float(np.quantile(overlaps, 0.1)), 3)}
         found[name] = {"overlap": shape, "right": rate(hits)}
     return found

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from wuerstchen_core.checkpoints import Part, read_part
 from wuerstchen_core.checkpoints.components import COMPONENTS
-from wuerstchen_core.checkpoints.lazy import load_state
 from wuerstchen_core.checkpoints.source import to_ours
-from wuerstchen_core.checkpoints.weight_files import read_weight_file
 from wuerstchen_core.demo.artwork import draw_all
 from wuerstchen_core.demo.vocabulary import caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
@@ -29,10 +28,8 @@ from wuerstchen_core.models.image_encoder import (
 from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.models.text_encoder import tokenize
 
-from .. import ROOT
+from ..golden_files import golden_file
 from .evaluate import held_out_scenes
-
-GOLDEN = ROOT / "tests" / "golden"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def golden_image_encoders() -> Iterator[NetworkCall]:
 
 
 def _golden(file: str) -> dict[str, Tensor]:
-    return load_state(read_weight_file(GOLDEN / f"{file}.safetensors").states[""])
+    return safetensors.torch.load(golden_file(file))
 
 
 def hashed(key: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""ControlNets in `generate` and in edits: pictures that hint at the shapes and places of things."""
+"""ControlNets in `generate` and in edits: pictures that hint at the shapes and positions of things."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, roots: Sequence[Path], use_masks: bool = False, use_hints: bool = False):
-        """`use_masks`: True if the loss is weighted by the mask files beside the images; `use_hints`: True if a control
-        net reads the hint pictures beside them."""
+        """`use_masks`: True if the loss is weighted by the mask files beside the images; `use_hints`: True if a
+        ControlNet reads the hint pictures beside them."""
         self.names, self.bad, self.left_out = [], {}, LeftOut()
         self._paths: list[Path] = []
         self._masks: list[Path | None] = []
