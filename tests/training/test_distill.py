@@ -30,7 +30,11 @@ from wuerstchen_core.training.stages.distill import DistillStage, distillation_l
 from wuerstchen_core.training.stages.distill_config import DistillConfig
 
 OTHERS = ("distill", "decoder-distill", "decoder-distill-lora")
-STAGES = ["distill-lora", *(pytest.param(stage, marks=pytest.mark.long) for stage in OTHERS)]
+LONG = [pytest.mark.long]
+STAGES = [
+    pytest.param(stage, marks=[] if stage in ("distill-lora", "decoder-distill") else LONG)
+    for stage in ("distill-lora", *OTHERS)
+]
 GUIDANCE = 3.0
 FROZEN = ("encoder", "text", "vqgan")
 CONFIG = """
