@@ -25,7 +25,8 @@ from wuerstchen_core.training.checkpoint import checkpoints, load_checkpoint, ne
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.processes import accelerate_precision, check_processes, choose_precision
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.run_folder import CONFIG, STARTS, changes, describe, read_starts
+from wuerstchen_core.training.run_folder import CONFIG, STARTS, changes, describe, read_starts, record_start
+from wuerstchen_core.training.tables import resolve
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,35 @@ def test_a_resumed_run_refuses_another_kind_of_weights(lora: Any, change: str, f
         lora(change, steps=4)
     assert "\n" not in str(error.value)
     assert (folder / CONFIG).read_bytes() == before and len(read_starts(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "key", "value"),
+    [
+        ("control", "control", "hints", "silhouette"),
+        ("control", "control", "blocks", [0, 1]),
+        ("control", "control", "widths", [8, 8, 8, 8]),
+        ("control", "control", "repeats", [1, 1, 1, 1]),
+        ("distill", "distill", "guidance", 2.0),
+        ("decoder-distill-lora", "distill", "steps", 4),
+    ],
+)
+def test_a_resumed_run_refuses_another_control_net_or_student(
+    stage: str, name: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    table: dict[str, Any] = {"hints": "outline"} if name == "control" else {"guidance": 4.0}
+    allowed = {"drop": 0.1} if name == "control" else {"teacher_steps": 8}
+    common = {"train": {"steps": 2, "batch": 1, "lr": 1e-3}}
+    trainer: Any = SimpleNamespace(name=stage, bases=[])
+    (tmp_path / "checkpoint-000001.pt").touch()
+
+    def start(**own: Any) -> None:
+        record_start(tmp_path, resolve(stage, {**common, name: {**table, **own}}), trainer)
+
+    start()
+    start(**allowed)
+    with pytest.raises(ValueError, match=rf"\[{name}\] {key} \("):
+        start(**{key: value})
 
 
 def test_a_resumed_run_refuses_another_base(lora: Any, base: Path, tmp_path: Path) -> None:

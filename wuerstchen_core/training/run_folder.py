@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 CONFIG, STARTS = "config.toml", "starts.jsonl"
 PACKAGES = ("torch", "accelerate", "peft", "safetensors", "numpy", "pillow")
-FIXED = ("[train] precision", "[train] frozen", "[train] lr_factors")
+FIXED = (
+    "[train] precision", "[train] frozen", "[train] lr_factors",
+    *(f"[control] {key}" for key in ("hints", "blocks", "widths", "repeats")),
+    *(f"[distill] {key}" for key in ("guidance", "steps")),
+)  # fmt: skip
 DROPOUT = "dropout"  # the key of [lora] that may change
 
 
@@ -37,7 +41,7 @@ def record_start(folder: Path, config: Mapping[str, Any], stage: Stage[Any]) -> 
     """Writes the resolved configuration to config.toml, and appends a row about this start to starts.jsonl.
 
     If the folder has checkpoints, logs what differs from their configuration. ValueError if they come from another base
-    model, precision or kind of adapter.
+    model, precision, kind of adapter, ControlNet or student.
     """
     bases = {str(base): fingerprint(base) for base in stage.bases}
     starts = read_starts(folder)
