@@ -169,7 +169,7 @@ def test_a_run_exports(trained: Path, tmp_path: Path) -> None:
     assert "models/controlnet" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_training_goes_on_from_a_file(trained: Path, config: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_file(trained: Path, config: Path, bundle: Path, tmp_path: Path) -> None:
     trainer = stage(config, f"control.start='{trained}'")
     assert_equal_states(trainer.net.control_net.state_dict(), load_control_net(trained).state_dict())
     assert trainer.bases[-1] == str(trained)
@@ -183,6 +183,13 @@ def test_training_goes_on_from_a_file(trained: Path, config: Path, tmp_path: Pat
             stage(config, change)
     with pytest.raises(ValueError, match="outline"):
         stage(config, f"control.start='{trained}'", "control.hints='silhouette'", "control.contours=0.0")
+    prior = load_prior(bundle)
+    for key, sizes in (("blocks", (1,)), ("widths", (8, 8, 8, 8)), ("repeats", (1, 1, 1, 2))):
+        trainer.control = replace(trainer.control, **{key: sizes})
+        with pytest.raises(ValueError, match=rf"control\.safetensors.*{key}"):
+            trainer.control_net(prior)
+        trainer.control = ControlConfig("outline", start=str(trained))
+        assert trainer.control_net(prior).params.widths == (8, 8, 8, 16)
 
 
 @pytest.mark.parametrize(

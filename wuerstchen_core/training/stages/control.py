@@ -128,10 +128,14 @@ class ControlStage(PriorStage):
             return network
         network = load_control_net(own.start, dtype=torch.float32)
         check_control(network.params, prior.params, own.start)
-        if network.params.hints != own.hints:
-            raise ValueError(f"[control] start: {own.start} reads hints of the kind {network.params.hints}: set that")
+        params = network.params
+        if params.hints != own.hints:
+            raise ValueError(f"[control] start: {own.start} reads hints of the kind {params.hints}: set that")
+        for key, sizes in (("blocks", params.prior_blocks), ("widths", params.widths), ("repeats", params.repeats)):
+            if getattr(own, key) not in (getattr(ControlConfig, key), sizes):
+                raise ValueError(f"[control] start: {own.start} has {key} {list(sizes)}: set these, or remove {key}")
         self.bases = [*self.bases, own.start]
-        network.params = replace(network.params, prior_values=prior_values(prior))
+        network.params = replace(params, prior_values=prior_values(prior))
         return network.train()
 
     def sampling(self) -> dict[str, Any]:
