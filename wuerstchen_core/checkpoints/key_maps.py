@@ -20,6 +20,7 @@ _VECTORS = {"clip_g", "clip_h", "clip_l", "emb_params"}
 _PREVIEWER = "the Stage C previewer of v2, which this project does not use"
 _CASCADE = "a Stable Cascade model, whose latents differ from Würstchen's"
 _DIFFUSION = "a Stable Diffusion model"
+_CONTROL_NET = "a ControlNet of another model, which cannot steer Würstchen"
 _VAE = "a VAE of the Stable Diffusion kind"
 
 # Parts of keys that occur in other projects' files and never in ours.
@@ -32,6 +33,10 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     (".diff_b", LORA),
     ("clip_txt_", _CASCADE),
     ("pixels_mapper.", _CASCADE),
+    ("zero_convs.", _CONTROL_NET),
+    ("controlnet_", _CONTROL_NET),
+    ("projections.0.0.", _CONTROL_NET),  # Stable Cascade's
+    ("lllite_", _CONTROL_NET),
     ("input_blocks.", _DIFFUSION),
     ("encoder.down.0.block.", _VAE),
     ("encoder.down_blocks.", _VAE),
