@@ -112,10 +112,18 @@ def test_pixels_for_each_image(pipe: WuerstchenPipeline, folder: Path) -> None:
     assert_near(batch[1:], features(pipe, (net, hints[1]), count=2)[1:], 2e-3)
     [image] = pipe.generate(PROMPT, control=Hint(net, each[:1]), prior_steps=1, decoder_steps=1)
     [record] = json.loads(image.info["wuerstchen"])["control"]
+    [again] = pipe.generate(PROMPT, control=iter([Hint(net, each[:1])]), prior_steps=1, decoder_steps=1)
+    assert again.info == image.info
     assert record["image"] == "" and "prompt" not in image.info
-    for wrong in (torch.cat([each, each]), each[0], each[:, :1]):
-        with pytest.raises(ValueError, match="hint"):
+    nan = torch.full_like(each, float("nan"))
+    for wrong in (
+        torch.cat([each, each]), each[0], each[:, :1], each * 255, (each * 255).byte(), each - 0.5, each[..., :0], nan,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="a hint"):
             features(pipe, Hint(net, wrong), count=2)
+    hint = Hint(net, each)
+    assert hint in [hint] and hint != Hint(net, each) and len({hint, hint}) == 1
+    assert features(pipe, Hint(net, each[:1] * (1 + 1e-7))).isfinite().all()  # of an interpolation, for example
 
 
 def test_pixels_for_each_image_of_prompts_of_several_lengths(pipe: WuerstchenPipeline, folder: Path) -> None:
@@ -189,8 +197,10 @@ def test_notes_about_another_shape_and_an_inverted_outline(
     pipe = WuerstchenPipeline.load(bundle, device="cpu")
     for image in (Image.new("RGB", (64, 64)), Image.new("RGB", (256, 128), "white"), Image.new("RGB", (64, 64))):
         features(pipe, (folder / "net.safetensors", image))
-    first, second = caplog.messages
-    assert "64x64" in first and "white" in second
+    hint = Image.new("RGB", (128, 64))
+    features(pipe, Hint(folder / "net.safetensors", hint, mask=Image.new("L", (40, 80), 255)))
+    first, second, third = caplog.messages
+    assert "64x64" in first and "white" in second and "mask" in third and "40x80" in third and "40x27" in third
 
 
 def test_warnings_about_another_prior_and_times_without_a_step(

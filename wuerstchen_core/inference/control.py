@@ -39,10 +39,10 @@ from .sources import AnyPath
 logger = logging.getLogger(__name__)
 
 IN_MEMORY = "a ControlNet in memory"  # instead of a file's name
-_ROUNDING = 1e-6  # of times
+_ROUNDING = 1e-6  # of times and pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors and arrays do not compare as a whole
 class Hint:
     """A ControlNet (or its file), the picture that it reads, and how strongly, when and where it acts.
 
@@ -89,10 +89,16 @@ class Hint:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The picture as [B, 3, H, W] in [0, 1]. Raises ValueError for pixels of another shape."""
-        pixels = self.picture if isinstance(self.picture, Tensor) else to_pixels(open_picture(self.picture))
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"a hint's pixels must be [B, 3, H, W], got {list(pixels.shape)}: give a picture")
+        """The picture as floats [B, 3, H, W] in [0, 1]. Raises ValueError for pixels that are not."""
+        if not isinstance(self.picture, Tensor):
+            return to_pixels(open_picture(self.picture))
+        pixels, found = self.picture, f"{list(self.picture.shape)} of {str(self.picture.dtype).removeprefix('torch.')}"
+        fits = pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.numel() > 0 and pixels.is_floating_point()
+        if fits:
+            low, high = map(float, pixels.aminmax())
+            fits, found = -_ROUNDING <= low and high <= 1 + _ROUNDING, f"{found} from {low:g} to {high:g}"
+        if not fits:
+            raise ValueError(f"a hint's pixels must be floats [B, 3, H, W] from 0 to 1, got {found}: give a picture")
         return pixels
 
     @cached_property
@@ -135,8 +141,8 @@ def load_hints(
     """Returns the hints for `count` images. Raises ValueError for those that cannot be used.
 
     `strength` is that of image to image; `area` is the part (height, width) of the image that the hints show, from its
-    top left corner, by default all of it. Logs a warning about pictures of another shape than the area, which are
-    cropped, about those that look inverted, and about hints that act at none of the steps.
+    top left corner, by default all of it. Logs a warning about pictures and masks of another shape than the area, which
+    are cropped, about those that look inverted, and about hints that act at none of the steps.
     """
     if isinstance(control, LoadedHints):
         return control
@@ -151,6 +157,8 @@ def load_hints(
             images = "1 image" if count == 1 else f"{count} images"
             raise ValueError(f"a hint has {found} pictures for {images}: give one, or one for each image")
         notes = hint_notes(params, hint.pixels, hints.shape)
+        if hint.mask_pixels is not None:
+            notes += _shape_notes("mask of a hint", hint.mask_pixels, hints.shape)
         if not any(_acts(hint, float(t)) for t in times[:-1]):
             notes.append(
                 f"the hint for {hint.name} acts from {hint.start:g} to {hint.end:g}, in which no step of this schedule "
@@ -252,12 +260,15 @@ def _warn(model: Components, notes: Sequence[str]) -> None:
 
 def hint_notes(params: ControlNetParams, hint: Tensor, shape: tuple[int, int]) -> list[str]:
     """Returns sentences about a hint [B, 3, H, W] that the user may not expect, for an image of a shape (h, w)."""
-    height, width = hint.shape[-2:]
-    cropped = crop_hint(hint, shape)
-    notes = []
-    if cropped.shape != hint.shape:
-        kept = f"{cropped.shape[-1]}x{cropped.shape[-2]}"
-        notes.append(f"the hint of {width}x{height} pixels has another shape than the image, so {kept} of it are used")
+    notes = _shape_notes("hint", hint, shape)
     if params.hints == "outline" and float(hint.mean()) > 0.5:
         notes.append("the hint is mostly white, but this ControlNet reads white lines on black: invert it")
     return notes
+
+
+def _shape_notes(name: str, pixels: Tensor, shape: tuple[int, int]) -> list[str]:
+    """Returns a sentence about pixels [B, c, H, W] that are cropped for an image of a shape (h, w), if they are."""
+    if (cropped := crop_hint(pixels, shape)).shape == pixels.shape:
+        return []
+    found, kept = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (pixels, cropped))
+    return [f"the {name} of {found} pixels has another shape than the image, so {kept} of it are used"]

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 from PIL import Image
 
 from .arguments import check_keywords
+from .control import list_hints
 from .metadata import embed
 from .progress import progress_bar
 from .records import records
@@ -36,6 +37,8 @@ def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, I
             shown, own = kwargs.pop(PROGRESS, None), kwargs.pop("callback", None)
             if own is not None and not callable(own):
                 raise ValueError(f"callback {own!r:.60} is no function: give one of (stage, done, steps, denoised)")
+            if kwargs.get("control") is not None:
+                kwargs["control"] = list_hints(kwargs["control"])  # once: it may be an iterator
             with progress_bar(own, args[0].progress if shown is None else shown) as callback:
                 kwargs["callback"] = callback
                 images = function(*args, **kwargs)
