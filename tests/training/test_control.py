@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -265,7 +266,10 @@ def test_large_hints_are_cropped_in_turn(config: Path, given: Path, tmp_path: Pa
     assert set(turns) == {256 * 256}
 
 
-def test_hints_that_are_missing_or_cannot_be_given(config: Path, given: Path, tmp_path: Path) -> None:
+def test_hints_that_are_missing_or_cannot_be_given(
+    config: Path, given: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     (given / "1_depth.png").unlink()
     Image.new("RGB", (64, 128)).save(given / "0.control.png")
     trainer = given_stage(config, given, "data.bad_share=0.9")
@@ -273,6 +277,12 @@ def test_hints_that_are_missing_or_cannot_be_given(config: Path, given: Path, tm
     loader: Any = trainer.dataset._loader
     bad = loader[0].bad | loader[1].bad
     assert "control.png" in bad["1.png"] and "hint of 0.png has 64x128" in bad["0.png"]
+    assert "3 of 4 images have a hint picture" in caplog.text
+    for name in ("0.control.png", "controls/2.png", "other.png"):
+        (given / name).unlink()
+    (given / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="none of 4 images has a hint"):
+        trainer.dataset.start_reading(0, "", batch=2, seed=0, cache=tmp_path, rank=0, world=1)
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
         tar.add(given / "2.png", "2.png")

@@ -114,6 +114,9 @@ class FolderSource(ImageSource):
     def has_mask(self, index: int, kind: str) -> bool:
         return has_alpha(self._paths[index], self.names[index]) if kind == ALPHA else self._masks[index] is not None
 
+    def has_hint(self, index: int) -> bool:
+        return self._hints[index] is not None
+
     def hint(self, index: int) -> Image.Image:
         path = self._hint_path(index)
         return open_picture(path, str(path))

@@ -68,6 +68,8 @@ def open_loader(
     source.left_out.log()
     members, held_out, variants = _members(source, config, batch * world, captions or "text" in cached, validation)
     _report_masks(source, config, np.concatenate(members))
+    if hints:
+        _report_hints(source, np.concatenate(members))
     if captions:
         _report_uncaptioned(source, config, np.concatenate(members))
     repeats = _repeats(source, config, members) if config.sources else None
@@ -199,6 +201,23 @@ def _report_masks(source: ImageSource, config: ImageDataConfig, indices: np.ndar
     if not found:
         raise ValueError(f"none of {len(chosen)} images has a mask: add masks, or remove [data] mask")
     log.info("%d of %d images have a mask; the others count whole", found, len(chosen))
+
+
+def _report_hints(source: ImageSource, indices: np.ndarray) -> None:
+    """Logs how many of some images have hint pictures, of many images only of the first ones.
+
+    ValueError if none has.
+    """
+    chosen = indices[source.records["line"][indices] == 0][:COUNTED].tolist()
+    found = sum(map(source.has_hint, chosen))
+    if not found:
+        raise ValueError(f"none of {len(chosen)} images has a hint picture: add some, or choose other [control] hints")
+    log.info(
+        "%d of %d images have a hint picture%s",
+        found,
+        len(chosen),
+        "" if found == len(chosen) else "; the others are not used",
+    )
 
 
 def _report_uncaptioned(source: ImageSource, config: ImageDataConfig, indices: np.ndarray) -> None:

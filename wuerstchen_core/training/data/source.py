@@ -89,6 +89,10 @@ class ImageSource(ABC):
         """True if there is a mask, as far as it is known without reading pixels."""
         raise NotImplementedError
 
+    def has_hint(self, index: int) -> bool:
+        """True if there is a hint picture."""
+        raise NotImplementedError
+
     def hint(self, index: int) -> Image.Image:
         """Returns the hint picture of a ControlNet in RGB. ValueError if there is none."""
         raise NotImplementedError

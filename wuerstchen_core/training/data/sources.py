@@ -147,6 +147,10 @@ class JoinedSource(ImageSource):
         source, own = self._locate(index)
         return source.hint_size(own)
 
+    def has_hint(self, index: int) -> bool:
+        source, own = self._locate(index)
+        return source.has_hint(own)
+
     def has_mask(self, index: int, kind: str) -> bool:
         source, own = self._locate(index)
         return source.has_mask(own, kind)
