@@ -198,11 +198,12 @@ def test_the_file_states_what_was_distilled_and_is_sampled_so(
         bundle, device="cpu", dtype="fp32", **({"lora": file} if "lora" in stage else {part: file})
     )
     own = {"prior_guidance": 1.0, "prior_steps": 2, "schedule": "turbo", "sampler": "ddim"}
-    expected = own if part == "prior" else {"decoder_guidance": 1.0, "decoder_guidance_end": 1.0, "decoder_steps": 1}
-    shown = {**base.sampling.as_dict(), **expected}
+    expected = own if part == "prior" else {"decoder_guidance": 1.0, "decoder_guidance_end": None, "decoder_steps": 1}
+    shown = {**base.sampling.as_dict(), **{key: x for key, x in expected.items() if x is not None}}
     assert {key: x for key, x in pipe.sampling.as_dict().items() if key not in ("width", "height")} == {
         key: x for key, x in shown.items() if key not in ("width", "height")
     }
+    assert pipe.sampling.updated(decoder_guidance=2.0, decoder_steps=3).decoder_scales() == [2.0, 2.0, 2.0]
     before, after = (getattr(one, part).state_dict() for one in (base, pipe))
     assert any(not torch.equal(x, after[key]) for key, x in before.items())
     if "lora" in stage:

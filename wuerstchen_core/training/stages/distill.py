@@ -177,7 +177,7 @@ class DecoderDistillation(Distillation[Decoder], DecoderStage):
         return decoder_times(self.distill.steps)
 
     def few_steps(self) -> dict[str, Any]:
-        built_in = {"decoder_guidance": 1.0, "decoder_guidance_end": 1.0} if self.distill.guidance > 1 else {}
+        built_in = {"decoder_guidance": 1.0, "decoder_guidance_end": None} if self.distill.guidance > 1 else {}
         return {"decoder_steps": self.distill.steps, **built_in}
 
 
