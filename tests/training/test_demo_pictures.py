@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from wuerstchen_core.demo.artwork import boxes
 from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, held_out
 from wuerstchen_core.training.data import demo as module
 from wuerstchen_core.training.data.demo import DemoDataset, MultiShapeDemoDataset
@@ -73,6 +74,32 @@ def test_the_same_sample_of_too_many_scenes_is_drawn_each_time(monkeypatch: pyte
     assert Counter(scene.layout for scene in limited.scenes) == dict.fromkeys(FEW, 7)
     with pytest.raises(ValueError, match=r"\[data\] most .*-1"):
         DemoDataset({**SMALL, "most": -1})
+
+
+@pytest.mark.parametrize(("data", "memory", "times"), [({}, 2**30, 1), ({}, 1, 2), ({"placements": 1}, 1, 1)], ids=str)
+def test_drawings_that_fit_stay_in_memory(
+    data: dict[str, Any], memory: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(module, "MEMORY", memory)
+    dataset = DemoDataset({**SMALL, **data, "things": 2})
+    draw = module.draw_all
+    monkeypatch.setattr(module, "draw_all", lambda *own: drawn.extend(own[0]) or draw(*own))
+    once, again = (dataset.images(torch.tensor([1, 3])) for _ in range(2))
+    assert torch.equal(once, again) and not torch.equal(once[0], once[1])
+    assert drawn == [dataset.scenes[1], dataset.scenes[3]] * times
+    assert len(dataset.images(slice(0))) == 0
+
+
+def test_only_the_scenes_in_use_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+    monkeypatch.setattr(module.vocabulary, "held_out", lambda scene: judged.append(scene) or held_out(scene))
+    dataset = DemoDataset({**SMALL, "layouts": FEW})
+    assert max(max(scene.things) for scene in judged) < 3 <= len(dataset)
+    placed: list[Any] = []
+    monkeypatch.setattr(module, "boxes", lambda scene, canvas: placed.append(scene) or boxes(scene, canvas))
+    assert dataset.boxes(torch.tensor([2, 0])) == [boxes(dataset.scenes[index], 64) for index in (2, 0)]
+    assert placed == [dataset.scenes[2], dataset.scenes[0]]
 
 
 def test_a_batch_has_one_shape_which_is_the_same_in_every_process(shapes: MultiShapeDemoDataset) -> None:

@@ -6,10 +6,11 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, product
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from .dataset import Compute, ImageDataset, IndexedDataset, identity
 
 MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
 MAX_SIDE = 512  # in pixels, of pictures on other canvases
+MEMORY = 2**30  # bytes up to which the drawings of a dataset stay in memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class DemoDataConfig:
 
 
 class DemoDataset(IndexedDataset):
-    """Scenes of one shape and size, drawn when needed: those for training, or the held-out ones."""
+    """Scenes of one shape and size: those for training, or the held-out ones.
+
+    Each is drawn when it is first needed, and at every use if all of them would fill more than 1 GiB.
+    """
 
     has_boxes = True
 
@@ -83,19 +88,23 @@ class DemoDataset(IndexedDataset):
         width, height = self.size = picture_size(list(SHAPES).index(self._shape), self._canvas)
         self.side, self.square, self.examples = min(self.size), width == height, len(self.scenes)
         draw_all(self.scenes[:1], self._canvas)  # raises an error now if it cannot draw
-        # Drawings in random sizes are slow to render: those stay in memory.
-        self._drawn = None if self._placed is None else draw_all(self.scenes, self._canvas, self._placed)
+        # Drawings in random sizes are slow to render: those stay in memory in any case.
+        kept = self._placed is not None or 3 * width * height * len(self.scenes) <= MEMORY
+        self._drawing = lru_cache(None if kept else 0)(self._draw)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def images(self, batch: Tensor | slice) -> Tensor:
         indices = torch.arange(len(self.scenes))[batch].tolist()
-        if self._drawn is None:
-            drawn = draw_all([self.scenes[index] for index in indices], self._canvas)
-        else:
-            drawn = self._drawn[indices]
+        width, height = self.size
+        drawn = np.array([self._drawing(index) for index in indices], dtype=np.uint8).reshape(-1, height, width, 3)
         return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+
+    def _draw(self, index: int) -> np.ndarray:
+        """Returns the drawing [H, W, 3] of a scene."""
+        placed = None if self._placed is None else [self._placed[index]]
+        return draw_all([self.scenes[index]], self._canvas, placed)[0]
 
     def _layout_scenes(self, layout: str, held_out: bool) -> list[Scene]:
         """Returns the scenes of a layout, or a sample of them if there are too many."""
@@ -104,7 +113,7 @@ class DemoDataset(IndexedDataset):
         found = [
             scene
             for scene in vocabulary.scenes([layout], shape)
-            if vocabulary.held_out(scene) == held_out and scene.colour in colours and max(scene.things) < config.things
+            if max(scene.things) < config.things and scene.colour in colours and vocabulary.held_out(scene) == held_out
         ]
         most = config.most or (MAX_SIMPLE if layout in SIMPLE and not shape else MAX_OTHER)
         most = max(1, most * config.canvas**2 // self._canvas**2)
@@ -120,8 +129,10 @@ class DemoDataset(IndexedDataset):
         return vocabulary.caption(scene, words)
 
     def boxes(self, batch: Tensor) -> list[list[Box]]:
-        found = [boxes(x, self._canvas) for x in self.scenes] if self._placed is None else self._placed
-        return [found[index] for index in batch.tolist()]
+        return [
+            boxes(self.scenes[index], self._canvas) if self._placed is None else self._placed[index]
+            for index in batch.tolist()
+        ]
 
     def preview_images(self) -> IndexedDataset | None:
         return None if self.missing_previews() else self._held_out
