@@ -22,7 +22,7 @@ from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training import keys
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.filters import ImageDataConfig
-from wuerstchen_core.training.new import RECIPES, STAGES, count_pictures, write_new
+from wuerstchen_core.training.new import DEMO_RECIPES, RECIPES, STAGES, count_pictures, write_new
 
 SHORT = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "data.workers=0")
 
@@ -174,3 +174,10 @@ def test_a_path_is_needed_by_new_alone(tmp_path: Path, capsys: pytest.CaptureFix
 )
 def test_options_without_effect_are_refused(arguments: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *arguments.split()]) == 2 and option in capsys.readouterr().err
+
+
+def test_a_small_students_steps_are_those_of_the_demos_recipe(tmp_path: Path) -> None:
+    [prior, decoder] = write_new(tmp_path, "distill", ["demo"], None, None)
+    for path, recipe in ((prior, "turbo.toml"), (decoder, "turbo_decoder.toml")):
+        expected = read_config(DEMO_RECIPES / recipe, [])["distill"]
+        assert read_config(path, [])["distill"].items() >= expected.items()

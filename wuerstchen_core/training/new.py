@@ -74,9 +74,9 @@ SCALES = (
     {"weight": "v", "precision": "", "checkpointing": "false", "keep_every": 250},
     {"weight": "p2", "precision": "bf16", "checkpointing": "true", "keep_every": 2500},  # 4 GB each
 )
-STUDENTS = {  # steps of a distilled stage, and of its teacher for each of them, in the same order
-    "distill-lora": ((1, 6), (4, 8)),
-    "decoder-distill-lora": ((1, 4), (2, 12)),
+STUDENTS = {  # steps of a distilled stage, of its teacher for each of them, and text_drop, in the same order
+    "distill-lora": ((2, 3, 0.2), (4, 8, 0.05)),
+    "decoder-distill-lora": ((1, 4, 0.05), (2, 12, 0.05)),
 }
 PURPOSES = {  # of the templates that serve several stages
     "lora": "a LoRA of a style or thing, from a folder of a dozen to a few thousand pictures",
@@ -191,10 +191,11 @@ def _from_template(
         "sample": (FOLDER / "sample.toml").read_text("utf-8") if base == "prior" else "",
     }
     if stage in STUDENTS:
-        student, teacher = STUDENTS[stage][scale]
+        student, teacher, text_drop = STUDENTS[stage][scale]
         settings = SamplingSettings.from_metadata(opened[start].metadata, release_of_model([params]))
         guidance = max(1.0, settings.prior_guidance if base == "prior" else settings.decoder_guidance)
-        blocks |= {"student_steps": str(student), "teacher_steps": str(teacher), "guidance": str(guidance)}
+        blocks |= {"student_steps": str(student), "teacher_steps": str(teacher)}
+        blocks |= {"guidance": str(guidance), "text_drop": str(text_drop)}
     text = Template((FOLDER / f"{kind.removeprefix('decoder-')}.toml").read_text("utf-8"))
     return text.substitute(
         values | blocks,
