@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 
-from tools.demo import build, curves, edits, lora, remake
+from tools.demo import build, curves, edits, lora, remake, second_eye
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
 from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, known_words
@@ -152,6 +153,7 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
     v1_numbers = NUMBERS | {"another_thing": NUMBERS["thing"]}
+    monkeypatch.setattr(second_eye, "load_network", lambda: None)
     monkeypatch.setattr(remake, "evaluate", lambda pipe, second_eye: v1_numbers if pipe is v1 else NUMBERS)
     few = DemoDataset({"canvas": 64, "things": 2}, held_out=True)
     monkeypatch.setattr(remake, "DemoDataset", lambda held_out: few)
@@ -180,4 +182,11 @@ def test_a_page_without_marks_is_refused_before_any_work(tmp_path: Path, monkeyp
     monkeypatch.setattr(remake, "PAGE", tmp_path / "demo.md")
     monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=remake.MARKS[0]):
+        remake.main()
+
+
+def test_missing_packages_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WuerstchenPipeline, "load", lambda source: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match="efficientnet_lite_pytorch"):
         remake.main()

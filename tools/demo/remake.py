@@ -25,7 +25,7 @@ from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
 from .. import DOCS, ROOT, markdown_table
-from . import curves, edits, lora
+from . import curves, edits, lora, second_eye
 from .build import LOGS
 from .build_v1 import EVALUATION as EVALUATION_V1
 from .evaluate import SEVERAL, evaluate, generate, held_out_scenes, subset
@@ -133,6 +133,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for marks in (MARKS, MARKS_V1):  # checked before hours of work
         replace_between(PAGE.read_text(encoding="utf-8"), marks, "")
+    second_eye.load_network()  # its packages too
     pipe = WuerstchenPipeline.load("demo")
     sample_grid(pipe).save(GRID, quality=80, method=6)
     edits.remake(pipe)
