@@ -21,6 +21,7 @@ from ..wuerstchen_core.checkpoints.release import VERSIONS
 from ..wuerstchen_core.checkpoints.source import CHECKPOINT
 from ..wuerstchen_core.common.devices import WEIGHT_DTYPES
 from .host import clip, control, folders, models, vae
+from .host.few_steps import notify_if_distilled
 from .model_files import choices, find, fingerprint, is_v1, open_from, read_from
 from .sampling_v1 import TokenDecoderType
 from .schema import Node, schema
@@ -66,6 +67,7 @@ class WuerstchenBundleLoader(Node):
             nodes = ", ".join(loader.node for loader in (MODEL_LOADER, TOKEN_LOADER, CLIP_LOADER, VAE_LOADER))
             holds = "Würstchen v1" if is_v1(source) else "one MODEL with its CLIP and VAE"
             raise ValueError(f"{bundle!r} holds {holds}, whose parts are loaded one by one: use {nodes}")
+        notify_if_distilled(bundle, source.metadata)
         return io.NodeOutput(
             models.load_model(source.lazy_part("prior")),
             models.load_model(source.lazy_part("decoder")),
@@ -97,8 +99,9 @@ class WuerstchenModelLoader(Node):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, version: str = "auto") -> io.NodeOutput:
-        part = read_from(model_name, MODEL_LOADER, version)
-        return io.NodeOutput(models.load_model(part, DTYPE_CHOICES[weight_dtype]))
+        source, name = open_from(model_name, MODEL_LOADER, version)
+        notify_if_distilled(model_name, source.metadata, [name])
+        return io.NodeOutput(models.load_model(source.lazy_part(name), DTYPE_CHOICES[weight_dtype]))
 
 
 class WuerstchenTokenDecoderLoader(Node):

@@ -24,16 +24,13 @@ from ...wuerstchen_core.checkpoints.lora_files import (
 )
 from ...wuerstchen_core.checkpoints.weight_files import read_weight_file
 from ...wuerstchen_core.checkpoints.writer import write_tensors
-from ...wuerstchen_core.common.text import listed, printable
+from ...wuerstchen_core.common.text import listed
+from .few_steps import notify_of_few_steps
 from .models import PriorModel, StageModel
 from .notices import notify
 
 logger = logging.getLogger(__name__)
 
-_WIDGETS = {  # by node, and setting of `train distill`
-    "Würstchen Prior Sample": {"schedule": "schedule", "prior_steps": "steps", "prior_guidance": "cfg"},
-    "Würstchen Decoder Sample": {"decoder_steps": "steps", "decoder_guidance": "cfg"},
-}
 _TEXT_MODEL = re.compile(r"(clip_\w+)\.transformer\.text_model\.")
 
 
@@ -57,8 +54,8 @@ def apply_lora(
     text = Fit(lora.text, {}, {}) if name is None else fit(lora.text, _shapes(clip.cond_stage_model, prefix))
     _check(path.name, lora, network, text, model, clip)
     _notify_ignored(path.name, lora, network, text, without_clip=clip is None)
-    if strength_model and (needed := _widgets(lora.sampling)):
-        notify(f"{path.name} is for few steps: {needed}")
+    if strength_model:
+        notify_of_few_steps(path.name, lora.sampling)
     changes = to_comfyui(network.fitting, {}, "")
     text_changes = {} if name is None else to_comfyui({}, text.fitting, name)
     if strength_model and changes:
@@ -149,15 +146,6 @@ def _notify_ignored(name: str, lora: Lora, network: Fit, text: Fit, without_clip
         notify(f"{name}: ignored {'; '.join(unused)}")
     if lora.note:
         notify(f"{name}: {lora.note}")
-
-
-def _widgets(sampling: Mapping[str, Any]) -> str:
-    """Returns the widgets of our nodes to set for a distilled LoRA, "" if there are none."""
-    nodes = []
-    for node, names in _WIDGETS.items():
-        if widgets := [f"{widget} to {sampling[name]!s:.20}" for name, widget in names.items() if name in sampling]:
-            nodes.append(f"set {', '.join(widgets)} in {node}")
-    return printable("; ".join(nodes))
 
 
 def write_converted(path: Path, state: Mapping[str, Tensor], folder: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conditioning_walk import logged
 from inside import PROMPTS
 from torch import Tensor
 
@@ -36,6 +37,13 @@ BY_WIDTH = {"bigg.safetensors": "prior_text_encoder", "h.safetensors": "decoder_
 VAES = ("stage_a_original.pt", "stage_a_cascade.safetensors", "stage_a_diffusers.safetensors")
 ENCODER = "encoder_bundle.safetensors"
 LARGE = "large.safetensors"
+DISTILLED_BUNDLE = "distilled_bundle.safetensors"
+DISTILLED = {  # what the notice about a file names, as `train distill` writes it; nothing for other files
+    "distilled_prior.safetensors": ("Würstchen Prior Sample", "turbo", "steps to 2", "cfg to 1"),
+    "distilled_decoder.safetensors": ("Würstchen Decoder Sample", "steps to 1"),
+    DISTILLED_BUNDLE: ("Würstchen Prior Sample", "turbo", "Würstchen Decoder Sample", "steps to 1"),
+    "prior_bundle.safetensors": (),
+}
 # Loader, wrong file, and what the error must name.
 MISTAKES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "stage_a.pt"): ("stage_a.pt", "Stage A", "vae folder", "Würstchen VAE Loader"),
@@ -137,7 +145,7 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return loaders.WuerstchenVAELoader.execute(name).args[0]
 
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {"dtypes": {}, "towers": {}, "mistakes": {}}
+    facts: dict[str, Any] = {"dtypes": {}, "towers": {}, "mistakes": {}, "distilled": {}}
     for name, kind in FILES.items():
         tensors[name] = predict(model(name), kind)
     for name in ("prior_diffusers.safetensors", "decoder_diffusers.bin"):
@@ -195,6 +203,11 @@ def main(folders: str, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with PeakMemory() as memory:
         large = model(LARGE, "fp32")
     facts["peak"] = [memory.peak - memory.before, large.model_size()]
+    build, loaders.models.load_model = loaders.models.load_model, lambda *_: None  # builds nothing
+    for name in DISTILLED:
+        with logged() as facts["distilled"][name]:
+            loaders.WuerstchenBundleLoader.execute(name) if name == DISTILLED_BUNDLE else model(name)
+    loaders.models.load_model = build
     facts["table unchanged"] = table == folder_paths.folder_names_and_paths
     return tensors, facts
 

@@ -25,6 +25,8 @@ from helpers.layouts import (
 from helpers.networks import DECODER, NETWORKS, PRIOR
 from inside_loaders import (
     BY_WIDTH,
+    DISTILLED,
+    DISTILLED_BUNDLE,
     DTYPES,
     ENCODER,
     FILES,
@@ -51,6 +53,8 @@ from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderParams, 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTH = 64  # of both text encoders
 WHOLE = "loaders.safetensors"
+FEW_STEPS = {"schedule": "turbo", "prior_steps": 2, "prior_guidance": 1.0, "decoder_steps": 1}
+DISTILLATION = {"distillation": {"steps": 2}, "sampling": FEW_STEPS}
 MARKER = "made_by_a_pickle"  # a file that a malicious pickle would write
 
 
@@ -64,7 +68,9 @@ def write_models(folder: Path, networks: dict[str, nn.Module]) -> None:
     torch.save({"ema_state_dict": original(prior), "iter": 3}, folder / "prior_original.pt")
     save_file(prior, folder / "prior_diffusers.safetensors")
     save_file(comfyui(prior), folder / "prior_comfyui.safetensors")
-    save_bundle(folder / "prior_bundle.safetensors", {"prior": networks["prior"]}, {})
+    save_bundle(folder / "prior_bundle.safetensors", {"prior": networks["prior"]}, {"sampling": FEW_STEPS})
+    for part in ("prior", "decoder"):
+        save_bundle(folder / f"distilled_{part}.safetensors", {part: networks[part]}, DISTILLATION)
     torch.save({"state_dict": original(decoder), "effnet_state_dict": encoder_state()}, folder / "decoder_original.pt")
     torch.save(decoder, folder / "decoder_diffusers.bin")
     shapes = Prior(PriorParams(c=704, nhead=11, depth=8), device="meta").state_dict()
@@ -146,6 +152,7 @@ def networks(models: Path) -> dict[str, nn.Module]:
         for stage, file in zip(("prior", "decoder"), TOWERS[:2], strict=True)
     }
     save_bundle(models / "checkpoints" / WHOLE, {**networks, **towers}, {})
+    save_bundle(models / "checkpoints" / DISTILLED_BUNDLE, {**networks, **towers}, DISTILLATION)
     return networks
 
 
@@ -158,7 +165,7 @@ def inside(
     saved, folders = folder / "saved", folder / "extra_model_paths.yaml"
     saved.mkdir()
     paths = {"unet": f"diffusion_models\n{saved}", "clip": "text_encoders", "vae": "vae"}  # older names of the folders
-    paths["checkpoints"] = str(saved)
+    paths["checkpoints"] = f"checkpoints\n{saved}"
     folders.write_text(json.dumps({"mine": {"base_path": str(models), **paths}}), encoding="utf-8")
     return run_inside(install, "inside_loaders.py", folder, folders, saved)
 
@@ -221,6 +228,13 @@ def test_a_wrong_file_is_explained_in_one_line(inside: Inside, mistake: tuple[st
 def test_no_code_in_a_file_runs(inside: Inside, models: Path) -> None:
     assert "model payload.pt" in inside[1]["mistakes"]
     assert not (models / "diffusion_models" / MARKER).exists()
+
+
+@pytest.mark.parametrize("file", DISTILLED)
+def test_a_distilled_file_names_the_widgets_to_set(inside: Inside, file: str) -> None:
+    text = "\n".join(inside[1]["distilled"][file])
+    assert all(fact in text for fact in DISTILLED[file]) and len(inside[1]["distilled"][file]) == bool(DISTILLED[file])
+    assert "Decoder" in text or "prior" not in file or "decoder" not in text
 
 
 def test_comfyuis_folder_table_is_unchanged(inside: Inside, models: Path) -> None:
