@@ -122,7 +122,13 @@ class WuerstchenControl(comfy.controlnet.ControlBase):
         """Returns what the network makes of the hints, for a batch like x; hints are repeated as ComfyUI does."""
         size, count = (x.shape[-2], x.shape[-1]), len(x) // batched_number
         if size not in self.controls:
-            hint = self.cond_hint_original[:count, :3].expand(-1, 3, -1, -1)  # without alpha
+            hint = self.cond_hint_original
+            if len(hint) == 0 or hint.shape[1] not in (1, 3, 4):
+                raise ValueError(
+                    f"{self.name} needs a hint of at least one picture with 1, 3 or 4 channels, got {len(hint)} with "
+                    f"{hint.shape[1]}: connect an IMAGE to Apply ControlNet"
+                )
+            hint = hint[:count, :3].expand(-1, 3, -1, -1)  # without alpha
             for note in hint_notes(self.patcher.model.params, hint, size):
                 notify(f"{self.name}: {note}")
             added = self.patcher.model(fit_hint(hint, size).to(x.device), size)

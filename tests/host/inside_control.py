@@ -25,6 +25,8 @@ MISTAKES = {
     "another depth": ("deep.safetensors", "depth 3", "depth 2"),
     "stage b": ("Stage B", "ControlNet of Stage C"),
     "not finite": ("nan.safetensors", "finite"),
+    "two channels": ("net.safetensors", "2"),
+    "no picture": ("net.safetensors", "0"),
     "windows": ("ControlNet", "context windows"),
 }
 
@@ -209,6 +211,8 @@ def mistakes(steered: Steered) -> dict[str, str]:
         "another depth": lambda: steered.node(steered.apply(plain, "deep", first)),
         "stage b": stage_b,
         "not finite": lambda: steered.node(steered.apply(plain, "nan", first)),
+        "two channels": lambda: steered.node(steered.apply(plain, "net", first[..., :2])),
+        "no picture": lambda: steered.node(steered.apply(plain, "net", first[:0])),
         "windows": lambda: steered.node(ours, model=windowed),
     }
     found = {}
