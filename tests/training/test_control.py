@@ -25,7 +25,7 @@ from wuerstchen_core.models.control_net import ControlNet
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data import loading
 from wuerstchen_core.training.export import export_run
-from wuerstchen_core.training.report import generate_arguments
+from wuerstchen_core.training.report import comfyui_use, generate_arguments
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
 from wuerstchen_core.training.stages.control import ControlConfig, ControlStage
@@ -89,6 +89,7 @@ def test_only_the_control_net_is_trained_and_its_file_names_its_prior(
     assert part.node == "Würstchen ControlNet Loader" and describe(trained).licence == "MIT"
     arguments = generate_arguments(stage(config), read_config(config, []), trained, "a cat")
     assert arguments[-3:] == ["--control", str(trained), "hint.png"]
+    assert "Apply ControlNet" in comfyui_use(stage(config))
 
 
 @pytest.mark.long
@@ -167,7 +168,8 @@ def test_the_trained_file_steers_as_in_training(trained: Path, bundle: Path, tmp
 def test_a_run_exports(trained: Path, tmp_path: Path) -> None:
     folder = export_run(trained.parent, [], tmp_path / "export")
     assert load_control_net(folder / "control.safetensors").params.hints == "outline"
-    assert "models/controlnet" in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "models/controlnet" in card and "Apply ControlNet" in card and "in place of" not in card
 
 
 def test_training_goes_on_from_a_file(trained: Path, config: Path, bundle: Path, tmp_path: Path) -> None:

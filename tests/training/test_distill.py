@@ -17,11 +17,14 @@ from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch,
 from torch import Tensor, nn
 
 from wuerstchen_core import WuerstchenPipeline
+from wuerstchen_core.checkpoints.diffusers_pipeline import WHOLE
 from wuerstchen_core.checkpoints.lora_info import describe_lora
 from wuerstchen_core.checkpoints.weight_files import read_file_metadata
 from wuerstchen_core.diffusion.samplers import ddim_step, ddpm_step, noise_in, predict_x0, sample
 from wuerstchen_core.diffusion.schedule import alpha_bar, decoder_times, expand, linear_times
+from wuerstchen_core.training import card
 from wuerstchen_core.training.config import LoopConfig, read_config
+from wuerstchen_core.training.export import export_run
 from wuerstchen_core.training.report import report_start
 from wuerstchen_core.training.run import build_stage, run
 from wuerstchen_core.training.stages import distill
@@ -210,6 +213,22 @@ def test_the_file_states_what_was_distilled_and_is_sampled_so(
         assert describe_lora(file).sampling == expected
         pipe.unload_lora()
         assert pipe.sampling == base.sampling
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_card_names_what_was_distilled(
+    stage: str, config: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = (export_run(trained(stage).parent, [], tmp_path / "export") / "README.md").read_text("utf-8")
+    part, times = ("decoder", "[0.95, 0.0]") if "decoder" in stage else ("prior", "[1.0, 0.5, 0.0]")
+    settings = "schedule turbo, sampler ddim, prior_steps 2" if part == "prior" else "decoder_steps 1"
+    assert settings in text.replace("\\", "") and "| Teacher | tiny.safetensors |" in text
+    assert "None" not in text
+    assert "| Guidance of the teacher | 2.0 |" in text and "| Steps of the teacher for each | 2 |" in text
+    assert (f"pipeline(..., timesteps={times}, guidance_scale=1.0)" in text) == (part == "prior")
+    student = build_stage(stage, read_config(config, [f"run='{config.parent}'", *EXTRA.get(stage, ())]))
+    expected = f"pipeline(..., {part}_timesteps={times}, {part}_guidance_scale=1.0)"
+    assert card.diffusers_call(student, WHOLE) == expected
 
 
 @pytest.mark.long

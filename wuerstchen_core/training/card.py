@@ -23,7 +23,7 @@ from ..common.dataclass_config import from_table
 from ..common.text import one_line
 from .checkpoint import read_log
 from .hub import LICENCES, HubConfig, hub_name
-from .report import first_caption, generate_arguments
+from .report import comfyui_use, first_caption, generate_arguments
 from .run_folder import read_starts
 from .stage import Stage
 from .stages.lora_output import DIFFUSERS_FILE
@@ -33,6 +33,12 @@ CARD, IMAGES = "README.md", "images"
 ARTWORK_LICENCE = Path(demo.__file__).parent / "ARTWORK-LICENSE.txt"  # that of the shipped models names it
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.template"
 KINDS = {"lora": "lora", "embedding": "textual-inversion"}  # the hub's names by the table of the configuration
+DISTILLED = {  # facts by their keys in the metadata
+    "Teacher": "teacher",
+    "Guidance of the teacher": "guidance",
+    "Steps when it generates": "steps",
+    "Steps of the teacher for each": "teacher_steps",
+}
 _MARKUP = re.compile(r"([\\`*_\[\]#|~]|^[-+=]|(?<=\d)[.)](?= ))")
 
 
@@ -92,6 +98,8 @@ def write_card(
         name=json.dumps(address),
         pipeline=pipeline,
         for_diffusers=for_diffusers,
+        few_steps=", ".join(f"{key} {x}" for key, x in stage.few_steps().items() if x is not None),
+        call=diffusers_call(stage, pipeline) if for_diffusers else "",
         facts=_facts(stage, config, run_folder, step),
         licence=licence,
     )
@@ -133,7 +141,9 @@ def _comfyui(stage: Stage[Any], folder: Path) -> dict[str, str]:
         return {}
     parts = sorted(folder.glob(f"*{stage.part}/diffusion_pytorch_model.safetensors"))  # of a pipeline
     file = parts[0].relative_to(folder).as_posix() if parts else f"{stage.stem}.safetensors"
-    return {"file": file, "folder": f"models/{stage.comfyui_folder}", "node": stage.comfyui_node}
+    return {"file": file, "folder": f"models/{stage.comfyui_folder}", "node": stage.comfyui_node} | {
+        "use": comfyui_use(stage)
+    }
 
 
 def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipeline: str, name: str) -> str:
@@ -152,6 +162,19 @@ def _command(stage: Stage[Any], config: Mapping[str, Any], folder: Path, pipelin
     return shlex.join(["wuerstchen", *names]) if arguments else ""
 
 
+def diffusers_call(stage: Stage[Any], pipeline: str) -> str:
+    """Returns the call of a diffusers pipeline with the settings of a distilled stage; "" for others."""
+    settings = stage.few_steps()
+    if not settings:
+        return ""
+    network = stage.network  # type: ignore[attr-defined]
+    steps, guidance = f"{network}_timesteps", f"{network}_guidance"
+    values = {steps: [round(t, 4) for t in stage.times().tolist()]}  # type: ignore[attr-defined]
+    values |= {f"{guidance}_scale": settings[guidance]} if guidance in settings else {}
+    names = {name: name if pipeline == WHOLE else name.removeprefix(f"{network}_") for name in values}
+    return f"pipeline(..., {', '.join(f'{names[name]}={x}' for name, x in values.items())})"
+
+
 def _name(source: str | Path) -> str:
     """Returns the name of a file or folder without its path, or its name on the hub."""
     return hub_name(source) or Path(source).resolve().name
@@ -166,10 +189,12 @@ def _facts(stage: Stage[Any], config: Mapping[str, Any], folder: Path, step: int
     train, rows = config["train"], read_log(folder)
     starts = read_starts(folder)
     processes = starts[-1]["processes"] if starts else 1
+    about = stage.few_steps() and weights_metadata(stage)["distillation"]
     size = train["batch"] * train.get("accumulate", 1) * processes
     found = {
         "Stage": stage.name,
         "Base model": ", ".join(dict.fromkeys(map(_base_name, stage.bases))) or "none: trained from random weights",
+        **({name: about[key] for name, key in DISTILLED.items()} if about else {}),
         "Steps": step,
         "Pictures per step": size,
         "Pictures": stage.dataset.pictures or "",

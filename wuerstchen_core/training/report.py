@@ -121,11 +121,16 @@ def report_end(stage: Stage[Any], config: Mapping[str, Any], file: Path) -> None
     if stage.comfyui_folder:
         preview = file.with_suffix(".png")
         files = f"{file} and {preview.name}" if preview.exists() else str(file)
-        use = f"; load it with {stage.comfyui_node}" if stage.comfyui_node else ""
-        if not stage.has_preview:  # a whole network
-            use += ", in place of that part of the base model"
+        use = f"; load it with {stage.comfyui_node}{comfyui_use(stage)}" if stage.comfyui_node else ""
         text = "for ComfyUI, copy %s to its folder models/%s, under one name of your choice%s"
         log.info(text, files, stage.comfyui_folder, use)
+
+
+def comfyui_use(stage: Stage[Any]) -> str:
+    """Returns how ComfyUI uses what a stage's node loads, to follow the node's name; "" if the node does all."""
+    if "control" in stage.tables:
+        return ", and connect it to Apply ControlNet"
+    return "" if stage.has_preview else ", in place of that part of the base model"
 
 
 def first_caption(stage: Stage[Any]) -> str:

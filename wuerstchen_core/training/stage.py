@@ -56,6 +56,10 @@ class Stage(ABC, Generic[N]):
         """The node that loads the weights from `comfyui_folder`; "" for embeddings, which prompts name."""
         return component(self.part).loader.node
 
+    def few_steps(self) -> dict[str, Any]:
+        """Returns the settings of sampling that a distilled network needs; {} for others."""
+        return {}
+
     @property
     def stem(self) -> str:
         """The name of the file of weights, without its ending."""
