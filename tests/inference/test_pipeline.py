@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,12 @@ def test_pictures_are_counted_prompt_by_prompt(pipe: WuerstchenPipeline) -> None
     for image, (prompt, seed) in zip(images, singles, strict=True):
         assert np.abs(image - pixels(pipe.generate(prompt, seed=seed))[0]).max() <= ROUNDING
     assert np.abs(images[0] - images[1]).max() > ROUNDING
+
+
+def test_prompts_of_an_iterator_are_stored_in_the_pictures(pipe: WuerstchenPipeline) -> None:
+    prompts = [PROMPT, "a blue apple"]
+    images = pipe.generate(iter(prompts), prior_steps=1, decoder_steps=1)
+    assert [json.loads(image.info["wuerstchen"])["prompt"] for image in images] == prompts
 
 
 @pytest.mark.parametrize(

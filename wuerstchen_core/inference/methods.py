@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from inspect import Parameter, signature
+from io import IOBase
 from typing import Any, ParamSpec
 
 from PIL import Image
@@ -18,6 +19,11 @@ from .records import records
 P = ParamSpec("P")
 Images = list[Image.Image]
 PROGRESS = "progress"  # an argument of each method: True or False for this call, None for the pipeline's
+
+
+def _listed(value: Any) -> Any:
+    """Returns a list of an iterator, which is read for the images and again for their metadata."""
+    return list(value) if isinstance(value, Iterator) and not isinstance(value, IOBase) else value
 
 
 def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, Images]]:
@@ -37,8 +43,9 @@ def image_method(options: type) -> Callable[[Callable[P, Images]], Callable[P, I
             shown, own = kwargs.pop(PROGRESS, None), kwargs.pop("callback", None)
             if own is not None and not callable(own):
                 raise ValueError(f"callback {own!r:.60} is no function: give one of (stage, done, steps, denoised)")
+            args, kwargs = tuple(map(_listed, args)), {name: _listed(value) for name, value in kwargs.items()}
             if kwargs.get("control") is not None:
-                kwargs["control"] = list_hints(kwargs["control"])  # once: it may be an iterator
+                kwargs["control"] = list_hints(kwargs["control"])  # their files are read once
             with progress_bar(own, args[0].progress if shown is None else shown) as callback:
                 kwargs["callback"] = callback
                 images = function(*args, **kwargs)
