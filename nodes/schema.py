@@ -18,6 +18,7 @@ from ..wuerstchen_core.inference.settings import LARGEST_SEED, SamplingSettings
 # Names and tooltips by node id, in the form of the translations beside them.
 TEXTS = json.loads((Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
 SEARCH_WORDS = ("wuerstchen", "wurstchen", "wurst", "sausage", "cascade")  # find every node of this pack
+MOST_LISTED = 120  # characters of choices, of which an error names all
 SEED_MAX = LARGEST_SEED - 4096  # image i of a batch uses seed + i
 
 
@@ -58,7 +59,8 @@ def check_values(node: io.Schema, values: Mapping[str, Any]) -> None:
                 expected = f"a {'whole ' if kind is Integral else ''}number from {item.min:g} to {item.max:g}"
         elif isinstance(item, io.Combo.Input):
             if value not in item.options:
-                expected = f"one of {listed(item.options, most=8 if len(item.options) <= 8 else 4)}"
+                most = len(item.options) if sum(map(len, item.options)) <= MOST_LISTED else 4
+                expected = f"one of {listed(item.options, most)}" if item.options else "a file, of which none was found"
         elif isinstance(item, io.Boolean.Input) and not isinstance(value, bool):
             expected = "true or false"
         elif isinstance(item, io.String.Input) and not isinstance(value, str):
