@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.networks import TEXT
@@ -52,9 +53,9 @@ CHANGED = {  # our paths and those in the file
 TOKENS = tokenize(["a red apple", ""])
 
 
-def write_config(folder: Path, bundle: Path) -> Path:
-    """Writes the configuration, with the networks of a bundle as inputs."""
-    path = folder / "lora.toml"
-    sources = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
-    path.write_text(f"{CONFIG}\n[inputs]\n{sources}\n", encoding="utf-8")
+def write_config(folder: Path, bundle: Path, text: str = CONFIG, inputs: Iterable[str] = INPUTS) -> Path:
+    """Writes a configuration, with networks of a bundle as inputs."""
+    path = folder / "training.toml"
+    sources = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in inputs)
+    path.write_text(f"{text}\n[inputs]\n{sources}\n", encoding="utf-8")
     return path

@@ -169,6 +169,13 @@ def ema_of(folder: Path) -> dict[str, Tensor]:
     return checkpoint(folder)["average"]
 
 
+def assert_near_states(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
+    """Asserts that two state dicts are equal up to a largest absolute difference."""
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        torch.testing.assert_close(other[name], x, rtol=0, atol=tolerance, msg=name)
+
+
 def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Asserts that two state dicts are equal bit for bit."""
     assert one.keys() == other.keys()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lora_training import INPUTS
+from helpers.lora_training import write_config
 from helpers.networks import CONTROL
 from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, log_rows
 from PIL import Image
@@ -59,10 +59,7 @@ sheet_every = 1000
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
-    path = tmp_path_factory.mktemp("control") / "control.toml"
-    sources = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
-    path.write_text(f"{CONFIG}\n[inputs]\n{sources}\n", encoding="utf-8")
-    return path
+    return write_config(tmp_path_factory.mktemp("control"), bundle, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lora_training import write_config
 from helpers.networks import NETWORKS
 from helpers.tiny_model import write_tiny_bundle
-from helpers.tiny_stages import assert_equal_states, checkpoint, ema_of, launch, log_rows
+from helpers.tiny_stages import assert_equal_states, assert_near_states, checkpoint, ema_of, launch, log_rows
 from torch import Tensor, nn
 
 from wuerstchen_core import WuerstchenPipeline
@@ -151,10 +152,7 @@ def test_a_teacher_without_adapters_shares_the_base_weights() -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
     pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
-    path = tmp_path_factory.mktemp("distill") / "distill.toml"
-    inputs = "\n".join(f"{name} = {json.dumps(bundle.as_posix())}" for name in ("prior", "decoder", *FROZEN))
-    path.write_text(f"{CONFIG}[inputs]\n{inputs}\n", encoding="utf-8")
-    return path
+    return write_config(tmp_path_factory.mktemp("distill"), bundle, CONFIG, ("prior", "decoder", *FROZEN))
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +285,4 @@ def test_two_processes_train_what_one_trains(config: Path, tmp_path: Path) -> No
         "-m", "wuerstchen_core", "train", "distill-lora", "--config", str(config), *(f"--set={x}" for x in changes)
     )  # fmt: skip
     trained, apart = (ema_of(tmp_path / name / "distill-lora") for name in ("one", "two"))
-    assert trained.keys() == apart.keys()
-    for name, x in trained.items():
-        torch.testing.assert_close(apart[name], x, rtol=0, atol=2e-5, msg=name)
+    assert_near_states(trained, apart, 2e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.golden_data import assert_near
-from helpers.lora_training import INPUTS
+from helpers.lora_training import INPUTS, write_config
 from helpers.networks import NETWORKS
 from helpers.tiny_model import tiny_parts
 from helpers.tiny_stages import checkpoint
@@ -63,10 +63,7 @@ PROMPTS = ("embedding:my-fox", "a embedding:my-fox on a blue background, embeddi
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
-    path = tmp_path_factory.mktemp("embedding") / "embedding.toml"
-    sources = "\n".join(f"{stage} = {json.dumps(bundle.as_posix())}" for stage in INPUTS)
-    path.write_text(f"{CONFIG}\n[inputs]\n{sources}\n", encoding="utf-8")
-    return path
+    return write_config(tmp_path_factory.mktemp("embedding"), bundle, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ def compare(folder: Path, overrides: list[str], output: Path | None = None) -> P
     """Writes a grid of the prompts in [sample] and returns its path.
 
     It shows the model that training starts from and each weight file of a run. `folder` is that of a stage, such as
-    runs/mine/lora; the grid is by default in it. ValueError if there are no
-    prompts or weights, or networks that images need are missing.
+    runs/mine/lora; the grid is by default in it. ValueError if there are no prompts or weights, or networks that images
+    need are missing.
     """
     name = folder.resolve().name
     if name in STAGES and name not in STAGES_WITH_SAMPLES:
