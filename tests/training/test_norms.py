@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from wuerstchen_core.training.rng import StepRandom
+from wuerstchen_core.training.stage import Stage
 from wuerstchen_core.training.stages.image_encoder import EncoderStage
 from wuerstchen_core.training.stages.norms import RunningNorms
 from wuerstchen_core.training.stages.vqgan import Autoencoder, VQGANStage
@@ -93,6 +96,13 @@ def test_the_weights_of_the_commitment_loss_and_of_absolute_errors(name: str) ->
         with torch.no_grad():
             losses.append(float(stage(**{name: weight}).net(CROPS, 1, False, running_norm=True)))
     assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [(VQGANStage, "down_blocks.3.1.weight"), (EncoderStage, "mapper.1.weight")])
+def test_noise_does_not_make_the_latents_of_a_fine_tune_grow(kind: type[Stage[Any]], scale: str) -> None:
+    net = kind({"start": "demo", "data": {"things": 2}}).net
+    fixed = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert any(name.endswith(scale) for name in fixed)
 
 
 @pytest.mark.parametrize("running", [True, False])

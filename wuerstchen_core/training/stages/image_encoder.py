@@ -92,11 +92,10 @@ class Compressor(nn.Module):
         self.image_encoder = image_encoder
         self.norms = RunningNorms(image_encoder)
         self.units = PriorParams(feature_scale=options.feature_scale, feature_shift=options.feature_shift)
-        if not pretrained:  # a fixed norm gives the prior's latents, (features + 1) / 42 in v2, mean 0 and variance 1
-            norm = self.image_encoder.mapper[1]
+        norm = self.image_encoder.mapper[1].requires_grad_(False)  # else the noise would make the features grow
+        if not pretrained:  # the prior's latents, (features + 1) / 42 in v2, have mean 0 and variance 1
             norm.get_parameter("weight").data.fill_(self.units.feature_scale)
             norm.get_parameter("bias").data.fill_(-self.units.feature_shift)
-            norm.requires_grad_(False)
         self.decoder = regression_decoder(image_encoder.params.c_latent, options.widths, options.patch)
 
     def forward(self, images: Tensor, noise: Tensor, running_norms: bool = False) -> Tensor:

@@ -54,10 +54,9 @@ class Autoencoder(nn.Module):
         options = options or VQGANConfig()
         self.vqgan, self.commit, self.absolute = vqgan, options.commit, options.absolute
         self.norms = RunningNorms(vqgan)
-        if not pretrained:  # a fixed norm gives the latents unit variance once they are divided by the scale factor
-            scale = vqgan.down_blocks[-1].get_parameter("1.weight")
+        scale = vqgan.down_blocks[-1].get_parameter("1.weight").requires_grad_(False)  # else noise would make it grow
+        if not pretrained:  # latents of unit variance once they are divided by the scale factor
             scale.data.fill_(vqgan.params.scale_factor)
-            scale.requires_grad_(False)
 
     def forward(
         self,
