@@ -16,7 +16,16 @@ from PIL import Image
 from tools.demo import build, curves, edits, lora, remake, second_eye
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
-from wuerstchen_core.demo.vocabulary import COLOURS, LAYOUTS, SHAPES, SIMPLE, THINGS, TRAINED_THINGS, known_words
+from wuerstchen_core.demo.vocabulary import (
+    COLOURS,
+    LAYOUTS,
+    SHAPES,
+    SIMPLE,
+    THINGS,
+    TRAINED_THINGS,
+    held_out,
+    known_words,
+)
 from wuerstchen_core.training.data.demo import DemoDataConfig, DemoDataset
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
@@ -149,6 +158,7 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(remake, "PAGE", tmp_path / "demo.md")
     monkeypatch.setattr(remake, "DEMO", tmp_path)
     monkeypatch.setattr(remake, "GRID", tmp_path / "grid.webp")
+    monkeypatch.setattr(remake, "RANDOM_GRID", tmp_path / "random.webp")
     monkeypatch.setattr(edits, "GRID", tmp_path / "edits.webp")
     monkeypatch.setattr(remake, "EVALUATION", tmp_path / "evaluation.json")
     monkeypatch.setattr(remake, "EVALUATION_V1", tmp_path / "evaluation_v1.json")
@@ -162,6 +172,7 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     monkeypatch.setattr(curves, "PLOT", tmp_path / "curves.png")
     remake.main()
     assert Image.open(tmp_path / "grid.webp").size == (1536, 6 * 128 + 192 + 128 + 256 + 128)
+    assert Image.open(tmp_path / "random.webp").size == (1024, 8 * (128 + 40))
     assert Image.open(tmp_path / "edits.webp").size == (768, 384)
     assert Image.open(tmp_path / "curves.png").width == 1080
     assert trained == ["lora"]
@@ -175,6 +186,13 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     assert json.loads((tmp_path / "evaluation_v1.json").read_text()) == v1_numbers
     tables = (f"{remake.number_table(numbers)}\n" for numbers in (NUMBERS, v1_numbers))
     assert (tmp_path / "demo.md").read_text() == page.format(*marks, *tables)
+
+
+def test_random_scenes_are_held_out_and_of_all_layouts() -> None:
+    metadata = {"vocabulary": build.vocabulary(DemoDataConfig(layouts=LAYOUTS))}
+    found = remake.random_scenes(metadata)
+    assert len(found) == 64 and all(held_out(scene) and scene.shape == 0 for scene in found)
+    assert {scene.layout for scene in found} == {*LAYOUTS} and found == remake.random_scenes(metadata)
 
 
 def test_a_page_without_marks_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import textwrap
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from wuerstchen_core.demo.artwork import CANVAS
-from wuerstchen_core.demo.vocabulary import SHAPES, SIMPLE
+from wuerstchen_core.demo.vocabulary import SHAPES, SIMPLE, Scene, caption
 from wuerstchen_core.inference.pipeline import WuerstchenPipeline
 from wuerstchen_core.models.prior import latents_from_features
 from wuerstchen_core.training.data.demo import DemoDataset
@@ -35,10 +38,13 @@ logger = logging.getLogger(__name__)
 PAGE = DOCS / "demo.md"
 DEMO = ROOT / "wuerstchen_core" / "demo"
 GRID = DOCS / "held_out.webp"
+RANDOM_GRID = DOCS / "random.webp"
 EVALUATION = LOGS.parent / "evaluation.json"
 MARKS = "<!-- demo numbers: written by tools.demo.remake -->", "<!-- end of demo numbers -->"
 MARKS_V1 = "<!-- v1 numbers: written by tools.demo.remake -->", "<!-- end of v1 numbers -->"
 COLUMNS = 12  # of the grid, in squares
+RANDOM, RANDOM_COLUMNS = 64, 8  # images of the random grid, and how many of them are in a row
+TEXT_HEIGHT = 40  # pixels below an image of the random grid
 GROUPS = {
     "by_place": "right thing at its position, {}",
     "by_shape": "right thing, complete and alone, {}",
@@ -61,6 +67,30 @@ def sample_grid(pipe: WuerstchenPipeline) -> Image.Image:
         count = COLUMNS * CANVAS // SHAPES[shape][0]
         rows.append(subset(held_out_scenes(pipe.metadata, single, shape), count))
     return edits.grid([generate(pipe, row, seed=1) for row in rows], COLUMNS)
+
+
+def random_scenes(metadata: Mapping[str, Any], count: int = RANDOM) -> list[Scene]:
+    """Returns random held-out scenes on squares; every layout is as likely. Always the same ones."""
+    rng = random.Random("random held-out prompts")
+    layouts = metadata["vocabulary"].get("layouts", SIMPLE)
+    held_out = {layout: found for layout in layouts if (found := held_out_scenes(metadata, [layout]))}
+    return [rng.choice(held_out[rng.choice(list(held_out))]) for _ in range(count)]
+
+
+def random_grid(pipe: WuerstchenPipeline) -> Image.Image:
+    """Generates random held-out prompts, each image above its prompt."""
+    scenes = random_scenes(pipe.metadata)
+    font = ImageFont.load_default(11)
+    tiles = []
+    for scene, image in zip(scenes, generate(pipe, scenes, seed=1), strict=True):
+        tile = Image.new("RGB", (edits.TILE, edits.TILE + TEXT_HEIGHT), "white")
+        tile.paste(image.resize((edits.TILE, edits.TILE), Image.Resampling.LANCZOS))
+        text = "\n".join(textwrap.wrap(caption(scene), 21))
+        ImageDraw.Draw(tile).multiline_text((3, edits.TILE + 1), text, "black", font, spacing=1)
+        tiles.append(tile)
+    return edits.grid(
+        [tiles[start : start + RANDOM_COLUMNS] for start in range(0, RANDOM, RANDOM_COLUMNS)], RANDOM_COLUMNS
+    )
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:
@@ -136,6 +166,7 @@ def main() -> None:
     second_eye.load_network()  # its packages too
     pipe = WuerstchenPipeline.load("demo")
     sample_grid(pipe).save(GRID, quality=80, method=6)
+    random_grid(pipe).save(RANDOM_GRID, quality=80, method=6)
     edits.remake(pipe)
     (DEMO / "preview_factors.json").write_text(json.dumps(preview_factors(pipe), indent=1) + "\n", encoding="utf-8")
     remake_numbers(pipe, EVALUATION, MARKS)
