@@ -179,6 +179,7 @@ DATA_TABLES = {
     "text": replace(ALL_SCENES, shapes=("square",), larger=()),
     "decoder": DRAWN_SCENES,
     "prior": replace(ALL_SCENES, most=2400),
+    "prior_again": replace(ALL_SCENES, most=1600),
 }
 
 
@@ -202,7 +203,8 @@ def test_the_recipes_tables_are_valid(stage: str, file: str) -> None:
     loop = from_table(LoopConfig, config["train"], "train")
     assert loop.save_every % loop.log_every == 0 and loop.steps % loop.log_every == 0
     data = from_table(DemoDataConfig, config.get("data", {}), "data")
-    assert data == (DemoDataConfig(things=12) if config["run"] == "runs/demo-v1" else DATA_TABLES[stage])
+    expected = DATA_TABLES.get(Path(file).stem, DATA_TABLES.get(stage))
+    assert data == (DemoDataConfig(things=12) if config["run"] == "runs/demo-v1" else expected)
     for table in set(kind.tables) - {"start", "model"}:
         from_table(kind.tables[table], config.get(table, {}), table)
 

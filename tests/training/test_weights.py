@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import asdict, replace
@@ -146,7 +145,7 @@ def test_the_bundle_generates_images(run_folder: Path) -> None:
     bundle = run_folder / "bundle.safetensors"
     metadata = read_metadata(bundle)
     assert set(metadata["parts"]) == {"prior", "decoder", "vqgan", "image_encoder", "text_encoder"}
-    assert set(metadata["training"]) == {*STAGES, "decoder_again", "prior_again"}
+    assert set(metadata["training"]) == {*STAGES, *(f"{stage}_again" for stage in build.AGAIN)}
     assert metadata["training"]["prior"]["step"] == 4
     assert "apple" in metadata["vocabulary"]["words"] and "Apache" in metadata["licence"]
     pipe = WuerstchenPipeline.load(bundle, device="cpu", dtype="fp32")
@@ -214,17 +213,39 @@ def test_assemble_only_trains_nothing_and_copies_logs_for_the_shipped_model_alon
     target = tmp_path / "again.safetensors"
     monkeypatch.setattr(build, "RECIPE", tmp_path)
     monkeypatch.setattr(build, "LOGS", tmp_path / "logs")
-    shutil.copy(run_folder / "prior.toml", tmp_path)
+    shutil.copy(run_folder / "prior_again.toml", tmp_path)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
     assert target.read_bytes() == (run_folder / "bundle.safetensors").read_bytes()
     assert not (tmp_path / "logs").exists()
     monkeypatch.setattr(build, "demo_path", lambda: target)
     build.main(["--run", str(run_folder), "--output", str(target), "--assemble-only"])
-    folders = {**{stage: stage for stage in STAGES}, "decoder_again": "again/decoder", "prior_again": "again/prior"}
-    for name, folder in folders.items():
-        assert read_log(run_folder / folder) == [
-            json.loads(line) for line in (tmp_path / "logs" / f"{name}.jsonl").read_text().splitlines()
-        ]
+    for name, folder in build.stage_folders(run_folder).items():
+        assert read_log(folder) == build.read_log(tmp_path / "logs" / f"{name}.jsonl")
+
+
+def test_a_bundle_trains_further_and_keeps_its_own_logs_and_image_encoder(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped, logs = tmp_path / "shipped.safetensors", tmp_path / "logs"
+    shutil.copy(run_folder / "bundle.safetensors", shipped)
+    build.copy_logs(build.stage_folders(run_folder), logs)
+    for name, value in {"RECIPE": run_folder, "LOGS": logs, "demo_path": lambda: shipped}.items():
+        monkeypatch.setattr(build, name, value)
+    before = read_part(shipped, "image_encoder").state_dict
+    for _ in range(2):  # the second time, everything is trained already
+        build.main(["--run", str(tmp_path / "run"), "--output", str(shipped), "--start", str(shipped)])
+        training = read_metadata(shipped)["training"]
+        assert {name: row["step"] for name, row in training.items()} == {
+            **dict.fromkeys(STAGES, 8),
+            "encoder": 4,
+            **{f"{stage}_again": 4 for stage in build.AGAIN},
+        }
+        assert {path.stem for path in logs.glob("*.jsonl")} == {*training}
+        assert [row["step"] for row in build.joined_log(logs, "prior")] == [2, 4, 6, 8, 10, 12]
+    after = read_part(shipped, "image_encoder").state_dict
+    assert all(torch.equal(x, after[key]) for key, x in before.items())
+    first, second = (read_part(file, "vqgan").state_dict for file in (run_folder / "bundle.safetensors", shipped))
+    assert not all(torch.equal(x, second[key]) for key, x in first.items())
 
 
 @pytest.mark.parametrize("included", [True, False])

@@ -17,7 +17,17 @@ from wuerstchen_core.checkpoints.components import kind_of
 from wuerstchen_core.checkpoints.quant import FP8
 from wuerstchen_core.models.prior import PriorParams
 
-from .build import LOGS, RECIPE, bundle_metadata, collect_parts, copy_logs, data_config, last_step, parse_options
+from .build import (
+    LOGS,
+    RECIPE,
+    bundle_metadata,
+    collect_parts,
+    copy_logs,
+    data_config,
+    last_step,
+    parse_options,
+    weights_file,
+)
 
 REUSED = {"vqgan": "vqgan", "encoder": "image_encoder", "text": "prior_text_encoder"}  # of v2, by stage
 STAGES = {"token-decoder": "token_decoder.toml", "prior": "prior_v1.toml"}  # the prior's sample grids need the decoder
@@ -63,7 +73,7 @@ def assemble(run: Path, target: Path, source: Path) -> None:
     training = read_metadata(source)["training"]
     training = {stage: training[stage] for stage in REUSED} | {stage: last_step(run / stage) for stage in STAGES}
     metadata = bundle_metadata(SAMPLING, training, data_config(RECIPE / STAGES["prior"]))
-    parts = collect_parts({stage: run / stage for stage in (*REUSED, *STAGES)}, "v1")
+    parts = collect_parts({stage: weights_file(run / stage, stage) for stage in (*REUSED, *STAGES)}, "v1")
     save_bundle(target, parts, metadata, dtype=FP8)
 
 
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments, "build_v1", __doc__, "runs/demo-v1", demo_path("demo-v1"))
     if not options.assemble_only:
         copy_from_v2(options.run, demo_path())
-        files = {stage: options.run / stage / f"{stage}.safetensors" for stage in (*REUSED, *STAGES)}
+        files = {stage: weights_file(options.run / stage, stage) for stage in (*REUSED, *STAGES)}
         inputs = [f"inputs.{stage}='{file}'" for stage, file in files.items()]
         for stage, config in STAGES.items():
             run(stage, RECIPE / config, [f"run='{options.run}'", *inputs])

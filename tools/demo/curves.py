@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DOCS
-from .build import LOGS, STAGES, read_log
+from .build import LOGS, STAGES, joined_log
 
 PLOT = DOCS / "curves.png"
 WINDOW = 100  # steps, for the thicker line
@@ -18,12 +18,6 @@ def means(rows: list[dict[str, Any]], steps: int = WINDOW) -> tuple[list[float],
     for row in rows:
         groups.setdefault(-(-row["step"] // steps), []).append(row["loss"])
     return [(group - 0.5) * steps for group in groups], [sum(losses) / len(losses) for losses in groups.values()]
-
-
-def joined_log(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """Returns the rows of a stage's log, followed by those of its second training if there is one."""
-    first, more = (read_log(folder / f"{name}.jsonl") for name in (stage, f"{stage}_again"))
-    return [*first, *({**row, **{key: row[key] + first[-1][key] for key in ("step", "seconds")}} for row in more)]
 
 
 def plot(folder: Path, path: Path) -> None:
