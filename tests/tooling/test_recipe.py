@@ -13,7 +13,7 @@ import torch
 from helpers.tiny_model import write_tiny_bundle
 from PIL import Image
 
-from tools.demo import build, curves, edits, lora, remake, second_eye
+from tools.demo import build, curves, edits, lora, remake, second_eye, steps
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF
 from wuerstchen_core.demo.vocabulary import (
@@ -71,8 +71,8 @@ def test_curves_average_a_hundred_steps() -> None:
 
 
 def test_the_curve_of_a_second_training_continues_the_first(tmp_path: Path) -> None:
-    for name, steps in (("decoder", (20, 40)), ("decoder_again", (20,)), ("vqgan", (20,))):
-        rows = [{"step": step, "seconds": step / 10, "loss": 1.0} for step in steps]
+    for name, counts in (("decoder", (20, 40)), ("decoder_again", (20,)), ("vqgan", (20,))):
+        rows = [{"step": step, "seconds": step / 10, "loss": 1.0} for step in counts]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = [(row["step"], row["seconds"]) for row in curves.joined_log(tmp_path, "decoder")]
     assert points == [(20, 2.0), (40, 4.0), (60, 6.0)]
@@ -170,12 +170,13 @@ def test_one_command_regenerates_everything_that_depends_on_the_weights(
     trained: list[str] = []
     monkeypatch.setattr(lora, "remake", lambda: trained.append("lora"))
     monkeypatch.setattr(curves, "PLOT", tmp_path / "curves.png")
+    monkeypatch.setattr(steps, "DOCS", tmp_path)
     remake.main()
     assert Image.open(tmp_path / "grid.webp").size == (1536, 6 * 128 + 192 + 128 + 256 + 128)
     assert Image.open(tmp_path / "random.webp").size == (1024, 8 * (128 + 40))
     assert Image.open(tmp_path / "edits.webp").size == (768, 384)
     assert Image.open(tmp_path / "curves.png").width == 1080
-    assert trained == ["lora"]
+    assert trained == ["lora"] and (tmp_path / "steps.md").exists()
     factors = json.loads((tmp_path / "preview_factors.json").read_text())
     assert {name: np.shape(value["factors"]) for name, value in factors.items()} == {
         "prior": (16, 3),

@@ -18,7 +18,7 @@ pytest.importorskip("tqdm", reason="measuring needs tqdm")
 from tools import DOCS  # noqa: E402
 from tools.demo import evaluate, reuse_trials, steps, steps_trials  # noqa: E402
 
-RESULTS = steps_trials.read_results()
+RESULTS = steps_trials.stored_results()
 
 
 def test_the_schedules_that_are_compared() -> None:
@@ -77,7 +77,7 @@ def test_a_worse_trial_is_not_as_good() -> None:
 def test_the_page_matches_the_results(tmp_path: Path) -> None:
     assert (DOCS / "steps.md").read_text(encoding="utf-8") == steps.page(RESULTS)
     steps_trials.write_results(RESULTS, tmp_path / "again.json")
-    assert steps_trials.read_results(tmp_path / "again.json") == RESULTS
+    assert steps_trials.stored_results(tmp_path / "again.json") == RESULTS
     assert (tmp_path / "again.json").read_bytes() == steps_trials.RESULTS.read_bytes()
     pytest.importorskip("matplotlib", reason="plotting needs matplotlib")
     steps.plot(RESULTS, tmp_path / "plot.png")
@@ -85,6 +85,8 @@ def test_the_page_matches_the_results(tmp_path: Path) -> None:
         assert image.width == 900
 
 
-def test_results_of_other_weights_are_ignored(tmp_path: Path) -> None:
-    steps_trials.write_results({**RESULTS, "model": "0" * 12}, tmp_path / "other.json")
-    assert steps_trials.read_results(tmp_path / "other.json")["rows"] == []
+def test_results_of_other_weights_are_said_to_be_that_and_measured_again(tmp_path: Path) -> None:
+    for model, count in ((steps_trials.shipped_model(), len(RESULTS["rows"])), ("0" * 12, 0)):
+        steps_trials.write_results({**RESULTS, "model": model}, tmp_path / "results.json")
+        assert len(steps_trials.read_results(tmp_path / "results.json")["rows"]) == count
+        assert ("earlier" in steps.page({**RESULTS, "model": model})) == (count == 0)

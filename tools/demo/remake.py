@@ -28,7 +28,7 @@ from wuerstchen_core.training.data.demo import DemoDataset
 from wuerstchen_core.training.stages.networks import encode_features, encode_latents
 
 from .. import DOCS, ROOT, markdown_table
-from . import curves, edits, lora, second_eye
+from . import curves, edits, lora, second_eye, steps, steps_trials
 from .build import LOGS
 from .build_v1 import EVALUATION as EVALUATION_V1
 from .evaluate import SEVERAL, evaluate, generate, held_out_scenes, subset
@@ -173,6 +173,7 @@ def main() -> None:
     remake_numbers(WuerstchenPipeline.load("demo-v1"), EVALUATION_V1, MARKS_V1)
     lora.remake()
     curves.plot(LOGS, curves.PLOT)
+    steps.write_page(steps_trials.stored_results())  # says if they are of earlier weights
     logger.info("now run `python -m tools.comfyui.workflow_pictures`, which needs a ComfyUI")
 
 

@@ -153,11 +153,21 @@ def trials() -> Iterator[Trial]:
         yield from product([stage], SAMPLERS, SHAPES, counts)
 
 
+def shipped_model() -> str:
+    """Returns the name that results give to the shipped weights."""
+    return hashlib.sha256(demo_path().read_bytes()).hexdigest()[:12]
+
+
+def stored_results(path: Path = RESULTS) -> dict[str, Any]:
+    """Returns the stored results, of the shipped or of earlier weights; without rows if there are none."""
+    empty: dict[str, Any] = {"model": shipped_model(), "rows": [], "whole": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
+
+
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
     """Returns the results for the shipped weights; without rows if they are of other weights."""
-    model = hashlib.sha256(demo_path().read_bytes()).hexdigest()[:12]
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return results if results.get("model") == model else {"model": model, "rows": [], "whole": {}}
+    results, model = stored_results(path), shipped_model()
+    return results if results["model"] == model else {"model": model, "rows": [], "whole": {}}
 
 
 def write_results(results: dict[str, Any], path: Path = RESULTS) -> None:
