@@ -102,6 +102,7 @@ def test_the_sides_of_training_images_are_the_releases_and_the_metadatas() -> No
     small, at_256 = PriorParams(c=64, depth=2), {"sampling": {"width": 256, "height": 256}}
     assert trained_sides(small, {}) is None
     assert trained_sides(small, at_256) == (256, 256)
+    assert trained_sides(small, {**at_256, "vocabulary": {"larger": [384, 512]}}) == (256, 512)
     assert trained_sides(PriorParams(), {}) == (1024, 1536)
     assert trained_sides(with_units(PriorParams(c_cond=1024), "v1"), {}) == (512, 512)
     assert trained_sides(PriorParams(), {"sampling": {"width": 768, "height": 768}}) == (768, 1536)

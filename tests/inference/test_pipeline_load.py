@@ -108,6 +108,7 @@ def test_a_tower_of_another_width_is_named(bundle: Path, tmp_path: Path) -> None
     [
         ({"sampling": [1]}, "sampling"),
         ({"vocabulary": ["a"]}, "vocabulary"),
+        ({"vocabulary": {"larger": "512"}}, "larger"),
         ({"sampling": {"width": "wide"}}, "'width': 'wide'"),
         ({"sampling": {"decoder_steps": "many"}}, "'decoder_steps': 'many'"),
     ],

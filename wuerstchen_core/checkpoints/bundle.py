@@ -51,9 +51,10 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     for name in ("parts", "sampling", "vocabulary"):
         if not isinstance(content.get(name, {}), dict):
             raise ValueError(f"the metadata of {path} is damaged ({name} is not an object): download the file again")
-    words = content.get("vocabulary", {}).get("words", [])
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"the metadata of {path} is damaged (words is not a list): download the file again")
+    for name, kind in {"words": str, "larger": int}.items():
+        values = content.get("vocabulary", {}).get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"the metadata of {path} is damaged ({name} is not a list): download the file again")
     if content.get("version", "v2") not in RELEASES:
         raise ValueError(
             f"{path} is of the release {content['version']!r}, not {' or '.join(RELEASES)}: update this package"
