@@ -49,7 +49,8 @@ def main(workflows: list[str]) -> None:
             info = server.get("/object_info")
             for name in workflows:
                 prompt = api_form(workflow(name), info)
-                outcome = server.run({key: node for key, node in prompt.items() if node["class_type"] not in PREVIEWS})
+                saved = {key: node for key, node in prompt.items() if node["class_type"] not in PREVIEWS}
+                outcome = server.run(saved if "SaveImage" in {x["class_type"] for x in saved.values()} else prompt)
                 if not outcome.pictures:
                     raise SystemExit(f"{name} failed: {outcome.status} {outcome.error}")
                 path = picture_file(name)
