@@ -45,7 +45,8 @@ TRAINED_SIDES = {"v1": (512, 512), "v2": (1024, 1536)}
 def trained_sides(params: PriorParams, metadata: Mapping[str, Any]) -> tuple[float, float] | None:
     """Returns the least and the largest side of square images that a prior was trained on; None if unknown.
 
-    A model's metadata has its default size, and the demo's also its larger ones. Priors of the published size are taken to be fine-tuned from those.
+    A model's metadata has its default size, and the demo's also its larger ones. Priors of the published size are taken
+    to be fine-tuned from those.
     """
     sides: list[float] = []
     if (params.c, params.depth) == (PriorParams.c, PriorParams.depth):
