@@ -111,7 +111,9 @@ stratified = true
 def write_configs(folder: Path, run: Path) -> None:
     """Writes a TOML file for each stage of the demo's recipe, for second trainings, and for v1's prior."""
     prior_v1 = TABLES["prior"].replace("[noise]", "feature_scale = 1.0\nfeature_shift = 0.0\n[noise]")
-    again = {f"{stage}_again": re.sub(r"\[model\]\n([^[].*\n)*", "", TABLES[stage]) for stage in STAGES}
+    again = {
+        f"{stage}_again": re.sub(r"\[model\]\n([^[].*\n)*", "", TABLES[stage]) for stage in STAGES if stage != "encoder"
+    }
     for name, tables in {**TABLES, **again, "prior_v1": prior_v1}.items():
         text = COMMON.format(run=json.dumps(str(run))) + tables
         config_path(folder, name).write_text(text, encoding="utf-8")

@@ -4,6 +4,8 @@ with the nodes, and saves models to the folder SAVED. For test_host_loaders.py."
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import inspect
 import threading
 from pathlib import Path
@@ -96,10 +98,17 @@ def predict(model: Any, kind: str) -> Tensor:
     return network(x, t, text, **dict(zip(("stable_cascade_prior",), prior_latents)))  # noqa: B905 (none for a prior)
 
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks of this size get pages of their own
+
+
 class PeakMemory:
     """Measures the peak of this process's anonymous memory, in bytes above the start."""
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**18)  # else large blocks leave gaps
+        libc.malloc_trim(0)  # else they reuse freed memory, unmeasured
         self.before = self.peak = self._anonymous()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)

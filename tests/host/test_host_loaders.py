@@ -247,7 +247,7 @@ def test_comfyuis_folder_table_is_unchanged(inside: Inside, models: Path) -> Non
 def test_loading_holds_one_copy_of_the_weights(inside: Inside) -> None:
     peak, size = inside[1]["peak"]
     assert size > 180 * 2**20
-    assert 0.5 * size < peak < 1.1 * size  # less than the weights where the process reuses freed memory
+    assert 0.8 * size < peak < 1.1 * size
 
 
 def test_comfyui_can_copy_a_loaded_model(inside: Inside, networks: dict[str, nn.Module]) -> None:

@@ -8,7 +8,6 @@ table takes 50 minutes of one core.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -58,13 +57,14 @@ class SamplerStudy:
         from pack.nodes.host import models, sampling
         from pack.tools.demo.evaluate import held_out_scenes
         from pack.tools.demo.judge import Judge, psnr
+        from pack.tools.demo.steps_trials import shipped_model
         from pack.wuerstchen_core.checkpoints import demo_path, read_part
         from pack.wuerstchen_core.demo.artwork import draw_all
         from pack.wuerstchen_core.demo.vocabulary import caption
         from pack.wuerstchen_core.inference.pipeline import WuerstchenPipeline
 
         self.sampling, self.judge, self.psnr = sampling, Judge(), psnr
-        self.model = hashlib.sha256(demo_path().read_bytes()).hexdigest()[:12]
+        self.model = shipped_model()
         self.pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32")
         self.patchers = {stage: models.load_model(read_part(demo_path(), stage)) for stage in STAGES}
         self.scenes = random.Random(SEED).sample(held_out_scenes(self.pipe.metadata), count)

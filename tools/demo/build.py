@@ -154,10 +154,8 @@ def continued(first: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
 
 def joined(training: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Returns the last rows of the stages' trainings with the second ones counted to the first."""
-    again = {stage: training[f"{stage}_again"] for stage in AGAIN if f"{stage}_again" in training}
-    return {stage: training[stage] for stage in STAGES} | {
-        stage: continued(training[stage], row) for stage, row in again.items()
-    }
+    again = {stage: training.get(f"{stage}_again") for stage in STAGES}
+    return {stage: continued(training[stage], row) if row else training[stage] for stage, row in again.items()}
 
 
 def joined_log(folder: Path, stage: str) -> list[dict[str, Any]]:

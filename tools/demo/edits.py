@@ -31,7 +31,7 @@ def edits_grid(pipe: WuerstchenPipeline) -> Image.Image:
 
 def grid(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
     """Returns rows of images one below the other, as wide as `columns` squares."""
-    tiles = [[_tile(image) for image in row] for row in rows]
+    tiles = [[tile(image) for image in row] for row in rows]
     result = Image.new("RGB", (columns * TILE, sum(row[0].height for row in tiles)))
     y = 0
     for row in tiles:
@@ -41,7 +41,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
     return result
 
 
-def _tile(image: Image.Image) -> Image.Image:
+def tile(image: Image.Image) -> Image.Image:
+    """Returns an image with `TILE` pixels on the shorter side."""
     width, height = (side * TILE // min(image.size) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 

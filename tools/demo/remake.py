@@ -81,16 +81,15 @@ def random_grid(pipe: WuerstchenPipeline) -> Image.Image:
     """Generates random held-out prompts, each image above its prompt."""
     scenes = random_scenes(pipe.metadata)
     font = ImageFont.load_default(11)
-    tiles = []
+    labelled = []
     for scene, image in zip(scenes, generate(pipe, scenes, seed=1), strict=True):
-        tile = Image.new("RGB", (edits.TILE, edits.TILE + TEXT_HEIGHT), "white")
-        tile.paste(image.resize((edits.TILE, edits.TILE), Image.Resampling.LANCZOS))
+        both = Image.new("RGB", (edits.TILE, edits.TILE + TEXT_HEIGHT), "white")
+        both.paste(edits.tile(image))
         text = "\n".join(textwrap.wrap(caption(scene), 21))
-        ImageDraw.Draw(tile).multiline_text((3, edits.TILE + 1), text, "black", font, spacing=1)
-        tiles.append(tile)
-    return edits.grid(
-        [tiles[start : start + RANDOM_COLUMNS] for start in range(0, RANDOM, RANDOM_COLUMNS)], RANDOM_COLUMNS
-    )
+        ImageDraw.Draw(both).multiline_text((3, edits.TILE + 1), text, "black", font, spacing=1)
+        labelled.append(both)
+    rows = [labelled[start : start + RANDOM_COLUMNS] for start in range(0, RANDOM, RANDOM_COLUMNS)]
+    return edits.grid(rows, RANDOM_COLUMNS)
 
 
 def fit_factors(latents: Tensor, images: Tensor) -> dict[str, Any]:

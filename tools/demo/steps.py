@@ -57,9 +57,10 @@ def by_trial(results: Mapping[str, Any]) -> dict[steps_trials.Trial, Row]:
 def page(results: Mapping[str, Any]) -> str:
     """Returns docs/steps.md."""
     whole = next(iter(results["whole"].values()))
-    same = results["model"] == steps_trials.shipped_model()
+    age = "" if results["model"] == steps_trials.shipped_model() else ", weights that shipped earlier"
     text = TEMPLATE.read_text("utf-8").format(
-        model=f"`{results['model']}`" if same else f"`{results['model']}`, weights that shipped earlier",
+        model=results["model"],
+        age=age,
         prior=steps_trials.FAST.steps,
         decoder=steps_trials.FAST.decoder_steps,
         held=whole["compressed"]["count"],

@@ -160,14 +160,17 @@ def shipped_model() -> str:
 
 def stored_results(path: Path = RESULTS) -> dict[str, Any]:
     """Returns the stored results, of the shipped or of earlier weights; without rows if there are none."""
-    empty: dict[str, Any] = {"model": shipped_model(), "rows": [], "whole": {}}
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else _empty(shipped_model())
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
     """Returns the results for the shipped weights; without rows if they are of other weights."""
     results, model = stored_results(path), shipped_model()
-    return results if results["model"] == model else {"model": model, "rows": [], "whole": {}}
+    return results if results["model"] == model else _empty(model)
+
+
+def _empty(model: str) -> dict[str, Any]:
+    return {"model": model, "rows": [], "whole": {}}
 
 
 def write_results(results: dict[str, Any], path: Path = RESULTS) -> None:
