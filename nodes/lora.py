@@ -27,7 +27,7 @@ class WuerstchenLoraLoader(Node):
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip", optional=True),
-                io.Combo.Input("lora_name", options=folders.lora_names()),
+                io.Combo.Input("lora_name", options=folders.file_names(folders.LORA_FOLDER)),
                 _strength_input("strength_model"),
                 _strength_input("strength_clip"),
                 io.Boolean.Input("save_converted", default=False),
@@ -39,7 +39,7 @@ class WuerstchenLoraLoader(Node):
     def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> Any:
         if not lora_name:
             return None
-        path = folders.lora_path(lora_name)
+        path = folders.file_path(folders.LORA_FOLDER, lora_name)
         config = path.with_name(PEFT_CONFIG)
         return fingerprint(path), fingerprint(config) if config.is_file() else None
 
@@ -53,8 +53,8 @@ class WuerstchenLoraLoader(Node):
         save_converted: bool,
         clip: Any = None,
     ) -> io.NodeOutput:
-        path = folders.lora_path(lora_name)
+        path = folders.file_path(folders.LORA_FOLDER, lora_name)
         model, clip, state = apply_lora(model, clip, path, strength_model, strength_clip)
         if save_converted:
-            write_converted(path, state, folders.lora_folder(lora_name))
+            write_converted(path, state, folders.own_folder(folders.LORA_FOLDER, lora_name))
         return io.NodeOutput(model, clip)

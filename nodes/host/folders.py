@@ -7,23 +7,27 @@ from pathlib import Path
 
 import folder_paths
 
-from ...wuerstchen_core.checkpoints import demo_path, read_metadata
+from ...wuerstchen_core.checkpoints import read_metadata
 from ...wuerstchen_core.checkpoints.open import open_source
+from ...wuerstchen_core.checkpoints.shipped import LORAS, shipped_path
 from ...wuerstchen_core.checkpoints.source import CHECKPOINT
-from ...wuerstchen_core.inference.comfyui_nodes import SHIPPED, SHIPPED_LORAS
+from ...wuerstchen_core.inference.comfyui_nodes import SHIPPED, SHIPPED_NAMES
 
-DEMO, DEMO_V1 = SHIPPED.values()
-[(_DEMO_LORA_FILE, DEMO_LORA)] = SHIPPED_LORAS.items()
-_DEMO_LORA_PATH = Path(__file__).parents[2] / "workflows" / _DEMO_LORA_FILE
+DEMO, DEMO_V1 = SHIPPED["demo"], SHIPPED["demo-v1"]
+LORA_FOLDER = "loras"
+# Of loaders that offer all files of a folder; bundles are listed below.
+_SHIPPED_IN = {LORA_FOLDER: [SHIPPED[name] for name in LORAS]}
 
 
 def file_names(folder: str) -> list[str]:
-    """Lists the files in all ComfyUI folders of one kind, including those of extra_model_paths.yaml."""
-    return folder_paths.get_filename_list(folder)
+    """Lists what ships, then the files in all ComfyUI folders of a kind, including those of extra_model_paths.yaml."""
+    return [*_SHIPPED_IN.get(folder, ()), *folder_paths.get_filename_list(folder)]
 
 
 def file_path(folder: str, name: str) -> Path:
     """Returns the path of a file in `file_names`; ValueError if it is missing."""
+    if name in _SHIPPED_IN.get(folder, ()):
+        return shipped_path(SHIPPED_NAMES[name])
     path = folder_paths.get_full_path(folder, name)
     if path is None:  # the workflow names a file that was moved or deleted
         raise ValueError(f"{name!r} is not in the {folder} folder: put it there, or choose another file")
@@ -37,23 +41,13 @@ def bundle_names() -> list[str]:
 
 def bundle_path(name: str) -> Path:
     """Returns the path of a file in `bundle_names` or `split_bundles`."""
-    shipped = {DEMO: demo_path(), DEMO_V1: demo_path("demo-v1")}
-    return shipped.get(name) or file_path("checkpoints", name)
+    return shipped_path(SHIPPED_NAMES[name]) if name in (DEMO, DEMO_V1) else file_path("checkpoints", name)
 
 
-def lora_names() -> list[str]:
-    """Lists the shipped LoRA and the files of the loras folders."""
-    return [DEMO_LORA, *file_names("loras")]
-
-
-def lora_path(name: str) -> Path:
-    """Returns the path of a file in `lora_names`."""
-    return _DEMO_LORA_PATH if name == DEMO_LORA else file_path("loras", name)
-
-
-def lora_folder(name: str) -> Path:
-    """Returns the folder for files made from a file in `lora_names`: its own, or the first loras folder."""
-    return Path(folder_paths.get_folder_paths("loras")[0]) if name == DEMO_LORA else lora_path(name).parent
+def own_folder(folder: str, name: str) -> Path:
+    """Returns the folder for files made from one in `file_names`: its own, or for a shipped one, the first."""
+    shipped = name in _SHIPPED_IN.get(folder, ())
+    return Path(folder_paths.get_folder_paths(folder)[0]) if shipped else file_path(folder, name).parent
 
 
 def split_bundles() -> dict[str, tuple[str, ...]]:

@@ -195,7 +195,7 @@ def comfyui_record(**changes: Any) -> dict[str, Any]:
 
 
 V1 = {"temperature": [1.0, 0.6], "token_mode": "argmax"}
-PINK = {"file": "wuerstchen_demo_pink.safetensors", "strength": 1}
+PINK = {"file": "demo-pink", "strength": 1}
 HINTS = [
     {"file": "outline.safetensors", "image": "cat.png", "strength": 0.8, "start": 0.0, "end": 0.5},
     {"file": "boxes.safetensors", "image": "dog.png", "strength": 1.0, "start": 0.25, "end": 1.0},

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tools.comfyui.client import Server
-from tools.comfyui.graphs import WORKFLOWS, api_form
+from tools.comfyui.graphs import api_form
 from wuerstchen_core import WuerstchenPipeline
 from wuerstchen_core.checkpoints import PARTS_OF, read_part, save_bundle
 from wuerstchen_core.cli.main import main
@@ -94,8 +94,7 @@ def test_comfyui_repeats_a_picture(
 
 
 def test_comfyui_repeats_a_picture_with_a_lora(object_info: dict[str, Any], generate: Generate) -> None:
-    lora = WORKFLOWS / "wuerstchen_demo_pink.safetensors"
-    pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32", lora={lora: 0.8})
+    pipe = WuerstchenPipeline.load("demo", device="cpu", dtype="fp32", lora={"demo-pink": 0.8})
     [picture] = pipe.generate("a red apple on a blue background", seed=1)
     prompt = json.loads(picture.info[PROMPT])
     assert api_form(json.loads(picture.info[WORKFLOW]), object_info) == prompt

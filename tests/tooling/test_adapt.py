@@ -10,7 +10,8 @@ from PIL import Image
 
 from tools.demo import adapt
 from tools.demo.edits import TILE, grid
-from wuerstchen_core.checkpoints.open import SHIPPED, open_source
+from wuerstchen_core.checkpoints.open import open_source
+from wuerstchen_core.checkpoints.shipped import MODELS
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, TRAINED_THINGS, caption, held_out, scenes
 from wuerstchen_core.training.config import LoopConfig, check_tables, read_config
@@ -46,7 +47,7 @@ NUMBERS = {
 
 
 def test_shipped_models_are_not_trained_on_the_new_things() -> None:
-    shipped = [open_source(name, headers_only=True).metadata["vocabulary"]["things"] for name in SHIPPED]
+    shipped = [open_source(name, headers_only=True).metadata["vocabulary"]["things"] for name in MODELS]
     assert len(adapt.NEW_THINGS) == 3 and not {thing.name for thing in adapt.NEW_THINGS} & {*chain(*shipped)}
 
 

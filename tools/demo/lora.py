@@ -10,13 +10,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from wuerstchen_core.checkpoints.shipped import shipped_path
 from wuerstchen_core.training.run import run
 
-from .. import ROOT
 from .build import RECIPE
 
 CONFIG = RECIPE / "lora.toml"
-LORA = ROOT / "workflows" / "wuerstchen_demo_pink.safetensors"
+LORA = shipped_path("demo-pink")
 
 
 def remake(target: Path = LORA) -> None:

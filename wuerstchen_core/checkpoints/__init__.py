@@ -15,7 +15,8 @@ from .build import (
 from .bundle import save_bundle
 from .components import PARTS, PARTS_OF, Part
 from .inspect import describe
-from .open import demo_path, read_metadata, read_part
+from .open import read_metadata, read_part
+from .shipped import demo_path
 
 __all__ = [
     "PARTS",

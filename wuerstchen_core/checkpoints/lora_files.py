@@ -22,6 +22,7 @@ from .lora_config import DIFFUSERS_CONFIG, KOHYA_ALPHA, PEFT_CONFIG, Config, set
 from .lora_folders import ENDINGS, STEMS, find_loras
 from .lora_keys import PEFT_PREFIX, family, parse_key, stage_of
 from .modelspec import FIELD, has_spec, spec_header, stated_fields
+from .shipped import LORAS, given_path
 from .weight_files import read_file_metadata, read_json, read_weight_file
 from .writer import write_tensors
 
@@ -68,9 +69,10 @@ def read_lora(path: str | os.PathLike[str]) -> Lora:
     differences or new values of weights and biases; not GLoRA, BOFT and rescaled OFT. Raises ValueError if there is no
     supported adapter, or a configuration beside it asks for something unsupported.
     """
-    path = Path(path)
+    path = given_path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a LoRA file or folder")
+        names = " or ".join(f'"{name}"' for name in LORAS)
+        raise ValueError(f"{path} does not exist: give a LoRA file or folder, or {names}")
     files = find_loras(path) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no LoRA file: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")

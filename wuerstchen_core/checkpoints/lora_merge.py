@@ -7,19 +7,20 @@ import os
 from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.text import listed
-from ..common.values import to_path
 from .adapters import Adapters, Fit, fit, keys_of, merge_lora
 from .components import TEXT_ENCODER, TOWERS, State
 from .fingerprint import fingerprint
 from .key_maps import COMFYUI_CLIPS, pack_attention, split_attention, text_from_transformers, text_to_transformers
 from .lora_files import Lora, log_ignored, read_lora
 from .lora_folders import STEMS
+from .shipped import SHIPPED, given_path
 
 AnyPath = str | os.PathLike[str]
 Loras = Mapping[AnyPath, float]  # strength by file
@@ -68,15 +69,16 @@ class LoraStack:
         Logs one line about the keys that are not applied. Raises ValueError, without changing anything, if the file
         cannot be read or fits neither, or the name is in use.
         """
-        path = to_path(source)
-        strength = _number(strength, name or path.name)
+        path = given_path(source)
+        file = str(source) if source in SHIPPED else path.name
+        strength = _number(strength, name or file)
         if name in self._loras:
             raise ValueError(f"a LoRA named {name!r} is loaded already: choose another name, or unload it")
-        lora, file = read_lora(path), path.name
+        lora = read_lora(path)
         parts = {_stage_of(networks, lora): lora.network, _CLIPS[lora.clip]: lora.text}
         fits = {part: _fit(networks, part, adapters, file, lora) for part, adapters in parts.items() if adapters}
         log_ignored(file, lora, fits.values())
-        name = name or self._free_name(path.absolute().parent.name if path.stem in STEMS else path.stem)
+        name = name or self._free_name(path.absolute().parent.name if path.stem in STEMS else Path(file).stem)
         self._loras[name] = _Merged(
             strength, {part: found.fitting for part, found in fits.items()}, file, fingerprint(source)
         )

@@ -22,6 +22,7 @@ from .key_maps import LORA, foreign
 from .lazy import LazyTensor, lazy_state
 from .modelspec import FIELD, stated_fields
 from .release import VERSIONS
+from .shipped import MODELS, given_path
 from .source import (
     BUNDLE,
     ForeignFile,
@@ -34,22 +35,15 @@ from .source import (
 )
 from .weight_files import LazyState, WeightFile, read_file_metadata, read_json, read_weight_file
 
-SHIPPED = {"demo": "wuerstchen-demo.safetensors", "demo-v1": "wuerstchen-demo-v1.safetensors"}
-
 WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _PIPELINE_CLASSES = "Wuerstchen"  # how diffusers' class names begin; all of them are v2's
 
 
-def demo_path(name: str = "demo") -> Path:
-    """Returns the path of the shipped bundle "demo" (v2) or "demo-v1"."""
-    return Path(__file__).parent.parent / "demo" / SHIPPED[name]
-
-
 def source_path(source: str | os.PathLike[str]) -> Path:
     """Returns the file or folder of a source: of the hub's cache, a snapshot. ValueError if it does not exist."""
-    path = demo_path(source) if isinstance(source, str) and source in SHIPPED else Path(source)
+    path = given_path(source)
     if not path.exists():
-        names = " or ".join(f'"{name}"' for name in SHIPPED)
+        names = " or ".join(f'"{name}"' for name in MODELS)
         raise ValueError(f"{path} does not exist: give a weight file, a diffusers folder, or {names}")
     check_file(path)
     return hub_snapshot(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.fingerprint import fingerprint
-from ..checkpoints.open import SHIPPED
+from ..checkpoints.shipped import SHIPPED
 from ..common.text import parse_json
 from ..inference.control import Hint
 from ..inference.images import opened

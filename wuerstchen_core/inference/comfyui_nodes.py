@@ -9,9 +9,13 @@ from typing import Any
 # A graph in the form of ComfyUI's API: nodes by id, each with `class_type` and `inputs`. A link is [id, output index].
 Prompt = dict[str, dict[str, Any]]
 
-# The nodes' names of the models and the LoRA that ship. Never change these: saved workflows contain them.
-SHIPPED = {"demo": "Würstchen demo (shipped)", "demo-v1": "Würstchen demo v1 (shipped)"}
-SHIPPED_LORAS = {"wuerstchen_demo_pink.safetensors": "Würstchen demo pink (shipped)"}
+# The nodes' names of the files that ship. Never change these: saved workflows contain them.
+SHIPPED = {
+    "demo": "Würstchen demo (shipped)",
+    "demo-v1": "Würstchen demo v1 (shipped)",
+    "demo-pink": "Würstchen demo pink (shipped)",
+}
+SHIPPED_NAMES = {title: name for name, title in SHIPPED.items()}
 
 CONTROLLED = {"seed": "fixed", "value": "fixed"}  # widgets that are followed by "control after generate"
 COLUMN, ROW_GAP, TOP, WIDTH = 380, 50, 120, 320  # of the layout, in pixels

@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoints.components import TOWERS
 from ..common.geometry import nearest_legal
 from ..diffusion.schedule import SCHEDULES, named_times
-from .comfyui_nodes import SHIPPED, SHIPPED_LORAS
+from .comfyui_nodes import SHIPPED_NAMES
 from .embeddings import has_embedding
 from .workflow import APPLY, BUNDLE_OUTPUTS, HINT_WIDGETS, LOADERS, V1_LABELS
 
@@ -112,7 +112,8 @@ class _Reader:
             net = self.follow(inputs["control_net"], "WuerstchenControlNetLoader")
             image = self.follow(inputs["image"], "LoadImage")
             values = {name: self.value(inputs[widget]) for name, widget in HINT_WIDGETS.items()}
-            found.insert(0, {"file": self.value(net["control_net_name"]), "image": image["image"], **values})
+            name = self.value(net["control_net_name"])
+            found.insert(0, {"file": SHIPPED_NAMES.get(name, name), "image": image["image"], **values})
             links = [inputs["positive"], inputs["negative"]]
         return found, links
 
@@ -141,18 +142,16 @@ class _Reader:
             strengths = [self.value(inputs[f"strength_{x}"]) for x in ("model", "clip")]
             if strengths[0] != strengths[1]:
                 raise ValueError("a LoRA has different strengths for model and text encoder")
-            names = {title: name for name, title in SHIPPED_LORAS.items()}
             name = self.value(inputs["lora_name"])
-            loras.setdefault(link[0], {"file": names.get(name, name), "strength": strengths[0]})
+            loras.setdefault(link[0], {"file": SHIPPED_NAMES.get(name, name), "strength": strengths[0]})
             link = inputs["model" if link[1] == 0 else "clip"]
         inputs = self.follow(link, node, "WuerstchenBundleLoader")
-        titles = {title: name for name, title in SHIPPED.items()}
         if "bundle" in inputs:
             if BUNDLE_OUTPUTS[link[1]] != part:
                 raise ValueError(f"its ComfyUI graph uses the bundle's {BUNDLE_OUTPUTS[link[1]]} as {part}")
-            return titles.get(self.value(inputs["bundle"]), self.value(inputs["bundle"])), False
+            return SHIPPED_NAMES.get(self.value(inputs["bundle"]), self.value(inputs["bundle"])), False
         name = self.value(inputs[widget])
         label, _, bundle = name.partition(" of ")
         if bundle and label.partition(" (")[0] in V1_LABELS.values():
-            return titles.get(bundle, bundle), False
+            return SHIPPED_NAMES.get(bundle, bundle), False
         return name, True

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoints.components import TOWERS
 from ..diffusion.schedule import SCHEDULES
-from .comfyui_nodes import SHIPPED, SHIPPED_LORAS, Prompt
+from .comfyui_nodes import SHIPPED, Prompt
 from .embeddings import has_embedding
 from .settings import SamplingSettings
 
@@ -133,10 +133,10 @@ def _add_loras(graph: _Graph, record: Mapping[str, Any], found: dict[str, Link])
     for lora in record.get("loras", ()):
         stage = lora.get("stage", "prior")
         tower = f"{stage.removeprefix('token_')}_text_encoder"
-        is_file = lora["file"].endswith((".safetensors", ".pt", ".bin"))
+        is_file = lora["file"] in SHIPPED or lora["file"].endswith((".safetensors", ".pt", ".bin"))
         if stage == "token_decoder" or not {stage, tower} <= found.keys() or not is_file:
             raise NoGraph
-        name = SHIPPED_LORAS.get(lora["file"], lora["file"])
+        name = SHIPPED.get(lora["file"], lora["file"])
         strengths = {"strength_model": lora["strength"], "strength_clip": lora["strength"], "save_converted": False}
         node = graph.add("WuerstchenLoraLoader", model=found[stage], clip=found[tower], lora_name=name, **strengths)
         found[stage], found[tower] = [node, 0], [node, 1]
@@ -165,10 +165,10 @@ def _add_prior(
 def _add_hints(graph: _Graph, record: Mapping[str, Any], cond: Link, uncond: Link) -> tuple[Link, Link]:
     """Adds a ControlNet and its picture per hint, and returns both conditionings with them."""
     for hint in record.get("control", ()):
-        is_file = hint["file"].endswith(".safetensors")
+        is_file = hint["file"] in SHIPPED or hint["file"].endswith(".safetensors")
         if "mask" in hint or not hint["image"] or not is_file or not 0 <= hint["strength"] <= MAX_STRENGTH:
             raise NoGraph
-        net = graph.add("WuerstchenControlNetLoader", control_net_name=hint["file"])
+        net = graph.add("WuerstchenControlNetLoader", control_net_name=SHIPPED.get(hint["file"], hint["file"]))
         image = graph.add("LoadImage", "Hint", image=hint["image"])
         values = {widget: hint[name] for name, widget in HINT_WIDGETS.items()}
         links = {"positive": cond, "negative": uncond, "control_net": [net, 0], "image": [image, 0]}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import demo
 from ..checkpoints.diffusers_pipeline import INDEX, WHOLE
-from ..checkpoints.open import SHIPPED
+from ..checkpoints.shipped import SHIPPED
 from ..checkpoints.weight_files import read_json
 from ..common.atomic import replace_file, write_text
 from ..common.dataclass_config import from_table

@@ -15,7 +15,8 @@ from ...checkpoints import Part, build_part
 from ...checkpoints.components import TEXT_ENCODER, component
 from ...checkpoints.lazy import LazyTensor
 from ...checkpoints.modelspec import FIELD
-from ...checkpoints.open import SHIPPED, open_part, open_source
+from ...checkpoints.open import open_part, open_source
+from ...checkpoints.shipped import SHIPPED
 from ...checkpoints.source import is_stage_b, merge_licences
 from ...checkpoints.writer import tensor_bytes
 from ...common.dataclass_config import from_table
@@ -40,7 +41,7 @@ def input_source(config: Mapping[str, Any], stage: str) -> str | Path:
 
 
 def source_exists(source: str | Path) -> bool:
-    """True if the source is the name of a shipped model or an existing file or folder."""
+    """True if the source is the name of a shipped file or an existing file or folder."""
     return source in SHIPPED or Path(source).exists()
 
 
