@@ -16,8 +16,8 @@ pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["outline", "boxes"])
 def test_drawings_at_their_places_are_right_and_elsewhere_wrong(kind: str) -> None:
-    chosen, placed = placed_scenes(kind, 3)
-    again, _ = placed_scenes(kind, 3)
+    chosen, placed = placed_scenes({}, kind, 3)
+    again, _ = placed_scenes({}, kind, 3)
     drawn = draw_all(chosen, CANVAS, placed)
     judge = Judge()
     assert chosen == again and len({tuple(own) for own in placed}) == 3
@@ -34,6 +34,6 @@ def test_drawings_at_their_places_are_right_and_elsewhere_wrong(kind: str) -> No
 
 
 def test_a_thing_in_its_usual_box_stays_as_it_is() -> None:
-    [scene, *_], _ = placed_scenes("outline", 1)
+    [scene, *_], _ = placed_scenes({}, "outline", 1)
     [image] = draw_all([scene])
     assert (at_usual_place(Image.fromarray(image), boxes(scene)[0], scene) == image).all()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,21 +24,21 @@ from wuerstchen_core import Hint, WuerstchenPipeline
 from wuerstchen_core.checkpoints import load_control_net
 from wuerstchen_core.common.geometry import Box
 from wuerstchen_core.demo.artwork import CANVAS, boxes, draw_all, random_boxes
-from wuerstchen_core.demo.vocabulary import Scene, caption, held_out, scenes
+from wuerstchen_core.demo.vocabulary import SIZES, Scene, caption
 from wuerstchen_core.inference.images import to_pixels
 from wuerstchen_core.training.data.hints import contours, draw_boxes, silhouettes, widened
 
-from .evaluate import rate
+from .evaluate import held_out_scenes, rate
 from .judge import Judge
 
 LINE = 2.0  # width of an outline's lines
 KINDS = ("outline", "silhouette", "boxes")
 
 
-def placed_scenes(kind: str, count: int) -> tuple[list[Scene], list[list[Box]]]:
-    """Returns held-out scenes, of two things for boxes, and the boxes of their things."""
+def placed_scenes(metadata: Mapping[str, Any], kind: str, count: int) -> tuple[list[Scene], list[list[Box]]]:
+    """Returns held-out scenes of things that a model knows, two for boxes, and the boxes of their things."""
     rng = random.Random(f"control {kind}")
-    found = [scene for scene in scenes(["pair" if kind == "boxes" else "large"]) if held_out(scene)]
+    found = held_out_scenes(metadata, ["pair" if kind == "boxes" else "large"])
     chosen = rng.sample(found, min(count, len(found)))
     return chosen, [random_boxes(scene, CANVAS, rng) for scene in chosen]
 
@@ -56,25 +57,37 @@ def overlap(one: Tensor, other: Tensor) -> float:
     return float((one & other).sum() / (one | other).sum().clamp(min=1))
 
 
+def background(image: Image.Image) -> tuple[int, ...]:
+    """Returns the median colour of the border above and below."""
+    border = np.concatenate([np.asarray(image)[0], np.asarray(image)[-1]])
+    return tuple(int(value) for value in np.median(border, axis=0))
+
+
 def at_usual_place(image: Image.Image, box: Box, scene: Scene) -> np.ndarray:
     """Returns an image in which the thing in a box is where the judge looks for that of a scene of one thing."""
     [(left, top, edge, _)] = boxes(scene)
     scale = box[2] / edge
     x, y = box[0] - left * scale, box[1] - top * scale
     area = (x, y, x + image.width * scale, y + image.height * scale)
-    border = np.concatenate([np.asarray(image)[0], np.asarray(image)[-1]])
-    colour = tuple(int(value) for value in np.median(border, axis=0))
     method, resample = Image.Transform.EXTENT, Image.Resampling.BILINEAR
-    return np.asarray(image.transform(image.size, method, area, resample, fillcolor=colour))
+    return np.asarray(image.transform(image.size, method, area, resample, fillcolor=background(image)))
+
+
+def nearest_size(edge: int) -> int:
+    """Returns the index of the size that is nearest to the edge of a box: scaled more, things would be blurred."""
+    return min(range(len(SIZES)), key=lambda size: abs(math.log(edge / list(SIZES.values())[size])))
 
 
 def right(judge: Judge, image: Image.Image, scene: Scene, placed: Sequence[Box]) -> bool:
-    """True if each box of an image shows its thing."""
-    single = [scene._replace(thing=thing, other=None, size=0) for thing in scene.things]
-    return all(
-        judge.identify(at_usual_place(image, box, one), one).thing == one.thing
-        for box, one in zip(placed, single, strict=True)
-    )
+    """True if each box of an image shows its thing; what is in the other boxes is covered."""
+    for thing, box in zip(scene.things, placed, strict=True):
+        one, alone = scene._replace(thing=thing, other=None, size=nearest_size(box[2])), image.copy()
+        for left, top, width, height in placed:
+            if (left, top, width, height) != box:
+                alone.paste(background(image), (left, top, left + width, top + height))
+        if judge.identify(at_usual_place(alone, box, one), one).thing != thing:
+            return False
+    return True
 
 
 def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def measure(pipe: WuerstchenPipeline, file: str, count: int, seeds: int) -> dict
     kind = net.params.hints
     if kind not in KINDS:
         raise ValueError(f"{file} reads hints of the kind {kind}: give a ControlNet of {', '.join(KINDS)}")
-    chosen, placed = placed_scenes(kind, count)
+    chosen, placed = placed_scenes(pipe.metadata, kind, count)
     drawings = torch.from_numpy(draw_all(chosen, CANVAS, placed)).permute(0, 3, 1, 2).float() / 255
     hints, targets, judge = hints_of(kind, drawings, placed), silhouettes(drawings), Judge()
     pipe.progress = False

@@ -73,13 +73,16 @@ def boxes(scene: Scene, canvas: int = CANVAS) -> list[Box]:
 
 
 def random_boxes(scene: Scene, canvas: int, rng: random.Random) -> list[Box]:
-    """Returns squares of random sizes at random places for the things in a scene, which do not overlap."""
+    """Returns squares of random sizes at random places for the things in a scene, which do not overlap.
+
+    The least size is three quarters of a small thing's, since details of smaller ones are lost in Stage C's latents.
+    """
     width, height = picture_size(scene.shape, canvas)
     largest = {1: 0.9, 2: 0.5, 3: 0.4}[len(scene.things)]
     while True:
         found: list[Box] = []
         for _ in scene.things:
-            edge = round(canvas * rng.uniform(0.25, largest))
+            edge = round(canvas * rng.uniform(0.36, largest))
             found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge, edge))
         if not any(_overlap(*two) for two in combinations(found, 2)):
             return found
