@@ -58,7 +58,7 @@ PREVIEW = 2  # steps of Stage B when Stage C is measured
 WHOLE_EVERY = 3  # every third held-out pair, for whole images
 WHOLE: dict[str, dict[str, Any]] = {
     "original, 30 + 12": {"schedule": "original", "decoder_steps": 12},
-    f"fast, {FAST.steps} + {FAST.decoder_steps}": {"schedule": "fast"},
+    f"fast, {FAST.steps} + {FAST.decoder_steps}": {"schedule": "fast", "decoder_steps": FAST.decoder_steps},
 }
 
 
