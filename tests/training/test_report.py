@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
 
-from wuerstchen_core.checkpoints.open import demo_path
+from wuerstchen_core.checkpoints import demo_path
 from wuerstchen_core.cli.main import main
 from wuerstchen_core.training import report
 from wuerstchen_core.training.config import read_config

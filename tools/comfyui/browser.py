@@ -127,22 +127,27 @@ class Canvas:
 
     def add_node(self, words: str, title: str, point: Point = FREE) -> int:
         """Adds a node by a double click and a search for `words`; returns its id."""
-        box = self.page.locator("input:focus")
-        for _ in range(TRIES):  # a busy frontend may read a double click as two clicks
+        for _ in range(TRIES):
+            if (node := self._place_node(words, title, point)) is not None:
+                self.drag(self.evaluate(POSITION, [node, "title", None]), point)
+                return node
+            self.page.keyboard.press("Escape")
+        raise AssertionError(f"a search for {words} did not add {title}")
+
+    def _place_node(self, words: str, title: str, point: Point) -> int | None:
+        """Returns the id of the node; None if the frontend was busy and missed a click, or read a double one as two."""
+        box, there = self.page.locator("input:focus"), "app.graph.nodes.find((node) => node.title === title)"
+        with suppress(TimeoutError):
             self.page.mouse.dblclick(*point)
-            with suppress(TimeoutError):
-                box.wait_for(timeout=RETRY)
-                break
-        box.wait_for()
-        self.page.keyboard.type(words, delay=20)
-        self.page.get_by_role("option").filter(has_text=title).first.click()
-        self.wait("title => app.graph.nodes.some((node) => node.title === title)", title)
-        self.page.mouse.click(*point)  # newer frontends attach the node to the pointer until a click gives it an id
-        placed = "title => app.graph.nodes.find(({title: name, id}) => name === title && app.graph.getNodeById(id))?.id"
-        self.wait(placed, title)
-        node = self.evaluate(placed, title)
-        self.drag(self.evaluate(POSITION, [node, "title", None]), point)
-        return node
+            box.wait_for(timeout=RETRY)
+            self.page.keyboard.type(words, delay=20)
+            self.page.get_by_role("option").filter(has_text=title).first.click()
+            self.page.wait_for_function(f"title => {there}", arg=title, timeout=RETRY)
+            self.page.mouse.click(*point)  # newer frontends attach the node to the pointer until a click gives it an id
+            placed = f"title => app.graph.getNodeById({there}?.id)?.id"
+            self.page.wait_for_function(placed, arg=title, timeout=RETRY)
+            return self.evaluate(placed, title)
+        return None
 
     def drag(self, start: Point, end: Point) -> None:
         self.page.mouse.move(*start)
