@@ -179,7 +179,7 @@ DATA_TABLES = {
     "text": replace(ALL_SCENES, shapes=("square",), larger=()),
     "decoder": DRAWN_SCENES,
     "prior": replace(ALL_SCENES, most=2400),
-    "prior_again": replace(ALL_SCENES, most=1600),
+    "prior_again": replace(ALL_SCENES, most=1600, scattered=1800, scattered_share=0.35),
 }
 
 

@@ -28,7 +28,7 @@ from wuerstchen_core.training.export import export_run
 from wuerstchen_core.training.report import comfyui_use, generate_arguments
 from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.run import run
-from wuerstchen_core.training.stages.control import ControlConfig, ControlStage
+from wuerstchen_core.training.stages.control import ControlConfig, ControlStage, HintMaker, start_control_net
 
 pytest.importorskip("resvg_py", reason="drawing needs resvg-py")
 
@@ -120,10 +120,10 @@ def test_it_learns(config: Path) -> None:
 )
 def test_hints_of_every_kind(config: Path, kind: str) -> None:
     trainer = stage(config, f"control.hints='{kind}'", "control.contours=0.0", "data.layouts=['pair']", "data.most=4")
-    hints = trainer.hints(trainer.dataset, torch.arange(2))
+    hints = HintMaker(trainer.control, trainer.dataset)(trainer.dataset, torch.arange(2))
     assert tuple(hints.shape) == (2, 3, 64, 64) and 0 <= float(hints.min()) < float(hints.max()) <= 1
-    trainer.control = replace(trainer.control, drop=0.5)
-    dropped = trainer.hints(trainer.dataset, torch.zeros(64, dtype=torch.long), StepRandom(0, 0, 64))
+    half = HintMaker(replace(trainer.control, drop=0.5), trainer.dataset)
+    dropped = half(trainer.dataset, torch.zeros(64, dtype=torch.long), StepRandom(0, 0, 64))
     black = (dropped.flatten(1).amax(1) == 0).float().mean()
     assert 0.25 < float(black) < 0.75
     assert trainer.net.control_net.params.hints == kind
@@ -185,11 +185,9 @@ def test_training_goes_on_from_a_file(trained: Path, config: Path, bundle: Path,
         stage(config, f"control.start='{trained}'", "control.hints='silhouette'", "control.contours=0.0")
     prior = load_prior(bundle)
     for key, sizes in (("blocks", (1,)), ("widths", (8, 8, 8, 8)), ("repeats", (1, 1, 1, 2))):
-        trainer.control = replace(trainer.control, **{key: sizes})
         with pytest.raises(ValueError, match=rf"control\.safetensors.*{key}"):
-            trainer.control_net(prior)
-        trainer.control = ControlConfig("outline", start=str(trained))
-        assert trainer.control_net(prior).params.widths == (8, 8, 8, 16)
+            start_control_net(replace(trainer.control, **{key: sizes}), prior)
+        assert start_control_net(ControlConfig("outline", start=str(trained)), prior).params.widths == (8, 8, 8, 16)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +291,9 @@ def test_hints_that_are_missing_or_cannot_be_given(
 
 
 def test_things_at_random_places_have_boxes(config: Path) -> None:
-    changes = ("control.hints='boxes'", "control.contours=0.0", "data.things=4", "data.layouts=['pair']", "data.most=2")
-    trainer = stage(config, *changes, "data.placements=2")
-    dataset: Any = trainer.dataset
+    changes = ("control.hints='boxes'", "control.contours=0.0", "data.things=4", "data.layouts=['pair']")
+    trainer = stage(config, *changes, "data.scattered=4", "data.scattered_share=1.0")
+    [dataset] = trainer.dataset.datasets
     picked = torch.arange(len(dataset))
     assert len(dataset) == 4
     images, boxes = dataset.images(picked), dataset.boxes(picked)

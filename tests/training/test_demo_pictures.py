@@ -76,13 +76,13 @@ def test_the_same_sample_of_too_many_scenes_is_drawn_each_time(monkeypatch: pyte
         DemoDataset({**SMALL, "most": -1})
 
 
-@pytest.mark.parametrize(("data", "memory", "times"), [({}, 2**30, 1), ({}, 1, 2), ({"placements": 1}, 1, 1)], ids=str)
+@pytest.mark.parametrize(("data", "memory", "times"), [({}, 2**30, 1), ({}, 1, 2), ({"scattered": 9}, 1, 1)], ids=str)
 def test_drawings_that_fit_stay_in_memory(
     data: dict[str, Any], memory: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(module, "MEMORY", memory)
-    dataset = DemoDataset({**SMALL, **data, "things": 2})
+    dataset = DemoDataset({**SMALL, **data, "things": 2}, scattered="scattered" in data)
     draw = module.draw_all
     monkeypatch.setattr(module, "draw_all", lambda *own: drawn.extend(own[0]) or draw(*own))
     once, again = (dataset.images(torch.tensor([1, 3])) for _ in range(2))
@@ -140,6 +140,22 @@ def test_shapes_come_in_proportion_to_their_scenes(monkeypatch: pytest.MonkeyPat
     assert large > few
     fraction = sum(shapes.sample_batch(StepRandom(0, step, 2))[0] for step in range(400)) / 400
     assert fraction == pytest.approx(few / (large + few), abs=0.07)
+
+
+def test_a_share_of_the_batches_has_scattered_scenes() -> None:
+    data = {**SMALL, "layouts": FEW, "scattered": 12, "scattered_share": 0.4}
+    dataset = open_dataset({"data": data})
+    assert isinstance(dataset, MultiShapeDemoDataset)
+    plain, scattered = dataset.datasets
+    assert len(scattered) == 12 and {scene.layout for scene in scattered.scenes} <= {"large", "pair"}
+    usual, other = ({tuple(own) for own in one.boxes(torch.arange(len(one)))} for one in dataset.datasets)
+    assert len(other) == 12 and not usual & other
+    seen = Counter(dataset.sample_batch(StepRandom(0, step, 2))[0] for step in range(400))
+    assert 0.3 < seen[1] / 400 < 0.5
+    only = MultiShapeDemoDataset({**data, "scattered_share": 1.0})
+    assert [one.scenes for one in only.datasets] == [scattered.scenes]
+    with pytest.raises(ValueError, match=r"\[data\] scattered .*pair: add one"):
+        DemoDataset({**data, "layouts": ["small"]})
 
 
 def test_mapped_tensors_belong_to_the_images_of_the_batch(shapes: MultiShapeDemoDataset) -> None:

@@ -1,9 +1,9 @@
 """Trains the shipped model from scratch, or further: `python -m tools.demo.build [--start demo] [--run DIR]`.
 
 The five stages train one after the other with the TOML files in `wuerstchen_core/demo/recipe`, then all but the image
-encoder a second time from their own weights. With `--start`, only this second training runs, from the weights of a
-bundle. Interrupted trainings resume. The weights become the bundle, and the logs are copied to `logs`. Afterwards
-`remake` regenerates everything that depends on the weights.
+encoder a second time from their own weights, Stage C with its ControlNets (`joint`). With `--start`, only this second
+training runs, from the weights of a bundle. Interrupted trainings resume. The weights become the bundle and the
+ControlNets, and the logs are copied to `logs`. Afterwards `remake` regenerates everything that depends on the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 from wuerstchen_core.checkpoints import PARTS_OF, Part, demo_path, read_metadata, read_part, save_bundle
 from wuerstchen_core.checkpoints.bundle import TABLE
 from wuerstchen_core.checkpoints.components import TOWERS
+from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import source_path
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, known_words
@@ -31,6 +33,8 @@ from wuerstchen_core.models.text_encoder import tokenize
 from wuerstchen_core.training.config import read_config
 from wuerstchen_core.training.data.demo import DemoDataConfig
 from wuerstchen_core.training.stages.networks import source_exists
+
+from . import joint
 
 RECIPE = demo_path().parent / "recipe"
 LOGS = Path(__file__).parent / "logs"
@@ -139,12 +143,18 @@ def bundle_metadata(sampling: Mapping[str, Any], training: Mapping[str, Any], da
 
 
 def assemble(run: Path, target: Path, start: str = "") -> None:
-    """Writes the trained stages of a run as one bundle in bf16, with those of `start` that were not trained again."""
+    """Writes the trained stages of a run as one bundle in bf16, with those of `start` that were not trained again.
+
+    The ControlNets are written beside it, in fp8.
+    """
     parts = collect_parts(final_weights(run, start), "v2")
     training = joined(read_metadata(start)["training"]) if start else {}
     training |= {name: last_step(folder) for name, folder in stage_folders(run, start).items()}
     metadata = bundle_metadata(SAMPLING, training, data_config(RECIPE / "prior_again.toml"))
     save_bundle(target, parts, metadata, dtype=torch.bfloat16)
+    for kind in joint.RECIPES:
+        source = weights_file(run / "again" / "prior", kind)
+        convert([source], target.with_name(f"{target.stem}-{kind}.safetensors"), dtype="fp8", force=True)
 
 
 def continued(first: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,11 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options = parse_options(arguments, "build", __doc__, "runs/demo", demo_path(), start=True)
     start = keep_start(options.run, options.start) if options.start else ""
+    control_nets = {kind: f"demo-{kind}" for kind in joint.RECIPES} if options.start == "demo" else {}
     if not options.assemble_only:
         for stage in () if start else STAGES:
             run(stage, RECIPE / f"{stage}.toml", [f"run='{options.run}'"])
         for stage in AGAIN:
-            run(stage, RECIPE / f"{stage}_again.toml", second_overrides(options.run, stage, start))
+            create = partial(joint.JointStage, control_nets=control_nets) if stage == "prior" else None
+            run(stage, RECIPE / f"{stage}_again.toml", second_overrides(options.run, stage, start), create)
     further = start and filecmp.cmp(start, demo_path(), shallow=False)  # the logs are those of `start`
     assemble(options.run, options.output, start)
     if options.output == demo_path():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,11 +25,14 @@ from .stage import Stage
 from .tables import STAGES, resolve
 
 
-def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
+def run(
+    stage: str, config_path: Path, overrides: list[str], create: Callable[[Mapping[str, Any]], Stage[Any]] | None = None
+) -> Path:
     """Trains a stage, or resumes its training, and returns the file of its weights.
 
-    The stages of a model share the folder `run` of the configuration; each has a subfolder of its name there, which
-    this process locks. ValueError if another process trains there.
+    `create` returns the stage of a configuration, by default that of this name. The stages of a model share the folder
+    `run` of the configuration; each has a subfolder of its name there, which this process locks. ValueError if another
+    process trains there.
     """
     config = read_config(config_path, overrides)
     check_tables(config, STAGES[stage].tables)
@@ -42,12 +45,12 @@ def run(stage: str, config_path: Path, overrides: list[str]) -> Path:
             check_room(folder)
         if main and not is_new:
             locks.enter_context(folder_lock(folder))
-        trainer = build_stage(stage, config)
+        trainer = build_stage(stage, config, create)
         if main and is_new:  # a mistake leaves no folder
             locks.enter_context(folder_lock(folder))
         if main:
             resolved = resolve(stage, {**config, "train": asdict(loop_config)})
-            if "model" in STAGES[stage].tables:
+            if "model" in trainer.tables:
                 resolved["model"] = asdict(getattr(trainer.net, trainer.part, trainer.net).params)
             record_start(folder, resolved, trainer)
         file = train(trainer, loop_config, folder)
@@ -71,10 +74,12 @@ def open_run(folder: Path, overrides: list[str]) -> tuple[Stage[Any], dict[str, 
     return build_stage(name, config), config
 
 
-def build_stage(stage: str, config: Mapping[str, Any]) -> Stage[Any]:
+def build_stage(
+    stage: str, config: Mapping[str, Any], create: Callable[[Mapping[str, Any]], Stage[Any]] | None = None
+) -> Stage[Any]:
     """Returns the stage of a configuration, with a network that is loaded or randomly initialised."""
     torch.manual_seed(config.get("train", {}).get("seed", 0))  # for the initial weights
-    trainer: Stage[Any] = STAGES[stage](config)
+    trainer: Stage[Any] = (create or STAGES[stage])(config)
     size = "x".join(map(str, trainer.dataset.size))
     resolution = {"resolution": size} if has_pictures(config.get("data", {})) else {}
     stated = resolution | from_table(Statement, config.get("modelspec", {}), "modelspec").fields()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.dataclass_config import CountOrZero, OneOf, Range, from_table, option
+from ...common.dataclass_config import CountOrZero, Fraction, OneOf, Range, from_table, option
 from ...common.geometry import Box
 from ...demo import vocabulary
 from ...demo.artwork import CANVAS, boxes, draw_all, picture_size, random_boxes
@@ -26,6 +26,8 @@ from .dataset import Compute, ImageDataset, IndexedDataset, identity
 MAX_SIMPLE, MAX_OTHER = 1000, 400  # default of `most`: for a simple layout on squares, and otherwise
 MAX_SIDE = 512  # in pixels, of pictures on other canvases
 MEMORY = 2**30  # bytes up to which the drawings of a dataset stay in memory
+PARTS = 1000  # of all batches, by which the share of scattered scenes is rounded
+SCATTERED = ("large", "pair")  # layouts whose captions name neither a size nor a place
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ class DemoDataConfig:
     most: CountOrZero = option(
         0, "scenes of each layout and shape, sampled from all; 0: 1000 and, with several things or off squares, 400"
     )
-    placements: CountOrZero = option(
-        0, "how many times to draw each scene, with its things in random sizes at random places; 0: once, by its layout"
+    scattered: CountOrZero = option(
+        0,
+        "further scenes of each shape, of one or two things of `layouts` in random sizes at random places; on larger "
+        "canvases fewer by their area",
     )
+    scattered_share: Fraction = option(0.5, "fraction of batches that have scattered scenes, if there are any")
     background: Annotated[str, OneOf(("", *COLOURS))] = option(
         "", "only scenes on this background, with captions that name random ones"
     )
@@ -53,28 +58,39 @@ class DemoDataConfig:
         for name, side in (("canvas", self.canvas), *(("larger", side) for side in self.larger)):
             if side < 64 or side % 64:
                 raise ValueError(f"[data] {name} must be a multiple of 64 pixels, got {side}")
+        if self.scattered and not set(self.layouts) & set(SCATTERED):
+            raise ValueError(f"[data] scattered is for the layouts {' and '.join(SCATTERED)}: add one of them")
         if any(side <= self.canvas or side > MAX_SIDE for side in self.larger):
             raise ValueError(f"[data] larger must be sides above canvas, up to {MAX_SIDE} pixels, got {self.larger}")
 
 
 class DemoDataset(IndexedDataset):
-    """Scenes of one shape and size: those for training, or the held-out ones.
+    """Scenes of one shape and size: those for training, or the held-out ones; scattered ones, or the others.
 
     Each is drawn when it is first needed, and at every use if all of them would fill more than 1 GiB.
     """
 
     has_boxes = True
 
-    def __init__(self, data: Mapping[str, Any] | None = None, held_out: bool = False, shape: str = "", canvas: int = 0):
+    def __init__(
+        self,
+        data: Mapping[str, Any] | None = None,
+        held_out: bool = False,
+        shape: str = "",
+        canvas: int = 0,
+        scattered: bool = False,
+    ):
         """`data` is the `[data]` table; `shape` defaults to the table's first one, and `canvas` to the table's."""
-        self._data = data or {}
+        self._data, self._is_scattered = data or {}, scattered
         self.config = config = from_table(DemoDataConfig, self._data, "data")
         self._shape, self._canvas = shape or config.shapes[0], canvas or config.canvas
-        self.scenes = [scene for layout in config.layouts for scene in self._layout_scenes(layout, held_out)]
-        self.scenes *= max(1, config.placements)
+        layouts = [layout for layout in config.layouts if not scattered or layout in SCATTERED]
+        self.scenes = [scene for layout in layouts for scene in self._layout_scenes(layout, held_out)]
         self._placed: list[list[Box]] | None = None
-        if config.placements:
-            rng = random.Random(f"placements {self._shape} {held_out}")
+        if scattered and self.scenes:
+            rng = random.Random(f"scattered {self._shape} {held_out}")
+            count = max(1, config.scattered * config.canvas**2 // self._canvas**2)
+            self.scenes = rng.choices(self.scenes, k=count)
             self._placed = [random_boxes(scene, self._canvas, rng) for scene in self.scenes]
         if not self.scenes and not held_out:
             raise ValueError(
@@ -142,13 +158,14 @@ class DemoDataset(IndexedDataset):
 
     @cached_property
     def _held_out(self) -> DemoDataset:
-        return DemoDataset(self._data, held_out=True)
+        return DemoDataset(self._data, held_out=True, scattered=self._is_scattered)
 
 
 class MultiShapeDemoDataset(ImageDataset):
-    """Scenes of several shapes and sizes. Each batch has one, chosen with a probability proportional to its scenes.
+    """Scenes of several shapes and sizes. Each batch has scattered scenes or others, by the share of the former.
 
-    The handle of a batch is the index of its shape's dataset and the indices [B] of its scenes there.
+    It has one shape and size, chosen with a probability proportional to its scenes. The handle of a batch is the index
+    of its dataset and the indices [B] of its scenes there.
     """
 
     square = False
@@ -156,20 +173,29 @@ class MultiShapeDemoDataset(ImageDataset):
 
     def __init__(self, data: Mapping[str, Any]):
         config = from_table(DemoDataConfig, data, "data")
-        self.datasets = [DemoDataset(data, shape=shape) for shape in config.shapes]
-        self.datasets += [
-            DemoDataset(data, shape=shape, canvas=canvas)
-            for canvas, shape in product(config.larger, config.shapes)
-            if max(SHAPES[shape]) * canvas <= MAX_SIDE * CANVAS
+        self._share = config.scattered_share if config.scattered else 0.0
+        sizes = [
+            (shape, canvas)
+            for canvas, shape in product((config.canvas, *config.larger), config.shapes)
+            if canvas == config.canvas or max(SHAPES[shape]) * canvas <= MAX_SIDE * CANVAS
         ]
+        self._plain = [DemoDataset(data, False, *size) for size in sizes if self._share < 1]
+        self._scattered = [DemoDataset(data, False, *size, scattered=True) for size in sizes if self._share > 0]
+        self.datasets = [*self._plain, *self._scattered]
         self.side = min(dataset.side for dataset in self.datasets)
         self.size = most_square(dataset.size for dataset in self.datasets)
         self.examples = sum(dataset.examples for dataset in self.datasets)
 
     def sample_batch(self, rng: StepRandom) -> tuple[int, Tensor]:
-        ends = list(accumulate(map(len, self.datasets)))
-        shape = bisect_right(ends, rng.shared(ends[-1]))
+        scattered = self._share > 0 and rng.shared(PARTS) < self._share * PARTS
+        datasets = self._scattered if scattered else self._plain
+        ends = list(accumulate(map(len, datasets)))
+        shape = bisect_right(ends, rng.shared(ends[-1])) + scattered * len(self._plain)
         return shape, self.datasets[shape].sample_batch(rng)
+
+    def is_scattered(self, batch: tuple[int, Tensor]) -> bool:
+        """True if a batch has scattered scenes."""
+        return batch[0] >= len(self._plain)
 
     def captions(self, batch: tuple[int, Tensor], rng: StepRandom, drop: float = 0.0) -> list[str]:
         return self.datasets[batch[0]].captions(batch[1], rng, drop)

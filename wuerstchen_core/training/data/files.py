@@ -227,5 +227,5 @@ def open_dataset(config: Mapping[str, Any], captions: bool = True, text_part: st
     if validation.fraction:
         raise ValueError("[validation] needs pictures to hold out: name them as source under [data], or remove it")
     scenes = from_table(DemoDataConfig, data, "data")
-    several = len(scenes.shapes) > 1 or scenes.larger
+    several = len(scenes.shapes) > 1 or scenes.larger or scenes.scattered
     return MultiShapeDemoDataset(data) if several else DemoDataset(data)

@@ -70,6 +70,62 @@ def control_params(config: ControlConfig, prior: PriorParams, values: tuple[floa
     )
 
 
+def start_control_net(config: ControlConfig, prior: Prior) -> ControlNet:
+    """Returns the ControlNet to train for a prior: that of `start`, or a new one."""
+    if not config.start:
+        network = ControlNet(control_params(config, prior.params, prior_values(prior)))
+        network.init_weights()
+        return network
+    network = load_control_net(config.start, dtype=torch.float32)
+    check_control(network.params, prior.params, config.start)
+    params = network.params
+    if params.hints != config.hints:
+        raise ValueError(f"[control] start: {config.start} reads hints of the kind {params.hints}: set that")
+    for key, sizes in (("blocks", params.prior_blocks), ("widths", params.widths), ("repeats", params.repeats)):
+        if getattr(config, key) not in (getattr(ControlConfig, key), sizes):
+            raise ValueError(f"[control] start: {config.start} has {key} {list(sizes)}: set these, or remove {key}")
+    network.params = replace(params, prior_values=prior_values(prior))
+    return network.train()
+
+
+class HintMaker:
+    """Makes the hints of `[control]` of the images of a dataset, or reads those beside them."""
+
+    def __init__(self, config: ControlConfig, dataset: ImageDataset):
+        self.config = config
+        dataset.read_images("hints", config.hints == "given")
+        if config.hints == "boxes" and not dataset.has_boxes:
+            raise ValueError(
+                '[control] hints = "boxes" needs the places of things, which are known for the demo\'s drawings only: '
+                "remove [data] source, or choose another kind of hints"
+            )
+
+    def __call__(self, dataset: ImageDataset, picked: Any, rng: StepRandom | None = None) -> Tensor:
+        """Returns the hints [B, 3, H, W] of a batch; without `rng`, none is black and lines are of medium width."""
+        images, kind = dataset.images(picked), self.config.hints
+        if kind == "given":
+            hints = dataset.given_hints(picked)
+        elif kind == "boxes":
+            hints = draw_boxes(dataset.boxes(picked), (images.shape[-2], images.shape[-1]))
+        elif kind == "outline":
+            hints = self._outlines(images, rng)
+        else:
+            hints = silhouettes(images) if kind == "silhouette" else colour_blocks(images)
+        hints = hints.expand(-1, 3, -1, -1)
+        return hints if rng is None else hints * (rng.uniform() >= self.config.drop)[:, None, None, None]
+
+    def _outlines(self, images: Tensor, rng: StepRandom | None) -> Tensor:
+        """Returns the outlines [B, 1, H, W] of images."""
+        own, middle = self.config, torch.full((len(images),), 0.5)
+        widths, kinds = (middle, middle) if rng is None else (rng.uniform(), rng.uniform())
+        low, high = own.line_widths
+        lines, alone = outlines(images), kinds < own.contours
+        lines[alone] = contours(images[alone])
+        return torch.cat(
+            [widened(x, low + (high - low) * float(w)) for x, w in zip(lines.split(1), widths, strict=True)]
+        )
+
+
 class ControlledPrior(nn.Module):
     """A frozen prior, and the ControlNet that is trained for it."""
 
@@ -98,12 +154,7 @@ class ControlStage(PriorStage):
     def __init__(self, config: Mapping[str, Any]):
         self.control = from_table(ControlConfig, config.get("control", {}), "control")
         super().__init__(config)
-        self.dataset.read_images("hints", self.control.hints == "given")
-        if self.control.hints == "boxes" and not self.dataset.has_boxes:
-            raise ValueError(
-                '[control] hints = "boxes" needs the places of things, which are known for the demo\'s drawings only: '
-                "remove [data] source, or choose another kind of hints"
-            )
+        self.hints = HintMaker(self.control, self.dataset)
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Returns the prior of `[inputs]` with a ControlNet, whose weights are the only trained ones."""
@@ -112,62 +163,18 @@ class ControlStage(PriorStage):
         if config.get("train", {}).get("muon_lr"):
             raise ValueError("[train] muon_lr is for the blocks of priors and decoders: remove it")
         prior = load_frozen(config, "prior", Prior)
-        self.bases = [input_source(config, "prior")]
+        self.bases = [input_source(config, "prior"), *filter(None, [self.control.start])]
         if frozen_dtype(config) != torch.float32:
             self.fsdp_conflict = "[train] frozen"
-        net = ControlledPrior(prior, self.control_net(prior))
+        net = ControlledPrior(prior, start_control_net(self.control, prior))
         train_only(net)
         return net
-
-    def control_net(self, prior: Prior) -> ControlNet:
-        """Returns the ControlNet to train: that of `[control] start`, or a new one."""
-        own = self.control
-        if not own.start:
-            network = ControlNet(control_params(own, prior.params, prior_values(prior)))
-            network.init_weights()
-            return network
-        network = load_control_net(own.start, dtype=torch.float32)
-        check_control(network.params, prior.params, own.start)
-        params = network.params
-        if params.hints != own.hints:
-            raise ValueError(f"[control] start: {own.start} reads hints of the kind {params.hints}: set that")
-        for key, sizes in (("blocks", params.prior_blocks), ("widths", params.widths), ("repeats", params.repeats)):
-            if getattr(own, key) not in (getattr(ControlConfig, key), sizes):
-                raise ValueError(f"[control] start: {own.start} has {key} {list(sizes)}: set these, or remove {key}")
-        self.bases = [*self.bases, own.start]
-        network.params = replace(params, prior_values=prior_values(prior))
-        return network.train()
 
     def sampling(self) -> dict[str, Any]:
         return {}  # those of the model that it steers
 
     def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         return *super().prepare(picked, step, rng), self.hints(self.dataset, picked, rng)
-
-    def hints(self, dataset: ImageDataset, picked: Any, rng: StepRandom | None = None) -> Tensor:
-        """Returns the hints [B, 3, H, W] of a batch; without `rng`, none is black and lines are of medium width."""
-        images, kind = dataset.images(picked), self.control.hints
-        if kind == "given":
-            hints = dataset.given_hints(picked)
-        elif kind == "boxes":
-            hints = draw_boxes(dataset.boxes(picked), (images.shape[-2], images.shape[-1]))
-        elif kind == "outline":
-            hints = self.outlines(images, rng)
-        else:
-            hints = silhouettes(images) if kind == "silhouette" else colour_blocks(images)
-        hints = hints.expand(-1, 3, -1, -1)
-        return hints if rng is None else hints * (rng.uniform() >= self.control.drop)[:, None, None, None]
-
-    def outlines(self, images: Tensor, rng: StepRandom | None) -> Tensor:
-        """Returns the outlines [B, 1, H, W] of images."""
-        own, middle = self.control, torch.full((len(images),), 0.5)
-        widths, kinds = (middle, middle) if rng is None else (rng.uniform(), rng.uniform())
-        low, high = own.line_widths
-        lines, alone = outlines(images), kinds < own.contours
-        lines[alone] = contours(images[alone])
-        return torch.cat(
-            [widened(x, low + (high - low) * float(w)) for x, w in zip(lines.split(1), widths, strict=True)]
-        )
 
     def pipeline(self, net: Any) -> WuerstchenPipeline:
         return super().pipeline(net.prior)
