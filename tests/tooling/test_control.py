@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from PIL import Image
 
-from tools.demo.control import CANVAS, at_usual_place, boxes, draw_all, hints_of, overlap, placed_scenes, right
+from tools.demo.control import (
+    CANVAS,
+    at_usual_place,
+    boxes,
+    draw_all,
+    hints_of,
+    moved_boxes,
+    overlap,
+    placed_scenes,
+    right,
+)
 from tools.demo.judge import Judge
 from wuerstchen_core.training.data.hints import filled, silhouettes
 
@@ -31,6 +43,18 @@ def test_drawings_at_their_places_are_right_and_elsewhere_wrong(kind: str) -> No
     if kind == "outline":
         assert overlap(filled(hints[:1, :1]), silhouettes(drawings[:1])) > 0.9
         assert overlap(silhouettes(drawings[:1]), silhouettes(drawings[1:2])) < 0.9
+
+
+def test_moved_things_stay_near_their_usual_places() -> None:
+    rng = random.Random(1)
+    for kind in ("outline", "boxes"):
+        for scene in placed_scenes({}, kind, 20)[0]:
+            for own, usual in zip(moved_boxes(scene, CANVAS, rng), boxes(scene), strict=True):
+                assert (
+                    own != usual and own[2] == own[3] and min(own[:2]) >= 0 and max(own[0], own[1]) + own[2] <= CANVAS
+                )
+                middles = [[box[i] + box[2] / 2 for i in (0, 1)] for box in (own, usual)]
+                assert max(abs(a - b) for a, b in zip(*middles, strict=True)) < 0.09 * CANVAS
 
 
 def test_a_thing_in_its_usual_box_stays_as_it_is() -> None:

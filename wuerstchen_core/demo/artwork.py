@@ -84,11 +84,12 @@ def random_boxes(scene: Scene, canvas: int, rng: random.Random) -> list[Box]:
         for _ in scene.things:
             edge = round(canvas * rng.uniform(0.36, largest))
             found.append((rng.randint(0, width - edge), rng.randint(0, height - edge), edge, edge))
-        if not any(_overlap(*two) for two in combinations(found, 2)):
+        if not any(overlapping(*two) for two in combinations(found, 2)):
             return found
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def overlapping(one: Box, other: Box) -> bool:
+    """True if two boxes have a common pixel."""
     return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
