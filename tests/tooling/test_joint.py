@@ -39,7 +39,7 @@ log_every = 2
 save_every = 2
 sheet_every = 1000
 """
-STEPS = range(16)
+STEPS = range(32)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,10 @@ def test_scattered_batches_have_the_hints_of_one_control_net(config: Path) -> No
     stage = JointStage(read_config(config, [f"start='{config.parent / 'tiny.safetensors'}'"]))
     batches = [stage.batch(step, StepRandom(0, step, 4)) for step in STEPS]
     assert {kind for *_, kind in batches} == {"", *RECIPES}
+    black: list[bool] = []
     for *batch, hint, kind in batches:
         assert (hint is None) == (kind == "")
+        black.append(hint is not None and not hint.any())
         stage.net.zero_grad()
         stage.loss(stage.net, *batch, hint, kind).backward()
         learned = {
@@ -67,6 +69,7 @@ def test_scattered_batches_have_the_hints_of_one_control_net(config: Path) -> No
         }
         assert learned == {kind} - {""}
         assert all(p.grad is not None for name, p in stage.net.prior.named_parameters() if "blocks" in name)
+    assert 0 < sum(black) < 8
 
 
 def test_it_writes_a_prior_and_control_nets_that_fit_it(trained: Path) -> None:

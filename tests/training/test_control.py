@@ -298,6 +298,8 @@ def test_things_at_random_places_have_boxes(config: Path) -> None:
     assert len(dataset) == 4
     images, boxes = dataset.images(picked), dataset.boxes(picked)
     hints = trainer.hints(dataset, picked)
+    never_black = HintMaker(replace(trainer.control, drop=1.0), trainer.dataset)
+    assert torch.equal(hints, never_black(trainer.dataset, (0, picked), StepRandom(0, 0, 4)))
     assert len({tuple(own) for own in boxes}) == 4
     background = images[:, :, :1, :1]
     for image, own, hint, colour in zip(images, boxes, hints, background, strict=True):

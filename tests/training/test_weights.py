@@ -17,7 +17,6 @@ from helpers.tiny_stages import (
     STAGES,
     assert_equal_states,
     config_path,
-    ema_of,
     input_overrides,
     read_log,
 )
@@ -25,11 +24,13 @@ from safetensors.torch import load_file
 
 from tools.bench.diffusers_baseline import network_class
 from tools.demo import build, build_v1
+from tools.demo.joint import RECIPES
 from wuerstchen_core import WuerstchenPipeline
-from wuerstchen_core.checkpoints import PARTS_OF, read_metadata, read_part, save_bundle
+from wuerstchen_core.checkpoints import PARTS_OF, load_control_net, read_metadata, read_part, save_bundle
 from wuerstchen_core.checkpoints.inspect import describe
 from wuerstchen_core.checkpoints.key_maps import vqgan_key_to_diffusers
 from wuerstchen_core.checkpoints.quant import FP8
+from wuerstchen_core.checkpoints.release import check_control
 from wuerstchen_core.inference.settings import SamplingSettings
 from wuerstchen_core.models.decoder import Decoder
 from wuerstchen_core.models.image_encoder import ImageEncoder
@@ -155,9 +156,16 @@ def test_the_bundle_generates_images(run_folder: Path) -> None:
         width=256, height=256, schedule="fast", decoder_steps=1, prior_guidance=3.0
     )
     for stage, network in (("prior", pipe.prior), ("decoder", pipe.decoder)):  # from the second training
-        trained, first = ema_of(run_folder / "again" / stage), load_file(run_folder / stage / f"{stage}.safetensors")
-        assert all(torch.equal(x, trained[key].bfloat16().float()) for key, x in network.state_dict().items())
-        assert any(not torch.equal(x, first[f"{stage}.{key}"]) for key, x in trained.items())
+        first, trained = (
+            load_file(folder / stage / f"{stage}.safetensors") for folder in (run_folder, run_folder / "again")
+        )
+        state = {f"{stage}.{key}": x for key, x in network.state_dict().items()}
+        assert all(torch.equal(x, trained[key].bfloat16().float()) for key, x in state.items())
+        assert any(not torch.equal(x, first[key]) for key, x in trained.items())
+    assert pipe.prior is not None
+    for kind in RECIPES:
+        file = f"bundle-{kind}.safetensors"
+        check_control(load_control_net(run_folder / file).params, pipe.prior.params, file)
     [image] = pipe.generate("a banana on a red background", width=128, height=64, prior_steps=2, decoder_steps=2)
     assert image.size == (128, 64) and np.asarray(image).std() > 0
 

@@ -27,6 +27,7 @@ from wuerstchen_core.checkpoints.bundle import TABLE
 from wuerstchen_core.checkpoints.components import TOWERS
 from wuerstchen_core.checkpoints.convert import convert
 from wuerstchen_core.checkpoints.open import source_path
+from wuerstchen_core.checkpoints.shipped import SHIPPED
 from wuerstchen_core.common.dataclass_config import from_table
 from wuerstchen_core.demo.vocabulary import COLOURS, SIZES, THINGS, known_words
 from wuerstchen_core.models.text_encoder import tokenize
@@ -236,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options = parse_options(arguments, "build", __doc__, "runs/demo", demo_path(), start=True)
     start = keep_start(options.run, options.start) if options.start else ""
-    control_nets = {kind: f"demo-{kind}" for kind in joint.RECIPES} if options.start == "demo" else {}
+    shipped = {kind: f"demo-{kind}" for kind in joint.RECIPES if f"demo-{kind}" in SHIPPED}
+    control_nets = shipped if options.start == "demo" else {}
     if not options.assemble_only:
         for stage in () if start else STAGES:
             run(stage, RECIPE / f"{stage}.toml", [f"run='{options.run}'"])

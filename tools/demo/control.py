@@ -141,7 +141,7 @@ def measure_places(
             control = Hint(net, hints[number : number + 1]) if name == "with" else None
             shown = boxes(scene) if name == "without" and scene.other is None else placed[number]
             if name == "compressed":
-                images = [pipe.reconstruct(Image.fromarray(drawn[number]))]
+                images = pipe.reconstruct(Image.fromarray(drawn[number]))
             else:
                 images = pipe.generate(caption(scene), seed=list(range(seeds)), count=seeds, control=control)
             for image in images:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wuerstchen_core.checkpoints import demo_path, save_bundle
@@ -26,6 +27,7 @@ from wuerstchen_core.training.rng import StepRandom
 from wuerstchen_core.training.stages.control import PART, ControlConfig, HintMaker, start_control_net
 from wuerstchen_core.training.stages.prior import PriorStage
 
+OTHERS = 8  # one in so many batches without scattered scenes has black hints, which should change nothing
 RECIPES = {"outline": "control.toml", "boxes": "control_boxes.toml"}  # of the ControlNets, by the kind of their hints
 
 
@@ -74,10 +76,12 @@ class JointStage(PriorStage):
 
     def prepare(self, picked: Any, step: int, rng: StepRandom) -> tuple[Any, ...]:
         batch = super().prepare(picked, step, rng)
-        if not (isinstance(self.dataset, MultiShapeDemoDataset) and self.dataset.is_scattered(picked)):
+        scattered = isinstance(self.dataset, MultiShapeDemoDataset) and self.dataset.is_scattered(picked)
+        if not scattered and rng.shared(OTHERS):
             return *batch, None, ""
         maker = self.makers[rng.shared(len(self.makers))]
-        return *batch, maker(self.dataset, picked, rng), maker.config.hints
+        hint = maker(self.dataset, picked, rng)
+        return *batch, hint if scattered else torch.zeros_like(hint), maker.config.hints
 
     def pipeline(self, net: Any) -> WuerstchenPipeline:
         return super().pipeline(net.prior)

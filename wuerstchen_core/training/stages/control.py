@@ -19,6 +19,7 @@ from ...models.control_net import KINDS, ControlNet, ControlNetParams
 from ...models.prior import Prior, PriorParams
 from ..data.caption_tokens import Tokens
 from ..data.dataset import ImageDataset, IndexedDataset
+from ..data.demo import MultiShapeDemoDataset
 from ..data.hints import colour_blocks, contours, draw_boxes, outlines, silhouettes, widened
 from ..rng import StepRandom
 from .losses import NoiseConfig
@@ -101,7 +102,10 @@ class HintMaker:
             )
 
     def __call__(self, dataset: ImageDataset, picked: Any, rng: StepRandom | None = None) -> Tensor:
-        """Returns the hints [B, 3, H, W] of a batch; without `rng`, none is black and lines are of medium width."""
+        """Returns the hints [B, 3, H, W] of a batch; without `rng`, none is black and lines are of medium width.
+
+        None of scattered scenes is black: a black hint should leave things at their usual places.
+        """
         images, kind = dataset.images(picked), self.config.hints
         if kind == "given":
             hints = dataset.given_hints(picked)
@@ -112,7 +116,9 @@ class HintMaker:
         else:
             hints = silhouettes(images) if kind == "silhouette" else colour_blocks(images)
         hints = hints.expand(-1, 3, -1, -1)
-        return hints if rng is None else hints * (rng.uniform() >= self.config.drop)[:, None, None, None]
+        if rng is None or (isinstance(dataset, MultiShapeDemoDataset) and dataset.is_scattered(picked)):
+            return hints
+        return hints * (rng.uniform() >= self.config.drop)[:, None, None, None]
 
     def _outlines(self, images: Tensor, rng: StepRandom | None) -> Tensor:
         """Returns the outlines [B, 1, H, W] of images."""
